@@ -1,0 +1,1 @@
+"""The experiments (TOML) and their typed schema. Nothing here imports torch."""

@@ -1,0 +1,287 @@
+"""Every setting of a run, typed and explained: the one place where a key exists.
+
+The schema imports the standard library only, so a login node can check an experiment. The string
+under a field is its documentation (`python -m configs --reference` prints them all). A value that
+is wrong alone is refused here, in `__post_init__`; what needs several keys is checked in
+`configs.checks`, what needs the number of ranks in `configs.degrees`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line for the user: key, fault, remedy."""
+
+
+def _at_least(section: object, minimum: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        if value < minimum:
+            raise ConfigError(f"{key} = {value}: must be at least {minimum}")
+
+
+def _between(section: object, low: float, high: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        if not low <= value <= high:
+            raise ConfigError(f"{key} = {value}: must lie between {low} and {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    dir: str
+    """Folder of the run: checkpoints, metrics, plots, export. The same folder resumes."""
+    seed: int = 0
+    """Seed of initialisation and data order. The same seed gives the same model on every mesh."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "seed")
+        if not self.dir:
+            raise ConfigError("dir is empty: name a folder, for example runs/demo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    source: str = "stdlib"
+    """`stdlib`: the source code of Python's standard library (no download). Otherwise a path to a
+    text, JSONL or Parquet file or a folder of them, or the name of a Hugging Face dataset."""
+    text_field: str = "text"
+    """Column that holds the document, for JSONL, Parquet and Hugging Face datasets."""
+    tokenizer: str = ""
+    """Folder or file of an existing `tokenizer.json`. Empty: train a byte-level BPE tokenizer of
+    `model.vocab_size` tokens on the training documents."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    validation_fraction: float = 0.02
+    """Share of the documents held out for validation (at least one document)."""
+    near_duplicate_threshold: float = 0.8
+    """Documents whose estimated Jaccard similarity of lines reaches this are dropped but one.
+    1.0 drops exact copies only."""
+    cache_dir: str = "cache"
+    """Folder of tokenizers and tokenised corpora, shared by runs."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "seq_len")
+        _between(self, 0.0, 0.5, "validation_fraction")
+        _between(self, 0.0, 1.0, "near_duplicate_threshold")
+        if not self.source:
+            raise ConfigError('source is empty: use "stdlib", a path, or a dataset name')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moe:
+    n_experts: int
+    """Routed experts per MoE layer."""
+    top_k: int
+    """Routed experts that each token visits."""
+    d_expert: int
+    """Hidden width of one expert (SwiGLU)."""
+    n_shared_experts: int = 0
+    """Experts that every token visits, fused into one of `n_shared_experts * d_expert` wide."""
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores, in fp32."""
+    norm_top_k: bool = True
+    """Divide the chosen scores by their sum."""
+    route_scale: float = 1.0
+    """Factor on the routing weights after normalisation."""
+    bias_update_rate: float = 0.0
+    """Step of the aux-loss-free balancing bias per optimizer step (arXiv:2408.15664). 0: the
+    router has no bias."""
+    force_balance: bool = False
+    """Benchmarks only: ignore the router's choice and send tokens round-robin."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "n_experts", "top_k", "d_expert")
+        _at_least(self, 0, "n_shared_experts", "bias_update_rate")
+        if self.top_k > self.n_experts:
+            raise ConfigError(
+                f"top_k = {self.top_k}: a token cannot visit more than n_experts = {self.n_experts}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    vocab_size: int
+    """Rows of the embedding. A tokenizer trained here gets exactly as many tokens."""
+    d_model: int
+    """Width of the residual stream."""
+    n_layers: int
+    """Transformer blocks."""
+    n_heads: int
+    """Query heads."""
+    n_kv_heads: int
+    """Key and value heads (grouped-query attention); divides `n_heads`."""
+    head_dim: int
+    """Width of one head; even, for RoPE."""
+    moe: Moe
+    n_dense_layers: int = 0
+    """The first layers that use a dense feed-forward instead of experts."""
+    d_ff: int = 0
+    """Hidden width of the dense feed-forward (only where `n_dense_layers` > 0)."""
+    qk_norm: bool = True
+    """RMSNorm on every query and key head (Qwen3)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding as output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by
+    sqrt(2 * n_layers) (GPT-2)."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, 1, "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim"
+        )
+        _between(self, 0, self.n_layers, "n_dense_layers")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim = {self.head_dim}: must be even for RoPE")
+        if self.n_dense_layers and not self.d_ff:
+            raise ConfigError("d_ff = 0: dense layers (n_dense_layers > 0) need their width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int
+    """Optimizer steps of the whole run."""
+    global_batch: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: int
+    """Sequences per rank and forward pass; the rest is gradient accumulation."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    log_every: int = 1
+    """Steps between lines of the log."""
+    profile_steps: tuple[int, ...] = ()
+    """Steps whose profiler trace is written to `<run>/profile` (Chrome trace format)."""
+    gc_every: int = 200
+    """Steps between Python garbage collections, made at the same step on all ranks."""
+    threads: int = 0
+    """CPU threads per rank. 0: all cores divided by the ranks of this host."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "gc_every")
+        _at_least(self, 0, "clip_norm", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    lr: float
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms, biases and routers have none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "lr", "weight_decay", "eps")
+        _between(self, 0.0, 1.0, "beta1", "beta2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    kind: Literal["wsd", "cosine", "linear"] = "wsd"
+    """`wsd`: warmup, stable, then linear decay over the last `decay_fraction` of the steps
+    (arXiv:2404.06395). `cosine`, `linear`: decay from the end of the warmup to the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warmup."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which `wsd` decays."""
+    min_lr_fraction: float = 0.0
+    """Final learning rate as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "warmup_steps")
+        _between(self, 0.0, 1.0, "decay_fraction", "min_lr_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    dp_replicate: int = 1
+    """Replicas of the sharded model (HSDP)."""
+    dp_shard: int = -1
+    """Ranks that shard parameters, gradients and optimizer state (FSDP2). -1: all the rest."""
+    ep: int = 1
+    """Expert parallelism: ranks that divide the experts among them; they are taken from
+    `dp_shard`. -1: the largest degree that divides both `dp_shard` and `n_experts`."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters between forward and backward: less memory, one more all-gather."""
+    recompute: Literal["none", "full"] = "none"
+    """Keep all activations, or only each block's input and recompute the rest in backward."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "dp_replicate")
+        for key in ("dp_shard", "ep"):
+            if getattr(self, key) != -1:
+                _at_least(self, 1, key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    recipe: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype; master weights, gradients and optimizer state are fp32. `auto`: bf16 where
+    the device multiplies it faster than fp32 (CUDA; CPUs with AVX512-BF16 or AMX)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    every: int = 0
+    """Steps between validations; the last step validates too. 0: only the last step."""
+    sequences: int = 0
+    """Sequences per validation. 0: all held-out sequences."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every", "sequences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = 0
+    """Steps between checkpoints; the last step and a stop save too. 0: only those."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    init_from: str = ""
+    """Start from the weights of this checkpoint (a run folder or one step of it) with a fresh
+    optimizer and step 0. Ignored once the run has a checkpoint of its own."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every")
+        _at_least(self, 1, "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One experiment, complete and immutable."""
+
+    run: Run
+    model: Model
+    train: Train
+    optimizer: Optimizer
+    data: Data = field(default_factory=Data)
+    schedule: Schedule = field(default_factory=Schedule)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+FIXED_ON_RESUME = (
+    "run.seed",
+    "model",
+    "data.source",
+    "data.text_field",
+    "data.tokenizer",
+    "data.seq_len",
+    "data.validation_fraction",
+    "data.near_duplicate_threshold",
+    "train.global_batch",
+)
+"""Keys (or whole sections) that decide the weights' shapes or the order of the data: a run cannot
+change them when it resumes."""

@@ -1,0 +1,1 @@
+"""Kernels with their plain-torch references; the name of a function is its contract."""

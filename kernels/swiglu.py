@@ -1,0 +1,70 @@
+"""SwiGLU with the routing weight folded in: `h = silu(gate) * up * weight`.
+
+Why fused: between the two expert projections lie only element-wise operations; one pass reads
+gate and up once and writes h once. Backward saves gate and up (the projection's output) and
+recomputes silu, so nothing else is kept. Arithmetic is fp32, storage the operands' dtype.
+The routing weight may enter here, before the down projection, because that projection is linear:
+`w * (W2 @ h) = W2 @ (w * h)`; combining the rows is then a plain sum.
+
+SwiGLU: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202. F hidden width, R rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    """`h_RF`; gate is the first half of the last dimension, up the second.
+
+    weights_R: fp32 factor per row, or None for 1. Differentiable in both.
+    """
+    return _SwiGlu.apply(gate_up_R2F, weights_R)
+
+
+def swiglu_reference(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    """Plain-torch form of `swiglu`."""
+    gate, up = gate_up_R2F.float().chunk(2, dim=-1)
+    h_RF = F.silu(gate) * up
+    if weights_R is not None:
+        h_RF = h_RF * weights_R[:, None]
+    return h_RF.to(gate_up_R2F.dtype)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up_R2F, weights_R)
+        if gate_up_R2F.is_cuda:
+            from kernels.swiglu_triton import swiglu_forward
+
+            return swiglu_forward(gate_up_R2F, weights_R)
+        return swiglu_reference(gate_up_R2F, weights_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up_R2F, weights_R = ctx.saved_tensors
+        if grad_RF.is_cuda:
+            from kernels.swiglu_triton import swiglu_backward
+
+            return swiglu_backward(grad_RF.contiguous(), gate_up_R2F, weights_R)
+        return swiglu_backward_reference(grad_RF, gate_up_R2F, weights_R)
+
+
+def swiglu_backward_reference(
+    grad_RF: Tensor, gate_up_R2F: Tensor, weights_R: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `swiglu` for gate_up (its dtype) and weights (fp32)."""
+    gate, up = gate_up_R2F.float().chunk(2, dim=-1)
+    grad_h = grad_RF.float()
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    grad_weights = None
+    if weights_R is not None:
+        grad_weights = (grad_h * silu * up).sum(-1)
+        grad_h = grad_h * weights_R[:, None]
+    grad_gate = grad_h * up * (sigmoid + silu * (1 - sigmoid))
+    grad_up = grad_h * silu
+    return torch.cat([grad_gate, grad_up], dim=-1).to(gate_up_R2F.dtype), grad_weights

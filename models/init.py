@@ -1,0 +1,59 @@
+"""Initial weights that do not depend on the number of ranks.
+
+Every parameter has a generator of its own, seeded by (seed, name) and, for experts, by the expert
+index; so a rank that holds experts 8 to 15 draws those alone, and every mesh starts from the same
+model. Truncated normal of `init_std`; projections that write into the residual stream get it
+divided by sqrt(2 * n_layers) (GPT-2); norms start at one, balancing biases at zero.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Model
+
+_RESIDUAL = ("wo.weight", "w2")
+"""Endings of the parameters that write into the residual stream."""
+
+
+def initial_value(
+    config: Model,
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    rows: slice = slice(None),
+) -> Tensor:
+    """Rows `rows` (first dimension) of the initial value of parameter `name`: fp32, on the CPU.
+
+    shape: the whole logical shape. Of expert parameters only the wanted experts are drawn.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)[rows]
+    std = config.init_std
+    if name.endswith(_RESIDUAL):
+        std /= math.sqrt(2 * config.n_layers)
+    if ".experts." not in name:
+        return _draw(seed, name, shape, std)[rows]
+    wanted = range(shape[0])[rows]
+    if not wanted:
+        return torch.empty(0, *shape[1:])
+    return torch.stack([_draw(seed, f"{name}/{e}", shape[1:], std) for e in wanted])
+
+
+def initialise(model: nn.Module, config: Model, seed: int) -> None:
+    """Fill an unsharded model in place; buffers become zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(config, seed, name, tuple(parameter.shape)))
+        for buffer in model.buffers():
+            buffer.zero_()
+
+
+def _draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    value = torch.empty(shape)
+    nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return value
