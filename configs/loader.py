@@ -10,7 +10,6 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from configs.checks import check
 from configs.schema import ConfigError, RunConfig
 
 
@@ -26,10 +25,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(tree, override, places)
     config: RunConfig = _build(RunConfig, tree, "", str(path), places)
-    try:
-        check(config)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    beyond = [step for step in config.train.profile_steps if not 1 <= step <= config.train.steps]
+    if beyond:
+        raise ConfigError(
+            f"{path}: train.profile_steps = {beyond}: steps are numbered 1 to "
+            f"train.steps = {config.train.steps}"
+        )
     return config
 
 
@@ -47,7 +48,7 @@ def to_toml(config: RunConfig) -> str:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted key, as `{"train.steps": 100, ...}`."""
+    """Every setting by its dotted key, as `{"train.steps": 100, ...}`; JSON types only."""
     flat: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
@@ -55,10 +56,22 @@ def flatten(config: RunConfig) -> dict[str, Any]:
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
             else:
-                flat[f"{prefix}{key}"] = value
+                flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
 
     walk(asdict(config), "")
     return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The nested form of what `flatten` returned."""
+    tree: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *sections, leaf = dotted.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

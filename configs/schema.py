@@ -2,8 +2,8 @@
 
 The schema imports the standard library only, so a login node can check an experiment. The string
 under a field is its documentation (`python -m configs --reference` prints them all). A value that
-is wrong alone is refused here, in `__post_init__`; what needs several keys is checked in
-`configs.checks`, what needs the number of ranks in `configs.degrees`.
+is wrong is refused here, in `__post_init__`; what depends on the number of ranks is checked in
+`configs.degrees`.
 """
 
 from dataclasses import dataclass, field
@@ -80,7 +80,8 @@ class Moe:
     n_shared_experts: int = 0
     """Experts that every token visits, fused into one of `n_shared_experts * d_expert` wide."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become scores, in fp32."""
+    """How router logits become scores, in fp32. Exports with a balancing bias or shared experts
+    need `sigmoid`."""
     norm_top_k: bool = True
     """Divide the chosen scores by their sum."""
     route_scale: float = 1.0
@@ -175,8 +176,11 @@ class Optimizer:
     lr: float
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
+    """Decay of the running mean of gradients."""
     beta2: float = 0.95
+    """Decay of the running mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the mean square."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; norms, biases and routers have none."""
 
@@ -213,8 +217,6 @@ class Parallel:
     `dp_shard`. -1: the largest degree that divides both `dp_shard` and `n_experts`."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward: less memory, one more all-gather."""
-    recompute: Literal["none", "full"] = "none"
-    """Keep all activations, or only each block's input and recompute the rest in backward."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "dp_replicate")

@@ -197,6 +197,8 @@ def take_counts(model: nn.Module, reduce_counts: Callable[[Tensor], Tensor]) -> 
     all layers.
     """
     found = routers(model)
+    if not found:
+        return torch.zeros(0, 1)
     counts_LE = reduce_counts(torch.stack([r.tokens_per_expert_E for r in found]))
     for router in found:
         router.tokens_per_expert_E.zero_()

@@ -1,0 +1,79 @@
+"""Output projection and cross-entropy in one, without ever holding all logits.
+
+For T tokens and a vocabulary of V the logits are the largest tensor of a training step (16 GiB for
+32 k tokens and 128 k words in fp32). Here a chunk of tokens at a time goes through the head; its
+loss, and in training its gradients for the hidden states and the head, are made at once, and the
+chunk's logits are dropped. The products run in the operands' dtype, log-sum-exp and softmax in
+fp32, the head's gradient is accumulated in fp32.
+
+Idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009;
+gradients made in the forward pass as in Liger Kernel, arXiv:2410.10989.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -1
+"""Target of a token that has no loss."""
+_CHUNK_ELEMENTS = 2**22
+"""Logits per chunk: 16 MiB in fp32, which stays in cache on a CPU and fills a GPU."""
+
+
+def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Sum of `-log softmax(x @ weight.T)[target]` over tokens, an fp32 scalar.
+
+    targets_T: int64 in [0, V), or IGNORE. Differentiable in x and weight.
+    """
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T)
+
+
+def linear_cross_entropy_reference(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Plain-torch form of `linear_cross_entropy`."""
+    logits_TV = F.linear(x_TD, weight_VD).float()
+    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        needs_grad = any(ctx.needs_input_grad)
+        loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        grad_x = torch.empty_like(x_TD) if needs_grad else None
+        grad_w = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
+        chunk = max(_CHUNK_ELEMENTS // weight_VD.shape[0], 1)
+        for start in range(0, x_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            probs_tV, loss_t = _softmax_and_loss(x_TD[rows], weight_VD, targets_T[rows])
+            loss += loss_t
+            if grad_x is not None and grad_w is not None:
+                grad_logits = _grad_logits(probs_tV, targets_T[rows]).to(x_TD.dtype)
+                torch.mm(grad_logits, weight_VD, out=grad_x[rows])
+                grad_w += grad_logits.T @ x_TD[rows]
+        if grad_w is not None:
+            ctx.save_for_backward(grad_x, grad_w)
+            ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_x, grad_w = ctx.saved_tensors
+        # a 0-dimensional fp32 factor multiplies in fp32 and rounds once, whatever the dtype
+        return grad_x * grad, (grad_w * grad).to(ctx.weight_dtype), None
+
+
+def _softmax_and_loss(x_tD: Tensor, weight_VD: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
+    logits_tV = F.linear(x_tD, weight_VD).float()
+    valid = targets_t != IGNORE
+    picked_t = logits_tV.gather(1, targets_t.clamp(min=0)[:, None])[:, 0]
+    normaliser_t = logits_tV.logsumexp(1)
+    loss = torch.where(valid, normaliser_t - picked_t, 0.0).sum()
+    return logits_tV.sub_(normaliser_t[:, None]).exp_(), loss
+
+
+def _grad_logits(probs_tV: Tensor, targets_t: Tensor) -> Tensor:
+    valid = (targets_t != IGNORE).to(probs_tV.dtype)[:, None]
+    probs_tV.scatter_add_(1, targets_t.clamp(min=0)[:, None], -torch.ones_like(valid))
+    return probs_tV.mul_(valid)

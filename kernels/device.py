@@ -1,0 +1,11 @@
+"""What the device at hand does well."""
+
+import torch
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32: CUDA from sm_80 on, ROCm, and CPUs with
+    AVX512-BF16 or AMX. Other CPUs emulate bf16 and are slower than in fp32."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,97 @@
+"""The one function that applies parallelism to a model: expert parallelism, then FSDP2.
+
+Gradients are sums, never means: every rank divides its loss by the target tokens of the whole
+step, so a sum over ranks is the gradient of the global mean, for dense parameters and experts
+alike. FSDP2's own division is therefore switched off everywhere. (Its division by a factor other
+than 1 is wrong on shard groups of one rank, torch 2.13, and unsupported on gloo.)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from configs.schema import Model, RunConfig
+from models.decoder import Decoder
+from models.init import initial_value
+from models.moe import Experts, MoE
+from parallel.expert import apply_expert_parallel
+from parallel.mesh import Mesh
+from parallel.shards import box_of
+
+PlacementFn = Callable[[nn.Parameter], Shard]
+
+
+def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dtype) -> None:
+    """Turn a model on the meta device into this rank's part of it, still on the meta device.
+
+    compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
+    """
+    apply_expert_parallel(model, mesh)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    reshard = config.parallel.reshard_after_forward
+    for block in model.layers:
+        if mesh.degrees.ep > 1 and isinstance(block.ffn, MoE):
+            fully_shard(
+                block.ffn.experts,
+                mesh=mesh.fsdp_expert(),
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+                shard_placement_fn=_expert_placement(mesh.degrees.efsdp),
+            )
+        fully_shard(
+            block,
+            mesh=mesh.fsdp_dense(),
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=_block_placement(block, mesh.degrees.dp_shard),
+        )
+    fully_shard(model, mesh=mesh.fsdp_dense(), mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def materialise(model: Decoder, config: Model, seed: int, device: torch.device) -> None:
+    """Allocate this rank's shards and draw their initial values; identical for every mesh."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            box = box_of(parameter)
+            rows, *rest = box.slices()
+            value = initial_value(config, seed, name, tuple(parameter.shape), rows)
+            parameter.to_local().copy_(value[(slice(None), *rest)])
+        for buffer in model.buffers():
+            buffer.zero_()
+
+
+def _expert_dim(parameter: nn.Parameter, n_ranks: int) -> Shard:
+    """Experts are divided among the ranks; where that leaves ranks idle, the model width is.
+
+    FSDP2 shards other dimensions than the first only evenly.
+    """
+    n_local = parameter.shape[0] if not isinstance(parameter, DTensor) else len(parameter.to_local())
+    width = parameter.ndim - 1 if parameter.ndim == 4 else 1  # D of w13 [E, 2, F, D], w2 [E, D, F]
+    if n_local % n_ranks and parameter.shape[width] % n_ranks == 0:
+        return Shard(width)
+    return Shard(0)
+
+
+def _expert_placement(n_ranks: int) -> PlacementFn:
+    return lambda parameter: _expert_dim(parameter, n_ranks)
+
+
+def _block_placement(block: nn.Module, n_ranks: int) -> PlacementFn:
+    experts = {
+        id(parameter)
+        for module in block.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
+    return lambda p: _expert_dim(p, n_ranks) if id(p) in experts else Shard(0)

@@ -1,0 +1,1 @@
+"""Token dispatchers: one strategy per file, all behind `models.moe.Dispatcher`."""

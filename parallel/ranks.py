@@ -1,0 +1,85 @@
+"""This process among the others: its rank, its device, its process group.
+
+One code path for one process and for many: without torchrun a one-rank group is made from a
+`HashStore`, so FSDP2 and the collectives run the same code everywhere. On CUDA the default group
+has two backends, NCCL for tensors on the device and gloo for those on the host, so that control
+messages (stop flags, JSON) never wait for the device.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks(threads: int = 0) -> Ranks:
+    """Join the process group that torchrun describes, or make a group of one.
+
+    threads: CPU threads of this process; 0 divides the cores among the ranks of this host.
+    """
+    env = os.environ
+    local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(threads or max((os.cpu_count() or 1) // local_world, 1))
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    if "RANK" in env:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world, device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place; the backend follows the tensor's device."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank. A host-side exchange: no device is touched."""
+    tensor = torch.tensor([int(flag)])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. JSON bytes, never pickle."""
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([payload.numel()]))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(buffers, padded)
+    return [
+        json.loads(bytes(buffer[: int(size)].tolist()))
+        for buffer, size in zip(buffers, sizes, strict=True)
+    ]

@@ -1,0 +1,76 @@
+"""What a rank owns of a tensor: a box of the logical tensor, and whether it speaks for it.
+
+Checkpoints, clipping and initialisation need the same facts about a DTensor: the offset and shape
+of the local shard in the whole tensor, and, where several ranks hold the same shard (replicas),
+which one of them counts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in a tensor of shape `whole`."""
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def slices(self) -> tuple[slice, ...]:
+        """Index of the box in the whole tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+
+    def intersect(self, other: "Box") -> "Box | None":
+        """The common part of two boxes of the same tensor, or None where there is none."""
+        offset = tuple(map(max, self.offset, other.offset))
+        ends = [
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        ]
+        shape = tuple(end - start for start, end in zip(offset, ends, strict=True))
+        return Box(self.whole, offset, shape) if min(shape, default=1) > 0 else None
+
+    def within(self, outer: "Box") -> tuple[slice, ...]:
+        """Index of this box in a tensor that holds just `outer`."""
+        return tuple(
+            slice(o - p, o - p + n)
+            for o, p, n in zip(self.offset, outer.offset, self.shape, strict=True)
+        )
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def box_of(tensor: Tensor) -> Box:
+    """The box that this rank holds; a plain tensor is held whole by every rank."""
+    if not isinstance(tensor, DTensor):
+        whole = tuple(tensor.shape)
+        return Box(whole, (0,) * len(whole), whole)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return Box(tuple(tensor.shape), tuple(offset), tuple(shape))
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The data of this rank's box, sharing memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def speaks_for(tensor: Tensor, rank: int) -> bool:
+    """Whether this rank, of all that hold the same box, is the one that counts."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(
+        index == 0
+        for index, placement in zip(coordinate, tensor.placements, strict=True)
+        if placement.is_replicate()
+    )

@@ -1,0 +1,102 @@
+"""`python -m scripts.export RUN`: a checkpoint becomes a Hugging Face folder.
+
+    python -m scripts.export runs/demo                    # newest checkpoint -> runs/demo/export
+    python -m scripts.export runs/demo --dtype bf16       # half the size, rounded weights
+    python -m scripts.export runs/demo/checkpoints/step-00000100 --out /tmp/model
+
+The folder holds config.json, generation_config.json, safetensors shards with their index, and the
+tokenizer; `python -m serve`, transformers, SGLang and vLLM load it. No process group, no model in
+memory: one shard at a time goes from the checkpoint's boxes to the export.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.loader import from_dict, unflatten
+from configs.schema import ConfigError
+from models.hf import hf_config
+from models.hf_files import write_tensors
+from parallel.shards import Box
+from train import checkpoint
+from train.tokenizer import export_tokenizer, load_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
+    """Write the newest checkpoint of `source` (or that very checkpoint) to `out`.
+
+    out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
+    Raises ConfigError if the model has no Hugging Face form or the checkpoint is damaged.
+    """
+    folder = checkpoint.find(source)
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.verify_files(manifest)
+    config = from_dict(unflatten(manifest.config), str(folder / "manifest.json"))
+    run = folder.parent.parent
+    out = out or run / "export"
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer = run / "tokenizer" / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ConfigError(f"{tokenizer}: missing; an export needs the tokenizer of its run")
+    parsed, eot_name = load_tokenizer(tokenizer, config.model.vocab_size)
+    eot = parsed.token_to_id(eot_name)
+    described = hf_config(
+        config.model,
+        max_positions=config.data.seq_len,
+        eos_token_id=eot,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    reader = checkpoint.Reader(manifest)
+    write_tensors(partial, config.model, lambda name, index: _read(reader, name, index), dtype)
+    export_tokenizer(tokenizer, partial, config.data.seq_len)
+    _write_json(partial / "config.json", described)
+    _write_json(
+        partial / "generation_config.json",
+        {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "do_sample": False},
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return out
+
+
+def _read(reader: checkpoint.Reader, name: str, index: tuple[int, ...]) -> Tensor:
+    """`ours[index]` from the checkpoint."""
+    whole = reader.whole(f"model.{name}")
+    depth = len(index)
+    offset = (*index, *whole.offset[depth:])
+    shape = ((1,) * depth) + whole.shape[depth:]
+    value = reader.read(f"model.{name}", Box(whole.whole, offset, shape))
+    return value.reshape(whole.shape[depth:])
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.export")
+    parser.add_argument("source", type=Path, help="run folder, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, help="folder to write (default: <run>/export)")
+    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="default: fp32, exact")
+    arguments = parser.parse_args()
+    try:
+        out = export(arguments.source, arguments.out, _DTYPES[arguments.dtype])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"exported {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

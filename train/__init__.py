@@ -1,0 +1,1 @@
+"""The trainer: data, loss, optimizer, checkpoints, metrics, the step loop."""

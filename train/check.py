@@ -1,0 +1,68 @@
+"""`--check`: what an experiment is and needs, without starting a rank."""
+
+from configs.degrees import Degrees
+from configs.loader import to_toml
+from configs.schema import ConfigError, RunConfig
+from models.counts import flops_per_token, parameter_counts
+from models.hf import architecture
+
+_STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
+"""Bytes per parameter of a shard: everything that is kept is fp32."""
+
+
+def report(config: RunConfig, degrees: Degrees) -> str:
+    """The resolved experiment and its sizes as text; ConfigError where something cannot work."""
+    counts = parameter_counts(config.model)
+    flops = flops_per_token(config.model, config.data.seq_len)
+    tokens = config.train.global_batch * config.data.seq_len
+    passes = config.train.global_batch // (config.train.micro_batch * degrees.data_ranks)
+    lines = [
+        to_toml(config),
+        "mesh",
+        *(f"  {axis:<13} {size:>5}   {meaning}" for axis, size, meaning in degrees.table()),
+        f"  {'ranks':<13} {degrees.world:>5}",
+        "model",
+        f"  parameters    {counts.total:>15,}",
+        f"  active        {counts.active:>15,}   per token; {counts.active - counts.embedding:,} "
+        "without the input embedding",
+        f"  FLOPs / token {flops:>15,.0f}   forward and backward, causal half of attention",
+        f"  export as     {_export_name(config)}",
+        "step",
+        f"  tokens        {tokens:>15,}   {config.train.global_batch} sequences of "
+        f"{config.data.seq_len}",
+        f"  microbatches  {passes:>15,}   per rank, of {config.train.micro_batch} sequences",
+        f"  whole run     {tokens * config.train.steps:>15,} tokens, "
+        f"{tokens * config.train.steps * flops:.2e} FLOPs",
+        "bytes per rank",
+        *_bytes_per_rank(config, degrees),
+    ]
+    return "\n".join(lines)
+
+
+def _export_name(config: RunConfig) -> str:
+    try:
+        return architecture(config.model)
+    except ConfigError as error:
+        return f"not possible: {error}"
+
+
+def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
+    counts = parameter_counts(config.model)
+    held = (counts.total - counts.experts) / degrees.dp_shard
+    held += counts.experts / (degrees.efsdp * degrees.ep)
+    rows = [(name, held * size) for name, size in _STATE_BYTES.items()]
+    gathered = (counts.total - counts.experts + counts.experts / degrees.ep) * 2
+    if config.parallel.reshard_after_forward:
+        gathered /= config.model.n_layers
+    rows.append(("gathered bf16 weights", gathered))
+    total = sum(size for _, size in rows)
+    text = [f"  {name:<22} {_size(size):>10}" for name, size in rows]
+    return [*text, f"  {'sum':<22} {_size(total):>10}   activations come on top"]
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            return f"{n_bytes:,.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError

@@ -1,0 +1,278 @@
+"""Checkpoints that any mesh can read, without pickle.
+
+A checkpoint is a folder `step-00000100`: one safetensors file per rank with the boxes of the
+tensors it speaks for, and `manifest.json`, which lists every box (name, whole shape, offset,
+shape, file), size and CRC-32 of every file, the run's state and its config. It is written under a
+temporary name, fsynced and renamed, so that a folder with a manifest is complete; it is never
+overwritten. Loading intersects the boxes a rank needs with the boxes that were saved, and checks
+that they cover it, so a run may resume on another mesh.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.schema import ConfigError
+from parallel.ranks import gather_json
+from parallel.shards import Box, box_of, local_of, speaks_for
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be written or read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a checkpoint, as its `manifest.json` lists them."""
+
+    folder: Path
+    boxes: dict[str, list[tuple[Box, str]]]
+    """Tensor name -> (box, file) of every part."""
+    files: dict[str, dict[str, int]]
+    """File -> its `bytes` and `crc32`."""
+    state: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def save(
+    root: Path,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint `state["step"]` under `root`; all ranks call this together.
+
+    tensors: live tensors by name, the same names on all ranks. Afterwards the oldest checkpoints
+    beyond `keep` are removed. Raises CheckpointError on every rank if one of them cannot write.
+    """
+    rank = dist.get_rank()
+    final = path_of(root, state["step"])
+    partial = root / f".{final.name}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    reports = gather_json(_write_rank(partial / f"rank-{rank:05d}.safetensors", tensors, rank))
+    failed = [report["error"] for report in reports if "error" in report]
+    if failed:
+        raise CheckpointError(f"{partial}: cannot write the checkpoint: {failed[0]}")
+    if rank == 0:
+        _commit(partial, final, reports, state, config)
+        for old in checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
+    """Write this rank's boxes; returns what the manifest says of them, or the error."""
+    from safetensors.torch import save_file
+
+    boxes = {name: box_of(tensor) for name, tensor in tensors.items()}
+    mine = {
+        name: local_of(tensor).detach().cpu().contiguous()
+        for name, tensor in tensors.items()
+        if speaks_for(tensor, rank) and boxes[name].numel
+    }
+    if not mine:
+        return {}
+    try:
+        save_file(mine, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        size, crc = path.stat().st_size, _crc32(path)
+    except Exception as error:  # safetensors raises its own type; all ranks must hear of it
+        return {"error": f"rank {rank}: {error}"}
+    entries = [{"name": name, **asdict(boxes[name])} for name in mine]
+    return {"file": path.name, "bytes": size, "crc32": crc, "boxes": entries}
+
+
+def _commit(
+    partial: Path,
+    final: Path,
+    reports: list[dict[str, Any]],
+    state: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    written = [report for report in reports if report]
+    content = {
+        "format": _FORMAT,
+        "state": state,
+        "config": config,
+        "files": {r["file"]: {"bytes": r["bytes"], "crc32": r["crc32"]} for r in written},
+        "boxes": [{**box, "file": r["file"]} for r in written for box in r["boxes"]],
+    }
+    content["crc32"] = _crc32_of(content)
+    with (partial / _MANIFEST).open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _fsync_folder(partial)
+    partial.rename(final)
+    _fsync_folder(final.parent)
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first."""
+    return sorted(path.parent for path in root.glob(f"step-*/{_MANIFEST}"))
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest below it or its `checkpoints`."""
+    if (path / _MANIFEST).is_file():
+        return path
+    found = checkpoints(path) or checkpoints(path / "checkpoints")
+    if not found:
+        why = "holds no checkpoint" if path.is_dir() else "no such folder"
+        raise CheckpointError(f"{path}: {why}; name a run folder or one of its checkpoints")
+    return found[-1]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, after its own checksum and the sizes of all files hold."""
+    path = folder / _MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format") != _FORMAT:
+            raise CheckpointError(f"{path}: format {content.get('format')}, expected {_FORMAT}")
+        if content.pop("crc32") != _crc32_of(content):
+            raise CheckpointError(f"{path}: damaged (checksum differs); {_remedy(folder)}")
+        boxes: dict[str, list[tuple[Box, str]]] = {}
+        for b in content["boxes"]:
+            box = Box(tuple(b["whole"]), tuple(b["offset"]), tuple(b["shape"]))
+            boxes.setdefault(b["name"], []).append((box, b["file"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: unreadable: {error}; {_remedy(folder)}") from None
+    for name, facts in content["files"].items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file}: missing; {_remedy(folder)}")
+        if file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(
+                f"{file}: {file.stat().st_size} bytes, expected {facts['bytes']}; {_remedy(folder)}"
+            )
+    return Manifest(folder, boxes, content["files"], content["state"], content["config"])
+
+
+def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
+    """Compare the checksums of all files, divided among the ranks; raises on all if one fails.
+
+    With `world` 1 no process group is needed.
+    """
+    mine = sorted(manifest.files)[rank::world]
+    bad = [f for f in mine if _crc32(manifest.folder / f) != manifest.files[f]["crc32"]]
+    found = bad if world == 1 else [name for names in gather_json(bad) for name in names]
+    if found:
+        raise CheckpointError(
+            f"{manifest.folder / found[0]}: damaged (checksum differs); {_remedy(manifest.folder)}"
+        )
+
+
+def load(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Fill this rank's part of every tensor in place. Call `verify_files` first."""
+    reader = Reader(manifest)
+    for name, tensor in tensors.items():
+        local, box = local_of(tensor).detach(), box_of(tensor)
+        if box.numel:
+            local.copy_(reader.read(name, box).view(local.shape))
+
+
+class Reader:
+    """Boxes of a checkpoint's tensors, put together from the files that hold them."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._open: dict[str, Any] = {}
+
+    def whole(self, name: str) -> Box:
+        """The box that is all of tensor `name`."""
+        shape = self._parts(name)[0][0].whole
+        return Box(shape, (0,) * len(shape), shape)
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The data of `box`, on the CPU. Raises CheckpointError if it is not fully covered."""
+        result: Tensor | None = None
+        covered = 0
+        for saved, file in self._parts(name):
+            if saved.whole != box.whole:
+                raise CheckpointError(
+                    f"{self.manifest.folder}: {name} has shape {list(saved.whole)}, "
+                    f"the model asks for {list(box.whole)}"
+                )
+            common = saved.intersect(box)
+            if common is None:
+                continue
+            part = self._slice(file, name, common.within(saved))
+            if result is None:
+                result = torch.empty(box.shape, dtype=part.dtype)
+            result[common.within(box)] = part
+            covered += common.numel
+        if result is None or covered != box.numel:
+            raise CheckpointError(
+                f"{self.manifest.folder}: {name} is incomplete: {covered} of {box.numel} elements"
+            )
+        return result
+
+    def _parts(self, name: str) -> list[tuple[Box, str]]:
+        parts = self.manifest.boxes.get(name)
+        if not parts:
+            raise CheckpointError(f"{self.manifest.folder}: has no tensor {name}")
+        return parts
+
+    def _slice(self, file: str, name: str, index: tuple[slice, ...]) -> Tensor:
+        from safetensors import safe_open
+
+        if file not in self._open:
+            self._open[file] = safe_open(self.manifest.folder / file, framework="pt")
+        handle = self._open[file]
+        part: Tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        return part
+
+
+def _remedy(folder: Path) -> str:
+    others = [path for path in checkpoints(folder.parent) if path != folder]
+    return f"remove {folder} to use {others[-1].name}" if others else f"remove {folder}"
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _crc32_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""What a run ran on, kept beside its results."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.degrees import Degrees
+from parallel.ranks import Ranks
+
+_PACKAGES = ("torch", "triton", "torchtitan", "numpy", "tokenizers", "safetensors", "datasets")
+
+
+def describe(ranks: Ranks, degrees: Degrees, compute: torch.dtype) -> dict[str, Any]:
+    """Versions, commit, host, device and mesh of this attempt."""
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "device": device or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "compute_dtype": str(compute).removeprefix("torch."),
+        "ranks": ranks.world,
+        "mesh": {axis: size for axis, size, _ in degrees.table()},
+    }
+
+
+def record(folder: Path, attempt: dict[str, Any]) -> None:
+    """Append this attempt to `environment.json` of the run."""
+    path = folder / "environment.json"
+    attempts = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*attempts, attempt], indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout, with `+` where files differ from it; None outside git."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        run = lambda *a: subprocess.run(  # noqa: E731
+            ["git", "-C", str(root), *a], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,103 @@
+"""What a run reports: one set of scalar fields per step, to metrics.jsonl and TensorBoard alike.
+
+| field | meaning |
+|---|---|
+| loss, grad_norm, lr | mean training loss (nats per token), gradient norm before clipping, rate |
+| tokens_per_s, step_s | tokens of the step per second, seconds of the step |
+| data_share | share of the step's time spent waiting for data |
+| mfu | model FLOP/s over the device's peak (CUDA only) |
+| memory_gib | largest allocation so far on CUDA, resident memory elsewhere |
+| moe/layer_i/max_vio | (largest load - mean load) / mean load (arXiv:2408.15664) |
+| moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
+| moe/layer_i/dead_experts | experts without a single token in the step |
+| validation_loss, validation_bits_per_byte | at the steps that validate |
+
+The load of every expert goes to expert_load.jsonl, from which experts.png is drawn.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+
+
+def balance_fields(counts_LE: Tensor) -> dict[str, float]:
+    """The moe/... fields of one step from its global choices per layer and expert."""
+    fields: dict[str, float] = {}
+    for i, load_E in enumerate(counts_LE.double()):
+        mean = load_E.mean()
+        share_E = load_E / load_E.sum()
+        entropy = -(share_E * share_E.clamp(min=1e-30).log()).sum() / math.log(max(len(load_E), 2))
+        fields[f"moe/layer_{i}/max_vio"] = float(load_E.max() / mean - 1)
+        fields[f"moe/layer_{i}/load_entropy"] = float(entropy)
+        fields[f"moe/layer_{i}/dead_experts"] = float((load_E == 0).sum())
+    return fields
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory of this process: peak allocated on CUDA, resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no /proc, as on macOS
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    return pages * 4096 / 2**30
+
+
+class MetricsWriter:
+    """Appends to the files of a run; steps after `last_step` of an earlier attempt are removed."""
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        for name in (METRICS, EXPERT_LOAD):
+            _keep_until(folder / name, last_step)
+        self._metrics = (folder / METRICS).open("a")
+        self._loads = (folder / EXPERT_LOAD).open("a")
+        self._board = _tensorboard(folder / "tensorboard", last_step)
+
+    def write(self, step: int, fields: dict[str, float], counts_LE: Tensor) -> None:
+        """Record one step."""
+        self._metrics.write(json.dumps({"step": step, **fields}) + "\n")
+        self._loads.write(json.dumps({"step": step, "load": counts_LE.long().tolist()}) + "\n")
+        for name, value in fields.items():
+            self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+        self._metrics.flush()
+        self._loads.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._loads.close()
+        self._board.close()
+
+
+def _tensorboard(folder: Path, last_step: int) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=last_step + 1)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete records of a JSONL file; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is unfinished
+    return [json.loads(line) for line in lines]
+
+
+def _keep_until(path: Path, last_step: int) -> None:
+    kept = [line for line in read_lines(path) if line["step"] <= last_step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,116 @@
+"""What rank 0 tells the world about a run; the other ranks hold a reporter that stays silent."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+from parallel.ranks import Ranks
+from train.console import Progressing
+from train.metrics import MetricsWriter, balance_fields, memory_gib
+from train.plots import draw
+from train.step import StepResult
+
+
+class Reporter:
+    """Progress on the console, records in the run's folder, pictures at the end."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        done: int,
+        total: int,
+        log_every: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+    ) -> None:
+        self.folder, self.device, self.active = folder, ranks.device, ranks.is_first
+        self.done, self.total, self.log_every = done, total, log_every
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops * ranks.world if peak_flops else None
+
+    def __enter__(self) -> "Reporter":
+        if self.active:
+            self._writer = MetricsWriter(self.folder, self.done)
+            self._progress = Progressing(self.done, self.total).__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.active:
+            self._progress.__exit__(kind, error, trace)
+            self._writer.close()
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        lr: float,
+        seconds: float,
+        data_seconds: float,
+        validation: dict[str, float],
+    ) -> None:
+        """Record one step. `seconds` is the whole step without validation and checkpoint."""
+        if not self.active:
+            return
+        speed = result.tokens / seconds
+        fields = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens_per_s": speed,
+            "step_s": seconds,
+            "data_share": data_seconds / seconds,
+            "memory_gib": memory_gib(self.device),
+        }
+        if self.peak_flops:
+            fields["mfu"] = speed * self.flops_per_token / self.peak_flops
+        fields |= validation | balance_fields(result.counts_LE)
+        self._writer.write(step, fields, result.counts_LE)
+        as_line = step % self.log_every == 0 or step == self.total or step == self.done + 1
+        self._progress.step(step, _status(fields), as_line)
+        if validation:
+            self._progress.say(
+                f"step {step}: validation loss {validation['validation_loss']:.4f} "
+                f"({validation['validation_bits_per_byte']:.3f} bits per byte)"
+            )
+
+    def say(self, line: str) -> None:
+        """Tell the user one line."""
+        if self.active:
+            self._progress.say(line)
+
+    def flush(self) -> None:
+        """Make sure that records up to now survive a kill; before every checkpoint."""
+        if self.active:
+            self._writer.flush()
+
+    def draw(self) -> list[Path]:
+        """Draw the pictures from what has been recorded."""
+        self.flush()
+        return draw(self.folder) if self.active else []
+
+
+def _status(fields: dict[str, Any]) -> str:
+    parts = [
+        f"loss {fields['loss']:.4f}",
+        f"lr {fields['lr']:.2e}",
+        f"grad {fields['grad_norm']:.2f}",
+        f"{fields['tokens_per_s']:,.0f} tok/s",
+        f"mem {fields['memory_gib']:.2f} GiB",
+    ]
+    if "mfu" in fields:
+        parts.append(f"mfu {fields['mfu']:.1%}")
+    if fields["data_share"] > 0.02:
+        parts.append(f"data {fields['data_share']:.0%}")
+    worst = [value for name, value in fields.items() if name.endswith("/max_vio")]
+    if worst:
+        parts.append(f"max_vio {max(worst):.2f}")
+    return "  ".join(parts)

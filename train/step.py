@@ -1,0 +1,105 @@
+"""One optimizer step: microbatches, one global loss, clipping, update.
+
+Nothing is changed before the step is known to be good: a non-finite loss or gradient stops the run
+with weights, optimizer and router biases as they were, and says which rank met it first.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kernels.cross_entropy import IGNORE
+from models.moe import take_counts, update_biases
+from parallel.grad_norm import global_grad_norm, scale_grads
+from parallel.ranks import gather_json, sum_over_ranks
+from parallel.shards import local_of
+from train.batches import Batch
+from train.loss import loss_sum
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became infinite or NaN; the message names step, ranks and parameters."""
+
+
+class Updater(Protocol):
+    """What the step needs of an optimizer."""
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave, the same on all ranks."""
+
+    loss: float
+    """Mean over the target tokens of the step, nats."""
+    grad_norm: float
+    """Global 2-norm before clipping."""
+    tokens: int
+    """Target tokens of the step."""
+    counts_LE: Tensor
+    """Routed choices per MoE layer and expert over all ranks, on the CPU."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Updater,
+    batches: Iterable[Batch],
+    *,
+    step: int,
+    rank: int,
+    clip_norm: float,
+    stop: Callable[[], bool] = lambda: False,
+) -> StepResult | None:
+    """Run one step on this rank's microbatches; all ranks call it together.
+
+    stop: asked before every microbatch, must answer alike on all ranks. If true the step is
+    abandoned without a trace and None returned. Raises NonFiniteError.
+    """
+    microbatches = list(batches)
+    tokens = sum(int((b.targets_T != IGNORE).sum()) for b in microbatches)
+    tokens = int(sum_over_ranks(torch.tensor(tokens)).item())
+    total = torch.zeros((), device=microbatches[0].tokens_T.device)
+    for batch in microbatches:
+        if stop():
+            optimizer.zero_grad()
+            take_counts(model, lambda counts: counts)
+            return None
+        loss = loss_sum(model, batch) / tokens
+        loss.backward()
+        total += loss.detach()
+    parameters = list(model.parameters())
+    norm = global_grad_norm(parameters, rank)
+    global_loss = sum_over_ranks(total.clone())
+    if not torch.isfinite(norm + global_loss):
+        raise NonFiniteError(_diagnose(model, step, float(total)))
+    if clip_norm:
+        scale_grads(parameters, norm, clip_norm)
+    counts_LE = take_counts(model, sum_over_ranks)
+    update_biases(model, counts_LE)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(float(global_loss), float(norm), tokens, counts_LE.cpu())
+
+
+def _diagnose(model: nn.Module, step: int, local_loss: float) -> str:
+    """One line that names the ranks and, for gradients, the first parameter affected."""
+    bad = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and not torch.isfinite(local_of(p.grad)).all()
+    ]
+    finite = bool(torch.isfinite(torch.tensor(local_loss)))
+    reports = gather_json({"loss": finite, "parameter": bad[0] if bad else ""})
+    losses = [rank for rank, report in enumerate(reports) if not report["loss"]]
+    if losses:
+        what = f"the loss is not finite on rank {', '.join(map(str, losses))}"
+    else:
+        where = [f"{r['parameter']} on rank {i}" for i, r in enumerate(reports) if r["parameter"]]
+        what = f"the gradient is not finite: {', '.join(where) or 'its norm overflows'}"
+    return f"step {step}: {what}; stopped before the optimizer step"

@@ -1,0 +1,203 @@
+"""A run from its config to its last checkpoint.
+
+`Trainer.run` is the whole story: fetch, step, report, validate, save. What a step does is in
+`train.step`, what it sees in `train.batches`, what is saved in `train.checkpoint`.
+"""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.degrees import Degrees
+from configs.loader import flatten, to_toml
+from configs.schema import ConfigError, RunConfig
+from kernels.device import bf16_is_fast
+from models.counts import flops_per_token
+from models.decoder import Decoder
+from parallel import mesh as meshes
+from parallel.apply import materialise, parallelize
+from parallel.ranks import Ranks, gather_json
+from train import checkpoint, environment
+from train.batches import Sequences, TrainingData, validation_batches
+from train.corpus import Corpus, open_corpus, prepare
+from train.profile import profiled
+from train.report import Reporter
+from train.resume import restore
+from train.schedule import learning_rate
+from train.step import train_step
+from train.stop import StopSignal
+from train.tokenizer import export_tokenizer
+from train.torchtitan_adapter import (
+    build_optimizer,
+    collect_garbage_every,
+    optimizer_tensors,
+    peak_flops,
+    set_learning_rate,
+)
+from train.validation import bits_per_byte, validation_loss
+
+
+def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward that `precision.recipe` means on this device."""
+    recipe = config.precision.recipe
+    if recipe == "auto":
+        recipe = "bf16" if bf16_is_fast(device) else "fp32"
+    return torch.bfloat16 if recipe == "bf16" else torch.float32
+
+
+class Trainer:
+    """Everything a run consists of, built for this rank; `run` trains to the last step."""
+
+    def __init__(self, config: RunConfig, degrees: Degrees, ranks: Ranks) -> None:
+        self.config, self.degrees, self.ranks = config, degrees, ranks
+        self.folder = Path(config.run.dir)
+        self.compute = compute_dtype(config, ranks.device)
+        self.corpus = self._open_corpus()
+        self.training, self.held_out = self._open_data()
+        mesh = meshes.build(degrees, ranks.device.type)
+        with torch.device("meta"):
+            self.model = Decoder(config.model)
+        parallelize(self.model, mesh, config, self.compute)
+        materialise(self.model, config.model, config.run.seed, ranks.device)
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.done, lines = restore(
+            config, ranks, self.corpus.fingerprint, self._weights, self._optimizer_state
+        )
+        if ranks.is_first:
+            self._introduce(lines)
+
+    def run(self) -> int | None:
+        """Train up to the last step; returns the exit code of a stop, None when complete."""
+        train, total = self.config.train, self.config.train.steps
+        stop, garbage = StopSignal(), collect_garbage_every(train.gc_every)
+        with self._reporter() as report:
+            for step in range(self.done + 1, total + 1):
+                start = time.perf_counter()
+                batches = [batch.to(self.ranks.device) for batch in self.training.step(step)]
+                fetched = time.perf_counter()
+                lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, total)
+                set_learning_rate(self.optimizer, lr)
+                with self._profile(step):
+                    result = train_step(
+                        self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
+                        clip_norm=train.clip_norm, stop=stop.agreed,
+                    )  # fmt: skip
+                if result is None:
+                    break
+                self.done, end = step, time.perf_counter()
+                validation = self._validate(stop) if self._due(self.config.validation.every) else {}
+                report.step(
+                    step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
+                    validation=validation,
+                )  # fmt: skip
+                if self._due(self.config.checkpoint.every):
+                    self._save(report)
+                garbage.run(step)
+            self._save(report)
+            for picture in report.draw():
+                report.say(f"drew {picture}")
+        return None if self.done == total else stop.exit_code
+
+    def _due(self, every: int) -> bool:
+        return self.done == self.config.train.steps or (every > 0 and self.done % every == 0)
+
+    def _validate(self, stop: StopSignal) -> dict[str, float]:
+        corpus, micro = self.corpus, self.config.train.micro_batch
+        batches = validation_batches(
+            self.held_out, self.config.validation.sequences, micro,
+            self.ranks.rank, self.degrees.data_ranks,
+        )  # fmt: skip
+        filler = self.held_out.first()
+        loss = validation_loss(self.model, batches, filler, self.ranks.device, stop.agreed)
+        if loss is None:
+            return {}
+        bits = bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
+        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+
+    def _save(self, report: Reporter) -> None:
+        """Write the checkpoint of the last complete step, unless it is there already."""
+        root = self.folder / "checkpoints"
+        if self.done == 0 or checkpoint.path_of(root, self.done).exists():
+            return
+        report.flush()
+        state = {"step": self.done, "corpus": self.corpus.fingerprint}
+        tensors = self._weights() | self._optimizer_state()
+        keep = self.config.checkpoint.keep
+        path = checkpoint.save(root, tensors, state, flatten(self.config), keep)
+        report.say(f"saved {path}")
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        state = self.model.state_dict(keep_vars=True)
+        return {f"model.{name}": tensor for name, tensor in state.items()}
+
+    def _optimizer_state(self) -> dict[str, torch.Tensor]:
+        tensors = optimizer_tensors(self.optimizer)
+        return {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+
+    def _open_corpus(self) -> Corpus:
+        """Rank 0 prepares the corpus (or finds it prepared), the others open it."""
+        folder = ""
+        if self.ranks.is_first:
+            folder = str(prepare(self.config, lambda line: print(line, flush=True)).folder)
+        return open_corpus(Path(gather_json(folder)[0]))
+
+    def _open_data(self) -> tuple[TrainingData, Sequences]:
+        config, corpus = self.config, self.corpus
+        training = Sequences(corpus.train, config.data.seq_len, corpus.eot)
+        held_out = Sequences(corpus.validation, config.data.seq_len, corpus.eot)
+        for split, sequences in (("training", training), ("validation", held_out)):
+            if not sequences.count:
+                raise ConfigError(
+                    f"data.seq_len = {config.data.seq_len}: the {split} split has only "
+                    f"{len(sequences.tokens)} tokens, not one sequence; use shorter sequences or "
+                    "more text"
+                )
+        data = TrainingData(
+            training,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=self.ranks.rank,
+            n_ranks=self.degrees.data_ranks,
+        )
+        return data, held_out
+
+    def _introduce(self, lines: list[str]) -> None:
+        """Say how the run starts, and keep config, tokenizer and environment with it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.toml").write_text(to_toml(self.config))
+        export_tokenizer(
+            self.corpus.tokenizer_file, self.folder / "tokenizer", self.config.data.seq_len
+        )
+        environment.record(
+            self.folder, environment.describe(self.ranks, self.degrees, self.compute)
+        )
+        mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.degrees.table())
+        print(
+            f"{self.folder}: {self.ranks.world} ranks ({mesh}), {self.ranks.device.type}, "
+            f"{str(self.compute).removeprefix('torch.')}, "
+            f"{torch.get_num_threads()} threads per rank",
+            *lines,
+            sep="\n",
+            flush=True,
+        )
+
+    def _reporter(self) -> Reporter:
+        return Reporter(
+            self.folder,
+            self.ranks,
+            done=self.done,
+            total=self.config.train.steps,
+            log_every=self.config.train.log_every,
+            flops_per_token=flops_per_token(self.config.model, self.config.data.seq_len),
+            peak_flops=peak_flops(self.ranks.device),
+        )
+
+    def _profile(self, step: int) -> AbstractContextManager[Any]:
+        if step not in self.config.train.profile_steps:
+            return nullcontext()
+        return profiled(self.folder / "profile" / f"step-{step:08d}-rank-{self.ranks.rank:05d}.json")

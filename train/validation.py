@@ -1,0 +1,46 @@
+"""Held-out loss: the same sequences on every mesh, summed exactly over ranks."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from kernels.cross_entropy import IGNORE
+from parallel.ranks import sum_over_ranks
+from train.batches import Batch
+from train.loss import loss_sum
+
+
+def validation_loss(
+    model: nn.Module,
+    batches: Iterable[Batch | None],
+    filler: Batch,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss per target token, nats. All ranks call it together.
+
+    batches: this rank's share; None where it has nothing left and runs `filler`, uncounted, so
+    that the collectives of the forward pass stay matched. None is returned when `stop` says so
+    (asked before every batch, with the same answer on all ranks).
+    """
+    model.eval()
+    try:
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in batches:
+                if stop():
+                    return None
+                loss = float(loss_sum(model, (batch or filler).to(device)))
+                if batch is not None:
+                    sums += torch.tensor([loss, float((batch.targets_T != IGNORE).sum())])
+        total, tokens = sum_over_ranks(sums).tolist()
+        return total / tokens
+    finally:
+        model.train()
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+    """Loss in bits per byte of text: nats per token, over ln 2, times tokens per byte."""
+    return loss / math.log(2) * tokens / text_bytes
