@@ -51,9 +51,9 @@ def start_ranks(threads: int = 0) -> Ranks:
 
 
 def stop_ranks() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group together; a gloo rank that leaves early can abort its peers."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -103,17 +103,17 @@ def _report(config: RunConfig, documents: Documents, found: Survey, log: Log) ->
     if documents.not_utf8:
         example = documents.not_utf8[0]
         log(f"corpus: left out {len(documents.not_utf8)} files that are not UTF-8, as {example}")
-    dropped = (
-        f"{found.n_empty} empty, {found.n_exact} equal, {found.n_near} nearly equal to another"
-    )
+    dropped = f"{found.n_empty} empty, {found.n_exact} equal, {found.n_near} nearly equal to others"
     log(
         f"corpus: {len(documents):,} documents, dropped {dropped}; "
-        f"{len(found.kept):,} of {sum(found.sizes) / 1e6:.1f} MB are left"
+        f"{len(found.kept):,} left ({sum(found.sizes) / 1e6:.3g} MB)"
     )
     if len(found.kept) < 2:
-        what = f"{len(found.kept)} of {len(documents)} documents left ({dropped})"
+        what = "there is no text in it"
+        if found.kept:
+            what = f"1 of {len(documents)} documents left ({dropped})"
         raise ConfigError(
-            f"data.source = {config.data.source!r}: {what}; it takes two or more, "
+            f"data.source = {config.data.source!r}: {what}; it takes two documents or more, "
             "one to train on and one to hold out"
         )
 

@@ -7,8 +7,8 @@ What a document is:
 - standard library, or a folder: one file;
 - JSONL, Parquet, Hugging Face dataset: one row's `data.text_field`;
 - in plain text, a line that is exactly `<|endoftext|>` ends a document. A single text file without
-  such lines is cut at blank lines (at line ends where it has none) into pieces of about 8 KiB, or
-  of a sixteenth of the file if that is less, because a held-out part needs documents to hold out.
+  such lines is cut at blank lines (at line ends where it has none) into pieces of about 8,192
+  characters, or of a sixteenth of the file if that is less: there must be documents to hold out.
 
 Text is UTF-8. A single file that is not is an error; such files in a folder or in the standard
 library are left out and counted.
@@ -38,7 +38,7 @@ BINARY_SUFFIXES = frozenset(
     " .pt .safetensors .png .jpg .so .pyc".split()
 )
 SUPPORTED = "text files (.txt, .md, .py, ...), .jsonl, .jsonl.gz and .parquet"
-PIECE_BYTES = 8192
+PIECE_LENGTH = 8192  # characters
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _ROWS = 256
@@ -189,7 +189,10 @@ def _read_files(
         except OSError as error:
             raise _error(data, f"{file} cannot be read: {error.strerror}") from None
         parts = _SEPARATOR.split(text) if split_lines else [text]
-        documents.texts += cut(text) if single and len(parts) == 1 else parts
+        if len(parts) > 1:
+            documents.texts += [part for part in parts if part.strip()]
+        else:
+            documents.texts += cut(text) if single else parts
     for builder in ("json", "parquet"):
         chosen = [str(file.resolve()) for file in tables if _kind(file) == builder]
         if chosen:
@@ -200,9 +203,9 @@ def _read_files(
 
 
 def cut(text: str) -> list[str]:
-    """One text as documents of at least PIECE_BYTES (a sixteenth of it, if less); ends with the
+    """One text as documents of at least PIECE_LENGTH (a sixteenth of it, if less); ends with the
     paragraph, or with the line where there are no paragraphs. Joined they are `text` again."""
-    size = min(PIECE_BYTES, len(text) // 16)
+    size = min(PIECE_LENGTH, len(text) // 16)
     for pattern in (r"\n[ \t\r]*\n\s*", r"\n"):
         pieces, start = [], 0
         for end in re.finditer(pattern, text):

@@ -1,0 +1,131 @@
+"""Every public kernel against its reference: forward and each gradient, odd sizes, empty groups."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from kernels.grouped_gemm import grouped_gemm_nt, grouped_gemm_nt_reference
+from kernels.permute import (
+    combine_rows,
+    combine_rows_reference,
+    expert_order,
+    gather_rows,
+    gather_rows_reference,
+)
+from kernels.swiglu import swiglu, swiglu_reference
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""||difference|| / ||reference||: a few roundings of the dtype (2^-24 and 2^-9)."""
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Output and the gradient of every floating input, for a fixed random output gradient."""
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = function(*leaves)
+    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    wanted = [x for x in leaves if x.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, seed)]
+
+
+def assert_close(ours: list[Tensor], reference: list[Tensor], tolerance: float) -> None:
+    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+        assert error <= tolerance, f"result {i}: {error}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [1], [0, 0, 7, 2], [64, 1, 63]], ids=str)
+def test_grouped_gemm(sizes: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor(sizes)
+    x, w = torch.randn(sum(sizes), 24).to(dtype), torch.randn(len(sizes), 17, 24).to(dtype)
+    ours = gradients(lambda a, b: grouped_gemm_nt(a, b, counts.cumsum(0), counts), x, w)
+
+    def loop(a: Tensor, b: Tensor) -> Tensor:
+        parts = a.split(sizes)
+        return torch.cat([part @ b[e].T for e, part in enumerate(parts)])
+
+    assert_close(ours, gradients(loop, x, w), TOLERANCE[dtype])
+    reference = grouped_gemm_nt_reference(x, w, counts.cumsum(0), counts)
+    assert_close(ours[:1], [reference], TOLERANCE[dtype])
+
+
+def test_grouped_gemm_leaves_rows_between_groups_zero() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(20, 8), torch.randn(2, 4, 8)
+    ends, counts = torch.tensor([8, 16]), torch.tensor([5, 3])
+    y = grouped_gemm_nt(x, w, ends, counts)
+    outside = [5, 6, 7, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+    assert y[outside].abs().max() == 0
+    torch.testing.assert_close(y, grouped_gemm_nt_reference(x, w, ends, counts))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(7, 2, 3), (1, 4, 4), (0, 2, 3), (33, 1, 5)])
+def test_permutation(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)] or [])if tokens else (
+        torch.zeros(0, top_k, dtype=torch.int64)
+    )
+    order, inverse, counts = expert_order(ids, experts)
+    assert counts.tolist() == [int((ids == e).sum()) for e in range(experts)]
+    flat = ids.reshape(-1)[order]
+    assert (flat.diff() >= 0).all() and torch.equal(order[inverse], torch.arange(order.numel()))
+    for e in range(experts):  # stable: rows of one expert keep the order of their tokens
+        assert (order[flat == e].diff() > 0).all()
+    x, rows = torch.randn(tokens, 9).to(dtype), torch.randn(tokens * top_k, 9).to(dtype)
+    assert_close(
+        gradients(lambda a: gather_rows(a, order, inverse), x),
+        gradients(lambda a: gather_rows_reference(a, order, inverse), x),
+        TOLERANCE[dtype],
+    )
+    assert_close(
+        gradients(lambda a: combine_rows(a, order, inverse, top_k), rows),
+        gradients(lambda a: combine_rows_reference(a, order, inverse, top_k), rows),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(5, 14), (1, 2), (0, 6), (3, 130)], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_swiglu(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape).to(dtype)] + ([torch.rand(shape[0])] if weighted else [])
+    assert_close(
+        gradients(swiglu, *inputs), gradients(swiglu_reference, *inputs), TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "vocab"), [(13, 50), (1, 3), (5000, 1031)])
+def test_linear_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(tokens, 16).to(dtype), torch.randn(vocab, 16).to(dtype)
+    targets = torch.randint(0, vocab, (tokens,))
+    targets[::5] = IGNORE
+    ours = gradients(lambda a, b: linear_cross_entropy(a, b, targets), x, w)
+    # in bf16 the reference's own gradients pass through bf16 logits
+    reference = gradients(lambda a, b: linear_cross_entropy_reference(a, b, targets), x, w)
+    assert_close(ours, reference, 3 * TOLERANCE[dtype])
+
+
+def test_linear_cross_entropy_scales_in_fp32() -> None:
+    """A loss scale that bf16 cannot hold must not be rounded to bf16."""
+    torch.manual_seed(0)
+    x = torch.randn(640, 64).bfloat16().requires_grad_()
+    w = torch.randn(320, 64).bfloat16().requires_grad_()
+    targets = torch.randint(0, 320, (640,))
+    exact = torch.autograd.grad(
+        linear_cross_entropy_reference(x.double(), w.double(), targets), w
+    )[0].double()
+    scale = 0.701171875  # halfway between two bf16 values: rounding it would be off by 2.8e-3
+    plain, scaled = (
+        torch.autograd.grad(linear_cross_entropy(x, w, targets) * factor, w)[0].double()
+        for factor in (1.0, scale)
+    )
+    assert abs(float((scaled * exact).sum() / (plain * exact).sum()) / scale - 1) < 5e-4

@@ -1,0 +1,138 @@
+"""The MoE layer against plain loops; router choice, balancing bias and counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.loader import load
+from configs.schema import Model
+from models.init import initial_value, initialise
+from models.moe import MoE, Router, routers, take_counts, update_biases
+from tests.runs import TINY
+
+
+def tiny_model(**moe: object) -> Model:
+    model = load(TINY).model
+    return replace(model, moe=replace(model.moe, **moe))  # type: ignore[arg-type]
+
+
+def layer(model: Model, seed: int = 0) -> MoE:
+    torch.manual_seed(seed)
+    moe = MoE(model)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    moe.router.bias_E.zero_()
+    torch.nn.init.normal_(moe.router.bias_E, std=0.05)
+    return moe
+
+
+def reference(moe: MoE, x_TD: Tensor) -> Tensor:
+    """Token by token, expert by expert."""
+    config, router = moe.router.config, moe.router
+    outputs = []
+    for x in x_TD:
+        logits = router.weight @ x
+        scores = logits.softmax(0) if config.score_func == "softmax" else logits.sigmoid()
+        chosen = (scores + router.bias_E).topk(config.top_k).indices
+        weights = scores[chosen]
+        if config.norm_top_k:
+            weights = weights / weights.sum()
+        y = torch.zeros_like(x)
+        for weight, e in zip(weights, chosen, strict=True):
+            w13, w2 = moe.experts.w13[e], moe.experts.w2[e]
+            y = y + config.route_scale * weight * (w2 @ (F.silu(w13[0] @ x) * (w13[1] @ x)))
+        if moe.shared_experts is not None:
+            w13, w2 = moe.shared_experts.w13, moe.shared_experts.w2
+            y = y + w2 @ (F.silu(w13[0] @ x) * (w13[1] @ x))
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"score_func": "softmax", "n_shared_experts": 0},
+        {"norm_top_k": False, "route_scale": 2.5},
+        {"top_k": 8},
+        {"top_k": 1, "n_experts": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [1, 23])
+def test_layer_equals_plain_loops(options: dict[str, object], tokens: int) -> None:
+    moe = layer(tiny_model(**options))
+    x = torch.randn(tokens, 32, requires_grad=True)
+    inputs = [x, *moe.parameters()]
+    seed = torch.randn(tokens, 32)
+    ours, theirs = moe(x), reference(moe, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, seed, allow_unused=True),
+        torch.autograd.grad(theirs, inputs, seed, allow_unused=True),
+        strict=True,
+    ):
+        if b is None or b.norm() < 1e-4:  # a single expert: its normalised weight is constant
+            assert a is None or a.norm() < 1e-4
+        else:
+            assert a is not None and (a - b).norm() / b.norm() < 1e-5
+
+
+def test_counts_are_of_training_only_and_taken_once() -> None:
+    moe = layer(tiny_model())
+    x = torch.randn(11, 32)
+    moe.train()
+    moe(x), moe(x)
+    moe.eval()
+    moe(x)
+    counts = take_counts(moe, lambda c: c.clone())
+    assert counts.shape == (1, 8) and counts.sum() == 2 * 11 * 2
+    assert take_counts(moe, lambda c: c.clone()).sum() == 0
+
+
+def test_bias_moves_against_the_load_and_evens_it() -> None:
+    model = tiny_model(bias_update_rate=0.02)
+    moe = layer(model)
+    moe.router.bias_E.zero_()
+    with torch.no_grad():
+        moe.router.weight[3] += 0.4  # a favourite
+    x = torch.randn(512, 32) + 0.5
+    first: Tensor | None = None
+    for _ in range(60):
+        moe(x)
+        counts = take_counts(moe, lambda c: c.clone())
+        first = counts if first is None else first
+        update_biases(moe, counts)
+    assert first is not None and first.max() / first.mean() > 2
+    assert counts.max() / counts.mean() < 1.3
+    assert abs(float(moe.router.bias_E.mean())) < 1e-6
+
+
+def test_no_bias_stays_zero_and_forced_balance_is_even() -> None:
+    moe = layer(tiny_model(bias_update_rate=0.0, force_balance=True))
+    moe.router.bias_E.zero_()
+    moe(torch.randn(16, 32))
+    counts = take_counts(moe, lambda c: c.clone())
+    update_biases(moe, counts)
+    assert counts.eq(4).all() and moe.router.bias_E.abs().max() == 0
+
+
+def test_initial_weights_do_not_depend_on_which_part_is_drawn() -> None:
+    model = tiny_model()
+    name, shape = "layers.1.ffn.experts.w13", (8, 2, 16, 32)
+    whole = initial_value(model, 3, name, shape)
+    assert torch.equal(whole[2:5], initial_value(model, 3, name, shape, slice(2, 5)))
+    assert not torch.equal(whole[0], whole[1])
+    assert not torch.equal(whole, initial_value(model, 4, name, shape))
+    assert abs(float(whole.std()) / 0.02 - 0.98) < 0.03  # truncated at three deviations
+
+
+def test_initialise_gives_every_parameter_its_own_values() -> None:
+    moe = layer(tiny_model())
+    initialise(moe, tiny_model(), seed=0)
+    values = [p for p in moe.parameters()]
+    assert len({float(p.detach().sum()) for p in values}) == len(values)
+    assert isinstance(routers(moe)[0], Router)

@@ -1,0 +1,50 @@
+"""Starting our programs as a user would, from tests."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny.toml"
+
+
+def environment() -> dict[str, str]:
+    """This environment with one thread per process and our modules in reach."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return clean | threads | {"PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def command(*arguments: object, ranks: int = 1) -> list[str]:
+    """The command line for `python ARGUMENTS` or, with several ranks, torchrun."""
+    words = [str(argument) for argument in arguments]
+    if ranks == 1:
+        return [sys.executable, *words]
+    port = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *port]
+    return [sys.executable, *launcher, *words]
+
+
+def run(
+    *arguments: object, ranks: int = 1, code: int = 0, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end and check the exit code; shows the output where it is another."""
+    done = subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

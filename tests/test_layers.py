@@ -1,0 +1,106 @@
+"""The house stands on its floors: a folder imports only from the floors beneath it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT: dict[str, set[str]] = {
+    "configs": set(),
+    "kernels": set(),
+    "models": {"configs", "kernels"},
+    "parallel": {"configs", "kernels", "models"},
+    "train": {"configs", "kernels", "models", "parallel"},
+    "serve": {"configs", "kernels", "models", "parallel"},
+    "scripts": {"configs", "kernels", "models", "parallel", "train", "serve"},
+}
+NO_TORCH = ("configs",)
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            base = node.module or ""
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def files_of(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_no_import_runs_back_up(folder: str) -> None:
+    assert files_of(folder), f"{folder} is empty"
+    rooms = MAY_IMPORT.keys() | {"tests"}
+    for path in files_of(folder):
+        found = {name.split(".")[0] for name in imported_modules(path)} & rooms
+        extra = found - MAY_IMPORT[folder] - {folder}
+        assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
+
+
+def test_no_import_circles() -> None:
+    paths = [path for folder in MAY_IMPORT for path in files_of(folder)]
+    module_of = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
+    graph = {name: imported_modules(path) & module_of.keys() for name, path in module_of.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for imported in graph[name]:
+                visit(imported, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_folder_is_missing_from_the_table() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages <= MAY_IMPORT.keys() | {"tests"}
+
+
+def test_files_stay_readable() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in [*MAY_IMPORT, "tests"]
+        for path in files_of(folder)
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_the_schema_needs_the_standard_library_only() -> None:
+    for folder in NO_TORCH:
+        for path in files_of(folder):
+            roots = {name.split(".")[0] for name in imported_modules(path)}
+            third = roots - set(sys.stdlib_module_names) - {"configs", "tomli", "tomli_w"}
+            assert not third, f"{path.name} imports {third}"
+
+
+def test_no_pickle() -> None:
+    banned = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+    for folder in MAY_IMPORT:
+        for path in files_of(folder):
+            assert not imported_modules(path) & banned, path
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    call = f"{node.value.id}.{node.attr}"
+                    assert call not in ("torch.load", "torch.save"), f"{path}: {call}"
+                    assert not (node.value.id == "dist" and "object" in node.attr), f"{path}: {call}"
+
+
+def test_kernels_is_ours() -> None:
+    import kernels
+
+    assert Path(kernels.__file__ or "").is_relative_to(ROOT), f"kernels is {kernels.__file__}"

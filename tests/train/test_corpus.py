@@ -1,0 +1,257 @@
+"""The corpus on disk: the stream decodes to the documents, and the cache survives what happens."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from configs.schema import ConfigError, Data, Model, Moe, Optimizer, Run, RunConfig, Train
+from train import corpus as subject
+from train.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.corpus_build import split
+from train.tokenizer import train_tokenizer
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> RunConfig:
+    settings = {"source": str(tmp_path / "docs"), "cache_dir": str(tmp_path / "cache")} | data
+    moe = Moe(n_experts=2, top_k=1, d_expert=8)
+    sizes = {"d_model": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8}
+    return RunConfig(
+        run=Run(dir="unused"),
+        model=Model(vocab_size=vocab_size, moe=moe, **sizes),  # type: ignore[arg-type]
+        train=Train(steps=1, global_batch=1, micro_batch=1),
+        optimizer=Optimizer(lr=1e-3),
+        data=Data(**settings),
+    )
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Forty different documents under `docs`, one with non-ASCII text and one with a forged eot."""
+    rng = random.Random(0)
+    made = [
+        "".join(f"value_{rng.randrange(50)} = {rng.random()}\n" for _ in range(30))
+        for _ in range(40)
+    ]
+    made[3] += "café 数\n"
+    made[4] += "x <|endoftext|> y\n"
+    (tmp_path / "docs").mkdir()
+    for number, text in enumerate(made):
+        (tmp_path / "docs" / f"{number}.py").write_text(text)
+    return made
+
+
+def documents(corpus: Corpus, tokens: np.ndarray) -> list[str]:
+    """The texts that a stream stands for, decoded by the library."""
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    assert tokens[0] == corpus.eot
+    parts = np.split(tokens, np.flatnonzero(tokens == corpus.eot))[1:]
+    return [tokenizer.decode(part[1:].tolist(), skip_special_tokens=False) for part in parts]
+
+
+def test_stream_decodes_to_the_documents(tmp_path: Path, texts: list[str]) -> None:
+    lines: list[str] = []
+    corpus = prepare(config(tmp_path, validation_fraction=0.2), lines.append)
+    train, held_out = documents(corpus, corpus.train), documents(corpus, corpus.validation)
+    assert sorted(train + held_out) == sorted(texts)
+    assert len(train) > len(held_out) > 1
+    by_hash = sorted(texts, key=lambda t: hashlib.blake2b(t.encode(), digest_size=16).digest())
+    assert train == [text for text in by_hash if text in train]
+    assert corpus.train_bytes == sum(len(text.encode()) for text in train)
+    assert corpus.validation_bytes == sum(len(text.encode()) for text in held_out)
+    assert corpus.train.dtype == np.uint16 and isinstance(corpus.train, np.memmap)
+    assert any("40 documents" in line for line in lines)
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    assert manifest["documents"]["train"] == len(train)
+    assert manifest["tokens"]["validation"] == len(corpus.validation)
+
+
+def test_tokenizer_learns_from_the_training_documents_only(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    corpus = prepare(config(tmp_path, validation_fraction=0.4), silent)
+    train = documents(corpus, corpus.train)
+    expected = train_tokenizer(lambda: train, 300, silent)
+    assert Tokenizer.from_file(str(corpus.tokenizer_file)).to_str() == expected.to_str()
+    assert expected.to_str() != train_tokenizer(lambda: texts, 300, silent).to_str()
+
+
+def test_split_is_stable_and_never_empty() -> None:
+    digests = [hashlib.blake2b(bytes([i]), digest_size=16).digest() for i in range(250)]
+    for fraction in (0.0, 0.02, 0.3, 0.5):
+        held_out = split(digests, fraction)
+        assert abs(held_out.mean() - fraction) < 4 * (0.25 / 250) ** 0.5 + 1 / 250
+        assert 0 < held_out.sum() < 250
+    some = np.arange(0, 250, 2)
+    assert np.array_equal(split([digests[i] for i in some], 0.3), split(digests, 0.3)[some])
+    for pair in range(0, 100, 2):
+        assert split(digests[pair : pair + 2], 0.5).sum() == 1
+
+
+def test_second_call_reads_the_cache(tmp_path: Path, texts: list[str]) -> None:
+    first = prepare(config(tmp_path), silent)
+    lines: list[str] = []
+    start = time.perf_counter()
+    second = prepare(config(tmp_path), lines.append)
+    assert time.perf_counter() - start < 0.3
+    assert "(cached)" in lines[0] and len(lines) == 1
+    assert second.folder == first.folder and second.fingerprint == first.fingerprint
+    assert np.array_equal(open_corpus(first.folder).train, first.train)
+    # Another cache folder: everything is made anew, and it is the same to the last byte.
+    third = prepare(config(tmp_path, cache_dir=str(tmp_path / "other")), silent)
+    assert third.folder.name == first.folder.name and third.fingerprint == first.fingerprint
+
+
+def test_what_changes_the_corpus_changes_its_folder(tmp_path: Path, texts: list[str]) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"vocab_size": 301},
+        {"validation_fraction": 0.3},
+        {"near_duplicate_threshold": 1.0},
+    ]
+    folders = [prepare(config(tmp_path, **change), silent).folder for change in changes]
+    same = prepare(config(tmp_path, seq_len=99), silent).folder
+    given = prepare(config(tmp_path, tokenizer=str(folders[0])), silent)
+    assert np.array_equal(given.train, open_corpus(folders[0]).train)
+    (tmp_path / "docs" / "0.py").write_text("changed = True\n")
+    folders += [given.folder, prepare(config(tmp_path), silent).folder]
+    assert len(set(folders)) == len(folders) and same == folders[0]
+
+
+def test_wide_tokens(tmp_path: Path, texts: list[str]) -> None:
+    narrow = prepare(config(tmp_path), silent)
+    wide = prepare(config(tmp_path, 2**16 + 1, tokenizer=str(narrow.folder)), silent)
+    assert wide.train.dtype == np.uint32
+    assert np.array_equal(wide.train, narrow.train)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest", "format", "shape"])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, texts: list[str], damage: str) -> None:
+    good = prepare(config(tmp_path), silent)
+    tokens, folder = np.array(good.train), good.folder
+    file, manifest = folder / "train.npy", folder / "manifest.json"
+    if damage == "truncate":
+        os.truncate(file, 100)
+    elif damage == "flip":
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    elif damage == "delete":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text('{"format": 1')
+    elif damage == "format":
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    else:
+        manifest.write_text("[]")
+    with pytest.raises(DamagedCache):
+        open_corpus(folder)
+    lines: list[str] = []
+    again = prepare(config(tmp_path), lines.append)
+    assert "building it again" in lines[0]
+    assert np.array_equal(again.train, tokens) and again.fingerprint == good.fingerprint
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_build_that_fails_leaves_nothing(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subject, "_publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(tmp_path), silent)
+    assert list((tmp_path / "cache").iterdir()) == []
+    for name, age in ((".building-old", 2), (".building-new", 0)):  # as a killed process leaves it
+        (tmp_path / "cache" / name).mkdir()
+        os.utime(tmp_path / "cache" / name, times=(time.time() - age * 86400,) * 2)
+    prepare(config(tmp_path), silent)
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert ".building-new" in names and ".building-old" not in names and len(names) == 2
+
+
+CHILD = """
+import json
+import sys
+from configs.loader import from_dict
+from train.corpus import prepare
+config = from_dict(json.loads(sys.argv[1]), "test")
+print("ready", flush=True)
+sys.stdin.readline()
+print(prepare(config, lambda line: None).fingerprint)
+"""
+
+
+def test_two_processes_at_once(tmp_path: Path, texts: list[str]) -> None:
+    tree = json.dumps(asdict(config(tmp_path)))
+    command = [sys.executable, "-c", CHILD, tree]
+    root = Path(__file__).parents[2]
+    pipe = subprocess.PIPE
+    children = [
+        subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True) for _ in range(3)
+    ]
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    prints = {child.communicate()[0] for child in children}
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert len(prints) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_later_builder_uses_the_earlier_folder(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subject.build
+
+    def build_while_another_finishes(*rest: Any) -> dict[str, Any]:
+        monkeypatch.setattr(subject, "build", real)
+        first.append(prepare(config(tmp_path), silent))
+        inode.append(first[0].tokenizer_file.stat().st_ino)
+        return real(*rest)
+
+    first: list[Corpus] = []
+    inode: list[int] = []
+    monkeypatch.setattr(subject, "build", build_while_another_finishes)
+    second = prepare(config(tmp_path), silent)
+    assert second.tokenizer_file.stat().st_ino == inode[0]
+
+
+def test_mistakes_are_one_line(tmp_path: Path, texts: list[str]) -> None:
+    def message(**change: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            prepare(config(tmp_path, **change), silent)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "model.vocab_size = 100: a byte-level" in message(vocab_size=100)
+    assert "model.vocab_size = 60000" in message(vocab_size=60000)
+    (tmp_path / "twice").mkdir()
+    for name in "ab":
+        (tmp_path / "twice" / f"{name}.txt").write_text("the same text")
+    assert "1 of 2 documents left" in message(source=str(tmp_path / "twice"))
+    (tmp_path / "empty.txt").touch()
+    assert "no text in it" in message(source=str(tmp_path / "empty.txt"))
+    assert "data.cache_dir" in message(cache_dir=str(tmp_path / "docs" / "0.py"))
+    assert list((tmp_path / "cache").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="every host"):
+        open_corpus(tmp_path / "nowhere")

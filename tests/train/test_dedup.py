@@ -1,0 +1,116 @@
+"""Near-duplicates against Jaccard similarity computed by plain loops."""
+
+import random
+
+import numpy as np
+import pytest
+
+from train.dedup import HASHES, SHORTEST_LINE, band_rows, signature, survey
+
+
+def lines_of(text: str) -> set[str]:
+    return {line.strip() for line in text.split("\n") if len(line.strip()) >= SHORTEST_LINE}
+
+
+def jaccard(a: str, b: str) -> float:
+    first, second = lines_of(a), lines_of(b)
+    shared = sum(1 for line in first if line in second)
+    return shared / (len(first) + len(second) - shared)
+
+
+def relative(text: str, changes: int, rng: random.Random) -> str:
+    """`text` with some lines replaced and all of them indented and reordered."""
+    lines = text.split("\n")
+    for i in rng.sample(range(len(lines)), changes):
+        lines[i] = f"replaced line {rng.random()}"
+    rng.shuffle(lines)
+    return "\n".join("    " + line for line in lines)
+
+
+def document(rng: random.Random, lines: int = 100) -> str:
+    return "\n".join(f"line {rng.random()}" for _ in range(lines))
+
+
+def estimate(a: str, b: str) -> float:
+    first, second = signature(a.encode()), signature(b.encode())
+    assert first is not None and second is not None
+    return float(np.mean(first == second))
+
+
+def test_estimate_has_the_error_that_the_lesson_states() -> None:
+    rng = random.Random(0)
+    scores = []
+    for changes in list(range(2, 80, 3)) * 6:
+        text = document(rng)
+        other = relative(text, changes, rng)
+        exact = jaccard(text, other)
+        scores.append((estimate(text, other) - exact) / (exact * (1 - exact) / HASHES) ** 0.5)
+    # In units of the standard error: mean 0, deviation 1, for 156 pairs that share nothing.
+    assert abs(np.mean(scores)) < 4 / len(scores) ** 0.5
+    assert 0.8 < np.std(scores) < 1.2
+    assert max(map(abs, scores)) < 5
+
+
+def clear(exact: float, threshold: float) -> bool:
+    """Whether the estimate of a pair falls on the right side, but for five standard errors."""
+    return abs(exact - threshold) > 5 * (exact * (1 - exact) / HASHES) ** 0.5
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95])
+def test_survey_keeps_what_plain_loops_keep(threshold: float) -> None:
+    rng = random.Random(1)
+    texts: list[str] = []
+    for _ in range(25):
+        family = [document(rng)]
+        for changes in (0, 1, 6, 20, 45, 70, 95):
+            other = relative(family[0], changes, rng)
+            if all(clear(jaccard(other, text), threshold) for text in family):
+                family.append(other)
+        texts += family
+    found = survey(texts, threshold)
+    everything = survey(texts, 1.0)
+    expected: list[int] = []
+    for i in everything.kept:  # content-hash order
+        if all(jaccard(texts[i], texts[j]) < threshold for j in expected):
+            expected.append(i)
+    assert found.kept == expected
+    assert found.n_near == len(texts) - len(expected) >= 25
+    assert len(everything.kept) == len(texts)
+
+
+def test_survey_does_not_depend_on_the_order_of_reading() -> None:
+    rng = random.Random(2)
+    texts = [document(rng, 30) for _ in range(20)]
+    texts += [relative(text, 1, rng) for text in texts[:10]] + texts[:5] + ["", " \n\t"]
+    first = survey(texts, 0.8)
+    assert (first.n_empty, first.n_exact, first.n_near) == (2, 5, 10)
+    shuffled = texts[:]
+    rng.shuffle(shuffled)
+    second = survey(shuffled, 0.8)
+    assert first.digests == second.digests == sorted(first.digests)
+    assert [texts[i] for i in first.kept] == [shuffled[i] for i in second.kept]
+    assert first.sizes == [len(texts[i].encode()) for i in first.kept]
+
+
+def test_short_lines_count_for_nothing() -> None:
+    assert signature(b"if a:\n  b\n\n)") is None
+    short = ["a\nb\n", "a\nb\nc\n", "a\nb\nc\n"]
+    assert survey(short, 0.5).n_near == 0
+    assert survey(short, 0.5).n_exact == 1
+    padded = "a = 1\n}\n".join(f"a long line {i}\n" for i in range(30))
+    assert estimate(padded, padded.replace("}", "{")) == 1.0
+
+
+def test_a_document_longer_than_one_chunk() -> None:
+    text = "\n".join(f"line number {i}" for i in range(10_000))
+    half = "\n".join(f"line number {i}" for i in range(5_000))
+    assert abs(estimate(text, half) - 0.5) < 5 * 0.044
+
+
+def test_bands_rarely_overlook_a_pair_at_the_threshold() -> None:
+    for threshold in (0.3, 0.5, 0.7, 0.8, 0.9, 0.99):
+        rows = band_rows(threshold)
+        assert HASHES % rows == 0
+        assert (1 - threshold**rows) ** (HASHES / rows) <= 1e-4
+    assert band_rows(0.8) == 4
+    assert band_rows(0.0) == 1

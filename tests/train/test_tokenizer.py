@@ -1,0 +1,187 @@
+"""The tokenizer: what training promises, encoding against the library, export to transformers."""
+
+import json
+import keyword
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from configs.schema import ConfigError
+from train import tokenizer as subject
+from train.tokenizer import EOT, Encoder, export_tokenizer, find_tokenizer, load_tokenizer
+
+UINT16 = np.dtype(np.uint16)
+
+
+def texts(count: int = 60, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = [*keyword.kwlist, "self.value", "x = 1", "range(10):", "élan", "数", "'s", "42"]
+    return [
+        "".join(rng.choice(words) + rng.choice([" ", "\n", "\n    "]) for _ in range(80))
+        for _ in range(count)
+    ]
+
+
+def train(vocab_size: int = 300, documents: list[str] | None = None) -> Tokenizer:
+    documents = documents if documents is not None else texts()
+    return subject.train_tokenizer(lambda: documents, vocab_size, lambda line: None)
+
+
+def test_trained_vocabulary() -> None:
+    tokenizer = train()
+    assert tokenizer.get_vocab_size() == 300
+    assert tokenizer.token_to_id(EOT) == 0
+    text = "def f():\n\treturn 'naïve 数 \U0001f600\x00'\r\n"
+    ids = tokenizer.encode(text).ids
+    assert ids[0] == 0 and 0 not in ids[1:]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.to_str() == train().to_str()
+
+
+def test_training_takes_a_sample_and_more_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "SAMPLE_BYTES", 2000)
+    lines: list[str] = []
+    subject.train_tokenizer(texts, 280, lines.append)
+    assert "60 documents" not in lines[0]
+    rare = ["abc " * 600, *texts()]  # the sample has only three pairs to merge
+    subject.train_tokenizer(lambda: rare, 280, lines.append)
+    assert "from 61 documents" in lines[1]
+
+
+def test_a_vocabulary_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="at least 257"):
+        train(256)
+    with pytest.raises(ConfigError, match=r"set model.vocab_size to \d+ or") as caught:
+        train(1000, ["hello hello world"])
+    works = int(str(caught.value).split("set model.vocab_size to ")[1].split()[0])
+    assert train(works, ["hello hello world"]).get_vocab_size() == works
+
+
+def unruly(count: int) -> list[str]:
+    """Random texts of every kind of space, quote, letter and digit, ASCII and not."""
+    rng = random.Random(0)
+    parts = [chr(i) for i in range(128)] + ["'s", "'ll", "'LL", " a", "\n\n", "   ", EOT]
+    others = "é 数 \u00a0 \u2003 \u0085 ² ½ Ⅷ \u0301 \U0001f600 \u3000".split(" ")
+    made = []
+    for _ in range(count):
+        pool = rng.choices(parts + others if rng.random() < 0.6 else parts, k=30)
+        pool += list(rng.choice([" \nab'1", "\n é", "'stmdrevl ", "\n\x1c\x0b\x85 x"])) * 10
+        made.append("".join(rng.choices(pool, k=rng.randrange(60))))
+    return made
+
+
+def test_encoder_equals_the_library() -> None:
+    documents = unruly(2000)
+    tokenizer = train(1500, documents)  # so that there are tokens that a wrong cut would break
+    encoder = Encoder(Tokenizer.from_str(tokenizer.to_str()), 0, UINT16)
+    assert encoder.by_words
+    tokenizer.encode_special_tokens = True
+    for start in range(0, len(documents), 100):
+        chunk = documents[start : start + 100]
+        expected: list[int] = []
+        for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
+            expected += [0, *encoding.ids]
+        stream = encoder.encode(chunk)
+        assert stream.dtype == UINT16
+        assert stream.tolist() == expected
+    assert encoder.encode([]).tolist() == []
+
+
+def test_the_table_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "_MOST_WORDS", 20)
+    encoder = Encoder(train(), 0, UINT16)
+    documents = [f"word{i} other{i}" for i in range(200)]
+    streams = [encoder.encode([text]) for text in documents]
+    assert len(encoder.ids_of) < 40
+    whole = Encoder(train(), 0, UINT16).encode(documents)
+    assert np.array_equal(np.concatenate(streams), whole)
+
+
+def save(tokenizer: Tokenizer, folder: Path, eos: object = None) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if eos is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    return folder / "tokenizer.json"
+
+
+def plain(*special: str) -> Tokenizer:
+    """A tokenizer that cuts at white space only, so the shortcut by words must not be taken."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>x": 3}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    return tokenizer
+
+
+def test_a_given_tokenizer(tmp_path: Path) -> None:
+    file = save(plain("</s>", "<end>"), tmp_path / "a")
+    assert find_tokenizer(str(tmp_path / "a")) == find_tokenizer(str(file)) == file
+    given, eot = load_tokenizer(file, 6)
+    assert eot == "</s>"
+    given.enable_truncation(2)
+    encoder = Encoder(given, 4, UINT16)
+    assert not encoder.by_words
+    assert encoder.encode(["a b a", "b </s>"]).tolist() == [4, 1, 2, 1, 4, 2, 0]
+    for number, eos in enumerate(("<end>", {"content": "<end>"})):
+        file = save(plain("</s>", "<end>"), tmp_path / str(number), eos)
+        assert load_tokenizer(file, 6)[1] == "<end>"
+
+
+def test_a_given_tokenizer_that_does_not_fit(tmp_path: Path) -> None:
+    file = save(plain("</s>"), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"has 5 tokens, but model.vocab_size = 4"):
+        load_tokenizer(file, 4)
+    with pytest.raises(ConfigError, match="no end-of-text token"):
+        load_tokenizer(save(plain("<end>"), tmp_path / "b"), 100)
+    with pytest.raises(ConfigError, match="no such file"):
+        find_tokenizer(str(tmp_path / "c"))
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json"):
+        find_tokenizer(str(tmp_path / "d"))
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text("{}")
+    with pytest.raises(ConfigError, match=r"not a tokenizer.json"):
+        load_tokenizer(broken, 100)
+
+
+TRANSFORMERS = """
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+texts = json.loads(sys.stdin.read())
+ids = [tokenizer(text)["input_ids"] for text in texts]
+print(json.dumps({
+    "ids": ids,
+    "texts": tokenizer.batch_decode(ids, skip_special_tokens=True),
+    "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+    "max": tokenizer.model_max_length,
+}))
+"""
+
+
+def test_transformers_reads_the_export(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = train()
+    file = save(tokenizer, tmp_path / "cache")
+    export_tokenizer(file, tmp_path / "export", 512)
+    samples = [*texts(5, seed=3), "", " a , b .", "don 't", "naïve 数\U0001f600", f"a{EOT}b"]
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", TRANSFORMERS, str(tmp_path / "export")],
+        input=json.dumps(samples),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    got = json.loads(result.stdout.splitlines()[-1])
+    assert got["ids"] == [tokenizer.encode(text).ids for text in samples]
+    assert got["texts"] == [text.replace(EOT, "") for text in samples]
+    assert got["special"] == [0, 0, 0]
+    assert got["max"] == 512
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
