@@ -1,10 +1,12 @@
-"""One training run on whatever ranks it is started with; its losses, gradients and weights go to a file.
+"""Training runs on whatever ranks this is started with; losses, gradients and weights go to files.
 
-Started by the tests as `torchrun ... mesh_run.py OUT.safetensors FILE.toml [overrides]`, or alone
-as one process. Plain SGD, so that a gradient off by a constant factor shows in the weights (AdamW
-would hide it). Tokens are random, documents of unequal length.
+Started by the tests as `torchrun ... mesh_run.py FOLDER FILE.toml JSON`, or alone as one process.
+JSON maps a name to a list of overrides; each becomes `FOLDER/NAME.safetensors`. Plain SGD, so that
+a gradient off by a constant factor shows in the weights (AdamW would hide it). Tokens are random,
+documents of unequal length.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from configs.degrees import resolve
 from configs.loader import load
+from configs.schema import RunConfig
 from models.decoder import Decoder
 from models.moe import routers
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
-from parallel.ranks import start_ranks, stop_ranks
+from parallel.ranks import Ranks, start_ranks, stop_ranks
 from train.batches import Sequences, TrainingData
 from train.step import train_step
 
@@ -59,17 +62,15 @@ class RecordingSgd:
         self.inner.zero_grad()
 
 
-def main(out: Path, file: str, overrides: list[str]) -> None:
-    ranks = start_ranks(threads=1)
-    config = load(file, overrides)
+def train(out: Path, config: RunConfig, ranks: Ranks) -> None:
+    """STEPS steps of one experiment; rank 0 writes `out`."""
     mesh = meshes.build(resolve(config, ranks.world), "cpu")
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.float32)
     materialise(model, config.model, config.run.seed, ranks.device)
-    corpus = random_corpus(config.model.vocab_size, 20_000)
     data = TrainingData(
-        Sequences(corpus, config.data.seq_len, 0),
+        Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -80,7 +81,9 @@ def main(out: Path, file: str, overrides: list[str]) -> None:
     optimizer = RecordingSgd(model, 0.1, result)
     curve = []
     for step in range(1, STEPS + 1):
-        done = train_step(model, optimizer, data.step(step), step=step, rank=ranks.rank, clip_norm=1.0)
+        done = train_step(
+            model, optimizer, data.step(step), step=step, rank=ranks.rank, clip_norm=1.0
+        )
         assert done is not None
         curve.append([done.loss, done.grad_norm])
         result[f"counts/{step}"] = done.counts_LE.contiguous()
@@ -91,8 +94,14 @@ def main(out: Path, file: str, overrides: list[str]) -> None:
         result[f"bias/{i}"] = router.bias_E.clone()
     if ranks.is_first:
         save_file(result, out)
+
+
+def main(folder: Path, file: str, meshes_to_run: dict[str, list[str]]) -> None:
+    ranks = start_ranks(threads=1)
+    for name, overrides in meshes_to_run.items():
+        train(folder / f"{name}.safetensors", load(file, overrides), ranks)
     stop_ranks()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

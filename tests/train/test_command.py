@@ -1,0 +1,107 @@
+"""`python -m train`: what it leaves behind, what it refuses, what --check says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import ROOT, TINY, run
+from train.metrics import read_lines
+
+
+def test_a_run_leaves_everything_behind(overrides: list[str], tmp_path: Path) -> None:
+    done = run(
+        "-m", "train", TINY, *overrides, "--validation.every=5", "--train.profile_steps=[3]"
+    )
+    folder = tmp_path / "run"
+    records = read_lines(folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 13))
+    expected = {"loss", "grad_norm", "lr", "tokens_per_s", "step_s", "data_share", "memory_gib"}
+    balance = {f"moe/layer_{i}/{n}" for i in (0, 1) for n in ("max_vio", "load_entropy", "dead_experts")}
+    assert all(r.keys() == expected | balance | {"step"} for r in records if r["step"] not in (5, 10, 12))
+    assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
+    assert records[-1]["loss"] < records[0]["loss"]
+    loads = read_lines(folder / "expert_load.jsonl")
+    assert all(sum(layer) == 8 * 32 * 2 for record in loads for layer in record["load"])
+    for name in ("loss.png", "experts.png", "config.toml", "tokenizer/tokenizer.json"):
+        assert (folder / name).stat().st_size > 0
+    trace = json.loads((folder / "profile" / "step-00000003-rank-00000.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+    attempt = json.loads((folder / "environment.json").read_text())[0]
+    assert attempt["packages"]["torch"] and attempt["mesh"]["ep"] == 1
+    assert "eta" in done.stdout and "validation loss" in done.stdout and "\x1b" not in done.stdout
+
+
+def test_tensorboard_has_the_fields_of_the_metrics_file(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("-m", "train", TINY, *overrides, "--train.steps=3")
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    names = {name for record in records for name in record} - {"step"}
+    assert set(events.Tags()["scalars"]) == names
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["absent.toml"], "absent.toml: no such file; configs/ has demo.toml"),
+        ([], "0 experiment files given"),
+        ([str(TINY), "--model.moe.topk=2"], "did you mean model.moe.top_k?"),
+        ([str(TINY), "--parallel.dp_shard=2"], "dp_replicate 1 x dp_shard 2 = 2, but there are 1"),
+        ([str(TINY), "--data.source=/absent/corpus"], "data.source"),
+        ([str(TINY), "--checkpoint.init_from=/absent"], "/absent: no such folder"),
+        ([str(TINY), "--ranks", "2"], "only with --check"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: list[str], expected: str, overrides: list[str]
+) -> None:
+    rest = [o for o in overrides if not any(a.split("=")[0] in o for a in arguments[1:])]
+    done = run("-m", "train", *arguments, *rest, code=2)
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
+
+
+def test_under_torchrun_rank_0_alone_prints_the_line(overrides: list[str]) -> None:
+    done = run("-m", "train", TINY, *overrides, "--parallel.dp_shard=3", ranks=2, code=1)
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "rank"))]
+    assert len(lines) == 1 and "dp_shard 3 = 3, but there are 2 ranks" in lines[0]
+
+
+def test_too_little_text_is_one_line(overrides: list[str]) -> None:
+    done = run("-m", "train", TINY, *overrides, "--data.seq_len=100000", code=2)
+    assert "data.seq_len = 100000: the" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_path: Path) -> None:
+    done = run("-m", "train", "configs/demo.toml", "--check", "--ranks", 2)
+    for expected in ("[model.moe]", "8,923,648", "4,205,056", "ep                2", "Glm4Moe",
+                     "FLOPs / token", "2,048", "bytes per rank"):  # fmt: skip
+        assert expected in done.stdout
+    done = run("-m", "train", TINY, *overrides, "--check", "--ranks=3", code=2)
+    assert "3 data ranks" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_it(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    arguments = [*overrides, "--optimizer.lr=1e38", "--train.clip_norm=0", "--checkpoint.every=1"]
+    done = run("-m", "train", TINY, *arguments, ranks=2, code=1)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "stopped before the optimizer step" in lines[0]
+    step = int(lines[0].split("step ")[1].split(":")[0])
+    assert "rank 0" in lines[0]
+    assert not (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").exists()
+
+
+def test_the_step_loop_fits_a_screen() -> None:
+    source = (ROOT / "train" / "trainer.py").read_text()
+    body = source.split("    def run(self)")[1].split("\n    def ")[0]
+    assert len(body.splitlines()) <= 45

@@ -1,0 +1,166 @@
+"""Kill and resume, stop and resume, another mesh, changed keys."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.runs import ROOT, TINY, command, environment, run
+from train.metrics import read_lines
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_lines(folder / "metrics.jsonl")}
+
+
+def final_weights(folder: Path) -> dict[str, bytes]:
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+def start(arguments: list[str], ranks: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("-m", "train", TINY, *arguments, ranks=ranks),
+        cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not any((folder / "checkpoints").glob(f"step-{step:08d}/manifest.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
+    arguments = [*overrides, "--train.steps=60", "--checkpoint.every=5"]
+    killed, whole = tmp_path / "run", tmp_path / "whole"
+    run("-m", "train", TINY, *arguments, f"--run.dir={whole}", ranks=2)
+    process = start(arguments, ranks=2)
+    wait_for_step(killed, 5, process)
+    time.sleep(random.Random().uniform(0, 0.6))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    run("-m", "train", TINY, *arguments, ranks=2)
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 60
+    assert final_weights(killed) == final_weights(whole)
+    environments = json.loads((killed / "environment.json").read_text())
+    assert len(environments) == 2
+
+
+def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
+    arguments = [*overrides, "--train.steps=40", "--checkpoint.every=10"]
+    whole = tmp_path / "whole"
+    run("-m", "train", TINY, *arguments, f"--run.dir={whole}")
+    process = start(arguments, ranks=1)
+    wait_for_step(tmp_path / "run", 10, process)
+    stopped = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=25)
+    assert time.monotonic() - stopped < 25
+    assert "Traceback" not in output
+    if process.returncode != 0:  # it may have finished before the signal came
+        assert process.returncode == 128 + signal.SIGTERM, output
+    run("-m", "train", TINY, *arguments)
+    assert losses(tmp_path / "run") == losses(whole)
+    assert final_weights(tmp_path / "run") == final_weights(whole)
+
+
+def test_under_torchrun_a_stop_saves_too(overrides: list[str], tmp_path: Path) -> None:
+    process = start([*overrides, "--train.steps=3000", "--checkpoint.every=5"], ranks=2)
+    wait_for_step(tmp_path / "run", 5, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=25)
+    done = run("-m", "train", TINY, *overrides, "--train.steps=3000", "--check")
+    steps = [int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    recorded = max(losses(tmp_path / "run"))
+    assert max(steps) == recorded, "the last complete step was saved"
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_resume_on_another_mesh(
+    first: int, then: int, overrides: list[str], tmp_path: Path
+) -> None:
+    straight, moved = tmp_path / "straight", tmp_path / "run"
+    run("-m", "train", TINY, *overrides, f"--run.dir={straight}", "--train.micro_batch=4")
+    arguments = [*overrides, "--train.micro_batch=4"]
+    run("-m", "train", TINY, *arguments, "--train.steps=4", ranks=first)
+    out = run("-m", "train", TINY, *arguments, ranks=then).stdout
+    assert "resuming from" in out
+    assert "changed since that checkpoint: train.steps (was 4, is 12)" in out
+    expected, got = losses(straight), losses(moved)
+    assert got.keys() == expected.keys()
+    # the schedule of the first part ended at step 4, so only the data and the start must agree
+    assert got[1] == pytest.approx(expected[1], rel=1e-5)
+
+
+def test_same_schedule_on_another_mesh_gives_the_same_losses(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    arguments = [*overrides, "--schedule.decay_fraction=0", "--train.micro_batch=4"]
+    straight = tmp_path / "straight"
+    run("-m", "train", TINY, *arguments, f"--run.dir={straight}")
+    run("-m", "train", TINY, *arguments, "--train.steps=4", ranks=2)
+    run("-m", "train", TINY, *arguments)
+    for step, loss in losses(straight).items():
+        assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def test_init_from_takes_weights_only(overrides: list[str], tmp_path: Path) -> None:
+    run("-m", "train", TINY, *overrides, "--train.steps=6")
+    second = tmp_path / "second"
+    arguments = [f"--run.dir={second}", f"--checkpoint.init_from={tmp_path / 'run'}"]
+    out = run("-m", "train", TINY, *overrides, *arguments, "--train.steps=2").stdout
+    assert "weights from" in out and "resuming" not in out
+    assert losses(second)[1] < losses(tmp_path / "run")[1] - 0.1
+    assert sorted(losses(second)) == [1, 2]
+    out = run("-m", "train", TINY, *overrides, *arguments, "--train.steps=4").stdout
+    assert "resuming from" in out, "the run's own checkpoint comes first"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("--run.seed=5", "run.seed (was 0, is 5)"),
+        ("--model.d_model=64", "model.d_model (was 32, is 64)"),
+        ("--train.global_batch=16", "train.global_batch (was 8, is 16)"),
+        ("--train.steps=2", "has done 4 steps, more than train.steps = 2"),
+    ],
+)
+def test_what_must_not_change_is_refused(
+    change: str, expected: str, overrides: list[str], tmp_path: Path
+) -> None:
+    run("-m", "train", TINY, *overrides, "--train.steps=4")
+    done = run("-m", "train", TINY, *overrides, "--train.steps=4", change, code=2)
+    assert expected in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_one_line(overrides: list[str], tmp_path: Path) -> None:
+    run("-m", "train", TINY, *overrides, "--train.steps=8")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+    file = next(newest.glob("*.safetensors"))
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    file.write_bytes(damaged)
+    done = run("-m", "train", TINY, *overrides, code=2)
+    assert "damaged (checksum differs); remove" in done.stderr
+    assert "to use step-00000004" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_finished_runs_end_at_once_and_weights_are_finite(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    run("-m", "train", TINY, *overrides)
+    before = final_weights(tmp_path / "run")
+    run("-m", "train", TINY, *overrides)
+    assert final_weights(tmp_path / "run") == before
+    for path in (tmp_path / "run" / "checkpoints").glob("*/*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values())
