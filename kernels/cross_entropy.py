@@ -18,8 +18,9 @@ from torch import Tensor
 
 IGNORE = -1
 """Target of a token that has no loss."""
-_CHUNK_ELEMENTS = 2**22
-"""Logits per chunk: 16 MiB in fp32, which stays in cache on a CPU and fills a GPU."""
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+"""Logits per chunk. CPU: 4 MiB in fp32 stay in cache (22 ms against 36 ms with four times as many,
+for 1024 tokens of width 256 and 4096 words). CUDA: 1 GiB in fp32 fills the device."""
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
         grad_x = torch.empty_like(x_TD) if needs_grad else None
         grad_w = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
-        chunk = max(_CHUNK_ELEMENTS // weight_VD.shape[0], 1)
+        chunk = max(_CHUNK_ELEMENTS[x_TD.device.type] // weight_VD.shape[0], 1)
         for start in range(0, x_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             probs_tV, loss_t = _softmax_and_loss(x_TD[rows], weight_VD, targets_T[rows])

@@ -27,10 +27,32 @@ def swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
 def swiglu_reference(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
     """Plain-torch form of `swiglu`."""
     gate, up = gate_up_R2F.float().chunk(2, dim=-1)
-    h_RF = F.silu(gate) * up
+    h_RF = F.silu(gate).mul_(up)
     if weights_R is not None:
-        h_RF = h_RF * weights_R[:, None]
+        h_RF.mul_(weights_R[:, None])
     return h_RF.to(gate_up_R2F.dtype)
+
+
+def swiglu_backward_reference(
+    grad_RF: Tensor, gate_up_R2F: Tensor, weights_R: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `swiglu` for gate_up (its dtype) and weights (fp32).
+
+    In place wherever a temporary has served: on a CPU fresh memory costs more than arithmetic.
+    """
+    gate, up = gate_up_R2F.float().chunk(2, dim=-1)
+    grad = grad_RF.to(torch.float32, copy=True)
+    grad_up = F.silu(gate).mul_(grad)
+    grad_weights = None
+    if weights_R is not None:
+        grad_weights = torch.linalg.vecdot(grad_up, up)
+        grad_up.mul_(weights_R[:, None])
+        grad.mul_(weights_R[:, None])
+    grad_gate_up = torch.empty_like(gate_up_R2F)
+    grad_gate, _ = grad_gate_up.chunk(2, dim=-1)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
+    grad_gate_up[:, grad_gate.shape[1] :] = grad_up
+    return grad_gate_up, grad_weights
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -51,20 +73,3 @@ class _SwiGlu(torch.autograd.Function):
 
             return swiglu_backward(grad_RF.contiguous(), gate_up_R2F, weights_R)
         return swiglu_backward_reference(grad_RF, gate_up_R2F, weights_R)
-
-
-def swiglu_backward_reference(
-    grad_RF: Tensor, gate_up_R2F: Tensor, weights_R: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `swiglu` for gate_up (its dtype) and weights (fp32)."""
-    gate, up = gate_up_R2F.float().chunk(2, dim=-1)
-    grad_h = grad_RF.float()
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    grad_weights = None
-    if weights_R is not None:
-        grad_weights = (grad_h * silu * up).sum(-1)
-        grad_h = grad_h * weights_R[:, None]
-    grad_gate = grad_h * up * (sigmoid + silu * (1 - sigmoid))
-    grad_up = grad_h * silu
-    return torch.cat([grad_gate, grad_up], dim=-1).to(gate_up_R2F.dtype), grad_weights

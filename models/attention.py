@@ -11,10 +11,10 @@ B sequences, L their length.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Model
+from kernels.attention import document_attention
 from models.norm import RMSNorm
 from models.rope import apply_rope
 
@@ -62,25 +62,20 @@ class DocumentAttention:
 
     def __init__(self, positions_BL: Tensor) -> None:
         self.batch, self.length = positions_BL.shape
-        self.mask_B1LL: Tensor | None = None
+        self.mask_BLL: Tensor | None = None
         if bool((positions_BL[:, 1:] == 0).any()):  # decided before the forward pass, on the host
             document_BL = (positions_BL == 0).cumsum(1)
             same = document_BL[:, :, None] == document_BL[:, None, :]
-            causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
-            self.mask_B1LL = (same & causal.to(same.device))[:, None]
+            self.mask_BLL = same.tril()
 
     def to(self, device: torch.device) -> "DocumentAttention":
-        if self.mask_B1LL is not None:
-            self.mask_B1LL = self.mask_B1LL.to(device, non_blocking=True)
+        if self.mask_BLL is not None:
+            self.mask_BLL = self.mask_BLL.to(device, non_blocking=True)
         return self
 
     def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
         q, k, v = (self._split(x) for x in (q_THC, k_TGC, v_TGC))
-        mask = self.mask_B1LL
-        o_BHLC = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return o_BHLC.transpose(1, 2).flatten(0, 1)
+        return document_attention(q, k, v, self.mask_BLL).transpose(1, 2).flatten(0, 1)
 
     def _split(self, x_TXC: Tensor) -> Tensor:
         """`[T, heads, C]` to `[B, heads, L, C]`."""

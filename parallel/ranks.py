@@ -6,8 +6,10 @@ has two backends, NCCL for tensors on the device and gloo for those on the host,
 messages (stop flags, JSON) never wait for the device.
 """
 
+import ctypes
 import json
 import os
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,8 @@ def start_ranks(threads: int = 0) -> Ranks:
     local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(threads or max((os.cpu_count() or 1) // local_world, 1))
     device, backend = torch.device("cpu"), "gloo"
+    if not torch.cuda.is_available():
+        _keep_freed_memory()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -48,6 +52,20 @@ def start_ranks(threads: int = 0) -> Ranks:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world, device)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for reuse.
+
+    By default every large tensor is mapped afresh from the kernel, which clears its pages: 12,000
+    page faults per step of the demo, a tenth of its time. Elsewhere than on glibc nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
+    libc = ctypes.CDLL("libc.so.6")
+    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+        libc.mallopt(parameter, value)
 
 
 def stop_ranks() -> None:
