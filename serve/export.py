@@ -1,0 +1,118 @@
+"""Opening an exported folder: weights, tokenizer, end tokens, longest sequence."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from configs.schema import ConfigError
+from models.decoder import Decoder
+from models.hf_files import read_config, read_model
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+"""Our names and those of `config.json`."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What a folder holds, ready to run."""
+
+    name: str
+    model: Decoder
+    tokenizer: Tokenizer | None
+    """None where the folder has no `tokenizer.json`: prompts must then be token ids."""
+    end_tokens: frozenset[int]
+    """Tokens that end a text."""
+    max_length: int
+    """Most tokens of prompt and output together: positions beyond were never trained."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Export:
+    """Read an export.
+
+    dtype: `auto` (that of the export), `fp32` or `bf16`. device: `auto`, `cpu`, `cuda`, `cuda:1`.
+    ConfigError: one line that names the file and what is wrong with it.
+    """
+    model_config, raw = read_config(folder)
+    place = folder / "config.json"
+    max_length = raw.get("max_position_embeddings")
+    if type(max_length) is not int or max_length < 2:
+        raise ConfigError(f"{place}: max_position_embeddings must be an integer of at least 2")
+    tokenizer = _open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
+    kind = _dtype(dtype, raw, place)
+    where = _device(device)
+    return Export(
+        name=folder.resolve().name,
+        model=read_model(folder, kind, where),
+        tokenizer=tokenizer,
+        end_tokens=_end_tokens(folder, raw),
+        max_length=max_length,
+        dtype=kind,
+        device=where,
+    )
+
+
+def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:
+    name = raw.get("dtype") or raw.get("torch_dtype") if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ConfigError(f"{place}: dtype = {name!r}: choose one with --dtype fp32 or bf16")
+    return DTYPES[name]
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        usable = found.type in ("cpu", "cuda") and torch.empty(1, device=found) is not None
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise ConfigError(f"--device {device}: must be auto, cpu, or a cuda device that is here")
+    return found
+
+
+def _open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
+    if not path.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{path}: not a tokenizer: {error}") from None
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ConfigError(
+            f"{path}: has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: "
+            "is it the tokenizer of another model?"
+        )
+    tokenizer.no_truncation()  # too long a prompt is refused, not cut
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
+    """From generation_config.json where it says so, else from config.json; none is allowed."""
+    place, found = folder / "config.json", raw.get("eos_token_id")
+    path = folder / "generation_config.json"
+    if path.exists():
+        try:
+            generation = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        if isinstance(generation, dict) and generation.get("eos_token_id") is not None:
+            place, found = path, generation["eos_token_id"]
+    if found is None:
+        return frozenset()
+    tokens = found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in tokens):
+        raise ConfigError(f"{place}: eos_token_id = {found!r}: must be an integer or integers")
+    return frozenset(tokens)

@@ -1,0 +1,175 @@
+"""A tiny export: two layers, random but lively weights, a byte-level BPE of 300 tokens."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from configs.schema import Model, Moe
+from models.attention import DocumentAttention
+from models.decoder import Decoder
+from models.hf import hf_config
+from models.hf_files import read_model, write_tensors
+from models.init import initialise
+from serve.api import build_app
+from serve.engine import Engine, EngineOptions
+from serve.export import Export, open_export
+from serve.thread import EngineThread
+
+VOCAB = 320
+MAX_LENGTH = 192
+TEXT = """The quick brown fox jumps over the lazy dog. A model reads tokens, not letters.
+def add(a, b):
+    return a + b
+for number in range(10): print(number, "numbers and more numbers")
+日本語のテキスト 🙂 naïve café
+"""
+
+CONFIG = Model(
+    vocab_size=VOCAB,
+    d_model=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=16,
+    qk_norm=True,
+    tie_embeddings=False,
+    init_std=0.3,  # the usual 0.02 would answer with one token for ever
+    moe=Moe(
+        n_experts=4,
+        top_k=2,
+        d_expert=32,
+        n_shared_experts=1,
+        score_func="sigmoid",
+        bias_update_rate=0.001,
+    ),
+)
+
+
+def make_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return tokenizer
+
+
+def write_export(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    model = Decoder(CONFIG)
+    initialise(model, CONFIG, seed=0)
+    state = model.state_dict()
+    write_tensors(folder, CONFIG, lambda name, index: state[name][index], torch.float32)
+    config = hf_config(CONFIG, max_positions=MAX_LENGTH, eos_token_id=0, dtype="float32")
+    (folder / "config.json").write_text(json.dumps(config))
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def export_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    write_export(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export(export_folder: Path) -> Export:
+    return open_export(export_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def make_engine(export: Export) -> Callable[..., Engine]:
+    """`make_engine(**options)`: a fresh engine with a small cache unless told otherwise."""
+
+    def make(**options: int) -> Engine:
+        return Engine(export, EngineOptions(**{"kv_tokens": 4096, **options}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def greedy_reference(export_folder: Path) -> Callable[[Sequence[int], int], list[int]]:
+    """Greedy tokens by full forward passes with the training core: no cache, no batch."""
+    model = read_model(export_folder, torch.float32)
+    known: dict[tuple[int, ...], list[int]] = {}
+
+    @torch.no_grad()
+    def greedy(prompt: Sequence[int], n: int) -> list[int]:
+        tokens = list(prompt) + known.get(tuple(prompt), [])
+        while len(tokens) < len(prompt) + n:
+            positions = torch.arange(len(tokens))
+            core = DocumentAttention(positions[None])
+            tokens.append(int(model(torch.tensor(tokens), positions, core)[-1].argmax()))
+        known[tuple(prompt)] = tokens[len(prompt) :]
+        return tokens[len(prompt) : len(prompt) + n]
+
+    return greedy
+
+
+class RunningServer:
+    def __init__(self, thread: EngineThread, port: int) -> None:
+        self.thread = thread
+        self.engine = thread.engine
+        self.url = f"http://127.0.0.1:{port}"
+
+    def wait_until_idle(self, seconds: float = 10.0) -> None:
+        """Until no request is left; then assert that no page is."""
+        deadline = time.monotonic() + seconds
+        while self.engine.scheduler.busy or self.thread._cancelled or self.thread._submitted:
+            assert time.monotonic() < deadline, "requests are still running"
+            time.sleep(0.01)
+        self.engine.scheduler.check()
+        assert self.engine.cache.allocator.n_free == self.engine.cache.allocator.n_pages - 1
+
+
+@contextlib.contextmanager
+def run_server(engine: Engine, name: str = "tiny") -> Iterator[RunningServer]:
+    thread = EngineThread(engine)
+    ready = threading.Event()
+    app = build_app(thread, name, ready.set)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        worker = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        worker.start()
+        assert ready.wait(20), "the server did not start"
+        yield RunningServer(thread, listener.getsockname()[1])
+        server.should_exit = True
+        worker.join(20)
+    assert not worker.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(export: Export) -> Iterator[RunningServer]:
+    with run_server(Engine(export, EngineOptions(kv_tokens=4096))) as running:
+        yield running
+
+
+@pytest.fixture
+def small_server(export: Export) -> Iterator[RunningServer]:
+    """Two requests run, two wait, the fifth is refused."""
+    options = EngineOptions(kv_tokens=512, max_running=2, max_waiting=2)
+    with run_server(Engine(export, options)) as running:
+        yield running

@@ -1,0 +1,114 @@
+"""Text comes out in whole characters, and never beyond or inside a stop string."""
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from serve.detokenizer import Detokenizer, StopMatcher, TextStream
+
+TEXTS = [
+    "plain words, nothing else",
+    "日本語のテキスト、漢字とかな",
+    "🙂🤷🏽‍♀️ emoji 👩‍👩‍👧‍👦 families",
+    "naïve café — “quotes” and\n\n\ttabs  ",
+    "mixed 🙂日本 a\u0301 \U0001f1ef\U0001f1f5",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer: Tokenizer, text: str) -> None:
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.add(token) for token in tokenizer.encode(text).ids]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == text
+    assert stream.finish() == ""
+
+
+def test_half_a_character_is_held_until_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a🙂", add_special_tokens=False).ids
+    alphabet = [tokenizer.token_to_id(char) or 0 for char in "ðŁĻĤ"]  # the bytes of the smile
+    stream = Detokenizer(tokenizer)
+    assert [stream.add(token) for token in [ids[0], *alphabet[:3]]] == ["a", "", "", ""]
+    assert stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_tokens_equal_one_decode(tokenizer: Tokenizer, seed: int) -> None:
+    """Also bytes that never make a character."""
+    rng = random.Random(seed)
+    ids = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(400)]
+    stream = Detokenizer(tokenizer)
+    text = "".join(stream.add(token) for token in ids) + stream.finish()
+    assert text == tokenizer.decode(ids)
+
+
+def test_leading_spaces_survive_a_sentencepiece_decoder() -> None:
+    """Such decoders strip the first space of a text, and spell unknown characters as bytes."""
+    words = ["<unk>", "▁Hello", "▁big", "▁world", "!", *(f"<0x{b:02X}>" for b in range(256))]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    smile = [5 + byte for byte in "🙂".encode()]
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.add(token) for token in [1, 2, *smile, *smile, 3, 4]]
+    assert pieces == ["Hello", " big", "", "", "", "🙂", "", "", "", "🙂", " world", "!"]
+
+
+def test_stop_strings_cross_borders() -> None:
+    matcher = StopMatcher(["END"])
+    assert [matcher.add(piece) for piece in ["one E", "N", "two EN", "D more"]] == [
+        "one ",
+        "",
+        "ENtwo ",
+        "",
+    ]
+    assert matcher.stopped
+    assert matcher.finish() == ""
+
+
+def test_what_looked_like_a_stop_is_given_back() -> None:
+    matcher = StopMatcher(["aab", "zz"])
+    assert [matcher.add("xaa"), matcher.add("a"), matcher.finish()] == ["x", "a", "aa"]
+    assert not matcher.stopped
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_cut_finds_the_same_stop(seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab") for _ in range(60))
+    stop = "".join(rng.choice("ab") for _ in range(rng.randint(1, 6)))
+    matcher, out, rest = StopMatcher([stop]), "", text
+    while rest and not matcher.stopped:
+        cut = rng.randint(1, 5)
+        out += matcher.add(rest[:cut])
+        assert stop not in out
+        rest = rest[cut:]
+    out += matcher.finish()
+    assert out == text.partition(stop)[0]
+
+
+def test_stream_stops_inside_a_token(tokenizer: Tokenizer) -> None:
+    stream, out = TextStream(tokenizer, ["jumps o"]), ""
+    for token in tokenizer.encode("The quick brown fox jumps over the lazy dog.").ids:
+        out += stream.add(token)
+        if stream.stopped:
+            break
+    assert stream.stopped
+    assert out + stream.finish() == "The quick brown fox "
+
+
+def test_held_bytes_may_complete_a_stop_string(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, ["a\ufffd"])
+    half = tokenizer.token_to_id("ð") or 0
+    out = "".join(
+        stream.add(t) for t in [*tokenizer.encode("xa", add_special_tokens=False).ids, half]
+    )
+    assert out + stream.finish() == "x"
+    assert stream.stopped
