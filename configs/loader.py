@@ -125,7 +125,9 @@ def _type_of(dotted: str) -> Any:
     return kind
 
 
-def _build(kind: Any, tree: dict[str, Any], prefix: str, source: str, places: dict[str, str]) -> Any:
+def _build(
+    kind: Any, tree: dict[str, Any], prefix: str, source: str, places: dict[str, str]
+) -> Any:
     """Build dataclass `kind` from `tree`; `prefix` is its dotted key with a trailing dot."""
     hints = get_type_hints(kind)
     for key in tree:
@@ -137,7 +139,9 @@ def _build(kind: Any, tree: dict[str, Any], prefix: str, source: str, places: di
         dotted = prefix + spec.name
         if spec.name in tree:
             place = places.get(dotted) or f"{source}: {dotted}"
-            values[spec.name] = _convert(hints[spec.name], tree[spec.name], dotted, place, source, places)
+            values[spec.name] = _convert(
+                hints[spec.name], tree[spec.name], dotted, place, source, places
+            )
         elif spec.default is MISSING and spec.default_factory is MISSING:
             what = "section" if is_dataclass(hints[spec.name]) else "key"
             raise ConfigError(f"{source}: {dotted}: this {what} is required")
@@ -181,4 +185,3 @@ def _convert(
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise ConfigError(f"{place} = {value!r}: must be {names[kind]}")
     return value
-

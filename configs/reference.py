@@ -17,11 +17,22 @@ def reference() -> str:
         "Every key can be set in the TOML file or as `--section.key=value`.",
     ]
     for section, kind in _sections(schema.RunConfig, ""):
-        lines += ["", f"## [{section}]", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## [{section}]",
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         docs, hints = _field_docs(kind), get_type_hints(kind)
         for spec in fields(kind):
             if not is_dataclass(hints[spec.name]):
-                row = (spec.name, _type_name(hints[spec.name]), _default(spec), docs.get(spec.name, ""))
+                row = (
+                    spec.name,
+                    _type_name(hints[spec.name]),
+                    _default(spec),
+                    docs.get(spec.name, ""),
+                )
                 lines.append(f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} |")
     return "\n".join(lines) + "\n"
 

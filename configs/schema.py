@@ -133,9 +133,7 @@ class Model:
     sqrt(2 * n_layers) (GPT-2)."""
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, 1, "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim"
-        )
+        _at_least(self, 1, "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim")
         _between(self, 0, self.n_layers, "n_dense_layers")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(

@@ -56,14 +56,14 @@ class _ShortAttention(torch.autograd.Function):
     ) -> Tensor:
         (B, H, L, C), G = q_BHLC.shape, k_BGLC.shape[1]
         grouped = (G, H // G * L, C)  # the query heads of a group share one product
-        blocked = _blocked(mask_BLL, L)
+        bias = _bias(mask_BLL, L)
         scores = torch.empty(H, L, L, dtype=torch.float32)
         probs = q_BHLC.new_empty(B, G, H // G * L, L)
         out = q_BHLC.new_empty(B, H, L, C)
         for b in range(B):
             q, k = q_BHLC[b].float() * C**-0.5, k_BGLC[b].float()
             torch.bmm(q.reshape(grouped), k.transpose(1, 2), out=scores.view(G, -1, L))
-            scores.masked_fill_(blocked[b % len(blocked)], float("-inf"))
+            scores.add_(bias[b % len(bias)])
             torch.softmax(scores, -1, out=scores)
             probs[b].copy_(scores.view(G, -1, L))
             torch.bmm(probs[b], v_BGLC[b], out=out[b].view(grouped))
@@ -92,8 +92,8 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def _blocked(mask_BLL: Tensor | None, length: int) -> Tensor:
-    """Where attention is forbidden, `[B or 1, L, L]`."""
+def _bias(mask_BLL: Tensor | None, length: int) -> Tensor:
+    """Minus infinity where attention is forbidden, else 0: fp32 `[B or 1, L, L]`."""
     if mask_BLL is None:
-        return torch.ones(1, length, length, dtype=torch.bool).triu_(1)
-    return ~mask_BLL
+        return torch.full((1, length, length), float("-inf")).triu_(1)
+    return torch.zeros(mask_BLL.shape).masked_fill_(~mask_BLL, float("-inf"))

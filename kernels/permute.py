@@ -5,87 +5,118 @@ A token that visits K experts becomes K rows; rows of one expert lie together, i
 over each token's K rows, written as a gather through the inverse permutation, so that neither
 direction, nor either gradient, needs atomics: the gradient of each is the other.
 
-Shapes: T tokens, K experts per token, R = T * K rows, D width, E experts.
+Groups may start at a multiple of `align`; the slots between are zero rows, which the gather itself
+writes, and which nothing reads back.
+
+Shapes: T tokens, K experts per token, R = T * K rows, P >= R slots, D width, E experts.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def expert_order(ids_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each routed row goes.
+@dataclass(frozen=True)
+class Permutation:
+    """Where the R routed rows lie in P slots."""
 
-    ids_TK: expert of every (token, choice), any integer dtype.
-    Returns `order_R` (row -> flat index t * K + k, grouped by expert, stable), `inverse_R`
-    (flat index -> row) and `counts_E` (rows per expert, int64).
+    order_P: Tensor
+    """Flat index t * K + k of the row in every slot; 0 in empty slots."""
+    inverse_R: Tensor
+    """Slot of every flat index."""
+    empty: Tensor | None
+    """Slots that hold no row; None where `align` is 1, since then there are none."""
+    ends_E: Tensor
+    """End of every expert's slots, int64; P is the last."""
+    counts_E: Tensor
+    """True rows of every expert, int64."""
+
+
+def permutation(ids_TK: Tensor, n_experts: int, align: int = 1) -> Permutation:
+    """Group routed rows by expert, stably.
+
+    ids_TK: expert of every (token, choice), any integer dtype and shape. With `align` > 1 the
+    number of slots is read on the host.
     """
     flat_R = ids_TK.reshape(-1)
-    order_R = torch.argsort(flat_R, stable=True)
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    return order_R, inverse_R, torch.bincount(flat_R, minlength=n_experts)
+    sorted_R = torch.argsort(flat_R, stable=True)
+    counts_E = torch.bincount(flat_R, minlength=n_experts)
+    slot_of_sorted = torch.arange(flat_R.numel(), device=flat_R.device)
+    inverse_R = torch.empty_like(sorted_R)
+    if align == 1:
+        inverse_R[sorted_R] = slot_of_sorted
+        return Permutation(sorted_R, inverse_R, None, counts_E.cumsum(0), counts_E)
+    padded_E = (counts_E + align - 1) // align * align
+    ends_E = padded_E.cumsum(0)
+    shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
+    slot_of_sorted += shift_E[flat_R[sorted_R]]
+    inverse_R[sorted_R] = slot_of_sorted
+    n_slots = int(ends_E[-1])
+    order_P = sorted_R.new_zeros(n_slots)
+    order_P[slot_of_sorted] = sorted_R
+    taken_P = torch.zeros(n_slots, dtype=torch.bool, device=flat_R.device)
+    taken_P[slot_of_sorted] = True
+    return Permutation(order_P, inverse_R, (~taken_P).nonzero()[:, 0], ends_E, counts_E)
 
 
-def gather_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """`rows[r] = x[order[r] // K]` with K = R / T. Differentiable in `x_TD`."""
-    return _GatherRows.apply(x_TD, order_R, inverse_R)
+def gather_rows(x_TD: Tensor, to: Permutation) -> Tensor:
+    """`rows_PD` with `rows[p] = x[order[p] // K]`, zero in empty slots; K = R / T.
+
+    Differentiable in `x_TD`.
+    """
+    return _GatherRows.apply(x_TD, to)
 
 
-def combine_rows(rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
-    """`y[t] = sum_k rows[inverse[t * K + k]]`, summed in fp32. Differentiable in `rows_RD`."""
-    return _CombineRows.apply(rows_RD, order_R, inverse_R, top_k)
+def combine_rows(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
+    """`y_TD` with `y[t] = sum_k rows[inverse[t * K + k]]`, rounded once. Differentiable in rows."""
+    return _CombineRows.apply(rows_PD, back, top_k)
 
 
-def gather_rows_reference(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+def gather_rows_reference(x_TD: Tensor, to: Permutation) -> Tensor:
     """Plain-torch form of `gather_rows`."""
-    return x_TD[order_R // max(order_R.numel() // max(x_TD.shape[0], 1), 1)]
+    n_rows = to.inverse_R.numel()
+    top_k = n_rows // max(x_TD.shape[0], 1)
+    rows_PD = x_TD.new_zeros(to.order_P.numel(), x_TD.shape[1])
+    return rows_PD.index_add(0, to.inverse_R, x_TD.repeat_interleave(top_k, 0))
 
 
-def combine_rows_reference(
-    rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int
-) -> Tensor:
+def combine_rows_reference(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
     """Plain-torch form of `combine_rows`."""
-    y_TD = rows_RD.new_zeros(rows_RD.shape[0] // top_k, rows_RD.shape[1], dtype=torch.float32)
-    return y_TD.index_add(0, order_R // top_k, rows_RD.float()).to(rows_RD.dtype)
+    rows = [rows_PD[back.inverse_R[k::top_k]].float() for k in range(top_k)]
+    return torch.stack(rows).sum(0).to(rows_PD.dtype)
 
 
-def _gather(x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
-    return x_TD.index_select(0, order_R // top_k)
+def _gather(x_TD: Tensor, to: Permutation, top_k: int) -> Tensor:
+    source = to.order_P if top_k == 1 else to.order_P // top_k
+    rows_PD = x_TD.index_select(0, source)
+    return rows_PD if to.empty is None else rows_PD.index_fill_(0, to.empty, 0)
 
 
-def _combine(rows_RD: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
-    if top_k == 1:
-        return rows_RD.index_select(0, inverse_R)
-    width = rows_RD.shape[1]
+def _combine(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
+    rows_RD = rows_PD.index_select(0, back.inverse_R)
     # torch sums bf16 in fp32 and rounds once
-    return rows_RD.index_select(0, inverse_R).view(-1, top_k, width).sum(1)
+    return rows_RD if top_k == 1 else rows_RD.view(-1, top_k, rows_PD.shape[1]).sum(1)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.top_k = order_R.numel() // max(x_TD.shape[0], 1) or 1
-        ctx.save_for_backward(inverse_R)
-        return _gather(x_TD, order_R, ctx.top_k)
+    def forward(ctx: Any, x_TD: Tensor, to: Permutation) -> Tensor:
+        ctx.to, ctx.top_k = to, to.inverse_R.numel() // max(x_TD.shape[0], 1) or 1
+        return _gather(x_TD, to, ctx.top_k)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return _combine(grad_RD, inverse_R, ctx.top_k), None, None
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None]:
+        return _combine(grad_PD, ctx.to, ctx.top_k), None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int
-    ) -> Tensor:
-        ctx.top_k = top_k
-        ctx.save_for_backward(order_R)
-        return _combine(rows_RD, inverse_R, top_k)
+    def forward(ctx: Any, rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
+        ctx.back, ctx.top_k = back, top_k
+        return _combine(rows_PD, back, top_k)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
-        (order_R,) = ctx.saved_tensors
-        return _gather(grad_TD, order_R, ctx.top_k), None, None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad_TD, ctx.back, ctx.top_k), None, None

@@ -12,7 +12,7 @@ export reads slices, import writes them, and nothing is transposed or rounded on
 GLM always has a shared expert; where ours has none it is written as zeros, which add exactly zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,63 +121,104 @@ def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str
 def from_hf_config(config: dict[str, Any], place: str) -> Model:
     """Our model for a `config.json` that `hf_config` could have written.
 
-    place: what errors call the file. Raises ConfigError naming the key that is missing or that
-    asks for something this decoder does not have.
+    place: what errors call the file. Raises ConfigError naming the key that is missing, has the
+    wrong type or size, or asks for something this decoder does not have.
     """
-    arch = (config.get("architectures") or [None])[0]
+    arch = config.get("architectures")
+    arch = arch[0] if isinstance(arch, list) and arch else arch
     if arch not in (QWEN3, GLM4):
         raise ConfigError(f"{place}: architectures = {arch!r}: must be {QWEN3} or {GLM4}")
-    _refuse(config, place, "attention_bias", False)
-    _refuse(config, place, "hidden_act", "silu")
-    _refuse(config, place, "rope_scaling", None)
+    for key, only in (("attention_bias", False), ("hidden_act", "silu"), ("rope_scaling", None)):
+        _refuse(config, place, key, only)
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{place}: rope_parameters = {rope!r}: must be an object")
     _refuse(rope, f"{place}: rope_parameters", "rope_type", "default")
+
+    def integer(key: str, low: int = 1, high: int = 2**24) -> int:
+        return _number(config, key, place, int, low, high)
+
+    if arch == QWEN3:
+        moe, n_dense, qk_norm = _qwen3_moe(config, place, integer)
+    else:
+        _refuse(rope, f"{place}: rope_parameters", "partial_rotary_factor", 1.0)
+        moe, n_dense, qk_norm = _glm4_moe(config, place, integer)
     try:
-        moe_keys: dict[str, Any] = {
-            "top_k": config["num_experts_per_tok"],
-            "d_expert": config["moe_intermediate_size"],
-            "norm_top_k": config["norm_topk_prob"],
-        }
-        if arch == QWEN3:
-            n_experts = config.get("num_experts") or config["num_local_experts"]
-            dense = list(config.get("mlp_only_layers") or [])
-            moe_keys |= {"n_experts": n_experts, "score_func": "softmax"}
-            qk_norm = True
-            _refuse(config, place, "decoder_sparse_step", 1)
-            if dense != list(range(len(dense))):
-                raise ConfigError(f"{place}: mlp_only_layers = {dense}: must be the first layers")
-            n_dense = len(dense)
-        else:
-            _refuse(rope, f"{place}: rope_parameters", "partial_rotary_factor", 1.0)
-            _refuse(config, place, "n_group", 1)
-            moe_keys |= {
-                "n_experts": config["n_routed_experts"],
-                "score_func": "sigmoid",
-                "n_shared_experts": config["n_shared_experts"],
-                "route_scale": config["routed_scaling_factor"],
-                "bias_update_rate": 1e-3,  # trains on as DeepSeek-V3 did, unless told otherwise
-            }
-            qk_norm, n_dense = config["use_qk_norm"], config["first_k_dense_replace"]
         return Model(
-            vocab_size=config["vocab_size"],
-            d_model=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=config["num_attention_heads"],
-            n_kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            moe=Moe(**moe_keys),
+            vocab_size=integer("vocab_size"),
+            d_model=integer("hidden_size"),
+            n_layers=integer("num_hidden_layers", high=10_000),
+            n_heads=integer("num_attention_heads"),
+            n_kv_heads=integer("num_key_value_heads"),
+            head_dim=integer("head_dim"),
+            moe=moe,
             n_dense_layers=n_dense,
-            d_ff=config["intermediate_size"] if n_dense else 0,
+            d_ff=integer("intermediate_size") if n_dense else 0,
             qk_norm=qk_norm,
-            rope_theta=float(rope["rope_theta"]),
-            norm_eps=config["rms_norm_eps"],
-            tie_embeddings=config["tie_word_embeddings"],
-            init_std=config.get("initializer_range", 0.02),
+            rope_theta=_number(rope, "rope_theta", place, float, 1, 1e12),
+            norm_eps=_number(config, "rms_norm_eps", place, float, 0, 1),
+            tie_embeddings=_flag(config, "tie_word_embeddings", place),
         )
-    except KeyError as error:
-        raise ConfigError(f"{place}: key {error} is missing") from None
-    except TypeError as error:
-        raise ConfigError(f"{place}: a value has the wrong type: {error}") from None
+    except ConfigError as error:  # our own rules, in our names: say whose file broke them
+        raise ConfigError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
+
+
+_Integer = Callable[..., int]
+
+
+def _qwen3_moe(config: dict[str, Any], place: str, integer: _Integer) -> tuple[Moe, int, bool]:
+    """The experts, the number of dense layers, and whether there is QK-norm."""
+    _refuse(config, place, "decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or dense != list(range(len(dense))):
+        raise ConfigError(f"{place}: mlp_only_layers = {dense!r}: must be the first layers")
+    count = "num_experts" if "num_experts" in config else "num_local_experts"
+    moe = Moe(
+        n_experts=integer(count, high=2**16),
+        top_k=integer("num_experts_per_tok", high=2**16),
+        d_expert=integer("moe_intermediate_size"),
+        norm_top_k=_flag(config, "norm_topk_prob", place),
+        score_func="softmax",
+    )
+    return moe, len(dense), True
+
+
+def _glm4_moe(config: dict[str, Any], place: str, integer: _Integer) -> tuple[Moe, int, bool]:
+    """As `_qwen3_moe`."""
+    _refuse(config, place, "n_group", 1)
+    moe = Moe(
+        n_experts=integer("n_routed_experts", high=2**16),
+        top_k=integer("num_experts_per_tok", high=2**16),
+        d_expert=integer("moe_intermediate_size"),
+        norm_top_k=_flag(config, "norm_topk_prob", place),
+        n_shared_experts=integer("n_shared_experts", high=2**10),
+        score_func="sigmoid",
+        route_scale=_number(config, "routed_scaling_factor", place, float, 0, 1e6),
+        bias_update_rate=1e-3,  # trains on as DeepSeek-V3 did, unless told otherwise
+    )
+    dense = integer("first_k_dense_replace", low=0, high=10_000)
+    return moe, dense, _flag(config, "use_qk_norm", place)
+
+
+def _number(
+    config: dict[str, Any], key: str, place: str, kind: type, low: float, high: float
+) -> Any:
+    """`config[key]` as `kind`, checked before anything of that size is made."""
+    if key not in config:
+        raise ConfigError(f"{place}: key {key!r} is missing")
+    value = config[key]
+    if type(value) is not int and not (kind is float and type(value) is float):
+        wanted = "an integer" if kind is int else "a number"
+        raise ConfigError(f"{place}: {key} = {value!r}: wrong type, must be {wanted}")
+    if not low <= value <= high:
+        raise ConfigError(f"{place}: {key} = {value!r}: must lie between {low} and {high}")
+    return kind(value)
+
+
+def _flag(config: dict[str, Any], key: str, place: str) -> bool:
+    if type(config.get(key)) is not bool:
+        raise ConfigError(f"{place}: {key} = {config.get(key)!r}: must be true or false")
+    return bool(config[key])
 
 
 def _refuse(config: dict[str, Any], place: str, key: str, only: Any) -> None:

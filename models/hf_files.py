@@ -88,6 +88,7 @@ def read_config(folder: Path) -> tuple[Model, dict[str, Any]]:
 def read_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
     """The decoder of an export, in evaluation mode. Biases that are fp32 on disk stay fp32."""
     model, _ = read_config(folder)
+    files = _open_files(folder, {t.name: t for t in hf_tensors(model)})
     with torch.device("meta"):
         decoder = Decoder(model).to(dtype)
     for router in routers(decoder):
@@ -96,7 +97,6 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     for buffer in decoder.buffers():
         buffer.zero_()
     state = decoder.state_dict(keep_vars=True)
-    files = _open_files(folder, {t.name: t for t in hf_tensors(model)})
     with torch.no_grad():
         for t in hf_tensors(model):
             if t.ours is not None:
@@ -121,7 +121,7 @@ def _open_files(folder: Path, expected: dict[str, HfTensor]) -> dict[str, Any]:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError, struct.error) as error:
             raise ConfigError(f"{path}: unreadable safetensors file: {error}") from None
-        for name in file.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+        for name in file.keys():
             if name in expected and tuple(file.get_slice(name).get_shape()) != expected[name].shape:
                 raise ConfigError(
                     f"{path}: {name} has shape {file.get_slice(name).get_shape()}, "

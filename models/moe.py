@@ -21,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Model, Moe
-from kernels.grouped_gemm import grouped_gemm_nt
-from kernels.permute import combine_rows, expert_order, gather_rows
+from kernels.grouped_gemm import grouped_gemm_nt, row_alignment
+from kernels.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.swiglu import swiglu
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows grouped by expert. Group e ends at `ends_e[e]` and has `counts_e[e]` true rows."""
+    """Rows grouped by expert. Group e ends at `ends_e[e]` and has `counts_e[e]` true rows; rows
+    between these and the next group are zero, with weight zero."""
 
     data: Tensor
     """`[R, D]`."""
@@ -41,6 +42,17 @@ class Rows:
 
 
 ExpertsFn = Callable[[Rows], Tensor]
+
+
+def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation) -> Rows:
+    """Tokens and their routing weights (as many as there are rows) in the order of `to`."""
+    return Rows(
+        data=gather_rows(x_TD, to),
+        scales=None,
+        weights_R=gather_rows(weights.reshape(-1, 1), to)[:, 0],
+        ends_e=to.ends_E,
+        counts_e=to.counts_E,
+    )
 
 
 class Dispatcher(Protocol):
@@ -72,15 +84,9 @@ class LocalDispatcher:
         experts: ExpertsFn,
         beside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        order_R, inverse_R, counts_E = expert_order(expert_ids_TK, self.n_experts)
-        rows = Rows(
-            data=gather_rows(x_TD, order_R, inverse_R),
-            scales=None,
-            weights_R=weights_TK.reshape(-1)[order_R],
-            ends_e=counts_E.cumsum(0),
-            counts_e=counts_E,
-        )
-        y_TD = combine_rows(experts(rows), order_R, inverse_R, expert_ids_TK.shape[1])
+        align = row_alignment(expert_ids_TK.numel(), self.n_experts, x_TD.device)
+        to = permutation(expert_ids_TK, self.n_experts, align)
+        y_TD = combine_rows(experts(rows_for(x_TD, weights_TK, to)), to, expert_ids_TK.shape[1])
         return y_TD if beside is None else y_TD + beside()
 
 
@@ -97,9 +103,7 @@ class Router(nn.Module):
         # no gradient: moved by `update_biases`; part of every checkpoint and export
         self.register_buffer("bias_E", torch.zeros(config.n_experts), persistent=True)
         # choices since the last `take_counts`
-        self.register_buffer(
-            "tokens_per_expert_E", torch.zeros(config.n_experts), persistent=False
-        )
+        self.register_buffer("tokens_per_expert_E", torch.zeros(config.n_experts), persistent=False)
 
     def float_buffers(self) -> None:
         """Undo the rounding type of `module.to(dtype)`: bias and counts are fp32 always."""

@@ -2,8 +2,9 @@
 
 Gradients are sums, never means: every rank divides its loss by the target tokens of the whole
 step, so a sum over ranks is the gradient of the global mean, for dense parameters and experts
-alike. FSDP2's own division is therefore switched off everywhere. (Its division by a factor other
-than 1 is wrong on shard groups of one rank, torch 2.13, and unsupported on gloo.)
+alike. FSDP2's own division is therefore switched off: its factor is 1 and the reduction a plain sum
+(gloo has no other). Groups of one rank divide by nothing as they are; there an explicit factor only
+costs a pass over the gradient.
 """
 
 from collections.abc import Callable
@@ -51,8 +52,10 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
             shard_placement_fn=_block_placement(block, mesh.degrees.dp_shard),
         )
     fully_shard(model, mesh=mesh.fsdp_dense(), mp_policy=policy, reshard_after_forward=False)
+    experts_alone = mesh.degrees.ep > 1 and mesh.degrees.efsdp * mesh.degrees.dp_replicate == 1
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        alone = mesh.degrees.world == 1 or (isinstance(module, Experts) and experts_alone)
+        if isinstance(module, FSDPModule) and not alone:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
@@ -76,7 +79,9 @@ def _expert_dim(parameter: nn.Parameter, n_ranks: int) -> Shard:
 
     FSDP2 shards other dimensions than the first only evenly.
     """
-    n_local = parameter.shape[0] if not isinstance(parameter, DTensor) else len(parameter.to_local())
+    n_local = (
+        parameter.shape[0] if not isinstance(parameter, DTensor) else len(parameter.to_local())
+    )
     width = parameter.ndim - 1 if parameter.ndim == 4 else 1  # D of w13 [E, 2, F, D], w2 [E, D, F]
     if n_local % n_ranks and parameter.shape[width] % n_ranks == 0:
         return Shard(width)

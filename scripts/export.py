@@ -49,6 +49,7 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
         raise ConfigError(f"{tokenizer}: missing; an export needs the tokenizer of its run")
     parsed, eot_name = load_tokenizer(tokenizer, config.model.vocab_size)
     eot = parsed.token_to_id(eot_name)
+    assert eot is not None, "load_tokenizer names a token of the vocabulary"
     described = hf_config(
         config.model,
         max_positions=config.data.seq_len,

@@ -97,7 +97,9 @@ def test_no_pickle() -> None:
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     call = f"{node.value.id}.{node.attr}"
                     assert call not in ("torch.load", "torch.save"), f"{path}: {call}"
-                    assert not (node.value.id == "dist" and "object" in node.attr), f"{path}: {call}"
+                    assert not (node.value.id == "dist" and "object" in node.attr), (
+                        f"{path}: {call}"
+                    )
 
 
 def test_kernels_is_ours() -> None:

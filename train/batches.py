@@ -31,8 +31,12 @@ class Batch:
     core: DocumentAttention
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.tokens_T, self.positions_T, self.targets_T)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.core.to(device))
+        return Batch(
+            self.tokens_T.to(device, non_blocking=True),
+            self.positions_T.to(device, non_blocking=True),
+            self.targets_T.to(device, non_blocking=True),
+            self.core.to(device),
+        )
 
 
 class Sequences:

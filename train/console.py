@@ -62,8 +62,11 @@ class Progressing:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif as_line:
-            print(f"step {step:>{len(str(self._total))}}/{self._total}  {status}  "
-                  f"eta {self._eta(step)}", flush=True)
+            print(
+                f"step {step:>{len(str(self._total))}}/{self._total}  {status}  "
+                f"eta {self._eta(step)}",
+                flush=True,
+            )
 
     def _eta(self, step: int) -> str:
         per_step = (time.monotonic() - self._start) / max(step - self._first, 1)

@@ -31,7 +31,9 @@ def _loss(folder: Path) -> Path:
     top.plot(steps, [r["loss"] for r in records], lw=0.8, label="training")
     held_out = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
     if held_out:
-        top.plot(*zip(*held_out, strict=True), "o-", label=f"validation, last {held_out[-1][1]:.3f}")
+        top.plot(
+            *zip(*held_out, strict=True), "o-", label=f"validation, last {held_out[-1][1]:.3f}"
+        )
     top.set_ylabel("loss (nats per token)")
     top.grid(alpha=0.3)
     top.legend()
@@ -58,8 +60,13 @@ def _experts(folder: Path, records: list[dict[str, Any]], columns: int = 200) ->
     across = min(n_layers, 4)
     down = -(-n_layers // across)
     figure, axes = pyplot.subplots(
-        down, across, figsize=(3.2 * across + 1, 2.4 * down + 0.6), squeeze=False,
-        sharex=True, sharey=True, layout="constrained",
+        down,
+        across,
+        figsize=(3.2 * across + 1, 2.4 * down + 0.6),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for layer, axis in enumerate(axes.flat):
         if layer >= n_layers:

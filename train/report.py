@@ -4,7 +4,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-
 from parallel.ranks import Ranks
 from train.console import Progressing
 from train.metrics import MetricsWriter, balance_fields, memory_gib

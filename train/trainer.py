@@ -200,4 +200,6 @@ class Trainer:
     def _profile(self, step: int) -> AbstractContextManager[Any]:
         if step not in self.config.train.profile_steps:
             return nullcontext()
-        return profiled(self.folder / "profile" / f"step-{step:08d}-rank-{self.ranks.rank:05d}.json")
+        return profiled(
+            self.folder / "profile" / f"step-{step:08d}-rank-{self.ranks.rank:05d}.json"
+        )

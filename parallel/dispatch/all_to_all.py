@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.permute import combine_rows, expert_order, gather_rows
-from models.moe import ExpertsFn, Rows
+from kernels.grouped_gemm import row_alignment
+from kernels.permute import Permutation, combine_rows, permutation
+from models.moe import ExpertsFn, rows_for
 
 
 class AllToAllDispatcher:
@@ -35,47 +36,39 @@ class AllToAllDispatcher:
         experts: ExpertsFn,
         beside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        order_R, inverse_R, counts_E = expert_order(expert_ids_TK, self.n_experts)
-        received_re = torch.empty_like(counts_E)
-        dist.all_to_all_single(received_re, counts_E, group=self.group)
+        to = permutation(expert_ids_TK, self.n_experts)
+        received_re = torch.empty_like(to.counts_E)
+        dist.all_to_all_single(received_re, to.counts_E, group=self.group)
         received_re = received_re.view(self.ep, -1)
-        sent = counts_E.view(self.ep, -1).sum(1).tolist()
+        sent = to.counts_E.view(self.ep, -1).sum(1).tolist()
         got = received_re.sum(1).tolist()
 
         pending: list[dist.Work] = []
-        rows_RD = gather_rows(x_TD, order_R, inverse_R)
-        rows_SD = _AllToAll.apply(rows_RD, sent, got, self.group, pending)
-        weights_R = weights_TK.reshape(-1)[order_R]
-        weights_S = _AllToAll.apply(weights_R, sent, got, self.group, pending)
+        leaving = rows_for(x_TD, weights_TK, to)
+        data_SD = _AllToAll.apply(leaving.data, sent, got, self.group, pending)
+        weights_S = _AllToAll.apply(leaving.weights_R, sent, got, self.group, pending)
         shared_TD = None if beside is None else beside()
         for work in pending:
             work.wait()
 
-        by_expert_S, by_sender_S = _expert_major(received_re)
-        counts_e = received_re.sum(0)
-        rows = Rows(
-            data=gather_rows(rows_SD, by_expert_S, by_sender_S),
-            scales=None,
-            weights_R=weights_S[by_expert_S],
-            ends_e=counts_e.cumsum(0),
-            counts_e=counts_e,
-        )
-        done_SD = gather_rows(experts(rows), by_sender_S, by_expert_S)
+        by_expert = _expert_major(received_re, sum(got))
+        done_PD = experts(rows_for(data_SD, weights_S, by_expert))
+        done_SD = combine_rows(done_PD, by_expert, 1)
         done_RD = _AllToAll.apply(done_SD, got, sent, self.group, None)
-        y_TD = combine_rows(done_RD, order_R, inverse_R, expert_ids_TK.shape[1])
+        y_TD = combine_rows(done_RD, to, expert_ids_TK.shape[1])
         return y_TD if shared_TD is None else y_TD + shared_TD
 
 
-def _expert_major(received_re: Tensor) -> tuple[Tensor, Tensor]:
-    """Permutation of the received rows from (sender, expert) to (expert, sender) order.
+def _expert_major(received_re: Tensor, n_rows: int) -> Permutation:
+    """The received rows, which lie by sender and then expert, by expert and then sender.
 
-    received_re: rows from each rank for each local expert. Returns the permutation and its inverse.
+    received_re: rows from each rank for each local expert, `n_rows` in all.
     """
     ep, n_local = received_re.shape
     experts = torch.arange(n_local, device=received_re.device).repeat(ep)
-    expert_of_row = experts.repeat_interleave(received_re.reshape(-1))
-    order, inverse, _ = expert_order(expert_of_row, n_local)
-    return order, inverse
+    expert_of_row_S = experts.repeat_interleave(received_re.reshape(-1), output_size=n_rows)
+    align = row_alignment(n_rows, n_local, received_re.device)
+    return permutation(expert_of_row_S, n_local, align)
 
 
 class _AllToAll(torch.autograd.Function):

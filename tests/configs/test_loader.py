@@ -45,7 +45,10 @@ def test_toml_and_flat_forms_round_trip(path: Path, tmp_path: Path) -> None:
         ("--train.steps=0", "train.steps = 0: must be at least 1"),
         ("--model.qk_norm=1", "must be true or false"),
         ("--schedule.kind=cosin", "must be one of wsd, cosine, linear; did you mean cosine?"),
-        ("--model.moe.top_k=9", "model.moe.top_k = 9: a token cannot visit more than n_experts = 8"),
+        (
+            "--model.moe.top_k=9",
+            "model.moe.top_k = 9: a token cannot visit more than n_experts = 8",
+        ),
         ("--model.n_kv_heads=3", "must divide n_heads = 4"),
         ("--model.head_dim=7", "must be even"),
         ("--data.validation_fraction=0.9", "must lie between 0.0 and 0.5"),
@@ -74,7 +77,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         ("[run]\ndir = 'x'\n", f"{path}: model: this section is required"),
     ]:
         path.write_text(text)
-        with pytest.raises(ConfigError, match="mine.toml") as caught:
+        with pytest.raises(ConfigError, match=r"mine\.toml") as caught:
             load(path)
         assert expected in str(caught.value)
     with pytest.raises(ConfigError, match=r"demo\.toml"):

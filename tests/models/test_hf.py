@@ -36,7 +36,9 @@ import json, sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 folder = sys.argv[1]
-model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, output_loading_info=True
+)
 wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
 ours = load_file(folder + "/ours.check")
 with torch.no_grad():
@@ -61,10 +63,10 @@ def random_decoder(model: Model) -> Decoder:
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if name.endswith("norm.weight"):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
         for router in routers(decoder):
             if model.moe.bias_update_rate:
-                router.bias_E += 0.1 * torch.randn(router.bias_E.shape, generator=generator)
+                router.bias_E.add_(torch.randn(router.bias_E.shape, generator=generator), alpha=0.1)
     return decoder.eval()
 
 
@@ -102,8 +104,8 @@ def test_reading_back_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     for key, value in decoder.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     half = read_model(tmp_path, torch.bfloat16)
-    assert half.layers[2].ffn.router.bias_E.dtype == torch.float32
-    assert half.layers[2].ffn.router.weight.dtype == torch.bfloat16
+    assert all(router.bias_E.dtype == torch.float32 for router in routers(half))
+    assert all(router.weight.dtype == torch.bfloat16 for router in routers(half))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -126,15 +128,13 @@ def test_config_round_trip(name: str) -> None:
     described = hf_config(model, max_positions=64, eos_token_id=0, dtype="float32")
     again = from_hf_config(json.loads(json.dumps(described)), "config.json")
     shared = max(model.moe.n_shared_experts, 1) if architecture(model)[0] == "G" else 0
-    moe = replace(
-        model.moe, n_shared_experts=shared, bias_update_rate=again.moe.bias_update_rate
-    )
+    moe = replace(model.moe, n_shared_experts=shared, bias_update_rate=again.moe.bias_update_rate)
     assert again == replace(model, moe=moe, d_ff=model.d_ff if model.n_dense_layers else 0)
 
 
 def test_what_cannot_be_exported_says_why() -> None:
     model = family("qwen3")
-    with pytest.raises(ConfigError, match="qk_norm = false and .*|.*qk_norm = false"):
+    with pytest.raises(ConfigError, match="qk_norm = false"):
         architecture(replace(model, qk_norm=False))
     with pytest.raises(ConfigError, match="n_shared_experts"):
         architecture(replace(model, moe=replace(model.moe, n_shared_experts=1)))
@@ -149,7 +149,13 @@ def test_what_cannot_be_exported_says_why() -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"n_group": 4}, "n_group = 4"),
         ({"num_attention_heads": 3}, "n_kv_heads"),
-        ({"hidden_size": "wide"}, "wrong type"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide': wrong type"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers = 1.5: wrong type"),
+        ({"rope_parameters": [1]}, "rope_parameters = "),
+        ({"architectures": 5}, "architectures = 5"),
+        ({"vocab_size": 10**15}, "vocab_size = 1000000000000000: must lie between"),
+        ({"n_routed_experts": 10**6}, "n_routed_experts = 1000000: must lie between"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1: must be true or false"),
     ],
     ids=str,
 )
@@ -189,7 +195,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     for shard in shards:
         shard.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match="pickles such as pytorch_model.bin are not read"):
+    with pytest.raises(ConfigError, match=r"pickles such as pytorch_model\.bin are not read"):
         read_model(tmp_path, torch.float32)
     with pytest.raises(ConfigError, match="no such folder"):
         read_model(tmp_path / "absent", torch.float32)

@@ -1,4 +1,4 @@
-"""N ranks equal one process: loss, gradient norm, every gradient, and the weights after three steps.
+"""N ranks equal one process: loss, gradient norm, every gradient, weights after three steps.
 
 Tolerance: 1e-5 of each tensor's norm, in fp32; sums over ranks are taken in another order, which
 costs about 1e-7. Routing must agree exactly.

@@ -26,7 +26,9 @@ import json, sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
-model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+model, info = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, output_loading_info=True
+)
 ours = load_file(folder + "/ours.check")
 with torch.no_grad():
     theirs = model(ours["tokens"]).logits

@@ -83,7 +83,9 @@ def test_truncated_missing_and_foreign_files(tmp_path: Path) -> None:
     file = folder / "rank-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match="bytes, expected .*; remove .* to use step-00000002"):
+    with pytest.raises(
+        CheckpointError, match=r"bytes, expected .*; remove .* to use step-00000002"
+    ):
         checkpoint.read_manifest(folder)
     file.unlink()
     with pytest.raises(CheckpointError, match="missing"):

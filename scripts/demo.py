@@ -1,0 +1,142 @@
+"""`python -m scripts.demo`: the main job from text to served model, in a few minutes.
+
+Trains configs/demo.toml on two ranks (one, where there is one core or one GPU), exports the result,
+serves the export, asks the server for completions, and lists what was made. Started again it
+resumes, or ends at once where all is done; remove runs/demo to start anew.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from configs.loader import load
+from configs.schema import ConfigError
+
+EXPERIMENT = "configs/demo.toml"
+PROMPTS = (
+    "import os\n\ndef read_file(path):\n",
+    "class Stack:\n    def __init__(self",
+    "for i in ",
+)
+
+
+def main() -> int:
+    """Run all stages; the exit code is that of the first that fails."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="--section.key=value of the experiment")
+    _, overrides = parser.parse_known_args()
+    try:
+        folder = Path(load(EXPERIMENT, overrides).run.dir)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    ranks = min(2, _devices())
+    train = ["-m", "train", EXPERIMENT, *overrides]
+    if ranks > 1:
+        train = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train]
+    for title, stage in (
+        (f"1/3 train on {ranks} ranks", train),
+        ("2/3 export", ["-m", "scripts.export", str(folder)]),
+    ):
+        print(f"\n== {title} ==", flush=True)
+        code = subprocess.run([sys.executable, *stage], env=_environment(ranks)).returncode
+        if code:
+            return code
+    print("\n== 3/3 serve ==", flush=True)
+    _serve(folder / "export")
+    _list_artifacts(folder, time.monotonic() - began)
+    return 0
+
+
+def _devices() -> int:
+    """GPUs, or cores where there is none."""
+    import torch
+
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """Torchrun would set one OpenMP thread per rank and print a warning that it did."""
+    threads = str(max((os.cpu_count() or 1) // ranks, 1))
+    return {"OMP_NUM_THREADS": threads} | os.environ
+
+
+def _serve(export: Path) -> None:
+    """Start the server on a free port, print what it writes, and stop it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "serve", str(export), "--port", str(port)])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(server, url)
+        for prompt in PROMPTS:
+            body = {"prompt": prompt, "max_tokens": 64, "temperature": 0.7, "seed": 1}
+            text = _call(f"{url}/v1/completions", body)["choices"][0]["text"]
+            print(
+                f"--- {prompt!r}\n{prompt}\033[1m{text}\033[0m"
+                if sys.stdout.isatty()
+                else f"--- {prompt!r}\n{prompt}{text}",
+                flush=True,
+            )
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            raise SystemExit(f"error: the server stopped with exit code {server.returncode}")
+        try:
+            _call(f"{url}/health")
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit(f"error: the server did not answer on {url} within a minute")
+
+
+def _call(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def _list_artifacts(folder: Path, seconds: float) -> None:
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [m for m in metrics if "validation_loss" in m][-1]
+    speeds = sorted(m["tokens_per_s"] for m in metrics)
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    rows = [
+        ("loss curve", folder / "loss.png"),
+        ("expert load", folder / "experts.png"),
+        ("every step's metrics", folder / "metrics.jsonl"),
+        ("TensorBoard", folder / "tensorboard"),
+        ("resolved config", folder / "config.toml"),
+        ("environment", folder / "environment.json"),
+        ("tokenizer", folder / "tokenizer"),
+        ("newest checkpoint", newest),
+        ("Hugging Face export", folder / "export"),
+    ]
+    print(f"\n== done in {seconds:.0f} s ==")
+    for name, path in rows:
+        print(f"  {name:<22} {path}")
+    print(
+        f"validation loss {held_out['validation_loss']:.3f} nats per token "
+        f"({held_out['validation_bits_per_byte']:.3f} bits per byte) after {held_out['step']} "
+        f"steps, median {speeds[len(speeds) // 2]:,.0f} tokens/s\n"
+        f"serve it:  python -m serve {folder / 'export'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
