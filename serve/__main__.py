@@ -168,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         serve(parse(arguments))
     except ConfigError as error:
-        print(f"serve: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         pass

@@ -94,7 +94,7 @@ def test_faults_take_one_line(
     assert main(filled) == 2
     out, errors = capsys.readouterr()
     assert out == ""
-    assert errors.startswith("serve: ")
+    assert errors.startswith("error: ")
     assert message in errors
     assert errors.count("\n") == 1
 
