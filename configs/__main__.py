@@ -8,7 +8,7 @@ import sys
 
 from configs.degrees import default_world, resolve
 from configs.loader import load
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,8 @@ Ranks are row-major in `(dp_replicate, dp_shard)` for dense parameters and in
 import math
 from dataclasses import dataclass
 
-from configs.schema import ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import RunConfig
 
 
 @dataclass(frozen=True)

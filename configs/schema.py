@@ -9,23 +9,8 @@ is wrong is refused here, in `__post_init__`; what depends on the number of rank
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line for the user: key, fault, remedy."""
-
-
-def _at_least(section: object, minimum: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        if value < minimum:
-            raise ConfigError(f"{key} = {value}: must be at least {minimum}")
-
-
-def _between(section: object, low: float, high: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        if not low <= value <= high:
-            raise ConfigError(f"{key} = {value}: must lie between {low} and {high}")
+from configs.model import Model
+from configs.rules import ConfigError, at_least, between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +21,7 @@ class Run:
     """Seed of initialisation and data order. The same seed gives the same model on every mesh."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed")
+        at_least(self, 0, "seed")
         if not self.dir:
             raise ConfigError("dir is empty: name a folder, for example runs/demo")
 
@@ -62,87 +47,11 @@ class Data:
     """Folder of tokenizers and tokenised corpora, shared by runs."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "seq_len")
-        _between(self, 0.0, 0.5, "validation_fraction")
-        _between(self, 0.0, 1.0, "near_duplicate_threshold")
+        at_least(self, 2, "seq_len")
+        between(self, 0.0, 0.5, "validation_fraction")
+        between(self, 0.0, 1.0, "near_duplicate_threshold")
         if not self.source:
             raise ConfigError('source is empty: use "stdlib", a path, or a dataset name')
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moe:
-    n_experts: int
-    """Routed experts per MoE layer."""
-    top_k: int
-    """Routed experts that each token visits."""
-    d_expert: int
-    """Hidden width of one expert (SwiGLU)."""
-    n_shared_experts: int = 0
-    """Experts that every token visits, fused into one of `n_shared_experts * d_expert` wide."""
-    score_func: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become scores, in fp32. Exports with a balancing bias or shared experts
-    need `sigmoid`."""
-    norm_top_k: bool = True
-    """Divide the chosen scores by their sum."""
-    route_scale: float = 1.0
-    """Factor on the routing weights after normalisation."""
-    bias_update_rate: float = 0.0
-    """Step of the aux-loss-free balancing bias per optimizer step (arXiv:2408.15664). 0: the
-    router has no bias."""
-    force_balance: bool = False
-    """Benchmarks only: ignore the router's choice and send tokens round-robin."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "n_experts", "top_k", "d_expert")
-        _at_least(self, 0, "n_shared_experts", "bias_update_rate")
-        if self.top_k > self.n_experts:
-            raise ConfigError(
-                f"top_k = {self.top_k}: a token cannot visit more than n_experts = {self.n_experts}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    vocab_size: int
-    """Rows of the embedding. A tokenizer trained here gets exactly as many tokens."""
-    d_model: int
-    """Width of the residual stream."""
-    n_layers: int
-    """Transformer blocks."""
-    n_heads: int
-    """Query heads."""
-    n_kv_heads: int
-    """Key and value heads (grouped-query attention); divides `n_heads`."""
-    head_dim: int
-    """Width of one head; even, for RoPE."""
-    moe: Moe
-    n_dense_layers: int = 0
-    """The first layers that use a dense feed-forward instead of experts."""
-    d_ff: int = 0
-    """Hidden width of the dense feed-forward (only where `n_dense_layers` > 0)."""
-    qk_norm: bool = True
-    """RMSNorm on every query and key head (Qwen3)."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
-    norm_eps: float = 1e-6
-    """Epsilon of RMSNorm."""
-    tie_embeddings: bool = True
-    """Use the embedding as output head."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections get it divided by
-    sqrt(2 * n_layers) (GPT-2)."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim")
-        _between(self, 0, self.n_layers, "n_dense_layers")
-        if self.n_heads % self.n_kv_heads:
-            raise ConfigError(
-                f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim = {self.head_dim}: must be even for RoPE")
-        if self.n_dense_layers and not self.d_ff:
-            raise ConfigError("d_ff = 0: dense layers (n_dense_layers > 0) need their width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +74,8 @@ class Train:
     """CPU threads per rank. 0: all cores divided by the ranks of this host."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "gc_every")
-        _at_least(self, 0, "clip_norm", "threads")
+        at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "gc_every")
+        at_least(self, 0, "clip_norm", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +92,8 @@ class Optimizer:
     """Decoupled weight decay on matrices; norms, biases and routers have none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "lr", "weight_decay", "eps")
-        _between(self, 0.0, 1.0, "beta1", "beta2")
+        at_least(self, 0, "lr", "weight_decay", "eps")
+        between(self, 0.0, 1.0, "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +109,8 @@ class Schedule:
     """Final learning rate as a share of the peak."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "warmup_steps")
-        _between(self, 0.0, 1.0, "decay_fraction", "min_lr_fraction")
+        at_least(self, 0, "warmup_steps")
+        between(self, 0.0, 1.0, "decay_fraction", "min_lr_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +126,10 @@ class Parallel:
     """Free gathered parameters between forward and backward: less memory, one more all-gather."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "dp_replicate")
+        at_least(self, 1, "dp_replicate")
         for key in ("dp_shard", "ep"):
             if getattr(self, key) != -1:
-                _at_least(self, 1, key)
+                at_least(self, 1, key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +147,7 @@ class Validation:
     """Sequences per validation. 0: all held-out sequences."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every", "sequences")
+        at_least(self, 0, "every", "sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +161,8 @@ class Checkpoint:
     optimizer and step 0. Ignored once the run has a checkpoint of its own."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every")
-        _at_least(self, 1, "keep")
+        at_least(self, 0, "every")
+        at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)

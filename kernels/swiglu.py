@@ -24,6 +24,15 @@ def swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
     return _SwiGlu.apply(gate_up_R2F, weights_R)
 
 
+def clamped_swiglu(gate_up_R2F: Tensor, weights_R: Tensor) -> Tensor:
+    """GPT-OSS's activation: `h = (up + 1) * gate * sigmoid(1.702 gate) * weight`, with the gate at
+    most 7 and up within +-7; fp32 inside. Differentiable in both."""
+    gate, up = gate_up_R2F.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    h_RF = (up + 1) * gate * torch.sigmoid(1.702 * gate) * weights_R[:, None]
+    return h_RF.to(gate_up_R2F.dtype)
+
+
 def swiglu_reference(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
     """Plain-torch form of `swiglu`."""
     gate, up = gate_up_R2F.float().chunk(2, dim=-1)

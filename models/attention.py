@@ -1,82 +1,152 @@
-"""Grouped-query attention around an exchangeable core.
+"""Attention layers around an exchangeable core.
 
 The layer projects, normalises and rotates; what may look at what is the *core*'s business. In
-training that is `DocumentAttention` (causal, within a document); the serving engine passes a core
-that reads and writes a paged KV cache. Both see tokens in one flat dimension.
+training that is `models.documents.DocumentAttention` (causal, within a document); the serving
+engine passes a core with a paged KV cache. Both see tokens in one flat dimension.
 
 GQA: arXiv:2305.13245. T tokens, D model width, H query heads, G key/value heads, C head width,
-B sequences, L their length.
+V value width.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Model
-from kernels.attention import document_attention
-from models.norm import RMSNorm
-from models.rope import apply_rope
+from configs.model import Attention, Model
+from models.norm import RMSNorm, l2_norm
+from models.rope import apply_rope, logit_scale
+
+Tables = tuple[Tensor, Tensor]
+"""cos and sin of every token, from `models.rope.rope_tables`."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a core needs to know of the layer that calls it."""
+
+    index: int
+    """Blocks are counted from 0."""
+    scale: float
+    """Factor on the logits."""
+    window: int = 0
+    """A token sees so many tokens, itself included. 0: all."""
+    chunk: int = 0
+    """A token sees its own chunk of so many positions. 0: all."""
 
 
 class AttentionCore(Protocol):
     """Softmax attention of one layer over whatever keys the implementation holds."""
 
-    def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
-        """Output `[T, H, C]` for the queries; `layer` counts blocks from 0."""
+    def __call__(
+        self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        """Output `[T, H, V]` for the queries. sinks_H: logits that hold no value, or None."""
         ...
 
 
-class Attention(nn.Module):
-    """Projections, optional QK-norm (Qwen3: per head, before RoPE), core, output projection."""
+def layer_of(model: Model, index: int) -> Layer:
+    """The facts of layer `index` for its core."""
+    attention = model.attention
+    local = 0 if attention.is_full(index) else attention.local_size
+    return Layer(
+        index=index,
+        scale=attention.qk_dim**-0.5 * logit_scale(model.rope),
+        window=local if attention.local == "window" else 0,
+        chunk=local if attention.local == "chunk" else 0,
+    )
 
-    def __init__(self, config: Model, layer: int) -> None:
+
+class GroupedQueryAttention(nn.Module):
+    """Projections, QK-norm, RoPE, core, output projection."""
+
+    def __init__(self, config: Model, index: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
-        query_width = config.n_heads * config.head_dim
-        kv_width = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.d_model, query_width, bias=False)
-        self.wk = nn.Linear(config.d_model, kv_width, bias=False)
-        self.wv = nn.Linear(config.d_model, kv_width, bias=False)
-        self.wo = nn.Linear(query_width, config.d_model, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        a = config.attention
+        self.config, self.layer = a, layer_of(config, index)
+        self.has_rope, self.interleaved = a.has_rope(index), config.rope.interleaved
+        self.eps = config.norm_eps
+        self.wq = nn.Linear(config.d_model, a.n_heads * a.head_dim, bias=a.bias)
+        self.wk = nn.Linear(config.d_model, a.kv_heads * a.head_dim, bias=a.bias)
+        self.wv = nn.Linear(config.d_model, a.kv_heads * a.head_dim, bias=a.bias)
+        self.wo = nn.Linear(a.n_heads * a.head_dim, config.d_model, bias=a.bias)
+        rms = a.qk_norm == "rms"
+        self.q_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
+        self.k_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
+        self.sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], core: AttentionCore) -> Tensor:
-        heads = (x_TD.shape[0], -1, self.head_dim)
+    def forward(
+        self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
+    ) -> Tensor:
+        heads = (x_TD.shape[0], -1, self.config.head_dim)
         q_THC, k_TGC = self.wq(x_TD).view(heads), self.wk(x_TD).view(heads)
         v_TGC = self.wv(x_TD).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_THC, k_TGC = self.q_norm(q_THC), self.k_norm(k_TGC)
-        q_THC, k_TGC = apply_rope(q_THC, *rope), apply_rope(k_TGC, *rope)
-        return self.wo(core(self.layer, q_THC, k_TGC, v_TGC).reshape(x_TD.shape[0], -1))
+        if self.has_rope:
+            q_THC = apply_rope(q_THC, tables, self.interleaved)
+            k_TGC = apply_rope(k_TGC, tables, self.interleaved)
+            if self.config.qk_norm == "l2":
+                q_THC, k_TGC = l2_norm(q_THC, self.eps), l2_norm(k_TGC, self.eps)
+        elif self.config.temperature_floor:
+            q_THC = q_THC * _temperature(positions_T, self.config).to(q_THC.dtype)
+        o_THC = core(self.layer, q_THC, k_TGC, v_TGC, self.sinks)
+        return self.wo(o_THC.reshape(x_TD.shape[0], -1))
 
 
-class DocumentAttention:
-    """Causal attention that never crosses a document boundary; the training core.
+def _temperature(positions_T: Tensor, config: Attention) -> Tensor:
+    """Factor on the queries of layers without RoPE, `[T, 1, 1]` (arXiv:2501.19399)."""
+    steps = torch.floor((positions_T.float() + 1) / config.temperature_floor)
+    return (torch.log1p(steps) * config.temperature_scale + 1)[:, None, None]
 
-    positions_BL: position of every token within its document; a document begins where it is 0.
-    Each sequence attends to itself only, so a document cut by the end of a sequence begins anew.
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Keys and values are projections of one narrow vector per token, which a cache may keep instead;
+    position enters by a separate rotated part, whose keys all heads share. Queries may be
+    compressed likewise. Here the keys and values are expanded before the core.
     """
 
-    def __init__(self, positions_BL: Tensor) -> None:
-        self.batch, self.length = positions_BL.shape
-        self.mask_BLL: Tensor | None = None
-        if bool((positions_BL[:, 1:] == 0).any()):  # decided before the forward pass, on the host
-            document_BL = (positions_BL == 0).cumsum(1)
-            same = document_BL[:, :, None] == document_BL[:, None, :]
-            self.mask_BLL = same.tril()
+    def __init__(self, config: Model, index: int) -> None:
+        super().__init__()
+        a = config.attention
+        self.config, self.layer = a, layer_of(config, index)
+        self.interleaved = config.rope.interleaved
+        query_width = a.n_heads * a.qk_dim
+        self.wq_a: nn.Linear | None = None
+        self.q_a_norm: RMSNorm | None = None
+        if a.q_lora_rank:
+            self.wq_a = nn.Linear(config.d_model, a.q_lora_rank, bias=False)
+            self.q_a_norm = RMSNorm(a.q_lora_rank, _LATENT_EPS)
+        self.wq = nn.Linear(a.q_lora_rank or config.d_model, query_width, bias=False)
+        kv_a_width = a.kv_lora_rank + a.qk_rope_head_dim
+        self.wkv_a = nn.Linear(config.d_model, kv_a_width, bias=False)
+        self.kv_a_norm = RMSNorm(a.kv_lora_rank, _LATENT_EPS)
+        kv_width = a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
+        self.wkv_b = nn.Linear(a.kv_lora_rank, kv_width, bias=False)
+        self.wo = nn.Linear(a.n_heads * a.v_head_dim, config.d_model, bias=False)
 
-    def to(self, device: torch.device) -> "DocumentAttention":
-        if self.mask_BLL is not None:
-            self.mask_BLL = self.mask_BLL.to(device, non_blocking=True)
-        return self
+    def forward(
+        self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
+    ) -> Tensor:
+        a, n_tokens = self.config, x_TD.shape[0]
+        compressed = x_TD
+        if self.wq_a is not None and self.q_a_norm is not None:
+            compressed = self.q_a_norm(self.wq_a(x_TD))
+        q_THC = self.wq(compressed).view(n_tokens, a.n_heads, a.qk_dim)
+        q_plain, q_rope = q_THC.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.wkv_a(x_TD).split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
+        kv = self.wkv_b(self.kv_a_norm(latent)).view(n_tokens, a.n_heads, -1)
+        k_plain, v_THV = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
+        q_rope = apply_rope(q_rope, tables, self.interleaved)
+        k_rope = apply_rope(k_rope[:, None], tables, self.interleaved)
+        q_THC = torch.cat([q_plain, q_rope], dim=-1)
+        k_THC = torch.cat([k_plain, k_rope.expand(-1, a.n_heads, -1)], dim=-1)
+        o_THV = core(self.layer, q_THC, k_THC, v_THV, None)
+        return self.wo(o_THV.reshape(n_tokens, -1))
 
-    def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
-        q, k, v = (self._split(x) for x in (q_THC, k_TGC, v_TGC))
-        return document_attention(q, k, v, self.mask_BLL).transpose(1, 2).flatten(0, 1)
 
-    def _split(self, x_TXC: Tensor) -> Tensor:
-        """`[T, heads, C]` to `[B, heads, L, C]`."""
-        return x_TXC.view(self.batch, self.length, *x_TXC.shape[1:]).transpose(1, 2)
+_LATENT_EPS = 1e-6
+"""DeepSeek's epsilon inside the compressions, whatever that of the other norms."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import Model
+from configs.model import Model
 from models.decoder import Decoder
 
 
@@ -33,15 +33,33 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     """Training FLOPs (forward and backward) per token of full sequences.
 
     6 per active matrix parameter (2 forward, 4 backward), the head and the router included, the
-    embedding look-up not; attention scores and values over the causal half, on average
-    (seq_len + 1) / 2 keys per query: 12 * heads * head_dim * keys.
+    embedding look-up and the vectors (norms, biases, sinks) not; attention: 6 * heads * (query
+    width + value width) per key seen, and a query sees on average (seq_len + 1) / 2 keys, or what
+    its window or chunk leaves of them.
     """
-    counts = parameter_counts(model)
-    # a tied embedding multiplies once, as the head; an untied one only looks up
-    multiplied = counts.active - (0 if model.tie_embeddings else counts.embedding)
-    norms = (2 * model.n_layers + 1) * model.d_model
-    if model.qk_norm:
-        norms += 2 * model.n_layers * model.head_dim
-    keys = (seq_len + 1) / 2
-    attention = 12 * model.n_layers * model.n_heads * model.head_dim * keys
-    return 6 * (multiplied - norms) + attention
+    with torch.device("meta"):
+        sizes = {name: p for name, p in Decoder(model).named_parameters()}
+    share = model.moe.top_k / model.moe.n_experts
+    matrices = 0.0
+    for name, p in sizes.items():
+        expert = ".experts." in name
+        # a tied embedding multiplies once, as the head; an untied one only looks up
+        looked_up = name == "embed.weight" and not model.tie_embeddings
+        if p.ndim - expert >= 2 and not name.endswith(".b13") and not looked_up:
+            matrices += p.numel() * (share if expert else 1.0)
+    attention = model.attention
+    per_key = 6 * attention.n_heads * (attention.qk_dim + attention.value_dim)
+    keys = sum(_keys_seen(model, index, seq_len) for index in range(model.n_layers))
+    return 6 * matrices + per_key * keys
+
+
+def _keys_seen(model: Model, index: int, seq_len: int) -> float:
+    """Keys that a query of layer `index` sees, averaged over a sequence."""
+    attention = model.attention
+    size = min(attention.local_size, seq_len)
+    if attention.is_full(index):
+        return (seq_len + 1) / 2
+    if attention.local == "window":
+        return (size * (size + 1) / 2 + (seq_len - size) * size) / seq_len
+    rest = seq_len % size
+    return ((seq_len - rest) * (size + 1) / 2 + rest * (rest + 1) / 2) / seq_len

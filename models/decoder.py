@@ -13,8 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import Model
-from models.attention import Attention, AttentionCore
+from configs.model import Model
+from models.attention import AttentionCore, GroupedQueryAttention, LatentAttention, Tables
 from models.moe import FeedForward, MoE
 from models.norm import RMSNorm
 from models.rope import rope_tables
@@ -26,16 +26,19 @@ Output = Callable[[Tensor, Tensor], Any]
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual."""
 
-    def __init__(self, config: Model, layer: int) -> None:
+    def __init__(self, config: Model, index: int) -> None:
         super().__init__()
+        latent = config.attention.kind == "mla"
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = (LatentAttention if latent else GroupedQueryAttention)(config, index)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        dense = layer < config.n_dense_layers
-        self.ffn = FeedForward(config.d_model, config.d_ff) if dense else MoE(config)
+        moe = config.is_moe(index)
+        self.ffn = MoE(config) if moe else FeedForward(config.d_model, config.d_ff)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], core: AttentionCore) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, core)
+    def forward(
+        self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
+    ) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, tables, core)
         return x_TD + self.ffn(self.ffn_norm(x_TD))
 
 
@@ -46,7 +49,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head: nn.Linear | None = None
         if not config.tie_embeddings:
@@ -64,8 +67,8 @@ class Decoder(nn.Module):
         tokens_T, positions_T: integers; a position counts from the start of its document.
         """
         x_TD = self.embed(tokens_T)
-        rope = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
+        tables = rope_tables(positions_T, self.config.rope, self.config.attention.rope_dim)
         for block in self.layers:
-            x_TD = block(x_TD, rope, core)
+            x_TD = block(x_TD, positions_T, tables, core)
         head = self.embed if self.head is None else self.head
         return output(self.norm(x_TD), head.weight)

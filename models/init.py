@@ -3,7 +3,7 @@
 Every parameter has a generator of its own, seeded by (seed, name) and, for experts, by the expert
 index; so a rank that holds experts 8 to 15 draws those alone, and every mesh starts from the same
 model. Truncated normal of `init_std`; projections that write into the residual stream get it
-divided by sqrt(2 * n_layers) (GPT-2); norms start at one, balancing biases at zero.
+divided by sqrt(2 * n_layers) (GPT-2); norms start at one, biases and sinks at zero.
 """
 
 import hashlib
@@ -12,10 +12,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Model
+from configs.model import Model
 
 _RESIDUAL = ("wo.weight", "w2")
 """Endings of the parameters that write into the residual stream."""
+_ZERO = (".bias", ".b13", ".b2", ".sinks")
 
 
 def initial_value(
@@ -31,6 +32,8 @@ def initial_value(
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)[rows]
+    if name.endswith(_ZERO):
+        return torch.zeros(shape)[rows]
     std = config.init_std
     if name.endswith(_RESIDUAL):
         std /= math.sqrt(2 * config.n_layers)

@@ -15,3 +15,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a weight (Llama 4's QK-norm), in the dtype of `x`."""
+    return F.rms_norm(x, x.shape[-1:], None, eps)

@@ -1,23 +1,94 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864), in the half-split layout of Llama.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and its stretches to longer contexts.
 
-Dimension i of a head is paired with dimension i + head_dim / 2. Angles and rotation are fp32: at
-position 10^5 bf16 angles would be wrong by whole turns.
-T tokens, H heads, C head width.
+Dimension i of a head is paired with dimension i + C/2 (Llama), or with its neighbour where
+`interleaved` (DeepSeek, Llama 4). Angles and rotation are fp32: at position 10^5 bf16 angles would
+be wrong by whole turns.
+
+Stretching by a factor s lowers the frequencies of dimensions that turn slowly, so that their
+angles at position s * n are those of position n in training; dimensions that turn often are left
+alone. YaRN (arXiv:2309.00071) moves between the two linearly over the dimensions, Llama 3.1 over
+wavelengths. YaRN also sharpens attention by 0.1 ln(s) + 1, on cos and sin (the paper) or on the
+logits (DeepSeek).
+
+T tokens, H heads, C width of the rotated part.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-
-def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """`cos` and `sin`, each fp32 `[T, head_dim / 2]`, for integer positions."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
-    angles = positions_T.float()[:, None] * theta ** (-exponents / head_dim)
-    return angles.cos(), angles.sin()
+from configs.model import Rope
 
 
-def apply_rope(x_THC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_tables(positions_T: Tensor, rope: Rope, dim: int) -> tuple[Tensor, Tensor]:
+    """`cos` and `sin`, each fp32 `[T, dim / 2]`, for integer positions."""
+    frequencies = inverse_frequencies(rope, dim).to(positions_T.device)
+    angles = positions_T.float()[:, None] * frequencies
+    scale = table_scale(rope)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def apply_rope(x_THC: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Rotate every head of `x_THC` by its token's angle; same shape and dtype."""
-    low, high = x_THC.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1).to(x_THC.dtype)
+    cos, sin = tables[0][:, None], tables[1][:, None]
+    if interleaved:
+        first, second = x_THC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        first, second = x_THC.float().chunk(2, dim=-1)
+    parts = (first * cos - second * sin, first * sin + second * cos)
+    rotated = torch.stack(parts, dim=-1).flatten(-2) if interleaved else torch.cat(parts, dim=-1)
+    return rotated.to(x_THC.dtype)
+
+
+def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
+    """Radians per position of every pair, fp32 `[dim / 2]`."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if rope.scaling == "yarn":
+        return _yarn(rope, dim, plain)
+    if rope.scaling == "llama3":
+        return _llama3(rope, plain)
+    return plain
+
+
+def table_scale(rope: Rope) -> float:
+    """Factor on cos and sin."""
+    if rope.scaling != "yarn":
+        return 1.0
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor, 1.0)
+
+
+def logit_scale(rope: Rope) -> float:
+    """Factor on the attention logits; DeepSeek puts YaRN's scale there, squared for q and k."""
+    if rope.scaling != "yarn" or not rope.mscale_all_dim:
+        return 1.0
+    return yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """0.1 * weight * ln(factor) + 1 (arXiv:2309.00071, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn(rope: Rope, dim: int, plain: Tensor) -> Tensor:
+    def pair_that_turns(rotations: float) -> float:
+        turns = rope.original_length / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a ramp
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def _llama3(rope: Rope, plain: Tensor) -> Tensor:
+    turns = rope.original_length * plain / (2 * math.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return plain / rope.factor * (1 - smooth) + plain * smooth

@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from configs.schema import Model, RunConfig
+from configs.model import Model
+from configs.schema import RunConfig
 from models.decoder import Decoder
 from models.init import initial_value
 from models.moe import Experts, MoE
@@ -82,7 +83,8 @@ def _expert_dim(parameter: nn.Parameter, n_ranks: int) -> Shard:
     n_local = (
         parameter.shape[0] if not isinstance(parameter, DTensor) else len(parameter.to_local())
     )
-    width = parameter.ndim - 1 if parameter.ndim == 4 else 1  # D of w13 [E, 2, F, D], w2 [E, D, F]
+    # D of w13 [E, 2, F, D], w2 [E, D, F] and b2 [E, D]; what is left of b13 [E, 2, F] is small
+    width = 3 if parameter.ndim == 4 else 1
     if n_local % n_ranks and parameter.shape[width] % n_ranks == 0:
         return Shard(width)
     return Shard(0)

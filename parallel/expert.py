@@ -32,6 +32,6 @@ def apply_expert_parallel(model: nn.Module, mesh: Mesh) -> None:
 class LocalExperts(Experts):
     """The experts of this rank: the same computation on the local shards of the weights."""
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.w13, DTensor) and isinstance(self.w2, DTensor)
-        return self.w13.to_local(), self.w2.to_local()
+    def local(self, weight: Tensor) -> Tensor:
+        assert isinstance(weight, DTensor)
+        return weight.to_local()

@@ -23,8 +23,8 @@ from train.corpus import prepare
 
 EXPERIMENT = "configs/demo.toml"
 SAME_MODEL = [
-    "--model.n_kv_heads=8",
-    "--model.qk_norm=false",
+    "--model.attention.n_kv_heads=8",
+    "--model.attention.qk_norm=none",
     "--model.moe.n_shared_experts=0",
     "--model.moe.score_func=softmax",
     "--checkpoint.keep=1",

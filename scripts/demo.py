@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import load
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 
 EXPERIMENT = "configs/demo.toml"
 PROMPTS = (

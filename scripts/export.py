@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from configs.loader import from_dict, unflatten
-from configs.schema import ConfigError
-from models.hf import hf_config
-from models.hf_files import write_tensors
+from configs.rules import ConfigError
+from models.hf.files import write_tensors
+from models.hf.table import hf_config
 from parallel.shards import Box
 from train import checkpoint
 from train.tokenizer import export_tokenizer, load_tokenizer

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import uvicorn
 
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 from serve.api import MAX_HEADER_BYTES, build_app
 from serve.engine import Engine, EngineOptions
 from serve.export import open_export

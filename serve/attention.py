@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention import Layer
 from serve.kv_cache import KvCache
 from serve.scheduler import Chunk
 
@@ -38,21 +39,24 @@ class PagedAttention:
         written += [slots_L[-n:] for n, slots_L, _ in self.prefills]
         self.written_T = torch.cat(written)
 
-    def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
-        keys, values = self.cache.keys(layer), self.cache.values(layer)
+    def __call__(
+        self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        assert sinks_H is None and not layer.window and not layer.chunk, "refused at the start"
+        keys, values = self.cache.keys(layer.index), self.cache.values(layer.index)
         keys.index_copy_(0, self.written_T, k_TGC)
         values.index_copy_(0, self.written_T, v_TGC)
         o_THC = torch.empty_like(q_THC)
         row = self.n_decodes
         if row:
-            o_THC[:row] = self._decode(q_THC[:row], keys, values)
+            o_THC[:row] = self._decode(q_THC[:row], keys, values, layer.scale)
         for n, slots_L, mask_nL in self.prefills:
             rows = slice(row, row + n)
             if mask_nL is None:  # nothing comes before: no need to read the cache
                 k_LGC, v_LGC = k_TGC[rows], v_TGC[rows]
             else:
                 k_LGC, v_LGC = keys.index_select(0, slots_L), values.index_select(0, slots_L)
-            o_THC[rows] = _attend(q_THC[rows], k_LGC, v_LGC, mask_nL)
+            o_THC[rows] = _attend(q_THC[rows], k_LGC, v_LGC, mask_nL, layer.scale)
             row += n
         return o_THC
 
@@ -72,14 +76,14 @@ class PagedAttention:
         mask_BL = torch.zeros(outside_BL.shape, dtype=self.cache.pool.dtype, device=self.device)
         self.mask_B11L = mask_BL.masked_fill_(outside_BL, -torch.inf)[:, None, None]
 
-    def _decode(self, q_BHC: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _decode(self, q_BHC: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         B, L = self.slots_BL.shape
         G, C = keys.shape[1:]
         slots = self.slots_BL.flatten()
         k_BGLC = keys.index_select(0, slots).view(B, L, G, C).transpose(1, 2)
         v_BGLC = values.index_select(0, slots).view(B, L, G, C).transpose(1, 2)
         q = q_BHC.view(B, G, -1, C)
-        o = F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=self.mask_B11L)
+        o = F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=self.mask_B11L, scale=scale)
         return o.reshape(B, -1, C)
 
     def _prepare_prefill(self, chunk: Chunk) -> tuple[int, Tensor, Tensor | None]:
@@ -94,10 +98,18 @@ class PagedAttention:
         return chunk.length, slots_L.to(self.device), mask_nL
 
 
-def _attend(q_nHC: Tensor, k_LGC: Tensor, v_LGC: Tensor, mask_nL: Tensor | None) -> Tensor:
+def _attend(
+    q_nHC: Tensor, k_LGC: Tensor, v_LGC: Tensor, mask_nL: Tensor | None, scale: float
+) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q_nHC, k_LGC, v_LGC))
     o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask_nL, is_causal=mask_nL is None, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=mask_nL,
+        is_causal=mask_nL is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return o[0].transpose(0, 1)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 from serve.detokenizer import TextStream
 from serve.export import Export
 from serve.kv_cache import build_cache

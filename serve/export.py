@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from configs.schema import ConfigError
+from configs.model import Model
+from configs.rules import ConfigError
 from models.decoder import Decoder
-from models.hf_files import read_config, read_model
+from models.hf.files import read_config, read_model
 
 DTYPES = {
     "fp32": torch.float32,
@@ -48,6 +49,7 @@ def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Expo
     max_length = raw.get("max_position_embeddings")
     if type(max_length) is not int or max_length < 2:
         raise ConfigError(f"{place}: max_position_embeddings must be an integer of at least 2")
+    _refuse_unserved(model_config, place)
     tokenizer = _open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
     kind = _dtype(dtype, raw, place)
     where = _device(device)
@@ -60,6 +62,18 @@ def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Expo
         dtype=kind,
         device=where,
     )
+
+
+def _refuse_unserved(model: Model, place: Path) -> None:
+    """The paged core knows full attention over grouped heads; training knows more."""
+    a = model.attention
+    for unserved, name in (
+        (a.kind != "gqa", "multi-head latent attention"),
+        (a.local != "none", "windowed or chunked attention"),
+        (a.sinks, "attention sinks"),
+    ):
+        if unserved:
+            raise ConfigError(f"{place}: {name} is not served yet; transformers and vLLM load it")
 
 
 def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError, Model
+from configs.model import Model
+from configs.rules import ConfigError
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """Of what is free after the weights are loaded; on a CPU other programs live in it too."""
@@ -62,8 +63,8 @@ class KvCache:
             2,
             n_pages,
             page_size,
-            model.n_kv_heads,
-            model.head_dim,
+            model.attention.kv_heads,
+            model.attention.head_dim,
             dtype=dtype,
             device=device,
         )
@@ -96,7 +97,7 @@ class KvCache:
 
 def bytes_per_token(model: Model, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return model.n_layers * 2 * model.n_kv_heads * model.head_dim * dtype.itemsize
+    return model.n_layers * 2 * model.attention.kv_heads * model.attention.head_dim * dtype.itemsize
 
 
 def build_cache(

@@ -13,7 +13,8 @@ import time
 
 from configs.degrees import Degrees, default_world, resolve
 from configs.loader import load
-from configs.schema import ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import RunConfig
 
 
 def main(arguments: list[str]) -> int:

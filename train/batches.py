@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.attention import DocumentAttention
+from models.documents import DocumentAttention
 
 
 @dataclass(frozen=True)

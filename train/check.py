@@ -2,9 +2,10 @@
 
 from configs.degrees import Degrees
 from configs.loader import to_toml
-from configs.schema import ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
-from models.hf import architecture
+from models.hf.table import architecture
 
 _STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
 """Bytes per parameter of a shard: everything that is kept is fp32."""

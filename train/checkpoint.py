@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 from parallel.ranks import gather_json
 from parallel.shards import Box, box_of, local_of, speaks_for
 

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import RunConfig
 from train import sources
 from train.corpus_build import FILES, build
 from train.tokenizer import find_tokenizer

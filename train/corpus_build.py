@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import RunConfig
 from train.dedup import Survey, survey
 from train.sources import Documents, Source
 from train.tokenizer import (

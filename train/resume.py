@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.loader import flatten
-from configs.schema import FIXED_ON_RESUME, ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import FIXED_ON_RESUME, RunConfig
 from parallel.ranks import Ranks
 from train import checkpoint
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.schema import ConfigError, Data
+from configs.rules import ConfigError
+from configs.schema import Data
 
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .markdown .rst .tex .org .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.cross_entropy import IGNORE
-from models.moe import take_counts, update_biases
+from models.router import take_counts, update_biases
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")  # noqa: RUF001

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
 
 _GROUPS = (
-    (r"(norm|router)\.weight$|\.bias$", False),
-    (r"\.experts\.", True),  # a group of their own: experts may live on another mesh
+    (r"\.experts\.b", False),  # experts have groups of their own: they may live on another mesh
+    (r"\.experts\.", True),
+    (r"(norm|router)\.weight$|\.bias$|\.sinks$", False),
     (r".*", True),
 )
 """(pattern of parameter names, weight decay); the first match wins."""

@@ -13,7 +13,8 @@ import torch
 
 from configs.degrees import Degrees
 from configs.loader import flatten, to_toml
-from configs.schema import ConfigError, RunConfig
+from configs.rules import ConfigError
+from configs.schema import RunConfig
 from kernels.device import bf16_is_fast
 from models.counts import flops_per_token
 from models.decoder import Decoder

@@ -10,7 +10,8 @@ import pytest
 from configs.degrees import default_world, resolve
 from configs.loader import flatten, from_dict, load, to_toml, unflatten
 from configs.reference import reference
-from configs.schema import ConfigError, Parallel
+from configs.rules import ConfigError
+from configs.schema import Parallel
 from tests.runs import ROOT, TINY, run
 
 EXPERIMENTS = [*sorted((ROOT / "configs").glob("*.toml")), TINY]
@@ -43,14 +44,14 @@ def test_toml_and_flat_forms_round_trip(path: Path, tmp_path: Path) -> None:
         ("--train.steps=1.5", "= 1.5: must be an integer"),
         ("--train.steps=true", "= True: must be an integer"),
         ("--train.steps=0", "train.steps = 0: must be at least 1"),
-        ("--model.qk_norm=1", "must be true or false"),
+        ("--model.tie_embeddings=1", "must be true or false"),
         ("--schedule.kind=cosin", "must be one of wsd, cosine, linear; did you mean cosine?"),
         (
             "--model.moe.top_k=9",
             "model.moe.top_k = 9: a token cannot visit more than n_experts = 8",
         ),
-        ("--model.n_kv_heads=3", "must divide n_heads = 4"),
-        ("--model.head_dim=7", "must be even"),
+        ("--model.attention.n_kv_heads=3", "must divide n_heads = 4"),
+        ("--model.attention.head_dim=7", "must be even"),
         ("--data.validation_fraction=0.9", "must lie between 0.0 and 0.5"),
         ("--train=3", "--section.key=value"),
         ("--train.steps", "--section.key=value"),

@@ -155,10 +155,10 @@ def test_document_attention(
     if documents:
         document = (torch.rand(batch, length) < 0.3).cumsum(1)
         mask = (document[:, :, None] == document[:, None, :]).tril()
-    ours = gradients(lambda a, b, c: document_attention(a, b, c, mask), q, k, v)
+    ours = gradients(lambda a, b, c: document_attention(a, b, c, mask, 0.3), q, k, v)
     # the oracle is exact: fp64 on the same operands
     exact = gradients(
-        lambda a, b, c: document_attention_reference(a, b, c, mask),
+        lambda a, b, c: document_attention_reference(a, b, c, mask, 0.3),
         q.double(),
         k.double(),
         v.double(),

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from configs.loader import load
-from configs.schema import Model
-from models.attention import DocumentAttention
+from configs.model import Model, Rope
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
+from models.documents import DocumentAttention
 from models.init import initialise
 from models.rope import apply_rope, rope_tables
 from tests.runs import ROOT, TINY
@@ -61,8 +61,9 @@ def test_rope_depends_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 16)
     products = []
     for shift in (0, 5, 1000):
-        tables = [rope_tables(torch.tensor([p + shift]), 16, 1e4) for p in (7, 3)]
-        products.append((apply_rope(q, *tables[0]) * apply_rope(k, *tables[1])).sum())
+        tables = [rope_tables(torch.tensor([p + shift]), Rope(), 16) for p in (7, 3)]
+        rotated = [apply_rope(x, t, False) for x, t in zip((q, k), tables, strict=True)]
+        products.append((rotated[0] * rotated[1]).sum())
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-3, atol=1e-4)
 
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.loader import load
-from configs.schema import Model
+from configs.model import Model
 from models.init import initial_value, initialise
-from models.moe import MoE, Router, routers, take_counts, update_biases
+from models.moe import MoE
+from models.router import Router, routers, take_counts, update_biases
 from tests.runs import TINY
 
 

@@ -20,7 +20,7 @@ from configs.degrees import resolve
 from configs.loader import load
 from configs.schema import RunConfig
 from models.decoder import Decoder
-from models.moe import routers
+from models.router import routers
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.ranks import Ranks, start_ranks, stop_ranks

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from configs.loader import from_dict, unflatten
-from models.attention import DocumentAttention
 from models.decoder import Decoder
+from models.documents import DocumentAttention
 from scripts.export import export
 from tests.runs import ROOT, TINY, command, environment, free_port, run
 from train import checkpoint

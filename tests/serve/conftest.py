@@ -13,11 +13,11 @@ import torch
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from configs.schema import Model, Moe
-from models.attention import DocumentAttention
+from configs.model import Attention, Model, Moe
 from models.decoder import Decoder
-from models.hf import hf_config
-from models.hf_files import read_model, write_tensors
+from models.documents import DocumentAttention
+from models.hf.files import read_model, write_tensors
+from models.hf.table import hf_config
 from models.init import initialise
 from serve.api import build_app
 from serve.engine import Engine, EngineOptions
@@ -37,10 +37,7 @@ CONFIG = Model(
     vocab_size=VOCAB,
     d_model=64,
     n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=16,
-    qk_norm=True,
+    attention=Attention(n_heads=4, n_kv_heads=2, head_dim=16, qk_norm="rms"),
     tie_embeddings=False,
     init_std=0.3,  # the usual 0.02 would answer with one token for ever
     moe=Moe(

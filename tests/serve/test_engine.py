@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.attention import DocumentAttention
+from models.documents import DocumentAttention
 from serve.engine import Engine
 from serve.export import Export
 from serve.request import Request, RequestError, SamplingParams

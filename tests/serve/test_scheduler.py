@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from configs.schema import ConfigError, Model, Moe
+from configs.model import Attention, Model, Moe
+from configs.rules import ConfigError
 from serve.engine import EngineOptions
 from serve.kv_cache import KvCache, PageAllocator, build_cache, bytes_per_token
 from serve.request import Request, RequestError, SamplingParams
@@ -15,9 +16,7 @@ MODEL = Model(
     vocab_size=8,
     d_model=8,
     n_layers=1,
-    n_heads=1,
-    n_kv_heads=1,
-    head_dim=2,
+    attention=Attention(n_heads=1, n_kv_heads=1, head_dim=2),
     moe=Moe(n_experts=1, top_k=1, d_expert=8),
 )
 CPU = torch.device("cpu")

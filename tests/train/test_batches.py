@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.attention import Layer
 from train.batches import Sequences, TrainingData, validation_batches
 
 
@@ -43,14 +44,14 @@ def test_positions_restart_and_targets_are_the_next_tokens() -> None:
     assert batch.tokens_T.tolist() == [0, 5, 6, 0, 7, 0, 8, 9]
     assert batch.targets_T.tolist() == [5, 6, 0, 7, 0, 8, 9, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1, 2]
-    mask = batch.core.mask_BLL
+    mask = batch.core.mask(Layer(0, 1.0))
     assert mask is not None
     assert mask[1].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
 
 
 def test_without_a_boundary_inside_there_is_no_mask() -> None:
     batch = Sequences(np.array([0, 1, 2, 3, 4], dtype=np.uint16), 4, eot=0).first()
-    assert batch.core.mask_BLL is None
+    assert batch.core.mask(Layer(0, 1.0)) is None
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 100])
@@ -66,4 +67,4 @@ def test_validation_counts_every_sequence_once(limit: int, n_ranks: int, micro: 
 
 def test_batches_move_with_their_core() -> None:
     batch = Sequences(np.array([0, 1, 0, 3, 4], dtype=np.uint16), 4, eot=0).first()
-    assert batch.to(torch.device("cpu")).core.mask_BLL is not None
+    assert batch.to(torch.device("cpu")).core.mask(Layer(0, 1.0)) is not None

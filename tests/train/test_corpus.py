@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from configs.schema import ConfigError, Data, Model, Moe, Optimizer, Run, RunConfig, Train
+from configs.model import Attention, Model, Moe
+from configs.rules import ConfigError
+from configs.schema import Data, Optimizer, Run, RunConfig, Train
 from train import corpus as subject
 from train.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.corpus_build import split
@@ -29,7 +31,7 @@ def silent(line: str) -> None:
 def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> RunConfig:
     settings = {"source": str(tmp_path / "docs"), "cache_dir": str(tmp_path / "cache")} | data
     moe = Moe(n_experts=2, top_k=1, d_expert=8)
-    sizes = {"d_model": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8}
+    sizes = {"d_model": 8, "n_layers": 1, "attention": Attention(n_heads=1, head_dim=8)}
     return RunConfig(
         run=Run(dir="unused"),
         model=Model(vocab_size=vocab_size, moe=moe, **sizes),  # type: ignore[arg-type]

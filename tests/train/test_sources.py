@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from configs.schema import ConfigError, Data
+from configs.rules import ConfigError
+from configs.schema import Data
 from train import sources
 from train.sources import cut, locate
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from configs.schema import ConfigError
+from configs.rules import ConfigError
 from train import tokenizer as subject
 from train.tokenizer import EOT, Encoder, export_tokenizer, find_tokenizer, load_tokenizer
 

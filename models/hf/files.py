@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError, Model
+from configs.model import Model
+from configs.rules import ConfigError
 from models.decoder import Decoder
-from models.hf import HfTensor, from_hf_config, hf_tensors
-from models.moe import routers
+from models.hf.table import from_hf_config, hf_tensors
+from models.hf.tensors import HfTensor
+from models.router import routers
 
 SHARD_BYTES = 5 * 2**30
 """Shards are closed before they grow beyond this."""
@@ -44,8 +46,7 @@ def write_tensors(
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for t in shard:
-            value = torch.zeros(t.shape) if t.ours is None else read(t.ours, t.index)
-            assert tuple(value.shape) == t.shape, (t.name, value.shape, t.shape)
+            value = torch.zeros(t.shape) if t.ours is None else t.to_hf(read(t.ours, t.index))
             tensors[t.name] = value.to(torch.float32 if t.keep_fp32 else dtype).contiguous()
             total_size += tensors[t.name].nbytes
             weight_map[t.name] = file
@@ -100,7 +101,8 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     with torch.no_grad():
         for t in hf_tensors(model):
             if t.ours is not None:
-                state[t.ours][t.index].copy_(files[t.name].get_tensor(t.name))
+                part = state[t.ours][t.index]
+                part.copy_(t.from_hf(files[t.name].get_tensor(t.name), part.shape))
     return decoder.eval()
 
 

@@ -1,0 +1,244 @@
+"""The model's sections of an experiment: one decoder, its families told apart by settings.
+
+| family | settings that make it |
+|---|---|
+| Qwen3-MoE | qk_norm rms, softmax scores |
+| GLM-4 MoE | qk_norm rms, sigmoid scores, balancing bias, shared experts |
+| Mixtral | softmax scores, no qk_norm |
+| DeepSeek-V3, V2 | mla, rope interleaved, sigmoid or softmax scores, expert groups |
+| GPT-OSS | local window on every second layer, sinks, biases, clamped activation, yarn |
+| Llama 4 | local chunk, every fourth layer full without RoPE, weights on the expert input |
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.rules import ConfigError, at_least, between
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    n_heads: int
+    """Query heads."""
+    kind: Literal["gqa", "mla"] = "gqa"
+    """Grouped-query attention, or multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)."""
+    n_kv_heads: int = 0
+    """Key and value heads of gqa; divides `n_heads`. 0: as many as query heads."""
+    head_dim: int = 0
+    """Width of one gqa head; even, for RoPE."""
+    q_lora_rank: int = 0
+    """mla: width of the compressed queries. 0: queries are not compressed."""
+    kv_lora_rank: int = 0
+    """mla: width of the compressed keys and values."""
+    qk_nope_head_dim: int = 0
+    """mla: part of a query or key head without RoPE."""
+    qk_rope_head_dim: int = 0
+    """mla: part of a query or key head with RoPE, shared by all key heads; even."""
+    v_head_dim: int = 0
+    """mla: width of a value head."""
+    qk_norm: Literal["none", "rms", "l2"] = "none"
+    """gqa: normalise every query and key head. `rms`: with a weight, before RoPE (Qwen3). `l2`:
+    without a weight, after RoPE, on layers that have RoPE (Llama 4)."""
+    bias: bool = False
+    """Biases on the query, key, value and output projections (GPT-OSS)."""
+    sinks: bool = False
+    """A learned logit per head that takes part in the softmax and holds no value (GPT-OSS)."""
+    local: Literal["none", "window", "chunk"] = "none"
+    """What a local layer may see: the last `local_size` tokens, or its own chunk of so many."""
+    local_size: int = 0
+    """Tokens of a window or chunk."""
+    full_every: int = 1
+    """Every so many layers attention is full: layers full_every - 1, 2 * full_every - 1, ..."""
+    rope_on_full: bool = True
+    """Whether the full layers have RoPE (in Llama 4 they have none)."""
+    temperature_floor: int = 0
+    """Full layers without RoPE: scale queries by 1 + temperature_scale * ln(1 + floor((position +
+    1) / temperature_floor)) (arXiv:2501.19399). 0: no scaling."""
+    temperature_scale: float = 0.1
+    """See `temperature_floor`."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "n_heads", "full_every")
+        at_least(self, 0, "n_kv_heads", "head_dim", "q_lora_rank", "local_size")
+        at_least(self, 0, "temperature_floor", "temperature_scale")
+        if self.kind == "mla":
+            at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+            gqa_only = ("n_kv_heads", "head_dim", "bias", "sinks")
+            wrong = [key for key in gqa_only if getattr(self, key)]
+            if wrong or self.qk_norm != "none":
+                raise ConfigError(f"{(*wrong, 'qk_norm')[0]}: belongs to kind = gqa, not to mla")
+        else:
+            at_least(self, 1, "head_dim")
+            if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+                raise ConfigError(
+                    f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}"
+                )
+        if self.rope_dim % 2:
+            key = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
+            raise ConfigError(f"{key} = {self.rope_dim}: must be even for RoPE")
+        if (self.local == "none") != (self.local_size == 0):
+            raise ConfigError(
+                f"local = {self.local} with local_size = {self.local_size}: "
+                "a window or chunk needs its size, and only those do"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, as the attention core sees them."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.head_dim or self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.v_head_dim if self.kind == "mla" else self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """How much of a head is rotated."""
+        return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+
+    def is_full(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) sees everything before it."""
+        return self.local == "none" or (layer + 1) % self.full_every == 0
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether layer `layer` rotates queries and keys."""
+        return self.rope_on_full or (layer + 1) % self.full_every != 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    theta: float = 10000.0
+    """Base of the wavelengths."""
+    interleaved: bool = False
+    """Rotate neighbouring dimensions (DeepSeek, Llama 4) instead of dimension i with i + half."""
+    scaling: Literal["none", "yarn", "llama3"] = "none"
+    """Stretch to longer contexts: YaRN (arXiv:2309.00071) or Llama 3.1's rule."""
+    factor: float = 1.0
+    """How much longer than `original_length` the context became."""
+    original_length: int = 0
+    """Context length before the stretch, tokens."""
+    beta_fast: float = 32.0
+    """yarn: rotations over the original length above which a dimension is not stretched."""
+    beta_slow: float = 1.0
+    """yarn: rotations below which it is stretched in full."""
+    truncate: bool = True
+    """yarn: round the two bounds to whole dimensions."""
+    mscale: float = 0.0
+    """yarn: weight of the logarithmic attention scale on cos and sin. 0 with `mscale_all_dim` 0: 1
+    on cos and sin (the paper)."""
+    mscale_all_dim: float = 0.0
+    """yarn: weight of the attention scale on the logits instead (DeepSeek)."""
+    low_freq_factor: float = 1.0
+    """llama3: original_length over this is the wavelength above which all is stretched."""
+    high_freq_factor: float = 4.0
+    """llama3: original_length over this is the wavelength below which nothing is."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "theta", "factor")
+        at_least(self, 0, "original_length", "mscale", "mscale_all_dim")
+        if self.scaling != "none" and not self.original_length:
+            raise ConfigError(f"original_length = 0: scaling = {self.scaling} needs it")
+        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor = {self.low_freq_factor}: must be below "
+                f"high_freq_factor = {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moe:
+    n_experts: int
+    """Routed experts per MoE layer."""
+    top_k: int
+    """Routed experts that each token visits."""
+    d_expert: int
+    """Hidden width of one expert (SwiGLU)."""
+    n_shared_experts: int = 0
+    """Experts that every token visits, fused into one of `n_shared_experts * d_expert` wide."""
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores, in fp32. Exports with a balancing bias or shared experts
+    need `sigmoid`."""
+    n_groups: int = 1
+    """Groups of neighbouring experts; each token chooses `top_groups` of them first (node-limited
+    routing). A group's score is the sum of its two best (sigmoid) or its best (softmax)."""
+    top_groups: int = 1
+    """Groups a token may choose from."""
+    router_bias: bool = False
+    """A learned bias on the router's logits (GPT-OSS)."""
+    weight_on: Literal["output", "input"] = "output"
+    """Whether routing weights multiply what an expert gives or what it gets (Llama 4)."""
+    expert_bias: bool = False
+    """Biases on both expert projections (GPT-OSS)."""
+    activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
+    """`clamped_swiglu`: (up + 1) * gate * sigmoid(1.702 * gate), gate at most 7, up within +-7
+    (GPT-OSS)."""
+    norm_top_k: bool = True
+    """Divide the chosen scores by their sum."""
+    route_scale: float = 1.0
+    """Factor on the routing weights after normalisation."""
+    bias_update_rate: float = 0.0
+    """Step of the aux-loss-free balancing bias per optimizer step (arXiv:2408.15664). 0: the
+    router has no bias."""
+    force_balance: bool = False
+    """Benchmarks only: ignore the router's choice and send tokens round-robin."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "n_experts", "top_k", "d_expert", "n_groups")
+        at_least(self, 0, "n_shared_experts", "bias_update_rate")
+        if self.n_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
+            raise ConfigError(
+                f"n_groups = {self.n_groups}, top_groups = {self.top_groups}: n_groups must divide "
+                f"n_experts = {self.n_experts} and top_groups lie between 1 and n_groups"
+            )
+        reachable = self.n_experts // self.n_groups * self.top_groups
+        if reachable < self.top_k <= self.n_experts:
+            raise ConfigError(
+                f"top_k = {self.top_k}: top_groups = {self.top_groups} leave {reachable} experts"
+            )
+        if self.top_k > self.n_experts:
+            raise ConfigError(
+                f"top_k = {self.top_k}: a token cannot visit more than n_experts = {self.n_experts}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    vocab_size: int
+    """Rows of the embedding. A tokenizer trained here gets exactly as many tokens."""
+    d_model: int
+    """Width of the residual stream."""
+    n_layers: int
+    """Transformer blocks."""
+    attention: Attention
+    moe: Moe
+    rope: Rope = field(default_factory=Rope)
+    n_dense_layers: int = 0
+    """The first layers that use a dense feed-forward instead of experts."""
+    moe_every: int = 1
+    """Experts on every so many layers, the others dense (Llama 4 Maverick: 2)."""
+    d_ff: int = 0
+    """Hidden width of the dense feed-forward (only where there are dense layers)."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Use the embedding as output head."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by
+    sqrt(2 * n_layers) (GPT-2)."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "vocab_size", "d_model", "n_layers", "moe_every")
+        at_least(self, 0, "d_ff")
+        between(self, 0, self.n_layers, "n_dense_layers")
+        if not self.d_ff and not all(map(self.is_moe, range(self.n_layers))):
+            raise ConfigError("d_ff = 0: dense layers (n_dense_layers, moe_every) need their width")
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has experts."""
+        return layer >= self.n_dense_layers and (layer + 1) % self.moe_every == 0

@@ -1,0 +1,147 @@
+"""DeepSeek-V3 and V2: multi-head latent attention; sigmoid or softmax scores, expert groups."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs.model import Attention, Model, Moe
+from models.hf.glm4 import deepseek_moe_config, sigmoid_moe_of
+from models.hf.qwen3 import common_sizes
+from models.hf.tensors import HfTensor, deepseek_moe_tensors, plain, swiglu_tensors
+from models.hf.values import Family, Values, clashes
+
+
+def _common_refusals(model: Model) -> list[str]:
+    a, moe = model.attention, model.moe
+    return clashes(
+        attention__kind=a.kind != "mla",
+        attention__local=a.local != "none",
+        attention__rope_on_full=not a.rope_on_full,
+        moe_every=model.moe_every > 1,
+        moe__router_bias=moe.router_bias,
+        moe__expert_bias=moe.expert_bias,
+        moe__activation=moe.activation != "swiglu",
+        moe__weight_on=moe.weight_on != "output",
+    )
+
+
+def _v3_refusals(model: Model) -> list[str]:
+    return _common_refusals(model) + clashes(moe__score_func=model.moe.score_func != "sigmoid")
+
+
+def _v2_refusals(model: Model) -> list[str]:
+    moe = model.moe
+    return _common_refusals(model) + clashes(
+        rope__interleaved=not model.rope.interleaved,
+        moe__score_func=moe.score_func != "softmax",
+        moe__norm_top_k=moe.norm_top_k,
+        moe__bias_update_rate=moe.bias_update_rate > 0,
+    )
+
+
+def _config(model: Model) -> dict[str, Any]:
+    a = model.attention
+    return deepseek_moe_config(model) | {
+        "num_key_value_heads": a.n_heads,
+        "head_dim": a.qk_rope_head_dim,  # what the rotary embedding reads
+        "q_lora_rank": a.q_lora_rank or None,
+        "kv_lora_rank": a.kv_lora_rank,
+        "qk_nope_head_dim": a.qk_nope_head_dim,
+        "qk_rope_head_dim": a.qk_rope_head_dim,
+        "v_head_dim": a.v_head_dim,
+        "moe_layer_freq": 1,
+    }
+
+
+def _v3_config(model: Model) -> dict[str, Any]:
+    more = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    names = {"model_type": "deepseek_v3", "rope_interleave": model.rope.interleaved}
+    return _config(model) | more | names
+
+
+def _v2_config(model: Model) -> dict[str, Any]:
+    grouped = model.moe.n_groups > 1
+    return _config(model) | {
+        "model_type": "deepseek_v2",
+        "scoring_func": "softmax",
+        "topk_method": "group_limited_greedy" if grouped else "greedy",
+    }
+
+
+def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
+    values.refuse("moe_layer_freq", 1)
+    dense = values.integer("first_k_dense_replace", low=0, high=10_000)
+    compressed = values.raw.get("q_lora_rank") is not None
+    return Model(
+        **common_sizes(values),
+        attention=Attention(
+            kind="mla",
+            n_heads=values.integer("num_attention_heads"),
+            q_lora_rank=values.integer("q_lora_rank") if compressed else 0,
+            kv_lora_rank=values.integer("kv_lora_rank"),
+            qk_nope_head_dim=values.integer("qk_nope_head_dim"),
+            qk_rope_head_dim=values.integer("qk_rope_head_dim"),
+            v_head_dim=values.integer("v_head_dim"),
+        ),
+        rope=values.rope(interleaved),
+        n_dense_layers=dense,
+        d_ff=values.integer("intermediate_size") if dense else 0,
+        moe=moe,
+    )
+
+
+def _v3_parse(values: Values) -> Model:
+    values.refuse("scoring_func", "sigmoid")
+    interleaved = values.raw.get("rope_interleave", True) is not False
+    return _model(values, sigmoid_moe_of(values), interleaved)
+
+
+def _v2_parse(values: Values) -> Model:
+    values.refuse("scoring_func", "softmax")
+    values.refuse("norm_topk_prob", False, None)
+    values.refuse("topk_method", "greedy", "group_limited_greedy")
+    grouped = values.raw.get("topk_method") == "group_limited_greedy"
+    moe = Moe(
+        n_experts=values.integer("n_routed_experts", high=2**16),
+        top_k=values.integer("num_experts_per_tok", high=2**16),
+        d_expert=values.integer("moe_intermediate_size"),
+        n_shared_experts=values.integer("n_shared_experts", high=2**10),
+        n_groups=values.integer("n_group", high=2**16) if grouped else 1,
+        top_groups=values.integer("topk_group", high=2**16) if grouped else 1,
+        norm_top_k=False,
+        route_scale=values.number("routed_scaling_factor", high=1e6),
+    )
+    return _model(values, moe, interleaved=True)
+
+
+def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+    theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+    a, d_model = model.attention, model.d_model
+    query = a.n_heads * a.qk_dim
+    rows: list[tuple[str, str, tuple[int, ...]]] = [
+        ("input_layernorm", "attention_norm", (d_model,)),
+        ("self_attn.kv_a_proj_with_mqa", "attention.wkv_a",
+         (a.kv_lora_rank + a.qk_rope_head_dim, d_model)),
+        ("self_attn.kv_a_layernorm", "attention.kv_a_norm", (a.kv_lora_rank,)),
+        ("self_attn.kv_b_proj", "attention.wkv_b",
+         (a.n_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)),
+        ("self_attn.o_proj", "attention.wo", (d_model, a.n_heads * a.v_head_dim)),
+        ("post_attention_layernorm", "ffn_norm", (d_model,)),
+    ]  # fmt: skip
+    if a.q_lora_rank:
+        rows += [
+            ("self_attn.q_a_proj", "attention.wq_a", (a.q_lora_rank, d_model)),
+            ("self_attn.q_a_layernorm", "attention.q_a_norm", (a.q_lora_rank,)),
+            ("self_attn.q_b_proj", "attention.wq", (query, a.q_lora_rank)),
+        ]
+    else:
+        rows.append(("self_attn.q_proj", "attention.wq", (query, d_model)))
+    for their_name, our_name, shape in rows:
+        yield plain(f"{theirs}{their_name}.weight", f"{ours}{our_name}.weight", *shape)
+    if model.is_moe(layer):
+        yield from deepseek_moe_tensors(model, layer)
+    else:
+        yield from swiglu_tensors(f"{theirs}mlp.", f"{ours}ffn.", model.d_ff, d_model)
+
+
+DEEPSEEK_V3 = Family("DeepseekV3ForCausalLM", _v3_refusals, _v3_config, _v3_parse, _layer)
+DEEPSEEK_V2 = Family("DeepseekV2ForCausalLM", _v2_refusals, _v2_config, _v2_parse, _layer)

@@ -1,0 +1,63 @@
+"""Mixtral: GQA, softmax over the chosen logits."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs.model import Model, Moe
+from models.hf.qwen3 import common_sizes, gqa_of
+from models.hf.tensors import HfTensor, gqa_tensors, plain, swiglu_tensors
+from models.hf.values import Family, Values, clashes, plain_gqa_clashes
+
+
+def _refusals(model: Model) -> list[str]:
+    moe = model.moe
+    return plain_gqa_clashes(model) + clashes(
+        attention__qk_norm=model.attention.qk_norm != "none",
+        n_dense_layers=model.n_dense_layers > 0,
+        moe__score_func=moe.score_func != "softmax",
+        moe__norm_top_k=not moe.norm_top_k,
+        moe__n_groups=moe.n_groups > 1,
+        moe__bias_update_rate=moe.bias_update_rate > 0,
+        moe__n_shared_experts=moe.n_shared_experts > 0,
+        moe__route_scale=moe.route_scale != 1.0,
+    )
+
+
+def _config(model: Model) -> dict[str, Any]:
+    return {
+        "model_type": "mixtral",
+        "num_local_experts": model.moe.n_experts,
+        "intermediate_size": model.moe.d_expert,
+        "sliding_window": None,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def _parse(values: Values) -> Model:
+    values.refuse("sliding_window", None)
+    return Model(
+        **common_sizes(values),
+        attention=gqa_of(values),
+        rope=values.rope(interleaved=False),
+        moe=Moe(
+            n_experts=values.integer("num_local_experts", high=2**16),
+            top_k=values.integer("num_experts_per_tok", high=2**16),
+            d_expert=values.integer("intermediate_size"),
+        ),
+    )
+
+
+def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+    yield from gqa_tensors(model, layer)
+    theirs, ours = f"model.layers.{layer}.block_sparse_moe.", f"layers.{layer}.ffn."
+    shape = model.moe.n_experts, model.d_model
+    yield plain(f"{theirs}gate.weight", f"{ours}router.weight", *shape)
+    for e in range(model.moe.n_experts):
+        yield from swiglu_tensors(
+            f"{theirs}experts.{e}.", f"{ours}experts.", model.moe.d_expert, model.d_model,
+            index=(e,), names=("w1", "w3", "w2"),
+        )  # fmt: skip
+
+
+MIXTRAL = Family("MixtralForCausalLM", _refusals, _config, _parse, _layer)

@@ -1,0 +1,105 @@
+"""Which Hugging Face architecture expresses a model, and its config and tensors.
+
+The features of a model choose the architecture: the first of `FAMILIES` that can express all of
+them. The model itself never asks which family it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs.model import Model
+from configs.rules import ConfigError
+from models.hf.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from models.hf.glm4 import GLM4
+from models.hf.gpt_oss import GPT_OSS
+from models.hf.llama4 import LLAMA4
+from models.hf.mixtral import MIXTRAL
+from models.hf.qwen3 import QWEN3
+from models.hf.tensors import HfTensor, outer_tensors
+from models.hf.values import Family, Values, rope_parameters
+
+FAMILIES = (QWEN3, GLM4, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA4)
+
+
+def architecture(model: Model) -> str:
+    """The Hugging Face architecture that expresses `model`. ConfigError where none does."""
+    return _family(model).architecture
+
+
+def _family(model: Model) -> Family:
+    refusals = [(family.refusals(model), family) for family in FAMILIES]
+    for refused, family in refusals:
+        if not refused:
+            return family
+    refused, nearest = min(refusals, key=lambda pair: len(pair[0]))
+    keys = ", ".join(f"model.{key}" for key in refused)
+    raise ConfigError(
+        f"no Hugging Face architecture expresses this model; the nearest, {nearest.architecture}, "
+        f"needs another {keys}"
+    )
+
+
+def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str) -> dict[str, Any]:
+    """The export's `config.json`.
+
+    Old and new spellings stand side by side where readers disagree (`rope_theta` and
+    `rope_parameters`, `num_experts` and `num_local_experts`).
+    """
+    family, a, rope = _family(model), model.attention, rope_parameters(model.rope)
+    common: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": a.n_heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "num_experts_per_tok": model.moe.top_k,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope.theta,
+        "rope_parameters": rope,
+        "rope_scaling": None if model.rope.scaling == "none" else rope,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "max_position_embeddings": max_positions,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    return common | family.config(model)
+
+
+def from_hf_config(config: dict[str, Any], place: str) -> Model:
+    """Our model for a `config.json`.
+
+    place: what errors call the file. Raises ConfigError naming the key that is missing, has the
+    wrong type or size, or asks for something this decoder does not have.
+    """
+    given = config.get("architectures")
+    given = given[0] if isinstance(given, list) and given else given
+    family = next((family for family in FAMILIES if family.architecture == given), None)
+    if family is None:
+        known = ", ".join(family.architecture for family in FAMILIES)
+        raise ConfigError(f"{place}: architectures = {given!r}: must be one of {known}")
+    values = Values(config, place)
+    values.refuse("hidden_act", "silu")
+    if family is not GPT_OSS:
+        values.refuse("attention_bias", False, None)
+    try:
+        return family.parse(values)
+    except ConfigError as error:  # our own rules, in our names: say whose file broke them
+        raise ConfigError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
+
+
+def hf_tensors(model: Model) -> Iterator[HfTensor]:
+    """Every tensor of the export, layer by layer."""
+    family, (before, after) = _family(model), outer_tensors(model)
+    yield from before
+    for layer in range(model.n_layers):
+        yield from family.layer(model, layer)
+    yield from after

@@ -1,0 +1,133 @@
+"""How a Hugging Face tensor lies in one of ours.
+
+Every Hugging Face tensor is a slice of one of ours, permuted and flattened at most: `w13[e, 0]` is
+an expert's `gate_proj`; all of `w13`, its dimensions permuted, is GPT-OSS's `gate_up_proj`. So
+export reads slices, import writes them, and nothing is rounded or computed on the way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.model import Model
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """One tensor of the export: `ours[index]`, or zeros where `ours` is None."""
+
+    name: str
+    ours: str | None
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    permute: tuple[int, ...] = ()
+    """Order of the dimensions of `ours[index]` in theirs, before it is reshaped to `shape`."""
+    keep_fp32: bool = False
+    """Balancing biases stay fp32 in every export: rounding them changes the choice of experts."""
+
+    def to_hf(self, part: Tensor) -> Tensor:
+        """Their tensor for `part = ours[index]`."""
+        value = part.permute(self.permute) if self.permute else part
+        return value.reshape(self.shape)
+
+    def from_hf(self, theirs: Tensor, part_shape: torch.Size) -> Tensor:
+        """`ours[index]`, which has `part_shape`, for their tensor."""
+        if not self.permute:
+            return theirs.reshape(part_shape)
+        inverse = sorted(range(len(self.permute)), key=self.permute.__getitem__)
+        return theirs.reshape([part_shape[i] for i in self.permute]).permute(inverse)
+
+
+def outer_tensors(model: Model) -> tuple[list[HfTensor], list[HfTensor]]:
+    """What comes before and after the layers; the same in all families."""
+    before = [plain("model.embed_tokens.weight", "embed.weight", model.vocab_size, model.d_model)]
+    after = [plain("model.norm.weight", "norm.weight", model.d_model)]
+    if not model.tie_embeddings:
+        after.append(plain("lm_head.weight", "head.weight", model.vocab_size, model.d_model))
+    return before, after
+
+
+def plain(theirs: str, ours: str, *shape: int) -> HfTensor:
+    """A tensor that is the whole of one of ours."""
+    return HfTensor(theirs, ours, (), shape)
+
+
+def gqa_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+    """Norms and attention of a block with grouped-query attention."""
+    theirs, ours, a = f"model.layers.{layer}.", f"layers.{layer}.", model.attention
+    query, kv, d_model = a.n_heads * a.head_dim, a.kv_heads * a.head_dim, model.d_model
+    yield plain(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", d_model)
+    for their_name, our_name, rows, columns in (
+        ("q_proj", "wq", query, d_model),
+        ("k_proj", "wk", kv, d_model),
+        ("v_proj", "wv", kv, d_model),
+        ("o_proj", "wo", d_model, query),
+    ):
+        names = f"{theirs}self_attn.{their_name}", f"{ours}attention.{our_name}"
+        yield plain(f"{names[0]}.weight", f"{names[1]}.weight", rows, columns)
+        if a.bias:
+            yield plain(f"{names[0]}.bias", f"{names[1]}.bias", rows)
+    if a.sinks:
+        yield plain(f"{theirs}self_attn.sinks", f"{ours}attention.sinks", a.n_heads)
+    if a.qk_norm == "rms":
+        for norm in ("q_norm", "k_norm"):
+            names = f"{theirs}self_attn.{norm}.weight", f"{ours}attention.{norm}.weight"
+            yield plain(*names, a.head_dim)
+    yield plain(f"{theirs}post_attention_layernorm.weight", f"{ours}ffn_norm.weight", d_model)
+
+
+def swiglu_tensors(
+    theirs: str,
+    ours: str | None,
+    width: int,
+    d_model: int,
+    index: tuple[int, ...] = (),
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Iterator[HfTensor]:
+    """Gate, up and down of one feed-forward or expert; `ours` None writes zeros."""
+    w13, w2 = (None, None) if ours is None else (f"{ours}w13", f"{ours}w2")
+    gate, up, down = (f"{theirs}{name}.weight" for name in names)
+    yield HfTensor(gate, w13, (*index, 0), (width, d_model))
+    yield HfTensor(up, w13, (*index, 1), (width, d_model))
+    yield HfTensor(down, w2, index, (d_model, width))
+
+
+def deepseek_moe_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+    """Router, balancing bias, shared and routed experts, in DeepSeek's and GLM's names.
+
+    Their architectures always have a shared expert; where ours has none it is written as zeros,
+    which add exactly zero.
+    """
+    theirs, ours, moe = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn.", model.moe
+    yield plain(f"{theirs}gate.weight", f"{ours}router.weight", moe.n_experts, model.d_model)
+    if moe.score_func == "sigmoid":
+        bias = f"{theirs}gate.e_score_correction_bias", f"{ours}router.bias_E"
+        yield HfTensor(*bias, (), (moe.n_experts,), keep_fp32=True)
+    width = max(moe.n_shared_experts, 1) * moe.d_expert
+    source = f"{ours}shared_experts." if moe.n_shared_experts else None
+    yield from swiglu_tensors(f"{theirs}shared_experts.", source, width, model.d_model)
+    yield from expert_tensors(model, layer)
+
+
+def expert_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+    """The routed experts of a layer, one by one."""
+    theirs, ours = f"model.layers.{layer}.mlp.experts.", f"layers.{layer}.ffn.experts."
+    for e in range(model.moe.n_experts):
+        yield from swiglu_tensors(
+            f"{theirs}{e}.", ours, model.moe.d_expert, model.d_model, index=(e,)
+        )
+
+
+def fused_expert_tensors(model: Model, theirs: str, ours: str, interleaved: bool) -> list[HfTensor]:
+    """All experts of a layer in one tensor each, input dimension first; gate and up in halves or
+    interleaved."""
+    moe, d_model = model.moe, model.d_model
+    n, width = moe.n_experts, moe.d_expert
+    order = (0, 3, 2, 1) if interleaved else (0, 3, 1, 2)
+    up_shape, down_shape = (n, d_model, 2 * width), (n, width, d_model)
+    return [
+        HfTensor(f"{theirs}gate_up_proj", f"{ours}w13", (), up_shape, order),
+        HfTensor(f"{theirs}down_proj", f"{ours}w2", (), down_shape, (0, 2, 1)),
+    ]
