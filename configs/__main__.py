@@ -7,7 +7,7 @@ default and documentation as Markdown instead (docs/config.md is that output).
 import sys
 
 from configs.degrees import default_world, resolve
-from configs.loader import load
+from configs.loader import load, parse_arguments
 from configs.rules import ConfigError
 
 
@@ -19,19 +19,13 @@ def main(arguments: list[str]) -> int:
         print(reference(), end="")
         return 0
     try:
-        files = [a for a in arguments if not a.startswith("--")]
-        ranks = [a.removeprefix("--ranks=") for a in arguments if a.startswith("--ranks=")]
-        overrides = [a for a in arguments if a.startswith("--") and not a.startswith("--ranks=")]
-        if len(files) != 1 or not all(r.isdigit() and int(r) for r in ranks):
-            raise ConfigError(
-                "usage: python -m configs FILE.toml [--ranks=N] [--section.key=value ...]"
-            )
-        config = load(files[0], overrides)
-        degrees = resolve(config, int(ranks[-1]) if ranks else default_world(config))
+        file, overrides, ranks = parse_arguments(arguments)
+        config = load(file, overrides)
+        degrees = resolve(config, ranks or default_world(config))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{files[0]}: all keys and types are right; the mesh for {degrees.world} ranks:")
+    print(f"{file}: all keys and types are right; the mesh for {degrees.world} ranks:")
     for axis, size, meaning in degrees.table():
         print(f"  {axis:<13} {size:>5}   {meaning}")
     return 0

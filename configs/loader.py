@@ -26,13 +26,30 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(tree, override, places)
     config: RunConfig = _build(RunConfig, tree, "", str(path), places)
-    beyond = [step for step in config.train.profile_steps if not 1 <= step <= config.train.steps]
-    if beyond:
-        raise ConfigError(
-            f"{path}: train.profile_steps = {beyond}: steps are numbered 1 to "
-            f"train.steps = {config.train.steps}"
-        )
     return config
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | None]:
+    """The experiment file, the overrides and the value of `--ranks` (N or =N) of a command line."""
+    files, overrides, ranks = [], [], None
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name == "--ranks":
+            value = value or next(rest, "")
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"--ranks {value}: must be a positive integer")
+            ranks = int(value)
+        elif argument.startswith("--"):
+            overrides.append(argument)
+        else:
+            files.append(argument)
+    if len(files) != 1:
+        raise ConfigError(
+            f"{len(files)} experiment files given, expected one: FILE.toml "
+            "[--section.key=value ...] [--ranks N]"
+        )
+    return files[0], overrides, ranks
 
 
 def from_dict(tree: dict[str, Any], place: str) -> RunConfig:

@@ -234,7 +234,7 @@ class Model:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "vocab_size", "d_model", "n_layers", "moe_every")
-        at_least(self, 0, "d_ff")
+        at_least(self, 0, "d_ff", "init_std", "norm_eps")
         between(self, 0, self.n_layers, "n_dense_layers")
         if not self.d_ff and not all(map(self.is_moe, range(self.n_layers))):
             raise ConfigError("d_ff = 0: dense layers (n_dense_layers, moe_every) need their width")

@@ -9,7 +9,7 @@ def at_least(section: object, minimum: float, *keys: str) -> None:
     """Raise ConfigError where one of the section's keys is below `minimum`."""
     for key in keys:
         value = getattr(section, key)
-        if value < minimum:
+        if not value >= minimum:  # catches NaN, too
             raise ConfigError(f"{key} = {value}: must be at least {minimum}")
 
 

@@ -93,7 +93,7 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "weight_decay", "eps")
-        between(self, 0.0, 1.0, "beta1", "beta2")
+        between(self, 0.0, 0.999999, "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,14 @@ class RunConfig:
     precision: Precision = field(default_factory=Precision)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        beyond = [step for step in self.train.profile_steps if not 1 <= step <= self.train.steps]
+        if beyond:
+            raise ConfigError(
+                f"train.profile_steps = {beyond}: steps are numbered 1 to "
+                f"train.steps = {self.train.steps}"
+            )
 
 
 FIXED_ON_RESUME = (

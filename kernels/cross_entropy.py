@@ -28,7 +28,8 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> 
 
     targets_T: int64 in [0, V), or IGNORE. Differentiable in x and weight.
     """
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T)
+    wants_grad = torch.is_grad_enabled()  # within forward it always is off
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, wants_grad)
 
 
 def linear_cross_entropy_reference(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -39,12 +40,16 @@ def linear_cross_entropy_reference(x_TD: Tensor, weight_VD: Tensor, targets_T: T
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad)
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, wants_grad: bool
+    ) -> Tensor:
+        needs_grad = wants_grad and any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
         grad_x = torch.empty_like(x_TD) if needs_grad else None
         grad_w = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
-        chunk = max(_CHUNK_ELEMENTS[x_TD.device.type] // weight_VD.shape[0], 1)
+        chunk = max(
+            _CHUNK_ELEMENTS["cpu" if x_TD.device.type == "cpu" else "cuda"] // weight_VD.shape[0], 1
+        )
         for start in range(0, x_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             probs_tV, loss_t = _softmax_and_loss(x_TD[rows], weight_VD, targets_T[rows])
@@ -59,10 +64,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         # a 0-dimensional fp32 factor multiplies in fp32 and rounds once, whatever the dtype
-        return grad_x * grad, (grad_w * grad).to(ctx.weight_dtype), None
+        return grad_x * grad, (grad_w * grad).to(ctx.weight_dtype), None, None
 
 
 def _softmax_and_loss(x_tD: Tensor, weight_VD: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,15 +34,21 @@ class Permutation:
     """True rows of every expert, int64."""
 
 
+def count_choices(ids_TK: Tensor, n_experts: int) -> Tensor:
+    """How often each expert is named, int64 `[E]`. (`bincount` would wait for a CUDA device.)"""
+    flat_R = ids_TK.reshape(-1)
+    return flat_R.new_zeros(n_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+
+
 def permutation(ids_TK: Tensor, n_experts: int, align: int = 1) -> Permutation:
     """Group routed rows by expert, stably.
 
-    ids_TK: expert of every (token, choice), any integer dtype and shape. With `align` > 1 the
+    ids_TK: expert of every (token, choice), int64, any shape. With `align` > 1 the
     number of slots is read on the host.
     """
     flat_R = ids_TK.reshape(-1)
     sorted_R = torch.argsort(flat_R, stable=True)
-    counts_E = torch.bincount(flat_R, minlength=n_experts)
+    counts_E = count_choices(flat_R, n_experts)
     slot_of_sorted = torch.arange(flat_R.numel(), device=flat_R.device)
     inverse_R = torch.empty_like(sorted_R)
     if align == 1:

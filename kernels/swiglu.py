@@ -71,7 +71,8 @@ class _SwiGlu(torch.autograd.Function):
         if gate_up_R2F.is_cuda:
             from kernels.swiglu_triton import swiglu_forward
 
-            return swiglu_forward(gate_up_R2F, weights_R)
+            with torch.cuda.device(gate_up_R2F.device):  # Triton launches on the current device
+                return swiglu_forward(gate_up_R2F, weights_R)
         return swiglu_reference(gate_up_R2F, weights_R)
 
     @staticmethod
@@ -80,5 +81,6 @@ class _SwiGlu(torch.autograd.Function):
         if grad_RF.is_cuda:
             from kernels.swiglu_triton import swiglu_backward
 
-            return swiglu_backward(grad_RF.contiguous(), gate_up_R2F, weights_R)
+            with torch.cuda.device(grad_RF.device):
+                return swiglu_backward(grad_RF.contiguous(), gate_up_R2F, weights_R)
         return swiglu_backward_reference(grad_RF, gate_up_R2F, weights_R)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024
+_LARGEST_BLOCK = 1024
 
 
 def swiglu_forward(gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
@@ -19,9 +19,9 @@ def swiglu_forward(gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
     n_rows, width = gate_up_R2F.shape[0], gate_up_R2F.shape[1] // 2
     h_RF = gate_up_R2F.new_empty(n_rows, width)
     if h_RF.numel():
-        grid = (n_rows, triton.cdiv(width, _BLOCK))
-        _forward[grid](
-            gate_up_R2F, weights_R, h_RF, width, WEIGHTED=weights_R is not None, BLOCK=_BLOCK
+        block = min(_LARGEST_BLOCK, triton.next_power_of_2(width))
+        _forward[(n_rows, triton.cdiv(width, block))](
+            gate_up_R2F, weights_R, h_RF, width, WEIGHTED=weights_R is not None, BLOCK=block
         )
     return h_RF
 
@@ -35,9 +35,10 @@ def swiglu_backward(
     grad_gate_up = torch.empty_like(gate_up_R2F)
     grad_weights = None if weights_R is None else torch.zeros_like(weights_R)
     if grad_RF.numel():
+        block = min(_LARGEST_BLOCK, triton.next_power_of_2(width))
         _backward[(n_rows,)](
             grad_RF.contiguous(), gate_up_R2F, weights_R, grad_gate_up, grad_weights, width,
-            WEIGHTED=weights_R is not None, BLOCK=_BLOCK,
+            WEIGHTED=weights_R is not None, BLOCK=block,
         )  # fmt: skip
     return grad_gate_up, grad_weights
 

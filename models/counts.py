@@ -1,6 +1,7 @@
 """How large a model is and what a token costs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,20 @@ class ParameterCounts:
     active: int
     embedding: int
     experts: int
+    layers: tuple[tuple[int, int], ...]
+    """(all parameters, those of routed experts) of every block."""
+
+    def blocks(self, ep: int) -> "BlockSizes":
+        """Sizes of the blocks where `ep` ranks divide the experts."""
+        sizes = [every - experts + experts // ep for every, experts in self.layers]
+        return BlockSizes(max(sizes), sum(sizes))
+
+
+class BlockSizes(NamedTuple):
+    """Parameters of the largest block, and of all."""
+
+    largest: int
+    sum: int
 
 
 def parameter_counts(model: Model) -> ParameterCounts:
@@ -26,7 +41,12 @@ def parameter_counts(model: Model) -> ParameterCounts:
     total = sum(sizes.values())
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts - experts * model.moe.top_k // model.moe.n_experts
-    return ParameterCounts(total, total - idle, sizes["embed.weight"], experts)
+    layers = []
+    for index in range(model.n_layers):
+        own = {n: size for n, size in sizes.items() if n.startswith(f"layers.{index}.")}
+        routed = sum(size for name, size in own.items() if ".experts." in name)
+        layers.append((sum(own.values()), routed))
+    return ParameterCounts(total, total - idle, sizes["embed.weight"], experts, tuple(layers))
 
 
 def flops_per_token(model: Model, seq_len: int) -> float:

@@ -10,8 +10,7 @@ T tokens, K experts per token, R rows, D model width, F expert width, E experts,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,7 @@ from kernels.swiglu import clamped_swiglu, swiglu
 from models.router import Router
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in pytrees only
     """Rows grouped by expert. Group e ends at `ends_e[e]` and has `counts_e[e]` true rows; rows
     between these and the next group are zero, with weight zero."""
 

@@ -1,4 +1,5 @@
-"""Which experts a token visits, and with what weight. All in fp32.
+"""Which experts a token visits, and with what weight. The arithmetic is fp32, whatever the dtype
+of the weights.
 
 Scores are a softmax over all experts or a sigmoid of each logit. The choice takes the `top_k` best
 of score + balancing bias, where wanted only within the `top_groups` best groups of neighbouring
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Moe
+from kernels.permute import count_choices
 
 
 class Router(nn.Module):
@@ -35,12 +37,12 @@ class Router(nn.Module):
         # no gradient: moved by `update_biases`; part of every checkpoint and export
         self.register_buffer("bias_E", torch.zeros(config.n_experts), persistent=True)
         # choices since the last `take_counts`
-        self.register_buffer("tokens_per_expert_E", torch.zeros(config.n_experts), persistent=False)
+        counts = torch.zeros(config.n_experts, dtype=torch.int64)
+        self.register_buffer("tokens_per_expert_E", counts, persistent=False)
 
-    def float_buffers(self) -> None:
-        """Undo the rounding type of `module.to(dtype)`: bias and counts are fp32 always."""
+    def float_bias(self) -> None:
+        """Undo `module.to(dtype)` for the balancing bias: it is fp32 always."""
         self.bias_E = self.bias_E.float()
-        self.tokens_per_expert_E = self.tokens_per_expert_E.float()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids `[T, K]` (int64) and routing weights `[T, K]` (fp32)."""
@@ -57,8 +59,7 @@ class Router(nn.Module):
         if config.norm_top_k:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            counts = torch.bincount(ids_TK.reshape(-1), minlength=config.n_experts)
-            self.tokens_per_expert_E += counts
+            self.tokens_per_expert_E += count_choices(ids_TK, config.n_experts)
         return ids_TK, weights_TK * config.route_scale
 
 
@@ -94,7 +95,7 @@ def take_counts(model: nn.Module, reduce_counts: Callable[[Tensor], Tensor]) -> 
     """
     found = routers(model)
     if not found:
-        return torch.zeros(0, 1)
+        return torch.zeros(0, 1, dtype=torch.int64)
     counts_LE = reduce_counts(torch.stack([r.tokens_per_expert_E for r in found]))
     for router in found:
         router.tokens_per_expert_E.zero_()
@@ -110,7 +111,8 @@ def update_biases(model: nn.Module, counts_LE: Tensor) -> None:
     found = [r for r in routers(model) if r.config.bias_update_rate]
     if not found:
         return
-    step_LE = torch.sign(counts_LE.mean(1, keepdim=True) - counts_LE)
+    load_LE = counts_LE.double()  # int64 counts
+    step_LE = torch.sign(load_LE.mean(1, keepdim=True) - load_LE).float()
     step_LE = step_LE - step_LE.mean(1, keepdim=True)
     for router, step_E in zip(found, step_LE, strict=True):
         router.bias_E += router.config.bias_update_rate * step_E

@@ -10,12 +10,17 @@ import ctypes
 import json
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from configs.rules import ConfigError
 
 
 @dataclass(frozen=True)
@@ -27,31 +32,76 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    store: dist.Store
+    _decisions: "count[int]" = field(default_factory=count)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def on_first(self, function: Callable[[], Any]) -> Any:
+        """Run `function` on rank 0; all ranks get its result (JSON), or its error as ConfigError.
+
+        The others wait on the store, without a limit: preparing a corpus may take hours, and a
+        collective would time out. Whatever reads or writes shared files and decides what all ranks
+        do next belongs here, since ranks on other hosts may see the files later.
+        """
+        key = f"decision/{next(self._decisions)}"
+        if self.is_first:
+            try:
+                answer = {"result": function()}
+            except (ConfigError, OSError) as error:
+                answer = {"error": str(error)}
+            self.store.set(key, json.dumps(answer))
+        else:
+            self.store.wait([key], timedelta(days=30))
+        answer = json.loads(self.store.get(key))
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        return answer["result"]
+
 
 def start_ranks(threads: int = 0) -> Ranks:
     """Join the process group that torchrun describes, or make a group of one.
 
-    threads: CPU threads of this process; 0 divides the cores among the ranks of this host.
+    threads: CPU threads of this process; 0 divides the cores it may use among the ranks of this
+    host.
     """
     env = os.environ
+    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max((os.cpu_count() or 1) // local_world, 1))
+    torch.set_num_threads(threads or max(usable_cores() // local_world, 1))
     device, backend = torch.device("cpu"), "gloo"
-    if not torch.cuda.is_available():
-        _keep_freed_memory()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    if "RANK" in env:
-        dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world, device)
+        _keep_freed_memory()
+    store = _store(rank, world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return Ranks(rank, world, local_rank, local_world, device, store)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: a batch system may give it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _store(rank: int, world: int) -> dist.Store:
+    """The meeting point of the ranks.
+
+    Keys are kept apart by attempt: torchrun reuses its store when it restarts the workers, which
+    would otherwise find the addresses of the processes before them.
+    """
+    env = os.environ
+    if "RANK" not in env:
+        return dist.HashStore()
+    agent_has_it = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
+    store = dist.TCPStore(*address, world, is_master=rank == 0 and not agent_has_it)
+    return dist.PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _keep_freed_memory() -> None:
@@ -98,6 +148,6 @@ def gather_json(value: Any) -> list[Any]:
     buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(buffers, padded)
     return [
-        json.loads(bytes(buffer[: int(size)].tolist()))
+        json.loads(buffer[: int(size)].numpy().tobytes())
         for buffer, size in zip(buffers, sizes, strict=True)
     ]

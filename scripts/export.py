@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.loader import from_dict, unflatten
 from configs.rules import ConfigError
-from models.hf.files import write_tensors
+from models.hf.files import INDEX, write_tensors
 from models.hf.table import hf_config
 from parallel.shards import Box
 from train import checkpoint
@@ -35,15 +35,14 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
     Raises ConfigError if the model has no Hugging Face form or the checkpoint is damaged.
     """
-    folder = checkpoint.find(source)
+    folder = checkpoint.find(source).resolve()
     manifest = checkpoint.read_manifest(folder)
     checkpoint.verify_files(manifest)
     config = from_dict(unflatten(manifest.config), str(folder / "manifest.json"))
     run = folder.parent.parent
-    out = out or run / "export"
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out = (out or run / "export").resolve()
+    if out.exists() and not (out / INDEX).is_file():
+        raise ConfigError(f"--out {out}: exists and is not an export; choose another folder")
     tokenizer = run / "tokenizer" / "tokenizer.json"
     if not tokenizer.is_file():
         raise ConfigError(f"{tokenizer}: missing; an export needs the tokenizer of its run")
@@ -56,6 +55,9 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
         eos_token_id=eot,
         dtype=str(dtype).removeprefix("torch."),
     )
+    partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     reader = checkpoint.Reader(manifest)
     write_tensors(partial, config.model, lambda name, index: _read(reader, name, index), dtype)
     export_tokenizer(tokenizer, partial, config.data.seq_len)
@@ -64,8 +66,11 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
         partial / "generation_config.json",
         {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "do_sample": False},
     )
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
     partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
     return out
 
 
@@ -92,7 +97,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         out = export(arguments.source, arguments.out, _DTYPES[arguments.dtype])
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"exported {out}")

@@ -14,7 +14,8 @@ def environment() -> dict[str, str]:
     """This environment with one thread per process and our modules in reach."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return clean | threads | {"PYTHONPATH": str(ROOT)}
+    # on the CPU everywhere: several ranks would fight over one GPU
+    return clean | threads | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port() -> int:

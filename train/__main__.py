@@ -12,7 +12,7 @@ import sys
 import time
 
 from configs.degrees import Degrees, default_world, resolve
-from configs.loader import load
+from configs.loader import load, parse_arguments
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 
@@ -20,9 +20,16 @@ from configs.schema import RunConfig
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
     rank = int(os.environ.get("RANK", 0))
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     try:
-        files, overrides, check, ranks = _parse(arguments)
-        config = load(files[0], overrides)
+        check = "--check" in arguments
+        rest = [argument for argument in arguments if argument != "--check"]
+        file, overrides, ranks = parse_arguments(rest)
+        if ranks and not check:
+            raise ConfigError("--ranks: only with --check; torchrun decides how many ranks train")
+        config = load(file, overrides)
         if check:
             return _check(config, ranks)
         return _train(config, resolve(config, int(os.environ.get("WORLD_SIZE", 1))))
@@ -30,33 +37,6 @@ def main(arguments: list[str]) -> int:
         return _fail(rank, f"error: {error}", 2)
     except KeyboardInterrupt:
         return 130
-
-
-def _parse(arguments: list[str]) -> tuple[list[str], list[str], bool, int | None]:
-    usage = "usage: python -m train FILE.toml [--section.key=value ...] [--check [--ranks N]]"
-    if {"-h", "--help"} & set(arguments):
-        print(usage)
-        raise SystemExit(0)
-    files, overrides, check, ranks = [], [], False, None
-    rest = iter(arguments)
-    for argument in rest:
-        name, _, value = argument.partition("=")
-        if argument == "--check":
-            check = True
-        elif name == "--ranks":
-            value = value or next(rest, "")
-            if not value.isdigit() or int(value) < 1:
-                raise ConfigError(f"--ranks {value}: must be a positive integer")
-            ranks = int(value)
-        elif argument.startswith("--"):
-            overrides.append(argument)
-        else:
-            files.append(argument)
-    if len(files) != 1:
-        raise ConfigError(f"{len(files)} experiment files given, expected one; {usage}")
-    if ranks and not check:
-        raise ConfigError("--ranks: only with --check; torchrun decides how many ranks train")
-    return files, overrides, check, ranks
 
 
 def _check(config: RunConfig, ranks: int | None) -> int:

@@ -29,6 +29,8 @@ class Batch:
     positions_T: Tensor
     targets_T: Tensor
     core: DocumentAttention
+    n_targets: int
+    """Targets that have a loss; counted on the host."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -36,6 +38,7 @@ class Batch:
             self.positions_T.to(device, non_blocking=True),
             self.targets_T.to(device, non_blocking=True),
             self.core.to(device),
+            self.n_targets,
         )
 
 
@@ -59,6 +62,7 @@ class Sequences:
             positions_BL.reshape(-1),
             torch.from_numpy(targets_BL.reshape(-1)),
             DocumentAttention(positions_BL),
+            targets_BL.size,
         )
 
     def first(self) -> Batch:

@@ -52,10 +52,12 @@ def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
     held = (counts.total - counts.experts) / degrees.dp_shard
     held += counts.experts / (degrees.efsdp * degrees.ep)
     rows = [(name, held * size) for name, size in _STATE_BYTES.items()]
-    gathered = (counts.total - counts.experts + counts.experts / degrees.ep) * 2
-    if config.parallel.reshard_after_forward:
-        gathered /= config.model.n_layers
-    rows.append(("gathered bf16 weights", gathered))
+    # the root (embedding, final norm, head) stays gathered; of the blocks one, or all
+    blocks = counts.blocks(degrees.ep)
+    root = counts.total - counts.blocks(1).sum
+    gathered = root + (blocks.largest if config.parallel.reshard_after_forward else blocks.sum)
+    size = 4 if config.precision.recipe == "fp32" else 2
+    rows.append(("gathered weights", gathered * size))
     total = sum(size for _, size in rows)
     text = [f"  {name:<22} {_size(size):>10}" for name, size in rows]
     return [*text, f"  {'sum':<22} {_size(total):>10}   activations come on top"]

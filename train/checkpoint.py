@@ -9,7 +9,6 @@ that they cover it, so a run may resume on another mesh.
 """
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from configs.rules import ConfigError
-from parallel.ranks import gather_json
+from parallel.ranks import Ranks, gather_json
 from parallel.shards import Box, box_of, local_of, speaks_for
+from train.durable import replace_text, sync
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -56,29 +55,42 @@ def save(
     state: dict[str, Any],
     config: dict[str, Any],
     keep: int,
+    ranks: Ranks,
 ) -> Path:
     """Write checkpoint `state["step"]` under `root`; all ranks call this together.
 
     tensors: live tensors by name, the same names on all ranks. Afterwards the oldest checkpoints
-    beyond `keep` are removed. Raises CheckpointError on every rank if one of them cannot write.
+    beyond `keep` are removed. Raises ConfigError on every rank if one of them cannot write.
     """
-    rank = dist.get_rank()
     final = path_of(root, state["step"])
     partial = root / f".{final.name}.partial"
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    reports = gather_json(_write_rank(partial / f"rank-{rank:05d}.safetensors", tensors, rank))
-    failed = [report["error"] for report in reports if "error" in report]
-    if failed:
-        raise CheckpointError(f"{partial}: cannot write the checkpoint: {failed[0]}")
-    if rank == 0:
-        _commit(partial, final, reports, state, config)
-        for old in checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    try:
+        ranks.on_first(lambda: _begin(root, partial))
+        file = partial / f"rank-{ranks.rank:05d}.safetensors"
+        reports = gather_json(_write_rank(file, tensors, ranks.rank))
+        failed = [report["error"] for report in reports if "error" in report]
+        if failed:
+            raise CheckpointError(failed[0])
+        ranks.on_first(lambda: _commit(partial, final, reports, state, config))
+        ranks.on_first(lambda: _prune(root, keep))
+    except ConfigError as error:
+        raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
     return final
+
+
+def _begin(root: Path, partial: Path) -> None:
+    for leftover in root.glob(".step-*"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    sync(root.parent)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove old checkpoints; renamed first, so that a kill leaves no half one behind."""
+    for old in checkpoints(root)[:-keep]:
+        leaving = root / f".{old.name}.leaving"
+        old.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
@@ -95,8 +107,7 @@ def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[st
         return {}
     try:
         save_file(mine, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         size, crc = path.stat().st_size, _crc32(path)
     except Exception as error:  # safetensors raises its own type; all ranks must hear of it
         return {"error": f"rank {rank}: {error}"}
@@ -120,13 +131,10 @@ def _commit(
         "boxes": [{**box, "file": r["file"]} for r in written for box in r["boxes"]],
     }
     content["crc32"] = _crc32_of(content)
-    with (partial / _MANIFEST).open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    _fsync_folder(partial)
+    replace_text(partial / _MANIFEST, json.dumps(content))
+    sync(partial)
     partial.rename(final)
-    _fsync_folder(final.parent)
+    sync(final.parent)
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -159,15 +167,14 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: format {content.get('format')}, expected {_FORMAT}")
         if content.pop("crc32") != _crc32_of(content):
             raise CheckpointError(f"{path}: damaged (checksum differs); {_remedy(folder)}")
-        boxes: dict[str, list[tuple[Box, str]]] = {}
-        for b in content["boxes"]:
-            box = Box(tuple(b["whole"]), tuple(b["offset"]), tuple(b["shape"]))
-            boxes.setdefault(b["name"], []).append((box, b["file"]))
+        files, boxes = content["files"], _boxes_of(content)
+        state, config = content["state"], content["config"]
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: unreadable: {error}; {_remedy(folder)}") from None
-    for name, facts in content["files"].items():
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
+    for name, facts in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file}: missing; {_remedy(folder)}")
@@ -175,7 +182,21 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(
                 f"{file}: {file.stat().st_size} bytes, expected {facts['bytes']}; {_remedy(folder)}"
             )
-    return Manifest(folder, boxes, content["files"], content["state"], content["config"])
+    return Manifest(folder, boxes, files, state, config)
+
+
+def _boxes_of(content: dict[str, Any]) -> dict[str, list[tuple[Box, str]]]:
+    """The boxes by tensor name. ValueError where one leaves its tensor or names a foreign file."""
+    boxes: dict[str, list[tuple[Box, str]]] = {}
+    for b in content["boxes"]:
+        box = Box(tuple(b["whole"]), tuple(b["offset"]), tuple(b["shape"]))
+        axes = zip(box.whole, box.offset, box.shape, strict=True)
+        if any(offset < 0 or n < 0 or offset + n > whole for whole, offset, n in axes):
+            raise ValueError(f"a box of {b['name']} leaves its tensor")
+        if b["file"] not in content["files"]:
+            raise ValueError(f"{b['name']} lies in {b['file']}, which is not listed")
+        boxes.setdefault(b["name"], []).append((box, b["file"]))
+    return boxes
 
 
 def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
@@ -216,7 +237,7 @@ class Reader:
     def read(self, name: str, box: Box) -> Tensor:
         """The data of `box`, on the CPU. Raises CheckpointError if it is not fully covered."""
         result: Tensor | None = None
-        covered = 0
+        covered = torch.zeros(box.shape, dtype=torch.bool)
         for saved, file in self._parts(name):
             if saved.whole != box.whole:
                 raise CheckpointError(
@@ -230,10 +251,11 @@ class Reader:
             if result is None:
                 result = torch.empty(box.shape, dtype=part.dtype)
             result[common.within(box)] = part
-            covered += common.numel
-        if result is None or covered != box.numel:
+            covered[common.within(box)] = True
+        if result is None or not covered.all():
             raise CheckpointError(
-                f"{self.manifest.folder}: {name} is incomplete: {covered} of {box.numel} elements"
+                f"{self.manifest.folder}: {name} is incomplete: "
+                f"{int(covered.sum())} of {box.numel} elements"
             )
         return result
 
@@ -244,12 +266,16 @@ class Reader:
         return parts
 
     def _slice(self, file: str, name: str, index: tuple[slice, ...]) -> Tensor:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        if file not in self._open:
-            self._open[file] = safe_open(self.manifest.folder / file, framework="pt")
-        handle = self._open[file]
-        part: Tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        path = self.manifest.folder / file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(path, framework="pt")
+            handle = self._open[file]
+            part: Tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: unreadable: {error}") from None
         return part
 
 
@@ -268,11 +294,3 @@ def _crc32(path: Path) -> int:
 
 def _crc32_of(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,6 @@ whenever the corpus is opened: enough to notice a truncated, replaced or zeroed 
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import time
@@ -30,6 +29,7 @@ from configs.rules import ConfigError
 from configs.schema import RunConfig
 from train import sources
 from train.corpus_build import FILES, build
+from train.durable import sync
 from train.tokenizer import find_tokenizer
 
 FORMAT = 1
@@ -165,7 +165,7 @@ def _write_manifest(work: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (work / "manifest.json").write_text(text, "utf-8")
     for path in (*work.iterdir(), work):
-        _sync(path)
+        sync(path)
 
 
 def _publish(work: Path, folder: Path) -> None:
@@ -173,7 +173,7 @@ def _publish(work: Path, folder: Path) -> None:
     while True:
         try:
             work.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
             return
         except OSError:  # a folder that is not empty stands there
             if not folder.is_dir():
@@ -207,11 +207,3 @@ def _stamp(path: Path) -> list[int]:
         crc = zlib.crc32(file.read(_MIB))
         file.seek(max(size - _MIB, 0))
         return [size, zlib.crc32(file.read(_MIB), crc)]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ import torch
 
 from configs.degrees import Degrees
 from parallel.ranks import Ranks
+from train.durable import replace_text
 
 _PACKAGES = ("torch", "triton", "torchtitan", "numpy", "tokenizers", "safetensors", "datasets")
 
@@ -42,7 +43,7 @@ def record(folder: Path, attempt: dict[str, Any]) -> None:
     """Append this attempt to `environment.json` of the run."""
     path = folder / "environment.json"
     attempts = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*attempts, attempt], indent=2) + "\n")
+    replace_text(path, json.dumps([*attempts, attempt], indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -17,11 +17,14 @@ The load of every expert goes to expert_load.jsonl, from which experts.png is dr
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from train.durable import replace_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +55,7 @@ def memory_gib(device: torch.device) -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-    return pages * 4096 / 2**30
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 class MetricsWriter:
@@ -100,4 +103,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, last_step: int) -> None:
     kept = [line for line in read_lines(path) if line["step"] <= last_step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))

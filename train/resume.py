@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from configs.loader import flatten
+from configs.loader import flatten, from_dict, unflatten
 from configs.rules import ConfigError
 from configs.schema import FIXED_ON_RESUME, RunConfig
 from parallel.ranks import Ranks
@@ -15,34 +16,58 @@ Tensors = Callable[[], Mapping[str, Tensor]]
 
 
 def restore(
-    config: RunConfig, ranks: Ranks, corpus: str, weights: Tensors, optimizer: Tensors
+    config: RunConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors, optimizer: Tensors
 ) -> tuple[int, list[str]]:
     """Fill the live tensors; returns the steps done and lines to tell the user.
 
-    corpus: fingerprint of the data the run reads. weights, optimizer: give the live tensors by
-    name. A checkpoint of the run itself comes before `checkpoint.init_from`. Raises ConfigError if
-    what must not change has changed, CheckpointError if the checkpoint is damaged.
+    facts: what a resume must find again (`corpus`, the data's fingerprint) or tells of (`compute`,
+    the dtype). weights, optimizer: give the live tensors by name. A checkpoint of the run itself
+    comes before `checkpoint.init_from`. Raises ConfigError, on all ranks alike.
     """
-    folder = Path(config.run.dir)
-    own = checkpoint.checkpoints(folder / "checkpoints")
-    if not own and not config.checkpoint.init_from:
+    chosen = ranks.on_first(lambda: _choose(config, facts))
+    if chosen is None:
         return 0, []
-    path = own[-1] if own else checkpoint.find(Path(config.checkpoint.init_from))
-    manifest = checkpoint.read_manifest(path)
-    lines = _compare(manifest, config, corpus) if own else []
+    manifest = checkpoint.read_manifest(Path(chosen["path"]))
     checkpoint.verify_files(manifest, ranks.rank, ranks.world)
     checkpoint.load(manifest, weights())
+    if chosen["own"]:
+        checkpoint.load(manifest, optimizer())
+    return manifest.step if chosen["own"] else 0, chosen["lines"]
+
+
+def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
+    """Which checkpoint to start from; decided by rank 0 for all."""
+    own = checkpoint.checkpoints(Path(config.run.dir) / "checkpoints")
+    init_from = config.checkpoint.init_from
     if not own:
-        return 0, [f"weights from {path}; optimizer and steps start anew"]
-    checkpoint.load(manifest, optimizer())
-    return manifest.step, [f"resuming from {path}", *lines]
+        if not init_from:
+            return None
+        path = checkpoint.find(Path(init_from))
+        lines = [f"weights from {path}; optimizer and steps start anew"]
+        return {"path": str(path), "own": False, "lines": lines}
+    lines = []
+    for path in reversed(own):
+        try:
+            manifest = checkpoint.read_manifest(path)
+        except checkpoint.CheckpointError as error:
+            if path == own[0]:
+                raise
+            lines.append(f"passed over: {error}")
+            continue
+        lines += [f"resuming from {path}", *_compare(manifest, config, facts)]
+        if init_from:
+            lines.append(f"checkpoint.init_from = {init_from}: not used, the run has begun already")
+        return {"path": str(path), "own": True, "lines": lines}
+    raise AssertionError
 
 
-def _compare(manifest: checkpoint.Manifest, config: RunConfig, corpus: str) -> list[str]:
+def _compare(manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]) -> list[str]:
     """Refuse a change of what must not change; describe what else is different."""
-    then, now = manifest.config, flatten(config)
-    changed = [key for key in now if then.get(key) != now[key]]
-    told = {key: f"{key} (was {then.get(key)!r}, is {now[key]!r})" for key in changed}
+    place = str(manifest.folder / "manifest.json")
+    # by way of RunConfig, so that keys which did not exist then count with their default
+    then, now = flatten(from_dict(unflatten(manifest.config), place)), flatten(config)
+    changed = [key for key in now if then[key] != now[key]]
+    told = {key: f"{key} (was {then[key]!r}, is {now[key]!r})" for key in changed}
     fixed = [
         told[key]
         for key in changed
@@ -53,7 +78,7 @@ def _compare(manifest: checkpoint.Manifest, config: RunConfig, corpus: str) -> l
             f"{config.run.dir}: cannot resume with another {', '.join(fixed)}; "
             "set it back, or choose another run.dir"
         )
-    if manifest.state["corpus"] != corpus:
+    if manifest.state["corpus"] != facts["corpus"]:
         raise ConfigError(
             f"{config.run.dir}: cannot resume: the documents of data.source = "
             f"{config.data.source} have changed; choose another run.dir"
@@ -63,4 +88,8 @@ def _compare(manifest: checkpoint.Manifest, config: RunConfig, corpus: str) -> l
             f"{config.run.dir}: has done {manifest.step} steps, more than "
             f"train.steps = {config.train.steps}; raise it or choose another run.dir"
         )
-    return [f"changed since that checkpoint: {told[key]}" for key in changed]
+    lines = [f"changed since that checkpoint: {told[key]}" for key in changed]
+    if manifest.state["compute"] != facts["compute"]:
+        was, is_ = manifest.state["compute"], facts["compute"]
+        lines.append(f"changed since that checkpoint: compute dtype (was {was}, is {is_})")
+    return lines

@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.cross_entropy import IGNORE
 from models.router import take_counts, update_biases
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
@@ -62,8 +61,8 @@ def train_step(
     abandoned without a trace and None returned. Raises NonFiniteError.
     """
     microbatches = list(batches)
-    tokens = sum(int((b.targets_T != IGNORE).sum()) for b in microbatches)
-    tokens = int(sum_over_ranks(torch.tensor(tokens)).item())
+    mine = torch.tensor(sum(batch.n_targets for batch in microbatches))
+    tokens = int(sum_over_ranks(mine).item())
     total = torch.zeros((), device=microbatches[0].tokens_T.device)
     for batch in microbatches:
         if stop():

@@ -20,10 +20,11 @@ from models.counts import flops_per_token
 from models.decoder import Decoder
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
-from parallel.ranks import Ranks, gather_json
+from parallel.ranks import Ranks
 from train import checkpoint, environment
 from train.batches import Sequences, TrainingData, validation_batches
-from train.corpus import Corpus, open_corpus, prepare
+from train.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.durable import replace_text
 from train.profile import profiled
 from train.report import Reporter
 from train.resume import restore
@@ -65,9 +66,9 @@ class Trainer:
         materialise(self.model, config.model, config.run.seed, ranks.device)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.done, lines = restore(
-            config, ranks, self.corpus.fingerprint, self._weights, self._optimizer_state
-        )
+        self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
+        self.done, lines = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
+        self.saved = self.done
         if ranks.is_first:
             self._introduce(lines)
 
@@ -120,15 +121,19 @@ class Trainer:
         return {"validation_loss": loss, "validation_bits_per_byte": bits}
 
     def _save(self, report: Reporter) -> None:
-        """Write the checkpoint of the last complete step, unless it is there already."""
-        root = self.folder / "checkpoints"
-        if self.done == 0 or checkpoint.path_of(root, self.done).exists():
+        """Write the checkpoint of the last complete step, unless that is done."""
+        if self.done == self.saved:
             return
         report.flush()
-        state = {"step": self.done, "corpus": self.corpus.fingerprint}
-        tensors = self._weights() | self._optimizer_state()
-        keep = self.config.checkpoint.keep
-        path = checkpoint.save(root, tensors, state, flatten(self.config), keep)
+        path = checkpoint.save(
+            self.folder / "checkpoints",
+            self._weights() | self._optimizer_state(),
+            {"step": self.done, **self.facts},
+            flatten(self.config),
+            self.config.checkpoint.keep,
+            self.ranks,
+        )
+        self.saved = self.done
         report.say(f"saved {path}")
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -141,10 +146,15 @@ class Trainer:
 
     def _open_corpus(self) -> Corpus:
         """Rank 0 prepares the corpus (or finds it prepared), the others open it."""
-        folder = ""
-        if self.ranks.is_first:
-            folder = str(prepare(self.config, lambda line: print(line, flush=True)).folder)
-        return open_corpus(Path(gather_json(folder)[0]))
+
+        def folder_of_corpus() -> str:
+            return str(prepare(self.config, lambda line: print(line, flush=True)).folder)
+
+        folder = Path(self.ranks.on_first(folder_of_corpus))
+        try:
+            return open_corpus(folder)
+        except (DamagedCache, FileNotFoundError) as error:
+            raise ConfigError(str(error)) from None
 
     def _open_data(self) -> tuple[TrainingData, Sequences]:
         config, corpus = self.config, self.corpus
@@ -170,7 +180,7 @@ class Trainer:
     def _introduce(self, lines: list[str]) -> None:
         """Say how the run starts, and keep config, tokenizer and environment with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.toml").write_text(to_toml(self.config))
+        replace_text(self.folder / "config.toml", to_toml(self.config))
         export_tokenizer(
             self.corpus.tokenizer_file, self.folder / "tokenizer", self.config.data.seq_len
         )

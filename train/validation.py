@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from kernels.cross_entropy import IGNORE
 from parallel.ranks import sum_over_ranks
 from train.batches import Batch
 from train.loss import loss_sum
@@ -34,7 +33,7 @@ def validation_loss(
                     return None
                 loss = float(loss_sum(model, (batch or filler).to(device)))
                 if batch is not None:
-                    sums += torch.tensor([loss, float((batch.targets_T != IGNORE).sum())])
+                    sums += torch.tensor([loss, float(batch.n_targets)])
         total, tokens = sum_over_ranks(sums).tolist()
         return total / tokens
     finally:

@@ -23,7 +23,7 @@ from models.router import routers
 
 SHARD_BYTES = 5 * 2**30
 """Shards are closed before they grow beyond this."""
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def write_tensors(
@@ -53,7 +53,7 @@ def write_tensors(
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files.append(folder / file)
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return files
 
 
@@ -93,7 +93,7 @@ def read_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     with torch.device("meta"):
         decoder = Decoder(model).to(dtype)
     for router in routers(decoder):
-        router.float_buffers()
+        router.float_bias()
     decoder.to_empty(device=device)
     for buffer in decoder.buffers():
         buffer.zero_()

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.model import Model, Moe
+from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
 from models.hf.tensors import HfTensor, deepseek_moe_tensors, gqa_tensors, swiglu_tensors
-from models.hf.values import Family, Values, clashes, plain_gqa_clashes
+from models.hf.values import Family, Values, clashes, plain_gqa_clashes, rope_parameters
 
 
 def _refusals(model: Model) -> list[str]:
@@ -18,14 +19,21 @@ def _refusals(model: Model) -> list[str]:
 
 
 def _config(model: Model) -> dict[str, Any]:
+    rope = rope_parameters(model.rope) | {"partial_rotary_factor": 1.0}  # its default is 0.5
     return deepseek_moe_config(model) | {
         "model_type": "glm4_moe",
+        "rope_parameters": rope,
         "use_qk_norm": model.attention.qk_norm == "rms",
         "partial_rotary_factor": 1.0,
     }
 
 
 def _parse(values: Values) -> Model:
+    rope = values.raw.get("rope_parameters")
+    if "partial_rotary_factor" not in (rope if isinstance(rope, dict) else values.raw):
+        raise ConfigError(
+            f"{values.place}: key 'partial_rotary_factor' is missing; only 1.0 is served"
+        )
     dense = values.integer("first_k_dense_replace", low=0, high=10_000)
     return Model(
         **common_sizes(values),

@@ -18,6 +18,8 @@ from models.hf.qwen3 import QWEN3
 from models.hf.tensors import HfTensor, outer_tensors
 from models.hf.values import Family, Values, rope_parameters
 
+_MOST_EXPERTS = 2**20
+"""More tensor names than any real model has; checked before they are listed."""
 FAMILIES = (QWEN3, GLM4, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA4)
 
 
@@ -91,7 +93,10 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
     if family is not GPT_OSS:
         values.refuse("attention_bias", False, None)
     try:
-        return family.parse(values)
+        model = family.parse(values)
+        if model.n_layers * model.moe.n_experts > _MOST_EXPERTS:
+            raise ConfigError(f"more than {_MOST_EXPERTS} experts in all layers together")
+        return model
     except ConfigError as error:  # our own rules, in our names: say whose file broke them
         raise ConfigError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
 

@@ -55,7 +55,8 @@ class Values:
         given = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
         if not isinstance(given, dict):
             raise ConfigError(f"{self.place}: rope_parameters = {given!r}: must be an object")
-        merged = {"rope_theta": self.raw.get("rope_theta")} | given
+        older = {key: self.raw[key] for key in _OLDER_ROPE_KEYS if key in self.raw}
+        merged: dict[str, Any] = older | given
         kind = merged.get("rope_type", merged.get("type", "default"))
         if kind not in ("default", "yarn", "llama3"):
             raise ConfigError(
@@ -90,6 +91,7 @@ class Values:
         return kind(value)
 
 
+_OLDER_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
 _SCALING: dict[str, list[tuple[str, str, float | None]]] = {
     "yarn": [
         ("factor", "factor", None),

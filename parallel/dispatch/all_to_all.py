@@ -40,8 +40,8 @@ class AllToAllDispatcher:
         received_re = torch.empty_like(to.counts_E)
         dist.all_to_all_single(received_re, to.counts_E, group=self.group)
         received_re = received_re.view(self.ep, -1)
-        sent = to.counts_E.view(self.ep, -1).sum(1).tolist()
-        got = received_re.sum(1).tolist()
+        splits = torch.stack([to.counts_E.view(self.ep, -1).sum(1), received_re.sum(1)])
+        sent, got = splits.tolist()  # the one wait for the device
 
         pending: list[dist.Work] = []
         leaving = rows_for(x_TD, weights_TK, to)

@@ -25,7 +25,7 @@ def test_swiglu(shape: tuple[int, int]) -> None:
     results = []
     for device, function in (("cuda", swiglu), ("cpu", swiglu_reference)):
         inputs = [x.to(device).requires_grad_() for x in (gate_up, weights)]
-        out = function(*inputs)
+        out = function(inputs[0], inputs[1])
         results.append([out, *torch.autograd.grad(out, inputs, grad.to(device))])
     for ours, reference in zip(*results, strict=True):
         assert ours.numel() == 0 or relative(ours, reference) < BF16
@@ -50,7 +50,7 @@ def test_linear_cross_entropy() -> None:
         ("cpu", linear_cross_entropy_reference),
     ):
         leaves = [t.to(device).requires_grad_() for t in (x, w)]
-        loss = function(*leaves, targets.to(device))
+        loss = function(leaves[0], leaves[1], targets.to(device))
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for ours, reference in zip(*results, strict=True):
         assert relative(ours, reference) < 3 * BF16

@@ -174,8 +174,14 @@ def test_what_cannot_be_exported_says_why() -> None:
     [
         ({"architectures": ["LlamaForCausalLM"]}, "architectures = 'LlamaForCausalLM'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type = 'dynamic'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'factor' is missing"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "partial_rotary_factor": 1.0}},
+            "rope_type = 'dynamic'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "partial_rotary_factor": 1.0}},
+            "'factor' is missing",
+        ),
         ({"hidden_size": None}, "hidden_size"),
         ({"n_group": 3}, "n_groups = 3"),
         ({"num_attention_heads": 3}, "n_kv_heads"),

@@ -104,7 +104,7 @@ def test_bias_moves_against_the_load_and_evens_it() -> None:
     first: Tensor | None = None
     for _ in range(60):
         moe(x)
-        counts = take_counts(moe, lambda c: c.clone())
+        counts = take_counts(moe, lambda c: c.clone()).double()
         first = counts if first is None else first
         update_biases(moe, counts)
     assert first is not None and first.max() / first.mean() > 2

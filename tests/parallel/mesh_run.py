@@ -64,7 +64,7 @@ class RecordingSgd:
 
 def train(out: Path, config: RunConfig, ranks: Ranks) -> None:
     """STEPS steps of one experiment; rank 0 writes `out`."""
-    mesh = meshes.build(resolve(config, ranks.world), "cpu")
+    mesh = meshes.build(resolve(config, ranks.world), ranks.device.type)
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.float32)

@@ -2,23 +2,27 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import Box
 from train import checkpoint
 from train.checkpoint import CheckpointError
 
+RANKS: Ranks
+
 
 @pytest.fixture(autouse=True, scope="module")
-def group() -> object:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def ranks() -> Iterator[None]:
+    global RANKS
+    RANKS = start_ranks(threads=1)
     yield
-    dist.destroy_process_group()
+    stop_ranks()
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -32,7 +36,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def save(root: Path, step: int, seed: int = 0, keep: int = 3) -> Path:
-    return checkpoint.save(root, tensors(seed), {"step": step}, {"train.steps": 9}, keep)
+    return checkpoint.save(root, tensors(seed), {"step": step}, {"train.steps": 9}, keep, RANKS)
 
 
 def test_round_trip_and_pruning(tmp_path: Path) -> None:
@@ -126,5 +130,43 @@ def test_another_shape_or_a_missing_part_is_named(tmp_path: Path) -> None:
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises((CheckpointError, OSError)):
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         save(blocked, 1)
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        save(tmp_path, 1)  # never overwritten
+    assert not checkpoint.checkpoints(tmp_path / "step-00000001")
+
+
+def test_leftovers_of_a_killed_save_are_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000007.partial").mkdir()
+    save(tmp_path, 8)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_overlapping_or_foreign_boxes_do_not_pass_for_the_whole(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+
+    def write(boxes: list[dict[str, object]]) -> None:
+        changed = {key: value for key, value in content.items() if key != "crc32"}
+        changed["boxes"] = boxes
+        path.write_text(json.dumps(changed | {"crc32": checkpoint._crc32_of(changed)}))
+
+    half: dict[str, object] = {
+        "name": "matrix",
+        "whole": [10, 7],
+        "offset": [0, 0],
+        "shape": [5, 7],
+    }
+    write([half | {"file": "rank-00000.safetensors"}] * 2)
+    with pytest.raises(CheckpointError, match="matrix is incomplete: 35 of 70"):
+        checkpoint.load(checkpoint.read_manifest(folder), {"matrix": torch.zeros(10, 7)})
+    for wrong, expected in [
+        (half | {"file": "../other.safetensors"}, "which is not listed"),
+        (half | {"file": "rank-00000.safetensors", "offset": [6, 0]}, "leaves its tensor"),
+    ]:
+        write([wrong])
+        with pytest.raises(CheckpointError, match=expected):
+            checkpoint.read_manifest(folder)
