@@ -1,0 +1,60 @@
+"""`python -m scripts.bench_serve EXPORT`: output tokens per second of the engine, in process.
+
+Random token prompts of 128 tokens, 64 greedy tokens each (less where the model is shorter), for
+1, 4 and 16 requests at once; best of three, since whatever else the machine does only slows it.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from configs.rules import ConfigError
+from serve.engine import Engine, EngineOptions
+from serve.export import open_export
+from serve.request import SamplingParams
+
+
+def main() -> int:
+    """Print one line per number of requests."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_serve", description=__doc__)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    try:
+        engine = Engine(open_export(options.export, dtype=options.dtype), EngineOptions())
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    length = min(192, engine.export.max_length)
+    n_in, n_out = length * 2 // 3, length - length * 2 // 3
+    params = SamplingParams(max_tokens=n_out, temperature=0, ignore_eos=True)
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {options.threads} threads, torch "
+        f"{torch.__version__}, {engine.export.dtype}, {n_in} tokens in, {n_out} out"
+    )
+    for n_requests in (1, 4, 16):
+        seconds = min(_seconds(engine, n_requests, n_in, params) for _ in range(3))
+        print(
+            f"{n_requests:>3} requests: {n_requests * n_out / seconds:8,.0f} tokens/s", flush=True
+        )
+    return 0
+
+
+def _seconds(engine: Engine, n_requests: int, n_in: int, params: SamplingParams) -> float:
+    rng = random.Random(0)
+    vocab = engine.export.model.config.vocab_size
+    prompts = [[rng.randrange(1, vocab) for _ in range(n_in)] for _ in range(n_requests)]
+    start = time.perf_counter()
+    engine.generate(prompts, params)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
