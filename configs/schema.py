@@ -71,7 +71,7 @@ class Train:
     gc_every: int = 200
     """Steps between Python garbage collections, made at the same step on all ranks."""
     threads: int = 0
-    """CPU threads per rank. 0: all cores divided by the ranks of this host."""
+    """CPU threads per rank. 0: OMP_NUM_THREADS, or all cores divided by the ranks of this host."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "gc_every")

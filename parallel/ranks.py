@@ -64,13 +64,16 @@ class Ranks:
 def start_ranks(threads: int = 0) -> Ranks:
     """Join the process group that torchrun describes, or make a group of one.
 
-    threads: CPU threads of this process; 0 divides the cores it may use among the ranks of this
-    host.
+    threads: CPU threads of this process; 0: OMP_NUM_THREADS where somebody set it, else the cores
+    it may use, divided among the ranks of this host.
     """
     env = os.environ
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(threads or max(usable_cores() // local_world, 1))
+    # torchrun sets OMP_NUM_THREADS to 1 where nobody did, so there 1 says nothing
+    given = env.get("OMP_NUM_THREADS", "")
+    if threads or not given or ("RANK" in env and given == "1"):
+        torch.set_num_threads(threads or max(usable_cores() // local_world, 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"

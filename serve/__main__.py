@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import signal
 import socket
 import sys
@@ -13,11 +14,14 @@ from typing import NoReturn
 
 import uvicorn
 
-from configs.rules import ConfigError
-from serve.api import MAX_HEADER_BYTES, build_app
-from serve.engine import Engine, EngineOptions
-from serve.export import open_export
-from serve.thread import EngineThread
+# read when torch is loaded: OpenMP threads that wait by spinning stall on a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from configs.rules import ConfigError  # noqa: E402
+from serve.api import MAX_HEADER_BYTES, build_app  # noqa: E402
+from serve.engine import Engine, EngineOptions  # noqa: E402
+from serve.export import open_export  # noqa: E402
+from serve.thread import EngineThread  # noqa: E402
 
 MAX_CONNECTIONS = 2048
 """More are answered with 503 at once."""
