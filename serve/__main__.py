@@ -17,11 +17,11 @@ import uvicorn
 # read when torch is loaded: OpenMP threads that wait by spinning stall on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from configs.rules import ConfigError  # noqa: E402
-from serve.api import MAX_HEADER_BYTES, build_app  # noqa: E402
-from serve.engine import Engine, EngineOptions  # noqa: E402
-from serve.export import open_export  # noqa: E402
-from serve.thread import EngineThread  # noqa: E402
+from configs.rules import ConfigError
+from serve.api import MAX_HEADER_BYTES, build_app
+from serve.engine import Engine, EngineOptions
+from serve.export import open_export
+from serve.thread import EngineThread
 
 MAX_CONNECTIONS = 2048
 """More are answered with 503 at once."""

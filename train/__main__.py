@@ -20,8 +20,8 @@ from configs.schema import RunConfig
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
     rank = int(os.environ.get("RANK", 0))
-    # read when torch is loaded: OpenMP threads that wait by spinning slow a step on a shared machine
-    # from 0.9 s to more than 15 s
+    # read when torch is loaded: where threads of OpenMP wait by spinning, a busy machine makes a
+    # step of 0.9 s last 15 s and more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
