@@ -5,6 +5,7 @@ expected, and every message begins with where the value came from (the file or t
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | Non
         name, _, value = argument.partition("=")
         if name == "--ranks":
             value = value or next(rest, "")
-            if not value.isdigit() or int(value) < 1:
+            if not (value.isascii() and value.isdigit()) or int(value) < 1:
                 raise ConfigError(f"--ranks {value}: must be a positive integer")
             ranks = int(value)
         elif argument.startswith("--"):
@@ -96,10 +97,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
     import tomli
 
     try:
-        return tomli.loads(path.read_bytes().decode())
+        return tomli.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        near = sorted(p.name for p in Path(__file__).parent.glob("*.toml"))
-        raise ConfigError(f"{path}: no such file; configs/ has {', '.join(near)}") from None
+        shipped = [p.name for p in Path(__file__).parent.glob("*.toml")]
+        near = difflib.get_close_matches(path.name, shipped, n=1) or ["demo.toml"]
+        raise ConfigError(f"{path}: no such file; did you mean configs/{near[0]}?") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except tomli.TOMLDecodeError as error:
@@ -150,7 +152,8 @@ def _build(
     hints = get_type_hints(kind)
     for key in tree:
         if key not in hints:
-            where = places.get(prefix + key) or f"{source}: {prefix}{key}"
+            below = [o for place, o in places.items() if f"{place}.".startswith(f"{prefix}{key}.")]
+            where = below[0] if below else f"{source}: {prefix}{key}"
             raise ConfigError(f"{where}: unknown key; {_nearest(key, prefix, hints)}")
     values: dict[str, Any] = {}
     for spec in fields(kind):
@@ -166,7 +169,9 @@ def _build(
     try:
         return kind(**values)
     except ConfigError as error:
-        raise ConfigError(f"{source}: {prefix}{error}") from None
+        key = prefix + str(error).split(" ", 1)[0]
+        place = f"{places[key]}: " if key in places else f"{source}: "
+        raise ConfigError(f"{place}{prefix}{error}") from None
 
 
 def _nearest(key: str, prefix: str, hints: dict[str, Any]) -> str:
@@ -198,7 +203,9 @@ def _convert(
             raise ConfigError(f"{place} = {value!r}: must be a list of integers such as [10, 20]")
         return tuple(value)
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{place} = {value}: must be a finite number")
     if type(value) is not kind:
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise ConfigError(f"{place} = {value!r}: must be {names[kind]}")

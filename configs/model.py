@@ -58,8 +58,8 @@ class Attention:
     """See `temperature_floor`."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "n_heads", "full_every")
-        at_least(self, 0, "n_kv_heads", "head_dim", "q_lora_rank", "local_size")
+        between(self, 1, 2**16, "n_heads", "full_every")
+        between(self, 0, 2**24, "n_kv_heads", "head_dim", "q_lora_rank", "local_size")
         at_least(self, 0, "temperature_floor", "temperature_scale")
         if self.kind == "mla":
             at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -189,8 +189,11 @@ class Moe:
     """Benchmarks only: ignore the router's choice and send tokens round-robin."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "n_experts", "top_k", "d_expert", "n_groups")
-        at_least(self, 0, "n_shared_experts", "bias_update_rate")
+        between(self, 1, 2**16, "n_experts", "top_k", "n_groups")
+        between(self, 1, 2**24, "d_expert")
+        between(self, 1e-9, 1e9, "route_scale")
+        between(self, 0, 2**10, "n_shared_experts")
+        between(self, 0, 1, "bias_update_rate")
         if self.n_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
             raise ConfigError(
                 f"n_groups = {self.n_groups}, top_groups = {self.top_groups}: n_groups must divide "
@@ -233,8 +236,11 @@ class Model:
     sqrt(2 * n_layers) (GPT-2)."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "vocab_size", "d_model", "n_layers", "moe_every")
-        at_least(self, 0, "d_ff", "init_std", "norm_eps")
+        between(self, 1, 2**24, "vocab_size", "d_model")
+        between(self, 1, 10_000, "n_layers", "moe_every")
+        between(self, 0, 2**24, "d_ff")
+        between(self, 1e-9, 100, "init_std")
+        between(self, 0, 1, "norm_eps")
         between(self, 0, self.n_layers, "n_dense_layers")
         if not self.d_ff and not all(map(self.is_moe, range(self.n_layers))):
             raise ConfigError("d_ff = 0: dense layers (n_dense_layers, moe_every) need their width")

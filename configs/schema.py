@@ -47,7 +47,7 @@ class Data:
     """Folder of tokenizers and tokenised corpora, shared by runs."""
 
     def __post_init__(self) -> None:
-        at_least(self, 2, "seq_len")
+        between(self, 2, 2**24, "seq_len")
         between(self, 0.0, 0.5, "validation_fraction")
         between(self, 0.0, 1.0, "near_duplicate_threshold")
         if not self.source:
@@ -74,8 +74,10 @@ class Train:
     """CPU threads per rank. 0: OMP_NUM_THREADS, or all cores divided by the ranks of this host."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "global_batch", "micro_batch", "log_every", "gc_every")
-        at_least(self, 0, "clip_norm", "threads")
+        between(self, 1, 2**31, "steps", "log_every", "gc_every")
+        between(self, 1, 2**20, "global_batch", "micro_batch")
+        at_least(self, 0, "clip_norm")
+        between(self, 0, 1024, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)

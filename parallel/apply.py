@@ -15,13 +15,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from configs.model import Model
+from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.decoder import Decoder
 from models.init import initial_value
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
 from parallel.mesh import Mesh
-from parallel.shards import box_of
+from parallel.shards import box_of, local_of
 
 PlacementFn = Callable[[nn.Parameter], Shard]
 
@@ -63,7 +64,16 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
 
 def materialise(model: Decoder, config: Model, seed: int, device: torch.device) -> None:
     """Allocate this rank's shards and draw their initial values; identical for every mesh."""
-    model.to_empty(device=device)
+    try:
+        model.to_empty(device=device)
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        held = sum(local_of(parameter).nbytes for parameter in model.parameters())
+        raise ConfigError(
+            f"model: this rank's part of the weights, {held / 2**30:,.1f} GiB, does not fit into "
+            f"the memory of {device}; use more ranks or a smaller model"
+        ) from None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)

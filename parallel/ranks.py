@@ -50,8 +50,10 @@ class Ranks:
         if self.is_first:
             try:
                 answer = {"result": function()}
-            except (ConfigError, OSError) as error:
+            except ConfigError as error:
                 answer = {"error": str(error)}
+            except OSError as error:
+                answer = {"error": f"{error.filename}: {error.strerror}"}
             self.store.set(key, json.dumps(answer))
         else:
             self.store.wait([key], timedelta(days=30))

@@ -8,6 +8,7 @@ line mean that a setting cannot work.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -19,6 +20,8 @@ from configs.schema import RunConfig
 
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_DFL)  # until there is something to save, just end
     rank = int(os.environ.get("RANK", 0))
     # read when torch is loaded: where threads of OpenMP wait by spinning, a busy machine makes a
     # step of 0.9 s last 15 s and more
@@ -38,6 +41,9 @@ def main(arguments: list[str]) -> int:
         return _train(config, resolve(config, int(os.environ.get("WORLD_SIZE", 1))))
     except ConfigError as error:
         return _fail(rank, f"error: {error}", 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(rank, f"error: {where}{error.strerror or error}", 2)
     except KeyboardInterrupt:
         return 130
 
@@ -68,6 +74,7 @@ def _fail(rank: int, line: str, code: int) -> int:
     """Print the line once. The launcher stops all ranks as soon as one exits, so the others give
     rank 0 time to speak first; if it has nothing to say, they do."""
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has spoken
         time.sleep(5)
         line = f"rank {rank}: {line}"
     print(line, file=sys.stderr, flush=True)

@@ -1,11 +1,15 @@
 """`--check`: what an experiment is and needs, without starting a rank."""
 
+from pathlib import Path
+
 from configs.degrees import Degrees
 from configs.loader import to_toml
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
+from train import checkpoint, sources
+from train.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
 
 _STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
 """Bytes per parameter of a shard: everything that is kept is fp32."""
@@ -13,6 +17,7 @@ _STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
 
 def report(config: RunConfig, degrees: Degrees) -> str:
     """The resolved experiment and its sizes as text; ConfigError where something cannot work."""
+    _find_inputs(config)
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.seq_len)
     tokens = config.train.global_batch * config.data.seq_len
@@ -38,6 +43,17 @@ def report(config: RunConfig, degrees: Degrees) -> str:
         *_bytes_per_rank(config, degrees),
     ]
     return "\n".join(lines)
+
+
+def _find_inputs(config: RunConfig) -> None:
+    """Raise ConfigError where data, tokenizer or initial weights are not there."""
+    sources.locate(config.data)
+    if config.data.tokenizer:
+        load_tokenizer(find_tokenizer(config.data.tokenizer), config.model.vocab_size)
+    else:
+        check_vocab_size(config.model.vocab_size)
+    if config.checkpoint.init_from:
+        checkpoint.find(Path(config.checkpoint.init_from).expanduser())
 
 
 def _export_name(config: RunConfig) -> str:

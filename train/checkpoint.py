@@ -9,6 +9,7 @@ that they cover it, so a run may resume on another mesh.
 """
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def save(
     final = path_of(root, state["step"])
     partial = root / f".{final.name}.partial"
     try:
-        ranks.on_first(lambda: _begin(root, partial))
+        ranks.on_first(lambda: _begin(root, final, partial))
         file = partial / f"rank-{ranks.rank:05d}.safetensors"
         reports = gather_json(_write_rank(file, tensors, ranks.rank))
         failed = [report["error"] for report in reports if "error" in report]
@@ -78,11 +79,21 @@ def save(
     return final
 
 
-def _begin(root: Path, partial: Path) -> None:
+def _begin(root: Path, final: Path, partial: Path) -> None:
+    if final.exists() and not _is_valid(final):  # it does not exist for a loader
+        final.rename(root / f".{final.name}.invalid")
     for leftover in root.glob(".step-*"):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     sync(root.parent)
+
+
+def _is_valid(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _prune(root: Path, keep: int) -> None:
@@ -144,7 +155,8 @@ def path_of(root: Path, step: int) -> Path:
 
 def checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints under `root`, oldest first."""
-    return sorted(path.parent for path in root.glob(f"step-*/{_MANIFEST}"))
+    found = (path.parent for path in root.glob(f"step-*/{_MANIFEST}"))
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def find(path: Path) -> Path:

@@ -4,7 +4,8 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 
 class Progressing:
@@ -21,23 +23,24 @@ class Progressing:
     def __init__(self, done: int, total: int) -> None:
         self._start, self._first, self._total = time.monotonic(), done, total
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[status]}"),
-                console=self._console,
+                expand=True,
             )
-            self._task = self._bar.add_task("", total=total, completed=done, status="")
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._status = Text(no_wrap=True, overflow="ellipsis")
+            self._live = Live(Group(self._bar, self._status), console=self._console)
 
     def __enter__(self) -> "Progressing":
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
@@ -46,21 +49,22 @@ class Progressing:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def say(self, line: str) -> None:
         """A line of its own."""
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False)
+        if self._live is not None:
+            self._console.print(line, markup=False)
         else:
             print(line, flush=True)
 
     def step(self, step: int, status: str, as_line: bool) -> None:
         """Step `step` is done. The status moves with the bar; elsewhere it is printed if
         `as_line`."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status)
+        if self._live is not None:
+            self._bar.update(self._task, completed=step)
+            self._status.plain = status
         elif as_line:
             print(
                 f"step {step:>{len(str(self._total))}}/{self._total}  {status}  "

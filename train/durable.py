@@ -1,7 +1,13 @@
-"""Files that are whole or absent, whatever kills the process."""
+"""Files that are whole or absent, whatever kills the process, and folders with one owner."""
 
+import fcntl
 import os
 from pathlib import Path
+
+from configs.rules import ConfigError
+
+_CLAIMS: list[int] = []
+"""Open lock files; they stay locked as long as this process lives."""
 
 
 def sync(path: Path) -> None:
@@ -19,3 +25,15 @@ def replace_text(path: Path, text: str) -> None:
     partial.write_text(text, "utf-8")
     sync(partial)
     partial.rename(path)
+
+
+def claim(folder: Path) -> None:
+    """Make `folder` and be its only writer until this process ends; ConfigError if another is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"{folder}: another process is training in this run.dir") from None
+    _CLAIMS.append(handle)

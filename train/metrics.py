@@ -75,6 +75,16 @@ class MetricsWriter:
         for name, value in fields.items():
             self._board.add_scalar(name, value, step)
 
+    def amend(self, step: int, fields: dict[str, float]) -> None:
+        """Add fields to a step that is recorded already."""
+        self._metrics.close()
+        path = Path(self._metrics.name)
+        lines = [line | fields if line["step"] == step else line for line in read_lines(path)]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._metrics = path.open("a")
+        for name, value in fields.items():
+            self._board.add_scalar(name, value, step)
+
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
         self._metrics.flush()

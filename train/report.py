@@ -76,15 +76,24 @@ class Reporter:
         as_line = step % self.log_every == 0 or step == self.total or step == self.done + 1
         self._progress.step(step, _status(fields), as_line)
         if validation:
-            self._progress.say(
-                f"step {step}: validation loss {validation['validation_loss']:.4f} "
-                f"({validation['validation_bits_per_byte']:.3f} bits per byte)"
-            )
+            self._say_validation(step, validation)
+
+    def amend(self, step: int, validation: dict[str, float]) -> None:
+        """Add the validation of a step that has been recorded without it."""
+        if self.active and validation:
+            self._writer.amend(step, validation)
+            self._say_validation(step, validation)
 
     def say(self, line: str) -> None:
         """Tell the user one line."""
         if self.active:
             self._progress.say(line)
+
+    def _say_validation(self, step: int, validation: dict[str, float]) -> None:
+        self._progress.say(
+            f"step {step}: validation loss {validation['validation_loss']:.4f} "
+            f"({validation['validation_bits_per_byte']:.3f} bits per byte)"
+        )
 
     def flush(self) -> None:
         """Make sure that records up to now survive a kill; before every checkpoint."""

@@ -15,6 +15,7 @@ library are left out and counted.
 """
 
 import difflib
+import logging
 import os
 import platform
 import re
@@ -230,6 +231,9 @@ def _load(data: Data, *names: str, **options: Any) -> Any:
     """`datasets.load_dataset` of the split `train`, with errors in one line."""
     import datasets  # takes 0.9 s to import: only for the sources that need it
 
+    datasets.disable_progress_bars()  # what goes wrong is said in one line, below
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         return datasets.load_dataset(*names, split="train", **options)
     except Exception as error:  # the library raises many kinds; all mean that there is no data

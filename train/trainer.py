@@ -24,7 +24,7 @@ from parallel.ranks import Ranks
 from train import checkpoint, environment
 from train.batches import Sequences, TrainingData, validation_batches
 from train.corpus import Corpus, DamagedCache, open_corpus, prepare
-from train.durable import replace_text
+from train.durable import claim, replace_text
 from train.profile import profiled
 from train.report import Reporter
 from train.resume import restore
@@ -55,7 +55,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, degrees: Degrees, ranks: Ranks) -> None:
         self.config, self.degrees, self.ranks = config, degrees, ranks
-        self.folder = Path(config.run.dir)
+        self.folder = Path(config.run.dir).expanduser()
+        ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
         self.compute = compute_dtype(config, ranks.device)
         self.corpus = self._open_corpus()
         self.training, self.held_out = self._open_data()
@@ -67,16 +68,19 @@ class Trainer:
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
-        self.done, lines = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
-        self.saved = self.done
+        start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
+        self.done = self.saved = start.done
+        self.owes_validation = start.owes_validation
         if ranks.is_first:
-            self._introduce(lines)
+            self._introduce(start.lines)
 
     def run(self) -> int | None:
         """Train up to the last step; returns the exit code of a stop, None when complete."""
         train, total = self.config.train, self.config.train.steps
         stop, garbage = StopSignal(), collect_garbage_every(train.gc_every)
         with self._reporter() as report:
+            if self.owes_validation:
+                report.amend(self.done, self._validate(stop))
             for step in range(self.done + 1, total + 1):
                 start = time.perf_counter()
                 batches = [batch.to(self.ranks.device) for batch in self.training.step(step)]
@@ -102,7 +106,7 @@ class Trainer:
             self._save(report)
             for picture in report.draw():
                 report.say(f"drew {picture}")
-        return None if self.done == total else stop.exit_code
+        return None if self.done == total and not self.owes_validation else stop.exit_code
 
     def _due(self, every: int) -> bool:
         return self.done == self.config.train.steps or (every > 0 and self.done % every == 0)
@@ -115,6 +119,7 @@ class Trainer:
         )  # fmt: skip
         filler = self.held_out.first()
         loss = validation_loss(self.model, batches, filler, self.ranks.device, stop.agreed)
+        self.owes_validation = loss is None
         if loss is None:
             return {}
         bits = bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
@@ -128,7 +133,7 @@ class Trainer:
         path = checkpoint.save(
             self.folder / "checkpoints",
             self._weights() | self._optimizer_state(),
-            {"step": self.done, **self.facts},
+            {"step": self.done, "owes_validation": self.owes_validation, **self.facts},
             flatten(self.config),
             self.config.checkpoint.keep,
             self.ranks,

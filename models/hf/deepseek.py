@@ -25,7 +25,12 @@ def _common_refusals(model: Model) -> list[str]:
 
 
 def _v3_refusals(model: Model) -> list[str]:
-    return _common_refusals(model) + clashes(moe__score_func=model.moe.score_func != "sigmoid")
+    moe = model.moe
+    return _common_refusals(model) + clashes(
+        moe__score_func=moe.score_func != "sigmoid",
+        # a group's score is the sum of its two best
+        moe__n_experts=moe.n_experts < 2 * moe.n_groups,
+    )
 
 
 def _v2_refusals(model: Model) -> list[str]:

@@ -15,6 +15,8 @@ def _refusals(model: Model) -> list[str]:
     return plain_gqa_clashes(model) + clashes(
         attention__qk_norm=a.qk_norm == "l2",
         moe__score_func=moe.score_func != "sigmoid",
+        # a group's score is the sum of its two best
+        moe__n_experts=moe.n_experts < 2 * moe.n_groups,
     )
 
 

@@ -29,6 +29,10 @@ def architecture(model: Model) -> str:
 
 
 def _family(model: Model) -> Family:
+    if model.moe.force_balance:
+        raise ConfigError(
+            "model.moe.force_balance = true: no other program routes so; for benchmarks"
+        )
     refusals = [(family.refusals(model), family) for family in FAMILIES]
     for refused, family in refusals:
         if not refused:

@@ -89,6 +89,11 @@ def test_export_of_a_chosen_step_in_bf16(trained: Path, tmp_path: Path) -> None:
     bias = [v for k, v in tensors.items() if k.endswith("e_score_correction_bias")]
     assert len(bias) == 2 and all(b.dtype == torch.float32 and b.abs().max() > 0 for b in bias)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    done = run("-m", "scripts.export", trained, "--out", precious, code=2)
+    assert "exists and is not an export" in done.stderr and (precious / "file").exists()
     done = run("-m", "scripts.export", tmp_path, code=2)
     assert "holds no checkpoint" in done.stderr and done.stderr.count("\n") == 1
 

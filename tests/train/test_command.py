@@ -1,11 +1,14 @@
 """`python -m train`: what it leaves behind, what it refuses, what --check says."""
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY, run
+from tests.runs import ROOT, TINY, command, environment, run
 from train.metrics import read_lines
 
 
@@ -51,7 +54,7 @@ def test_tensorboard_has_the_fields_of_the_metrics_file(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["absent.toml"], "absent.toml: no such file; configs/ has demo.toml"),
+        (["absent.toml"], "absent.toml: no such file; did you mean configs/demo.toml?"),
         ([], "0 experiment files given"),
         ([str(TINY), "--model.moe.topk=2"], "did you mean model.moe.top_k?"),
         ([str(TINY), "--parallel.dp_shard=2"], "dp_replicate 1 x dp_shard 2 = 2, but there are 1"),
@@ -68,6 +71,28 @@ def test_bad_input_is_one_line_and_exit_2(
     done = run("-m", "train", *arguments, *rest, code=2)
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_stop_before_there_is_anything_to_save_is_silent(overrides: list[str]) -> None:
+    for delay in (0.3, 0.8, 1.6):
+        process = subprocess.Popen(
+            command("-m", "train", TINY, *overrides, "--train.steps=5000"),
+            cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=25)
+        assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT), errors
+        assert "Traceback" not in errors
+
+
+def test_a_run_dir_that_is_a_file_is_one_line(overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("-m", "train", TINY, *overrides, f"--run.dir={tmp_path / 'file'}", code=2)
+    assert done.stderr.count("\n") == 1 and "file" in done.stderr
+    done = run("-m", "train", TINY, *overrides, "--data.source=/absent", ranks=2, code=1)
+    assert 'Traceback (most recent call last):\n  File "/' not in done.stdout
+    assert done.stderr.count("error: data.source") == 1
 
 
 def test_under_torchrun_rank_0_alone_prints_the_line(overrides: list[str]) -> None:

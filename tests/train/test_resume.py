@@ -103,6 +103,47 @@ def test_resume_on_another_mesh(
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
 
 
+def test_a_validation_that_a_stop_cut_short_is_made_up(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    arguments = [
+        *overrides, "--train.steps=6", "--validation.every=3", "--train.micro_batch=1",
+        "--data.validation_fraction=0.5", "--data.seq_len=8", "--checkpoint.every=0",
+    ]  # fmt: skip
+    whole = tmp_path / "whole"
+    run("-m", "train", TINY, *arguments, f"--run.dir={whole}")
+    process = start(arguments, ranks=1)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2/6") or line.startswith("step  2/6"):
+            break
+    time.sleep(0.4)  # within the validation of step 3, if all goes as usual
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=25)
+    run("-m", "train", TINY, *arguments)
+    field = "validation_loss"
+    assert [r.get(field) for r in read_lines(metrics)] == [
+        r.get(field) for r in read_lines(whole / "metrics.jsonl")
+    ]
+
+
+def test_one_run_dir_has_one_writer(overrides: list[str], tmp_path: Path) -> None:
+    process = start([*overrides, "--train.steps=2000"], ranks=1)
+    wait_for_step(tmp_path / "run", 4, process)
+    done = run("-m", "train", TINY, *overrides, code=2)
+    assert "another process is training in this run.dir" in done.stderr
+    process.kill()
+    process.communicate()
+
+
+def test_weights_of_another_model_are_refused(overrides: list[str], tmp_path: Path) -> None:
+    run("-m", "train", TINY, *overrides, "--train.steps=2")
+    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={tmp_path / 'run'}"]
+    done = run("-m", "train", TINY, *overrides, *second, "--model.n_layers=2", code=2)
+    assert "its weights belong to another model.n_layers (was 3, is 2)" in done.stderr
+
+
 def test_init_from_takes_weights_only(overrides: list[str], tmp_path: Path) -> None:
     run("-m", "train", TINY, *overrides, "--train.steps=6")
     second = tmp_path / "second"
