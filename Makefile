@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH ?=
-MARK ?= not slow and not gpu and not multi_gpu
+MARK ?= not slow and not gpu
 ARGS ?=
 
 PY := .venv/bin/python

@@ -49,10 +49,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(config: RunConfig, ranks: int | None) -> int:
-    from train.check import report
+    from train.check import find_inputs, report
 
     world = ranks or int(os.environ.get("WORLD_SIZE", 0)) or default_world(config)
-    print(report(config, resolve(config, world)))
+    print(report(config, resolve(config, world)), flush=True)
+    find_inputs(config)  # after the sizes: who has the model's file may not have its data
     return 0
 
 

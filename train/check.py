@@ -17,7 +17,6 @@ _STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
 
 def report(config: RunConfig, degrees: Degrees) -> str:
     """The resolved experiment and its sizes as text; ConfigError where something cannot work."""
-    _find_inputs(config)
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.seq_len)
     tokens = config.train.global_batch * config.data.seq_len
@@ -45,7 +44,7 @@ def report(config: RunConfig, degrees: Degrees) -> str:
     return "\n".join(lines)
 
 
-def _find_inputs(config: RunConfig) -> None:
+def find_inputs(config: RunConfig) -> None:
     """Raise ConfigError where data, tokenizer or initial weights are not there."""
     sources.locate(config.data)
     if config.data.tokenizer:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.runs import TINY, run
 
-PASSES = 2
+GLOBAL_BATCH, PASSES = 16, 2
 MESHES: dict[int, dict[str, list[str]]] = {
     2: {
         "ep2": ["--parallel.ep=2"],
@@ -27,6 +27,11 @@ MESHES: dict[int, dict[str, list[str]]] = {
         "one-expert-per-pair": ["--parallel.ep=2", "--model.moe.n_experts=2"],
         "uneven-experts": ["--parallel.ep=1", "--model.moe.n_experts=6"],
     },
+    8: {
+        "dp_replicate2-efsdp2-ep2": ["--parallel.ep=2", "--parallel.dp_replicate=2"],
+        "efsdp4-ep2": ["--parallel.ep=2"],
+        "ep8": ["--parallel.ep=8"],
+    },
 }
 MODELS: dict[str, list[str]] = {
     "plain": [],
@@ -36,7 +41,10 @@ MODELS: dict[str, list[str]] = {
 
 
 def with_batch(ranks: int, options: list[str]) -> list[str]:
-    return [*options, "--train.global_batch=8", f"--train.micro_batch={8 // PASSES // ranks}"]
+    micro_batch = GLOBAL_BATCH // PASSES // ranks
+    return [
+        *options, f"--train.global_batch={GLOBAL_BATCH}", f"--train.micro_batch={micro_batch}"
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", MESHES)
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_many_ranks_equal_one_process(ranks: int, one_process: Path, tmp_path: Path) -> None:
     settings = {name: with_batch(ranks, options) for name, options in MESHES[ranks].items()}
     run("tests/parallel/mesh_run.py", tmp_path, TINY, json.dumps(settings), ranks=ranks)
