@@ -71,7 +71,7 @@ def document_attention_reference(
 def _bias_with_sinks(mask_BLL: Tensor | None, q_BHLC: Tensor, sinks_H: Tensor) -> Tensor:
     """`[B or 1, H, L, L + 1]` in the dtype of q: 0 or minus infinity, and the sink at the end."""
     length = q_BHLC.shape[2]
-    bias_BLL = _bias(mask_BLL, length).to(q_BHLC.device, q_BHLC.dtype)
+    bias_BLL = _bias(mask_BLL, length, q_BHLC.device).to(q_BHLC.dtype)
     bias = bias_BLL[:, None].expand(-1, len(sinks_H), -1, -1)
     column = sinks_H.to(q_BHLC.dtype)[:, None, None].expand(bias.shape[0], -1, length, 1)
     return torch.cat([bias, column], dim=-1)
@@ -89,7 +89,7 @@ class _ShortAttention(torch.autograd.Function):
     ) -> Tensor:
         (B, H, L, _), G = q_BHLC.shape, k_BGLC.shape[1]
         grouped = (G, H // G * L, -1)  # the query heads of a group share one product
-        bias = _bias(mask_BLL, L)
+        bias = _bias(mask_BLL, L, q_BHLC.device)
         scores = torch.empty(H, L, L, dtype=torch.float32)
         probs = q_BHLC.new_empty(B, G, H // G * L, L)
         out = q_BHLC.new_empty(B, H, L, v_BGLV.shape[-1])
@@ -126,8 +126,8 @@ class _ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _bias(mask_BLL: Tensor | None, length: int) -> Tensor:
+def _bias(mask_BLL: Tensor | None, length: int, device: torch.device) -> Tensor:
     """Minus infinity where attention is forbidden, else 0: fp32 `[B or 1, L, L]`."""
     if mask_BLL is None:
-        return torch.full((1, length, length), float("-inf")).triu_(1)
-    return torch.zeros(mask_BLL.shape).masked_fill_(~mask_BLL, float("-inf"))
+        return torch.full((1, length, length), float("-inf"), device=device).triu_(1)
+    return torch.zeros(mask_BLL.shape, device=device).masked_fill_(~mask_BLL, float("-inf"))

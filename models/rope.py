@@ -23,7 +23,7 @@ from configs.model import Rope
 
 def rope_tables(positions_T: Tensor, rope: Rope, dim: int) -> tuple[Tensor, Tensor]:
     """`cos` and `sin`, each fp32 `[T, dim / 2]`, for integer positions."""
-    frequencies = inverse_frequencies(rope, dim).to(positions_T.device)
+    frequencies = inverse_frequencies(rope, dim, positions_T.device)
     angles = positions_T.float()[:, None] * frequencies
     scale = table_scale(rope)
     return angles.cos() * scale, angles.sin() * scale
@@ -41,9 +41,10 @@ def apply_rope(x_THC: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) 
     return rotated.to(x_THC.dtype)
 
 
-def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
+def inverse_frequencies(rope: Rope, dim: int, device: torch.device) -> Tensor:
     """Radians per position of every pair, fp32 `[dim / 2]`."""
-    plain = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    plain = 1.0 / rope.theta**exponents
     if rope.scaling == "yarn":
         return _yarn(rope, dim, plain)
     if rope.scaling == "llama3":
@@ -83,7 +84,8 @@ def _yarn(rope: Rope, dim: int, plain: Tensor) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a step instead of a ramp
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float32, device=plain.device)
+    ramp = ((pairs - low) / (high - low)).clamp(0, 1)
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 

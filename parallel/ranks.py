@@ -29,8 +29,6 @@ class Ranks:
 
     rank: int
     world: int
-    local_rank: int
-    local_world: int
     device: torch.device
     store: dist.Store
     _decisions: "count[int]" = field(default_factory=count)
@@ -84,7 +82,7 @@ def start_ranks(threads: int = 0) -> Ranks:
         _keep_freed_memory()
     store = _store(rank, world)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Ranks(rank, world, local_rank, local_world, device, store)
+    return Ranks(rank, world, device, store)
 
 
 def usable_cores() -> int:

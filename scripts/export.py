@@ -5,7 +5,7 @@
     python -m scripts.export runs/demo/checkpoints/step-00000100 --out /tmp/model
 
 The folder holds config.json, generation_config.json, safetensors shards with their index, and the
-tokenizer; `python -m serve`, transformers, SGLang and vLLM load it. No process group, no model in
+tokenizer, in an architecture that transformers, SGLang and vLLM know. No process group, no model in
 memory: one shard at a time goes from the checkpoint's boxes to the export.
 """
 

@@ -7,12 +7,12 @@ from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
 from models.hf.tensors import HfTensor, fused_expert_tensors, gqa_tensors, plain
-from models.hf.values import Family, Values, clashes
+from models.hf.values import Family, Values, clashes, plain_softmax_clashes
 
 
 def _refusals(model: Model) -> list[str]:
     a, moe, rope = model.attention, model.moe, model.rope
-    return clashes(
+    return plain_softmax_clashes(model) + clashes(
         attention__kind=a.kind != "gqa",
         attention__qk_norm=a.qk_norm != "none",
         attention__bias=not a.bias,
@@ -22,16 +22,11 @@ def _refusals(model: Model) -> list[str]:
         rope__interleaved=rope.interleaved,
         rope__mscale=bool(rope.mscale or rope.mscale_all_dim),
         n_dense_layers=model.n_dense_layers > 0 or model.moe_every > 1,
-        moe__score_func=moe.score_func != "softmax",
         moe__norm_top_k=not moe.norm_top_k,
-        moe__n_groups=moe.n_groups > 1,
         moe__router_bias=not moe.router_bias,
         moe__expert_bias=not moe.expert_bias,
         moe__activation=moe.activation != "clamped_swiglu",
         moe__weight_on=moe.weight_on != "output",
-        moe__bias_update_rate=moe.bias_update_rate > 0,
-        moe__n_shared_experts=moe.n_shared_experts > 0,
-        moe__route_scale=moe.route_scale != 1.0,
     )
 
 

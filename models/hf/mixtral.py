@@ -6,20 +6,24 @@ from typing import Any
 from configs.model import Model, Moe
 from models.hf.qwen3 import common_sizes, gqa_of
 from models.hf.tensors import HfTensor, gqa_tensors, plain, swiglu_tensors
-from models.hf.values import Family, Values, clashes, plain_gqa_clashes
+from models.hf.values import (
+    Family,
+    Values,
+    clashes,
+    plain_gqa_clashes,
+    plain_softmax_clashes,
+)
 
 
 def _refusals(model: Model) -> list[str]:
-    moe = model.moe
-    return plain_gqa_clashes(model) + clashes(
-        attention__qk_norm=model.attention.qk_norm != "none",
-        n_dense_layers=model.n_dense_layers > 0,
-        moe__score_func=moe.score_func != "softmax",
-        moe__norm_top_k=not moe.norm_top_k,
-        moe__n_groups=moe.n_groups > 1,
-        moe__bias_update_rate=moe.bias_update_rate > 0,
-        moe__n_shared_experts=moe.n_shared_experts > 0,
-        moe__route_scale=moe.route_scale != 1.0,
+    return (
+        plain_gqa_clashes(model)
+        + plain_softmax_clashes(model)
+        + clashes(
+            attention__qk_norm=model.attention.qk_norm != "none",
+            n_dense_layers=model.n_dense_layers > 0,
+            moe__norm_top_k=not model.moe.norm_top_k,
+        )
     )
 
 

@@ -6,19 +6,18 @@ from typing import Any
 from configs.model import Attention, Model, Moe
 from configs.rules import ConfigError
 from models.hf.tensors import HfTensor, expert_tensors, gqa_tensors, plain, swiglu_tensors
-from models.hf.values import Family, Values, clashes, plain_gqa_clashes
+from models.hf.values import (
+    Family,
+    Values,
+    clashes,
+    plain_gqa_clashes,
+    plain_softmax_clashes,
+)
 
 
 def _refusals(model: Model) -> list[str]:
-    a, moe = model.attention, model.moe
-    return plain_gqa_clashes(model) + clashes(
-        attention__qk_norm=a.qk_norm != "rms",
-        moe__score_func=moe.score_func != "softmax",
-        moe__n_groups=moe.n_groups > 1,
-        moe__bias_update_rate=moe.bias_update_rate > 0,
-        moe__n_shared_experts=moe.n_shared_experts > 0,
-        moe__route_scale=moe.route_scale != 1.0,
-    )
+    common = plain_gqa_clashes(model) + plain_softmax_clashes(model)
+    return common + clashes(attention__qk_norm=model.attention.qk_norm != "rms")
 
 
 def _config(model: Model) -> dict[str, Any]:

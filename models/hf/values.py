@@ -148,3 +148,15 @@ def plain_gqa_clashes(model: Model) -> list[str]:
         moe__activation=moe.activation != "swiglu",
         moe__weight_on=moe.weight_on != "output",
     )
+
+
+def plain_softmax_clashes(model: Model) -> list[str]:
+    """What the routers of Qwen3, Mixtral and GPT-OSS all lack."""
+    moe = model.moe
+    return clashes(
+        moe__score_func=moe.score_func != "softmax",
+        moe__n_groups=moe.n_groups > 1,
+        moe__bias_update_rate=moe.bias_update_rate > 0,
+        moe__n_shared_experts=moe.n_shared_experts > 0,
+        moe__route_scale=moe.route_scale != 1.0,
+    )
