@@ -1,8 +1,8 @@
 """The parallel degrees of a run, resolved for a number of ranks: plain arithmetic, no torch.
 
-Ranks are row-major in `(dp_replicate, dp_shard)` for dense parameters and in
-`(dp_replicate, efsdp, ep)` for experts; both cover the same ranks, so
-`dp_shard = efsdp * ep`. `parallel.mesh` turns the result into device meshes.
+Ranks are row-major in `(dp_replicate, dp_shard, tp)` for dense parameters and in
+`(dp_replicate, efsdp, ep, etp)` for experts; both cover the same ranks, so
+`dp_shard * tp = efsdp * ep * etp`. `parallel.mesh` turns the result into device meshes.
 """
 
 import math
@@ -18,52 +18,63 @@ class Degrees:
 
     dp_replicate: int
     dp_shard: int
+    tp: int
     efsdp: int
     ep: int
+    etp: int
 
     @property
     def world(self) -> int:
-        return self.dp_replicate * self.dp_shard
+        return self.dp_replicate * self.dp_shard * self.tp
 
     @property
     def data_ranks(self) -> int:
         """Ranks that read different data."""
         return self.dp_replicate * self.dp_shard
 
+    def data_rank(self, rank: int) -> int:
+        """Which of the data ranks `rank` is; those of one `tp` group read the same."""
+        return rank // self.tp
+
     def table(self) -> list[tuple[str, int, str]]:
         """Rows (axis, size, meaning) for people."""
         return [
             ("dp_replicate", self.dp_replicate, "replicas of the sharded model"),
             ("dp_shard", self.dp_shard, "ranks that shard dense parameters"),
+            ("tp", self.tp, "ranks that divide heads, widths and vocabulary"),
             ("efsdp", self.efsdp, "ranks that shard the same experts"),
             ("ep", self.ep, "ranks that divide the experts"),
+            ("etp", self.etp, "ranks that divide the width of an expert"),
         ]
 
 
 def resolve(config: RunConfig, world: int) -> Degrees:
     """Degrees for `world` ranks. Raises ConfigError that shows the product that failed."""
     parallel, n_experts = config.parallel, config.model.moe.n_experts
-    shard = parallel.dp_shard
+    replicate, shard, tp, etp = parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.etp
     if shard == -1:
-        shard = max(world // parallel.dp_replicate, 1)
-    if parallel.dp_replicate * shard != world:
+        shard = max(world // (replicate * tp), 1)
+    if replicate * shard * tp != world:
         raise ConfigError(
-            f"parallel: dp_replicate {parallel.dp_replicate} x dp_shard {shard} = "
-            f"{parallel.dp_replicate * shard}, but there are {world} ranks; "
-            + _remedy(parallel.dp_replicate, parallel.dp_shard, world)
+            f"parallel: dp_replicate {replicate} x dp_shard {shard} x tp {tp} = "
+            f"{replicate * shard * tp}, but there are {world} ranks; "
+            + _remedy(replicate * tp, parallel.dp_shard, world)
         )
-    ep = math.gcd(shard, n_experts) if parallel.ep == -1 else parallel.ep
+    _check_tensor_parallel(config)
+    ranks = shard * tp // etp
+    ep = math.gcd(ranks, n_experts) if parallel.ep == -1 else parallel.ep
     if n_experts % ep:
         raise ConfigError(
             f"parallel.ep = {ep}: must divide model.moe.n_experts = {n_experts}; "
-            f"use one of {_divisors(math.gcd(shard, n_experts))}"
+            f"use one of {_divisors(math.gcd(ranks, n_experts))}"
         )
-    if shard % ep:
+    if ranks % ep:
         raise ConfigError(
-            f"parallel.ep = {ep}: efsdp x ep = dp_shard = {shard} has no whole solution; "
-            f"use one of {_divisors(math.gcd(shard, n_experts))}"
+            f"parallel.ep = {ep}: efsdp x ep x etp {etp} = dp_shard {shard} x tp {tp} = "
+            f"{shard * tp} has no whole solution; "
+            f"use one of {_divisors(math.gcd(ranks, n_experts))}"
         )
-    degrees = Degrees(parallel.dp_replicate, shard, shard // ep, ep)
+    degrees = Degrees(replicate, shard, tp, ranks // ep, ep, etp)
     per_pass = config.train.micro_batch * degrees.data_ranks
     if config.train.global_batch % per_pass:
         nearest = max(round(config.train.global_batch / per_pass), 1) * per_pass
@@ -75,19 +86,47 @@ def resolve(config: RunConfig, world: int) -> Degrees:
     return degrees
 
 
+def _check_tensor_parallel(config: RunConfig) -> None:
+    """Raise ConfigError where tp or etp does not divide what it has to."""
+    tp, etp, model = config.parallel.tp, config.parallel.etp, config.model
+    attention, moe = model.attention, model.moe
+    divided = {
+        "model.attention.n_heads": attention.n_heads,
+        "model.attention.n_kv_heads": attention.kv_heads,
+        "model.vocab_size": model.vocab_size,
+        "data.seq_len": config.data.seq_len,
+    }
+    if not all(map(model.is_moe, range(model.n_layers))):
+        divided["model.d_ff"] = model.d_ff
+    if moe.n_shared_experts:
+        divided["model.moe.d_expert x n_shared_experts"] = moe.d_expert * moe.n_shared_experts
+    if attention.bias:
+        divided["model.d_model"] = model.d_model
+    for key, size in divided.items():
+        if size % tp:
+            raise ConfigError(f"parallel.tp = {tp}: must divide {key} = {size}")
+    for key, size in (("model.moe.d_expert", moe.d_expert), ("model.d_model", model.d_model)):
+        if size % etp:
+            raise ConfigError(f"parallel.etp = {etp}: must divide {key} = {size}")
+
+
 def default_world(config: RunConfig) -> int:
     """The ranks an experiment names itself: the product of its degrees, with -1 counted as
     the smallest size that works."""
-    shard = config.parallel.dp_shard
-    return config.parallel.dp_replicate * (max(config.parallel.ep, 1) if shard == -1 else shard)
-
-
-def _remedy(replicate: int, shard: int, world: int) -> str:
+    parallel = config.parallel
+    shard, ep = parallel.dp_shard, max(parallel.ep, 1) * parallel.etp
     if shard == -1:
-        return f"start a multiple of {replicate} ranks"
-    if world % replicate == 0:
-        return f"start {replicate * shard} ranks, or set parallel.dp_shard = {world // replicate}"
-    return f"start {replicate * shard} ranks"
+        shard = ep // math.gcd(ep, parallel.tp)
+    return parallel.dp_replicate * shard * parallel.tp
+
+
+def _remedy(others: int, shard: int, world: int) -> str:
+    """others: the product of the degrees beside dp_shard."""
+    if shard == -1:
+        return f"start a multiple of {others} ranks"
+    if world % others == 0:
+        return f"start {others * shard} ranks, or set parallel.dp_shard = {world // others}"
+    return f"start {others * shard} ranks"
 
 
 def _divisors(number: int) -> str:

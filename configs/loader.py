@@ -199,9 +199,11 @@ def _convert(
             raise ConfigError(f"{place} = {value!r}: must be one of {', '.join(choices)}{hint}")
         return value
     if get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple) or not all(type(v) is int for v in value):
-            raise ConfigError(f"{place} = {value!r}: must be a list of integers such as [10, 20]")
-        return tuple(value)
+        item = get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            example = "integers such as [10, 20]" if item is int else f"{list(get_args(item))}"
+            raise ConfigError(f"{place} = {value!r}: must be a list of {example}")
+        return tuple(_convert(item, v, dotted, f"{place}: item", source, places) for v in value)
     if kind is float and type(value) is int:
         value = float(value)
     if kind is float and type(value) is float and not math.isfinite(value):

@@ -65,7 +65,7 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) is tuple:
-        return "list of integers"
+        return f"list of {_type_name(get_args(kind)[0])}"
     return {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]
 
 

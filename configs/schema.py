@@ -121,14 +121,39 @@ class Parallel:
     """Replicas of the sharded model (HSDP)."""
     dp_shard: int = -1
     """Ranks that shard parameters, gradients and optimizer state (FSDP2). -1: all the rest."""
+    tp: int = 1
+    """Tensor parallelism: neighbouring ranks that divide attention heads, feed-forward widths and
+    the vocabulary, and the tokens between those layers (sequence parallelism)."""
     ep: int = 1
     """Expert parallelism: ranks that divide the experts among them; they are taken from
-    `dp_shard`. -1: the largest degree that divides both `dp_shard` and `n_experts`."""
+    `dp_shard` and `tp`. -1: the largest degree that divides their number and `n_experts`."""
+    etp: int = 1
+    """Tensor parallelism inside the experts: 1 (the ranks of `tp` bring different tokens to the
+    experts) or `tp` (they divide the width of every expert)."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward: less memory, one more all-gather."""
+    prefetch: int = 1
+    """Blocks whose parameters are gathered ahead of the one that computes, in forward and backward:
+    their exchange runs beside its computation, their weights take memory."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory and update them there."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Run blocks again in backward instead of keeping what they computed. `selective` keeps the
+    results of the operations in `recompute_keep`, `full` nothing but the block's input. The expert
+    choice is always kept."""
+    recompute_keep: tuple[Literal["attention", "matmul", "exchange"], ...] = ("attention", "matmul")
+    """selective: operations whose results are kept: torch's fused attention, matrix products,
+    exchanges between ranks."""
+    recompute_every: int = 1
+    """Recompute the blocks 0, n, 2n, ...; the others keep everything."""
+    compile: bool = False
+    """Compile each block with `torch.compile`; pays on CUDA, seldom on a CPU."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "dp_replicate")
+        at_least(self, 1, "dp_replicate", "tp", "etp", "recompute_every")
+        at_least(self, 0, "prefetch")
+        if self.etp not in (1, self.tp):
+            raise ConfigError(f"etp = {self.etp}: must be 1 or tp = {self.tp}")
         for key in ("dp_shard", "ep"):
             if getattr(self, key) != -1:
                 at_least(self, 1, key)

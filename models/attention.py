@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import Attention, Model
+from models.exchange import Exchange
 from models.norm import RMSNorm, l2_norm
 from models.rope import apply_rope, logit_scale
 
@@ -75,10 +76,12 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
         self.k_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
         self.sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
+        self.exchange = Exchange()
 
     def forward(
         self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
     ) -> Tensor:
+        x_TD = self.exchange.gather(x_TD)
         heads = (x_TD.shape[0], -1, self.config.head_dim)
         q_THC, k_TGC = self.wq(x_TD).view(heads), self.wk(x_TD).view(heads)
         v_TGC = self.wv(x_TD).view(heads)
@@ -92,7 +95,7 @@ class GroupedQueryAttention(nn.Module):
         elif self.config.temperature_floor:
             q_THC = q_THC * _temperature(positions_T, self.config).to(q_THC.dtype)
         o_THC = core(self.layer, q_THC, k_TGC, v_TGC, self.sinks)
-        return self.wo(o_THC.reshape(x_TD.shape[0], -1))
+        return self.exchange.reduce_scatter(self.wo(o_THC.reshape(x_TD.shape[0], -1)))
 
 
 def _temperature(positions_T: Tensor, config: Attention) -> Tensor:
@@ -127,25 +130,30 @@ class LatentAttention(nn.Module):
         kv_width = a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
         self.wkv_b = nn.Linear(a.kv_lora_rank, kv_width, bias=False)
         self.wo = nn.Linear(a.n_heads * a.v_head_dim, config.d_model, bias=False)
+        self.exchange = Exchange()
 
     def forward(
         self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
     ) -> Tensor:
-        a, n_tokens = self.config, x_TD.shape[0]
-        compressed = x_TD
+        a, compressed = self.config, x_TD
         if self.wq_a is not None and self.q_a_norm is not None:
             compressed = self.q_a_norm(self.wq_a(x_TD))
-        q_THC = self.wq(compressed).view(n_tokens, a.n_heads, a.qk_dim)
+        # what all heads share is exchanged while it is narrow
+        compressed, kv_a = self.exchange.gather(compressed), self.exchange.gather(self.wkv_a(x_TD))
+        latent, k_rope = kv_a.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
+        n_tokens = compressed.shape[0]
+        q_THC = self.wq(compressed).view(n_tokens, -1, a.qk_dim)
         q_plain, q_rope = q_THC.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
-        latent, k_rope = self.wkv_a(x_TD).split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
-        kv = self.wkv_b(self.kv_a_norm(latent)).view(n_tokens, a.n_heads, -1)
+        kv = self.wkv_b(self.kv_a_norm(latent)).view(
+            n_tokens, -1, a.qk_nope_head_dim + a.v_head_dim
+        )
         k_plain, v_THV = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
         q_rope = apply_rope(q_rope, tables, self.interleaved)
         k_rope = apply_rope(k_rope[:, None], tables, self.interleaved)
         q_THC = torch.cat([q_plain, q_rope], dim=-1)
-        k_THC = torch.cat([k_plain, k_rope.expand(-1, a.n_heads, -1)], dim=-1)
+        k_THC = torch.cat([k_plain, k_rope.expand(-1, k_plain.shape[1], -1)], dim=-1)
         o_THV = core(self.layer, q_THC, k_THC, v_THV, None)
-        return self.wo(o_THV.reshape(n_tokens, -1))
+        return self.exchange.reduce_scatter(self.wo(o_THV.reshape(n_tokens, -1)))
 
 
 _LATENT_EPS = 1e-6

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from configs.model import Model
 from models.attention import AttentionCore, GroupedQueryAttention, LatentAttention, Tables
+from models.exchange import Exchange
 from models.moe import FeedForward, MoE
 from models.norm import RMSNorm
 from models.rope import rope_tables
@@ -54,6 +55,7 @@ class Decoder(nn.Module):
         self.head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.exchange = Exchange()
 
     def forward(
         self,
@@ -71,4 +73,4 @@ class Decoder(nn.Module):
         for block in self.layers:
             x_TD = block(x_TD, positions_T, tables, core)
         head = self.embed if self.head is None else self.head
-        return output(self.norm(x_TD), head.weight)
+        return output(self.exchange.gather(self.norm(x_TD)), head.weight)

@@ -20,6 +20,7 @@ from configs.model import Model, Moe
 from kernels.grouped_gemm import grouped_gemm_nt, row_alignment
 from kernels.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.swiglu import clamped_swiglu, swiglu
+from models.exchange import Exchange
 from models.router import Router
 
 
@@ -98,25 +99,20 @@ class Experts(nn.Module):
         self.b13 = nn.Parameter(torch.empty(n, 2, width)) if config.expert_bias else None
         self.b2 = nn.Parameter(torch.empty(n, d_model)) if config.expert_bias else None
 
-    def local(self, weight: Tensor) -> Tensor:
-        """The part of an expert weight that is held here. Expert parallelism replaces this."""
-        return weight
-
     def forward(self, rows: Rows) -> Tensor:
         """Weighted outputs `[R, D]`, row by row."""
         data_RD, weights_R = rows.data, rows.weights_R
         if self.config.weight_on == "input":
             data_RD = data_RD * weights_R[:, None].to(data_RD.dtype)
             weights_R = torch.ones_like(weights_R)
-        w13_e2FD, w2_eDF = self.local(self.w13), self.local(self.w2)
-        gate_up = grouped_gemm_nt(data_RD, w13_e2FD.flatten(1, 2), rows.ends_e, rows.counts_e)
+        gate_up = grouped_gemm_nt(data_RD, self.w13.flatten(1, 2), rows.ends_e, rows.counts_e)
         if self.b13 is not None:
-            gate_up = gate_up + self._of_rows(self.local(self.b13).flatten(1), rows)
+            gate_up = gate_up + self._of_rows(self.b13.flatten(1), rows)
         # the weight may enter before the down projection: that is linear (its bias gets it below)
         h_RF = self._activate(gate_up, weights_R)
-        y_RD = grouped_gemm_nt(h_RF, w2_eDF, rows.ends_e, rows.counts_e)
+        y_RD = grouped_gemm_nt(h_RF, self.w2, rows.ends_e, rows.counts_e)
         if self.b2 is not None:
-            bias_RD = self._of_rows(self.local(self.b2), rows)
+            bias_RD = self._of_rows(self.b2, rows)
             y_RD = y_RD + bias_RD * weights_R[:, None].to(y_RD.dtype)
         return y_RD
 
@@ -139,9 +135,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(2, width, d_model))
         self.w2 = nn.Parameter(torch.empty(d_model, width))
+        self.exchange = Exchange()
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(swiglu(F.linear(x_TD, self.w13.flatten(0, 1))), self.w2)
+        gate_up = F.linear(self.exchange.gather(x_TD), self.w13.flatten(0, 1))
+        return self.exchange.reduce_scatter(F.linear(swiglu(gate_up), self.w2))
 
 
 class MoE(nn.Module):

@@ -23,9 +23,18 @@ from configs.model import Moe
 from kernels.permute import count_choices
 
 
+class Tape:
+    """The expert choice of one pass through a router, for passes that must choose alike."""
+
+    ids_TK: Tensor | None = None
+
+
 class Router(nn.Module):
     """Scores, choice and routing weights; counts its choices while training."""
 
+    tape: Tape | None = None
+    """Where the next passes record their choice, or find it: recomputation replays, it never routes
+    or counts again. Whoever recomputes sets it."""
     bias_E: Tensor
     tokens_per_expert_E: Tensor
 
@@ -51,16 +60,25 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.float(), self.weight.float(), bias)
         softmax = config.score_func == "softmax"
         scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
-        if config.force_balance:
-            ids_TK = _round_robin(x_TD.shape[0], config, x_TD.device)
-        else:
-            ids_TK = choose(scores_TE.detach() + self.bias_E, config)
+        ids_TK = self._decide(scores_TE.detach())
         weights_TK = scores_TE.gather(1, ids_TK)
         if config.norm_top_k:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        if self.training:
-            self.tokens_per_expert_E += count_choices(ids_TK, config.n_experts)
         return ids_TK, weights_TK * config.route_scale
+
+    def _decide(self, scores_TE: Tensor) -> Tensor:
+        """The choice, from the tape where that holds one already; else counted and recorded."""
+        if self.tape is not None and self.tape.ids_TK is not None:
+            return self.tape.ids_TK
+        if self.config.force_balance:
+            ids_TK = _round_robin(len(scores_TE), self.config, scores_TE.device)
+        else:
+            ids_TK = choose(scores_TE + self.bias_E, self.config)
+        if self.training:
+            self.tokens_per_expert_E += count_choices(ids_TK, self.config.n_experts)
+        if self.tape is not None:
+            self.tape.ids_TK = ids_TK
+        return ids_TK
 
 
 def choose(biased_TE: Tensor, config: Moe) -> Tensor:

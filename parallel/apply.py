@@ -1,30 +1,39 @@
-"""The one function that applies parallelism to a model: expert parallelism, then FSDP2.
+"""The one function that applies parallelism to a model, in one order: expert parallelism, tensor
+parallelism, recomputation, compilation, FSDP2.
 
 Gradients are sums, never means: every rank divides its loss by the target tokens of the whole
 step, so a sum over ranks is the gradient of the global mean, for dense parameters and experts
 alike. FSDP2's own division is therefore switched off: its factor is 1 and the reduction a plain sum
-(gloo has no other). Groups of one rank divide by nothing as they are; there an explicit factor only
-costs a pass over the gradient.
-"""
+(gloo has no other). Groups of one rank divide by nothing as they are; there torch 2.13 would divide
+twice.
 
-from collections.abc import Callable
+FSDP2 makes one group of collectives per block and kind of weight: those that `tp` divides are
+sharded over `dp_shard`, those that nothing divides over `dp_shard * tp`, experts over `efsdp`.
+"""
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from configs.model import Model
 from configs.rules import ConfigError
 from configs.schema import RunConfig
-from models.decoder import Decoder
+from models.decoder import Block, Decoder
 from models.init import initial_value
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
 from parallel.mesh import Mesh
+from parallel.recompute import apply_recompute
 from parallel.shards import box_of, local_of
-
-PlacementFn = Callable[[nn.Parameter], Shard]
+from parallel.tensor import apply_tensor_parallel
 
 
 def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dtype) -> None:
@@ -33,33 +42,109 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
     compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
     """
     apply_expert_parallel(model, mesh)
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    reshard = config.parallel.reshard_after_forward
-    for block in model.layers:
-        if mesh.degrees.ep > 1 and isinstance(block.ffn, MoE):
-            fully_shard(
-                block.ffn.experts,
-                mesh=mesh.fsdp_expert(),
-                mp_policy=policy,
-                reshard_after_forward=reshard,
-                shard_placement_fn=_expert_placement(mesh.degrees.efsdp),
-            )
-        fully_shard(
-            block,
-            mesh=mesh.fsdp_dense(),
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-            shard_placement_fn=_block_placement(block, mesh.degrees.dp_shard),
+    apply_tensor_parallel(model, mesh.dense["tp"])
+    apply_recompute(model, config.parallel)
+    if config.parallel.compile:
+        for block in model.layers:
+            block.compile()
+    _apply_fsdp(model, mesh, config, compute)
+
+
+def _apply_fsdp(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dtype) -> None:
+    shard = _Fsdp(config, compute, mesh.dense.device_type)
+    dense, whole = mesh.fsdp(mesh.dense, "dp_shard"), mesh.fsdp(mesh.whole, "dp_shard_tp")
+    expert = mesh.fsdp(mesh.expert, "efsdp")
+    divided = mesh.degrees.tp > 1
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    for block in blocks:
+        if isinstance(block.ffn, MoE) and (divided or mesh.degrees.ep > 1):
+            shard([block.ffn.experts], expert)
+        if divided:
+            shard(_undivided(block), whole)
+        shard([block], dense)
+    if divided:
+        shard([model.norm], whole)
+    shard([model], dense, root=True)
+    ahead = config.parallel.prefetch
+    for i, block in enumerate(blocks):
+        if ahead:
+            assert isinstance(block, FSDPModule)
+            block.set_modules_to_forward_prefetch(_groups(blocks[i + 1 : i + 1 + ahead]))
+            block.set_modules_to_backward_prefetch(_groups(blocks[max(i - ahead, 0) : i][::-1]))
+
+
+def _undivided(block: nn.Module) -> list[nn.Module]:
+    """The modules of a block whose own weights no rank divides."""
+    found = []
+    for module in block.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not isinstance(module, Experts) and not isinstance(own[0], DTensor):
+            found.append(module)
+    return found
+
+
+def _groups(blocks: list[Block]) -> list[FSDPModule]:
+    """The FSDP2 modules of some blocks, each group of collectives once."""
+    states: set[int] = set()
+    found: list[FSDPModule] = []
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, FSDPModule) and id(module._get_fsdp_state()) not in states:
+                states.add(id(module._get_fsdp_state()))
+                found.append(module)
+    return found
+
+
+class _Fsdp:
+    """FSDP2 as this run wants it."""
+
+    def __init__(self, config: RunConfig, compute: torch.dtype, device_type: str) -> None:
+        self.reshard = config.parallel.reshard_after_forward
+        self.policy = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    fully_shard(model, mesh=mesh.fsdp_dense(), mp_policy=policy, reshard_after_forward=False)
-    experts_alone = mesh.degrees.ep > 1 and mesh.degrees.efsdp * mesh.degrees.dp_replicate == 1
-    for module in model.modules():
-        alone = mesh.degrees.world == 1 or (isinstance(module, Experts) and experts_alone)
-        if isinstance(module, FSDPModule) and not alone:
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        self.offload = OffloadPolicy()
+        if config.parallel.cpu_offload:
+            self.offload = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+
+    def __call__(self, modules: list[nn.Module], mesh: DeviceMesh, root: bool = False) -> None:
+        """Shard the parameters of `modules`, but for those sharded already, as one group."""
+        n_ranks = mesh.shape[-1]
+        experts = {
+            id(p)
+            for module in modules
+            for part in module.modules()
+            if isinstance(part, Experts)
+            for p in part.parameters()
+        }
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=mesh,
+            mp_policy=self.policy,
+            offload_policy=self.offload,
+            reshard_after_forward=self.reshard and not root,
+            shard_placement_fn=lambda p: _placement(p, n_ranks, id(p) in experts),
+        )
+        if mesh.size() > 1:
+            assert isinstance(modules[0], FSDPModule)
+            modules[0].set_gradient_divide_factor(1.0)
+            modules[0].set_force_sum_reduction_for_comms(True)
+
+
+def _placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
+    """The dimension that FSDP2 divides among `n_ranks`: the first, or where that would leave ranks
+    with less than others another that divides evenly; of experts the model width.
+
+    FSDP2 divides other dimensions than the first only evenly.
+    """
+    shape = local_of(parameter).shape
+    if shape[0] % n_ranks == 0:
+        return Shard(0)
+    # D of w13 [E, 2, F, D], w2 [E, D, F] and b2 [E, D]; what is left of b13 [E, 2, F] is small
+    width = 3 if parameter.ndim == 4 else 1
+    others = [width] if expert else sorted(range(1, len(shape)), key=lambda dim: -shape[dim])
+    even = [dim for dim in others if shape[dim] % n_ranks == 0]
+    return Shard(even[0] if even else 0)
 
 
 def materialise(model: Decoder, config: Model, seed: int, device: torch.device) -> None:
@@ -83,32 +168,3 @@ def materialise(model: Decoder, config: Model, seed: int, device: torch.device) 
             parameter.to_local().copy_(value[(slice(None), *rest)])
         for buffer in model.buffers():
             buffer.zero_()
-
-
-def _expert_dim(parameter: nn.Parameter, n_ranks: int) -> Shard:
-    """Experts are divided among the ranks; where that leaves ranks idle, the model width is.
-
-    FSDP2 shards other dimensions than the first only evenly.
-    """
-    n_local = (
-        parameter.shape[0] if not isinstance(parameter, DTensor) else len(parameter.to_local())
-    )
-    # D of w13 [E, 2, F, D], w2 [E, D, F] and b2 [E, D]; what is left of b13 [E, 2, F] is small
-    width = 3 if parameter.ndim == 4 else 1
-    if n_local % n_ranks and parameter.shape[width] % n_ranks == 0:
-        return Shard(width)
-    return Shard(0)
-
-
-def _expert_placement(n_ranks: int) -> PlacementFn:
-    return lambda parameter: _expert_dim(parameter, n_ranks)
-
-
-def _block_placement(block: nn.Module, n_ranks: int) -> PlacementFn:
-    experts = {
-        id(parameter)
-        for module in block.modules()
-        if isinstance(module, Experts)
-        for parameter in module.parameters()
-    }
-    return lambda p: _expert_dim(p, n_ranks) if id(p) in experts else Shard(0)

@@ -1,37 +1,73 @@
-"""Expert parallelism: each rank of the `ep` axis holds `n_experts / ep` neighbouring experts.
+"""Expert parallelism: each rank of `ep` holds `n_experts / ep` neighbouring experts, and the ranks
+of `etp` divide the width F of those.
 
-The expert weights become DTensors sharded over `ep` on dimension 0, so names and shapes stay
-logical for checkpoints and clipping; the grouped GEMM sees the local experts. The dispatcher of
-every MoE layer is replaced by one that exchanges rows.
+| weight | over ep | over etp |
+|---|---|---|
+| w13 `[E, 2, F, D]`, b13 `[E, 2, F]` | E | F |
+| w2 `[E, D, F]` | E | F |
+| b2 `[E, D]` | E | D: each rank adds its slice, so that the sum over ranks counts it once |
+
+The dispatcher of every MoE layer is replaced by one that exchanges rows over `ep`. With `etp` 1 the
+ranks of `tp` bring different tokens to the experts. With `etp` = `tp` they first gather them, each
+computes its part of the width, and the partial sums are reduce-scattered: the router still sees
+every token once.
 """
 
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from collections.abc import Callable
 
-from models.moe import Experts, MoE
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.moe import Dispatcher, ExpertsFn, MoE
 from parallel.dispatch.all_to_all import AllToAllDispatcher
+from parallel.local import divide, pad_local
 from parallel.mesh import Mesh
+from parallel.tensor import TensorExchange
+
+_DIMS: dict[str, dict[str, int]] = {
+    "w13": {"ep": 0, "etp": 2},
+    "b13": {"ep": 0, "etp": 2},
+    "w2": {"ep": 0, "etp": 2},
+    "b2": {"ep": 0, "etp": 1},
+}
 
 
 def apply_expert_parallel(model: nn.Module, mesh: Mesh) -> None:
-    """Shard the experts of a model on the meta device; nothing happens where `ep` is 1."""
-    if mesh.degrees.ep == 1:
+    """Divide the experts of a model on the meta device; nothing happens where `ep` and `etp` are
+    1."""
+    axes = [axis for axis in ("ep", "etp") if mesh.expert[axis].size() > 1]
+    if not axes:
         return
-    axis = mesh.expert["ep"]
     for moe in (module for module in model.modules() if isinstance(module, MoE)):
-        for name, parameter in list(moe.experts.named_parameters()):
-            assert parameter.is_meta, "experts are sharded before they are materialised"
-            local = parameter.detach().chunk(mesh.degrees.ep)[0]
-            shard = DTensor.from_local(local, axis, [Shard(0)], run_check=False)
-            setattr(moe.experts, name, nn.Parameter(shard))
-        moe.experts.__class__ = LocalExperts
-        n_experts = moe.router.config.n_experts
-        moe.dispatcher = AllToAllDispatcher(n_experts, axis.get_group())
+        names = [name for name, _ in moe.experts.named_parameters()]
+        dims = {name: tuple(_DIMS[name][axis] for axis in axes) for name in names}
+        divide(moe.experts, mesh.expert[tuple(axes)], dims)
+        dispatcher: Dispatcher = moe.dispatcher
+        if "ep" in axes:
+            group = mesh.expert["ep"].get_group()
+            dispatcher = AllToAllDispatcher(moe.router.config.n_experts, group)
+        if "etp" in axes:
+            if "b2" in names:
+                pad_local(moe.experts, "b2", 1, mesh.expert["etp"])
+            dispatcher = GatheringDispatcher(dispatcher, mesh.expert["etp"].get_group())
+        moe.dispatcher = dispatcher
 
 
-class LocalExperts(Experts):
-    """The experts of this rank: the same computation on the local shards of the weights."""
+class GatheringDispatcher:
+    """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums what they give."""
 
-    def local(self, weight: Tensor) -> Tensor:
-        assert isinstance(weight, DTensor)
-        return weight.to_local()
+    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
+        self.inner, self.exchange = inner, TensorExchange(group)
+
+    def run(
+        self,
+        x_TD: Tensor,
+        expert_ids_TK: Tensor,
+        weights_TK: Tensor,
+        experts: ExpertsFn,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        gather = self.exchange.gather
+        partial = self.inner.run(gather(x_TD), gather(expert_ids_TK), gather(weights_TK), experts)
+        y_TD = self.exchange.reduce_scatter(partial)
+        return y_TD if beside is None else y_TD + beside()

@@ -1,8 +1,14 @@
 """Device meshes from resolved degrees.
 
-The same ranks carry two meshes, both row-major: dense `(dp_replicate, dp_shard)` and expert
-`(dp_replicate, efsdp, ep)`. Expert ranks are neighbours, so that the busiest exchange (token
-dispatch) stays within a node as long as `ep` does.
+The same ranks carry three meshes, all row-major:
+
+- dense `(dp_replicate, dp_shard, tp)`: weights that the ranks of `tp` divide;
+- whole `(dp_replicate, dp_shard_tp)`: weights that no rank divides (norms, router); between the
+  divided layers the ranks of `tp` have different tokens, so here they are data ranks;
+- expert `(dp_replicate, efsdp, ep, etp)`, with `efsdp * ep * etp = dp_shard * tp`.
+
+The busiest axes are innermost: tensor parallelism, then token dispatch stay within a node for as
+long as they fit there.
 """
 
 from dataclasses import dataclass
@@ -14,34 +20,28 @@ from configs.degrees import Degrees
 
 @dataclass(frozen=True)
 class Mesh:
-    """The two views of all ranks."""
+    """The views of all ranks."""
 
     degrees: Degrees
     dense: DeviceMesh
+    whole: DeviceMesh
     expert: DeviceMesh
 
-    def fsdp_dense(self) -> DeviceMesh:
-        """The mesh over which FSDP2 shards dense parameters (two-dimensional for HSDP)."""
-        return self._fsdp(self.dense, "dp_shard")
-
-    def fsdp_expert(self) -> DeviceMesh:
-        """The mesh over which FSDP2 shards the experts of one expert-parallel rank."""
-        return self._fsdp(self.expert, "efsdp")
-
-    def _fsdp(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
+    def fsdp(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
+        """The part of a mesh over which FSDP2 shards (two-dimensional for HSDP)."""
         return mesh["dp_replicate", shard] if self.degrees.dp_replicate > 1 else mesh[shard]
 
 
 def build(degrees: Degrees, device_type: str) -> Mesh:
     """Make the meshes; all ranks call this together, `degrees.world` of them."""
-    dense = init_device_mesh(
-        device_type,
-        (degrees.dp_replicate, degrees.dp_shard),
-        mesh_dim_names=("dp_replicate", "dp_shard"),
+    d = degrees
+    return Mesh(
+        degrees,
+        _mesh(device_type, dp_replicate=d.dp_replicate, dp_shard=d.dp_shard, tp=d.tp),
+        _mesh(device_type, dp_replicate=d.dp_replicate, dp_shard_tp=d.dp_shard * d.tp),
+        _mesh(device_type, dp_replicate=d.dp_replicate, efsdp=d.efsdp, ep=d.ep, etp=d.etp),
     )
-    expert = init_device_mesh(
-        device_type,
-        (degrees.dp_replicate, degrees.efsdp, degrees.ep),
-        mesh_dim_names=("dp_replicate", "efsdp", "ep"),
-    )
-    return Mesh(degrees, dense, expert)
+
+
+def _mesh(device_type: str, **axes: int) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))

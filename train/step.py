@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from models.decoder import Decoder
 from models.router import take_counts, update_biases
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
@@ -46,23 +47,25 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module,
+    model: Decoder,
     optimizer: Updater,
     batches: Iterable[Batch],
     *,
     step: int,
     rank: int,
+    copies: int = 1,
     clip_norm: float,
     stop: Callable[[], bool] = lambda: False,
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
 
-    stop: asked before every microbatch, must answer alike on all ranks. If true the step is
-    abandoned without a trace and None returned. Raises NonFiniteError.
+    copies: ranks that are given the same tokens (tensor parallelism); each counts its share of
+    their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
+    step is abandoned without a trace and None returned. Raises NonFiniteError.
     """
     microbatches = list(batches)
     mine = torch.tensor(sum(batch.n_targets for batch in microbatches))
-    tokens = int(sum_over_ranks(mine).item())
+    tokens = int(sum_over_ranks(mine).item()) // copies
     total = torch.zeros((), device=microbatches[0].tokens_T.device)
     for batch in microbatches:
         if stop():

@@ -90,7 +90,7 @@ class Trainer:
                 with self._profile(step):
                     result = train_step(
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
-                        clip_norm=train.clip_norm, stop=stop.agreed,
+                        copies=self.degrees.tp, clip_norm=train.clip_norm, stop=stop.agreed,
                     )  # fmt: skip
                 if result is None:
                     break
@@ -115,10 +115,12 @@ class Trainer:
         corpus, micro = self.corpus, self.config.train.micro_batch
         batches = validation_batches(
             self.held_out, self.config.validation.sequences, micro,
-            self.ranks.rank, self.degrees.data_ranks,
+            self.degrees.data_rank(self.ranks.rank), self.degrees.data_ranks,
         )  # fmt: skip
         filler = self.held_out.first()
-        loss = validation_loss(self.model, batches, filler, self.ranks.device, stop.agreed)
+        loss = validation_loss(
+            self.model, batches, filler, self.ranks.device, stop.agreed, self.degrees.tp
+        )
         self.owes_validation = loss is None
         if loss is None:
             return {}
@@ -177,7 +179,7 @@ class Trainer:
             seed=config.run.seed,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
-            rank=self.ranks.rank,
+            rank=self.degrees.data_rank(self.ranks.rank),
             n_ranks=self.degrees.data_ranks,
         )
         return data, held_out

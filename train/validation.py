@@ -4,25 +4,27 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
 
+from models.decoder import Decoder
 from parallel.ranks import sum_over_ranks
 from train.batches import Batch
 from train.loss import loss_sum
 
 
 def validation_loss(
-    model: nn.Module,
+    model: Decoder,
     batches: Iterable[Batch | None],
     filler: Batch,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    copies: int = 1,
 ) -> float | None:
     """Mean loss per target token, nats. All ranks call it together.
 
     batches: this rank's share; None where it has nothing left and runs `filler`, uncounted, so
     that the collectives of the forward pass stay matched. None is returned when `stop` says so
-    (asked before every batch, with the same answer on all ranks).
+    (asked before every batch, with the same answer on all ranks). copies: ranks that are given the
+    same tokens; each counts its share of their loss.
     """
     model.eval()
     try:
@@ -33,7 +35,7 @@ def validation_loss(
                     return None
                 loss = float(loss_sum(model, (batch or filler).to(device)))
                 if batch is not None:
-                    sums += torch.tensor([loss, float(batch.n_targets)])
+                    sums += torch.tensor([loss, batch.n_targets / copies])
         total, tokens = sum_over_ranks(sums).tolist()
         return total / tokens
     finally:

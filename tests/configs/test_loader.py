@@ -21,7 +21,7 @@ EXPERIMENTS = [*sorted((ROOT / "configs").glob("*.toml")), TINY]
 def test_every_experiment_loads_and_its_mesh_divides(path: Path) -> None:
     config = load(path)
     degrees = resolve(config, default_world(config))
-    assert degrees.dp_shard == degrees.efsdp * degrees.ep
+    assert degrees.dp_shard * degrees.tp == degrees.efsdp * degrees.ep * degrees.etp
     assert degrees.world == default_world(config)
 
 
@@ -105,11 +105,14 @@ def test_strings_go_without_quotes_and_later_overrides_win() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "expected"),
     [
-        (Parallel(dp_shard=2), 3, "dp_replicate 1 x dp_shard 2 = 2, but there are 3 ranks"),
+        (Parallel(dp_shard=2), 3, "dp_replicate 1 x dp_shard 2 x tp 1 = 2, but there are 3 ranks"),
         (Parallel(dp_replicate=2), 3, "start a multiple of 2 ranks"),
         (Parallel(dp_replicate=2, dp_shard=1), 4, "set parallel.dp_shard = 2"),
         (Parallel(ep=3), 3, "parallel.ep = 3: must divide model.moe.n_experts = 8; use one of 1"),
-        (Parallel(ep=4), 2, "efsdp x ep = dp_shard = 2 has no whole solution; use one of 1, 2"),
+        (Parallel(ep=4), 2, "dp_shard 2 x tp 1 = 2 has no whole solution; use one of 1, 2"),
+        (Parallel(tp=2, ep=8), 4, "efsdp x ep x etp 1 = dp_shard 2 x tp 2 = 4 has no whole"),
+        (Parallel(tp=4), 4, "parallel.tp = 4: must divide model.attention.n_kv_heads = 2"),
+        (Parallel(tp=3), 3, "parallel.tp = 3: must divide model.attention.n_heads = 4"),
         (Parallel(ep=1), 3, "micro_batch 2 x 3 data ranks = 6; the nearest is 6"),
     ],
 )

@@ -1,30 +1,42 @@
 """Training runs on whatever ranks this is started with; losses, gradients and weights go to files.
 
-Started by the tests as `torchrun ... mesh_run.py FOLDER FILE.toml JSON`, or alone as one process.
-JSON maps a name to a list of overrides; each becomes `FOLDER/NAME.safetensors`. Plain SGD, so that
-a gradient off by a constant factor shows in the weights (AdamW would hide it). Tokens are random,
-documents of unequal length.
+Started by the tests as `torchrun ... mesh_run.py FOLDER CASES.json [--double]`, or alone as one
+process. Each case becomes `FOLDER/NAME.safetensors`. In fp32 the optimizer is plain SGD, so that
+a gradient off by a constant factor shows in the weights (AdamW would hide it). AdamW itself divides
+by noise in fp32; `--double` runs it with every fp32 of the program replaced by fp64. Tokens are
+random, documents of unequal length.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+if __name__ == "__main__" and "--double" in sys.argv:
+    torch.set_default_dtype(torch.float64)
+    torch.float32 = torch.float64
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from configs.degrees import resolve
-from configs.loader import load
+from configs.loader import from_dict
 from configs.schema import RunConfig
+from kernels.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from train.batches import Sequences, TrainingData
+from parallel.shards import box_of
+from tests.parallel.faults import FAULTS
+from train.batches import Batch, Sequences, TrainingData
 from train.step import train_step
 
 STEPS = 3
@@ -44,12 +56,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full.detach().clone().contiguous()
 
 
-class RecordingSgd:
-    """SGD that keeps the gradients it was given, whole, of the first step."""
+def with_gaps(batch: Batch) -> Batch:
+    """The batch without the targets of some tokens, so that microbatches weigh differently."""
+    targets_T = batch.targets_T.where(batch.tokens_T % 3 != 2, IGNORE)
+    return replace(batch, targets_T=targets_T, n_targets=int((targets_T != IGNORE).sum()))
+
+
+class Recording:
+    """An optimizer that keeps the gradients it was given, whole, of the first step."""
 
     def __init__(self, model: nn.Module, lr: float, record: dict[str, torch.Tensor]) -> None:
         self.model, self.record = model, record
-        self.inner = torch.optim.SGD(model.parameters(), lr=lr, foreach=False)
+        parameters = list(model.parameters())
+        if torch.get_default_dtype() == torch.float64:
+            self.inner: Any = torch.optim.AdamW(parameters, lr=lr / 10, foreach=False)
+        else:
+            self.inner = torch.optim.SGD(parameters, lr=lr, foreach=False)
 
     def step(self) -> None:
         if not self.record:
@@ -62,31 +84,47 @@ class RecordingSgd:
         self.inner.zero_grad()
 
 
-def train(out: Path, config: RunConfig, ranks: Ranks) -> None:
+def shake(model: Decoder) -> None:
+    """Make norms, biases and sinks what they are not initially: all different."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if name.endswith(("norm.weight", ".bias", ".b13", ".b2", ".sinks")):
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                assert isinstance(parameter, DTensor)
+                parameter.to_local().add_(noise[box_of(parameter).slices()])
+        for router in routers(model):
+            router.bias_E.normal_(std=0.01, generator=generator)
+
+
+def train(out: Path, config: RunConfig, ranks: Ranks, fault: str) -> None:
     """STEPS steps of one experiment; rank 0 writes `out`."""
     mesh = meshes.build(resolve(config, ranks.world), ranks.device.type)
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.float32)
     materialise(model, config.model, config.run.seed, ranks.device)
+    shake(model)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        rank=ranks.rank,
+        rank=mesh.degrees.data_rank(ranks.rank),
         n_ranks=mesh.degrees.data_ranks,
     )
-    result: dict[str, torch.Tensor] = {}
-    optimizer = RecordingSgd(model, 0.1, result)
+    result: dict[str, torch.Tensor] = {}  # filled by `optimizer` as well
+    optimizer = Recording(model, config.optimizer.lr, result)
     curve = []
-    for step in range(1, STEPS + 1):
-        done = train_step(
-            model, optimizer, data.step(step), step=step, rank=ranks.rank, clip_norm=1.0
-        )
-        assert done is not None
-        curve.append([done.loss, done.grad_norm])
-        result[f"counts/{step}"] = done.counts_LE.contiguous()
+    with FAULTS[fault](model, mesh):
+        for step in range(1, STEPS + 1):
+            done = train_step(
+                model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,
+                copies=mesh.degrees.tp, clip_norm=1.0,
+            )  # fmt: skip
+            assert done is not None
+            curve.append([done.loss, done.grad_norm])
+            result[f"counts/{step}"] = done.counts_LE.contiguous()
     result["curve"] = torch.tensor(curve, dtype=torch.float64)
     for name, parameter in model.named_parameters():
         result[f"weight/{name}"] = whole(parameter)
@@ -96,12 +134,13 @@ def train(out: Path, config: RunConfig, ranks: Ranks) -> None:
         save_file(result, out)
 
 
-def main(folder: Path, file: str, meshes_to_run: dict[str, list[str]]) -> None:
+def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     ranks = start_ranks(threads=1)
-    for name, overrides in meshes_to_run.items():
-        train(folder / f"{name}.safetensors", load(file, overrides), ranks)
+    for case in cases:
+        config = from_dict(case["settings"], case["name"])
+        train(folder / f"{case['name']}.safetensors", config, ranks, case["fault"])
     stop_ranks()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

@@ -1,74 +1,112 @@
 """N ranks equal one process: loss, gradient norm, every gradient, weights after three steps.
 
-Tolerance: 1e-5 of each tensor's norm, in fp32; sums over ranks are taken in another order, which
-costs about 1e-7. Routing must agree exactly.
+Tolerance: 1e-5 of each tensor's norm in fp32 with SGD, 1e-9 in fp64 with AdamW; sums over ranks are
+taken in another order, which costs about 1e-7 and 1e-16. Routing must agree exactly.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import TINY, run
+from tests.models.families import FAMILIES
+from tests.parallel.meshes import Case, all_meshes, alone, hard_meshes, pairwise
+from tests.runs import run
 
-GLOBAL_BATCH, PASSES = 16, 2
-MESHES: dict[int, dict[str, list[str]]] = {
-    2: {
-        "ep2": ["--parallel.ep=2"],
-        "dp_shard2": ["--parallel.ep=1"],
-        "dp_replicate2": ["--parallel.ep=1", "--parallel.dp_replicate=2"],
-        "ep2-no-reshard": ["--parallel.ep=2", "--parallel.reshard_after_forward=false"],
-    },
-    4: {
-        "ep4": ["--parallel.ep=4"],
-        "efsdp2-ep2": ["--parallel.ep=2"],
-        "dp_replicate2-ep2": ["--parallel.ep=2", "--parallel.dp_replicate=2"],
-        "one-expert-per-pair": ["--parallel.ep=2", "--model.moe.n_experts=2"],
-        "uneven-experts": ["--parallel.ep=1", "--model.moe.n_experts=6"],
-    },
-    8: {
-        "dp_replicate2-efsdp2-ep2": ["--parallel.ep=2", "--parallel.dp_replicate=2"],
-        "efsdp4-ep2": ["--parallel.ep=2"],
-        "ep8": ["--parallel.ep=8"],
-    },
+GLM4 = "glm4"
+RECOMPUTED = [
+    Case(GLM4, 1, 2, 2, 2, 2, (("recompute", "full"),)),
+    Case(GLM4, 1, 2, 2, 4, 1, (("recompute", "selective"), ("recompute_keep", ("exchange",)))),
+    Case(GLM4, 2, 1, 2, 2, 1, (("recompute", "full"), ("recompute_every", 2))),
+    Case("deepseek-v3", 1, 2, 2, 4, 1, (("recompute", "selective"),)),
+    Case(GLM4, 1, 2, 2, 4, 1, (("reshard_after_forward", False), ("prefetch", 0))),
+    Case(GLM4, 1, 4, 1, 2, 1, (("cpu_offload", True), ("prefetch", 2))),
+]
+HARD = [case for family in FAMILIES if family != GLM4 for case in hard_meshes(family)]
+CASES = {
+    2: all_meshes(GLM4, 2),
+    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED,
+    8: pairwise(GLM4),
 }
-MODELS: dict[str, list[str]] = {
-    "plain": [],
-    "one-expert-per-pair": ["--model.moe.n_experts=2"],
-    "uneven-experts": ["--model.moe.n_experts=6"],
+FAULTY = {
+    Case("gpt-oss", 1, 1, 2, 2, 1, fault="expert gradient / ep"): "grad/layers.3.ffn.experts.w13",
+    Case("gpt-oss", 1, 1, 2, 1, 1, fault="router not reduced over tp"): (
+        "grad/layers.3.ffn.router.weight"
+    ),
+    Case("gpt-oss", 1, 1, 2, 1, 1, fault="norm not reduced over tp"): (
+        "grad/layers.3.attention_norm.weight"
+    ),
+    Case("gpt-oss", 1, 1, 2, 1, 2, fault="down bias twice"): "grad/layers.3.ffn.experts.w2",
+    Case("gpt-oss", 1, 2, 1, 1, 1, fault="mean of means"): "curve",
+    Case("gpt-oss", 1, 1, 2, 2, 1, fault="repeated shard"): "grad/layers.3.ffn.experts.w13",
 }
+"""Where an injected fault must show, beside wherever else it does."""
 
 
-def with_batch(ranks: int, options: list[str]) -> list[str]:
-    micro_batch = GLOBAL_BATCH // PASSES // ranks
-    return [
-        *options, f"--train.global_batch={GLOBAL_BATCH}", f"--train.micro_batch={micro_batch}"
-    ]  # fmt: skip
+def train(folder: Path, cases: Iterable[Case], double: bool = False) -> None:
+    """Run all cases, which have the same number of ranks, in one start of those ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = list(cases)
+    listed = [{"name": c.name, "settings": c.settings(), "fault": c.fault} for c in cases]
+    (folder / "cases.json").write_text(json.dumps(listed))
+    more = ["--double"] if double else []
+    script = "tests/parallel/mesh_run.py"
+    run(script, folder, folder / "cases.json", *more, ranks=cases[0].world, timeout=3600)
+
+
+def errors(case: Case, ours: Path, references: Path, tolerance: float = 1e-5) -> list[str]:
+    """Every tensor that differs from the reference by more than the tolerance."""
+    got = load_file(ours / f"{case.name}.safetensors")
+    expected = load_file(references / f"{alone(case.family).name}.safetensors")
+    assert got.keys() == expected.keys()
+    found = []
+    for name, right in expected.items():
+        difference = (got[name].double() - right.double()).norm()
+        error = float(difference / right.double().norm().clamp(min=1e-30))
+        if not error <= (0.0 if name.startswith("counts/") else tolerance):
+            found.append(f"{case.name}: {name}: {error:.1e}")
+    return found
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every family trained by one process."""
     folder = tmp_path_factory.mktemp("one")
-    settings = {name: with_batch(1, options) for name, options in MODELS.items()}
-    run("tests/parallel/mesh_run.py", folder, TINY, json.dumps(settings))
+    train(folder, map(alone, FAMILIES))
     return folder
 
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_many_ranks_equal_one_process(ranks: int, one_process: Path, tmp_path: Path) -> None:
-    settings = {name: with_batch(ranks, options) for name, options in MESHES[ranks].items()}
-    run("tests/parallel/mesh_run.py", tmp_path, TINY, json.dumps(settings), ranks=ranks)
-    faults = []
-    for mesh in settings:
-        ours = load_file(tmp_path / f"{mesh}.safetensors")
-        model = mesh if mesh in MODELS else "plain"
-        reference = load_file(one_process / f"{model}.safetensors")
-        assert ours.keys() == reference.keys()
-        for name, expected in reference.items():
-            got, expected = ours[name].double(), expected.double()
-            error = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-            tolerance = 0.0 if name.startswith("counts/") else 1e-5
-            if not error <= tolerance:
-                faults.append(f"{mesh}: {name}: {error:.1e}")
-    assert not faults, "\n".join(faults)
+@pytest.mark.parametrize("ranks", CASES)
+def test_many_ranks_equal_one_process(ranks: int, references: Path, tmp_path: Path) -> None:
+    train(tmp_path, CASES[ranks])
+    found = [error for case in CASES[ranks] for error in errors(case, tmp_path, references)]
+    assert not found, "\n".join(found)
+
+
+def test_adamw_in_double_precision(tmp_path: Path) -> None:
+    cases = [Case(GLM4, 1, 2, 2, 2, 2), Case(GLM4, 2, 1, 2, 2, 1), Case("gpt-oss", 1, 2, 2, 2, 2)]
+    train(tmp_path, [alone(GLM4), alone("gpt-oss")], double=True)
+    train(tmp_path, cases, double=True)
+    found = [error for case in cases for error in errors(case, tmp_path, tmp_path, 1e-9)]
+    assert not found, "\n".join(found)
+
+
+def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
+    train(tmp_path, FAULTY)
+    for case, where in FAULTY.items():
+        found = errors(case, tmp_path, references)
+        assert any(f": {where}: " in error for error in found), (case.name, found[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_on_every_mesh(
+    family: str, ranks: int, references: Path, tmp_path: Path
+) -> None:
+    cases = all_meshes(family, ranks)
+    train(tmp_path, cases)
+    found = [error for case in cases for error in errors(case, tmp_path, references)]
+    assert not found, "\n".join(found)

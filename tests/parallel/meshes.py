@@ -1,0 +1,114 @@
+"""The meshes and models whose training must equal that of one process."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from configs.model import Model
+from tests.models.families import FAMILIES
+
+SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 32, 2
+"""Longer than the families' windows, chunks and original RoPE length; two microbatches a step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mesh for one family, what else is set in `[parallel]`, and an injected fault."""
+
+    family: str
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+    ep: int
+    etp: int
+    more: tuple[tuple[str, Any], ...] = ()
+    fault: str = "none"
+
+    @property
+    def name(self) -> str:
+        sizes = [("rep", self.dp_replicate), ("shard", self.dp_shard), ("tp", self.tp)]
+        sizes += [("ep", self.ep), ("etp", self.etp)]
+        parts = [f"{axis}{size}" for axis, size in sizes if size > 1]
+        parts += [f"{key}={value}" for key, value in self.more]
+        fault = [] if self.fault == "none" else [self.fault.replace("/", "over")]
+        return " ".join([self.family, *parts, *fault])
+
+    @property
+    def world(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.tp
+
+    def settings(self) -> dict[str, Any]:
+        """The experiment as nested tables."""
+        axes = ("dp_replicate", "dp_shard", "tp", "ep", "etp")
+        data_ranks = self.dp_replicate * self.dp_shard
+        return {
+            "run": {"dir": "unused"},
+            "data": {"seq_len": SEQ_LEN},
+            "model": asdict(wide(FAMILIES[self.family])),
+            "train": {
+                "steps": 1,
+                "global_batch": GLOBAL_BATCH,
+                "micro_batch": GLOBAL_BATCH // PASSES // data_ranks,
+            },
+            "optimizer": {"lr": 0.1},
+            "parallel": {axis: getattr(self, axis) for axis in axes} | dict(self.more),
+        }
+
+
+def wide(model: Model) -> Model:
+    """A family's small model with sizes that 8 ranks can divide."""
+    attention = replace(model.attention, n_heads=8)
+    if attention.kind == "gqa":
+        attention = replace(attention, n_kv_heads=8 if model.attention.n_kv_heads == 0 else 4)
+    moe = replace(model.moe, n_experts=8, d_expert=16)
+    return replace(model, attention=attention, moe=moe, d_ff=model.d_ff and 48)
+
+
+def alone(family: str) -> Case:
+    """The same training in one process."""
+    return Case(family, 1, 1, 1, 1, 1)
+
+
+def all_meshes(family: str, world: int) -> list[Case]:
+    """Every mesh of `world` ranks that divides the wide models."""
+    kv_heads = wide(FAMILIES[family]).attention.kv_heads
+    return [
+        Case(family, replicate, world // replicate // tp, tp, ep, etp)
+        for replicate in _divisors(world)
+        for tp in _divisors(world // replicate)
+        if kv_heads % tp == 0
+        for etp in sorted({1, tp})
+        for ep in _divisors(world // replicate // etp)
+    ]
+
+
+def hard_meshes(family: str) -> list[Case]:
+    """Three meshes of four ranks that use every axis."""
+    return [
+        Case(family, 1, 2, 2, 4, 1),
+        Case(family, 1, 2, 2, 2, 2),
+        Case(family, 2, 1, 2, 2, 1),
+    ]
+
+
+def pairwise(family: str) -> list[Case]:
+    """Meshes of eight ranks in which every two values of two axes that can meet do meet."""
+    left = all_meshes(family, 8)
+    missing = set().union(*map(_pairs, left))
+    chosen = []
+    while missing:
+        best = max(left, key=lambda case: len(_pairs(case) & missing))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[str, int, str, int]]:
+    sizes = {"rep": case.dp_replicate, "shard": case.dp_shard, "tp": case.tp}
+    axes = list((sizes | {"ep": case.ep, "etp": case.etp}).items())
+    # 1 or more than 1 is what the code tells apart
+    axes = [(axis, min(size, 2)) for axis, size in axes]
+    return {(a, x, b, y) for i, (a, x) in enumerate(axes) for b, y in axes[i + 1 :]}
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
