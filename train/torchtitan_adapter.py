@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from configs.schema import Optimizer
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
 
-_GROUPS = (
-    (r"\.experts\.b", False),  # experts have groups of their own: they may live on another mesh
-    (r"\.experts\.", True),
-    (r"(norm|router)\.weight$|\.bias$|\.sinks$", False),
-    (r".*", True),
-)
-"""(pattern of parameter names, weight decay); the first match wins."""
+_NO_DECAY = re.compile(r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$")
+"""Names of parameters without weight decay."""
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> "OptimizersContainer[Any]":
@@ -30,17 +26,19 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> "OptimizersContainer
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
     common = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    names = [name for name, _ in model.named_parameters()]
-    groups = []
-    for pattern, decays in _GROUPS:
-        taken = [name for name in names if re.search(pattern, name)]
-        names = [name for name in names if name not in taken]
-        if taken:
-            decay = config.weight_decay if decays else 0.0
-            kwargs = common | {"weight_decay": decay}
-            groups.append(
-                ParamGroupConfig(pattern=pattern, optimizer_name="AdamW", optimizer_kwargs=kwargs)
-            )
+    # the fused update wants one mesh per group
+    members: dict[tuple[Any, bool], list[str]] = {}
+    for name, parameter in model.named_parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        members.setdefault((mesh, _NO_DECAY.search(name) is None), []).append(name)
+    groups = [
+        ParamGroupConfig(
+            pattern=f"^({'|'.join(map(re.escape, names))})$",
+            optimizer_name="AdamW",
+            optimizer_kwargs=common | {"weight_decay": config.weight_decay if decays else 0.0},
+        )
+        for (_, decays), names in members.items()
+    ]
     container: OptimizersContainer[Any] = OptimizersContainer.Config(
         param_groups=groups, implementation="fused"
     ).build(model_parts=[model])

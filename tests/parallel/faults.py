@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import getattr_static
 from typing import Any
 from unittest.mock import patch
 
@@ -53,8 +54,9 @@ def norm_not_reduced_over_tp(model: Decoder, mesh: Mesh) -> Iterator[None]:
 def down_bias_twice(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Every etp rank adds the whole bias of the down projection."""
     kind = type(_moe(model).experts)
-    once = vars(kind)["b2"].fget
-    with patch.object(kind, "b2", property(lambda module: mesh.degrees.etp * once(module))):
+    once = getattr_static(kind, "b2")
+    twice = property(lambda module: mesh.degrees.etp * once.fget(module))
+    with patch.object(kind, "b2", twice):
         yield
 
 

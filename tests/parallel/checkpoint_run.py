@@ -1,0 +1,86 @@
+"""Trains two steps on a mesh and saves, or loads what another mesh saved; then one more step.
+
+`[torchrun] checkpoint_run.py FOLDER CASES.json`. Each case becomes `FOLDER/NAME.safetensors`: the
+whole state before the third step, and the loss, gradient norm and weights after it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from configs.degrees import resolve
+from configs.loader import flatten, from_dict
+from models.decoder import Decoder
+from parallel import mesh as meshes
+from parallel.apply import materialise, parallelize
+from parallel.ranks import Ranks, start_ranks, stop_ranks
+from tests.parallel.mesh_run import random_corpus, shake, whole
+from train import checkpoint
+from train.batches import Sequences, TrainingData
+from train.step import StepResult, train_step
+from train.torchtitan_adapter import build_optimizer, optimizer_tensors
+
+
+class Run:
+    """A model and its optimizer on one mesh."""
+
+    def __init__(self, settings: dict[str, Any], name: str, ranks: Ranks) -> None:
+        self.config, self.ranks = from_dict(settings, name), ranks
+        self.mesh = meshes.build(resolve(self.config, ranks.world), ranks.device.type)
+        with torch.device("meta"):
+            self.model = Decoder(self.config.model)
+        parallelize(self.model, self.mesh, self.config, torch.float32)
+        materialise(self.model, self.config.model, self.config.run.seed, ranks.device)
+        shake(self.model)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.data = TrainingData(
+            Sequences(random_corpus(self.config.model.vocab_size, 20_000), 32, 0),
+            seed=0,
+            global_batch=self.config.train.global_batch,
+            micro_batch=self.config.train.micro_batch,
+            rank=self.mesh.degrees.data_rank(ranks.rank),
+            n_ranks=self.mesh.degrees.data_ranks,
+        )
+
+    def step(self, step: int) -> StepResult:
+        done = train_step(
+            self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
+            copies=self.mesh.degrees.tp, clip_norm=1.0,
+        )  # fmt: skip
+        assert done is not None
+        return done
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The live tensors, as the trainer saves them."""
+        weights = self.model.state_dict(keep_vars=True)
+        state = {f"model.{name}": tensor for name, tensor in weights.items()}
+        moments = optimizer_tensors(self.optimizer)
+        return state | {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+
+
+def run_case(folder: Path, case: dict[str, Any], ranks: Ranks) -> None:
+    run = Run(case["settings"], case["name"], ranks)
+    if case["load"]:
+        manifest = checkpoint.read_manifest(checkpoint.find(folder / case["load"]))
+        checkpoint.load(manifest, run.state())
+    else:
+        run.step(1), run.step(2)
+        root, facts = folder / case["name"], {"step": 2}
+        checkpoint.save(root, run.state(), facts, flatten(run.config), 1, ranks)
+    record = {f"before/{name}": whole(tensor) for name, tensor in run.state().items()}
+    done = run.step(3)
+    record["curve"] = torch.tensor([done.loss, done.grad_norm])
+    record |= {f"after/{name}": whole(p) for name, p in run.model.named_parameters()}
+    if ranks.is_first:
+        save_file(record, folder / f"{case['name']}.safetensors")
+
+
+if __name__ == "__main__":
+    the_ranks = start_ranks(threads=1)
+    for one in json.loads(Path(sys.argv[2]).read_text()):
+        run_case(Path(sys.argv[1]), one, the_ranks)
+    stop_ranks()
