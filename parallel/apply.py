@@ -9,6 +9,10 @@ twice.
 
 FSDP2 makes one group of collectives per block and kind of weight: those that `tp` divides are
 sharded over `dp_shard`, those that nothing divides over `dp_shard * tp`, experts over `efsdp`.
+
+Communication of one microbatch per rank and group of N elements (its part after tp, ep, etp):
+gather N in the compute dtype, twice where parameters are freed after forward; reduce-scatter N in
+fp32; with replicas, all-reduce N / (ranks that shard) in fp32. Nothing in groups of one rank.
 """
 
 import torch

@@ -11,6 +11,11 @@ The dispatcher of every MoE layer is replaced by one that exchanges rows over `e
 ranks of `tp` bring different tokens to the experts. With `etp` = `tp` they first gather them, each
 computes its part of the width, and the partial sums are reduce-scattered: the router still sees
 every token once.
+
+Communication of one forward pass per rank and layer: over `ep` what the dispatcher says
+(`parallel.dispatch`); over `etp`, for T tokens of the group, gather T * D in the compute dtype and
+T * K ids (int64) and weights (fp32), reduce-scatter T * D. Backward: reduce-scatter T * D and
+T * K weights, gather T * D.
 """
 
 from collections.abc import Callable

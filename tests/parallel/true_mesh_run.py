@@ -1,0 +1,36 @@
+"""One rank of an experiment at its real number of ranks: `true_mesh_run.py FILE.toml RANK`."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from configs.degrees import default_world, resolve
+from configs.loader import load
+from models.decoder import Decoder
+from parallel import mesh as meshes
+from parallel.apply import parallelize
+from parallel.shards import box_of, local_of
+
+
+def main(file: str, rank: int) -> None:
+    config = load(file)
+    degrees = resolve(config, default_world(config))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
+    mesh = meshes.build(degrees, "cpu")
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    parallelize(model, mesh, config, torch.bfloat16)
+    elements = 0
+    for parameter in model.parameters():
+        assert tuple(local_of(parameter).shape) == box_of(parameter).shape
+        elements += local_of(parameter).numel()
+    views = {"dense": mesh.dense, "whole": mesh.whole, "expert": mesh.expert}
+    shapes = {name: list(view.shape) for name, view in views.items()}
+    print(json.dumps({"elements": elements, "meshes": shapes}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
