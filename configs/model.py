@@ -144,9 +144,9 @@ class Rope:
         at_least(self, 0, "original_length", "mscale", "mscale_all_dim")
         if self.scaling != "none" and not self.original_length:
             raise ConfigError(f"original_length = 0: scaling = {self.scaling} needs it")
-        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+        if self.scaling == "llama3" and self.low_freq_factor > self.high_freq_factor:
             raise ConfigError(
-                f"low_freq_factor = {self.low_freq_factor}: must be below "
+                f"low_freq_factor = {self.low_freq_factor}: must not exceed "
                 f"high_freq_factor = {self.high_freq_factor}"
             )
 

@@ -92,5 +92,6 @@ def _yarn(rope: Rope, dim: int, plain: Tensor) -> Tensor:
 def _llama3(rope: Rope, plain: Tensor) -> Tensor:
     turns = rope.original_length * plain / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    # Llama 4 Scout sets both to 1: a step instead of a ramp
+    smooth = ((turns - low) / max(high - low, 1e-6)).clamp(0, 1)
     return plain / rope.factor * (1 - smooth) + plain * smooth

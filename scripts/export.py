@@ -6,7 +6,7 @@
 
 The folder holds config.json, generation_config.json, safetensors shards with their index, and the
 tokenizer, in an architecture that transformers, SGLang and vLLM know. No process group, no model in
-memory: one shard at a time goes from the checkpoint's boxes to the export.
+memory: one shard at a time is put together, from pieces of the checkpoint's boxes.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from configs.loader import from_dict, unflatten
 from configs.rules import ConfigError
-from models.hf.files import INDEX, write_tensors
+from models.hf.files import Index, write_tensors
+from models.hf.folder import INDEX
 from models.hf.table import hf_config
 from parallel.shards import Box
 from train import checkpoint
@@ -74,14 +75,16 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     return out
 
 
-def _read(reader: checkpoint.Reader, name: str, index: tuple[int, ...]) -> Tensor:
+def _read(reader: checkpoint.Reader, name: str, index: Index) -> Tensor:
     """`ours[index]` from the checkpoint."""
-    whole = reader.whole(f"model.{name}")
-    depth = len(index)
-    offset = (*index, *whole.offset[depth:])
-    shape = ((1,) * depth) + whole.shape[depth:]
-    value = reader.read(f"model.{name}", Box(whole.whole, offset, shape))
-    return value.reshape(whole.shape[depth:])
+    whole = reader.whole(f"model.{name}").whole
+    *single, rows = index
+    assert isinstance(rows, slice)
+    depth = len(single)
+    offset = (*single, rows.start, *(0 for _ in whole[depth + 1 :]))
+    shape = (rows.stop - rows.start, *whole[depth + 1 :])
+    value = reader.read(f"model.{name}", Box(whole, offset, (1,) * depth + shape))
+    return value.reshape(shape)
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:

@@ -1,18 +1,19 @@
 """Checkpoints that any mesh can read, without pickle.
 
 A checkpoint is a folder `step-00000100`: one safetensors file per rank with the boxes of the
-tensors it speaks for, and `manifest.json`, which lists every box (name, whole shape, offset,
-shape, file), size and CRC-32 of every file, the run's state and its config. It is written under a
-temporary name, fsynced and renamed, so that a folder with a manifest is complete; it is never
-overwritten. Loading intersects the boxes a rank needs with the boxes that were saved, and checks
-that they cover it, so a run may resume on another mesh.
+tensors it speaks for (or several that one process wrote one after the other, `write`), and
+`manifest.json`, which lists every box (name, whole shape, offset, shape, file), size and CRC-32 of
+every file, the run's state and its config. It is written under a temporary name, fsynced and
+renamed, so that a folder with a manifest is complete; it is never overwritten. Loading intersects
+the boxes a rank needs with the boxes that were saved, and checks that they cover it, so a run may
+resume on another mesh.
 """
 
 import json
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from configs.rules import ConfigError
+from models.hf.mapped import MappedFiles
 from parallel.ranks import Ranks, gather_json
 from parallel.shards import Box, box_of, local_of, speaks_for
 from train.durable import replace_text, sync
@@ -79,6 +81,31 @@ def save(
     return final
 
 
+def write(
+    root: Path,
+    parts: Sequence[Callable[[], dict[str, tuple[Box, Tensor]]]],
+    state: dict[str, Any],
+    config: dict[str, Any],
+) -> Path:
+    """Write checkpoint `state["step"]` under `root` from this process alone, file by file.
+
+    parts: each makes the boxes of one file when its turn comes, so that only one file's are held.
+    Together they must cover every tensor.
+    """
+    from safetensors import SafetensorError
+
+    final = path_of(root, state["step"])
+    partial = root / f".{final.name}.partial"
+    try:
+        _begin(root, final, partial)
+        files = [partial / f"part-{i:05d}.safetensors" for i in range(len(parts))]
+        reports = [_write_file(file, part()) for file, part in zip(files, parts, strict=True)]
+        _commit(partial, final, reports, state, config)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
+    return final
+
+
 def _begin(root: Path, final: Path, partial: Path) -> None:
     if final.exists() and not _is_valid(final):  # it does not exist for a loader
         final.rename(root / f".{final.name}.invalid")
@@ -106,23 +133,28 @@ def _prune(root: Path, keep: int) -> None:
 
 def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
     """Write this rank's boxes; returns what the manifest says of them, or the error."""
-    from safetensors.torch import save_file
-
     boxes = {name: box_of(tensor) for name, tensor in tensors.items()}
     mine = {
-        name: local_of(tensor).detach().cpu().contiguous()
+        name: (boxes[name], local_of(tensor).detach().cpu().contiguous())
         for name, tensor in tensors.items()
         if speaks_for(tensor, rank) and boxes[name].numel
     }
     if not mine:
         return {}
     try:
-        save_file(mine, path)
-        sync(path)
-        size, crc = path.stat().st_size, _crc32(path)
+        return _write_file(path, mine)
     except Exception as error:  # safetensors raises its own type; all ranks must hear of it
         return {"error": f"rank {rank}: {error}"}
-    entries = [{"name": name, **asdict(boxes[name])} for name in mine]
+
+
+def _write_file(path: Path, boxes: dict[str, tuple[Box, Tensor]]) -> dict[str, Any]:
+    """Write one file; returns what the manifest says of it."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor for name, (_, tensor) in boxes.items()}, path)
+    sync(path)
+    entries = [{"name": name, **asdict(box)} for name, (box, _) in boxes.items()]
+    size, crc = path.stat().st_size, _crc32(path)
     return {"file": path.name, "bytes": size, "crc32": crc, "boxes": entries}
 
 
@@ -239,7 +271,7 @@ class Reader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._open: dict[str, Any] = {}
+        self._files = MappedFiles()
 
     def whole(self, name: str) -> Box:
         """The box that is all of tensor `name`."""
@@ -278,17 +310,13 @@ class Reader:
         return parts
 
     def _slice(self, file: str, name: str, index: tuple[slice, ...]) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         path = self.manifest.folder / file
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(path, framework="pt")
-            handle = self._open[file]
-            part: Tensor = handle.get_slice(name)[index] if index else handle.get_tensor(name)
+            return self._files.slice(path, name, index)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: unreadable: {error}") from None
-        return part
 
 
 def _remedy(folder: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from configs.model import Attention, Model, Moe
 from models.hf.glm4 import deepseek_moe_config, sigmoid_moe_of
 from models.hf.qwen3 import common_sizes
-from models.hf.tensors import HfTensor, deepseek_moe_tensors, plain, swiglu_tensors
+from models.hf.tensors import HfTensor, Layout, deepseek_moe_tensors, plain, swiglu_tensors
 from models.hf.values import Family, Values, clashes
 
 
@@ -106,7 +106,7 @@ def _v2_parse(values: Values) -> Model:
     values.refuse("topk_method", "greedy", "group_limited_greedy")
     grouped = values.raw.get("topk_method") == "group_limited_greedy"
     moe = Moe(
-        n_experts=values.integer("n_routed_experts", high=2**16),
+        n_experts=values.integer("n_routed_experts", "num_local_experts", high=2**16),
         top_k=values.integer("num_experts_per_tok", high=2**16),
         d_expert=values.integer("moe_intermediate_size"),
         n_shared_experts=values.integer("n_shared_experts", high=2**10),
@@ -118,7 +118,7 @@ def _v2_parse(values: Values) -> Model:
     return _model(values, moe, interleaved=True)
 
 
-def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
     a, d_model = model.attention, model.d_model
     query = a.n_heads * a.qk_dim
@@ -143,10 +143,11 @@ def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
     for their_name, our_name, shape in rows:
         yield plain(f"{theirs}{their_name}.weight", f"{ours}{our_name}.weight", *shape)
     if model.is_moe(layer):
-        yield from deepseek_moe_tensors(model, layer)
+        yield from deepseek_moe_tensors(model, layer, layout)
     else:
         yield from swiglu_tensors(f"{theirs}mlp.", f"{ours}ffn.", model.d_ff, d_model)
 
 
-DEEPSEEK_V3 = Family("DeepseekV3ForCausalLM", _v3_refusals, _v3_config, _v3_parse, _layer)
-DEEPSEEK_V2 = Family("DeepseekV2ForCausalLM", _v2_refusals, _v2_config, _v2_parse, _layer)
+_V3, _V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
+DEEPSEEK_V3 = Family(_V3, _v3_refusals, _v3_config, _v3_parse, _layer, "per_expert")
+DEEPSEEK_V2 = Family(_V2, _v2_refusals, _v2_config, _v2_parse, _layer, "per_expert")

@@ -6,7 +6,13 @@ from typing import Any
 from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
-from models.hf.tensors import HfTensor, deepseek_moe_tensors, gqa_tensors, swiglu_tensors
+from models.hf.tensors import (
+    HfTensor,
+    Layout,
+    deepseek_moe_tensors,
+    gqa_tensors,
+    swiglu_tensors,
+)
 from models.hf.values import Family, Values, clashes, plain_gqa_clashes, rope_parameters
 
 
@@ -47,10 +53,10 @@ def _parse(values: Values) -> Model:
     )
 
 
-def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     if model.is_moe(layer):
-        yield from deepseek_moe_tensors(model, layer)
+        yield from deepseek_moe_tensors(model, layer, layout)
     else:
         names = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn."
         yield from swiglu_tensors(*names, model.d_ff, model.d_model)
@@ -77,7 +83,7 @@ def deepseek_moe_config(model: Model) -> dict[str, Any]:
 def sigmoid_moe_of(values: Values) -> Moe:
     """Experts with sigmoid scores and a balancing bias, from DeepSeek's keys."""
     return Moe(
-        n_experts=values.integer("n_routed_experts", high=2**16),
+        n_experts=values.integer("n_routed_experts", "num_local_experts", high=2**16),
         top_k=values.integer("num_experts_per_tok", high=2**16),
         d_expert=values.integer("moe_intermediate_size"),
         n_shared_experts=values.integer("n_shared_experts", high=2**10),
@@ -90,4 +96,4 @@ def sigmoid_moe_of(values: Values) -> Moe:
     )
 
 
-GLM4 = Family("Glm4MoeForCausalLM", _refusals, _config, _parse, _layer)
+GLM4 = Family("Glm4MoeForCausalLM", _refusals, _config, _parse, _layer, "per_expert")

@@ -6,7 +6,7 @@ from typing import Any
 from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
-from models.hf.tensors import HfTensor, fused_expert_tensors, gqa_tensors, plain
+from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
 from models.hf.values import Family, Values, clashes, plain_softmax_clashes
 
 
@@ -54,7 +54,7 @@ def _parse(values: Values) -> Model:
     values.refuse("swiglu_alpha", 1.702)
     values.refuse("swiglu_limit", 7.0)
     sizes = common_sizes(values)
-    kinds = values.raw.get("layer_types")
+    kinds = values.raw.get("layer_types") or _alternating(sizes["n_layers"])
     if kinds == ["full_attention"] * sizes["n_layers"]:
         local: dict[str, Any] = {}
     else:
@@ -68,14 +68,19 @@ def _parse(values: Values) -> Model:
         attention=gqa_of(values, bias=True, sinks=True, **local),
         rope=values.rope(interleaved=False),
         moe=Moe(
-            n_experts=values.integer("num_local_experts", high=2**16),
-            top_k=values.integer("num_experts_per_tok", high=2**16),
+            n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
+            top_k=values.integer("num_experts_per_tok", "experts_per_token", high=2**16),
             d_expert=values.integer("intermediate_size"),
             router_bias=True,
             expert_bias=True,
             activation="clamped_swiglu",
         ),
     )
+
+
+def _alternating(n_layers: int) -> list[str]:
+    """What a config without `layer_types` means."""
+    return [("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
 
 
 def _full_every(kinds: Any, n_layers: int, place: str) -> int:
@@ -89,17 +94,13 @@ def _full_every(kinds: Any, n_layers: int, place: str) -> int:
     )
 
 
-def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     theirs, ours, moe = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn.", model.moe
-    n, width, d_model = moe.n_experts, moe.d_expert, model.d_model
-    yield plain(f"{theirs}router.weight", f"{ours}router.weight", n, d_model)
-    yield plain(f"{theirs}router.bias", f"{ours}router.bias", n)
+    yield plain(f"{theirs}router.weight", f"{ours}router.weight", moe.n_experts, model.d_model)
+    yield plain(f"{theirs}router.bias", f"{ours}router.bias", moe.n_experts)
     experts = f"{theirs}experts.", f"{ours}experts."
-    yield from fused_expert_tensors(model, *experts, interleaved=True)
-    bias = f"{experts[0]}gate_up_proj_bias", f"{experts[1]}b13"
-    yield HfTensor(*bias, (), (n, 2 * width), permute=(0, 2, 1))
-    yield plain(f"{experts[0]}down_proj_bias", f"{experts[1]}b2", n, d_model)
+    yield from expert_tensors(model, *experts, layout, fused="interleaved")
 
 
-GPT_OSS = Family("GptOssForCausalLM", _refusals, _config, _parse, _layer)
+GPT_OSS = Family("GptOssForCausalLM", _refusals, _config, _parse, _layer, "fused")

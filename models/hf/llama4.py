@@ -6,7 +6,7 @@ from typing import Any
 from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
-from models.hf.tensors import HfTensor, fused_expert_tensors, gqa_tensors, plain, swiglu_tensors
+from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
 from models.hf.values import Family, Values, clashes
 
 
@@ -63,23 +63,30 @@ def _config(model: Model) -> dict[str, Any]:
 def _parse(values: Values) -> Model:
     sizes = common_sizes(values)
     layers = range(sizes["n_layers"])
-    every = values.integer("no_rope_layer_interval", low=2, high=10_000)
-    expected = [int((i + 1) % every != 0) for i in layers]
-    if (values.raw.get("no_rope_layers") or expected) != expected:
-        raise ConfigError(
-            f"{values.place}: no_rope_layers: must be 0 on every no_rope_layer_interval = {every}"
-        )
-    moe_every = values.integer("interleave_moe_layer_step", high=10_000)
-    tuned = values.flag("attn_temperature_tuning")
+    every = values.integer("no_rope_layer_interval", low=2, high=10_000, default=4)
+    moe_every = values.integer("interleave_moe_layer_step", high=10_000, default=1)
+    kinds = "full_attention", "chunked_attention"
+    rotated = [int((i + 1) % every != 0) for i in layers]
+    for key, expected, rule in (
+        ("no_rope_layers", rotated, f"0 on every layer that no_rope_layer_interval = {every} ends"),
+        ("layer_types", [kinds[r] for r in rotated], "full_attention where there is no RoPE"),
+        ("moe_layers", [i for i in layers if (i + 1) % moe_every == 0],
+         f"every layer that interleave_moe_layer_step = {moe_every} ends"),
+    ):  # fmt: skip
+        if (values.raw.get(key) or expected) != expected:
+            raise ConfigError(f"{values.place}: {key} = {values.raw[key]!r}: must be {rule}")
+    # the first release wrote a 4 for true
+    tuned = values.raw.get("attn_temperature_tuning") == 4
+    tuned = tuned or values.flag("attn_temperature_tuning", default=True)
     attention = gqa_of(
         values,
-        qk_norm="l2" if values.flag("use_qk_norm") else "none",
+        qk_norm="l2" if values.flag("use_qk_norm", default=True) else "none",
         local="chunk",
         local_size=values.integer("attention_chunk_size"),
         full_every=every,
         rope_on_full=False,
-        temperature_floor=values.integer("floor_scale") if tuned else 0,
-        temperature_scale=values.number("attn_scale", high=1e3),
+        temperature_floor=values.integer("floor_scale", default=8192) if tuned else 0,
+        temperature_scale=values.number("attn_scale", high=1e3, default=0.1),
     )
     return Model(
         **sizes,
@@ -88,7 +95,7 @@ def _parse(values: Values) -> Model:
         moe_every=moe_every,
         d_ff=values.integer("intermediate_size_mlp") if moe_every > 1 else 0,
         moe=Moe(
-            n_experts=values.integer("num_local_experts", high=2**16),
+            n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
             n_shared_experts=1,
@@ -99,7 +106,7 @@ def _parse(values: Values) -> Model:
     )
 
 
-def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     theirs, ours = f"model.layers.{layer}.feed_forward.", f"layers.{layer}.ffn."
     if not model.is_moe(layer):
@@ -110,7 +117,7 @@ def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
     shared = f"{theirs}shared_expert.", f"{ours}shared_experts."
     yield from swiglu_tensors(*shared, model.moe.d_expert, model.d_model)
     experts = f"{theirs}experts.", f"{ours}experts."
-    yield from fused_expert_tensors(model, *experts, interleaved=False)
+    yield from expert_tensors(model, *experts, layout, fused="halves")
 
 
-LLAMA4 = Family("Llama4ForCausalLM", _refusals, _config, _parse, _layer)
+LLAMA4 = Family("Llama4ForCausalLM", _refusals, _config, _parse, _layer, "fused")

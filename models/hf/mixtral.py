@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.model import Model, Moe
 from models.hf.qwen3 import common_sizes, gqa_of
-from models.hf.tensors import HfTensor, gqa_tensors, plain, swiglu_tensors
+from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
 from models.hf.values import (
     Family,
     Values,
@@ -31,6 +31,7 @@ def _config(model: Model) -> dict[str, Any]:
     return {
         "model_type": "mixtral",
         "num_local_experts": model.moe.n_experts,
+        "num_experts": model.moe.n_experts,
         "intermediate_size": model.moe.d_expert,
         "sliding_window": None,
         "output_router_logits": False,
@@ -45,23 +46,22 @@ def _parse(values: Values) -> Model:
         attention=gqa_of(values),
         rope=values.rope(interleaved=False),
         moe=Moe(
-            n_experts=values.integer("num_local_experts", high=2**16),
+            n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
         ),
     )
 
 
-def _layer(model: Model, layer: int) -> Iterator[HfTensor]:
+def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
-    theirs, ours = f"model.layers.{layer}.block_sparse_moe.", f"layers.{layer}.ffn."
+    # transformers 5 calls the block as in the other families once its experts are fused
+    block = "mlp" if layout == "fused" else "block_sparse_moe"
+    theirs, ours = f"model.layers.{layer}.{block}.", f"layers.{layer}.ffn."
     shape = model.moe.n_experts, model.d_model
     yield plain(f"{theirs}gate.weight", f"{ours}router.weight", *shape)
-    for e in range(model.moe.n_experts):
-        yield from swiglu_tensors(
-            f"{theirs}experts.{e}.", f"{ours}experts.", model.moe.d_expert, model.d_model,
-            index=(e,), names=("w1", "w3", "w2"),
-        )  # fmt: skip
+    experts = f"{theirs}experts.", f"{ours}experts."
+    yield from expert_tensors(model, *experts, layout, names=("w1", "w3", "w2"))
 
 
-MIXTRAL = Family("MixtralForCausalLM", _refusals, _config, _parse, _layer)
+MIXTRAL = Family("MixtralForCausalLM", _refusals, _config, _parse, _layer, "per_expert")

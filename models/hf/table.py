@@ -4,7 +4,7 @@ The features of a model choose the architecture: the first of `FAMILIES` that ca
 them. The model itself never asks which family it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from configs.model import Model
@@ -15,11 +15,13 @@ from models.hf.gpt_oss import GPT_OSS
 from models.hf.llama4 import LLAMA4
 from models.hf.mixtral import MIXTRAL
 from models.hf.qwen3 import QWEN3
-from models.hf.tensors import HfTensor, outer_tensors
+from models.hf.tensors import HfTensor, Layout, outer_tensors
 from models.hf.values import Family, Values, rope_parameters
 
 _MOST_EXPERTS = 2**20
 """More tensor names than any real model has; checked before they are listed."""
+LLAMA4_WITH_IMAGES = "Llama4ForConditionalGeneration"
+"""How Llama 4 is published: the language model under `language_model.`, beside a vision model."""
 FAMILIES = (QWEN3, GLM4, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA4)
 
 
@@ -80,17 +82,29 @@ def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str
     return common | family.config(model)
 
 
+def text_config(config: dict[str, Any], place: str) -> dict[str, Any]:
+    """A `config.json` itself, or that of the language model within one of Llama 4 with images."""
+    if config.get("architectures") != [LLAMA4_WITH_IMAGES]:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"{place}: text_config = {text!r}: must be an object")
+    outer = {k: config[k] for k in ("tie_word_embeddings", "quantization_config") if k in config}
+    return outer | text | {"architectures": [LLAMA4.architecture]}
+
+
 def from_hf_config(config: dict[str, Any], place: str) -> Model:
     """Our model for a `config.json`.
 
     place: what errors call the file. Raises ConfigError naming the key that is missing, has the
     wrong type or size, or asks for something this decoder does not have.
     """
+    config = text_config(config, place)
     given = config.get("architectures")
     given = given[0] if isinstance(given, list) and given else given
     family = next((family for family in FAMILIES if family.architecture == given), None)
     if family is None:
-        known = ", ".join(family.architecture for family in FAMILIES)
+        known = ", ".join([*(family.architecture for family in FAMILIES), LLAMA4_WITH_IMAGES])
         raise ConfigError(f"{place}: architectures = {given!r}: must be one of {known}")
     values = Values(config, place)
     values.refuse("hidden_act", "silu")
@@ -105,10 +119,20 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
         raise ConfigError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
 
 
-def hf_tensors(model: Model) -> Iterator[HfTensor]:
-    """Every tensor of the export, layer by layer."""
+def hf_tensors(model: Model, given: Container[str] | None = None) -> Iterator[HfTensor]:
+    """Every tensor of `model` in Hugging Face form, layer by layer.
+
+    given: the names of a checkpoint; each layer comes in the layout of which they lack least. None:
+    the layout of the family's published checkpoints.
+    """
     family, (before, after) = _family(model), outer_tensors(model)
     yield from before
     for layer in range(model.n_layers):
-        yield from family.layer(model, layer)
+        tensors = list(family.layer(model, layer, family.layout))
+        if given is not None and any(t.name not in given for t in tensors):
+            other: Layout = "fused" if family.layout == "per_expert" else "per_expert"
+            forms = [tensors, list(family.layer(model, layer, other))]
+            # as a share: a layer has few fused tensors and hundreds of single ones
+            tensors = min(forms, key=lambda f: sum(t.name not in given for t in f) / len(f))
+        yield from tensors
     yield from after

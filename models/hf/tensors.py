@@ -2,16 +2,24 @@
 
 Every Hugging Face tensor is a slice of one of ours, permuted and flattened at most: `w13[e, 0]` is
 an expert's `gate_proj`; all of `w13`, its dimensions permuted, is GPT-OSS's `gate_up_proj`. So
-export reads slices, import writes them, and nothing is rounded or computed on the way.
+export reads slices, import writes them, and nothing is rounded or computed on the way. No
+permutation moves the first dimension, so large tensors go through in pieces of some rows.
+
+The routed experts exist in two layouts: one tensor per expert and matrix, or all experts of a layer
+fused in one. A family is published in one of them and met in both.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from configs.model import Model
+
+Layout = Literal["per_expert", "fused"]
+"""How the routed experts of a layer lie."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,16 @@ class HfTensor:
     keep_fp32: bool = False
     """Balancing biases stay fp32 in every export: rounding them changes the choice of experts."""
 
+    def __post_init__(self) -> None:
+        assert self.permute[:1] in ((), (0,)), f"{self.name}: pieces of rows must stay rows"
+
     def to_hf(self, part: Tensor) -> Tensor:
-        """Their tensor for `part = ours[index]`."""
+        """Their tensor, or as many rows of it, for rows of `ours[index]`."""
         value = part.permute(self.permute) if self.permute else part
-        return value.reshape(self.shape)
+        return value.reshape(part.shape[0], *self.shape[1:])
 
     def from_hf(self, theirs: Tensor, part_shape: torch.Size) -> Tensor:
-        """`ours[index]`, which has `part_shape`, for their tensor."""
+        """Rows of `ours[index]`, which have `part_shape`, for as many of theirs."""
         if not self.permute:
             return theirs.reshape(part_shape)
         inverse = sorted(range(len(self.permute)), key=self.permute.__getitem__)
@@ -94,7 +105,7 @@ def swiglu_tensors(
     yield HfTensor(down, w2, index, (d_model, width))
 
 
-def deepseek_moe_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+def deepseek_moe_tensors(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     """Router, balancing bias, shared and routed experts, in DeepSeek's and GLM's names.
 
     Their architectures always have a shared expert; where ours has none it is written as zeros,
@@ -108,26 +119,42 @@ def deepseek_moe_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
     width = max(moe.n_shared_experts, 1) * moe.d_expert
     source = f"{ours}shared_experts." if moe.n_shared_experts else None
     yield from swiglu_tensors(f"{theirs}shared_experts.", source, width, model.d_model)
-    yield from expert_tensors(model, layer)
+    yield from expert_tensors(model, f"{theirs}experts.", f"{ours}experts.", layout)
 
 
-def expert_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
-    """The routed experts of a layer, one by one."""
-    theirs, ours = f"model.layers.{layer}.mlp.experts.", f"layers.{layer}.ffn.experts."
-    for e in range(model.moe.n_experts):
-        yield from swiglu_tensors(
-            f"{theirs}{e}.", ours, model.moe.d_expert, model.d_model, index=(e,)
-        )
+def expert_tensors(
+    model: Model,
+    theirs: str,
+    ours: str,
+    layout: Layout,
+    fused: Literal["rows", "halves", "interleaved"] = "rows",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> Iterator[HfTensor]:
+    """The routed experts of a layer.
 
-
-def fused_expert_tensors(model: Model, theirs: str, ours: str, interleaved: bool) -> list[HfTensor]:
-    """All experts of a layer in one tensor each, input dimension first; gate and up in halves or
-    interleaved."""
-    moe, d_model = model.moe, model.d_model
-    n, width = moe.n_experts, moe.d_expert
-    order = (0, 3, 2, 1) if interleaved else (0, 3, 1, 2)
+    fused: how gate and up lie in `gate_up_proj`: one above the other with the output dimension
+    first (as transformers holds most families), or with the input dimension first, side by side
+    (Llama 4) or in turns (GPT-OSS). names: of an expert's matrices where each is on its own.
+    """
+    n, width, d_model = model.moe.n_experts, model.moe.d_expert, model.d_model
+    w13, w2, b13, b2 = (f"{ours}{name}" for name in ("w13", "w2", "b13", "b2"))
+    if layout == "per_expert":
+        for e in range(n):
+            yield from swiglu_tensors(f"{theirs}{e}.", ours, width, d_model, (e,), names)
+            if model.moe.expert_bias:
+                gate, up, down = (f"{theirs}{e}.{name}.bias" for name in names)
+                yield HfTensor(gate, b13, (e, 0), (width,))
+                yield HfTensor(up, b13, (e, 1), (width,))
+                yield HfTensor(down, b2, (e,), (d_model,))
+        return
+    orders: dict[str, tuple[int, ...]] = {"halves": (0, 3, 1, 2), "interleaved": (0, 3, 2, 1)}
     up_shape, down_shape = (n, d_model, 2 * width), (n, width, d_model)
-    return [
-        HfTensor(f"{theirs}gate_up_proj", f"{ours}w13", (), up_shape, order),
-        HfTensor(f"{theirs}down_proj", f"{ours}w2", (), down_shape, (0, 2, 1)),
-    ]
+    down_order: tuple[int, ...] = (0, 2, 1)
+    if fused == "rows":
+        up_shape, down_shape, down_order = (n, 2 * width, d_model), (n, d_model, width), ()
+    yield HfTensor(f"{theirs}gate_up_proj", w13, (), up_shape, orders.get(fused, ()))
+    yield HfTensor(f"{theirs}down_proj", w2, (), down_shape, down_order)
+    if model.moe.expert_bias:
+        order = (0, 2, 1) if fused == "interleaved" else ()
+        yield HfTensor(f"{theirs}gate_up_proj_bias", b13, (), (n, 2 * width), order)
+        yield plain(f"{theirs}down_proj_bias", b2, n, d_model)

@@ -1,11 +1,12 @@
 """Values of an untrusted config.json, checked before anything of their size is made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from configs.model import Model, Rope
 from configs.rules import ConfigError
+from models.hf.tensors import HfTensor, Layout
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,10 @@ class Family:
     """The keys of config.json that are this family's own."""
     parse: Callable[["Values"], Model]
     """The model of a config.json."""
-    layer: Callable[[Model, int], Any]
-    """The tensors of a layer."""
+    layer: Callable[[Model, int, Layout], Iterator[HfTensor]]
+    """The tensors of a layer, its routed experts in the given layout."""
+    layout: Layout
+    """The layout of the family's published checkpoints: what an export has."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,35 @@ class Values:
     raw: dict[str, Any]
     place: str
 
-    def integer(self, key: str, low: int = 1, high: int = 2**24) -> int:
-        """`raw[key]`, an integer in [low, high]."""
-        return int(self._number(self.raw, key, int, low, high))
+    def integer(
+        self, key: str, *also: str, low: int = 1, high: int = 2**24, default: int | None = None
+    ) -> int:
+        """`raw[key]`, an integer in [low, high].
 
-    def number(self, key: str, low: float = 0.0, high: float = 1e12) -> float:
-        """`raw[key]`, a number in [low, high]."""
+        also: other spellings of the key; all that are given must agree. default: for a key that is
+        missing or null, where the architecture has one.
+        """
+        given = [k for k in (key, *also) if self.raw.get(k) is not None]
+        values = {k: self._number(self.raw, k, int, low, high) for k in given}
+        if len(set(values.values())) > 1:
+            pairs = " and ".join(f"{k} = {value}" for k, value in values.items())
+            raise ConfigError(f"{self.place}: {pairs}: two spellings of one key must agree")
+        if not given and default is not None:
+            return default
+        return int(self._number(self.raw, given[0] if given else key, int, low, high))
+
+    def number(
+        self, key: str, low: float = 0.0, high: float = 1e12, default: float | None = None
+    ) -> float:
+        """`raw[key]`, a number in [low, high]; `default` where it is missing or null."""
+        if self.raw.get(key) is None and default is not None:
+            return default
         return float(self._number(self.raw, key, float, low, high))
 
-    def flag(self, key: str) -> bool:
-        """`raw[key]`, true or false."""
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """`raw[key]`, true or false; `default` where it is missing or null."""
+        if self.raw.get(key) is None and default is not None:
+            return default
         if type(self.raw.get(key)) is not bool:
             raise ConfigError(f"{self.place}: {key} = {self.raw.get(key)!r}: must be true or false")
         return bool(self.raw[key])
@@ -52,16 +74,26 @@ class Values:
 
     def rope(self, interleaved: bool) -> Rope:
         """The RoPE of `rope_parameters`, or of the older `rope_theta` and `rope_scaling`."""
-        given = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        source = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
+        given = self.raw.get(source) or {}
         if not isinstance(given, dict):
-            raise ConfigError(f"{self.place}: rope_parameters = {given!r}: must be an object")
-        older = {key: self.raw[key] for key in _OLDER_ROPE_KEYS if key in self.raw}
+            raise ConfigError(f"{self.place}: {source} = {given!r}: must be an object")
+        older = {k: self.raw[k] for k in _OLDER_ROPE_KEYS if self.raw.get(k) is not None}
+        for key in older.keys() & given.keys():
+            if older[key] != given[key]:
+                raise ConfigError(
+                    f"{self.place}: {key} = {older[key]!r}, but {source}.{key} = {given[key]!r}"
+                )
         merged: dict[str, Any] = older | given
         kind = merged.get("rope_type", merged.get("type", "default"))
         if kind not in ("default", "yarn", "llama3"):
             raise ConfigError(
-                f"{self.place}: rope_type = {kind!r}: must be default, yarn or llama3"
+                f"{self.place}: {source}: rope_type = {kind!r}: must be default, yarn or llama3"
             )
+        known = {"rope_type", "type", "truncate", *_OLDER_ROPE_KEYS, *_SCALING_KEYS}
+        unknown = sorted(k for k in given if k not in known and given[k] is not None)
+        if unknown:  # left out, it would change what the weights compute
+            raise ConfigError(f"{self.place}: {source}.{unknown[0]}: this key is not supported")
         if merged.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(
                 f"{self.place}: partial_rotary_factor = {merged['partial_rotary_factor']!r}: "
@@ -109,6 +141,7 @@ _SCALING: dict[str, list[tuple[str, str, float | None]]] = {
     ],
 }
 """(their key, ours, default; None: required)."""
+_SCALING_KEYS = {theirs for rows in _SCALING.values() for theirs, _, _ in rows}
 
 
 def rope_parameters(rope: Rope) -> dict[str, Any]:

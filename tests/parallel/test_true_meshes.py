@@ -5,38 +5,38 @@ looked at are mesh shapes, divisibility and the bytes that the last and the firs
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.degrees import default_world, resolve
 from configs.loader import load
 from models.counts import parameter_counts
-from tests.runs import ROOT, environment
+from tests.runs import ROOT, run
 
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))
 
 
-def held(path: Path, rank: int) -> dict[str, int]:
-    """Parameters that one rank holds, in elements, as its own process counts them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.true_mesh_run", str(path), str(rank)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+@pytest.fixture(scope="module")
+def held() -> dict[str, Any]:
+    """What the first and the last rank of every experiment hold."""
+    first, last = (
+        # two processes: torch remembers a mesh's coordinates by its shape
+        json.loads(run("-m", "tests.parallel.true_mesh_run", which, *EXPERIMENTS).stdout)
+        for which in (0, -1)
+    )
+    return {name: (first[name], last[name]) for name in first}
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_rank_holds_its_share(path: Path) -> None:
+def test_every_rank_holds_its_share(path: Path, held: dict[str, Any]) -> None:
     config = load(path)
     degrees = resolve(config, default_world(config))
     counts = parameter_counts(config.model)
     share = (counts.total - counts.experts) / (degrees.dp_shard * degrees.tp)
     share += counts.experts / (degrees.efsdp * degrees.ep * degrees.etp)
-    first, last = held(path, 0), held(path, degrees.world - 1)
+    first, last = held[path.stem]
     # vectors that the ranks cannot divide evenly are rounded up on the first
     assert first["elements"] == pytest.approx(share, rel=0.01)
     assert last["elements"] <= first["elements"]

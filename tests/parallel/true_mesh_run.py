@@ -1,7 +1,9 @@
-"""One rank of an experiment at its real number of ranks: `true_mesh_run.py FILE.toml RANK`."""
+"""One rank of each experiment at its real size: `true_mesh_run.py RANK FILE.toml ...`."""
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,11 @@ from parallel.apply import parallelize
 from parallel.shards import box_of, local_of
 
 
-def main(file: str, rank: int) -> None:
+def held(file: str, which: int) -> dict[str, Any]:
+    """What rank `which` (negative: from the end) holds, in elements, and the meshes' shapes."""
     config = load(file)
     degrees = resolve(config, default_world(config))
+    rank = which % degrees.world
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
     mesh = meshes.build(degrees, "cpu")
     with torch.device("meta"):
@@ -29,8 +33,9 @@ def main(file: str, rank: int) -> None:
         elements += local_of(parameter).numel()
     views = {"dense": mesh.dense, "whole": mesh.whole, "expert": mesh.expert}
     shapes = {name: list(view.shape) for name, view in views.items()}
-    print(json.dumps({"elements": elements, "meshes": shapes}))
+    dist.destroy_process_group()
+    return {"elements": elements, "meshes": shapes}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    print(json.dumps({Path(f).stem: held(f, int(sys.argv[1])) for f in sys.argv[2:]}))

@@ -1,0 +1,41 @@
+"""Slices of safetensors files, with a bound on how much of them stays mapped.
+
+safetensors maps a file into memory and gives views of it. Pages once touched count as memory of the
+process until the file is closed, and whoever walks through a model of many files would end with
+all of it. So the files are closed each time that 32 MiB have been taken, and opened again on
+demand.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MAPPED_BYTES = 2**25
+"""Files are closed once so many bytes were taken from them."""
+
+
+class MappedFiles:
+    """Open safetensors files by path; errors are those of the library and of the system."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+        self._taken = 0
+
+    def file(self, path: Path) -> Any:
+        """The open file, for its names, shapes and dtypes."""
+        from safetensors import safe_open
+
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+    def slice(self, path: Path, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """`name[index]` of a file, a view of the mapped file: copy it before the next call."""
+        if self._taken > MAPPED_BYTES:
+            self._open.clear()
+            self._taken = 0
+        file = self.file(path)
+        part: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        self._taken += part.nbytes
+        return part

@@ -1,0 +1,242 @@
+"""The weights of a Hugging Face folder as ours, whatever layout and precision they lie in.
+
+All names, shapes and dtypes are compared with the model before anything of their size is made.
+Then rows of our tensors are filled piece by piece, so that what a reader holds is its own result
+and a piece of at most PIECE_BYTES, and every element that was taken is counted: a converter that
+loses experts silently is the classic of its kind.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.model import Model
+from configs.rules import ConfigError
+from models.hf.folder import RawTensor, raw_tensors
+from models.hf.mapped import MappedFiles
+from models.hf.quantised import (
+    GROUP,
+    Quantisation,
+    dequantise_fp8,
+    dequantise_mxfp4,
+    quantisation_of,
+    scale_shape,
+)
+from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
+from models.hf.tensors import HfTensor
+
+PIECE_BYTES = 2**26
+"""Most bytes, in fp32, that are taken from a file at a time (one row at least)."""
+_PLAIN = ("F32", "F16", "BF16")
+_SCALE_DTYPES = ["F32", "BF16", "F8_E8M0"]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor and, where it is quantised, its factors."""
+
+    data: RawTensor
+    scale: RawTensor | None
+    shape: tuple[int, ...]
+
+
+class Source:
+    """An opened folder. `fill` copies rows of one of our tensors out of it."""
+
+    def __init__(self, folder: Path, model: Model, raw: dict[str, Any]) -> None:
+        """model, raw: from `models.hf.files.read_config`. ConfigError: one line, what is wrong."""
+        self.folder = folder
+        self._files = MappedFiles()
+        text = text_config(raw, str(folder / "config.json"))
+        self._quantisation = quantisation_of(text, str(folder / "config.json"))
+        found, copies = raw_tensors(folder, self._files)
+        self.left_out: Counter[str] = Counter({f"file {name}": 1 for name in copies})
+        """What the folder holds beyond the model, and how many tensors of it."""
+        if raw.get("architectures") == [LLAMA4_WITH_IMAGES]:
+            found = self._language_model(found)
+        self._stored = self._pair_with_scales(found)
+        self.tensors = list(hf_tensors(model, self._stored))
+        self._check_names(model, text)
+        self._by_ours: dict[str, list[HfTensor]] = {}
+        for t in self.tensors:
+            self._check(t)
+            if t.ours is not None:
+                self._by_ours.setdefault(t.ours, []).append(t)
+        self._taken: Counter[str] = Counter()
+
+    def __contains__(self, ours: str) -> bool:
+        return ours in self._by_ours
+
+    def fill(self, ours: str, out: Tensor, start: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
+        """Copy rows `start` and on of our tensor into `out`, of any dtype and device."""
+        for t in self._by_ours[ours]:
+            if not t.index:
+                self._copy(t, out, start, piece_bytes)
+            elif start <= t.index[0] < start + len(out):
+                part = out[(t.index[0] - start, *t.index[1:])]
+                self._copy(t, part, 0, piece_bytes)
+
+    def check_complete(self) -> None:
+        """Every element of every tensor was taken, once."""
+        for t in self.tensors:
+            if t.ours is not None:
+                assert self._taken[t.name] == math.prod(t.shape), f"{t.name} was not read in full"
+
+    def _copy(self, t: HfTensor, part: Tensor, first: int, piece_bytes: int) -> None:
+        rows = max(1, piece_bytes // max(4 * math.prod(t.shape[1:]), 1))
+        for a in range(0, len(part), rows):
+            piece = part[a : a + rows]
+            theirs = self._rows(self._stored[t.name], first + a, first + a + len(piece))
+            piece.copy_(t.from_hf(theirs, piece.shape))
+            if not piece.isfinite().all():
+                raise ConfigError(f"{self._stored[t.name].data.path}: {t.name} holds inf or NaN")
+            self._taken[t.name] += piece.numel()
+
+    def _rows(self, stored: _Stored, start: int, stop: int) -> Tensor:
+        data = self._slice(stored.data, start, stop)
+        if stored.scale is None:
+            return data
+        if self._quantisation.method == "mxfp4":
+            return dequantise_mxfp4(data, self._slice(stored.scale, start, stop))
+        block = self._quantisation.block
+        if data.dim() > 2:  # whole matrices
+            return dequantise_fp8(data, self._slice(stored.scale, start, stop), block)
+        scale = self._slice(stored.scale, start // block[0], -(-stop // block[0]))
+        return dequantise_fp8(data, scale, block, start)
+
+    def _slice(self, raw: RawTensor, start: int, stop: int) -> Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            return self._files.slice(raw.path, raw.name, (slice(start, stop),))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{raw.path}: {raw.name}: unreadable: {error}") from None
+
+    def _language_model(self, found: dict[str, RawTensor]) -> dict[str, RawTensor]:
+        prefix, inner = "language_model.", {}
+        for name, tensor in found.items():
+            if name.startswith(("vision_model.", "multi_modal_projector.")):
+                self.left_out["vision model"] += 1
+            else:
+                inner[name.removeprefix(prefix)] = tensor
+        return inner
+
+    def _pair_with_scales(self, found: dict[str, RawTensor]) -> dict[str, _Stored]:
+        """Quantised tensors under the name they have unquantised, with their factors."""
+        method = self._quantisation.method
+        pairs = {"none": [], "fp8": [("", "_scale_inv")], "mxfp4": [("_blocks", "_scales")]}[method]
+        stored: dict[str, _Stored] = {}
+        used: set[str] = set()
+        for data_end, scale_end in pairs:
+            for scale_name in [name for name in found if name.endswith(scale_end)]:
+                name = scale_name.removesuffix(scale_end)
+                if name + data_end in found:
+                    data, scale = found[name + data_end], found[scale_name]
+                    stored[name] = _quantised(data, scale, self._quantisation)
+                    used |= {name + data_end, scale_name}
+        for name, tensor in found.items():
+            if name not in used:
+                stored[name] = _Stored(tensor, None, tensor.shape)
+        return stored
+
+    def _check_names(self, model: Model, raw: dict[str, Any]) -> None:
+        expected = {t.name for t in self.tensors}
+        missing = expected - self._stored.keys()
+        if "lm_head.weight" in missing:
+            raise ConfigError(
+                f"{self.folder}: lm_head.weight is missing, though tie_word_embeddings in "
+                "config.json is false or not given"
+            )
+        extra = [name for name in self._stored if name not in expected]
+        extra = [name for name in extra if not self._may_leave_out(name, model, raw)]
+        for kind, names in (("missing", missing), ("unexpected", extra)):
+            if names:
+                packed = (
+                    names
+                    and self._quantisation.method == "none"
+                    and any(
+                        name.endswith(("_scale_inv", "_blocks", "_scales")) for name in self._stored
+                    )
+                )
+                hint = "; config.json has no quantization_config for them" if packed else ""
+                raise ConfigError(
+                    f"{self.folder}: {len(names)} tensors {kind}, the first is {min(names)}{hint}"
+                )
+
+    def _may_leave_out(self, name: str, model: Model, raw: dict[str, Any]) -> bool:
+        """Whether the model is the same without the tensor; noted in `left_out`."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        modules = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers"))
+        modules = modules if type(modules) is int else 0
+        if layer and model.n_layers <= int(layer[1]) < model.n_layers + modules:
+            self.left_out["multi-token prediction"] += 1
+        elif name.endswith(".rotary_emb.inv_freq"):
+            self.left_out["RoPE frequencies, which config.json gives"] += 1
+        elif name == "lm_head.weight" and model.tie_embeddings:
+            self._check_tied()
+            self.left_out["lm_head.weight, equal to the tied embedding"] += 1
+        else:
+            return False
+        return True
+
+    def _check_tied(self) -> None:
+        head, embedding = (
+            self._stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        same = head is not None and embedding is not None and head.shape == embedding.shape
+        if same and head is not None and embedding is not None:
+            rows = max(1, PIECE_BYTES // max(4 * math.prod(head.shape[1:]), 1))
+            for a in range(0, head.shape[0], rows):
+                stop = min(a + rows, head.shape[0])
+                mine = self._rows(head, a, stop).float()
+                same = same and torch.equal(mine, self._rows(embedding, a, stop).float())
+        if not same:
+            raise ConfigError(
+                f"{self.folder / 'config.json'}: tie_word_embeddings = true, but lm_head.weight "
+                "is another matrix than model.embed_tokens.weight; set it to false"
+            )
+
+    def _check(self, t: HfTensor) -> None:
+        stored = self._stored[t.name]
+        data, place = stored.data, f"{stored.data.path}: {stored.data.name}"
+        if stored.shape != t.shape:
+            raise ConfigError(
+                f"{place} has shape {list(stored.shape)}, config.json asks for {list(t.shape)}"
+            )
+        if stored.scale is not None:
+            return
+        if data.dtype not in _PLAIN:
+            raise ConfigError(
+                f"{place} has dtype {data.dtype} and no factors that quantization_config of "
+                f"config.json announces: must be one of {', '.join(_PLAIN)}"
+            )
+
+
+def _quantised(data: RawTensor, scale: RawTensor, how: Quantisation) -> _Stored:
+    """ConfigError where data and factors do not fit each other."""
+    if how.method == "fp8":
+        dtypes, wanted = ["F8_E4M3"], _SCALE_DTYPES
+        fits = len(data.shape) > 1 and scale.shape == scale_shape(data.shape, how.block)
+        shape = data.shape
+    else:
+        dtypes, wanted = ["U8"], ["U8"]
+        fits = len(data.shape) == 4 and data.shape == (*scale.shape, GROUP // 2)
+        shape = (data.shape[0], data.shape[2] * GROUP, data.shape[1]) if fits else data.shape
+    for tensor, allowed in ((data, dtypes), (scale, wanted)):
+        if tensor.dtype not in allowed:
+            raise ConfigError(
+                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}: "
+                f"{how.method} has {' or '.join(allowed)} there"
+            )
+    if not fits:
+        raise ConfigError(
+            f"{scale.path}: {scale.name} has shape {list(scale.shape)}, which does not fit "
+            f"{data.name} of {list(data.shape)}"
+        )
+    return _Stored(data, scale, shape)
