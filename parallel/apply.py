@@ -151,17 +151,23 @@ def _placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
     return Shard(even[0] if even else 0)
 
 
-def materialise(model: Decoder, config: Model, seed: int, device: torch.device) -> None:
-    """Allocate this rank's shards and draw their initial values; identical for every mesh."""
+def materialise(
+    model: Decoder, config: Model, seed: int, device: torch.device, offload: bool = False
+) -> None:
+    """Allocate this rank's shards and draw their initial values; identical for every mesh.
+
+    offload: keep the shards in host memory; FSDP2 brings them to the device.
+    """
+    home = torch.device("cpu") if offload else device
     try:
-        model.to_empty(device=device)
+        model.to_empty(device=home)
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower():
             raise
         held = sum(local_of(parameter).nbytes for parameter in model.parameters())
         raise ConfigError(
             f"model: this rank's part of the weights, {held / 2**30:,.1f} GiB, does not fit into "
-            f"the memory of {device}; use more ranks or a smaller model"
+            f"the memory of {home}; use more ranks or a smaller model"
         ) from None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -170,5 +176,6 @@ def materialise(model: Decoder, config: Model, seed: int, device: torch.device) 
             rows, *rest = box.slices()
             value = initial_value(config, seed, name, tuple(parameter.shape), rows)
             parameter.to_local().copy_(value[(slice(None), *rest)])
-        for buffer in model.buffers():
-            buffer.zero_()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.zeros_like(buffer, device=device))

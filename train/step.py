@@ -78,7 +78,7 @@ def train_step(
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
     global_loss = sum_over_ranks(total.clone())
-    if not torch.isfinite(norm + global_loss):
+    if not torch.isfinite(norm + global_loss.to(norm.device)):
         raise NonFiniteError(_diagnose(model, step, float(total)))
     if clip_norm:
         scale_grads(parameters, norm, clip_norm)

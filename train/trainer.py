@@ -64,7 +64,8 @@ class Trainer:
         with torch.device("meta"):
             self.model = Decoder(config.model)
         parallelize(self.model, mesh, config, self.compute)
-        materialise(self.model, config.model, config.run.seed, ranks.device)
+        offload = config.parallel.cpu_offload
+        materialise(self.model, config.model, config.run.seed, ranks.device, offload)
         self.model.train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
