@@ -185,6 +185,15 @@ class Moe:
     bias_update_rate: float = 0.0
     """Step of the aux-loss-free balancing bias per optimizer step (arXiv:2408.15664). 0: the
     router has no bias."""
+    seq_aux_loss_coef: float = 0.0
+    """Factor of the sequence-wise balance loss (DeepSeek-V3, arXiv:2412.19437, eq. 17-20), of every
+    MoE layer; the loss is 1 at perfect balance. 0: off."""
+    global_aux_loss_coef: float = 0.0
+    """Factor of the balance loss over the global batch (arXiv:2501.11873), of every MoE layer; the
+    loss is 1 at perfect balance. 0: off."""
+    router_z_loss_coef: float = 0.0
+    """Factor of the router z-loss (ST-MoE, arXiv:2202.08906), of every MoE layer; it keeps the
+    router's logits small. 0: off."""
     force_balance: bool = False
     """Benchmarks only: ignore the router's choice and send tokens round-robin."""
 
@@ -194,6 +203,7 @@ class Moe:
         between(self, 1e-9, 1e9, "route_scale")
         between(self, 0, 2**10, "n_shared_experts")
         between(self, 0, 1, "bias_update_rate")
+        between(self, 0, 100, "seq_aux_loss_coef", "global_aux_loss_coef", "router_z_loss_coef")
         if self.n_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
             raise ConfigError(
                 f"n_groups = {self.n_groups}, top_groups = {self.top_groups}: n_groups must divide "
@@ -231,6 +241,9 @@ class Model:
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = True
     """Use the embedding as output head."""
+    mtp_depth: int = 0
+    """Modules of multi-token prediction, used in training only: module k predicts the (k+1)-th next
+    token (DeepSeek-V3, arXiv:2412.19437, section 2.2) with a block like the last. 0: none."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get it divided by
     sqrt(2 * n_layers) (GPT-2)."""
@@ -242,9 +255,11 @@ class Model:
         between(self, 1e-9, 100, "init_std")
         between(self, 0, 1, "norm_eps")
         between(self, 0, self.n_layers, "n_dense_layers")
+        between(self, 0, 16, "mtp_depth")
         if not self.d_ff and not all(map(self.is_moe, range(self.n_layers))):
             raise ConfigError("d_ff = 0: dense layers (n_dense_layers, moe_every) need their width")
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) has experts."""
+        """Whether layer `layer` (from 0) has experts; MTP modules are like the last layer."""
+        layer = min(layer, self.n_layers - 1)
         return layer >= self.n_dense_layers and (layer + 1) % self.moe_every == 0

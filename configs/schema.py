@@ -62,6 +62,9 @@ class Train:
     """Sequences per optimizer step, over all ranks."""
     micro_batch: int
     """Sequences per rank and forward pass; the rest is gradient accumulation."""
+    mtp_weight: float = 0.3
+    """Factor of the mean loss of the MTP modules (with `model.mtp_depth`). DeepSeek-V3: 0.3 for the
+    first 10T tokens, 0.1 for the other 4.8T."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     log_every: int = 1
@@ -77,6 +80,7 @@ class Train:
         between(self, 1, 2**31, "steps", "log_every", "gc_every")
         between(self, 1, 2**20, "global_batch", "micro_batch")
         at_least(self, 0, "clip_norm")
+        between(self, 0, 100, "mtp_weight")
         between(self, 0, 1024, "threads")
 
 

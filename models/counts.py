@@ -12,14 +12,18 @@ from models.decoder import Decoder
 @dataclass(frozen=True)
 class ParameterCounts:
     """Numbers of parameters. `active` counts those one token uses; the input embedding is part
-    of both, and given apart because some published counts leave it out."""
+    of both, and given apart because some published counts leave it out. MTP modules count in
+    neither: published sizes leave them out, and serving may."""
 
     total: int
     active: int
     embedding: int
+    mtp: int
+    """Parameters of the MTP modules, which share embedding and head with the model."""
     experts: int
+    """Of routed experts, in MTP modules too."""
     layers: tuple[tuple[int, int], ...]
-    """(all parameters, those of routed experts) of every block."""
+    """(all parameters, those of routed experts) of every block, MTP modules last."""
 
     def blocks(self, ep: int) -> "BlockSizes":
         """Sizes of the blocks where `ep` ranks divide the experts."""
@@ -38,15 +42,23 @@ def parameter_counts(model: Model) -> ParameterCounts:
     """Counted on the meta device, so the counts are those of the model that trains."""
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in Decoder(model).named_parameters()}
-    total = sum(sizes.values())
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    idle = experts - experts * model.moe.top_k // model.moe.n_experts
-    layers = []
-    for index in range(model.n_layers):
-        own = {n: size for n, size in sizes.items() if n.startswith(f"layers.{index}.")}
+    layers, stacks = [], [("layers", model.n_layers), ("mtp", model.mtp_depth)]
+    for prefix in [f"{stack}.{i}." for stack, count in stacks for i in range(count)]:
+        own = {name: size for name, size in sizes.items() if name.startswith(prefix)}
         routed = sum(size for name, size in own.items() if ".experts." in name)
         layers.append((sum(own.values()), routed))
-    return ParameterCounts(total, total - idle, sizes["embed.weight"], experts, tuple(layers))
+    mtp = sum(every for every, _ in layers[model.n_layers :])
+    total = sum(sizes.values()) - mtp
+    routed = sum(experts for _, experts in layers[: model.n_layers])
+    idle = routed - routed * model.moe.top_k // model.moe.n_experts
+    return ParameterCounts(
+        total=total,
+        active=total - idle,
+        embedding=sizes["embed.weight"],
+        mtp=mtp,
+        experts=sum(experts for _, experts in layers),
+        layers=tuple(layers),
+    )
 
 
 def flops_per_token(model: Model, seq_len: int) -> float:
@@ -55,12 +67,13 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     6 per active matrix parameter (2 forward, 4 backward), the head and the router included, the
     embedding look-up and the vectors (norms, biases, sinks) not; attention: 6 * heads * (query
     width + value width) per key seen, and a query sees on average (seq_len + 1) / 2 keys, or what
-    its window or chunk leaves of them.
+    its window or chunk leaves of them. MTP modules are part of it, each with the head once more.
     """
     with torch.device("meta"):
         sizes = {name: p for name, p in Decoder(model).named_parameters()}
     share = model.moe.top_k / model.moe.n_experts
-    matrices = 0.0
+    head = model.vocab_size * model.d_model
+    matrices = float(head * model.mtp_depth)
     for name, p in sizes.items():
         expert = ".experts." in name
         # a tied embedding multiplies once, as the head; an untied one only looks up
@@ -69,7 +82,8 @@ def flops_per_token(model: Model, seq_len: int) -> float:
             matrices += p.numel() * (share if expert else 1.0)
     attention = model.attention
     per_key = 6 * attention.n_heads * (attention.qk_dim + attention.value_dim)
-    keys = sum(_keys_seen(model, index, seq_len) for index in range(model.n_layers))
+    blocks = [*range(model.n_layers), *[model.n_layers - 1] * model.mtp_depth]
+    keys = sum(_keys_seen(model, index, seq_len) for index in blocks)
     return 6 * matrices + per_key * keys
 
 

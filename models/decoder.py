@@ -7,40 +7,22 @@ training the loss (never holding all logits), in serving the logits of each requ
 T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Model
-from models.attention import AttentionCore, GroupedQueryAttention, LatentAttention, Tables
+from models.attention import AttentionCore
+from models.block import Block
 from models.exchange import Exchange
-from models.moe import FeedForward, MoE
+from models.mtp import MtpModule
 from models.norm import RMSNorm
 from models.rope import rope_tables
 
 Output = Callable[[Tensor, Tensor], Any]
 """What to make of the final hidden states `x_TD` and the head's weight `[V, D]`."""
-
-
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual."""
-
-    def __init__(self, config: Model, index: int) -> None:
-        super().__init__()
-        latent = config.attention.kind == "mla"
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = (LatentAttention if latent else GroupedQueryAttention)(config, index)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        moe = config.is_moe(index)
-        self.ffn = MoE(config) if moe else FeedForward(config.d_model, config.d_ff)
-
-    def forward(
-        self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
-    ) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, tables, core)
-        return x_TD + self.ffn(self.ffn_norm(x_TD))
 
 
 class Decoder(nn.Module):
@@ -52,10 +34,15 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mtp = nn.ModuleList(MtpModule(config) for _ in range(config.mtp_depth))
         self.head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.exchange = Exchange()
+
+    def blocks(self) -> list[Block]:
+        """Every block, those of the MTP modules last: what is sharded one by one."""
+        return [block for stack in (self.layers, self.mtp) for block in stack]  # type: ignore[misc]
 
     def forward(
         self,
@@ -63,14 +50,25 @@ class Decoder(nn.Module):
         positions_T: Tensor,
         core: AttentionCore,
         output: Output = F.linear,
+        ahead: Sequence[tuple[Tensor, Output]] = (),
     ) -> Any:
         """`output(x_TD, head_weight_VD)`; with the default, logits `[T, V]`.
 
         tokens_T, positions_T: integers; a position counts from the start of its document.
+        ahead: for each MTP module to run, the tokens it reads (`[T]`, module k: the k-th successor
+        of every token) and what to make of its hidden states; a tuple of all outputs is returned.
         """
         x_TD = self.embed(tokens_T)
         tables = rope_tables(positions_T, self.config.rope, self.config.attention.rope_dim)
         for block in self.layers:
             x_TD = block(x_TD, positions_T, tables, core)
         head = self.embed if self.head is None else self.head
-        return output(self.exchange.gather(self.norm(x_TD)), head.weight)
+        x_TD = self.norm(x_TD)
+        main = output(self.exchange.gather(x_TD), head.weight)
+        if not ahead:
+            return main
+        outputs = [main]
+        for module, (successors_T, module_output) in zip(self.mtp, ahead, strict=True):
+            x_TD = module(x_TD, self.embed(successors_T), positions_T, tables, core)
+            outputs.append(module_output(self.exchange.gather(x_TD), head.weight))
+        return tuple(outputs)

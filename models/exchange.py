@@ -16,6 +16,9 @@ class Exchange:
     group: ProcessGroup | None = None
     """The ranks that divide the layers, and the vocabulary."""
 
+    place: int = 0
+    """Which of these ranks this one is: it has the `place`-th share of the tokens."""
+
     def gather(self, x_tD: Tensor) -> Tensor:
         """All tokens `[T, D]` from this rank's share of them."""
         return x_tD
@@ -23,3 +26,7 @@ class Exchange:
     def reduce_scatter(self, y_TD: Tensor) -> Tensor:
         """This rank's tokens `[t, D]` of the sum over ranks."""
         return y_TD
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, without a gradient."""
+        return values

@@ -7,8 +7,11 @@ experts, so that a token's experts lie on few nodes (DeepSeek-V2, arXiv:2405.044
 2.2.2). The weight of a chosen expert is its score without that bias. (Softmax over the chosen
 logits, as Mixtral and GPT-OSS define it, is softmax over all with `norm_top_k`.)
 
+Scores can be equal (a saturated sigmoid, experts that were copied), and `topk` orders equals as it
+likes; here the lowest index wins, on every device, so that runs repeat bit for bit.
+
 Balancing without an auxiliary loss (arXiv:2408.15664): the bias moves by a fixed step against the
-load, once per optimizer step, from the counts of all ranks.
+load, once per optimizer step, from the counts of all ranks. Auxiliary losses: `models.balance`.
 
 T tokens, K experts per token, E experts, D model width, L MoE layers.
 """
@@ -21,22 +24,34 @@ from torch import Tensor, nn
 
 from configs.model import Moe
 from kernels.permute import count_choices
+from kernels.topk import top_indices
+from models.balance import (
+    NAMES,
+    Decision,
+    StepScope,
+    attach,
+    auxiliary_losses,
+    coefficients,
+    sequence_frequency,
+)
+from models.exchange import Exchange
 
 
 class Tape:
-    """The expert choice of one pass through a router, for passes that must choose alike."""
+    """What a router decided in one pass, for passes that must decide alike."""
 
-    ids_TK: Tensor | None = None
+    decision: Decision | None = None
 
 
 class Router(nn.Module):
     """Scores, choice and routing weights; counts its choices while training."""
 
     tape: Tape | None = None
-    """Where the next passes record their choice, or find it: recomputation replays, it never routes
-    or counts again. Whoever recomputes sets it."""
+    """Where the next passes record what they decide, or find it: recomputation replays, it never
+    routes or counts again. Whoever recomputes sets it."""
     bias_E: Tensor
     tokens_per_expert_E: Tensor
+    loss_values_3: Tensor
 
     def __init__(self, d_model: int, config: Moe) -> None:
         super().__init__()
@@ -48,6 +63,11 @@ class Router(nn.Module):
         # choices since the last `take_counts`
         counts = torch.zeros(config.n_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert_E", counts, persistent=False)
+        # auxiliary losses since the last `take_losses`
+        self.register_buffer("loss_values_3", torch.zeros(len(NAMES)), persistent=False)
+        self.exchange = Exchange()
+        # of the running optimizer step; without one the auxiliary losses are not trained
+        self.scope: StepScope | None = None
 
     def float_bias(self) -> None:
         """Undo `module.to(dtype)` for the balancing bias: it is fp32 always."""
@@ -60,39 +80,55 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.float(), self.weight.float(), bias)
         softmax = config.score_func == "softmax"
         scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
-        ids_TK = self._decide(scores_TE.detach())
-        weights_TK = scores_TE.gather(1, ids_TK)
+        made = self._decide(scores_TE.detach())
+        weights_TK = scores_TE.gather(1, made.ids_TK)
         if config.norm_top_k:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return ids_TK, weights_TK * config.route_scale
+        if self.training and self.scope is not None and any(coefficients(config)):
+            losses_3 = auxiliary_losses(
+                config, self.scope, logits_TE, scores_TE, made, self.exchange
+            )
+            weights_TK = attach(weights_TK, losses_3, config, self.loss_values_3)
+        return made.ids_TK, weights_TK * config.route_scale
 
-    def _decide(self, scores_TE: Tensor) -> Tensor:
-        """The choice, from the tape where that holds one already; else counted and recorded."""
-        if self.tape is not None and self.tape.ids_TK is not None:
-            return self.tape.ids_TK
-        if self.config.force_balance:
-            ids_TK = _round_robin(len(scores_TE), self.config, scores_TE.device)
+    def _decide(self, scores_TE: Tensor) -> Decision:
+        """What is decided once per microbatch, from the tape where that holds it already; else
+        the choice is counted, what the balance losses need is collected, and all is recorded."""
+        config = self.config
+        if self.tape is not None and self.tape.decision is not None:
+            return self.tape.decision
+        if config.force_balance:
+            ids_TK = _round_robin(scores_TE.shape[0], config, scores_TE.device)
         else:
-            ids_TK = choose(scores_TE + self.bias_E, self.config)
+            ids_TK = choose(scores_TE + self.bias_E, config)
+        load_E = frequency_NE = None
         if self.training:
-            self.tokens_per_expert_E += count_choices(ids_TK, self.config.n_experts)
+            self.tokens_per_expert_E += count_choices(ids_TK, config.n_experts)
+            if self.scope is not None and config.global_aux_loss_coef:
+                load_E = self.scope.reduce_counts(self.tokens_per_expert_E.clone())
+            if self.scope is not None and config.seq_aux_loss_coef:
+                frequency_NE = sequence_frequency(
+                    scores_TE, config.top_k, self.scope, self.exchange
+                )
+        made = Decision(ids_TK, load_E, frequency_NE)
         if self.tape is not None:
-            self.tape.ids_TK = ids_TK
-        return ids_TK
+            self.tape.decision = made
+        return made
 
 
 def choose(biased_TE: Tensor, config: Moe) -> Tensor:
-    """Ids `[T, K]` of the experts with the best biased scores, within the best groups."""
+    """Ids `[T, K]` of the experts with the best biased scores, within the best groups, best first;
+    of equals the lowest index."""
     if config.top_groups < config.n_groups:
         groups_TGE = biased_TE.unflatten(1, (config.n_groups, -1))
         if config.score_func == "sigmoid":
             best_of_group = groups_TGE.topk(min(2, groups_TGE.shape[2]), dim=2).values.sum(2)
         else:
             best_of_group = groups_TGE.amax(2)
-        kept = best_of_group.topk(config.top_groups, dim=1).indices
+        kept = top_indices(best_of_group, config.top_groups)
         outside = torch.ones_like(best_of_group, dtype=torch.bool).scatter_(1, kept, False)
         biased_TE = groups_TGE.masked_fill(outside[:, :, None], float("-inf")).flatten(1)
-    return biased_TE.topk(config.top_k, dim=-1).indices
+    return top_indices(biased_TE, config.top_k)
 
 
 def _round_robin(n_tokens: int, config: Moe, device: torch.device) -> Tensor:
@@ -118,6 +154,28 @@ def take_counts(model: nn.Module, reduce_counts: Callable[[Tensor], Tensor]) -> 
     for router in found:
         router.tokens_per_expert_E.zero_()
     return counts_LE
+
+
+def open_step(model: nn.Module, scope: StepScope) -> None:
+    """Tell the routers of an optimizer step, so that they train the auxiliary losses."""
+    for router in routers(model):
+        router.scope = scope
+
+
+def take_losses(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """The auxiliary losses in use since the last call, without coefficients, mean over layers.
+
+    reduce: sums a tensor over all data ranks.
+    """
+    found = routers(model)
+    used = dict(zip(NAMES, coefficients(found[0].config), strict=True)) if found else {}
+    if not any(used.values()):
+        return {}
+    sums_3 = reduce(torch.stack([r.loss_values_3 for r in found]).sum(0))
+    for router in found:
+        router.loss_values_3.zero_()
+    means = (sums_3 / len(found)).tolist()
+    return {name: mean for name, mean in zip(NAMES, means, strict=True) if used[name]}
 
 
 def update_biases(model: nn.Module, counts_LE: Tensor) -> None:

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 from configs.model import Model
 from configs.rules import ConfigError
 from configs.schema import RunConfig
-from models.decoder import Block, Decoder
+from models.block import Block
+from models.decoder import Decoder
 from models.init import initial_value
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
@@ -49,7 +50,7 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
     apply_tensor_parallel(model, mesh.dense["tp"])
     apply_recompute(model, config.parallel)
     if config.parallel.compile:
-        for block in model.layers:
+        for block in model.blocks():
             block.compile()
     _apply_fsdp(model, mesh, config, compute)
 
@@ -59,7 +60,7 @@ def _apply_fsdp(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
     dense, whole = mesh.fsdp(mesh.dense, "dp_shard"), mesh.fsdp(mesh.whole, "dp_shard_tp")
     expert = mesh.fsdp(mesh.expert, "efsdp")
     divided = mesh.degrees.tp > 1
-    blocks = [block for block in model.layers if isinstance(block, Block)]
+    blocks = model.blocks()
     for block in blocks:
         if isinstance(block.ffn, MoE) and (divided or mesh.degrees.ep > 1):
             shard([block.ffn.experts], expert)

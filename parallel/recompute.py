@@ -54,8 +54,8 @@ def apply_recompute(model: Decoder, config: Parallel) -> None:
         return
     kept = config.recompute_keep if config.recompute == "selective" else ()
     operations = [operation for name in kept for operation in KEEP[name]]
-    for block in model.layers[:: config.recompute_every]:
-        block.forward = _Recomputed(block, operations)
+    for block in model.blocks()[:: config.recompute_every]:
+        block.forward = _Recomputed(block, operations)  # type: ignore[method-assign, assignment]
 
 
 class _Recomputed:

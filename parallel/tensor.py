@@ -75,8 +75,10 @@ def _divide_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
 class TensorExchange(Exchange):
     """The exchange between the ranks of one tensor-parallel group."""
 
+    group: dist.ProcessGroup
+
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        self.group, self.place = group, dist.get_rank(group)
 
     def gather(self, x_tD: Tensor) -> Tensor:
         gathered: Tensor = _Gather.apply(x_tD, self.group)
@@ -85,6 +87,10 @@ class TensorExchange(Exchange):
     def reduce_scatter(self, y_TD: Tensor) -> Tensor:
         scattered: Tensor = _ReduceScatter.apply(y_TD, self.group)
         return scattered
+
+    def sum(self, values: Tensor) -> Tensor:
+        total: Tensor = _c10d.wait_tensor(_c10d.all_reduce(values, "sum", self.group.group_name))
+        return total
 
 
 class VocabularyEmbedding(nn.Embedding):
@@ -95,7 +101,7 @@ class VocabularyEmbedding(nn.Embedding):
     def forward(self, tokens_T: Tensor) -> Tensor:
         """The embeddings of this rank's tokens, `[t, D]`."""
         weight_vD = self.weight
-        first = dist.get_rank(self.exchange.group) * weight_vD.shape[0]
+        first = self.exchange.place * weight_vD.shape[0]
         index_T = tokens_T - first
         mine_T = (index_T >= 0) & (index_T < weight_vD.shape[0])
         rows_TD = F.embedding(index_T.where(mine_T, 0), weight_vD)

@@ -20,6 +20,7 @@ import torch
 
 from configs.loader import load
 from train.corpus import prepare
+from train.metrics import FORCED_BALANCE
 
 EXPERIMENT = "configs/demo.toml"
 SAME_MODEL = [
@@ -42,6 +43,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="runs of each (default 4)")
     parser.add_argument("--steps", type=int, default=40, help="steps per run (default 40)")
     options = parser.parse_args()
+    if load(EXPERIMENT, SAME_MODEL).model.moe.force_balance:
+        print(FORCED_BALANCE)
     corpus = prepare(load(EXPERIMENT), print)
     trainer: list[float] = []
     plain: list[float] = []

@@ -67,6 +67,7 @@ def import_hf(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists; an import makes a new folder")
     source = Source(source_folder, model, raw)
+    model = source.model
     with torch.device("meta"):
         state = Decoder(model).state_dict()
     _check_space(out.parent, sum(4 * value.numel() for value in state.values()))

@@ -9,6 +9,7 @@ from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
 from train import checkpoint, sources
+from train.metrics import FORCED_BALANCE
 from train.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
 
 _STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
@@ -30,8 +31,10 @@ def report(config: RunConfig, degrees: Degrees) -> str:
         f"  parameters    {counts.total:>15,}",
         f"  active        {counts.active:>15,}   per token; {counts.active - counts.embedding:,} "
         "without the input embedding",
+        *_mtp_lines(counts.mtp),
         f"  FLOPs / token {flops:>15,.0f}   forward and backward, causal half of attention",
         f"  export as     {_export_name(config)}",
+        *[f"  {FORCED_BALANCE}"] * config.model.moe.force_balance,
         "step",
         f"  tokens        {tokens:>15,}   {config.train.global_batch} sequences of "
         f"{config.data.seq_len}",
@@ -42,6 +45,10 @@ def report(config: RunConfig, degrees: Degrees) -> str:
         *_bytes_per_rank(config, degrees),
     ]
     return "\n".join(lines)
+
+
+def _mtp_lines(mtp: int) -> list[str]:
+    return [f"  MTP modules   {mtp:>15,}   in neither count; embedding and head shared"] * bool(mtp)
 
 
 def find_inputs(config: RunConfig) -> None:
@@ -64,12 +71,13 @@ def _export_name(config: RunConfig) -> str:
 
 def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
     counts = parameter_counts(config.model)
-    held = (counts.total - counts.experts) / degrees.dp_shard
+    every = counts.total + counts.mtp
+    held = (every - counts.experts) / degrees.dp_shard
     held += counts.experts / (degrees.efsdp * degrees.ep)
     rows = [(name, held * size) for name, size in _STATE_BYTES.items()]
     # the root (embedding, final norm, head) stays gathered; of the blocks one, or all
     blocks = counts.blocks(degrees.ep)
-    root = counts.total - counts.blocks(1).sum
+    root = every - counts.blocks(1).sum
     gathered = root + (blocks.largest if config.parallel.reshard_after_forward else blocks.sum)
     size = 4 if config.precision.recipe == "fp32" else 2
     rows.append(("gathered weights", gathered * size))

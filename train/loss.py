@@ -1,21 +1,77 @@
-"""The training loss: cross-entropy summed over target tokens."""
+"""The training loss: cross-entropy summed over target tokens, of the model and its MTP modules.
 
+Sums, not means: the step divides by the target tokens of all ranks and microbatches, so that
+documents of unequal length weigh the same on every mesh. Ranks that divide the vocabulary each
+give the loss of the targets among their words.
+
+MTP module k sees token i + k at position i and predicts what the model predicts at i + k. Where
+i + k lies in another document, or beyond the sequence, there is no target: the row passes through
+the block (nobody in its document comes after it) and counts in no loss.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cross_entropy import linear_cross_entropy
-from models.decoder import Decoder
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from models.decoder import Decoder, Output
 from train.batches import Batch
 
 
 def loss_sum(model: Decoder, batch: Batch) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of a batch's targets, an fp32 scalar.
-
-    A sum, not a mean: the caller divides by the target tokens of the whole step, over all ranks
-    and microbatches, so that documents of unequal length weigh the same on every mesh.
-    """
-
-    def output(x_TD: Tensor, head_VD: Tensor) -> Tensor:
-        return linear_cross_entropy(x_TD, head_VD, batch.targets_T, model.exchange.group)
-
+    """Sum of the negative log-likelihoods (nats) of a batch's targets, an fp32 scalar."""
+    output = _cross_entropy(batch.targets_T, model.exchange.group)
     total: Tensor = model(batch.tokens_T, batch.positions_T, batch.core, output)
     return total
+
+
+def loss_sums(model: Decoder, batch: Batch, mtp_depth: int) -> Tensor:
+    """`loss_sum` of the model and of each MTP module, fp32 `[1 + mtp_depth]`."""
+    if not mtp_depth:
+        return loss_sum(model, batch)[None]
+    ahead, group = [], model.exchange.group
+    for depth in range(1, mtp_depth + 1):
+        successors_T, targets_T = look_ahead(batch, depth)
+        ahead.append((successors_T, _cross_entropy(targets_T, group)))
+    main = _cross_entropy(batch.targets_T, group)
+    return torch.stack(model(batch.tokens_T, batch.positions_T, batch.core, main, ahead))
+
+
+def count_tokens(batches: Sequence[Batch], mtp_depth: int) -> Tensor:
+    """Tokens, targets of the model, targets of each MTP module: int64 `[2 + mtp_depth]`.
+
+    On the batches' device, since those of the MTP modules are counted there.
+    """
+    tokens = sum(batch.tokens_T.numel() for batch in batches)
+    counts = torch.tensor(
+        [tokens, sum(batch.n_targets for batch in batches), *[0] * mtp_depth],
+        device=batches[0].tokens_T.device,
+    )
+    for batch in batches:
+        for depth in range(1, mtp_depth + 1):
+            counts[1 + depth] += (look_ahead(batch, depth)[1] != IGNORE).sum()
+    return counts
+
+
+def look_ahead(batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
+    """What MTP module `depth` (from 1) reads and predicts, both `[T]`: the token `depth` places on,
+    and the target there; token 0 and IGNORE where that is not in the same document."""
+    # a position counts from the start of its document: it is `depth` more within that only
+    same = _shifted(batch.positions_T, depth, -1) == batch.positions_T + depth
+    successors_T = _shifted(batch.tokens_T, depth, 0) * same
+    targets_T = torch.where(same, _shifted(batch.targets_T, depth, IGNORE), IGNORE)
+    return successors_T, targets_T
+
+
+def _shifted(values_T: Tensor, by: int, fill: int) -> Tensor:
+    return F.pad(values_T, (0, by), value=fill)[by:]
+
+
+def _cross_entropy(targets_T: Tensor, group: dist.ProcessGroup | None) -> Output:
+    def output(x_TD: Tensor, head_VD: Tensor) -> Tensor:
+        return linear_cross_entropy(x_TD, head_VD, targets_T, group)
+
+    return output

@@ -7,13 +7,18 @@
 | data_share | share of the step's time spent waiting for data |
 | mfu | model FLOP/s over the device's peak (CUDA only) |
 | memory_gib | largest allocation so far on CUDA, resident memory elsewhere |
+| mtp_loss_k | mean training loss of MTP module k, which predicts the (k+1)-th next token |
+| router/sequence_balance, router/global_balance, router/router_z | the auxiliary losses in use, without their coefficients, mean over layers; 1 is a balanced load |
+| force_balance | 1 where `model.moe.force_balance` routed the tokens; else absent |
 | moe/layer_i/max_vio | (largest load - mean load) / mean load (arXiv:2408.15664) |
 | moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
 | moe/layer_i/dead_experts | experts without a single token in the step |
 | validation_loss, validation_bits_per_byte | at the steps that validate |
 
+Layers are those with experts, counted from 0, MTP modules last.
+
 The load of every expert goes to expert_load.jsonl, from which experts.png is drawn.
-"""
+"""  # noqa: E501
 
 import json
 import math
@@ -25,11 +30,21 @@ import torch
 from torch import Tensor
 
 from train.durable import replace_text
+from train.step import StepResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+FORCED_BALANCE = "FORCED BALANCE: a benchmark, tokens go round-robin and the router learns nothing"
+"""What every report of a run with `model.moe.force_balance` says."""
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+
+
+def loss_fields(result: StepResult) -> dict[str, float]:
+    """The losses of one step, and its gradient norm."""
+    fields = {"loss": result.loss, "grad_norm": result.grad_norm}
+    fields |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_losses, start=1)}
+    return fields | {f"router/{name}": value for name, value in result.router_losses.items()}
 
 
 def balance_fields(counts_LE: Tensor) -> dict[str, float]:

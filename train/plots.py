@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from train.metrics import EXPERT_LOAD, METRICS, read_lines
+from train.metrics import EXPERT_LOAD, FORCED_BALANCE, METRICS, read_lines
 
 
 def draw(folder: Path) -> list[Path]:
@@ -29,6 +29,8 @@ def _loss(folder: Path) -> Path:
         2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
     )
     top.plot(steps, [r["loss"] for r in records], lw=0.8, label="training")
+    if any("force_balance" in r for r in records):
+        top.set_title(FORCED_BALANCE, fontsize=8)
     held_out = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
     if held_out:
         top.plot(

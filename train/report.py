@@ -6,7 +6,13 @@ from typing import Any
 
 from parallel.ranks import Ranks
 from train.console import Progressing
-from train.metrics import MetricsWriter, balance_fields, memory_gib
+from train.metrics import (
+    FORCED_BALANCE,
+    MetricsWriter,
+    balance_fields,
+    loss_fields,
+    memory_gib,
+)
 from train.plots import draw
 from train.step import StepResult
 
@@ -24,10 +30,11 @@ class Reporter:
         log_every: int,
         flops_per_token: float,
         peak_flops: float | None,
+        force_balance: bool,
     ) -> None:
         self.folder, self.device, self.active = folder, ranks.device, ranks.is_first
         self.done, self.total, self.log_every = done, total, log_every
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.force_balance = flops_per_token, force_balance
         self.peak_flops = peak_flops * ranks.world if peak_flops else None
 
     def __enter__(self) -> "Reporter":
@@ -61,8 +68,7 @@ class Reporter:
             return
         speed = result.tokens / seconds
         fields = {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            **loss_fields(result),
             "lr": lr,
             "tokens_per_s": speed,
             "step_s": seconds,
@@ -71,6 +77,8 @@ class Reporter:
         }
         if self.peak_flops:
             fields["mfu"] = speed * self.flops_per_token / self.peak_flops
+        if self.force_balance:
+            fields["force_balance"] = 1.0
         fields |= validation | balance_fields(result.counts_LE)
         self._writer.write(step, fields, result.counts_LE)
         as_line = step % self.log_every == 0 or step == self.total or step == self.done + 1
@@ -93,6 +101,7 @@ class Reporter:
         self._progress.say(
             f"step {step}: validation loss {validation['validation_loss']:.4f} "
             f"({validation['validation_bits_per_byte']:.3f} bits per byte)"
+            + (f"  {FORCED_BALANCE}" if self.force_balance else "")
         )
 
     def flush(self) -> None:
@@ -114,6 +123,7 @@ def _status(fields: dict[str, Any]) -> str:
         f"{fields['tokens_per_s']:,.0f} tok/s",
         f"mem {fields['memory_gib']:.2f} GiB",
     ]
+    parts += [f"mtp {fields[name]:.4f}" for name in fields if name.startswith("mtp_loss_")]
     if "mfu" in fields:
         parts.append(f"mfu {fields['mfu']:.1%}")
     if fields["data_share"] > 0.02:
@@ -121,4 +131,6 @@ def _status(fields: dict[str, Any]) -> str:
     worst = [value for name, value in fields.items() if name.endswith("/max_vio")]
     if worst:
         parts.append(f"max_vio {max(worst):.2f}")
+    if "force_balance" in fields:
+        parts.append("FORCED BALANCE")
     return "  ".join(parts)

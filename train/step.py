@@ -1,23 +1,28 @@
 """One optimizer step: microbatches, one global loss, clipping, update.
 
+The objective is the model's loss, plus `mtp_weight` times the mean of the MTP modules' losses, each
+a mean over its own target tokens of the step, plus the routers' auxiliary losses, which add their
+gradient themselves (`models.balance`). The loss that is reported is the model's alone.
+
 Nothing is changed before the step is known to be good: a non-finite loss or gradient stops the run
 with weights, optimizer and router biases as they were, and says which rank met it first.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from models.balance import StepScope
 from models.decoder import Decoder
-from models.router import take_counts, update_biases
+from models.router import open_step, take_counts, take_losses, update_biases
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
 from train.batches import Batch
-from train.loss import loss_sum
+from train.loss import count_tokens, loss_sums
 
 
 class NonFiniteError(RuntimeError):
@@ -43,7 +48,11 @@ class StepResult:
     tokens: int
     """Target tokens of the step."""
     counts_LE: Tensor
-    """Routed choices per MoE layer and expert over all ranks, on the CPU."""
+    """Routed choices per MoE layer and expert over all ranks, on the CPU; MTP modules last."""
+    mtp_losses: tuple[float, ...] = ()
+    """Mean over its target tokens of each MTP module's loss, nats."""
+    router_losses: dict[str, float] = field(default_factory=dict)
+    """The auxiliary losses in use, without their coefficients, mean over layers."""
 
 
 def train_step(
@@ -55,6 +64,7 @@ def train_step(
     rank: int,
     copies: int = 1,
     clip_norm: float,
+    mtp_weight: float,
     stop: Callable[[], bool] = lambda: False,
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
@@ -64,29 +74,38 @@ def train_step(
     step is abandoned without a trace and None returned. Raises NonFiniteError.
     """
     microbatches = list(batches)
-    mine = torch.tensor(sum(batch.n_targets for batch in microbatches))
-    tokens = int(sum_over_ranks(mine).item()) // copies
-    total = torch.zeros((), device=microbatches[0].tokens_T.device)
+    depth = model.config.mtp_depth
+    counts = sum_over_ranks(count_tokens(microbatches, depth)) // copies
+    tokens, targets = counts[0], counts[1:]
+    open_step(model, StepScope(microbatches[0].core.length, tokens, sum_over_ranks))
+    weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)
+    weights[0] = 1.0
+    totals = torch.zeros_like(weights)
     for batch in microbatches:
         if stop():
             optimizer.zero_grad()
             take_counts(model, lambda counts: counts)
+            take_losses(model, lambda losses: losses)
             return None
-        loss = loss_sum(model, batch) / tokens
-        loss.backward()
-        total += loss.detach()
+        losses = loss_sums(model, batch, depth) / targets.clamp(min=1)
+        (losses * weights).sum().backward()
+        totals += losses.detach()
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
-    global_loss = sum_over_ranks(total.clone())
-    if not torch.isfinite(norm + global_loss.to(norm.device)):
-        raise NonFiniteError(_diagnose(model, step, float(total)))
+    global_losses = sum_over_ranks(totals.clone())
+    if not torch.isfinite(norm + global_losses.sum().to(norm.device)):
+        raise NonFiniteError(_diagnose(model, step, float(totals.sum())))
     if clip_norm:
         scale_grads(parameters, norm, clip_norm)
     counts_LE = take_counts(model, sum_over_ranks)
     update_biases(model, counts_LE)
+    router_losses = take_losses(model, sum_over_ranks)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(float(global_loss), float(norm), tokens, counts_LE.cpu())
+    loss, *mtp_losses = global_losses.tolist()
+    return StepResult(
+        loss, float(norm), int(targets[0]), counts_LE.cpu(), tuple(mtp_losses), router_losses
+    )
 
 
 def _diagnose(model: nn.Module, step: int, local_loss: float) -> str:

@@ -25,6 +25,7 @@ from train import checkpoint, environment
 from train.batches import Sequences, TrainingData, validation_batches
 from train.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.durable import claim, replace_text
+from train.metrics import FORCED_BALANCE
 from train.profile import profiled
 from train.report import Reporter
 from train.resume import restore
@@ -91,7 +92,8 @@ class Trainer:
                 with self._profile(step):
                     result = train_step(
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
-                        copies=self.degrees.tp, clip_norm=train.clip_norm, stop=stop.agreed,
+                        copies=self.degrees.tp, clip_norm=train.clip_norm,
+                        mtp_weight=train.mtp_weight, stop=stop.agreed,
                     )  # fmt: skip
                 if result is None:
                     break
@@ -195,11 +197,13 @@ class Trainer:
         environment.record(
             self.folder, environment.describe(self.ranks, self.degrees, self.compute)
         )
+        forced = [FORCED_BALANCE] if self.config.model.moe.force_balance else []
         mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.degrees.table())
         print(
             f"{self.folder}: {self.ranks.world} ranks ({mesh}), {self.ranks.device.type}, "
             f"{str(self.compute).removeprefix('torch.')}, "
             f"{torch.get_num_threads()} threads per rank",
+            *forced,
             *lines,
             sep="\n",
             flush=True,
@@ -214,6 +218,7 @@ class Trainer:
             log_every=self.config.train.log_every,
             flops_per_token=flops_per_token(self.config.model, self.config.data.seq_len),
             peak_flops=peak_flops(self.ranks.device),
+            force_balance=self.config.model.moe.force_balance,
         )
 
     def _profile(self, step: int) -> AbstractContextManager[Any]:

@@ -4,9 +4,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.model import Attention, Model, Moe
-from models.hf.glm4 import deepseek_moe_config, sigmoid_moe_of
+from models.hf.glm4 import deepseek_moe_config, mtp_depth_of, sigmoid_moe_of
 from models.hf.qwen3 import common_sizes
-from models.hf.tensors import HfTensor, Layout, deepseek_moe_tensors, plain, swiglu_tensors
+from models.hf.tensors import (
+    HfTensor,
+    Layout,
+    deepseek_moe_tensors,
+    plain,
+    prefix,
+    swiglu_tensors,
+)
 from models.hf.values import Family, Values, clashes
 
 
@@ -89,6 +96,7 @@ def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
         ),
         rope=values.rope(interleaved),
         n_dense_layers=dense,
+        mtp_depth=mtp_depth_of(values),
         d_ff=values.integer("intermediate_size") if dense else 0,
         moe=moe,
     )
@@ -114,12 +122,13 @@ def _v2_parse(values: Values) -> Model:
         top_groups=values.integer("topk_group", high=2**16) if grouped else 1,
         norm_top_k=False,
         route_scale=values.number("routed_scaling_factor", high=1e6),
+        seq_aux_loss_coef=values.coefficient("aux_loss_alpha"),
     )
     return _model(values, moe, interleaved=True)
 
 
 def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
-    theirs, ours = f"model.layers.{layer}.", f"layers.{layer}."
+    theirs, ours = f"model.layers.{layer}.", prefix(model, layer)
     a, d_model = model.attention, model.d_model
     query = a.n_heads * a.qk_dim
     rows: list[tuple[str, str, tuple[int, ...]]] = [
@@ -149,5 +158,5 @@ def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
 
 
 _V3, _V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
-DEEPSEEK_V3 = Family(_V3, _v3_refusals, _v3_config, _v3_parse, _layer, "per_expert")
+DEEPSEEK_V3 = Family(_V3, _v3_refusals, _v3_config, _v3_parse, _layer, "per_expert", has_mtp=True)
 DEEPSEEK_V2 = Family(_V2, _v2_refusals, _v2_config, _v2_parse, _layer, "per_expert")

@@ -8,6 +8,7 @@ piece. Reading checks every name and shape against the model before it makes any
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,11 @@ def write_tensors(
     total_size, files = 0, []
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(
-            {t.name: _gather(t, read, dtype, shard_bytes) for t in shard},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        total_size += sum(_n_bytes(t, dtype) for t in shard)
-        weight_map |= {t.name: file for t in shard}
+        tensors = {t.name: _gather(t, read, dtype, shard_bytes) for t in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        total_size += sum(value.nbytes for value in tensors.values())
+        weight_map |= dict.fromkeys(tensors, file)
+        del tensors  # before the next shard is gathered
         files.append(folder / file)
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -104,10 +103,16 @@ def read_config(folder: Path) -> tuple[Model, dict[str, Any]]:
     return from_hf_config(raw, str(place)), raw
 
 
-def read_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
-    """The decoder of an export, in evaluation mode. Biases that are fp32 on disk stay fp32."""
-    model, raw = read_config(folder)
-    source = Source(folder, model, raw)
+def read_model(
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", *, mtp: bool = False
+) -> Decoder:
+    """The decoder of an export, in evaluation mode. Biases that are fp32 on disk stay fp32.
+
+    mtp: with its MTP modules, where the folder has any; they serve training only.
+    """
+    described, raw = read_config(folder)
+    source = Source(folder, described if mtp else replace(described, mtp_depth=0), raw)
+    model = source.model
     with torch.device("meta"):
         decoder = Decoder(model).to(dtype)
     for router in routers(decoder):

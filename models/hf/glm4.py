@@ -11,6 +11,7 @@ from models.hf.tensors import (
     Layout,
     deepseek_moe_tensors,
     gqa_tensors,
+    prefix,
     swiglu_tensors,
 )
 from models.hf.values import Family, Values, clashes, plain_gqa_clashes, rope_parameters
@@ -49,6 +50,7 @@ def _parse(values: Values) -> Model:
         rope=values.rope(interleaved=False),
         n_dense_layers=dense,
         d_ff=values.integer("intermediate_size") if dense else 0,
+        mtp_depth=mtp_depth_of(values),
         moe=sigmoid_moe_of(values),
     )
 
@@ -58,7 +60,7 @@ def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     if model.is_moe(layer):
         yield from deepseek_moe_tensors(model, layer, layout)
     else:
-        names = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn."
+        names = f"model.layers.{layer}.mlp.", f"{prefix(model, layer)}ffn."
         yield from swiglu_tensors(*names, model.d_ff, model.d_model)
 
 
@@ -76,8 +78,16 @@ def deepseek_moe_config(model: Model) -> dict[str, Any]:
         "norm_topk_prob": moe.norm_top_k,
         "routed_scaling_factor": moe.route_scale,
         "first_k_dense_replace": model.n_dense_layers,
-        "num_nextn_predict_layers": 0,
+        "aux_loss_alpha": moe.seq_aux_loss_coef,
+        "seq_aux": True,
+        "num_nextn_predict_layers": model.mtp_depth,
     }
+
+
+def mtp_depth_of(values: Values) -> int:
+    """How many MTP modules follow the layers."""
+    key = "num_nextn_predict_layers"
+    return values.integer(key, low=0, high=16) if values.raw.get(key) is not None else 0
 
 
 def sigmoid_moe_of(values: Values) -> Moe:
@@ -92,8 +102,9 @@ def sigmoid_moe_of(values: Values) -> Moe:
         top_groups=values.integer("topk_group", high=2**16),
         norm_top_k=values.flag("norm_topk_prob"),
         route_scale=values.number("routed_scaling_factor", high=1e6),
+        seq_aux_loss_coef=values.coefficient("aux_loss_alpha"),
         bias_update_rate=1e-3,  # trains on as DeepSeek-V3 did, unless told otherwise
     )
 
 
-GLM4 = Family("Glm4MoeForCausalLM", _refusals, _config, _parse, _layer, "per_expert")
+GLM4 = Family("Glm4MoeForCausalLM", _refusals, _config, _parse, _layer, "per_expert", has_mtp=True)

@@ -45,7 +45,7 @@ def _config(model: Model) -> dict[str, Any]:
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,
         "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
+        "router_aux_loss_coef": model.moe.global_aux_loss_coef,
     }
 
 
@@ -74,6 +74,7 @@ def _parse(values: Values) -> Model:
             router_bias=True,
             expert_bias=True,
             activation="clamped_swiglu",
+            global_aux_loss_coef=values.coefficient("router_aux_loss_coef"),
         ),
     )
 

@@ -55,7 +55,7 @@ def _config(model: Model) -> dict[str, Any]:
         "floor_scale": a.temperature_floor or 8192,
         "attn_scale": a.temperature_scale,
         "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
+        "router_aux_loss_coef": model.moe.global_aux_loss_coef,
         "router_jitter_noise": 0.0,
     }
 
@@ -102,6 +102,7 @@ def _parse(values: Values) -> Model:
             score_func="sigmoid",
             norm_top_k=False,
             weight_on="input",
+            global_aux_loss_coef=values.coefficient("router_aux_loss_coef"),
         ),
     )
 

@@ -35,7 +35,7 @@ def _config(model: Model) -> dict[str, Any]:
         "intermediate_size": model.moe.d_expert,
         "sliding_window": None,
         "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
+        "router_aux_loss_coef": model.moe.global_aux_loss_coef,
     }
 
 
@@ -49,6 +49,7 @@ def _parse(values: Values) -> Model:
             n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
+            global_aux_loss_coef=values.coefficient("router_aux_loss_coef"),
         ),
     )
 

@@ -33,7 +33,7 @@ def _config(model: Model) -> dict[str, Any]:
         "use_sliding_window": False,
         "sliding_window": None,
         "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
+        "router_aux_loss_coef": model.moe.global_aux_loss_coef,
     }
 
 
@@ -54,6 +54,7 @@ def _parse(values: Values) -> Model:
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("moe_intermediate_size"),
             norm_top_k=values.flag("norm_topk_prob"),
+            global_aux_loss_coef=values.coefficient("router_aux_loss_coef"),
         ),
     )
 

@@ -9,7 +9,7 @@ loses experts silently is the classic of its kind.
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,21 @@ class Source:
         if raw.get("architectures") == [LLAMA4_WITH_IMAGES]:
             found = self._language_model(found)
         self._stored = self._pair_with_scales(found)
-        self.tensors = list(hf_tensors(model, self._stored))
+        first_mtp = f"model.layers.{model.n_layers}."
+        if model.mtp_depth and not any(name.startswith(first_mtp) for name in self._stored):
+            model = replace(model, mtp_depth=0)  # transformers, for one, drops the modules
+            self.left_out["config.json's multi-token prediction, which has no weights"] += 1
+        self.model = model
+        """The model of config.json, without MTP modules where the folder has none."""
+        # second copies of shared weights are checked, and not read
+        self.tensors = [
+            t for t in hf_tensors(model, self._stored) if not t.is_copy or t.name in self._stored
+        ]
         self._check_names(model, text)
         self._by_ours: dict[str, list[HfTensor]] = {}
         for t in self.tensors:
             self._check(t)
-            if t.ours is not None:
+            if t.ours is not None and not t.is_copy:
                 self._by_ours.setdefault(t.ours, []).append(t)
         self._taken: Counter[str] = Counter()
 
@@ -85,7 +94,7 @@ class Source:
     def check_complete(self) -> None:
         """Every element of every tensor was taken, once."""
         for t in self.tensors:
-            if t.ours is not None:
+            if t.ours is not None and not t.is_copy:
                 assert self._taken[t.name] == math.prod(t.shape), f"{t.name} was not read in full"
 
     def _copy(self, t: HfTensor, part: Tensor, first: int, piece_bytes: int) -> None:

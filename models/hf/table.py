@@ -15,8 +15,8 @@ from models.hf.gpt_oss import GPT_OSS
 from models.hf.llama4 import LLAMA4
 from models.hf.mixtral import MIXTRAL
 from models.hf.qwen3 import QWEN3
-from models.hf.tensors import HfTensor, Layout, outer_tensors
-from models.hf.values import Family, Values, rope_parameters
+from models.hf.tensors import HfTensor, Layout, mtp_tensors, outer_tensors
+from models.hf.values import Family, Values, clashes, rope_parameters
 
 _MOST_EXPERTS = 2**20
 """More tensor names than any real model has; checked before they are listed."""
@@ -35,7 +35,13 @@ def _family(model: Model) -> Family:
         raise ConfigError(
             "model.moe.force_balance = true: no other program routes so; for benchmarks"
         )
-    refusals = [(family.refusals(model), family) for family in FAMILIES]
+    refusals = [
+        (
+            family.refusals(model) + clashes(mtp_depth=model.mtp_depth > 0 and not family.has_mtp),
+            family,
+        )
+        for family in FAMILIES
+    ]
     for refused, family in refusals:
         if not refused:
             return family
@@ -112,7 +118,7 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
         values.refuse("attention_bias", False, None)
     try:
         model = family.parse(values)
-        if model.n_layers * model.moe.n_experts > _MOST_EXPERTS:
+        if (model.n_layers + model.mtp_depth) * model.moe.n_experts > _MOST_EXPERTS:
             raise ConfigError(f"more than {_MOST_EXPERTS} experts in all layers together")
         return model
     except ConfigError as error:  # our own rules, in our names: say whose file broke them
@@ -120,14 +126,15 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
 
 
 def hf_tensors(model: Model, given: Container[str] | None = None) -> Iterator[HfTensor]:
-    """Every tensor of `model` in Hugging Face form, layer by layer.
+    """Every tensor of `model` in Hugging Face form, layer by layer; MTP modules are layers beyond
+    the last.
 
     given: the names of a checkpoint; each layer comes in the layout of which they lack least. None:
     the layout of the family's published checkpoints.
     """
     family, (before, after) = _family(model), outer_tensors(model)
     yield from before
-    for layer in range(model.n_layers):
+    for layer in range(model.n_layers + model.mtp_depth):
         tensors = list(family.layer(model, layer, family.layout))
         if given is not None and any(t.name not in given for t in tensors):
             other: Layout = "fused" if family.layout == "per_expert" else "per_expert"
@@ -135,4 +142,6 @@ def hf_tensors(model: Model, given: Container[str] | None = None) -> Iterator[Hf
             # as a share: a layer has few fused tensors and hundreds of single ones
             tensors = min(forms, key=lambda f: sum(t.name not in given for t in f) / len(f))
         yield from tensors
+        if layer >= model.n_layers:
+            yield from mtp_tensors(model, layer)
     yield from after

@@ -34,6 +34,8 @@ class HfTensor:
     """Order of the dimensions of `ours[index]` in theirs, before it is reshaped to `shape`."""
     keep_fp32: bool = False
     """Balancing biases stay fp32 in every export: rounding them changes the choice of experts."""
+    is_copy: bool = False
+    """Written where readers expect another copy of a shared weight; never read."""
 
     def __post_init__(self) -> None:
         assert self.permute[:1] in ((), (0,)), f"{self.name}: pieces of rows must stay rows"
@@ -60,6 +62,25 @@ def outer_tensors(model: Model) -> tuple[list[HfTensor], list[HfTensor]]:
     return before, after
 
 
+def mtp_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+    """What an MTP module has beyond a layer, in the names of DeepSeek-V3's published weights; these
+    repeat embedding and head in every module."""
+    theirs, ours, d_model = f"model.layers.{layer}.", prefix(model, layer), model.d_model
+    for their_name, our_name in (("enorm",) * 2, ("hnorm",) * 2, ("shared_head.norm", "norm")):
+        yield plain(f"{theirs}{their_name}.weight", f"{ours}{our_name}.weight", d_model)
+    yield plain(f"{theirs}eh_proj.weight", f"{ours}eh_proj.weight", d_model, 2 * d_model)
+    head = "embed.weight" if model.tie_embeddings else "head.weight"
+    for their_name, shared in (("embed_tokens", "embed.weight"), ("shared_head.head", head)):
+        shape = model.vocab_size, d_model
+        yield HfTensor(f"{theirs}{their_name}.weight", shared, (), shape, is_copy=True)
+
+
+def prefix(model: Model, layer: int) -> str:
+    """Our name of their layer `layer`: those beyond the last are MTP modules."""
+    beyond = layer - model.n_layers
+    return f"layers.{layer}." if beyond < 0 else f"mtp.{beyond}."
+
+
 def plain(theirs: str, ours: str, *shape: int) -> HfTensor:
     """A tensor that is the whole of one of ours."""
     return HfTensor(theirs, ours, (), shape)
@@ -67,7 +88,7 @@ def plain(theirs: str, ours: str, *shape: int) -> HfTensor:
 
 def gqa_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
     """Norms and attention of a block with grouped-query attention."""
-    theirs, ours, a = f"model.layers.{layer}.", f"layers.{layer}.", model.attention
+    theirs, ours, a = f"model.layers.{layer}.", prefix(model, layer), model.attention
     query, kv, d_model = a.n_heads * a.head_dim, a.kv_heads * a.head_dim, model.d_model
     yield plain(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.weight", d_model)
     for their_name, our_name, rows, columns in (
@@ -111,7 +132,8 @@ def deepseek_moe_tensors(model: Model, layer: int, layout: Layout) -> Iterator[H
     Their architectures always have a shared expert; where ours has none it is written as zeros,
     which add exactly zero.
     """
-    theirs, ours, moe = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn.", model.moe
+    theirs, ours = f"model.layers.{layer}.mlp.", f"{prefix(model, layer)}ffn."
+    moe = model.moe
     yield plain(f"{theirs}gate.weight", f"{ours}router.weight", moe.n_experts, model.d_model)
     if moe.score_func == "sigmoid":
         bias = f"{theirs}gate.e_score_correction_bias", f"{ours}router.bias_E"

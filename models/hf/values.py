@@ -24,6 +24,8 @@ class Family:
     """The tensors of a layer, its routed experts in the given layout."""
     layout: Layout
     """The layout of the family's published checkpoints: what an export has."""
+    has_mtp: bool = False
+    """Whether the checkpoints may hold MTP modules, as layers beyond the last."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Values:
         if self.raw.get(key) is None and default is not None:
             return default
         return float(self._number(self.raw, key, float, low, high))
+
+    def coefficient(self, key: str) -> float:
+        """`raw[key]`, the factor of an auxiliary loss; 0 where it is not given."""
+        return self.number(key, high=100.0, default=0.0)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """`raw[key]`, true or false; `default` where it is missing or null."""

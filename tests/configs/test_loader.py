@@ -14,7 +14,7 @@ from configs.rules import ConfigError
 from configs.schema import Parallel
 from tests.runs import ROOT, TINY, run
 
-EXPERIMENTS = [*sorted((ROOT / "configs").glob("*.toml")), TINY]
+EXPERIMENTS = [*sorted((ROOT / "configs").rglob("*.toml")), TINY]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.name)

@@ -79,6 +79,11 @@ def read_all(folder: Path) -> dict[str, Tensor]:
     return {k: v for p in sorted(folder.glob("*.safetensors")) for k, v in load_file(p).items()}
 
 
+def main_names(model: Model) -> list[str]:
+    """Names in the export of everything but MTP modules."""
+    return [t.name for t in hf_tensors(replace(model, mtp_depth=0))]
+
+
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
@@ -93,7 +98,12 @@ def test_transformers_agrees_in_logits_and_every_gradient(name: str, tmp_path: P
     tokens = torch.randint(0, 96, (2, 37), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, tmp_path / "given.check")
     result = json.loads(run("-P", "-c", COMPARE, tmp_path).stdout.splitlines()[-1])
-    assert result == {"class": architecture(decoder.config), "wrong": {}}
+    # transformers has no MTP modules; it is silent about them only at the published layer number
+    model = decoder.config
+    unexpected = result["wrong"].pop("unexpected_keys", [])
+    beyond = {str(layer) for layer in range(model.n_layers, model.n_layers + model.mtp_depth)}
+    assert {key.split(".")[2] for key in unexpected} == beyond
+    assert result == {"class": architecture(model), "wrong": {}}
 
     positions = torch.arange(37).expand(2, 37)
     logits = decoder(tokens.reshape(-1), positions.reshape(-1), DocumentAttention(positions))
@@ -102,11 +112,11 @@ def test_transformers_agrees_in_logits_and_every_gradient(name: str, tmp_path: P
     F.cross_entropy(
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
     ).backward()
-    ours = dict(decoder.named_parameters())
+    ours = {n: p for n, p in decoder.named_parameters() if not n.startswith("mtp.")}
     theirs = read_all(tmp_path / "gradients")
     exported, again = read_all(tmp_path), read_all(tmp_path / "again")
     compared = 0
-    for t in hf_tensors(decoder.config):
+    for t in hf_tensors(replace(model, mtp_depth=0)):
         assert torch.equal(exported[t.name], again[t.name]), f"{t.name} is not the same bits"
         if t.ours in ours:
             gradient = ours[t.ours].grad
@@ -115,16 +125,21 @@ def test_transformers_agrees_in_logits_and_every_gradient(name: str, tmp_path: P
             assert error < 1e-4, f"{t.name}: {error:.1e}"
             compared += t.to_hf(gradient[t.index]).numel()
     assert compared == sum(p.numel() for p in ours.values()), "every element was compared"
-    assert exported.keys() - {"lm_head.weight"} <= again.keys()
+    assert set(main_names(model)) - {"lm_head.weight"} <= again.keys()
+    assert exported.keys() == {t.name for t in hf_tensors(model)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_reading_back_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     decoder = random_decoder(FAMILIES[name])
     write(decoder, tmp_path)
-    again = read_model(tmp_path, torch.float32)
+    again = read_model(tmp_path, torch.float32, mtp=True)
     for key, value in decoder.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+    served = read_model(tmp_path, torch.float32)
+    main = {k: v for k, v in again.state_dict().items() if not k.startswith("mtp.")}
+    assert served.state_dict().keys() == main.keys()
+    assert all(torch.equal(served.state_dict()[k], v) for k, v in main.items())
     half = read_model(tmp_path, torch.bfloat16)
     assert all(router.bias_E.dtype == torch.float32 for router in routers(half))
     assert all(router.weight.dtype == torch.bfloat16 for router in routers(half))
@@ -135,7 +150,7 @@ def test_every_element_of_ours_is_exported_exactly_once(name: str) -> None:
     model = FAMILIES[name]
     seen = {key: torch.zeros_like(value) for key, value in Decoder(model).state_dict().items()}
     for t in hf_tensors(model):
-        if t.ours is not None:
+        if t.ours is not None and not t.is_copy:
             part = seen[t.ours][t.index]
             assert t.to_hf(part).shape == t.shape
             part += 1
@@ -235,3 +250,46 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
         read_model(tmp_path, torch.float32)
     with pytest.raises(ConfigError, match="no such folder"):
         read_model(tmp_path / "absent", torch.float32)
+
+
+def test_mtp_modules_have_the_names_of_the_published_weights(tmp_path: Path) -> None:
+    """Those of DeepSeek-V3: one layer more, which repeats embedding and head."""
+    model = replace(FAMILIES["deepseek-v3-mtp"], mtp_depth=1)
+    decoder = random_decoder(model)
+    write(decoder, tmp_path)
+    tensors, layer = read_all(tmp_path), "model.layers.3."
+    own = {n.removeprefix(layer) for n in tensors if n.startswith(layer)}
+    last = {n.removeprefix("model.layers.2.") for n in tensors if n.startswith("model.layers.2.")}
+    norms = {"enorm.weight", "hnorm.weight", "shared_head.norm.weight"}
+    shared = {"embed_tokens.weight", "shared_head.head.weight"}
+    assert own == last | norms | shared | {"eh_proj.weight"}
+    assert tensors[f"{layer}eh_proj.weight"].shape == (32, 64)
+    assert torch.equal(tensors[f"{layer}embed_tokens.weight"], decoder.embed.weight)
+    assert decoder.head is not None
+    assert torch.equal(tensors[f"{layer}shared_head.head.weight"], decoder.head.weight)
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["num_nextn_predict_layers"] == 1 and described["num_hidden_layers"] == 3
+
+
+def test_a_folder_without_its_mtp_modules_is_a_model_without_them(tmp_path: Path) -> None:
+    """As transformers leaves it, which drops them but keeps the number in config.json."""
+    model = FAMILIES["deepseek-v3-mtp"]
+    decoder = random_decoder(model)
+    write(decoder, tmp_path, shard_bytes=10**9)
+    (written,) = tmp_path.glob("*.safetensors")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    file = written.rename(tmp_path / "model.safetensors")
+    kept = {n: v for n, v in load_file(file).items() if n in main_names(model)}
+    norm = kept["model.norm.weight"].clone()
+    save_file(kept, file)
+    assert torch.equal(read_model(tmp_path, torch.float32).embed.weight, decoder.embed.weight)
+    assert read_model(tmp_path, torch.float32, mtp=True).config.mtp_depth == 0
+    some = kept | {"model.layers.3.enorm.weight": norm}
+    save_file(some, file)
+    with pytest.raises(ConfigError, match=r"tensors missing, the first is model\.layers\.3\."):
+        read_model(tmp_path, torch.float32, mtp=True)
+
+
+def test_other_families_refuse_mtp() -> None:
+    with pytest.raises(ConfigError, match=r"model\.mtp_depth"):
+        architecture(replace(FAMILIES["qwen3"], mtp_depth=1))

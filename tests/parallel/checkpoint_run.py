@@ -49,7 +49,7 @@ class Run:
     def step(self, step: int) -> StepResult:
         done = train_step(
             self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
-            copies=self.mesh.degrees.tp, clip_norm=1.0,
+            copies=self.mesh.degrees.tp, clip_norm=1.0, mtp_weight=0.3,
         )  # fmt: skip
         assert done is not None
         return done

@@ -63,12 +63,12 @@ def down_bias_twice(model: Decoder, mesh: Mesh) -> Iterator[None]:
 @contextmanager
 def mean_of_means(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Each microbatch weighs the same, however many targets it has."""
-    loss_sum = train.step.loss_sum
+    loss_sums = train.step.loss_sums
 
-    def equal(model: Decoder, batch: Batch, *more: Any) -> Any:
-        return loss_sum(model, batch, *more) * (batch.targets_T.numel() / batch.n_targets)
+    def equal(model: Decoder, batch: Batch, mtp_depth: int) -> Any:
+        return loss_sums(model, batch, mtp_depth) * (batch.targets_T.numel() / batch.n_targets)
 
-    with patch.object(train.step, "loss_sum", equal):
+    with patch.object(train.step, "loss_sums", equal):
         yield
 
 

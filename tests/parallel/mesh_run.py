@@ -120,10 +120,11 @@ def train(out: Path, config: RunConfig, ranks: Ranks, fault: str) -> None:
         for step in range(1, STEPS + 1):
             done = train_step(
                 model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,
-                copies=mesh.degrees.tp, clip_norm=1.0,
+                copies=mesh.degrees.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
             )  # fmt: skip
             assert done is not None
-            curve.append([done.loss, done.grad_norm])
+            losses = [*done.mtp_losses, *done.router_losses.values()]
+            curve.append([done.loss, done.grad_norm, *losses])
             result[f"counts/{step}"] = done.counts_LE.contiguous()
     result["curve"] = torch.tensor(curve, dtype=torch.float64)
     for name, parameter in model.named_parameters():

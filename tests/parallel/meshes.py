@@ -55,11 +55,14 @@ class Case:
 
 
 def wide(model: Model) -> Model:
-    """A family's small model with sizes that 8 ranks can divide."""
+    """A family's small model with sizes that 8 ranks can divide, and with every auxiliary loss."""
     attention = replace(model.attention, n_heads=8)
     if attention.kind == "gqa":
         attention = replace(attention, n_kv_heads=8 if model.attention.n_kv_heads == 0 else 4)
-    moe = replace(model.moe, n_experts=8, d_expert=16)
+    moe = replace(
+        model.moe, n_experts=8, d_expert=16,
+        seq_aux_loss_coef=0.1, global_aux_loss_coef=0.1, router_z_loss_coef=0.1,
+    )  # fmt: skip
     return replace(model, attention=attention, moe=moe, d_ff=model.d_ff and 48)
 
 

@@ -15,7 +15,7 @@ from tests.models.families import FAMILIES
 from tests.parallel.meshes import Case, all_meshes, alone, hard_meshes, pairwise
 from tests.runs import run
 
-GLM4 = "glm4"
+GLM4 = "glm4-mtp"
 RECOMPUTED = [
     Case(GLM4, 1, 2, 2, 2, 2, (("recompute", "full"),)),
     Case(GLM4, 1, 2, 2, 4, 1, (("recompute", "selective"), ("recompute_keep", ("exchange",)))),

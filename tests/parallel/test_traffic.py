@@ -1,7 +1,7 @@
 """The collectives of one step, counted, are those that the docstrings name.
 
 Formulas: `parallel.tensor`, `parallel.expert`, `parallel.dispatch.all_to_all`, `parallel.apply`,
-and the four sums of `train.step`. Everything is fp32; [calls, bytes] are summed over the ranks.
+and the sums of `train.step`. Everything is fp32; [calls, bytes] are summed over the ranks.
 """
 
 import json
@@ -81,6 +81,9 @@ class Formula:
             self.add("etp", "reducescatter", rows * width)
             self.add("etp", "reducescatter", rows * moe.top_k * FLOAT)
             self.add("etp", "allgather", rows * width)
+            self.add("world", "allreduce", moe.n_experts * INT)  # for the global balance loss
+            sequences = self.tokens // SEQ_LEN  # and for that of sequences
+            self.add("tp", "allreduce", sequences * moe.n_experts * FLOAT)
             self.add("ep", "alltoall", moe.n_experts * INT)
             for _ in range(2):  # forward and backward; what a rank gets, all ranks got from all
                 self.add("ep", "alltoall", rows * moe.top_k * width)
@@ -126,8 +129,9 @@ class Formula:
         self.add("dp_replicate", "allreduce", numel * FLOAT // n_ranks)
 
     def _step(self) -> None:
-        counts = len(self.moe_layers) * self.model.moe.n_experts * INT
-        for size in (INT, INT, FLOAT, counts):  # targets, squared norm in fp64, loss, choices
+        n_layers, n_experts = len(self.moe_layers), self.model.moe.n_experts
+        # tokens and targets, squared norm in fp64, loss, choices, auxiliary losses
+        for size in (2 * INT, INT, FLOAT, n_layers * n_experts * INT, n_layers * 3 * FLOAT):
             self.add("world", "allreduce", size, 1)
 
 

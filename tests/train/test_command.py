@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.loader import load
+from models.counts import parameter_counts
 from tests.runs import ROOT, TINY, command, environment, run
 from train.metrics import read_lines
 
@@ -114,6 +116,32 @@ def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_pa
     done = run("-m", "train", TINY, *overrides, "--check", "--ranks=3", code=2)
     assert "3 data ranks" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_forced_balance_is_said_everywhere(overrides: list[str], tmp_path: Path) -> None:
+    forced = [*overrides, "--model.moe.force_balance=true", "--train.steps=2"]
+    done = run("-m", "train", TINY, *forced)
+    lines = done.stdout.splitlines()
+    reports = [line for line in lines if line.startswith(("step ", "FORCED"))]
+    assert len(reports) == 4, "introduction, two steps, validation"
+    assert all("FORCED BALANCE" in line for line in reports)
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [r["force_balance"] for r in records] == [1.0, 1.0]
+    assert "FORCED BALANCE" in run("-m", "train", TINY, *forced, "--check").stdout
+    plain = run("-m", "train", TINY, *overrides, "--check").stdout
+    assert "FORCED BALANCE" not in plain and "MTP" not in plain
+
+
+def test_check_prints_mtp_modules_apart(overrides: list[str]) -> None:
+    deep = run("-m", "train", TINY, *overrides, "--check", "--model.mtp_depth=2").stdout
+    plain = run("-m", "train", TINY, *overrides, "--check").stdout
+    totals = [out.split("  parameters")[1].split()[0] for out in (deep, plain)]
+    assert totals[0] == totals[1]
+    model = load(TINY, ["--model.mtp_depth=2"]).model
+    assert f"MTP modules   {parameter_counts(model).mtp:>15,}" in deep
+    sums = [float(out.split("bytes per rank")[1].split("parameters")[1].split()[0])
+            for out in (deep, plain)]  # fmt: skip
+    assert sums[0] > sums[1], "their memory counts"
 
 
 def test_a_non_finite_loss_stops_before_the_step_and_names_it(

@@ -1,0 +1,141 @@
+"""Auxiliary losses of the router: what they are, and how their gradient enters.
+
+| loss | of one layer | source |
+|---|---|---|
+| sequence | mean over sequences of sum_i f_i P_i, f_i = E / (K L) * choices of i in the sequence | DeepSeek-V3, arXiv:2412.19437, eq. 17-20 |
+| global | sum_i f_i P_i, f_i = E / (K T) * choices of i in the batch of all ranks | arXiv:2501.11873 |
+| z | mean over tokens of logsumexp(logits)^2 | ST-MoE, arXiv:2202.08906, eq. 5 |
+
+P_i is the mean over the same tokens of expert i's score, scores divided by their sum. Both
+balance losses are 1 where load and scores are even. The sequence loss counts the `top_k` best
+scores, before bias and groups (eq. 18 says so); the global one counts what was really chosen.
+Layers add up; all is fp32.
+
+World-size independence: a rank adds the sum over its tokens divided by the tokens of the whole
+step, never a mean of its own. The global loss knows the choices of all data ranks in all
+microbatches of the step up to the running one (the buffer of arXiv:2501.11873, section 3): later ones are not known
+when the gradient is taken. So N ranks equal one process that takes as many microbatches.
+
+The gradient is injected: `attach` is the identity on the routing weights, and hands the loss its
+gradient in backward. So the loss need not travel to the trainer, and its reported value is added
+up in backward, which runs once, also where activation recomputation runs forward twice.
+(The idea is that of Megatron's MoEAuxLossAutoScaler.)
+
+T tokens, E experts, K experts per token, N sequences, L their length.
+"""  # noqa: E501
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.model import Moe
+from kernels.topk import top_indices
+from models.exchange import Exchange
+
+NAMES = ("sequence_balance", "global_balance", "router_z")
+"""The losses, in the order of every tensor that holds one value of each."""
+
+
+@dataclass(frozen=True)
+class StepScope:
+    """What a router must know of the optimizer step it trains in."""
+
+    seq_len: int
+    """Tokens per sequence."""
+    tokens: Tensor
+    """Tokens of the whole step, over all data ranks and microbatches: one number, on the device."""
+    reduce_counts: Callable[[Tensor], Tensor]
+    """Sums a tensor over all data ranks, in place."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a router decides once per microbatch, recomputed or not."""
+
+    ids_TK: Tensor
+    """The experts of every token."""
+    load_E: Tensor | None
+    """Choices of all data ranks in this step so far, where the global loss needs them."""
+    frequency_NE: Tensor | None
+    """f_i of every sequence, where the sequence loss needs them."""
+
+
+def coefficients(config: Moe) -> tuple[float, float, float]:
+    """Factors of the losses, in the order of `NAMES`; 0: the loss is not computed."""
+    return config.seq_aux_loss_coef, config.global_aux_loss_coef, config.router_z_loss_coef
+
+
+def auxiliary_losses(
+    config: Moe,
+    scope: StepScope,
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    made: Decision,
+    exchange: Exchange,
+) -> Tensor:
+    """These tokens' part of each loss of one layer, without coefficients, fp32 `[3]`."""
+    sequence, over_all, z = coefficients(config)
+    zero = logits_TE.new_zeros(())
+    parts = [zero, zero, zero]
+    if sequence or over_all:
+        shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        if sequence:
+            assert made.frequency_NE is not None
+            # a sequence's P is a mean over its tokens, the step's loss a mean over its sequences:
+            # together a sum over tokens, divided by the tokens of the step
+            share_NE = torch.zeros_like(made.frequency_NE)
+            share_NE = share_NE.index_add(0, _sequences(shares_TE, scope, exchange), shares_TE)
+            parts[0] = (made.frequency_NE * share_NE).sum() / scope.tokens
+        if over_all:
+            assert made.load_E is not None
+            frequency_E = made.load_E.double() * (config.n_experts / made.load_E.sum())
+            parts[1] = (shares_TE.sum(0) * frequency_E.float()).sum() / scope.tokens
+    if z:
+        parts[2] = logits_TE.logsumexp(-1).square().sum() / scope.tokens
+    return torch.stack(parts)
+
+
+def sequence_frequency(
+    scores_TE: Tensor, top_k: int, scope: StepScope, exchange: Exchange
+) -> Tensor:
+    """f_i of every sequence of the microbatch, `[N, E]`; a sequence may lie on several ranks."""
+    chosen_TE = torch.zeros_like(scores_TE).scatter_(1, top_indices(scores_TE, top_k), 1.0)
+    n_ranks = 1 if exchange.group is None else exchange.group.size()
+    n_sequences = scores_TE.shape[0] * n_ranks // scope.seq_len
+    counts_NE = chosen_TE.new_zeros(n_sequences, scores_TE.shape[1])
+    counts_NE.index_add_(0, _sequences(scores_TE, scope, exchange), chosen_TE)
+    return exchange.sum(counts_NE) * (scores_TE.shape[1] / (top_k * scope.seq_len))
+
+
+def _sequences(scores_TE: Tensor, scope: StepScope, exchange: Exchange) -> Tensor:
+    """The sequence of each of this rank's tokens, `[T]`."""
+    n_tokens = scores_TE.shape[0]
+    index_T = torch.arange(n_tokens, device=scores_TE.device) + exchange.place * n_tokens
+    return index_T // scope.seq_len
+
+
+def attach(weights_TK: Tensor, losses_3: Tensor, config: Moe, values_3: Tensor) -> Tensor:
+    """`weights_TK`, unchanged; in backward the losses get their gradient, coefficients included,
+    and their values are added to `values_3`."""
+    pairs = zip(coefficients(config), losses_3.unbind(), strict=True)
+    total = torch.stack([factor * loss for factor, loss in pairs]).sum()
+    return _Attach.apply(weights_TK, total, losses_3.detach(), values_3)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weights_TK: Tensor, total: Tensor, losses_3: Tensor, values_3: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(losses_3)
+        ctx.values_3 = values_3  # not saved: it changes between forward and backward
+        return weights_TK.view_as(weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (losses_3,) = ctx.saved_tensors
+        ctx.values_3 += losses_3
+        return grad_TK, torch.ones_like(losses_3[0]), None, None

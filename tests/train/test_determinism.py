@@ -1,0 +1,51 @@
+"""Three runs of one experiment give the same bits: weights, optimizer, losses, metrics, loads.
+
+The experiment has MTP, expert groups, every auxiliary loss and a balancing bias.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import ROOT, run
+from train.metrics import EXPERT_LOAD, METRICS, read_lines
+
+TIMES = {"tokens_per_s", "step_s", "data_share", "memory_gib"}
+EXPERIMENT = ROOT / "configs" / "tiny" / "deepseek_v3.toml"
+OPTIONS = [
+    "--model.vocab_size=320", "--train.steps=4", "--train.global_batch=8", "--train.micro_batch=2",
+    "--validation.sequences=8", "--model.moe.global_aux_loss_coef=0.01",
+    "--model.moe.router_z_loss_coef=0.001",
+]  # fmt: skip
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything a run leaves that is not a time."""
+    metrics = [
+        {name: value for name, value in record.items() if name not in TIMES}
+        for record in read_lines(folder / METRICS)
+    ]
+    shards = sorted((folder / "checkpoints").rglob("*.safetensors"))
+    assert len(metrics) == 4 and shards and "validation_loss" in metrics[-1]
+    return {
+        "metrics": metrics,
+        "load": read_lines(folder / EXPERT_LOAD),
+        **{str(path.relative_to(folder)): path.read_bytes() for path in shards},
+    }
+
+
+@pytest.mark.determinism
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_three_runs_are_the_same_bits(ranks: int, overrides: list[str], tmp_path: Path) -> None:
+    outcomes = []
+    for i in range(3):
+        folder = tmp_path / f"run-{i}"
+        rest = [option for option in overrides if not option.startswith("--run.dir")]
+        run("-m", "train", EXPERIMENT, *OPTIONS, *rest, f"--run.dir={folder}", ranks=ranks)
+        outcomes.append(outcome(folder))
+    for other in outcomes[1:]:
+        assert other.keys() == outcomes[0].keys()
+        different = [name for name in other if other[name] != outcomes[0][name]]
+        assert not different
