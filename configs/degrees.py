@@ -8,6 +8,7 @@ Ranks are row-major in `(dp_replicate, dp_shard, tp)` for dense parameters and i
 import math
 from dataclasses import dataclass
 
+from configs.dispatch import check_nodes
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 
@@ -74,6 +75,7 @@ def resolve(config: RunConfig, world: int) -> Degrees:
             f"{shard * tp} has no whole solution; "
             f"use one of {_divisors(math.gcd(ranks, n_experts))}"
         )
+    check_nodes(parallel.dispatch, ep)
     degrees = Degrees(replicate, shard, tp, ranks // ep, ep, etp)
     per_pass = config.train.micro_batch * degrees.data_ranks
     if config.train.global_batch % per_pass:

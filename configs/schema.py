@@ -9,6 +9,7 @@ is wrong is refused here, in `__post_init__`; what depends on the number of rank
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.dispatch import Dispatch
 from configs.model import Model
 from configs.rules import ConfigError, at_least, between
 
@@ -152,6 +153,7 @@ class Parallel:
     """Recompute the blocks 0, n, 2n, ...; the others keep everything."""
     compile: bool = False
     """Compile each block with `torch.compile`; pays on CUDA, seldom on a CPU."""
+    dispatch: Dispatch = field(default_factory=Dispatch)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "dp_replicate", "tp", "etp", "recompute_every")

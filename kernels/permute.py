@@ -6,7 +6,8 @@ over each token's K rows, written as a gather through the inverse permutation, s
 direction, nor either gradient, needs atomics: the gradient of each is the other.
 
 Groups may start at a multiple of `align`; the slots between are zero rows, which the gather itself
-writes, and which nothing reads back.
+writes, and which nothing reads back. A choice may name nobody (id E): where tokens have unequal
+numbers of rows, and where a buffer of fixed size is not full.
 
 Shapes: T tokens, K experts per token, R = T * K rows, P >= R slots, D width, E experts.
 """
@@ -25,13 +26,15 @@ class Permutation:
     order_P: Tensor
     """Flat index t * K + k of the row in every slot; 0 in empty slots."""
     inverse_R: Tensor
-    """Slot of every flat index."""
+    """Slot of every flat index; 0 where it has none."""
     empty: Tensor | None
-    """Slots that hold no row; None where `align` is 1, since then there are none."""
+    """Slots to be zero, since they hold no row; None where there are none to clear."""
     ends_E: Tensor
-    """End of every expert's slots, int64; P is the last."""
+    """End of every expert's slots, int64; slots from the last end on belong to nobody."""
     counts_E: Tensor
     """True rows of every expert, int64."""
+    absent_R: Tensor | None = None
+    """Which flat indices have no slot: nothing comes back for them. None: all have one."""
 
 
 def count_choices(ids_TK: Tensor, n_experts: int) -> Tensor:
@@ -40,20 +43,24 @@ def count_choices(ids_TK: Tensor, n_experts: int) -> Tensor:
     return flat_R.new_zeros(n_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
 
 
-def permutation(ids_TK: Tensor, n_experts: int, align: int = 1) -> Permutation:
+def permutation(
+    ids_TK: Tensor, n_experts: int, align: int = 1, n_rows: int | None = None
+) -> Permutation:
     """Group routed rows by expert, stably.
 
-    ids_TK: expert of every (token, choice), int64, any shape. With `align` > 1 the
-    number of slots is read on the host.
+    ids_TK: expert of every (token, choice), int64, any shape; `n_experts` names nobody. Rows of
+    nobody lie behind the last end, unless `n_rows`, the number of all others, leaves them out.
+    With `align` > 1 the number of slots is read on the host.
     """
     flat_R = ids_TK.reshape(-1)
-    sorted_R = torch.argsort(flat_R, stable=True)
-    counts_E = count_choices(flat_R, n_experts)
-    slot_of_sorted = torch.arange(flat_R.numel(), device=flat_R.device)
-    inverse_R = torch.empty_like(sorted_R)
+    sorted_R = torch.argsort(flat_R, stable=True)[:n_rows]
+    absent_R = flat_R == n_experts if len(sorted_R) < len(flat_R) else None
+    counts_E = count_choices(flat_R, n_experts + 1)[:-1]
+    slot_of_sorted = torch.arange(len(sorted_R), device=flat_R.device)
+    inverse_R = torch.zeros_like(flat_R)
     if align == 1:
         inverse_R[sorted_R] = slot_of_sorted
-        return Permutation(sorted_R, inverse_R, None, counts_E.cumsum(0), counts_E)
+        return Permutation(sorted_R, inverse_R, None, counts_E.cumsum(0), counts_E, absent_R)
     padded_E = (counts_E + align - 1) // align * align
     ends_E = padded_E.cumsum(0)
     shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
@@ -64,7 +71,8 @@ def permutation(ids_TK: Tensor, n_experts: int, align: int = 1) -> Permutation:
     order_P[slot_of_sorted] = sorted_R
     taken_P = torch.zeros(n_slots, dtype=torch.bool, device=flat_R.device)
     taken_P[slot_of_sorted] = True
-    return Permutation(order_P, inverse_R, (~taken_P).nonzero()[:, 0], ends_E, counts_E)
+    empty = (~taken_P).nonzero()[:, 0]
+    return Permutation(order_P, inverse_R, empty, ends_E, counts_E, absent_R)
 
 
 def gather_rows(x_TD: Tensor, to: Permutation) -> Tensor:
@@ -76,7 +84,8 @@ def gather_rows(x_TD: Tensor, to: Permutation) -> Tensor:
 
 
 def combine_rows(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
-    """`y_TD` with `y[t] = sum_k rows[inverse[t * K + k]]`, rounded once. Differentiable in rows."""
+    """`y_TD` with `y[t] = sum_k rows[inverse[t * K + k]]`, rounded once; absent rows count as zero.
+    Differentiable in rows."""
     return _CombineRows.apply(rows_PD, back, top_k)
 
 
@@ -85,13 +94,20 @@ def gather_rows_reference(x_TD: Tensor, to: Permutation) -> Tensor:
     n_rows = to.inverse_R.numel()
     top_k = n_rows // max(x_TD.shape[0], 1)
     rows_PD = x_TD.new_zeros(to.order_P.numel(), x_TD.shape[1])
-    return rows_PD.index_add(0, to.inverse_R, x_TD.repeat_interleave(top_k, 0))
+    rows_RD = _without(x_TD.repeat_interleave(top_k, 0), to.absent_R)
+    return rows_PD.index_add(0, to.inverse_R, rows_RD) if len(rows_PD) else rows_PD
 
 
 def combine_rows_reference(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
     """Plain-torch form of `combine_rows`."""
-    rows = [rows_PD[back.inverse_R[k::top_k]].float() for k in range(top_k)]
-    return torch.stack(rows).sum(0).to(rows_PD.dtype)
+    if not len(rows_PD):
+        return rows_PD.new_zeros(len(back.inverse_R) // top_k, rows_PD.shape[1])
+    rows_RD = _without(rows_PD.float()[back.inverse_R], back.absent_R)
+    return rows_RD.unflatten(0, (-1, top_k)).sum(1).to(rows_PD.dtype)
+
+
+def _without(rows_RD: Tensor, absent_R: Tensor | None) -> Tensor:
+    return rows_RD if absent_R is None else rows_RD.masked_fill_(absent_R[:, None], 0)
 
 
 def _gather(x_TD: Tensor, to: Permutation, top_k: int) -> Tensor:
@@ -101,7 +117,14 @@ def _gather(x_TD: Tensor, to: Permutation, top_k: int) -> Tensor:
 
 
 def _combine(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
-    rows_RD = rows_PD.index_select(0, back.inverse_R)
+    if not len(rows_PD):
+        return rows_PD.new_zeros(len(back.inverse_R) // top_k, rows_PD.shape[1])
+    if rows_PD.is_cuda and top_k > 1:
+        from kernels.permute_triton import combine
+
+        with torch.cuda.device(rows_PD.device):  # Triton launches on the current device
+            return combine(rows_PD, back.inverse_R, back.absent_R, top_k)
+    rows_RD = _without(rows_PD.index_select(0, back.inverse_R), back.absent_R)
     # torch sums bf16 in fp32 and rounds once
     return rows_RD if top_k == 1 else rows_RD.view(-1, top_k, rows_PD.shape[1]).sum(1)
 

@@ -10,7 +10,7 @@ T tokens, K experts per token, R rows, D model width, F expert width, E experts,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.model import Model, Moe
 from kernels.grouped_gemm import grouped_gemm_nt, row_alignment
 from kernels.permute import Permutation, combine_rows, gather_rows, permutation
+from kernels.quantize import dequantize_1x128
 from kernels.swiglu import clamped_swiglu, swiglu
 from models.exchange import Exchange
 from models.router import Router
@@ -26,19 +27,41 @@ from models.router import Router
 
 class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in pytrees only
     """Rows grouped by expert. Group e ends at `ends_e[e]` and has `counts_e[e]` true rows; rows
-    between these and the next group are zero, with weight zero."""
+    between these and the next group are zero, with weight zero. Rows from the last end on belong
+    to nobody: whatever is made of them is not read."""
 
     data: Tensor
-    """`[R, D]`."""
+    """`[R, D]`; FP8 where there are scales."""
     scales: Tensor | None
-    """Quantisation scales of `data`, or None where it is not quantised."""
+    """A scale per 128 values of a row (`kernels.quantize`), or None where `data` is not
+    quantised."""
     weights_R: Tensor
     """Routing weight of every row, fp32."""
     ends_e: Tensor
     counts_e: Tensor
+    stand_in: Tensor | None = None
+    """Quantised rows: a tensor of the shape and dtype they had, without memory of its own. It
+    takes their place in autograd, where a gradient must have its tensor's dtype."""
 
 
 ExpertsFn = Callable[[Rows], Tensor]
+
+
+def row_values(rows: Rows) -> Tensor:
+    """`[R, D]` in the compute dtype; the gradient passes the quantisation as it is."""
+    if rows.scales is None:
+        return rows.data
+    return _Dequantised.apply(rows.stand_in, rows.data, rows.scales)
+
+
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, data_RD: Tensor, scales_Rd: Tensor) -> Tensor:
+        return dequantize_1x128(data_RD, scales_Rd, stand_in.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_RD, None, None
 
 
 def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation) -> Rows:
@@ -101,7 +124,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """Weighted outputs `[R, D]`, row by row."""
-        data_RD, weights_R = rows.data, rows.weights_R
+        data_RD, weights_R = row_values(rows), rows.weights_R
         if self.config.weight_on == "input":
             data_RD = data_RD * weights_R[:, None].to(data_RD.dtype)
             weights_R = torch.ones_like(weights_R)
@@ -123,9 +146,11 @@ class Experts(nn.Module):
 
     @staticmethod
     def _of_rows(bias_eN: Tensor, rows: Rows) -> Tensor:
-        """Every row's bias, `[R, N]`."""
-        sizes_e = rows.ends_e.diff(prepend=rows.ends_e.new_zeros(1))
-        return bias_eN.repeat_interleave(sizes_e, dim=0, output_size=rows.data.shape[0])
+        """Every row's bias, `[R, N]`; zero for rows of nobody."""
+        slots_R = torch.arange(rows.data.shape[0], device=rows.ends_e.device)
+        expert_of_row = torch.searchsorted(rows.ends_e, slots_R, right=True)
+        nobody_1N = bias_eN.new_zeros(1, bias_eN.shape[1])
+        return torch.cat([bias_eN, nobody_1N]).index_select(0, expert_of_row)
 
 
 class FeedForward(nn.Module):

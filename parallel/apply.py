@@ -46,7 +46,7 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
 
     compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
     """
-    apply_expert_parallel(model, mesh)
+    apply_expert_parallel(model, mesh, config.parallel.dispatch)
     apply_tensor_parallel(model, mesh.dense["tp"])
     apply_recompute(model, config.parallel)
     if config.parallel.compile:

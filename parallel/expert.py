@@ -18,16 +18,13 @@ T * K ids (int64) and weights (fp32), reduce-scatter T * D. Backward: reduce-sca
 T * K weights, gather T * D.
 """
 
-from collections.abc import Callable
-
-import torch.distributed as dist
-from torch import Tensor, nn
-
-from models.moe import Dispatcher, ExpertsFn, MoE
-from parallel.dispatch.all_to_all import AllToAllDispatcher
+from configs.dispatch import Dispatch
+from models.decoder import Decoder
+from models.moe import MoE
+from parallel.dispatch.factory import dispatcher_maker
+from parallel.dispatch.gathering import GatheringDispatcher
 from parallel.local import divide, pad_local
 from parallel.mesh import Mesh
-from parallel.tensor import TensorExchange
 
 _DIMS: dict[str, dict[str, int]] = {
     "w13": {"ep": 0, "etp": 2},
@@ -37,42 +34,21 @@ _DIMS: dict[str, dict[str, int]] = {
 }
 
 
-def apply_expert_parallel(model: nn.Module, mesh: Mesh) -> None:
+def apply_expert_parallel(model: Decoder, mesh: Mesh, options: Dispatch) -> None:
     """Divide the experts of a model on the meta device; nothing happens where `ep` and `etp` are
     1."""
     axes = [axis for axis in ("ep", "etp") if mesh.expert[axis].size() > 1]
     if not axes:
         return
+    group = mesh.expert["ep"].get_group()
+    make_dispatcher = dispatcher_maker(model.config.moe.n_experts, group, options)
     for moe in (module for module in model.modules() if isinstance(module, MoE)):
         names = [name for name, _ in moe.experts.named_parameters()]
         dims = {name: tuple(_DIMS[name][axis] for axis in axes) for name in names}
         divide(moe.experts, mesh.expert[tuple(axes)], dims)
-        dispatcher: Dispatcher = moe.dispatcher
         if "ep" in axes:
-            group = mesh.expert["ep"].get_group()
-            dispatcher = AllToAllDispatcher(moe.router.config.n_experts, group)
+            moe.dispatcher = make_dispatcher()
         if "etp" in axes:
             if "b2" in names:
                 pad_local(moe.experts, "b2", 1, mesh.expert["etp"])
-            dispatcher = GatheringDispatcher(dispatcher, mesh.expert["etp"].get_group())
-        moe.dispatcher = dispatcher
-
-
-class GatheringDispatcher:
-    """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums what they give."""
-
-    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
-        self.inner, self.exchange = inner, TensorExchange(group)
-
-    def run(
-        self,
-        x_TD: Tensor,
-        expert_ids_TK: Tensor,
-        weights_TK: Tensor,
-        experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        gather = self.exchange.gather
-        partial = self.inner.run(gather(x_TD), gather(expert_ids_TK), gather(weights_TK), experts)
-        y_TD = self.exchange.reduce_scatter(partial)
-        return y_TD if beside is None else y_TD + beside()
+            moe.dispatcher = GatheringDispatcher(moe.dispatcher, mesh.expert["etp"].get_group())

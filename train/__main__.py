@@ -58,6 +58,7 @@ def _check(config: RunConfig, ranks: int | None) -> int:
 
 
 def _train(config: RunConfig, degrees: Degrees) -> int:
+    from parallel.dispatch.overflow import CapacityOverflow
     from parallel.ranks import start_ranks, stop_ranks
     from train.step import NonFiniteError
     from train.trainer import Trainer
@@ -67,7 +68,7 @@ def _train(config: RunConfig, degrees: Degrees) -> int:
         code = Trainer(config, degrees, ranks).run()
         stop_ranks()
         return code or 0
-    except NonFiniteError as error:
+    except (NonFiniteError, CapacityOverflow) as error:
         return _fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
 
 

@@ -8,6 +8,7 @@ from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
+from parallel.dispatch.memory import row_memory
 from train import checkpoint, sources
 from train.metrics import FORCED_BALANCE
 from train.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
@@ -83,7 +84,15 @@ def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
     rows.append(("gathered weights", gathered * size))
     total = sum(size for _, size in rows)
     text = [f"  {name:<22} {_size(size):>10}" for name, size in rows]
-    return [*text, f"  {'sum':<22} {_size(total):>10}   activations come on top"]
+    text += [f"  {'sum':<22} {_size(total):>10}   activations come on top, of these"]
+    tokens, dispatch = config.train.micro_batch * config.data.seq_len, config.parallel.dispatch
+    for name, worst, meaning in (
+        ("expert rows", False, "routed evenly"),
+        ("expert rows, at worst", True, "in every layer all tokens to the experts of one rank"),
+    ):
+        memory = row_memory(tokens, config.model, degrees.ep, dispatch, size, worst)
+        text.append(f"  {name:<22} {_size(sum(memory)):>10}   {meaning}")
+    return text
 
 
 def _size(n_bytes: float) -> str:

@@ -13,6 +13,7 @@
 | moe/layer_i/max_vio | (largest load - mean load) / mean load (arXiv:2408.15664) |
 | moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
 | moe/layer_i/dead_experts | experts without a single token in the step |
+| moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/account.py |
 | validation_loss, validation_bits_per_byte | at the steps that validate |
 
 Layers are those with experts, counted from 0, MTP modules last.

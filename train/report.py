@@ -79,7 +79,7 @@ class Reporter:
             fields["mfu"] = speed * self.flops_per_token / self.peak_flops
         if self.force_balance:
             fields["force_balance"] = 1.0
-        fields |= validation | balance_fields(result.counts_LE)
+        fields |= validation | balance_fields(result.counts_LE) | result.dispatch
         self._writer.write(step, fields, result.counts_LE)
         as_line = step % self.log_every == 0 or step == self.total or step == self.done + 1
         self._progress.step(step, _status(fields), as_line)

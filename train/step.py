@@ -5,7 +5,8 @@ a mean over its own target tokens of the step, plus the routers' auxiliary losse
 gradient themselves (`models.balance`). The loss that is reported is the model's alone.
 
 Nothing is changed before the step is known to be good: a non-finite loss or gradient stops the run
-with weights, optimizer and router biases as they were, and says which rank met it first.
+with weights, optimizer and router biases as they were, and says which rank met it first. A step
+whose rows did not all find room (dispatch into buffers of fixed size) is redone before that.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from models.balance import StepScope
 from models.decoder import Decoder
 from models.router import open_step, take_counts, take_losses, update_biases
+from parallel.dispatch.account import Account
+from parallel.dispatch.overflow import exact, overflowed
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
@@ -53,6 +56,8 @@ class StepResult:
     """Mean over its target tokens of each MTP module's loss, nats."""
     router_losses: dict[str, float] = field(default_factory=dict)
     """The auxiliary losses in use, without their coefficients, mean over layers."""
+    dispatch: dict[str, float] = field(default_factory=dict)
+    """Scalars about the exchange of rows; empty where no rows travel."""
 
 
 def train_step(
@@ -71,8 +76,10 @@ def train_step(
 
     copies: ranks that are given the same tokens (tensor parallelism); each counts its share of
     their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
-    step is abandoned without a trace and None returned. Raises NonFiniteError.
+    step is abandoned without a trace and None returned. Raises NonFiniteError and
+    CapacityOverflow.
     """
+    account = Account(model)
     microbatches = list(batches)
     depth = model.config.mtp_depth
     counts = sum_over_ranks(count_tokens(microbatches, depth)) // copies
@@ -80,16 +87,15 @@ def train_step(
     open_step(model, StepScope(microbatches[0].core.length, tokens, sum_over_ranks))
     weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)
     weights[0] = 1.0
-    totals = torch.zeros_like(weights)
-    for batch in microbatches:
-        if stop():
-            optimizer.zero_grad()
-            take_counts(model, lambda counts: counts)
-            take_losses(model, lambda losses: losses)
-            return None
-        losses = loss_sums(model, batch, depth) / targets.clamp(min=1)
-        (losses * weights).sum().backward()
-        totals += losses.detach()
+    totals = _forward_backward(model, microbatches, targets, weights, stop)
+    redo = totals is not None and overflowed(model, step)
+    if redo:
+        _forget(model, optimizer)
+        with exact(model):
+            totals = _forward_backward(model, microbatches, targets, weights, stop)
+    if totals is None:
+        _forget(model, optimizer)
+        return None
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
     global_losses = sum_over_ranks(totals.clone())
@@ -97,15 +103,44 @@ def train_step(
         raise NonFiniteError(_diagnose(model, step, float(totals.sum())))
     if clip_norm:
         scale_grads(parameters, norm, clip_norm)
-    counts_LE = take_counts(model, sum_over_ranks)
+    counts_LE = take_counts(model, account.sum_with)
     update_biases(model, counts_LE)
     router_losses = take_losses(model, sum_over_ranks)
     optimizer.step()
     optimizer.zero_grad()
     loss, *mtp_losses = global_losses.tolist()
     return StepResult(
-        loss, float(norm), int(targets[0]), counts_LE.cpu(), tuple(mtp_losses), router_losses
-    )
+        loss, float(norm), int(targets[0]), counts_LE.cpu(), tuple(mtp_losses), router_losses,
+        account.fields(redo),
+    )  # fmt: skip
+
+
+def _forward_backward(
+    model: Decoder,
+    microbatches: list[Batch],
+    targets: Tensor,
+    weights: Tensor,
+    stop: Callable[[], bool],
+) -> Tensor | None:
+    """This rank's losses summed over microbatches, gradients added up; None where `stop` says so.
+
+    targets, weights: of the model's loss and of each MTP module's, in the whole step.
+    """
+    totals = torch.zeros_like(weights)
+    for batch in microbatches:
+        if stop():
+            return None
+        losses = loss_sums(model, batch, len(weights) - 1) / targets.clamp(min=1)
+        (losses * weights).sum().backward()
+        totals += losses.detach()
+    return totals
+
+
+def _forget(model: Decoder, optimizer: Updater) -> None:
+    """Drop the gradients, routing counts and losses of a step that does not count."""
+    optimizer.zero_grad()
+    take_counts(model, lambda counts: counts)
+    take_losses(model, lambda losses: losses)
 
 
 def _diagnose(model: nn.Module, step: int, local_loss: float) -> str:

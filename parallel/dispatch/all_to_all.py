@@ -1,104 +1,102 @@
 """Exact all-to-all dispatch: every row travels to the rank of its expert and back.
 
 Expert e lives on rank `e // (E / ep)`. Rows are sorted by expert, hence by rank. The ranks first
-exchange how many rows each expert gets (one small all-to-all, read on the host because uneven
-splits are host arguments), then the rows and their routing weights. They arrive ordered by sender
-and, within a sender, by expert; one more gather orders them by expert. No row is dropped or
-padded, whatever the router chose. The shared experts run while the rows are on their way.
+exchange how many rows each expert gets (one small all-to-all for all chunks, read on the host
+because uneven splits are host arguments), then the rows and their routing weights. They arrive
+ordered by sender and, within a sender, by expert; one more gather orders them by expert. No row is
+dropped or padded, whatever the router chose. The backward pass needs no counts: it uses the
+same splits.
 
-T tokens, K experts per token, R rows sent, S rows received, D width, E experts, e local experts.
+T tokens, K experts per token, R rows sent, S rows received, P slots, D width, E experts,
+e local experts, C chunks.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.dispatch import Wire
 from kernels.grouped_gemm import row_alignment
 from kernels.permute import Permutation, combine_rows, permutation
-from models.moe import ExpertsFn, rows_for
+from parallel.dispatch.exchange import Link, Parcel, pack, per_choice, to_choices
+from parallel.dispatch.route import Back, Route
 
 
-class AllToAllDispatcher:
-    """`models.moe.Dispatcher` over the expert-parallel group."""
+class AllToAll:
+    """`Planner` over the expert-parallel group."""
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup) -> None:
-        self.n_experts, self.group = n_experts, group
-        self.ep = dist.get_world_size(group)
+    def __init__(self, n_experts: int, link: Link) -> None:
+        self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
 
-    def run(
-        self,
-        x_TD: Tensor,
-        expert_ids_TK: Tensor,
-        weights_TK: Tensor,
-        experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
-    ) -> Tensor:
-        to = permutation(expert_ids_TK, self.n_experts)
-        received_re = torch.empty_like(to.counts_E)
-        dist.all_to_all_single(received_re, to.counts_E, group=self.group)
-        received_re = received_re.view(self.ep, -1)
-        splits = torch.stack([to.counts_E.view(self.ep, -1).sum(1), received_re.sum(1)])
-        sent, got = splits.tolist()  # the one wait for the device
-
-        pending: list[dist.Work] = []
-        leaving = rows_for(x_TD, weights_TK, to)
-        data_SD = _AllToAll.apply(leaving.data, sent, got, self.group, pending)
-        weights_S = _AllToAll.apply(leaving.weights_R, sent, got, self.group, pending)
-        shared_TD = None if beside is None else beside()
-        for work in pending:
-            work.wait()
-
-        by_expert = _expert_major(received_re, sum(got))
-        done_PD = experts(rows_for(data_SD, weights_S, by_expert))
-        done_SD = combine_rows(done_PD, by_expert, 1)
-        done_RD = _AllToAll.apply(done_SD, got, sent, self.group, None)
-        y_TD = combine_rows(done_RD, to, expert_ids_TK.shape[1])
-        return y_TD if shared_TD is None else y_TD + shared_TD
+    def plan(self, ids: list[Tensor]) -> list[Route]:
+        ep, me = self.link.size, dist.get_rank(self.link.group)
+        to = [permutation(ids_TK, self.n_experts) for ids_TK in ids]
+        sent_rCe = torch.stack([each.counts_E.view(ep, -1) for each in to], 1)
+        got_rCe = torch.empty_like(sent_rCe)
+        dist.all_to_all_single(got_rCe, sent_rCe, group=self.link.group)
+        splits = torch.stack([sent_rCe.sum(2).T, got_rCe.sum(2).T], 1)
+        routes: list[Route] = []
+        top_k = ids[0].shape[1]
+        for c, (sent, got) in enumerate(splits.tolist()):  # the one wait for the device
+            by_expert = expert_major(got_rCe[:, c], sum(got))
+            routes.append(DirectRoute(self.link, to[c], by_expert, sent, got, top_k))
+            self.traffic.rows_sent += sum(sent) - sent[me]
+            self.traffic.rows_received += sum(got)
+        return routes
 
 
-def _expert_major(received_re: Tensor, n_rows: int) -> Permutation:
+def expert_major(received_re: Tensor, n_rows: int) -> Permutation:
     """The received rows, which lie by sender and then expert, by expert and then sender.
 
     received_re: rows from each rank for each local expert, `n_rows` in all.
     """
-    ep, n_local = received_re.shape
-    experts = torch.arange(n_local, device=received_re.device).repeat(ep)
+    n_ranks, n_local = received_re.shape
+    experts = torch.arange(n_local, device=received_re.device).repeat(n_ranks)
     expert_of_row_S = experts.repeat_interleave(received_re.reshape(-1), output_size=n_rows)
     align = row_alignment(n_rows, n_local, received_re.device)
     return permutation(expert_of_row_S, n_local, align)
 
 
-class _AllToAll(torch.autograd.Function):
-    """Uneven all-to-all of rows; its gradient is the all-to-all with the splits exchanged.
+@dataclass
+class DirectRoute:
+    """One exchange: tokens into R rows by rank, S rows received, those by expert."""
 
-    With a list for `pending` the forward exchange is left running and its handle appended: the
-    output must not be read before the handle was waited for.
-    """
+    link: Link
+    to: Permutation
+    by_expert: Permutation
+    sent: list[int] | None
+    got: list[int] | None
+    """Rows to and from every rank; None: evenly many."""
+    top_k: int
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        sent: list[int],
-        got: list[int],
-        group: dist.ProcessGroup,
-        pending: list[dist.Work] | None,
-    ) -> Tensor:
-        ctx.splits, ctx.group = (sent, got), group
-        out = x.new_empty(sum(got), *x.shape[1:])
-        work = dist.all_to_all_single(
-            out, x.contiguous(), got, sent, group=group, async_op=pending is not None
-        )
-        if pending is not None:
-            pending.append(work)
-        return out
+    def __post_init__(self) -> None:
+        self.ends_e, self.counts_e = self.by_expert.ends_E, self.by_expert.counts_E
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        sent, got = ctx.splits
-        out = grad.new_empty(sum(sent), *grad.shape[1:])
-        dist.all_to_all_single(out, grad.contiguous(), sent, got, group=ctx.group)
-        return out, None, None, None, None
+    def to_experts(
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
+    ) -> Callable[[], Parcel]:
+        leaving = pack(x_TD, wire).gathered(self.to, per_choice(weights_TK, self.to))
+        arrive = self.link.start(leaving, self.sent, self.got)
+
+        def end() -> Parcel:
+            parcel = arrive()
+            return parcel.gathered(self.by_expert, per_choice(parcel.extra, self.by_expert))
+
+        return end
+
+    def to_tokens(
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
+    ) -> Callable[[], Back]:
+        rows_SD = combine_rows(rows_PD, self.by_expert, 1)
+        leaving = pack(rows_SD, wire, to_choices(weights_P, self.by_expert, 1))
+        arrive = self.link.start(leaving, self.got, self.sent)
+
+        def end() -> Back:
+            parcel = arrive()
+            y_TD = combine_rows(parcel.values(rows_PD.dtype), self.to, self.top_k)
+            return Back(y_TD, to_choices(parcel.extra, self.to, self.top_k))
+
+        return end

@@ -130,8 +130,11 @@ class Formula:
 
     def _step(self) -> None:
         n_layers, n_experts = len(self.moe_layers), self.model.moe.n_experts
+        choices = n_layers * n_experts * INT
+        if self.case.ep > 1:  # the dispatchers' numbers travel with the choices
+            choices += n_layers * (3 + 2 * self.ranks) * INT
         # tokens and targets, squared norm in fp64, loss, choices, auxiliary losses
-        for size in (2 * INT, INT, FLOAT, n_layers * n_experts * INT, n_layers * 3 * FLOAT):
+        for size in (2 * INT, INT, FLOAT, choices, 3 * FLOAT):
             self.add("world", "allreduce", size, 1)
 
 

@@ -34,7 +34,7 @@ def test_every_rank_holds_its_share(path: Path, held: dict[str, Any]) -> None:
     config = load(path)
     degrees = resolve(config, default_world(config))
     counts = parameter_counts(config.model)
-    share = (counts.total - counts.experts) / (degrees.dp_shard * degrees.tp)
+    share = (counts.total + counts.mtp - counts.experts) / (degrees.dp_shard * degrees.tp)
     share += counts.experts / (degrees.efsdp * degrees.ep * degrees.etp)
     first, last = held[path.stem]
     # vectors that the ranks cannot divide evenly are rounded up on the first

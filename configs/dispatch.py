@@ -1,0 +1,62 @@
+"""`[parallel.dispatch]`: how tokens reach experts of other ranks. Used where `parallel.ep` > 1."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.rules import ConfigError, between
+
+Wire = Literal["compute", "fp8"]
+"""What rows travel as: the compute dtype, or FP8 with an fp32 scale per 128 values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    kind: Literal["all_to_all", "sync_free", "hierarchical", "deepep"] = "all_to_all"
+    """How rows travel between the ranks of `ep`; one rank alone sends nothing.
+    `all_to_all`: exact, one row per token and expert. `sync_free`: the same into buffers of
+    fixed size, without a copy to the host. `hierarchical`: a token crosses to each node once and
+    fans out there. `deepep`: the DeepEP library (CUDA, bf16)."""
+    chunks: int = 1
+    """Parts that a rank's tokens are cut into: one travels while experts work on another. 1: no
+    overlap but with shared experts. Experts that are sharded over ranks beside `ep` are gathered
+    for every chunk."""
+    dispatch_dtype: Wire = "compute"
+    """Tokens on their way to experts. `fp8` loses what quantisation loses."""
+    combine_dtype: Wire = "compute"
+    """Expert outputs on their way back. hierarchical: only between nodes."""
+    combine_grad_dtype: Wire = "compute"
+    """Backward: gradients of expert outputs on their way to experts."""
+    dispatch_grad_dtype: Wire = "compute"
+    """Backward: gradients of tokens on their way back. hierarchical: only between nodes."""
+    node_size: int = 0
+    """Neighbouring ranks of `ep` that count as one node, for hierarchical and for the statistics
+    of bytes between nodes. 0: those on the same host."""
+    capacity_factor: float = 2.0
+    """sync_free: rows that a rank has room for from each other rank, as a multiple of the even
+    share. From the number of `ep` ranks on nothing can overflow."""
+    on_overflow: Literal["redo", "stop"] = "redo"
+    """sync_free, when rows of a step found no room: repeat the step exactly, or stop the run and
+    name the layer."""
+
+    def __post_init__(self) -> None:
+        between(self, 1, 64, "chunks")
+        between(self, 0, 2**16, "node_size")
+        between(self, 0.01, 2**16, "capacity_factor")
+        if self.kind == "deepep":
+            wires = ("dispatch_dtype", "combine_dtype", "combine_grad_dtype", "dispatch_grad_dtype")
+            quantised = [key for key in wires if getattr(self, key) != "compute"]
+            if quantised:
+                raise ConfigError(f'{quantised[0]} = "fp8": kind = deepep sends bf16 only')
+            if self.chunks > 1:
+                raise ConfigError(f"chunks = {self.chunks}: kind = deepep takes all tokens at once")
+
+
+def check_nodes(dispatch: Dispatch, ep: int) -> None:
+    """Raise ConfigError where `ep` ranks do not make several nodes of the wanted size."""
+    size = dispatch.node_size
+    if dispatch.kind == "hierarchical" and ep > 1 and size and (ep % size or ep == size):
+        fitting = [str(n) for n in range(1, ep) if ep % n == 0]
+        raise ConfigError(
+            f"parallel.dispatch.node_size = {size}: must divide parallel.ep = {ep} into several "
+            f"nodes; use one of {', '.join(fitting)}"
+        )

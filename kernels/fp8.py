@@ -1,0 +1,55 @@
+"""What all FP8 kernels agree on: the size of a block, the type of a device, memory layouts."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Side of a block."""
+MIN_SCALE = 2.0**-80
+"""Smallest scale. A quotient by it can neither overflow nor meet denormals that matter."""
+
+
+class Quantized(NamedTuple):
+    """FP8 data and the fp32 scales that its blocks are to be multiplied with."""
+
+    data: Tensor
+    scales: Tensor
+
+
+def fp8_dtype(device: torch.device) -> torch.dtype:
+    """The e4m3 of a device: `fnuz` (largest value 240) on MI300, `fn` (448) everywhere else.
+
+    Raises ValueError where the device has no FP8 tensor cores.
+    """
+    if device.type != "cuda":
+        return torch.float8_e4m3fn
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if arch.startswith("gfx94"):
+            return torch.float8_e4m3fnuz
+        if arch.startswith(("gfx95", "gfx12")):
+            return torch.float8_e4m3fn
+        raise ValueError(f"FP8 needs gfx942 or newer; {device} is {arch}: train in bf16 there")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise ValueError(
+            f"FP8 needs compute capability 8.9 or newer; {device} has {major}.{minor}: "
+            "train in bf16 there"
+        )
+    return torch.float8_e4m3fn
+
+
+def on_accelerator(x: Tensor) -> bool:
+    """Whether Triton runs where x is (the interpreter's tests say yes for a CPU)."""
+    return x.is_cuda
+
+
+def empty_column_major(
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """An uninitialised `[R, D]` whose columns are contiguous and start at multiples of 16 bytes."""
+    rows, columns = shape
+    step = 16 // dtype.itemsize
+    return torch.empty(columns, -(-rows // step) * step, dtype=dtype, device=device)[:, :rows].T

@@ -1,0 +1,168 @@
+"""Matrix products of blockwise-quantised FP8 operands, one for each product of a linear layer.
+
+| product | function | sums over | a | b |
+|---|---|---|---|---|
+| output `x @ w.T` | `gemm_fp8_nt` | input width | x, 1x128 | w, 128x128 |
+| input gradient `dy @ w` | `gemm_fp8_nn` | output width | dy, 1x128 | w, 128x128 |
+| weight gradient `dy.T @ x` | `gemm_fp8_tn` | tokens | dy, 128x1 | x, 128x1 |
+
+Every 128 of the summed dimension the partial product is multiplied with its two scales and added in
+fp32, so a scale never has to be the same for more than one block, and the tensor cores' short
+accumulators never hold more than 128 products (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+
+The result is bf16 or fp32, or is added to an fp32 matrix: a main gradient that collects
+microbatches without rounding and without a second pass. A NaN scale makes its row, or its 128
+columns, NaN.
+
+On a CPU the operands are dequantised to fp32 and multiplied by its BLAS; bf16 would be faster but
+cannot hold data x scale. Any M, N, K; FP8 tensor cores want both operands contiguous along K, as
+`kernels.quantize` stores them, and other memory orders are copied. Left out: e5m2, biases.
+
+Shapes: M x N output, K summed; m, n, k their numbers of blocks of 128, rounded up.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.fp8 import BLOCK, fp8_dtype, on_accelerator
+from kernels.quantize import dequantize_1x128, dequantize_128x1, dequantize_128x128
+
+_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+_OUT_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def gemm_fp8_nt(
+    a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_nk: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`a @ b.T`: `[M, N]` in `out_dtype`, or `accumulate_into` (fp32) with the product added."""
+    _check("nt", a_MK, b_NK, out_dtype, accumulate_into)
+    _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
+    _check_scales("b", scales_b_nk, b_NK, (BLOCK, BLOCK))
+    if on_accelerator(a_MK):
+        return _launch(a_MK, scales_a_Mk, b_NK, scales_b_nk, out_dtype, accumulate_into)
+    a, b = dequantize_1x128(a_MK, scales_a_Mk), dequantize_128x128(b_NK, scales_b_nk)
+    return _matmul(a, b.T, out_dtype, accumulate_into)
+
+
+def gemm_fp8_nn(
+    a_MK: Tensor, scales_a_Mk: Tensor, b_KN: Tensor, scales_b_kn: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`a @ b`, otherwise as `gemm_fp8_nt`. b: the column-major form that `quantize_128x128` makes
+    besides; row-major data is copied on CUDA."""
+    _check("nn", a_MK, b_KN.T, out_dtype, accumulate_into)
+    _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
+    _check_scales("b", scales_b_kn, b_KN, (BLOCK, BLOCK))
+    if on_accelerator(a_MK):
+        return _launch(a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype, accumulate_into)
+    a, b = dequantize_1x128(a_MK, scales_a_Mk), dequantize_128x128(b_KN, scales_b_kn)
+    return _matmul(a, b, out_dtype, accumulate_into)
+
+
+def gemm_fp8_tn(
+    a_KM: Tensor, scales_a_kM: Tensor, b_KN: Tensor, scales_b_kN: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`a.T @ b` of operands from `quantize_128x1`, otherwise as `gemm_fp8_nt`."""
+    _check("tn", a_KM.T, b_KN.T, out_dtype, accumulate_into)
+    _check_scales("a", scales_a_kM, a_KM, (BLOCK, 1))
+    _check_scales("b", scales_b_kN, b_KN, (BLOCK, 1))
+    if on_accelerator(a_KM):
+        return _launch(a_KM.T, scales_a_kM.T, b_KN.T, scales_b_kN.T, out_dtype, accumulate_into)
+    a, b = dequantize_128x1(a_KM, scales_a_kM), dequantize_128x1(b_KN, scales_b_kN)
+    return _matmul(a.T, b, out_dtype, accumulate_into)
+
+
+def gemm_fp8_nt_reference(
+    a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_nk: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Plain loop over the blocks of K, in the kernel's order."""
+    scales_b_Nk = scales_b_nk.repeat_interleave(BLOCK, 0)[: b_NK.shape[0]]
+    total = _blockwise(a_MK, scales_a_Mk, b_NK, scales_b_Nk)
+    return total.to(out_dtype) if accumulate_into is None else accumulate_into.add_(total)
+
+
+def gemm_fp8_nn_reference(
+    a_MK: Tensor, scales_a_Mk: Tensor, b_KN: Tensor, scales_b_kn: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Plain loop over the blocks of K, in the kernel's order."""
+    return gemm_fp8_nt_reference(
+        a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype, accumulate_into
+    )
+
+
+def gemm_fp8_tn_reference(
+    a_KM: Tensor, scales_a_kM: Tensor, b_KN: Tensor, scales_b_kN: Tensor,
+    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Plain loop over the blocks of K, in the kernel's order."""
+    total = _blockwise(a_KM.T, scales_a_kM.T, b_KN.T, scales_b_kN.T)
+    return total.to(out_dtype) if accumulate_into is None else accumulate_into.add_(total)
+
+
+def _blockwise(a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_Nk: Tensor) -> Tensor:
+    total = torch.zeros(a_MK.shape[0], b_NK.shape[0], device=a_MK.device)
+    for k in range(scales_a_Mk.shape[1]):
+        along = slice(k * BLOCK, (k + 1) * BLOCK)
+        product = a_MK[:, along].float() @ b_NK[:, along].float().T
+        total += product * scales_a_Mk[:, k, None] * scales_b_Nk[None, :, k]
+    return total
+
+
+def _matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype, accumulate_into: Tensor | None) -> Tensor:
+    return torch.mm(a, b).to(out_dtype) if accumulate_into is None else accumulate_into.addmm_(a, b)
+
+
+def _launch(
+    a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b: Tensor,
+    out_dtype: torch.dtype, accumulate_into: Tensor | None,
+) -> Tensor:  # fmt: skip
+    from kernels.gemm_fp8_triton import gemm
+
+    fp8_dtype(a_MK.device)  # refuses devices without FP8
+    (M, K), N = a_MK.shape, b_NK.shape[0]
+    accumulate = accumulate_into is not None
+    if accumulate_into is None:
+        c_MN = torch.empty(M, N, dtype=out_dtype, device=a_MK.device)
+    else:
+        c_MN = accumulate_into
+    if M and N and K:
+        with torch.cuda.device(a_MK.device):  # Triton launches on the current device
+            gemm(a_MK, scales_a_Mk, b_NK, scales_b, c_MN, accumulate)
+    return c_MN if K or accumulate else c_MN.zero_()
+
+
+def _check(
+    name: str, a_MK: Tensor, b_NK: Tensor, out_dtype: torch.dtype, accumulate_into: Tensor | None
+) -> None:
+    problem = None
+    shape = (a_MK.shape[0], b_NK.shape[0])
+    if a_MK.dim() != 2 or b_NK.dim() != 2 or a_MK.shape[1] != b_NK.shape[1]:
+        problem = f"cannot sum over {list(a_MK.shape)[1:]} of a and {list(b_NK.shape)[1:]} of b"
+    elif a_MK.dtype != b_NK.dtype or a_MK.dtype not in _FP8_DTYPES:
+        problem = f"operands are {a_MK.dtype} and {b_NK.dtype}, must both be e4m3"
+    elif out_dtype not in _OUT_DTYPES:
+        problem = f"out_dtype is {out_dtype}, must be bf16 or fp32"
+    elif accumulate_into is not None and (
+        accumulate_into.shape != shape
+        or accumulate_into.dtype != torch.float32
+        or accumulate_into.stride(1) != 1
+    ):
+        problem = (
+            f"accumulate_into is {list(accumulate_into.shape)} in {accumulate_into.dtype} with "
+            f"strides {accumulate_into.stride()}, must be {list(shape)} in fp32 with whole rows"
+        )
+    if problem:
+        raise ValueError(f"gemm_fp8_{name}: {problem}")
+
+
+def _check_scales(name: str, scales: Tensor, data: Tensor, block: tuple[int, int]) -> None:
+    grid = tuple(-(-size // side) for size, side in zip(data.shape, block, strict=True))
+    if scales.shape != grid or scales.dtype != torch.float32:
+        raise ValueError(
+            f"scales of {name} are {list(scales.shape)} in {scales.dtype}, must be {list(grid)} in "
+            f"fp32: one per {block[0]}x{block[1]} of {list(data.shape)}"
+        )

@@ -1,0 +1,139 @@
+"""Adapter to DeepEP (https://github.com/deepseek-ai/DeepEP, version 2), where it is installed.
+
+Its `dispatch` sends a token once to every rank that holds one of its experts (over NVLink and RDMA,
+without NCCL) and says which experts of that rank were meant; its `combine` sums back. They are each
+other's transpose, so they make a route; what remains is to copy a token's row for each of its
+experts on this rank, and to sum these. bf16 only here; the host waits for the counts.
+
+Written against the public API of 2.0 (`ElasticBuffer`); tested with a stand-in of the same calls
+over gloo, never on the hardware that DeepEP needs.
+
+T tokens, U tokens that came to this rank, K experts per token, P slots, D width, e local experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.dispatch import Wire
+from configs.rules import ConfigError
+from kernels.grouped_gemm import row_alignment
+from kernels.permute import Permutation, combine_rows, permutation
+from parallel.dispatch.exchange import Parcel, Traffic, per_choice, to_choices
+from parallel.dispatch.route import Back, Route
+
+
+def elastic_buffer() -> Any:
+    """The class of DeepEP's buffers. Raises ConfigError where DeepEP is missing."""
+    try:
+        import deep_ep  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ConfigError(
+            f'parallel.dispatch.kind = "deepep": DeepEP is not installed here ({error}); '
+            'install it from github.com/deepseek-ai/DeepEP, or use "all_to_all"'
+        ) from None
+    if not hasattr(deep_ep, "ElasticBuffer"):
+        raise ConfigError(
+            'parallel.dispatch.kind = "deepep": needs DeepEP 2 (deep_ep.ElasticBuffer); '
+            "this one is older"
+        )
+    return deep_ep.ElasticBuffer
+
+
+class DeepEP:
+    """`Planner` that leaves the exchange to DeepEP; one buffer serves all layers."""
+
+    def __init__(self, n_experts: int, group: dist.ProcessGroup, buffers: dict[str, Any]) -> None:
+        self.n_experts, self.group, self.buffers = n_experts, group, buffers
+        self.make = elastic_buffer()
+        self.traffic = Traffic()
+
+    def plan(self, ids: list[Tensor]) -> list[Route]:
+        return [DeepEPRoute(self, ids_TK) for ids_TK in ids]
+
+    def buffer(self, n_tokens: int, width: int, top_k: int) -> Any:
+        """The common buffer, made anew where a batch is larger than all before it."""
+        needed = self.make.get_buffer_size_hint(self.group, n_tokens, width, num_topk=top_k)
+        found = self.buffers.get("elastic")
+        if found is None or found.num_bytes < needed:
+            found = self.make(
+                self.group, num_max_tokens_per_rank=n_tokens, hidden=width, num_topk=top_k
+            )
+            self.buffers["elastic"] = found
+        return found
+
+
+@dataclass
+class DeepEPRoute:
+    """DeepEP's exchange, then a row for each of a token's experts here; and back."""
+
+    planner: DeepEP
+    ids_TK: Tensor
+    handle: Any = None
+    here: Permutation | None = None
+    """From the U tokens here to the rows of experts; known once they have come."""
+
+    def to_experts(
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
+    ) -> Callable[[], Parcel]:
+        assert wire == "compute", "refused by the schema"
+        if x_TD.dtype != torch.bfloat16:
+            raise ValueError(
+                f'parallel.dispatch.kind = "deepep": sends bf16 only, not {x_TD.dtype}'
+            )
+        (n_tokens, width), top_k = x_TD.shape, self.ids_TK.shape[1]
+        buffer = self.planner.buffer(n_tokens, width, top_k)
+        how = {"async_with_compute_stream": True}
+        if weights_TK is None:
+            data_UD, *_, event = buffer.dispatch(x_TD, handle=self.handle, **how)
+        else:
+            data_UD, ids_UK, weights_UK, self.handle, event = buffer.dispatch(
+                x_TD, topk_idx=self.ids_TK, topk_weights=weights_TK,
+                num_experts=self.planner.n_experts, **how,
+            )  # fmt: skip
+
+        def end() -> Parcel:
+            event.current_stream_wait()
+            extra = None
+            if weights_TK is not None:
+                self._arrange(ids_UK)
+                assert self.here is not None
+                extra = per_choice(weights_UK, self.here)
+            assert self.here is not None
+            return Parcel(data_UD, None, None).gathered(self.here, extra)
+
+        return end
+
+    def to_tokens(
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
+    ) -> Callable[[], Back]:
+        assert wire == "compute" and self.here is not None
+        top_k = self.ids_TK.shape[1]
+        tokens_UD = combine_rows(rows_PD, self.here, top_k)
+        weights_UK = to_choices(weights_P, self.here, top_k)
+        buffer = self.planner.buffers["elastic"]
+        y_TD, weights_TK, event = buffer.combine(
+            tokens_UD, handle=self.handle, topk_weights=weights_UK, async_with_compute_stream=True
+        )
+
+        def end() -> Back:
+            event.current_stream_wait()
+            return Back(y_TD, weights_TK)
+
+        return end
+
+    def _arrange(self, ids_UK: Tensor) -> None:
+        """Order the rows by expert. ids_UK: experts of this rank; -1 for those elsewhere."""
+        n_local = self.planner.n_experts // dist.get_world_size(self.planner.group)
+        n_rows = sum(self.handle.num_recv_tokens_per_expert_list)
+        align = row_alignment(n_rows, n_local, ids_UK.device)
+        named_UK = torch.where(ids_UK < 0, n_local, ids_UK).long()
+        self.here = permutation(named_UK, n_local, align, n_rows)
+        self.ends_e, self.counts_e = self.here.ends_E, self.here.counts_E
+        traffic, me = self.planner.traffic, dist.get_rank(self.planner.group)
+        traffic.rows_received += n_rows
+        traffic.rows_sent += (self.ids_TK // n_local != me).sum()

@@ -1,0 +1,81 @@
+"""From `[parallel.dispatch]` and a process group to the dispatchers of a model's MoE layers."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from configs.dispatch import Dispatch
+from configs.rules import ConfigError
+from models.moe import Dispatcher
+from parallel.dispatch.all_to_all import AllToAll
+from parallel.dispatch.deepep import DeepEP
+from parallel.dispatch.exchange import Link, Traffic
+from parallel.dispatch.hierarchical import Hierarchical
+from parallel.dispatch.route import Planner, RoutedDispatcher
+from parallel.dispatch.sync_free import SyncFree
+
+
+def dispatcher_maker(
+    n_experts: int, group: dist.ProcessGroup, options: Dispatch
+) -> Callable[[], Dispatcher]:
+    """A function that makes one layer's dispatcher; layers share process groups and buffers.
+
+    group: the ranks that divide the experts. All of them call this together.
+    """
+    nodes = node_of_ranks(group, options.node_size)
+    me = dist.get_rank(group)
+    crosses = [node != nodes[me] for node in nodes]
+    groups = _groups_of_levels(group, nodes) if options.kind == "hierarchical" else None
+    buffers: dict[str, Any] = {}
+
+    def planner() -> Planner:
+        if groups is not None:
+            across, within = groups
+            traffic, m = Traffic(), nodes.count(nodes[me])
+            far = [node != me // m for node in range(len(nodes) // m)]
+            return Hierarchical(
+                n_experts, group, Link(across, far, traffic), Link(within, [False] * m, traffic),
+                traffic,
+            )  # fmt: skip
+        if options.kind == "deepep":
+            return DeepEP(n_experts, group, buffers)
+        link = Link(group, crosses)
+        if options.kind == "sync_free":
+            return SyncFree(n_experts, link, options.capacity_factor)
+        return AllToAll(n_experts, link)
+
+    return lambda: RoutedDispatcher(planner(), options)
+
+
+def node_of_ranks(group: dist.ProcessGroup, node_size: int) -> list[int]:
+    """The node of every rank of a group, as numbers that differ from node to node.
+
+    node_size: ranks of the group per node; 0: those whose host, as torchrun counts, is the same.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    if node_size:
+        return [place // node_size for place in range(len(ranks))]
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return [rank // per_host for rank in ranks]
+
+
+def _groups_of_levels(
+    group: dist.ProcessGroup, nodes: list[int]
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks with this rank's place on every node, and the ranks of this rank's node."""
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+    m = nodes.count(nodes[0])
+    if nodes != [node for node in nodes[::m] for _ in range(m)] or len(nodes) == m:
+        kinds = " + ".join(str(nodes.count(node)) for node in dict.fromkeys(nodes))
+        raise ConfigError(
+            f'parallel.dispatch.kind = "hierarchical": the {len(ranks)} ranks of parallel.ep lie '
+            f"on nodes as {kinds}; it needs several nodes of the same size: set "
+            'parallel.dispatch.node_size, or use "all_to_all"'
+        )
+    node, place = divmod(me, m)
+    across = dist.new_group(ranks[place::m], use_local_synchronization=True)
+    within = dist.new_group(ranks[node * m : (node + 1) * m], use_local_synchronization=True)
+    assert across is not None and within is not None
+    return across, within

@@ -1,0 +1,46 @@
+"""Experts whose width several ranks divide: their tokens are gathered first, their sums scattered.
+
+Around any other strategy. Which ranks, and what it costs: `parallel.expert`.
+"""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.moe import Dispatcher, ExpertsFn, MoE
+from parallel.dispatch.route import RoutedDispatcher
+from parallel.tensor import TensorExchange
+
+
+class GatheringDispatcher:
+    """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums what they give."""
+
+    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
+        self.inner, self.exchange = inner, TensorExchange(group)
+
+    def run(
+        self,
+        x_TD: Tensor,
+        expert_ids_TK: Tensor,
+        weights_TK: Tensor,
+        experts: ExpertsFn,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        gather = self.exchange.gather
+        partial = self.inner.run(gather(x_TD), gather(expert_ids_TK), gather(weights_TK), experts)
+        y_TD = self.exchange.reduce_scatter(partial)
+        return y_TD if beside is None else y_TD + beside()
+
+
+def routed_dispatchers(model: nn.Module) -> list[tuple[str, RoutedDispatcher]]:
+    """The dispatchers of a model that exchange rows, with the names of their layers."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            dispatcher = module.dispatcher
+            if isinstance(dispatcher, GatheringDispatcher):
+                dispatcher = dispatcher.inner
+            if isinstance(dispatcher, RoutedDispatcher):
+                found.append((name, dispatcher))
+    return found

@@ -1,0 +1,168 @@
+"""Two-level dispatch: a token crosses to each node once and fans out there.
+
+Links between nodes are several times slower than those within. The flat exchange sends a token
+across once per chosen expert; here it goes once to every node that holds one of its experts, to the
+rank with the same place in the node, and that rank passes it on to its neighbours. On the way
+back a node first sums what its experts made of a token, so one row returns. With routing limited
+to M nodes (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) a token crosses at most M times, whatever
+its number of experts.
+
+With the row travel its K routing weights and expert ids, 8 K bytes: a node knows its own from them.
+One all-gather of counts tells every rank all splits of both levels; it is read on the host
+once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantised once on their way
+to experts; on the way back only what crosses is quantised.
+
+Rank r of the group is place r % m of node r // m, and has experts r * e up to (r + 1) * e.
+
+T tokens, U tokens that came to this rank from all nodes, K experts per token, N nodes, m ranks per
+node, E experts, F experts of one node, e of one rank, C chunks, R rows sent and S rows received in
+the node, P slots, J = 2 K.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.dispatch import Wire
+from kernels.permute import Permutation, combine_rows, count_choices, gather_rows, permutation
+from parallel.dispatch.all_to_all import expert_major
+from parallel.dispatch.exchange import Link, Parcel, Traffic, pack, per_choice, to_choices
+from parallel.dispatch.route import Back, Route
+
+
+class Splits(NamedTuple):
+    """Rows to and from every rank of a link."""
+
+    sent: list[int]
+    got: list[int]
+
+
+@dataclass
+class Hierarchical:
+    """`Planner` over nodes of ranks. `across` links the ranks of one place, `within` a node."""
+
+    n_experts: int
+    group: dist.ProcessGroup
+    across: Link
+    within: Link
+    traffic: Traffic
+
+    def plan(self, ids: list[Tensor]) -> list[Route]:
+        n_nodes, m, me = self.across.size, self.within.size, dist.get_rank(self.group)
+        node, place = divmod(me, m)
+        nodes = [_nodes_of(ids_TK, self.n_experts, n_nodes) for ids_TK in ids]
+        mine_C = [
+            torch.cat([count_choices(i, self.n_experts), count_choices(n, n_nodes + 1)[:-1]])
+            for i, n in zip(ids, nodes, strict=True)
+        ]
+        counts = _all_gather(torch.stack(mine_C), self.group).unflatten(0, (n_nodes, m))
+        rows_NmCE, tokens_NmCN = counts.split([self.n_experts, n_nodes], -1)
+        # what reaches this node's rank of every place, from all nodes: rows per expert here
+        here_mCme = rows_NmCE.unflatten(-1, (n_nodes, m, -1))[:, :, :, node].sum(0)
+        to_all = tokens_NmCN[node, place], tokens_NmCN[:, place, :, node].T
+        fan = here_mCme[place].sum(-1), here_mCme[:, :, place].sum(-1).T
+        own = rows_NmCE[node, place].unflatten(-1, (n_nodes * m, -1))[:, me].sum(-1, keepdim=True)
+        widths = [n_nodes, n_nodes, m, m, 1]
+        routes: list[Route] = []
+        for c, row in enumerate(torch.cat([*to_all, *fan, own], 1).tolist()):  # the one wait
+            ends = list(accumulate(widths))
+            *splits, (at_home,) = (row[b - w : b] for b, w in zip(ends, widths, strict=True))
+            level_1, level_2 = Splits(*splits[:2]), Splits(*splits[2:])
+            to_nodes = permutation(nodes[c], n_nodes, n_rows=sum(level_1.sent))
+            by_expert = expert_major(here_mCme[:, c, place], sum(level_2.got))
+            routes.append(TwoLevelRoute(self, ids[c], to_nodes, level_1, level_2, by_expert))
+            self.traffic.rows_sent += ids[c].numel() - at_home
+            self.traffic.rows_received += sum(level_2.got)
+        return routes
+
+    def choices_here(self, ids_UK: Tensor) -> Tensor:
+        """Ids of experts counted from the first of this node; F for experts elsewhere."""
+        per_node = self.n_experts // self.across.size
+        here_UK = ids_UK - dist.get_rank(self.across.group) * per_node
+        return torch.where((here_UK >= 0) & (here_UK < per_node), here_UK, per_node)
+
+
+@dataclass
+class TwoLevelRoute:
+    """To nodes, there to the ranks of experts, there by expert; and back."""
+
+    planner: Hierarchical
+    ids_TK: Tensor
+    to_nodes: Permutation
+    level_1: Splits
+    level_2: Splits
+    by_expert: Permutation
+    to_ranks: Permutation | None = None
+    """From the U tokens here to R rows. It follows from the expert ids that come with them."""
+
+    def __post_init__(self) -> None:
+        self.ends_e, self.counts_e = self.by_expert.ends_E, self.by_expert.counts_E
+        self.top_k = self.ids_TK.shape[1]
+        self.nodes_per_token = min(self.planner.across.size, self.top_k)
+
+    def to_experts(
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
+    ) -> Callable[[], Parcel]:
+        extra = None
+        if weights_TK is not None:  # not in backward, when the ids have come already
+            extra_TJ = torch.cat([weights_TK, self.ids_TK.to(weights_TK.dtype)], 1)
+            extra = gather_rows(extra_TJ, self.to_nodes)
+        leaving = pack(x_TD, wire).gathered(self.to_nodes, extra)
+        arrive = self.planner.across.start(leaving, *self.level_1)
+
+        def end() -> Parcel:
+            parcel, weights_UK = arrive(), None
+            if parcel.extra is not None:
+                weights_UK, ids_UK = parcel.extra.split(self.top_k, 1)
+                here_UK = self.planner.choices_here(ids_UK.long())
+                n_here = self.planner.n_experts // self.planner.across.size
+                self.to_ranks = permutation(here_UK, n_here, n_rows=sum(self.level_2.sent))
+            assert self.to_ranks is not None
+            fanned = parcel.gathered(self.to_ranks, per_choice(weights_UK, self.to_ranks))
+            rows = self.planner.within.start(fanned, *self.level_2)()
+            return rows.gathered(self.by_expert, per_choice(rows.extra, self.by_expert))
+
+        return end
+
+    def to_tokens(
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
+    ) -> Callable[[], Back]:
+        assert self.to_ranks is not None
+        rows_SD = combine_rows(rows_PD, self.by_expert, 1)
+        extra_S = to_choices(weights_P, self.by_expert, 1)
+        sent, got = self.level_2
+        back = self.planner.within.start(Parcel(rows_SD, None, extra_S), got, sent)()
+        tokens_UD = combine_rows(back.data, self.to_ranks, self.top_k)
+        weights_UK = to_choices(back.extra, self.to_ranks, self.top_k)
+        sent, got = self.level_1
+        arrive = self.planner.across.start(pack(tokens_UD, wire, weights_UK), got, sent)
+
+        def end() -> Back:
+            parcel = arrive()
+            values = parcel.values(rows_PD.dtype)
+            y_TD = combine_rows(values, self.to_nodes, self.nodes_per_token)
+            if parcel.extra is None:
+                return Back(y_TD, None)
+            # each choice has its number in one node's row and zero in the others
+            return Back(y_TD, combine_rows(parcel.extra, self.to_nodes, self.nodes_per_token))
+
+        return end
+
+
+def _nodes_of(ids_TK: Tensor, n_experts: int, n_nodes: int) -> Tensor:
+    """The nodes a token visits, each once, `[T, min(N, K)]`; N fills what is left."""
+    nodes_TK = ids_TK // (n_experts // n_nodes)
+    visited_TN = ids_TK.new_full((len(ids_TK), n_nodes), n_nodes)
+    return visited_TN.scatter_(1, nodes_TK, nodes_TK).sort(1).values[:, : ids_TK.shape[1]]
+
+
+def _all_gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[ranks, ...]`."""
+    out = mine.new_empty(dist.get_world_size(group), *mine.shape)
+    dist.all_gather(list(out), mine, group=group)
+    return out

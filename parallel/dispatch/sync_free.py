@@ -1,0 +1,104 @@
+"""Dispatch that the host never waits for: every rank sends every other a buffer of the same size.
+
+Uneven all-to-alls need their splits on the host: one wait per layer, in which the device runs
+dry, and which no CUDA graph can contain. Here a rank has room for C rows from each rank, C a fixed
+multiple of the even share; what a buffer does not fill travels as filler. Group ends stay on the
+device, where the grouped GEMM reads them.
+
+A router may want more than C. Such rows do not travel, and their number is added up on the
+device; `parallel.dispatch.overflow` reads it once per step, before anything has changed, and redoes
+the step with `exact` set, or stops. So nothing is ever dropped unseen. (GShard, arXiv:2006.16668,
+drops; a buffer for the worst case is the third choice: `capacity_factor` = ep ranks.)
+Without gradients (validation) nobody could redo anything: there the exact exchange is used.
+
+All ranks must bring the same number of tokens, since C follows from it.
+
+T tokens, K experts per token, R = T * K rows, S = ep * C slots, E experts, e local experts.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.permute import Permutation, permutation
+from parallel.dispatch.all_to_all import AllToAll, DirectRoute
+from parallel.dispatch.exchange import Link
+from parallel.dispatch.route import Route
+
+
+class SyncFree:
+    """`Planner` with buffers of fixed size."""
+
+    def __init__(self, n_experts: int, link: Link, capacity_factor: float) -> None:
+        self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
+        self.capacity_factor = capacity_factor
+        self.uneven = AllToAll(n_experts, link)
+        self.exact = False
+        """Use the exact exchange, which waits for the device."""
+
+    def capacity(self, n_rows: int, top_k: int) -> int:
+        """Rows that one rank may send another, of `n_rows` it has."""
+        even = n_rows / self.link.size
+        most = n_rows // top_k * min(top_k, self.n_experts // self.link.size)
+        return min(math.ceil(self.capacity_factor * even), most)
+
+    def plan(self, ids: list[Tensor]) -> list[Route]:
+        if self.exact or not torch.is_grad_enabled():
+            return self.uneven.plan(ids)
+        return [self._plan(ids_TK) for ids_TK in ids]
+
+    def _plan(self, ids_TK: Tensor) -> Route:
+        ep, top_k = self.link.size, ids_TK.shape[1]
+        room = self.capacity(ids_TK.numel(), top_k)
+        every = permutation(ids_TK, self.n_experts)
+        wanted_re = every.counts_E.view(ep, -1)
+        kept_re = _first(wanted_re, room)
+        got_re = torch.empty_like(kept_re)
+        dist.all_to_all_single(got_re, kept_re, group=self.link.group)
+        self._account(wanted_re, kept_re, got_re, room)
+        to = _into_buffers(every, wanted_re.sum(1), room)
+        by_expert = permutation(_expert_of_slot(got_re, room), got_re.shape[1])
+        return DirectRoute(self.link, to, by_expert, None, None, top_k)
+
+    def _account(self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int) -> None:
+        traffic, own = self.traffic, kept_re[dist.get_rank(self.link.group)]
+        traffic.lost += (wanted_re - kept_re).sum()
+        traffic.rows_sent += kept_re.sum() - own.sum()
+        traffic.rows_received += got_re.sum()
+        traffic.fullest = wanted_re.sum(1).max().clamp(min=traffic.fullest)
+        traffic.capacity = room
+
+
+def _first(counts_re: Tensor, room: int) -> Tensor:
+    """What of each rank's experts' rows, in this order, finds room."""
+    ends_re = counts_re.cumsum(1).clamp(max=room)
+    return ends_re.diff(dim=1, prepend=ends_re.new_zeros(len(ends_re), 1))
+
+
+def _into_buffers(every: Permutation, wanted_r: Tensor, room: int) -> Permutation:
+    """From rows packed by expert to rows in one buffer of `room` slots per rank.
+
+    Slots that nobody fills send row 0: they are not read, so they need no clearing.
+    """
+    n_slots = room * len(wanted_r)
+    row_R = torch.arange(len(every.order_P), device=wanted_r.device)
+    ends_r = wanted_r.cumsum(0)
+    rank_R = torch.searchsorted(ends_r, row_R, right=True)
+    place_R = row_R - (ends_r - wanted_r)[rank_R]
+    fits_R = place_R < room
+    slot_R = torch.where(fits_R, rank_R * room + place_R, n_slots)
+    order_P = every.order_P.new_zeros(n_slots + 1)  # the last takes what does not fit
+    order_P[slot_R] = every.order_P
+    inverse_R = torch.empty_like(slot_R)
+    inverse_R[every.order_P] = torch.where(fits_R, slot_R, 0)
+    absent_R = torch.empty_like(fits_R)
+    absent_R[every.order_P] = ~fits_R
+    return Permutation(order_P[:-1], inverse_R, None, every.ends_E, every.counts_E, absent_R)
+
+
+def _expert_of_slot(got_re: Tensor, room: int) -> Tensor:
+    """The local expert of every received slot, `[ep, C]`; e where the slot holds nothing."""
+    places_rC = torch.arange(room, device=got_re.device).repeat(len(got_re), 1)
+    return torch.searchsorted(got_re.cumsum(1), places_rC, right=True)

@@ -1,0 +1,186 @@
+"""FP8 products: accuracy per tile, then TFLOP/s against cuBLASLt, DeepGEMM and bf16."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import gemm_fp8
+from kernels.fp8 import Quantized
+from kernels.quantize import (
+    dequantize_1x128,
+    dequantize_128x1,
+    dequantize_128x128,
+    quantize_1x128,
+    quantize_128x1,
+    quantize_128x128,
+)
+from scripts.gpu_suite.harness import Check, Place, Timing, tile_difference
+from scripts.gpu_suite.harness import measure as take_time
+
+NAME = "gemm"
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-6}
+"""Against the exact product of the quantised operands."""
+UNQUANTISED = 1e-3
+CHECKED = [(256, 384, 512), (300, 260, 400), (1, 1, 1), (129, 576, 2880), (1000, 128, 64)]
+SHAPES: list[tuple[int, ...]] = [
+    (4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384),
+    (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 36864, 7168),
+    (4096, 7168, 18432), (4096, 4096, 7168), (4096, 7168, 2048), (4096, 2112, 7168),
+    (16640, 24576, 1536), (16640, 7168, 16384), (16640, 4096, 7168), (16640, 7168, 2048),
+    (16640, 5120, 8192), (16640, 8192, 5120),
+]  # fmt: skip
+"""M, N, K: squares, the projections of DeepSeek-V3, and two shapes with published figures."""
+
+
+def check(place: Place) -> Iterator[Check]:
+    """Every layout and output on odd shapes; then NaN stays where it belongs."""
+    for shape in CHECKED:
+        torch.manual_seed(0)
+        M, N, K = shape
+        a, b = torch.randn(M, K).to(place.device), torch.randn(N, K).to(place.device)
+        for layout in ("nt", "nn", "tn"):
+            for dtype, limit in LIMITS.items():
+                ours, exact = _product(layout, a, b, dtype)
+                case = f"gemm_fp8_{layout} {list(shape)} {str(dtype)[6:]}"
+                yield Check(case, tile_difference(ours, exact), limit)
+                if all(size % 128 == 0 for size in shape):  # a tile of one row is a small sample
+                    loss = tile_difference(ours, a.double() @ b.double().T)
+                    yield Check(f"{case}, unquantised", loss, UNQUANTISED)
+            start = torch.randn(M, N).to(place.device)
+            ours, exact = _product(layout, a, b, torch.float32, start.clone())
+            difference = tile_difference(ours, exact + start)
+            yield Check(f"gemm_fp8_{layout} {list(shape)} +=", difference, 1e-6)
+    yield from _check_extremes(place)
+
+
+def _check_extremes(place: Place) -> Iterator[Check]:
+    torch.manual_seed(0)
+    a, b = torch.randn(256, 384).to(place.device), torch.randn(256, 384).to(place.device)
+    a[7, 130], b[:, 256:] = 1e6, 0
+    a[64:128], b[128:] = a[64:128] * 1e-20, b[128:] * 1e15
+    for layout in ("nt", "nn", "tn"):
+        ours, exact = _product(layout, a, b, torch.float32)
+        yield Check(f"gemm_fp8_{layout} outliers, zeros, tiny", tile_difference(ours, exact), 1e-6)
+    a[3, 5] = math.inf
+    ours, _ = _product("nt", a, b, torch.float32)
+    expected = torch.zeros_like(ours, dtype=torch.bool)
+    expected[3] = True
+    yield Check("NaN outside its row, or missing", float((ours.isnan() != expected).sum()), 0)
+
+
+def _product(
+    layout: str, a_MK: Tensor, b_NK: Tensor, dtype: torch.dtype, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Ours, and the fp64 product of the same quantised operands."""
+    if layout == "tn":
+        a, b = quantize_128x1(a_MK.T), quantize_128x1(b_NK.T)
+        exact = dequantize_128x1(*a).double().T @ dequantize_128x1(*b).double()
+        return gemm_fp8.gemm_fp8_tn(*a, *b, dtype, into), exact
+    a = quantize_1x128(a_MK)
+    (b, column_major), turned = quantize_128x128(b_NK.T if layout == "nn" else b_NK), layout == "nn"
+    exact_b = dequantize_128x128(*b).double()
+    exact = dequantize_1x128(*a).double() @ (exact_b if turned else exact_b.T)
+    if turned:
+        return gemm_fp8.gemm_fp8_nn(*a, column_major, b.scales, dtype, into), exact
+    return gemm_fp8.gemm_fp8_nt(*a, *b, dtype, into), exact
+
+
+def measure(place: Place) -> Iterator[Timing]:
+    """Forward on every shape, the weight gradient on some; the input gradient is the forward's
+    machine code."""
+    for i, shape in enumerate(place.shapes(SHAPES)):
+        yield _measure_nt(shape, place)
+        if i in (0, 1, 5, 6, 12, 15):
+            yield _measure_tn(shape, place)
+
+
+def _measure_nt(shape: tuple[int, ...], place: Place) -> Timing:
+    M, N, K = shape
+    x = torch.randn(M, K, device=place.device).bfloat16()
+    w = torch.randn(N, K, device=place.device).bfloat16()
+    a, (b, _) = quantize_1x128(x), quantize_128x128(w)
+    exact = gemm_fp8.gemm_fp8_nt(*a, *b)
+    unit = torch.ones(1, device=place.device)
+    rows = {
+        "ours": lambda: gemm_fp8.gemm_fp8_nt(*a, *b),
+        "cuBLASLt 1x128 128x128": _cublaslt(a, b, exact, square=True),
+        "cuBLASLt row-wise": lambda: torch._scaled_mm(
+            a.data, b.data.T, unit.expand(M, 1).contiguous(), unit.expand(1, N).contiguous(),
+            out_dtype=torch.bfloat16,
+        ),
+        "DeepGEMM": _deep_gemm(a, b, exact),
+        "bf16": lambda: x @ w.T,
+    }  # fmt: skip
+    return take_time(f"nt {M}x{N}x{K}", rows, place, flops=2.0 * M * N * K)
+
+
+def _measure_tn(shape: tuple[int, ...], place: Place) -> Timing:
+    tokens, N, D = shape
+    x = torch.randn(tokens, D, device=place.device).bfloat16()
+    dy = torch.randn(tokens, N, device=place.device).bfloat16()
+    a, b = quantize_128x1(dy), quantize_128x1(x)
+    into = torch.zeros(N, D, device=place.device)
+    exact = gemm_fp8.gemm_fp8_tn(*a, *b)
+    turned = [Quantized(q.data.T, q.scales.T) for q in (a, b)]
+    rows = {
+        "ours": lambda: gemm_fp8.gemm_fp8_tn(*a, *b),
+        "ours, +=": lambda: gemm_fp8.gemm_fp8_tn(*a, *b, accumulate_into=into),
+        "cuBLASLt 1x128 1x128": _cublaslt(turned[0], turned[1], exact, square=False),
+        "bf16": lambda: dy.T @ x,
+    }
+    return take_time(f"tn {N}x{D}x{tokens}", rows, place, flops=2.0 * tokens * N * D)
+
+
+def _cublaslt(a: Quantized, b: Quantized, expected: Tensor, square: bool) -> Callable[[], Any]:
+    """`a @ b.T` by torch's binding, which wants 128x128 scales padded to whole fours along K. The
+    form of b's scales has changed between versions: the one that gives the right result is used."""
+
+    def scales_of_b() -> Iterator[Tensor]:
+        scales = b.scales
+        if square:
+            scales = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4))
+        yield scales.T
+        yield scales
+
+    found: list[Tensor] = []
+
+    def run() -> Any:
+        import torch.nn.functional as F
+
+        kinds = F.ScalingType
+        kind_b = kinds.BlockWise128x128 if square else kinds.BlockWise1x128
+        if found:
+            return F.scaled_mm(a.data, b.data.T, a.scales, kinds.BlockWise1x128, found[0], kind_b)
+        problem: Exception | None = None
+        for scales in scales_of_b():
+            try:
+                out = F.scaled_mm(a.data, b.data.T, a.scales, kinds.BlockWise1x128, scales, kind_b)
+            except Exception as error:
+                problem = problem or error
+                continue
+            if tile_difference(out, expected) < 1e-4:
+                found.append(scales)
+                return out
+        raise problem or RuntimeError("its result is not the product")
+
+    return run
+
+
+def _deep_gemm(a: Quantized, b: Quantized, expected: Tensor) -> Callable[[], Any]:
+    out = torch.empty_like(expected)
+    checked: list[bool] = []
+
+    def run() -> Tensor:
+        import deep_gemm  # type: ignore[import-not-found]  # a peer, measured where installed
+
+        deep_gemm.fp8_gemm_nt(tuple(a), tuple(b), out)
+        if not checked:
+            if tile_difference(out, expected) > 1e-4:
+                raise RuntimeError("its result is not the product")
+            checked.append(True)
+        return out
+
+    return run

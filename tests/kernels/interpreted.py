@@ -1,0 +1,302 @@
+"""Run by `test_triton_interpreter.py`: the Triton kernels against their references on a CPU.
+
+Uninitialised memory is poisoned with NaN throughout.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+import kernels.gemm_fp8_triton as gemm_triton
+import kernels.quantize_triton as quantize_triton
+from kernels import gemm_fp8, quantize, swiglu, swiglu_triton
+from kernels.fp8 import Quantized, empty_column_major
+from kernels.gemm_fp8_triton import TILES, Target, Tile
+from kernels.linear_fp8 import linear_fp8, linear_fp8_reference
+from tests.kernels import interpreter
+
+assert triton.knobs.runtime.interpret, "to be run with TRITON_INTERPRET=1"
+interpreter.install()
+
+POINTERS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=False)
+DESCRIPTORS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=True)
+FP8 = [torch.float8_e4m3fn]
+if triton.__version__ >= "3.9":  # the interpreter of 3.6 has no fnuz types
+    FP8.append(torch.float8_e4m3fnuz)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        interpreter.poison(patch)
+        yield
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of x, all NaNs being one."""
+    codes = x.contiguous().view({1: torch.uint8, 4: torch.int32}[x.element_size()])
+    return codes.masked_fill(x.float().isnan(), 127)
+
+
+def assert_same_bits(ours: Quantized, reference: Quantized) -> None:
+    for a, b in zip(ours, reference, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert min(a.shape) < 2 or a.stride() == b.stride()
+        assert torch.equal(bits(a), bits(b))
+
+
+def hard_values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers over 60 powers of two, outliers, both zeros, denormals, an infinity, a NaN."""
+    x = torch.randn(rows, columns) * 2.0 ** torch.randint(-40, 20, (rows, columns))
+    x[::3] = torch.randn(x[::3].shape)
+    x[1::7] = x[1::7] * 1e-30
+    x[2::11] = 0
+    if columns > 130 and rows > 130:
+        x[5, 7], x[6, 129], x[7] = math.inf, -math.nan, -0.0
+        x[8], x[9, 0], x[128, 128] = 1e-41, 3e38, -math.inf
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("fp8", FP8, ids=str)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((257, 300), torch.bfloat16), ((131, 140), torch.float32), ((1, 1), torch.float16),
+     ((33, 128), torch.float32), ((0, 5), torch.bfloat16), ((5, 0), torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+def test_quantize(
+    shape: tuple[int, int], dtype: torch.dtype, power_of_two: bool, fp8: torch.dtype
+) -> None:
+    x = hard_values(*shape, dtype)
+    by_row = quantize._reference(x, (1, 128), power_of_two, fp8)
+    by_column = quantize._reference(x, (128, 1), power_of_two, fp8)
+    for rows, columns in ((True, False), (False, True), (True, True)):
+        ours = quantize_triton.quantize_groups(x, fp8, power_of_two, rows, columns)
+        for got, reference, wanted in zip(ours, (by_row, by_column), (rows, columns), strict=True):
+            assert (got is not None) == wanted
+            if got is not None:
+                assert_same_bits(got, reference)
+    block, transposed = quantize_triton.quantize_blocks(x, fp8, power_of_two)
+    assert_same_bits(block, quantize._reference(x, (128, 128), power_of_two, fp8))
+    assert torch.equal(bits(transposed), bits(block.data))
+    assert 0 in shape or transposed.stride(0) == 1
+
+
+def test_quantize_divides_exactly() -> None:
+    """Quotients next to every rounding boundary of e4m3, where an error of one fp32 ulp shows."""
+    codes = torch.arange(126, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    boundaries = (codes[1:] + codes[:-1]) / 2
+    for scale in (1 + torch.rand(40)).tolist():
+        exact = boundaries * torch.tensor(scale)
+        x = torch.cat([exact.view(torch.int32).add(i).view(torch.float32) for i in range(-3, 4)])
+        x = torch.cat([x, -x]).view(-1, 125)
+        x = torch.cat([x, torch.full((len(x), 1), 448 * scale)], 1)  # makes that the scale
+        ours, _ = quantize_triton.quantize_groups(x, FP8[0], False, True, False)
+        assert ours is not None
+        assert_same_bits(ours, quantize.quantize_1x128_reference(x))
+
+
+def test_quantize_noncontiguous() -> None:
+    wide = torch.randn(70, 400)
+    for x in (wide[:, 3:250], wide.T):
+        ours, _ = quantize_triton.quantize_groups(x, FP8[0], False, True, False)
+        assert ours is not None
+        assert_same_bits(ours, quantize.quantize_1x128_reference(x))
+
+
+def far_apart(rows: Tensor, stride: int) -> Tensor:
+    """A copy whose rows lie `stride` elements apart in memory that is mostly never touched."""
+    size = rows.element_size()
+    codes = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]
+    untouched = torch.from_numpy(np.empty(((len(rows) - 1) * stride + 4096) * size, np.uint8))
+    x = untouched.view(rows.dtype).as_strided(rows.shape, (stride, 1))
+    x.view(codes).copy_(rows.view(codes))
+    return x
+
+
+def test_quantize_beyond_2_31() -> None:
+    x = torch.randn(3, 200).bfloat16()
+    ours, _ = quantize_triton.quantize_groups(far_apart(x, 2**30), FP8[0], False, True, False)
+    assert ours is not None
+    assert_same_bits(ours, quantize.quantize_1x128_reference(x))
+    transposed = far_apart(torch.zeros(3, 40, dtype=FP8[0]), 2**30).T  # [40, 3]
+    scales = torch.empty(1, 3)
+    quantize_triton._groups[(1, 1)](
+        torch.randn(40, 3), None, None, transposed, scales, 40, 3, 3, 0, 2**30,
+        LARGEST=448.0, SMALLEST_SCALE=2.0**-80, POWER_OF_TWO=False, TILE=128, STRIP=32, BLOCK=128,
+    )  # fmt: skip
+    assert transposed.float().abs().amax(0).tolist() == [448.0] * 3
+
+
+def operands(M: int, N: int, K: int, fp8: torch.dtype = FP8[0]) -> dict[str, tuple[Tensor, ...]]:
+    """Arguments of the three products, all from the same a `[M, K]` and b `[N, K]`."""
+    a, b = torch.randn(M, K), torch.randn(N, K) * 2.0 ** torch.randint(-9, 9, (N, 1))
+    rows = quantize._reference(a, (1, 128), False, fp8)
+    weight = quantize._reference(b, (128, 128), False, fp8)
+    other_way = empty_column_major((K, N), fp8, a.device).copy_(weight.data.T)
+    columns = [quantize._reference(x.T, (128, 1), False, fp8) for x in (a, b)]
+    return {
+        "nt": (*rows, *weight),
+        "nn": (*rows, other_way, weight.scales.T),
+        "tn": (*columns[0], *columns[1]),
+    }
+
+
+def launch(layout: str, arguments: tuple[Tensor, ...], c: Tensor, accumulate: bool,
+           target: Target, tile: Tile | None = None) -> Tensor:  # fmt: skip
+    a, scales_a, b, scales_b = arguments
+    if layout == "tn":
+        a, scales_a = a.T, scales_a.T
+    if layout != "nt":
+        b, scales_b = b.T, scales_b.T
+    gemm_triton.gemm(a, scales_a, b, scales_b, c, accumulate, target, tile)
+    return c
+
+
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "nt": gemm_fp8.gemm_fp8_nt_reference,
+    "nn": gemm_fp8.gemm_fp8_nn_reference,
+    "tn": gemm_fp8.gemm_fp8_tn_reference,
+}
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("layout", REFERENCES)
+@pytest.mark.parametrize("target", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("M, N, K", [(140, 260, 300), (620, 129, 64), (1, 1, 1)])
+def test_gemm(layout: str, target: Target, tile: Tile, M: int, N: int, K: int) -> None:
+    """620 rows are more than one group of 8 tiles."""
+    arguments = operands(M, N, K)[layout]
+    reference = REFERENCES[layout](*arguments, torch.float32)
+    ours = launch(layout, arguments, torch.empty(M, N), False, target, tile)
+    assert relative(ours, reference) < 1e-6  # fp32 sums in another order
+
+
+@pytest.mark.parametrize("layout", REFERENCES)
+def test_gemm_rounds_and_accumulates(layout: str) -> None:
+    M, N, K = 130, 70, 200
+    arguments = operands(M, N, K)[layout]
+    exact = launch(layout, arguments, torch.empty(M, N), False, DESCRIPTORS)
+    rounded = torch.empty(M, N, dtype=torch.bfloat16)
+    assert torch.equal(launch(layout, arguments, rounded, False, POINTERS), exact.bfloat16())
+    start = torch.randn(M, N)
+    added = launch(layout, arguments, start.clone(), True, POINTERS)
+    assert relative(added, start + exact) < 1e-6
+
+
+@pytest.mark.parametrize("layout", REFERENCES)
+@pytest.mark.parametrize("target", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
+def test_gemm_of_other_memory_orders(layout: str, target: Target) -> None:
+    """Row-major and unaligned data, and scales in rows, are right too."""
+    arguments = operands(70, 200, 137)[layout]
+    reference = REFERENCES[layout](*arguments, torch.float32)
+    plain = tuple(x.contiguous() for x in arguments)
+    ours = launch(layout, plain, torch.empty(70, 200), False, target)
+    assert relative(ours, reference) < 1e-6
+
+
+@pytest.mark.parametrize("fp8", FP8[1:], ids=str)
+def test_gemm_fnuz(fp8: torch.dtype) -> None:
+    for layout, arguments in operands(130, 140, 200, fp8).items():
+        ours = launch(layout, arguments, torch.empty(130, 140), False, POINTERS)
+        assert relative(ours, REFERENCES[layout](*arguments, torch.float32)) < 1e-6
+
+
+def test_gemm_keeps_nan_where_it_belongs() -> None:
+    a, b = torch.randn(140, 300), torch.randn(200, 300)
+    a[3, 5] = b[130, 299] = math.inf
+    rows, (weight, _) = quantize.quantize_1x128(a), quantize.quantize_128x128(b)
+    ours = launch("nt", (*rows, *weight), torch.empty(140, 200), False, DESCRIPTORS)
+    expected = torch.zeros(140, 200, dtype=torch.bool)
+    expected[3] = expected[:, 128:] = True
+    assert torch.equal(ours.isnan(), expected)
+
+
+def test_gemm_beyond_2_31() -> None:
+    a, scales_a, b, scales_b = operands(3, 3, 256)["nt"]
+    c = far_apart(torch.zeros(3, 3, dtype=torch.bfloat16), 2**30)
+    launch("nt", (far_apart(a, 2**30), scales_a, far_apart(b, 2**30), scales_b), c, False, POINTERS)
+    assert relative(c, gemm_fp8.gemm_fp8_nt_reference(a, scales_a, b, scales_b)) < 1e-2
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", [(1, 65, 136, 130), (2, 3, 128, 16)], ids=str)
+def test_linear(shape: tuple[int, int, int, int], power_of_two: bool) -> None:
+    """The public function with its kernels, output and gradients."""
+    B, L, D, N = shape
+    leaves = [torch.randn(B, L, D).bfloat16(), torch.randn(N, D).bfloat16()]
+    grad, main_grad = torch.randn(B, L, N).bfloat16(), torch.randn(N, D)
+    results = []
+    for function in (linear_fp8, linear_fp8_reference):
+        with kernels_on_cpu() if function is linear_fp8 else contextlib.nullcontext():
+            x, w = (leaf.clone().requires_grad_() for leaf in leaves)
+            y = function(x, w, power_of_two=power_of_two)
+            collected = main_grad.clone()
+            y_collected = function(x, w, None, power_of_two, collected)
+            grads = torch.autograd.grad(y, (x, w), grad)
+            torch.autograd.grad(y_collected, x, grad)
+            results.append([y.detach(), *grads, collected])
+    for ours, reference in zip(*results, strict=True):
+        assert ours.dtype == reference.dtype
+        assert relative(ours, reference) < 2e-3  # a few elements round to the other bf16
+
+
+@contextlib.contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """Public functions take their Triton path."""
+    here = mock.patch.object
+    with (
+        here(quantize, "on_accelerator", lambda x: True),
+        here(gemm_fp8, "on_accelerator", lambda x: True),
+        here(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        here(Target, "current", lambda: DESCRIPTORS),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1025), (0, 8), (4, 2300)], ids=str)
+def test_swiglu(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> None:
+    rows, width = shape
+    gate_up, grad = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    weights = torch.rand(rows) if weighted else None
+    pairs = [
+        (swiglu_triton.swiglu_forward(gate_up, weights), swiglu.swiglu_reference(gate_up, weights)),
+        *zip(
+            swiglu_triton.swiglu_backward(grad, gate_up, weights),
+            swiglu.swiglu_backward_reference(grad, gate_up, weights),
+            strict=True,
+        ),
+    ]
+    for ours, reference in pairs:
+        assert (ours is None) == (reference is None)
+        if ours is not None and reference is not None and ours.numel():
+            tolerance = 1e-6 if ours.dtype == torch.float32 else 2e-3
+            assert ours.dtype == reference.dtype and relative(ours, reference) < tolerance
+
+
+def test_swiglu_beyond_2_31() -> None:
+    width, block = 2**29, 64
+    gate_up = torch.randn(3, block).bfloat16()
+    up = torch.randn(3, block).bfloat16()
+    memory = torch.from_numpy(np.empty(3 * 2 * width * 2, np.uint8)).view(torch.bfloat16)
+    rows = memory.as_strided((3, 2, block), (2 * width, width, 1))
+    rows.copy_(torch.stack([gate_up, up], 1))
+    out = torch.from_numpy(np.empty(3 * width * 2, np.uint8)).view(torch.bfloat16)
+    swiglu_triton._forward[(3, 1)](memory, None, out, width, WEIGHTED=False, BLOCK=block)
+    reference = swiglu.swiglu_reference(torch.cat([gate_up, up], 1))
+    assert relative(out.as_strided((3, block), (width, 1)), reference) < 2e-3

@@ -1,0 +1,148 @@
+"""Repairs of Triton's interpreter (3.6 to 3.9), and memory that shows what was never written.
+
+As shipped the interpreter holds bf16 as its 16-bit code and computes on the codes: sums, products
+and maxima of bf16 are garbage, casts to bf16 truncate, casts to FP8 lose carries (127.99 becomes
+64), and a fused multiply-add rounds twice. `install` replaces these: casts are torch's, arithmetic
+on bf16 is done in fp32 and rounded, a matrix product goes through BLAS, an fma through fp64 (exact
+product; the sum is rounded to 53 bits before 24, which differs from one rounding only within 2^-29
+ulp of a tie).
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+
+_TORCH = {
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp8e5": torch.float8_e5m2,
+    "fp8e4b8": torch.float8_e4m3fnuz,
+    "fp8e5b16": torch.float8_e5m2fnuz,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NUMPY_CODES = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+Handle = interpreter.TensorHandle
+
+
+def install() -> None:
+    """Repair the interpreter of this process; TRITON_INTERPRET=1 must have been set before Triton
+    was imported."""
+    builder = interpreter.InterpreterBuilder
+    _repair_casts(builder)
+    _repair_arithmetic(builder)
+    _repair_reductions(interpreter.ReduceScanOpInterface)
+
+
+def poison(patch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN, so that a kernel that leaves out an element is seen."""
+
+    def poisoned(make: Any) -> Any:
+        def filled(*arguments: Any, **options: Any) -> Tensor:
+            x: Tensor = make(*arguments, **options)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return filled
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        patch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def _is_float(type_: Any) -> bool:
+    return type_.scalar.name in _TORCH
+
+
+def _to_torch(handle: Any) -> Tensor:
+    dtype = _TORCH[handle.dtype.scalar.name]
+    data = np.ascontiguousarray(handle.data).view(_NUMPY_CODES[dtype.itemsize])
+    return torch.from_numpy(data if data.flags.writeable else data.copy()).view(dtype)
+
+
+def _cast(handle: Any, type_: Any) -> Any:
+    x = _to_torch(handle).to(_TORCH[type_.scalar.name]).contiguous()
+    data = x.view(_CODES[x.element_size()]).numpy().view(interpreter._get_np_dtype(type_.scalar))
+    return Handle(data, type_.scalar)
+
+
+def _fp32(handle: Any) -> Any:
+    return handle if handle.dtype.scalar == tl.float32 else _cast(handle, tl.float32)
+
+
+def _is_bf16(handle: Any) -> bool:
+    return bool(handle.dtype.scalar == tl.bfloat16)
+
+
+def _repair_casts(builder: Any) -> None:
+    shipped = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, type_: Any) -> Any:
+        if _is_float(source.dtype) and _is_float(type_):
+            return _cast(source, type_)
+        if _is_bf16(source):
+            source = _fp32(source)
+        if type_.scalar == tl.bfloat16:
+            return _cast(Handle(source.data.astype(np.float32), tl.float32), type_)
+        return shipped(self, source, type_)
+
+    builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = lambda self, source, type_, rounding: _cast(source, type_)
+
+
+def _repair_arithmetic(builder: Any) -> None:
+    binary, unary = builder.binary_op, builder.unary_op
+
+    def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        if not _is_bf16(left):
+            return binary(self, left, right, operation)
+        out = binary(self, _fp32(left), _fp32(right), operation)
+        return out if out.data.dtype == np.bool_ else _cast(out, tl.bfloat16)
+
+    def unary_op(self: Any, x: Any, operation: Any) -> Any:
+        if not _is_bf16(x):
+            return unary(self, x, operation)
+        return _cast(unary(self, _fp32(x), operation), tl.bfloat16)
+
+    def create_dot(self: Any, a: Any, b: Any, c: Any, precision: Any, imprecise: Any) -> Any:
+        if a.dtype.scalar.is_floating():
+            product = np.matmul(_fp32(a).data, _fp32(b).data)
+        else:
+            product = np.matmul(a.data, b.data, dtype=c.data.dtype)
+        return Handle((product + c.data).astype(c.data.dtype), c.dtype.scalar)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64)
+        return Handle((exact + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    builder.binary_op, builder.unary_op = binary_op, unary_op
+    builder.create_dot, builder.create_fma = create_dot, create_fma
+
+
+def _repair_reductions(operations: Any) -> None:
+    """Reductions and scans of bf16 run in fp32."""
+    shipped = operations.apply
+
+    def block(handle: Any) -> Any:
+        shape = list(handle.data.shape)
+        return tl.tensor(
+            handle, tl.block_type(handle.dtype.scalar, shape) if shape else handle.dtype.scalar
+        )
+
+    def rounded(x: Any) -> Any:
+        if x.dtype.scalar != tl.float32:
+            return x  # the index of a maximum
+        return block(_cast(Handle(np.asarray(x.handle.data), tl.float32), tl.bfloat16))
+
+    def apply(self: Any, x: Any) -> Any:
+        if isinstance(x, tuple) or x.dtype.scalar != tl.bfloat16:
+            return shipped(self, x)
+        out = shipped(self, block(_fp32(x.handle)))
+        return tuple(map(rounded, out)) if isinstance(out, tuple) else rounded(out)
+
+    operations.apply = apply

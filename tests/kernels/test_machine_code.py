@@ -1,0 +1,62 @@
+"""Every Triton kernel compiled for GPUs that are not here: it fits, and uses what it should."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels.gemm_fp8_triton import TILES, gemm
+from kernels.offline import SHARED_BYTES, Build, offline
+from kernels.quantize_triton import quantize_groups
+from scripts.kernel_table import TARGETS, TENSOR_CORES, build, cases, fp8_of
+
+REGISTERS = {"sm_90": 255, "sm_100": 255, "gfx942": 512, "gfx950": 512}
+"""Per thread; on AMD vector and accumulation registers together."""
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton 3.9 asks for a choice that 3.10 will make: fused multiply-adds, as until now."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    yield
+
+
+def assert_sound(made: Build, target: str, multiplies: bool) -> None:
+    assert made.spilled == 0, made
+    assert 0 < made.registers <= REGISTERS[target], made
+    assert made.shared <= SHARED_BYTES[TARGETS[target][1]], made
+    if multiplies:
+        assert made.instructions.get(TENSOR_CORES[target], 0) > 0, made
+        assert target.startswith("gfx") or made.instructions.get("UTMALDG", 0) > 0, made
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel(target: str) -> None:
+    for case in cases():
+        if case.everyday:
+            assert_sound(build(case, target), target, case.multiplies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_type(target: str) -> None:
+    """The rest of the table."""
+    for case in cases():
+        if not case.everyday:
+            assert_sound(build(case, target), target, case.multiplies)
+
+
+def test_a_spill_is_seen() -> None:
+    """Oracle of the oracle: two accumulators of 128x128 do not fit into 4 warps."""
+    a, scales = torch.empty(1024, 1024, dtype=torch.float8_e4m3fn), torch.empty(8, 1024).T
+    few_warps = dataclasses.replace(TILES[0], warps=4)
+    with offline("cuda", 90) as builds:
+        gemm(a, scales, a, torch.empty(8, 8), torch.empty(1024, 1024), False, tile=few_warps)
+    assert builds[0].spilled > 0
+
+
+def test_sm_80_has_no_fp8() -> None:
+    """What `kernels.quantize.fp8_dtype` refuses with a sentence, Triton refuses as well."""
+    with pytest.raises(Exception, match="fp8e4nv not supported"), offline("cuda", 80):
+        quantize_groups(torch.empty(128, 128), fp8_of("sm_80"), False, True, False)

@@ -1,0 +1,288 @@
+"""What a dispatcher must do beside being right; each check gives its faults on this rank."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import models.moe
+from configs.dispatch import Dispatch
+from configs.loader import load
+from configs.model import Moe
+from configs.rules import ConfigError
+from models.moe import Experts, ExpertsFn, Rows
+from parallel.dispatch.factory import dispatcher_maker
+from parallel.dispatch.memory import row_memory
+from parallel.dispatch.route import RoutedDispatcher
+from parallel.dispatch.sync_free import SyncFree
+from tests.parallel.live_memory import LiveMemory
+from tests.parallel.no_host_copies import HostCopy, no_host_copies
+from tests.runs import TINY
+
+T, D, K = 24, 32, 2
+
+
+def layer(options: Dispatch, **moe: object) -> tuple[RoutedDispatcher, Experts]:
+    """A dispatcher and this rank's experts, two per rank."""
+    ranks = dist.get_world_size()
+    assert dist.group.WORLD is not None
+    dispatcher = dispatcher_maker(2 * ranks, dist.group.WORLD, options)()
+    assert isinstance(dispatcher, RoutedDispatcher)
+    torch.manual_seed(dist.get_rank())
+    experts = Experts(D, Moe(n_experts=2, top_k=1, d_expert=16, **moe))  # type: ignore[arg-type]
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return dispatcher, experts
+
+
+def batch(skewed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(T, D, requires_grad=True)
+    scores_TE = torch.rand(T, 2 * dist.get_world_size())
+    if skewed:
+        scores_TE[:, :2] += 1
+    weights, ids = scores_TE.topk(K, 1)
+    return x, ids, weights.requires_grad_()
+
+
+def device_gemm(x: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
+    """The path of `grouped_gemm_nt` on CUDA, whose group ends stay on the device. (On a CPU the
+    project multiplies in a loop that reads them, which is faster there.)"""
+    return torch._grouped_mm(x, w.transpose(-2, -1), offs=ends.to(torch.int32))
+
+
+def forward_and_backward(options: Dispatch, **moe: object) -> None:
+    dispatcher, experts = layer(options, **moe)
+    x, ids, weights = batch()
+    seed, beside = torch.randn(T, D), torch.nn.Linear(D, D)
+    with patch.object(models.moe, "grouped_gemm_nt", device_gemm), no_host_copies():
+        y = dispatcher.run(x, ids, weights, experts, lambda: beside(x))
+        y.backward(seed)
+    assert x.grad is not None and weights.grad is not None and experts.w13.grad is not None
+
+
+def sync_free_never_reads() -> list[str]:
+    for options in (
+        Dispatch(kind="sync_free"),
+        Dispatch(kind="sync_free", chunks=2, capacity_factor=0.4),
+        Dispatch(kind="sync_free", dispatch_dtype="fp8", combine_dtype="fp8"),
+    ):
+        forward_and_backward(options)
+        forward_and_backward(options, expert_bias=True, activation="clamped_swiglu")
+        forward_and_backward(options, weight_on="input")
+    return []
+
+
+def the_guard_notices_the_exact_path() -> list[str]:
+    try:
+        forward_and_backward(Dispatch())
+    except HostCopy:
+        return []
+    return ["the guard let the exact dispatcher read its splits"]
+
+
+def overflow_is_counted() -> list[str]:
+    dispatcher, experts = layer(Dispatch(kind="sync_free", capacity_factor=0.5))
+    x, ids, weights = batch(skewed=True)
+    dispatcher.run(x, ids, weights, experts)
+    planner = dispatcher.planner
+    assert isinstance(planner, SyncFree)
+    ranks = dist.get_world_size()
+    room = planner.capacity(T * K, K)
+    wanted = (ids // 2).flatten().bincount(minlength=ranks)
+    expected = int((wanted - room).clamp(min=0).sum())
+    faults = []
+    if not expected or int(planner.traffic.lost) != expected:
+        faults.append(f"{int(planner.traffic.lost)} rows lost, not {expected}")
+    if int(planner.traffic.fullest) != int(wanted.max()):
+        faults.append(f"fullest buffer {planner.traffic.fullest}, not {int(wanted.max())}")
+    return faults
+
+
+def without_gradients_nothing_overflows() -> list[str]:
+    dispatcher, experts = layer(Dispatch(kind="sync_free", capacity_factor=0.1))
+    exact, _ = layer(Dispatch())
+    x, ids, weights = batch(skewed=True)
+    with torch.no_grad():
+        difference = dispatcher.run(x, ids, weights, experts) - exact.run(x, ids, weights, experts)
+    assert dispatcher.planner.traffic.lost == 0
+    return [] if difference.abs().max() == 0 else [f"differs by {difference.abs().max()}"]
+
+
+def exchanges_enclose_the_experts() -> list[str]:
+    """With chunks, one exchange is under way whenever experts work, forward and backward."""
+    events: list[str] = []
+    true = dist.all_to_all_single
+
+    class Watched:
+        def __init__(self, work: dist.Work, number: int) -> None:
+            self.work, self.number = work, number
+            events.append(f"start {number}")
+
+        def wait(self) -> None:
+            self.work.wait()
+            events.append(f"wait {self.number}")
+
+    def watched(out: Tensor, rows: Tensor, *a: object, **k: object) -> object:
+        work = true(out, rows, *a, **k)  # type: ignore[arg-type]
+        return Watched(work, len(events)) if work is not None and rows.shape[-1] == D else work
+
+    class Mark(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            events.append("experts")
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            events.append("experts")
+            return grad
+
+    dispatcher, experts = layer(Dispatch(chunks=3))
+    x, ids, weights = batch()
+    with patch.object(dist, "all_to_all_single", watched):
+        y = dispatcher.run(x, ids, weights, lambda rows: Mark.apply(experts(rows)))
+        half = len(events)
+        y.backward(torch.randn(T, D))
+    faults = []
+    for name, part in (("forward", events[:half]), ("backward", events[half:])):
+        under_way, at_work = 0, []
+        for event in part:
+            under_way += event.startswith("start") - event.startswith("wait")
+            if event == "experts":
+                at_work.append(under_way)
+        if len(at_work) != 3 or min(at_work) < 1 or under_way:
+            faults.append(f"{name}: exchanges under way while experts work: {at_work}")
+    return faults
+
+
+def memory_stays_within_the_prediction() -> list[str]:
+    """Everything on one expert: the rank that has it gets all rows of all ranks."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    n_tokens, width, hidden = 512, 96, 160
+    moe = Moe(n_experts=2 * ranks, top_k=K, d_expert=hidden)
+    model = replace(load(TINY).model, n_layers=1, n_dense_layers=0, d_model=width, moe=moe)
+    faults = []
+    ways = [Dispatch(), Dispatch(chunks=2), Dispatch(kind="sync_free"), TWO_LEVELS]
+    for options in fitting(ways):
+        dispatcher, _ = layer(options)
+        experts = Experts(width, replace(moe, n_experts=2, top_k=1)).bfloat16()
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        x = torch.randn(n_tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        ids = torch.tensor([[0, 1]]).expand(n_tokens, -1).contiguous()
+        weights, seed = torch.rand(n_tokens, K).requires_grad_(), torch.ones_like(x)
+        with LiveMemory() as memory:
+            dispatcher.run(x, ids, weights, experts).backward(seed)
+        worst = row_memory(n_tokens, model, ranks, options, 2, worst=options.kind != "sync_free")
+        weights_bytes = 2 * sum(parameter.nbytes for parameter in experts.parameters())
+        predicted = worst.kept + worst.at_work
+        if memory.peak > predicted + weights_bytes + 2**16:
+            faults.append(f"rank {rank}: {options.kind}: {memory.peak:,} bytes, not {predicted:,}")
+        if rank == 0 and options == Dispatch() and memory.peak < 0.6 * predicted:
+            faults.append(f"predicts {predicted:,} bytes, far above {memory.peak:,}")
+    return faults
+
+
+def graphs_hold_no_circles() -> list[str]:
+    """Without Python's garbage collector everything is freed once the output is gone."""
+    faults = []
+    ways = [Dispatch(), Dispatch(chunks=2, dispatch_dtype="fp8"), Dispatch(kind="sync_free")]
+    for options in fitting([*ways, TWO_LEVELS]):
+        dispatcher, experts = layer(options)
+        x, ids, weights = batch()
+        inputs = [x, weights, *experts.parameters()]
+        with LiveMemory():  # torch imports parts of itself at first use
+            dispatcher.run(x, ids, weights, experts)
+        gc.collect()
+        gc.disable()
+        try:
+            for backward in (False, True):
+                with LiveMemory() as memory:
+                    y = dispatcher.run(x, ids, weights, experts)
+                    if backward:
+                        torch.autograd.grad(y, inputs, torch.ones_like(y))
+                    del y
+                end = time.monotonic() + 5  # gloo's threads drop their tensors a little later
+                while memory.now > 64 and time.monotonic() < end:  # 64: the numbers of `Traffic`
+                    time.sleep(0.01)
+                if memory.now > 64:
+                    faults.append(f"{options}: {memory.now} bytes left, backward {backward}")
+        finally:
+            gc.enable()
+    return faults
+
+
+def recomputation_is_right_and_experts_alone_do_not_travel() -> list[str]:
+    """The whole layer recomputed: the same gradients. Only experts: no exchange more, either."""
+    ways = [Dispatch(), Dispatch(chunks=2), Dispatch(kind="sync_free"), TWO_LEVELS]
+    return [fault for options in fitting(ways) for fault in recomputed(options)]
+
+
+def recomputed(options: Dispatch) -> list[str]:
+    dispatcher, experts = layer(options)
+    x, ids, weights = batch()
+    seed, faults = torch.randn(T, D), []
+
+    def run(experts_fn: ExpertsFn) -> Tensor:
+        return dispatcher.run(x, ids, weights, experts_fn)
+
+    def again(rows: Rows) -> Tensor:
+        y: Tensor = checkpoint(experts, rows, use_reentrant=False)
+        return y
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "nothing": lambda: run(experts),
+        "experts": lambda: run(again),
+        "layer": lambda: checkpoint(run, experts, use_reentrant=False),
+    }
+    results, calls = {}, {}
+    for name, forward in ways.items():
+        with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as spy:
+            inputs = [x, weights, *experts.parameters()]
+            results[name] = torch.autograd.grad(forward(), inputs, seed)
+        calls[name] = spy.call_count
+        pairs = zip(results[name], results["nothing"], strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            faults.append(f"{options}: recomputing {name} changes gradients")
+    if not calls["experts"] == calls["nothing"] < calls["layer"]:
+        faults.append(f"{options}: exchanges {calls}")
+    return faults
+
+
+def fitting(ways: list[Dispatch]) -> list[Dispatch]:
+    """Those that this number of ranks can run."""
+    return [way for way in ways if way.kind != "hierarchical" or dist.get_world_size() > 1]
+
+
+def one_node_has_no_two_levels() -> list[str]:
+    """All ranks are on this host, and so it is found; the error tells what would do."""
+    try:
+        layer(Dispatch(kind="hierarchical"))
+    except ConfigError as error:
+        text, ranks = str(error), dist.get_world_size()
+        good = f"lie on nodes as {ranks};" in text and "parallel.dispatch.node_size" in text
+        return [] if good and "\n" not in text else [text]
+    return ["two levels on one node were accepted"]
+
+
+TWO_LEVELS = Dispatch(kind="hierarchical", node_size=1)
+SPECIAL: dict[str, Callable[[], list[str]]] = {
+    function.__name__: function
+    for function in (
+        sync_free_never_reads,
+        the_guard_notices_the_exact_path,
+        overflow_is_counted,
+        without_gradients_nothing_overflows,
+        exchanges_enclose_the_experts,
+        memory_stays_within_the_prediction,
+        graphs_hold_no_circles,
+        one_node_has_no_two_levels,
+        recomputation_is_right_and_experts_alone_do_not_travel,
+    )
+}

@@ -1,0 +1,72 @@
+"""The sync-free path on 64 ranks without data: tensors that have shapes and no values.
+
+Whoever asks such a tensor for a value, in Python or inside an operation, gets an error. So nothing
+in forward and backward depends on data: neither a split, nor a shape, nor a branch. (The guard of
+tests/parallel/dispatch_special.py computes true values, but on a CPU it sees only what passes
+torch's dispatcher or the methods of Tensor.)
+"""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import models.moe
+from configs.dispatch import Dispatch
+from configs.model import Moe
+from models.moe import Experts
+from parallel.dispatch.factory import dispatcher_maker
+from tests.parallel.dispatch_special import device_gemm
+
+RANKS, TOKENS, WIDTH, TOP_K = 64, 24, 64, 4
+
+
+@pytest.fixture
+def ranks() -> Iterator[dist.ProcessGroup]:
+    """A group of 64 ranks, of which this is one and the others do not exist."""
+    dist.init_process_group("fake", rank=3, world_size=RANKS, store=FakeStore())
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def forward_and_backward(group: dist.ProcessGroup, options: Dispatch) -> None:
+    # bf16, as `torch._grouped_mm` wants it on a device
+    with FakeTensorMode(), patch.object(models.moe, "grouped_gemm_nt", device_gemm):
+        dispatcher = dispatcher_maker(2 * RANKS, group, options)()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            experts = Experts(WIDTH, Moe(n_experts=2, top_k=1, d_expert=32, expert_bias=True))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        weights, ids = torch.rand(TOKENS, 2 * RANKS).topk(TOP_K, 1)
+        y = dispatcher.run(x, ids, weights.requires_grad_(), experts, lambda: x * 2)
+        y.backward(torch.randn_like(y))
+        assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Dispatch(kind="sync_free"),
+        Dispatch(kind="sync_free", chunks=3, capacity_factor=0.7),
+        Dispatch(kind="sync_free", dispatch_dtype="fp8", combine_grad_dtype="fp8"),
+    ],
+    ids=["plain", "chunks", "fp8"],
+)
+def test_nothing_depends_on_data(ranks: dist.ProcessGroup, options: Dispatch) -> None:
+    forward_and_backward(ranks, options)
+
+
+def test_the_exact_path_does(ranks: dist.ProcessGroup) -> None:
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        forward_and_backward(ranks, Dispatch())

@@ -1,0 +1,127 @@
+"""The GPU suite where there is no GPU: its logic, its refusal, what it imports."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import gemm_fp8
+from scripts.gpu_suite.__main__ import SECTIONS, main
+from scripts.gpu_suite.harness import Check, Place, Timing, measure
+from tests.runs import ROOT
+
+CPU = Place(torch.device("cpu"), dry_run=True)
+
+
+def suite(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", *map(str, arguments)])
+    main()
+
+
+def test_dry_run_checks_every_section(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    suite(monkeypatch, "--dry-run", "--check-only", "--json", path)
+    report = json.loads(path.read_text())
+    assert report["device"] == "CPU, dry run" and report["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    for name in SECTIONS:
+        checks = report[name]["checks"]
+        assert len(checks) > 10 and all(c["figure"] <= c["limit"] for c in checks)
+        assert report[name]["timings"] == []
+        assert f"## {name}: {len(checks)} of {len(checks)} checks passed" in printed
+
+
+def test_dry_run_times_and_names_missing_peers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    suite(monkeypatch, "--dry-run", "--sections", "layers", "gemm", "--json", path)
+    report = json.loads(path.read_text())
+    assert "quantize" not in report
+    first = report["gemm"]["timings"][0]
+    assert first["flops"] == 2 * 64**3 and first["milliseconds"]["bf16"] > 0
+    assert "DeepGEMM" in first["missing"]
+    assert "| nt 64x64x64 | DeepGEMM | not run: No module named 'deep_gemm'" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_wrong_kernel_fails_and_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = gemm_fp8.gemm_fp8_nt
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        out = right(*arguments, **options)
+        out[-1:, -1:] *= 1.1
+        return out
+
+    monkeypatch.setattr(gemm_fp8, "gemm_fp8_nt", wrong)
+    path = tmp_path / "results.json"
+    with pytest.raises(SystemExit, match="checks failed"):
+        suite(monkeypatch, "--dry-run", "--sections", "gemm", "--json", path)
+    assert "FAILED gemm_fp8_nt" in capsys.readouterr().out
+    assert json.loads(path.read_text())["gemm"]["timings"] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_device_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="no CUDA device: nothing measured"):
+        suite(monkeypatch)
+
+
+def test_measure_lets_peers_fail_but_not_ours() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such\nkernel")
+
+    timing = measure("x", {"ours": lambda: None, "peer": broken}, CPU, flops=1.0)
+    assert timing.missing == {"peer": "no such"} and list(timing.milliseconds) == ["ours"]
+    with pytest.raises(RuntimeError):
+        measure("x", {"ours": broken}, CPU)
+
+
+def test_rates() -> None:
+    timing = Timing("x", {"ours": 2.0, "peer": 3.0}, flops=2e12)
+    assert list(timing.lines()) == [
+        "| x | ours | 2.0000 | 1,000 TFLOP/s | 1.00 |",
+        "| x | peer | 3.0000 | 667 TFLOP/s | 1.50 |",
+    ]
+    assert Timing("x", {"ours": 1.0}, bytes=1e9).rate("ours") == "1,000 GB/s"
+    assert not Check("x", float("nan"), 1.0).passed
+
+
+def test_it_needs_torch_triton_and_numpy_only() -> None:
+    """Follows our own imports from the suite's modules."""
+    ours = ("kernels", "scripts")
+    to_read = [
+        ROOT / "scripts" / "__init__.py", *(ROOT / "scripts" / "gpu_suite").glob("*.py")
+    ]  # fmt: skip
+    seen: set[Path] = set()
+    third: set[str] = set()
+    while to_read:
+        path = to_read.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            for name in names:
+                if name.split(".")[0] in ours:
+                    file = ROOT / (name.replace(".", "/") + ".py")
+                    to_read += [file] if file.exists() else []
+                else:
+                    third.add(name.split(".")[0])
+    assert ROOT / "kernels" / "gemm_fp8_triton.py" in seen
+    allowed = {"torch", "triton", "numpy", "deep_gemm"}  # the last a peer, where installed
+    assert third - set(sys.stdlib_module_names) <= allowed
