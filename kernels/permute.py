@@ -93,16 +93,16 @@ def gather_rows_reference(x_TD: Tensor, to: Permutation) -> Tensor:
     """Plain-torch form of `gather_rows`."""
     n_rows = to.inverse_R.numel()
     top_k = n_rows // max(x_TD.shape[0], 1)
-    rows_PD = x_TD.new_zeros(to.order_P.numel(), x_TD.shape[1])
+    n_slots = to.order_P.numel()
     rows_RD = _without(x_TD.repeat_interleave(top_k, 0), to.absent_R)
-    return rows_PD.index_add(0, to.inverse_R, rows_RD) if len(rows_PD) else rows_PD
+    # one slot more, for absent rows where there is no other
+    return x_TD.new_zeros(n_slots + 1, x_TD.shape[1]).index_add(0, to.inverse_R, rows_RD)[:n_slots]
 
 
 def combine_rows_reference(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
     """Plain-torch form of `combine_rows`."""
-    if not len(rows_PD):
-        return rows_PD.new_zeros(len(back.inverse_R) // top_k, rows_PD.shape[1])
-    rows_RD = _without(rows_PD.float()[back.inverse_R], back.absent_R)
+    padded = torch.cat([rows_PD, rows_PD.new_zeros(1, rows_PD.shape[1])])  # as above
+    rows_RD = _without(padded.float()[back.inverse_R], back.absent_R)
     return rows_RD.unflatten(0, (-1, top_k)).sum(1).to(rows_PD.dtype)
 
 

@@ -12,7 +12,8 @@ SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 32, 2
 
 @dataclass(frozen=True)
 class Case:
-    """One mesh for one family, what else is set in `[parallel]`, and an injected fault."""
+    """One mesh for one family, what else is set in `[parallel]` and `[parallel.dispatch]`, and an
+    injected fault."""
 
     family: str
     dp_replicate: int
@@ -21,6 +22,7 @@ class Case:
     ep: int
     etp: int
     more: tuple[tuple[str, Any], ...] = ()
+    dispatch: tuple[tuple[str, Any], ...] = ()
     fault: str = "none"
 
     @property
@@ -28,7 +30,7 @@ class Case:
         sizes = [("rep", self.dp_replicate), ("shard", self.dp_shard), ("tp", self.tp)]
         sizes += [("ep", self.ep), ("etp", self.etp)]
         parts = [f"{axis}{size}" for axis, size in sizes if size > 1]
-        parts += [f"{key}={value}" for key, value in self.more]
+        parts += [f"{key}={value}" for key, value in self.more + self.dispatch]
         fault = [] if self.fault == "none" else [self.fault.replace("/", "over")]
         return " ".join([self.family, *parts, *fault])
 
@@ -40,6 +42,7 @@ class Case:
         """The experiment as nested tables."""
         axes = ("dp_replicate", "dp_shard", "tp", "ep", "etp")
         data_ranks = self.dp_replicate * self.dp_shard
+        more = dict(self.more) | {"dispatch": dict(self.dispatch)}
         return {
             "run": {"dir": "unused"},
             "data": {"seq_len": SEQ_LEN},
@@ -50,7 +53,7 @@ class Case:
                 "micro_batch": GLOBAL_BATCH // PASSES // data_ranks,
             },
             "optimizer": {"lr": 0.1},
-            "parallel": {axis: getattr(self, axis) for axis in axes} | dict(self.more),
+            "parallel": {axis: getattr(self, axis) for axis in axes} | more,
         }
 
 

@@ -25,10 +25,17 @@ RECOMPUTED = [
     Case(GLM4, 1, 2, 2, 4, 1, (("reshard_after_forward", False), ("prefetch", 0))),
     Case(GLM4, 1, 4, 1, 2, 1, (("cpu_offload", True), ("prefetch", 2))),
 ]
+DISPATCHED = [
+    Case(GLM4, 1, 2, 2, 4, 1, (), (("kind", "hierarchical"), ("node_size", 2))),
+    Case(GLM4, 1, 2, 2, 4, 1, (("recompute", "full"),), (("chunks", 3),)),
+    Case(GLM4, 1, 2, 2, 2, 2, (), (("kind", "sync_free"), ("capacity_factor", 2.0))),
+    Case(GLM4, 1, 4, 1, 4, 1, (("recompute", "full"),),
+         (("kind", "sync_free"), ("capacity_factor", 0.5))),
+]  # fmt: skip
 HARD = [case for family in FAMILIES if family != GLM4 for case in hard_meshes(family)]
 CASES = {
     2: all_meshes(GLM4, 2),
-    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED,
+    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + DISPATCHED,
     8: pairwise(GLM4),
 }
 FAULTY = {

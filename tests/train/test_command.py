@@ -59,7 +59,10 @@ def test_tensorboard_has_the_fields_of_the_metrics_file(
         (["absent.toml"], "absent.toml: no such file; did you mean configs/demo.toml?"),
         ([], "0 experiment files given"),
         ([str(TINY), "--model.moe.topk=2"], "did you mean model.moe.top_k?"),
-        ([str(TINY), "--parallel.dp_shard=2"], "dp_replicate 1 x dp_shard 2 x tp 1 = 2, but there are 1"),
+        (
+            [str(TINY), "--parallel.dp_shard=2"],
+            "dp_replicate 1 x dp_shard 2 x tp 1 = 2, but there are 1",
+        ),
         ([str(TINY), "--data.source=/absent/corpus"], "data.source"),
         ([str(TINY), "--checkpoint.init_from=/absent"], "/absent: no such folder"),
         ([str(TINY), "--ranks", "2"], "only with --check"),
