@@ -35,8 +35,7 @@ class AllToAll:
         ep, me = self.link.size, dist.get_rank(self.link.group)
         to = [permutation(ids_TK, self.n_experts) for ids_TK in ids]
         sent_rCe = torch.stack([each.counts_E.view(ep, -1) for each in to], 1)
-        got_rCe = torch.empty_like(sent_rCe)
-        dist.all_to_all_single(got_rCe, sent_rCe, group=self.link.group)
+        got_rCe = self.link.exchange_counts(sent_rCe)
         splits = torch.stack([sent_rCe.sum(2).T, got_rCe.sum(2).T], 1)
         routes: list[Route] = []
         top_k = ids[0].shape[1]

@@ -21,6 +21,8 @@ from kernels.fp8 import fp8_dtype
 from kernels.permute import Permutation, combine_rows, gather_rows
 from kernels.quantize import dequantize_1x128, quantize_1x128
 
+_c10d = torch.ops._c10d_functional  # each gives a new tensor, which recomputation can keep
+
 
 class Parcel(NamedTuple):
     """Rows as they travel."""
@@ -124,20 +126,22 @@ class Link:
 
         return arrive
 
+    def exchange_counts(self, counts_r: Tensor) -> Tensor:
+        """What every rank had for this one; the first dimension runs over ranks. Not counted."""
+        even = [1] * self.size
+        got = _c10d.all_to_all_single(counts_r.contiguous(), even, even, self.group.group_name)
+        arrived: Tensor = _c10d.wait_tensor(got)
+        return arrived
+
     def _start(
         self, rows: Tensor, sent: list[int] | None, got: list[int] | None
     ) -> Callable[[], Tensor]:
-        rows = rows.contiguous()
-        out = rows.new_empty(len(rows) if got is None else sum(got), *rows.shape[1:])
-        work = dist.all_to_all_single(out, rows, got, sent, group=self.group, async_op=True)
+        even = [len(rows) // self.size] * self.size
+        out = _c10d.all_to_all_single(
+            rows.contiguous(), got or even, sent or even, self.group.group_name
+        )
         self._count(rows, sent)
-
-        def arrive() -> Tensor:
-            assert work is not None
-            work.wait()
-            return out
-
-        return arrive
+        return lambda: _c10d.wait_tensor(out)
 
     def _count(self, rows: Tensor, sent: list[int] | None) -> None:
         each = [len(rows) // self.size] * self.size if sent is None else sent

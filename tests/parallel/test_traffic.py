@@ -20,9 +20,12 @@ CASES = [
     Case("glm4", 1, 2, 2, 4, 1),
     Case("glm4", 2, 2, 1, 2, 1),
     Case("glm4", 1, 1, 4, 1, 1, (("reshard_after_forward", False),)),
+    # exchanges whose results are kept do not happen again in recomputation
+    Case("glm4", 1, 2, 2, 4, 1, (("reshard_after_forward", False), ("recompute", "selective"),
+                                 ("recompute_keep", ("exchange",)))),
     Case("deepseek-v3", 1, 2, 2, 2, 2),
     Case("gpt-oss", 1, 2, 2, 1, 2),
-]
+]  # fmt: skip
 FLOAT, INT = 4, 8
 Traffic = dict[str, dict[str, list[int]]]
 
