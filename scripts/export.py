@@ -4,9 +4,10 @@
     python -m scripts.export runs/demo --dtype bf16       # half the size, rounded weights
     python -m scripts.export runs/demo/checkpoints/step-00000100 --out /tmp/model
 
-The folder holds config.json, generation_config.json, safetensors shards with their index, and the
-tokenizer, in an architecture that transformers, SGLang and vLLM know. No process group, no model in
-memory: one shard at a time is put together, from pieces of the checkpoint's boxes.
+The folder holds config.json, generation_config.json, safetensors shards with their index, the
+tokenizer and its chat template, in an architecture that transformers, SGLang and vLLM know. No
+process group, no model in memory: one shard at a time is put together, from pieces of the
+checkpoint's boxes.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from models.hf.folder import INDEX
 from models.hf.table import hf_config
 from parallel.shards import Box
 from train import checkpoint
-from train.tokenizer import export_tokenizer, load_tokenizer
+from train.tokenizer import load_tokenizer
+from train.tokenizer_export import export_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,12 +63,9 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     partial.mkdir(parents=True)
     reader = checkpoint.Reader(manifest)
     write_tensors(partial, config.model, lambda name, index: _read(reader, name, index), dtype)
-    export_tokenizer(tokenizer, partial, config.data.seq_len)
+    special_ids = export_tokenizer(tokenizer, partial, config.data.seq_len)
     _write_json(partial / "config.json", described)
-    _write_json(
-        partial / "generation_config.json",
-        {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "do_sample": False},
-    )
+    _write_json(partial / "generation_config.json", {**special_ids, "do_sample": False})
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)

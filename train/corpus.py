@@ -30,9 +30,10 @@ from configs.schema import RunConfig
 from train import sources
 from train.corpus_build import FILES, build
 from train.durable import sync
-from train.tokenizer import find_tokenizer
+from train.tokenizer import WORDS, find_tokenizer
+from train.tokenizer_export import files_beside
 
-FORMAT = 1
+FORMAT = 2
 _MIB = 2**20
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -135,11 +136,10 @@ def open_corpus(folder: Path) -> Corpus:
 def _key(config: RunConfig, source: sources.Source) -> str:
     """Hash of all that decides the content of the corpus folder."""
     data = config.data
-    tokenizer = ""
+    tokenizer = WORDS
     if data.tokenizer:
-        file = find_tokenizer(data.tokenizer)
-        pair = (file, file.parent / "tokenizer_config.json")
-        contents = b"\0".join(f.read_bytes() for f in pair if f.is_file())
+        files = files_beside(find_tokenizer(data.tokenizer))
+        contents = b"\0".join(file.read_bytes() for file in files)
         tokenizer = hashlib.sha256(contents).hexdigest()
     parts = [
         FORMAT,

@@ -31,6 +31,7 @@ from train.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from train.tokenizer_export import kept_settings
 
 Log = Callable[[str], None]
 FILES = ("tokenizer.json", "tokenizer_config.json", "train.npy", "validation.npy")
@@ -60,7 +61,8 @@ def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, 
             str(file)
         )
     tokenizer, eot_token = load_tokenizer(given or file, vocab_size)
-    (work / "tokenizer_config.json").write_text(json.dumps({"eos_token": eot_token}), "utf-8")
+    kept = kept_settings(given or file, eot_token)
+    (work / "tokenizer_config.json").write_text(json.dumps(kept), "utf-8")
     eot = tokenizer.token_to_id(eot_token)
     assert eot is not None
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)

@@ -5,6 +5,11 @@ cuts text into words, each word is a string of bytes, and the most frequent pair
 becomes a new token until the vocabulary is full. Its 256 bytes can spell any text, so there is no
 unknown token. Training and encoding are the `tokenizers` library's; ours is one shortcut.
 
+The regular expression is Llama 3's, because other programs must cut alike: a GGUF file does not
+hold the expression but the name of one that llama.cpp has built in (`llama-bpe` for this one).
+Of those, it needs the fewest tokens (docs/data.md). With it goes `ignore_merges`, which llama.cpp
+implies: a word that is a token is that token, whatever its merges would give.
+
 The shortcut: tokens never cross words and code repeats its words, so a corpus of 7.8 million words
 has only 95 thousand different ones. On ASCII lines Python's `re` finds the same words as the
 library; the library then encodes each new word once. Same tokens (tested), a third of the CPU time.
@@ -12,14 +17,13 @@ library; the library then encodes each new word once. Same tokens (tested), a th
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from configs.rules import ConfigError
 
@@ -29,12 +33,15 @@ SMALLEST_VOCAB = 257
 SAMPLE_BYTES = 16 * 2**20
 """A tokenizer learns from this much text; 31 MB instead of 16 MB saved 0.14% of the tokens."""
 
-# GPT-2's pattern for ASCII: there \\p{L} is [A-Za-z], \\p{N} is [0-9] and \\s means the same.
-_WORDS = re.compile(
-    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
+WORDS = (
+    r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"  # I've; not (?i): \u017f is no s
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# No word continues from a visible character over a line end, so text may be cut there.
-_LINE_ENDS = re.compile(r"(?<=[!-~])(?=\n)")
+# The same in ASCII, where \s means the same to both libraries.
+_ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
+# No word goes on behind a line end unless only white space follows on the next line.
+_LINE_STARTS = re.compile(r"(?<=\n)(?=[ \t]*[!-~])")
 _MOST_WORDS = 1_000_000  # then the table of words starts anew: it must not grow with the corpus
 
 
@@ -83,8 +90,13 @@ def train_tokenizer(
 
 
 def _new() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -125,7 +137,7 @@ def load_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, str]:
             f"{where}: it has {rows} tokens, but model.vocab_size = {vocab_size}; "
             f"set model.vocab_size to {rows} or more"
         )
-    named = _eos_of_config(file.parent / "tokenizer_config.json")
+    named = token_name(settings_beside(file).get("eos_token"))
     for name in (named, *EOT_NAMES):
         if name in vocab:
             return tokenizer, name
@@ -135,12 +147,23 @@ def load_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, str]:
     )
 
 
-def _eos_of_config(file: Path) -> str:
+def settings_beside(file: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer.json; empty where there is none."""
+    place = file.parent / "tokenizer_config.json"
     try:
-        token = json.loads(file.read_text("utf-8")).get("eos_token") or ""
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return str(token["content"] if isinstance(token, dict) else token)
+        settings = json.loads(place.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{place}: not valid JSON: {one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{place}: must hold one JSON object")
+    return settings
+
+
+def token_name(token: object) -> str:
+    """A special token's text: the settings hold it bare or in an object; empty for none."""
+    return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
 def one_line(error: BaseException) -> str:
@@ -162,13 +185,13 @@ class Encoder:
         self.tokenizer = tokenizer
         self.eot = eot
         self.dtype = dtype
-        self.by_words = _cuts_words_like_gpt2(tokenizer)
+        self.by_words = cuts_words_as_ours(tokenizer)
         self.ids_of: dict[str, list[int]] = {}
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """The stream of `texts`, `[T]`: for each document `eot`, then its tokens."""
         segments = [self._segments(text) for text in texts]
-        words = [_WORDS.findall(s) if ascii else None for s, ascii in chain(*segments)]
+        words = [_ASCII_WORDS.findall(s) if ascii else None for s, ascii in chain(*segments)]
         self._learn(chain.from_iterable(w for w in words if w is not None))
         rest = [s for s, ascii in chain(*segments) if not ascii]
         encodings = iter(self.tokenizer.encode_batch_fast(rest, add_special_tokens=False))
@@ -191,7 +214,7 @@ class Encoder:
             return [(text, False)]
         if text.isascii():
             return [(text, True)]
-        lines = groupby(_LINE_ENDS.split(text), str.isascii)
+        lines = groupby(_LINE_STARTS.split(text), str.isascii)
         return [("".join(group), ascii) for ascii, group in lines]
 
     def _learn(self, words: Iterable[str]) -> None:
@@ -203,39 +226,12 @@ class Encoder:
         self.ids_of.update((w, e.ids) for w, e in zip(missing, encodings, strict=True))
 
 
-def _cuts_words_like_gpt2(tokenizer: Tokenizer) -> bool:
-    """Whether text is cut by GPT-2's pattern and nothing else, and words are encoded for good."""
+def cuts_words_as_ours(tokenizer: Tokenizer) -> bool:
+    """Whether text is cut by WORDS and nothing else, and words are encoded for good."""
     parts: dict[str, Any] = json.loads(tokenizer.to_str())
-    cutter = parts["pre_tokenizer"] or {}
     return (
         parts["normalizer"] is None
-        and cutter.get("type") == "ByteLevel"
-        and cutter.get("use_regex", True)
-        and not cutter["add_prefix_space"]
+        and parts["pre_tokenizer"] == json.loads(_new().to_str())["pre_tokenizer"]
         and not parts["model"].get("dropout")
         and all(token["special"] for token in parts["added_tokens"])
     )
-
-
-def export_tokenizer(tokenizer_file: Path, folder: Path, max_positions: int) -> None:
-    """Write the three files from which transformers' AutoTokenizer builds the same tokenizer.
-
-    max_positions: longest sequence of the model, in tokens.
-    """
-    _, eot = load_tokenizer(tokenizer_file, vocab_size=2**31)
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "tokenizer.json"
-    if not (target.exists() and target.samefile(tokenizer_file)):
-        shutil.copyfile(tokenizer_file, target)
-    special = {"bos_token": eot, "eos_token": eot, "pad_token": eot}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_positions,
-        "clean_up_tokenization_spaces": False,
-    }
-    for name, content in (
-        ("tokenizer_config.json", settings | special),
-        ("special_tokens_map.json", special),
-    ):
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, "utf-8")

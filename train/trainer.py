@@ -32,7 +32,7 @@ from train.resume import restore
 from train.schedule import learning_rate
 from train.step import train_step
 from train.stop import StopSignal
-from train.tokenizer import export_tokenizer
+from train.tokenizer_export import export_tokenizer
 from train.torchtitan_adapter import (
     build_optimizer,
     collect_garbage_every,

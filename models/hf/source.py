@@ -67,15 +67,14 @@ class Source:
             self.left_out["config.json's multi-token prediction, which has no weights"] += 1
         self.model = model
         """The model of config.json, without MTP modules where the folder has none."""
-        # second copies of shared weights are checked, and not read
-        self.tensors = [
-            t for t in hf_tensors(model, self._stored) if not t.is_copy or t.name in self._stored
-        ]
+        tensors = list(hf_tensors(model, self._stored))
+        self.tensors = [t for t in tensors if not t.is_copy]
+        self._copies = {t.name for t in tensors if t.is_copy}
         self._check_names(model, text)
         self._by_ours: dict[str, list[HfTensor]] = {}
         for t in self.tensors:
             self._check(t)
-            if t.ours is not None and not t.is_copy:
+            if t.ours is not None:
                 self._by_ours.setdefault(t.ours, []).append(t)
         self._taken: Counter[str] = Counter()
 
@@ -94,7 +93,7 @@ class Source:
     def check_complete(self) -> None:
         """Every element of every tensor was taken, once."""
         for t in self.tensors:
-            if t.ours is not None and not t.is_copy:
+            if t.ours is not None:
                 assert self._taken[t.name] == math.prod(t.shape), f"{t.name} was not read in full"
 
     def _copy(self, t: HfTensor, part: Tensor, first: int, piece_bytes: int) -> None:
@@ -183,13 +182,16 @@ class Source:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         modules = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers"))
         modules = modules if type(modules) is int else 0
-        if layer and model.n_layers <= int(layer[1]) < model.n_layers + modules:
+        beyond = layer and model.n_layers <= int(layer[1]) < model.n_layers + modules
+        if beyond and not model.mtp_depth:
             self.left_out["multi-token prediction"] += 1
         elif name.endswith(".rotary_emb.inv_freq"):
             self.left_out["RoPE frequencies, which config.json gives"] += 1
         elif name == "lm_head.weight" and model.tie_embeddings:
             self._check_tied()
             self.left_out["lm_head.weight, equal to the tied embedding"] += 1
+        elif name in self._copies:
+            self.left_out["embedding and head, once more for a module that shares them"] += 1
         else:
             return False
         return True

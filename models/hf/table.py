@@ -23,6 +23,9 @@ _MOST_EXPERTS = 2**20
 LLAMA4_WITH_IMAGES = "Llama4ForConditionalGeneration"
 """How Llama 4 is published: the language model under `language_model.`, beside a vision model."""
 FAMILIES = (QWEN3, GLM4, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA4)
+_NEVER_TIED = (GLM4, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS)
+"""No published model of these ties its embeddings, so vLLM does not look at tie_word_embeddings:
+its GLM-4 computed with a head of zeros, in silence. llama.cpp wants GPT-OSS's head."""
 
 
 def architecture(model: Model) -> str:
@@ -145,3 +148,6 @@ def hf_tensors(model: Model, given: Container[str] | None = None) -> Iterator[Hf
         if layer >= model.n_layers:
             yield from mtp_tensors(model, layer)
     yield from after
+    if model.tie_embeddings and family in _NEVER_TIED:
+        shape = model.vocab_size, model.d_model
+        yield HfTensor("lm_head.weight", "embed.weight", (), shape, is_copy=True)

@@ -117,6 +117,8 @@ def test_transformers_agrees_in_logits_and_every_gradient(name: str, tmp_path: P
     exported, again = read_all(tmp_path), read_all(tmp_path / "again")
     compared = 0
     for t in hf_tensors(replace(model, mtp_depth=0)):
+        if t.is_copy:  # the head of a tied model, which transformers does not write again
+            continue
         assert torch.equal(exported[t.name], again[t.name]), f"{t.name} is not the same bits"
         if t.ours in ours:
             gradient = ours[t.ours].grad

@@ -117,6 +117,13 @@ def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compiled_blocks_equal_those_that_are_not(references: Path, tmp_path: Path) -> None:
+    case = Case(GLM4, 1, 2, 1, 2, 1, (("compile", True),))
+    train(tmp_path, [case], references)
+    assert not errors(case, tmp_path, references)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_on_every_mesh(

@@ -30,12 +30,19 @@ model, info = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, output_loading_info=True
 )
 ours = load_file(folder + "/ours.check")
+tokenizer = AutoTokenizer.from_pretrained(folder)
 with torch.no_grad():
     theirs = model(ours["tokens"]).logits
 print(json.dumps({
     "wrong": {key: sorted(map(str, value)) for key, value in info.items() if value},
     "error": float((theirs - ours["logits"]).norm() / theirs.norm()),
-    "ids": AutoTokenizer.from_pretrained(folder)("def value if 7").input_ids,
+    "ids": tokenizer("def value if 7").input_ids,
+    "generation": {
+        name: getattr(model.generation_config, name + "_token_id") for name in ("bos", "eos", "pad")
+    },
+    "chat": tokenizer.apply_chat_template(
+        [{"role": "user", "content": "def"}], tokenize=False, add_generation_prompt=True
+    ),
 }))
 """
 
@@ -79,6 +86,8 @@ def test_transformers_loads_the_export_and_agrees(trained: Path) -> None:
     assert result["error"] < 1e-5
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     assert result["ids"] == tokenizer.encode("def value if 7").ids
+    assert result["generation"] == {"bos": 0, "eos": 0, "pad": 0}
+    assert result["chat"] == "<|endoftext|>User: def\n\nAssistant:"
 
 
 def test_export_of_a_chosen_step_in_bf16(trained: Path, tmp_path: Path) -> None:

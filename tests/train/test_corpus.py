@@ -134,6 +134,32 @@ def test_what_changes_the_corpus_changes_its_folder(tmp_path: Path, texts: list[
     assert len(set(folders)) == len(folders) and same == folders[0]
 
 
+def test_a_given_chat_template_is_kept_and_part_of_the_key(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    trained = train_tokenizer(lambda: texts, 300, silent)
+    trained.save(str(given / "tokenizer.json"))
+    folders = []
+    for template in ("first", "second"):
+        (given / "chat_template.jinja").write_text(template)
+        folders.append(prepare(config(tmp_path, tokenizer=str(given)), silent).folder)
+        settings = json.loads((folders[-1] / "tokenizer_config.json").read_text())
+        assert settings == {"eos_token": "<|endoftext|>", "chat_template": template}
+    assert folders[0] != folders[1]
+
+
+def test_another_rule_for_words_is_another_corpus(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prepare(config(tmp_path), silent).folder
+    given = prepare(config(tmp_path, tokenizer=str(before)), silent).folder
+    monkeypatch.setattr(subject, "WORDS", r"\S+|\s+")
+    assert prepare(config(tmp_path), silent).folder != before
+    assert prepare(config(tmp_path, tokenizer=str(before)), silent).folder == given
+
+
 def test_wide_tokens(tmp_path: Path, texts: list[str]) -> None:
     narrow = prepare(config(tmp_path), silent)
     wide = prepare(config(tmp_path, 2**16 + 1, tokenizer=str(narrow.folder)), silent)
@@ -155,9 +181,9 @@ def test_a_damaged_cache_is_built_again(tmp_path: Path, texts: list[str], damage
     elif damage == "delete":
         file.unlink()
     elif damage == "manifest":
-        manifest.write_text('{"format": 1')
+        manifest.write_text('{"format": 2')
     elif damage == "format":
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
     else:
         manifest.write_text("[]")
     with pytest.raises(DamagedCache):

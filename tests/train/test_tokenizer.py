@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from configs.rules import ConfigError
 from train import tokenizer as subject
-from train.tokenizer import EOT, Encoder, export_tokenizer, find_tokenizer, load_tokenizer
+from train.tokenizer import EOT, Encoder, find_tokenizer, load_tokenizer
+from train.tokenizer_export import export_tokenizer, files_beside
 
 UINT16 = np.dtype(np.uint16)
 
@@ -41,6 +42,7 @@ def test_trained_vocabulary() -> None:
     assert ids[0] == 0 and 0 not in ids[1:]
     assert tokenizer.decode(ids) == text
     assert tokenizer.to_str() == train().to_str()
+    assert json.loads(tokenizer.to_str())["model"]["ignore_merges"]  # as llama.cpp will
 
 
 def test_training_takes_a_sample_and_more_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,7 @@ def unruly(count: int) -> list[str]:
     """Random texts of every kind of space, quote, letter and digit, ASCII and not."""
     rng = random.Random(0)
     parts = [chr(i) for i in range(128)] + ["'s", "'ll", "'LL", " a", "\n\n", "   ", EOT]
+    parts += [".\n\n", "12345", "\t", ")\r\n", "'Re"]
     others = "é 数 \u00a0 \u2003 \u0085 ² ½ Ⅷ \u0301 \U0001f600 \u3000".split(" ")
     made = []
     for _ in range(count):
@@ -73,6 +76,23 @@ def unruly(count: int) -> list[str]:
         pool += list(rng.choice([" \nab'1", "\n é", "'stmdrevl ", "\n\x1c\x0b\x85 x"])) * 10
         made.append("".join(rng.choices(pool, k=rng.randrange(60))))
     return made
+
+
+# Of Llama 3's published tokenizer.json. Its (?i:) also takes \u017f for an s, llama.cpp does not.
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_words_are_llama_3s() -> None:
+    ours, theirs = (
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (subject.WORDS, LLAMA_3)
+    )
+    characters = [chr(i) for i in range(0x3100) if i != 0x17F]  # most scripts, all spaces
+    pairs = [f"a{c} {c}{c}1'{c}\n{c}'LL {c}\n" for c in characters]
+    for text in (*unruly(500), *texts(5), *pairs):
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), repr(text)
 
 
 def test_encoder_equals_the_library() -> None:
@@ -160,18 +180,30 @@ print(json.dumps({
     "texts": tokenizer.batch_decode(ids, skip_special_tokens=True),
     "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
     "max": tokenizer.model_max_length,
+    "chats": [
+        tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=end)
+        for end in (False, True)
+    ],
+    "chat_ids": tokenizer.apply_chat_template(CHAT, return_dict=False),
 }))
 """
+CHAT = [
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "naïve {{ 3 }}?"},
+]
 
 
 def test_transformers_reads_the_export(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tokenizer = train()
     file = save(tokenizer, tmp_path / "cache")
-    export_tokenizer(file, tmp_path / "export", 512)
+    ids = export_tokenizer(file, tmp_path / "export", 512)
+    assert ids == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     samples = [*texts(5, seed=3), "", " a , b .", "don 't", "naïve 数\U0001f600", f"a{EOT}b"]
     result = subprocess.run(
-        [sys.executable, "-P", "-c", TRANSFORMERS, str(tmp_path / "export")],
+        [sys.executable, "-P", "-c", f"CHAT = {CHAT}" + TRANSFORMERS, str(tmp_path / "export")],
         input=json.dumps(samples),
         capture_output=True,
         text=True,
@@ -183,5 +215,61 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     assert got["texts"] == [text.replace(EOT, "") for text in samples]
     assert got["special"] == [0, 0, 0]
     assert got["max"] == 512
+    chat = f"{EOT}Be brief.\n\nUser: 2 + 2?\n\nAssistant: 4{EOT}User: naïve {{{{ 3 }}}}?\n\n"
+    assert got["chats"] == [chat, f"{chat}Assistant:"]
+    assert got["chat_ids"] == tokenizer.encode(chat, add_special_tokens=False).ids
+    assert got["chat_ids"].count(0) == 2
     names = {path.name for path in (tmp_path / "export").iterdir()}
-    assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert names == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
+
+
+def exported_settings(given: Path, out: Path) -> tuple[dict[str, object], dict[str, int]]:
+    """tokenizer_config.json after two copies, as from corpus to run to export, and the ids."""
+    export_tokenizer(given, out / "run", 512)
+    ids = export_tokenizer(out / "run" / "tokenizer.json", out / "export", 512)
+    return json.loads((out / "export" / "tokenizer_config.json").read_text()), ids
+
+
+def test_a_given_tokenizer_keeps_its_chat_template_and_padding(tmp_path: Path) -> None:
+    file = save(plain("</s>", "<pad>"), tmp_path / "a")
+    beside = tmp_path / "a" / "tokenizer_config.json"
+    given = {"eos_token": "</s>", "pad_token": {"content": "<pad>"}, "chat_template": "in config"}
+    beside.write_text(json.dumps(given))
+    settings, ids = exported_settings(file, tmp_path / "1")
+    assert (settings["chat_template"], settings["pad_token"]) == ("in config", "<pad>")
+    assert ids == {"bos_token_id": 4, "eos_token_id": 4, "pad_token_id": 5}
+    assert (tmp_path / "1" / "export" / "chat_template.jinja").read_text() == "in config"
+
+    (tmp_path / "a" / "chat_template.jinja").write_text("in file")  # wins in transformers too
+    settings, _ = exported_settings(file, tmp_path / "2")
+    assert settings["chat_template"] == "in file"
+
+    more = tmp_path / "a" / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("tools")
+    settings, _ = exported_settings(file, tmp_path / "3")
+    assert settings["chat_template"] == [
+        {"name": "default", "template": "in file"},
+        {"name": "tool_use", "template": "tools"},
+    ]
+    assert not (tmp_path / "3" / "export" / "chat_template.jinja").exists()
+    assert {path.name for path in files_beside(file)} == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tool_use.jinja",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [3, {"default": "x"}, ["x"], [{"name": "default"}]])
+def test_a_chat_template_that_is_none(template: object, tmp_path: Path) -> None:
+    file = save(plain("</s>"), tmp_path / "a", "</s>")
+    beside = tmp_path / "a" / "tokenizer_config.json"
+    beside.write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: chat_template must be"):
+        export_tokenizer(file, tmp_path / "out", 512)
+    beside.write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: not valid JSON"):
+        load_tokenizer(file, 100)
