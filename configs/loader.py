@@ -53,9 +53,15 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | Non
     return files[0], overrides, ranks
 
 
-def from_dict(tree: dict[str, Any], place: str) -> RunConfig:
-    """The config that `asdict` made `tree` of; `place` is what an error calls its origin."""
-    config: RunConfig = _build(RunConfig, tree, "", place, {})
+def from_dict(tree: dict[str, Any], place: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that `asdict` made `tree` of, changed by overrides as in `load`.
+
+    place: what an error calls its origin.
+    """
+    places: dict[str, str] = {}
+    for override in overrides:
+        _apply_override(tree, override, places)
+    config: RunConfig = _build(RunConfig, tree, "", place, places)
     return config
 
 

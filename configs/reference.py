@@ -24,7 +24,7 @@ def reference() -> str:
             "| key | type | default | meaning |",
             "|---|---|---|---|",
         ]
-        docs, hints = _field_docs(kind), get_type_hints(kind)
+        docs, hints = field_docs(kind), get_type_hints(kind)
         for spec in fields(kind):
             if not is_dataclass(hints[spec.name]):
                 row = (
@@ -45,7 +45,7 @@ def _sections(kind: Any, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _field_docs(kind: Any) -> dict[str, str]:
+def field_docs(kind: Any) -> dict[str, str]:
     """The string that follows each annotated field in the source."""
     body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)

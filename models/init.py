@@ -38,11 +38,11 @@ def initial_value(
     if name.endswith(_RESIDUAL):
         std /= math.sqrt(2 * config.n_layers)
     if ".experts." not in name:
-        return _draw(seed, name, shape, std)[rows]
+        return draw(seed, name, shape, std)[rows]
     wanted = range(shape[0])[rows]
     if not wanted:
         return torch.empty(0, *shape[1:])
-    return torch.stack([_draw(seed, f"{name}/{e}", shape[1:], std) for e in wanted])
+    return torch.stack([draw(seed, f"{name}/{e}", shape[1:], std) for e in wanted])
 
 
 def initialise(model: nn.Module, config: Model, seed: int) -> None:
@@ -54,7 +54,8 @@ def initialise(model: nn.Module, config: Model, seed: int) -> None:
             buffer.zero_()
 
 
-def _draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+def draw(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """A tensor of the truncated normal that belongs to (seed, name)."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     value = torch.empty(shape)
