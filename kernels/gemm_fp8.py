@@ -15,11 +15,17 @@ microbatches without rounding and without a second pass. A NaN scale makes its r
 columns, NaN.
 
 On a CPU the operands are dequantised to fp32 and multiplied by its BLAS; bf16 would be faster but
-cannot hold data x scale. Any M, N, K; FP8 tensor cores want both operands contiguous along K, as
-`kernels.quantize` stores them, and other memory orders are copied. Left out: e5m2, biases.
+cannot hold data x scale. On a GPU `implementation` names the kernel: "triton" runs everywhere,
+"gluon" (`kernels.gemm_fp8_gluon`) on Hopper; it has not been measured, so nothing chooses it.
+
+Any M, N, K; FP8 tensor cores want both operands contiguous along K, as `kernels.quantize` stores
+them, and other memory orders are copied. Left out: e5m2, biases.
 
 Shapes: M x N output, K summed; m, n, k their numbers of blocks of 128, rounded up.
 """
+
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +33,7 @@ from torch import Tensor
 from kernels.fp8 import BLOCK, fp8_dtype, on_accelerator
 from kernels.quantize import dequantize_1x128, dequantize_128x1, dequantize_128x128
 
+Implementation = Literal["triton", "gluon"]
 _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 _OUT_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -34,13 +41,16 @@ _OUT_DTYPES = (torch.bfloat16, torch.float32)
 def gemm_fp8_nt(
     a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_nk: Tensor,
     out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+    implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`a @ b.T`: `[M, N]` in `out_dtype`, or `accumulate_into` (fp32) with the product added."""
-    _check("nt", a_MK, b_NK, out_dtype, accumulate_into)
+    _check("nt", a_MK, b_NK, out_dtype, accumulate_into, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_nk, b_NK, (BLOCK, BLOCK))
     if on_accelerator(a_MK):
-        return _launch(a_MK, scales_a_Mk, b_NK, scales_b_nk, out_dtype, accumulate_into)
+        return _launch(
+            a_MK, scales_a_Mk, b_NK, scales_b_nk, out_dtype, accumulate_into, implementation,
+        )  # fmt: skip
     a, b = dequantize_1x128(a_MK, scales_a_Mk), dequantize_128x128(b_NK, scales_b_nk)
     return _matmul(a, b.T, out_dtype, accumulate_into)
 
@@ -48,14 +58,17 @@ def gemm_fp8_nt(
 def gemm_fp8_nn(
     a_MK: Tensor, scales_a_Mk: Tensor, b_KN: Tensor, scales_b_kn: Tensor,
     out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+    implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`a @ b`, otherwise as `gemm_fp8_nt`. b: the column-major form that `quantize_128x128` makes
     besides; row-major data is copied on CUDA."""
-    _check("nn", a_MK, b_KN.T, out_dtype, accumulate_into)
+    _check("nn", a_MK, b_KN.T, out_dtype, accumulate_into, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_kn, b_KN, (BLOCK, BLOCK))
     if on_accelerator(a_MK):
-        return _launch(a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype, accumulate_into)
+        return _launch(
+            a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype, accumulate_into, implementation,
+        )  # fmt: skip
     a, b = dequantize_1x128(a_MK, scales_a_Mk), dequantize_128x128(b_KN, scales_b_kn)
     return _matmul(a, b, out_dtype, accumulate_into)
 
@@ -63,13 +76,17 @@ def gemm_fp8_nn(
 def gemm_fp8_tn(
     a_KM: Tensor, scales_a_kM: Tensor, b_KN: Tensor, scales_b_kN: Tensor,
     out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+    implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`a.T @ b` of operands from `quantize_128x1`, otherwise as `gemm_fp8_nt`."""
-    _check("tn", a_KM.T, b_KN.T, out_dtype, accumulate_into)
+    _check("tn", a_KM.T, b_KN.T, out_dtype, accumulate_into, implementation)
     _check_scales("a", scales_a_kM, a_KM, (BLOCK, 1))
     _check_scales("b", scales_b_kN, b_KN, (BLOCK, 1))
     if on_accelerator(a_KM):
-        return _launch(a_KM.T, scales_a_kM.T, b_KN.T, scales_b_kN.T, out_dtype, accumulate_into)
+        return _launch(
+            a_KM.T, scales_a_kM.T, b_KN.T, scales_b_kN.T, out_dtype, accumulate_into,
+            implementation,
+        )  # fmt: skip
     a, b = dequantize_128x1(a_KM, scales_a_kM), dequantize_128x1(b_KN, scales_b_kN)
     return _matmul(a.T, b, out_dtype, accumulate_into)
 
@@ -118,10 +135,9 @@ def _matmul(a: Tensor, b: Tensor, out_dtype: torch.dtype, accumulate_into: Tenso
 
 def _launch(
     a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b: Tensor,
-    out_dtype: torch.dtype, accumulate_into: Tensor | None,
+    out_dtype: torch.dtype, accumulate_into: Tensor | None, implementation: Implementation,
 ) -> Tensor:  # fmt: skip
-    from kernels.gemm_fp8_triton import gemm
-
+    gemm = _kernel(implementation)
     fp8_dtype(a_MK.device)  # refuses devices without FP8
     (M, K), N = a_MK.shape, b_NK.shape[0]
     accumulate = accumulate_into is not None
@@ -135,9 +151,25 @@ def _launch(
     return c_MN if K or accumulate else c_MN.zero_()
 
 
+def _kernel(implementation: Implementation) -> Callable[..., None]:
+    """Imported late: a CPU needs no Triton, and Triton's Gluon changes between versions."""
+    if implementation == "triton":
+        from kernels.gemm_fp8_triton import gemm
+
+        return gemm
+    try:
+        from kernels.gemm_fp8_gluon import gemm as gluon_gemm
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"implementation 'gluon' needs Gluon for Hopper, as Triton 3.6 to 3.9 have it: {error}"
+        ) from error
+    return gluon_gemm
+
+
 def _check(
-    name: str, a_MK: Tensor, b_NK: Tensor, out_dtype: torch.dtype, accumulate_into: Tensor | None
-) -> None:
+    name: str, a_MK: Tensor, b_NK: Tensor, out_dtype: torch.dtype, accumulate_into: Tensor | None,
+    implementation: Implementation,
+) -> None:  # fmt: skip
     problem = None
     shape = (a_MK.shape[0], b_NK.shape[0])
     if a_MK.dim() != 2 or b_NK.dim() != 2 or a_MK.shape[1] != b_NK.shape[1]:
@@ -155,6 +187,10 @@ def _check(
             f"accumulate_into is {list(accumulate_into.shape)} in {accumulate_into.dtype} with "
             f"strides {accumulate_into.stride()}, must be {list(shape)} in fp32 with whole rows"
         )
+    elif implementation not in get_args(Implementation):
+        problem = f"implementation is {implementation!r}, must be 'triton' or 'gluon'"
+    elif implementation == "gluon" and not on_accelerator(a_MK):
+        problem = f"implementation 'gluon' needs a Hopper GPU, a is on {a_MK.device}"
     if problem:
         raise ValueError(f"gemm_fp8_{name}: {problem}")
 

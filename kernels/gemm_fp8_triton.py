@@ -56,6 +56,8 @@ class Target:
     shared_bytes: int
     amd: bool
     descriptors: bool
+    hopper: bool = False
+    """For `kernels.gemm_fp8_gluon`."""
 
     @staticmethod
     def current() -> "Target":
@@ -74,6 +76,7 @@ def _target_of(device: Any) -> Target:
         shared_bytes=properties["max_shared_mem"],
         amd=amd,
         descriptors=not amd and target.arch // 10 in (9, 10),
+        hopper=not amd and target.arch == 90,
     )
 
 
@@ -90,11 +93,11 @@ def gemm(
     target = target or Target.current()
     tile = tile or choose_tile(M, N, target.n_sm)
     assert tile.columns == BLOCK_K, "one scale of b covers the columns of a tile"
-    a_MK, b_NK = _k_major(a_MK, target), _k_major(b_NK, target)
+    a_MK, b_NK = k_major(a_MK, target), k_major(b_NK, target)
     scale_per_row_of_b = N > 1 and scales_b.shape[0] == N
-    scales_a_Mk = _rows_contiguous(scales_a_Mk)
+    scales_a_Mk = rows_contiguous(scales_a_Mk)
     if scale_per_row_of_b:
-        scales_b = _rows_contiguous(scales_b)
+        scales_b = rows_contiguous(scales_b)
     a, b = (
         TensorDescriptor.from_tensor(x, [size, BLOCK_K]) if target.descriptors else x
         for x, size in ((a_MK, tile.rows), (b_NK, tile.columns))
@@ -130,7 +133,7 @@ def _stages(tile: Tile, target: Target, element_size: int) -> int:
     return max(min(4, free // ((tile.rows + tile.columns) * BLOCK_K)), 1)
 
 
-def _k_major(x_RK: Tensor, target: Target) -> Tensor:
+def k_major(x_RK: Tensor, target: Target) -> Tensor:
     """x, or a copy: rows contiguous, address and stride in whole 16 bytes as TMA and wide loads
     want them. Without TMA, which fills with zeros beyond the end, K too must be in whole 16s."""
     R, K = x_RK.shape
@@ -142,7 +145,7 @@ def _k_major(x_RK: Tensor, target: Target) -> Tensor:
     return padded.view(x_RK.dtype)
 
 
-def _rows_contiguous(scales_Rk: Tensor) -> Tensor:
+def rows_contiguous(scales_Rk: Tensor) -> Tensor:
     """Scales of neighbouring rows side by side, as `kernels.quantize` makes them."""
     return scales_Rk if scales_Rk.stride(0) == 1 else scales_Rk.T.contiguous().T
 

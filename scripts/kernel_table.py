@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels import gemm_fp8_triton, quantize_triton, swiglu_triton
+from kernels import gemm_fp8_gluon, gemm_fp8_triton, quantize_triton, swiglu_triton
 from kernels.gemm_fp8_triton import TILES, Tile
 from kernels.offline import Build, offline
 
@@ -41,6 +41,8 @@ class Case:
     """Whether tensor cores, and TMA where there is any, belong in its code."""
     everyday: bool = True
     """Whether continuous integration compiles it; the others differ from such a one in one type."""
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Those it is written for."""
 
 
 def fp8_of(target: str) -> torch.dtype:
@@ -67,7 +69,13 @@ def cases() -> list[Case]:
             for out in ("bf16", "fp32", "fp32 +="):
                 name = f"gemm_fp8_{layout} {tile.rows}x{tile.columns} {out}"
                 everyday = out == ("bf16" if layout == "nt" else "fp32 +=")
-                found.append(Case(name, _gemm(layout, tile, out), True, everyday))
+                launch = partial(_gemm, gemm_fp8_triton.gemm, layout, out, tile=tile)
+                found.append(Case(name, launch, True, everyday))
+    for layout in ("nt", "tn"):
+        for out in ("bf16", "fp32", "fp32 +="):
+            launch = partial(_gemm, gemm_fp8_gluon.gemm, layout, out)
+            everyday = out == ("bf16" if layout == "nt" else "fp32 +=")
+            found.append(Case(f"gemm_fp8_{layout} Gluon {out}", launch, True, everyday, ("sm_90",)))
     weights, h = torch.empty(_SIZE), torch.empty(_SIZE, _SIZE // 2, dtype=torch.bfloat16)
     found.append(Case("swiglu", lambda fp8: swiglu_triton.swiglu_forward(x, weights)))
     found.append(Case("swiglu backward", lambda fp8: swiglu_triton.swiglu_backward(h, x, weights)))
@@ -82,18 +90,15 @@ def build(case: Case, target: str) -> Build:
     return only
 
 
-def _gemm(layout: str, tile: Tile, out: str) -> Callable[[torch.dtype], object]:
+def _gemm(
+    launcher: Callable[..., None], layout: str, out: str, fp8: torch.dtype, **options: Tile
+) -> None:
     """NN is NT on transposed views: the same machine code."""
     blocks = _SIZE // 128
-    column_scales = torch.empty(blocks, _SIZE).T
+    a, column_scales = torch.empty(_SIZE, _SIZE, dtype=fp8), torch.empty(blocks, _SIZE).T
     scales_b = torch.empty(blocks, blocks) if layout == "nt" else column_scales
     c = torch.empty(_SIZE, _SIZE, dtype=torch.bfloat16 if out == "bf16" else torch.float32)
-
-    def launch(fp8: torch.dtype) -> None:
-        a = torch.empty(_SIZE, _SIZE, dtype=fp8)
-        gemm_fp8_triton.gemm(a, column_scales, a, scales_b, c, out == "fp32 +=", tile=tile)
-
-    return launch
+    launcher(a, column_scales, a, scales_b, c, out == "fp32 +=", **options)
 
 
 def table() -> list[str]:
@@ -103,7 +108,7 @@ def table() -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for case in cases():
-        for target in TARGETS:
+        for target in case.targets:
             made = build(case, target)
             instructions = ", ".join(f"{name} {n}" for name, n in made.instructions.items() if n)
             lines.append(

@@ -1,7 +1,11 @@
 """FP8 products: accuracy per tile, then TFLOP/s against cuBLASLt, DeepGEMM and bf16."""
 
+import functools
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,10 @@ LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-6}
 """Against the exact product of the quantised operands."""
 UNQUANTISED = 1e-3
 CHECKED = [(256, 384, 512), (300, 260, 400), (1, 1, 1), (129, 576, 2880), (1000, 128, 64)]
+MANY_TILES = (2000, 2100, 1700)
+"""Some programs make more than one tile; too much for a dry run."""
+GLUON_SECONDS = 120
+"""Limit of the checks of the Gluon kernel."""
 SHAPES: list[tuple[int, ...]] = [
     (4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384),
     (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 36864, 7168),
@@ -35,57 +43,62 @@ SHAPES: list[tuple[int, ...]] = [
 """M, N, K: squares, the projections of DeepSeek-V3, and two shapes with published figures."""
 
 
-def check(place: Place) -> Iterator[Check]:
+def check(place: Place, implementation: gemm_fp8.Implementation = "triton") -> Iterator[Check]:
     """Every layout and output on odd shapes; then NaN stays where it belongs."""
-    for shape in CHECKED:
+    product = functools.partial(_product, implementation)
+    for shape in CHECKED if place.dry_run else [*CHECKED, MANY_TILES]:
         torch.manual_seed(0)
         M, N, K = shape
         a, b = torch.randn(M, K).to(place.device), torch.randn(N, K).to(place.device)
         for layout in ("nt", "nn", "tn"):
             for dtype, limit in LIMITS.items():
-                ours, exact = _product(layout, a, b, dtype)
+                ours, exact = product(layout, a, b, dtype)
                 case = f"gemm_fp8_{layout} {list(shape)} {str(dtype)[6:]}"
                 yield Check(case, tile_difference(ours, exact), limit)
                 if all(size % 128 == 0 for size in shape):  # a tile of one row is a small sample
                     loss = tile_difference(ours, a.double() @ b.double().T)
                     yield Check(f"{case}, unquantised", loss, UNQUANTISED)
             start = torch.randn(M, N).to(place.device)
-            ours, exact = _product(layout, a, b, torch.float32, start.clone())
+            ours, exact = product(layout, a, b, torch.float32, start.clone())
             difference = tile_difference(ours, exact + start)
             yield Check(f"gemm_fp8_{layout} {list(shape)} +=", difference, 1e-6)
-    yield from _check_extremes(place)
+    yield from _check_extremes(place, product)
 
 
-def _check_extremes(place: Place) -> Iterator[Check]:
+def _check_extremes(place: Place, product: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Check]:
     torch.manual_seed(0)
     a, b = torch.randn(256, 384).to(place.device), torch.randn(256, 384).to(place.device)
     a[7, 130], b[:, 256:] = 1e6, 0
     a[64:128], b[128:] = a[64:128] * 1e-20, b[128:] * 1e15
     for layout in ("nt", "nn", "tn"):
-        ours, exact = _product(layout, a, b, torch.float32)
+        ours, exact = product(layout, a, b, torch.float32)
         yield Check(f"gemm_fp8_{layout} outliers, zeros, tiny", tile_difference(ours, exact), 1e-6)
     a[3, 5] = math.inf
-    ours, _ = _product("nt", a, b, torch.float32)
+    ours, _ = product("nt", a, b, torch.float32)
     expected = torch.zeros_like(ours, dtype=torch.bool)
     expected[3] = True
     yield Check("NaN outside its row, or missing", float((ours.isnan() != expected).sum()), 0)
 
 
 def _product(
-    layout: str, a_MK: Tensor, b_NK: Tensor, dtype: torch.dtype, into: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    implementation: gemm_fp8.Implementation, layout: str, a_MK: Tensor, b_NK: Tensor,
+    dtype: torch.dtype, into: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Ours, and the fp64 product of the same quantised operands."""
+    options: dict[str, Any] = {
+        "out_dtype": dtype, "accumulate_into": into, "implementation": implementation,
+    }  # fmt: skip
     if layout == "tn":
         a, b = quantize_128x1(a_MK.T), quantize_128x1(b_NK.T)
         exact = dequantize_128x1(*a).double().T @ dequantize_128x1(*b).double()
-        return gemm_fp8.gemm_fp8_tn(*a, *b, dtype, into), exact
+        return gemm_fp8.gemm_fp8_tn(*a, *b, **options), exact
     a = quantize_1x128(a_MK)
     (b, column_major), turned = quantize_128x128(b_NK.T if layout == "nn" else b_NK), layout == "nn"
     exact_b = dequantize_128x128(*b).double()
     exact = dequantize_1x128(*a).double() @ (exact_b if turned else exact_b.T)
     if turned:
-        return gemm_fp8.gemm_fp8_nn(*a, column_major, b.scales, dtype, into), exact
-    return gemm_fp8.gemm_fp8_nt(*a, *b, dtype, into), exact
+        return gemm_fp8.gemm_fp8_nn(*a, column_major, b.scales, **options), exact
+    return gemm_fp8.gemm_fp8_nt(*a, *b, **options), exact
 
 
 def measure(place: Place) -> Iterator[Timing]:
@@ -106,6 +119,7 @@ def _measure_nt(shape: tuple[int, ...], place: Place) -> Timing:
     unit = torch.ones(1, device=place.device)
     rows = {
         "ours": lambda: gemm_fp8.gemm_fp8_nt(*a, *b),
+        "ours in Gluon": _gluon(gemm_fp8.gemm_fp8_nt, a, b, place),
         "cuBLASLt 1x128 128x128": _cublaslt(a, b, exact, square=True),
         "cuBLASLt row-wise": lambda: torch._scaled_mm(
             a.data, b.data.T, unit.expand(M, 1).contiguous(), unit.expand(1, N).contiguous(),
@@ -127,11 +141,43 @@ def _measure_tn(shape: tuple[int, ...], place: Place) -> Timing:
     turned = [Quantized(q.data.T, q.scales.T) for q in (a, b)]
     rows = {
         "ours": lambda: gemm_fp8.gemm_fp8_tn(*a, *b),
+        "ours in Gluon": _gluon(gemm_fp8.gemm_fp8_tn, a, b, place),
         "ours, +=": lambda: gemm_fp8.gemm_fp8_tn(*a, *b, accumulate_into=into),
         "cuBLASLt 1x128 1x128": _cublaslt(turned[0], turned[1], exact, square=False),
         "bf16": lambda: dy.T @ x,
     }
     return take_time(f"tn {N}x{D}x{tokens}", rows, place, flops=2.0 * tokens * N * D)
+
+
+def _gluon(
+    product: Callable[..., Tensor], a: Quantized, b: Quantized, place: Place
+) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        if problem := gluon_problem(place.device.type):
+            raise RuntimeError(problem)
+        return product(*a, *b, implementation="gluon")
+
+    return run
+
+
+@functools.cache
+def gluon_problem(device_type: str) -> str | None:
+    """Why the Gluon kernel is not timed. Its checks run in a process of their own: a barrier that
+    never completes, or an illegal address, would take the rest of the suite with it."""
+    if device_type != "cuda":
+        return "no CUDA device"
+    command = [sys.executable, "-m", "scripts.gpu_suite.gluon"]
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, timeout=GLUON_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"its checks did not end in {GLUON_SECONDS} s"
+    if done.returncode == 0:
+        return None
+    said = done.stdout.strip().splitlines()  # stderr ends with what libraries say on leaving
+    return said[-1] if said else f"its checks ended with code {done.returncode}"
 
 
 def _cublaslt(a: Quantized, b: Quantized, expected: Tensor, square: bool) -> Callable[[], Any]:

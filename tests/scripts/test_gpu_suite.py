@@ -2,6 +2,7 @@
 
 import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from kernels import gemm_fp8
+from scripts.gpu_suite import gemm
 from scripts.gpu_suite.__main__ import SECTIONS, main
 from scripts.gpu_suite.harness import Check, Place, Timing, measure
 from tests.runs import ROOT
@@ -47,6 +49,7 @@ def test_dry_run_times_and_names_missing_peers(
     first = report["gemm"]["timings"][0]
     assert first["flops"] == 2 * 64**3 and first["milliseconds"]["bf16"] > 0
     assert "DeepGEMM" in first["missing"]
+    assert first["missing"]["ours in Gluon"] == "no CUDA device"
     assert "| nt 64x64x64 | DeepGEMM | not run: No module named 'deep_gemm'" in (
         capsys.readouterr().out
     )
@@ -84,6 +87,29 @@ def test_measure_lets_peers_fail_but_not_ours() -> None:
     assert timing.missing == {"peer": "no such"} and list(timing.milliseconds) == ["ours"]
     with pytest.raises(RuntimeError):
         measure("x", {"ours": broken}, CPU)
+
+
+def test_gluon_is_not_timed_where_its_checks_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that fails names its reason, one that hangs its limit."""
+    outcomes: list[object] = [
+        subprocess.CompletedProcess([], 1, "warning\nneeds a Hopper GPU\n", "leaked\n"),
+        subprocess.CompletedProcess([], -11, "", ""),
+        subprocess.TimeoutExpired([], 1.0),
+        subprocess.CompletedProcess([], 0, "50 checks passed", ""),
+    ]
+
+    def run(*arguments: object, **options: object) -> object:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(subprocess, "run", run)
+    problem = gemm.gluon_problem.__wrapped__
+    assert problem("cuda") == "needs a Hopper GPU"
+    assert problem("cuda") == "its checks ended with code -11"
+    assert problem("cuda") == "its checks did not end in 120 s"
+    assert problem("cuda") is None
 
 
 def test_rates() -> None:
