@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -46,6 +48,14 @@ KEEP: dict[str, tuple[Any, ...]] = {
     ),
 }
 """The operations behind each name of `parallel.recompute_keep`."""
+# FSDP2's hooks within a block label what they do for the profiler, in backward more than in
+# forward; torch's selective policy refuses an operation that forward did not have
+SAC_IGNORED_OPS.update(
+    (
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    )
+)
 
 
 def apply_recompute(model: Decoder, config: Parallel) -> None:
@@ -62,7 +72,7 @@ class _Recomputed:
     """A block's forward that is run again in backward."""
 
     def __init__(self, block: nn.Module, operations: list[Any]) -> None:
-        self.forward, self.operations = block.forward, operations
+        self.block, self.forward, self.operations = block, block.forward, operations
         self.routers = routers(block)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -89,6 +99,7 @@ class _Recomputed:
             return CheckpointPolicy.PREFER_RECOMPUTE
 
         selective = create_selective_checkpoint_contexts(policy)
+        again = _both(again, _gathered(self.block))
         return _both(first, selective[0]), _both(again, selective[1])
 
 
@@ -102,6 +113,16 @@ def _with_tapes(found: list[Router], tapes: list[Tape]) -> Iterator[None]:
     finally:
         for router in found:
             router.tape = None
+
+
+@contextmanager
+def _gathered(block: nn.Module) -> Iterator[None]:
+    """With all weights of a block gathered. Forward mostly finds them gathered ahead; gathering
+    them in recomputation would be another operation that forward did not have."""
+    for module in block.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    yield
 
 
 @contextmanager
