@@ -49,7 +49,7 @@ def linear_cross_entropy(
 
 def _local_targets(targets_T: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
     """Targets counted from this rank's first word; FOREIGN where another rank holds them."""
-    local_T = targets_T - dist.get_rank(group) * width
+    local_T = targets_T - group.rank() * width
     local_T = local_T.where((local_T >= 0) & (local_T < width), FOREIGN)
     return local_T.where(targets_T != IGNORE, IGNORE)
 

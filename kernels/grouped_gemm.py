@@ -27,7 +27,7 @@ def grouped_gemm_nt(x_RD: Tensor, w_END: Tensor, ends_E: Tensor, counts_E: Tenso
     ends_E: int32 or int64, non-decreasing, at most R. counts_E: true rows per group, no more
     than the group is long.
     """
-    if x_RD.is_cuda:
+    if x_RD.device.type != "cpu":
         return torch._grouped_mm(x_RD, w_END.transpose(-2, -1), offs=ends_E.to(torch.int32))
     return _GroupedGemmLoop.apply(x_RD, w_END, _group_slices(ends_E, counts_E))
 

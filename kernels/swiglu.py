@@ -68,6 +68,8 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_R2F, weights_R)
+        if gate_up_R2F.device.type == "meta":  # what the Triton kernel allocates
+            return gate_up_R2F.new_empty(len(gate_up_R2F), gate_up_R2F.shape[1] // 2)
         if gate_up_R2F.is_cuda:
             from kernels.swiglu_triton import swiglu_forward
 
@@ -78,6 +80,9 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up_R2F, weights_R = ctx.saved_tensors
+        if grad_RF.device.type == "meta":
+            grad_weights = None if weights_R is None else torch.empty_like(weights_R)
+            return torch.empty_like(gate_up_R2F), grad_weights
         if grad_RF.is_cuda:
             from kernels.swiglu_triton import swiglu_backward
 

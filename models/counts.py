@@ -1,7 +1,6 @@
 """How large a model is and what a token costs."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -24,18 +23,6 @@ class ParameterCounts:
     """Of routed experts, in MTP modules too."""
     layers: tuple[tuple[int, int], ...]
     """(all parameters, those of routed experts) of every block, MTP modules last."""
-
-    def blocks(self, ep: int) -> "BlockSizes":
-        """Sizes of the blocks where `ep` ranks divide the experts."""
-        sizes = [every - experts + experts // ep for every, experts in self.layers]
-        return BlockSizes(max(sizes), sum(sizes))
-
-
-class BlockSizes(NamedTuple):
-    """Parameters of the largest block, and of all."""
-
-    largest: int
-    sum: int
 
 
 def parameter_counts(model: Model) -> ParameterCounts:

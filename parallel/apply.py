@@ -128,7 +128,7 @@ class _Fsdp:
             mp_policy=self.policy,
             offload_policy=self.offload,
             reshard_after_forward=self.reshard and not root,
-            shard_placement_fn=lambda p: _placement(p, n_ranks, id(p) in experts),
+            shard_placement_fn=lambda p: placement(p, n_ranks, id(p) in experts),
         )
         if mesh.size() > 1:
             assert isinstance(modules[0], FSDPModule)
@@ -136,7 +136,7 @@ class _Fsdp:
             modules[0].set_force_sum_reduction_for_comms(True)
 
 
-def _placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
+def placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
     """The dimension that FSDP2 divides among `n_ranks`: the first, or where that would leave ranks
     with less than others another that divides evenly; of experts the model width.
 

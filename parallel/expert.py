@@ -26,7 +26,7 @@ from parallel.dispatch.gathering import GatheringDispatcher
 from parallel.local import divide, pad_local
 from parallel.mesh import Mesh
 
-_DIMS: dict[str, dict[str, int]] = {
+DIMS: dict[str, dict[str, int]] = {
     "w13": {"ep": 0, "etp": 2},
     "b13": {"ep": 0, "etp": 2},
     "w2": {"ep": 0, "etp": 2},
@@ -44,7 +44,7 @@ def apply_expert_parallel(model: Decoder, mesh: Mesh, options: Dispatch) -> None
     make_dispatcher = dispatcher_maker(model.config.moe.n_experts, group, options)
     for moe in (module for module in model.modules() if isinstance(module, MoE)):
         names = [name for name, _ in moe.experts.named_parameters()]
-        dims = {name: tuple(_DIMS[name][axis] for axis in axes) for name in names}
+        dims = {name: tuple(DIMS[name][axis] for axis in axes) for name in names}
         divide(moe.experts, mesh.expert[tuple(axes)], dims)
         if "ep" in axes:
             moe.dispatcher = make_dispatcher()

@@ -35,7 +35,7 @@ from models.moe import FeedForward
 from parallel.local import divide, pad_local
 
 _c10d = torch.ops._c10d_functional  # each returns a new tensor, so recomputation can keep it
-_HEADS = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
+HEADS = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
 """The dimension of each projection's weight that runs over heads."""
 
 
@@ -60,7 +60,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def _divide_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
-    for name, dim in _HEADS.items():
+    for name, dim in HEADS.items():
         projection = getattr(attention, name, None)
         if projection is None:
             continue
@@ -78,7 +78,7 @@ class TensorExchange(Exchange):
     group: dist.ProcessGroup
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.place = group, dist.get_rank(group)
+        self.group, self.place = group, group.rank()
 
     def gather(self, x_tD: Tensor) -> Tensor:
         gathered: Tensor = _Gather.apply(x_tD, self.group)

@@ -1,5 +1,6 @@
 """`--check`: what an experiment is and needs, without starting a rank."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs.degrees import Degrees
@@ -8,13 +9,12 @@ from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
-from parallel.dispatch.memory import row_memory
+from parallel.fsdp_memory import GATHERED, REDUCTION
+from parallel.rehearsal import BACKWARD, MASKS
 from train import checkpoint, sources
+from train.memory import likely_compute, predict
 from train.metrics import FORCED_BALANCE
 from train.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
-
-_STATE_BYTES = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
-"""Bytes per parameter of a shard: everything that is kept is fp32."""
 
 
 def report(config: RunConfig, degrees: Degrees) -> str:
@@ -71,28 +71,36 @@ def _export_name(config: RunConfig) -> str:
 
 
 def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
-    counts = parameter_counts(config.model)
-    every = counts.total + counts.mtp
-    held = (every - counts.experts) / degrees.dp_shard
-    held += counts.experts / (degrees.efsdp * degrees.ep)
-    rows = [(name, held * size) for name, size in _STATE_BYTES.items()]
-    # the root (embedding, final norm, head) stays gathered; of the blocks one, or all
-    blocks = counts.blocks(degrees.ep)
-    root = every - counts.blocks(1).sum
-    gathered = root + (blocks.largest if config.parallel.reshard_after_forward else blocks.sum)
-    size = 4 if config.precision.recipe == "fp32" else 2
-    rows.append(("gathered weights", gathered * size))
-    total = sum(size for _, size in rows)
-    text = [f"  {name:<22} {_size(size):>10}" for name, size in rows]
-    text += [f"  {'sum':<22} {_size(total):>10}   activations come on top, of these"]
-    tokens, dispatch = config.train.micro_batch * config.data.seq_len, config.parallel.dispatch
-    for name, worst, meaning in (
-        ("expert rows", False, "routed evenly"),
-        ("expert rows, at worst", True, "in every layer all tokens to the experts of one rank"),
-    ):
-        memory = row_memory(tokens, config.model, degrees.ep, dispatch, size, worst)
-        text.append(f"  {name:<22} {_size(sum(memory)):>10}   {meaning}")
-    return text
+    """The memory of a rank on each kind of device, and with the worst routing."""
+    found = {d: predict(config, degrees, d, likely_compute(config, d)) for d in ("cpu", "cuda")}
+    even = [memories[0].peak for memories in found.values()]
+    worst = [memories[1].peak for memories in found.values()]
+    host = [memories[0].host for memories in found.values()]
+    kinds = {kind for peak in even for kind in peak if peak[kind] >= 2**10} | set(_KINDS[:3])
+    dtypes = [str(likely_compute(config, d)).removeprefix("torch.") for d in found]
+    lines = [f"  {'device':<26}" + "".join(f"{d:>14}" for d in found)]
+    lines += [f"  {'dtype of computation':<26}" + "".join(f"{dtype:>14}" for dtype in dtypes)]
+    lines += [_row(kind, [peak[kind] for peak in even]) for kind in sorted(kinds, key=_KINDS.index)]
+    lines += [_row("sum", [peak.total() for peak in even]) + "   at the worst moment of a step"]
+    if any(memory.total() for memory in host):
+        lines += [_row("besides in host memory", [memory.total() for memory in host])]
+    lines += ["  if all tokens chose the same experts, on the rank that has them:"]
+    lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in _ROUTED]
+    lines += [_row("  sum", [peak.total() for peak in worst])]
+    return lines
+
+
+_ROUTED = ("routing and dispatch", "experts")
+_KINDS = (
+    "parameters", "gradients", "AdamW moments", GATHERED, REDUCTION, "batch", MASKS,
+    "embedding and last norm", "residual stream", "attention", *_ROUTED, "dense feed-forward",
+    "logits and loss", BACKWARD, "gradient norm", "other",
+)  # fmt: skip
+"""The order of the table."""
+
+
+def _row(name: str, sizes: Sequence[float]) -> str:
+    return f"  {name:<26}" + "".join(f"{_size(size):>14}" for size in sizes)
 
 
 def _size(n_bytes: float) -> str:

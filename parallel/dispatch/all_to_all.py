@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from configs.dispatch import Wire
@@ -32,7 +31,7 @@ class AllToAll:
         self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
 
     def plan(self, ids: list[Tensor]) -> list[Route]:
-        ep, me = self.link.size, dist.get_rank(self.link.group)
+        ep, me = self.link.size, self.link.group.rank()
         to = [permutation(ids_TK, self.n_experts) for ids_TK in ids]
         sent_rCe = torch.stack([each.counts_E.view(ep, -1) for each in to], 1)
         got_rCe = self.link.exchange_counts(sent_rCe)

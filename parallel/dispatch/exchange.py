@@ -146,7 +146,7 @@ class Link:
     def _count(self, rows: Tensor, sent: list[int] | None) -> None:
         each = [len(rows) // self.size] * self.size if sent is None else sent
         width = rows[:1].numel() * rows.element_size() if len(rows) else 0
-        me = dist.get_rank(self.group)
+        me = self.group.rank()
         self.traffic.bytes += width * (sum(each) - each[me])
         across = sum(n for n, far in zip(each, self.crosses, strict=True) if far)
         self.traffic.bytes_between_nodes += width * across

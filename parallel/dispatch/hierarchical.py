@@ -53,7 +53,7 @@ class Hierarchical:
     traffic: Traffic
 
     def plan(self, ids: list[Tensor]) -> list[Route]:
-        n_nodes, m, me = self.across.size, self.within.size, dist.get_rank(self.group)
+        n_nodes, m, me = self.across.size, self.within.size, self.group.rank()
         node, place = divmod(me, m)
         nodes = [_nodes_of(ids_TK, self.n_experts, n_nodes) for ids_TK in ids]
         mine_C = [
@@ -83,7 +83,7 @@ class Hierarchical:
     def choices_here(self, ids_UK: Tensor) -> Tensor:
         """Ids of experts counted from the first of this node; F for experts elsewhere."""
         per_node = self.n_experts // self.across.size
-        here_UK = ids_UK - dist.get_rank(self.across.group) * per_node
+        here_UK = ids_UK - self.across.group.rank() * per_node
         return torch.where((here_UK >= 0) & (here_UK < per_node), here_UK, per_node)
 
 

@@ -19,7 +19,6 @@ T tokens, K experts per token, R = T * K rows, S = ep * C slots, E experts, e lo
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.permute import Permutation, permutation
@@ -62,7 +61,7 @@ class SyncFree:
         return DirectRoute(self.link, to, by_expert, None, None, top_k)
 
     def _account(self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int) -> None:
-        traffic, own = self.traffic, kept_re[dist.get_rank(self.link.group)]
+        traffic, own = self.traffic, kept_re[self.link.group.rank()]
         traffic.lost += (wanted_re - kept_re).sum()
         traffic.rows_sent += kept_re.sum() - own.sum()
         traffic.rows_received += got_re.sum()

@@ -1,0 +1,272 @@
+"""What FSDP2 holds besides a rank's shards: gathered weights, and the buffers of its exchanges.
+
+This follows torch's code (`torch.distributed.fsdp._fully_shard`, 2.13) step by step, because the
+order of its allocations decides the peak:
+
+- a gather makes a flat output for the whole group (in the dtype of computation), and, when the
+  group is needed, a second copy as the parameters themselves. In forward the flat output is held
+  until the next group has been copied out; a group gathered ahead holds its flat output until it is
+  needed.
+- a reduction makes a flat fp32 input of the size of all gradients of the group, then gives the
+  gradients up, then makes the rank's part; the input is held until the next group reduces.
+- weights that are not sharded along their first dimension cost one more copy, of each or of all.
+
+Groups of one rank copy their shards without a flat output. With recomputation a block's experts are
+gathered when they run again, and stay.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from configs.degrees import Degrees
+from models.decoder import Decoder
+from models.moe import Experts
+from models.shadow import Ledger
+from parallel.apply import placement
+
+GATHERED, REDUCTION = "gathered weights", "gradient reduction"
+"""Kinds of memory."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter as FSDP2 sees it: elements, padded to whole shards."""
+
+    whole: int
+    own: int
+    moved: bool
+    """Whether it is sharded along another dimension than the first."""
+
+
+@dataclass(eq=False)
+class Group:
+    """Parameters that are gathered and reduced together."""
+
+    shards: list[Shard]
+    ranks: int
+    """Ranks that shard it."""
+    keeps: bool = False
+    """Stays gathered after forward."""
+    gathering: bool = False
+    gathered: bool = False
+    places: list[int] = field(default_factory=list)
+    """Where in the order of this forward pass it was done."""
+
+    @property
+    def whole(self) -> int:
+        return sum(shard.whole for shard in self.shards)
+
+    @property
+    def own(self) -> int:
+        return sum(shard.own for shard in self.shards)
+
+    @property
+    def moved(self) -> int:
+        return sum(shard.whole for shard in self.shards if shard.moved)
+
+
+@dataclass(frozen=True)
+class BlockGroups:
+    """The groups of one block; None where a block has none of its own."""
+
+    dense: Group
+    undivided: Group | None
+    experts: Group | None
+
+    def all(self) -> list[Group]:
+        """In the order of their modules."""
+        return [g for g in (self.dense, self.undivided, self.experts) if g is not None]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of a model."""
+
+    root: Group
+    norm: Group | None
+    """The last norm, where `tp` divides the rest of the root."""
+    blocks: list[BlockGroups]
+
+    def all(self) -> list[Group]:
+        """Every group once."""
+        ends = [self.root] if self.norm is None else [self.root, self.norm]
+        return ends + [group for block in self.blocks for group in block.all()]
+
+
+def groups_of(model: Decoder, divided: set[nn.Module], degrees: Degrees, reshard: bool) -> Groups:
+    """The groups that `parallel.apply` makes of a rank's part of a model.
+
+    divided: modules whose own weights the ranks of `tp` divide. reshard: after forward.
+    """
+    d = degrees
+    blocks, taken = [], set()
+    for block in model.blocks():
+        own: dict[str, list[Shard]] = {"dense": [], "undivided": [], "experts": []}
+        for module in block.modules():
+            is_experts = isinstance(module, Experts)
+            name, ranks = "dense", d.dp_shard
+            if is_experts and d.tp * d.ep > 1:
+                name, ranks = "experts", d.efsdp
+            elif d.tp > 1 and module not in divided and not is_experts:
+                name, ranks = "undivided", d.dp_shard * d.tp
+            parameters = list(module.parameters(recurse=False))
+            own[name] += [_shard(p, ranks, is_experts) for p in parameters]
+            taken.update(parameters)
+        blocks.append(
+            BlockGroups(
+                Group(own["dense"], d.dp_shard, not reshard),
+                Group(own["undivided"], d.dp_shard * d.tp, not reshard)
+                if own["undivided"]
+                else None,
+                Group(own["experts"], d.efsdp, not reshard) if own["experts"] else None,
+            )
+        )
+    norm = None
+    if d.tp > 1:
+        norm = Group(
+            [_shard(model.norm.weight, d.dp_shard * d.tp, False)], d.dp_shard * d.tp, not reshard
+        )
+        taken.add(model.norm.weight)
+    rest = [p for p in model.parameters() if p not in taken]
+    root = Group([_shard(p, d.dp_shard, False) for p in rest], d.dp_shard, True)
+    return Groups(root, norm, blocks)
+
+
+def _shard(parameter: nn.Parameter, ranks: int, is_expert: bool) -> Shard:
+    dim = placement(parameter, ranks, is_expert).dim
+    length, rest = parameter.shape[dim], parameter.numel() // max(parameter.shape[dim], 1)
+    own = -(-length // ranks) * rest
+    return Shard(own * ranks, own, dim != 0)
+
+
+class Sharding:
+    """FSDP2's doings, entered in a ledger as they happen."""
+
+    def __init__(
+        self, ledger: Ledger, home: Ledger, item_bytes: int, replicas: int, gloo: bool
+    ) -> None:
+        """home: where shards and their gradients live; another ledger than `ledger` if on the
+        host. item_bytes: of the dtype of computation. gloo: whether it does the exchanges."""
+        self.ledger, self.home, self.item = ledger, home, item_bytes
+        self.replicas, self.gloo = replicas, gloo
+        self.has_grads = False
+        """Gradients of an earlier microbatch are there to add to."""
+        self.held = 0
+        """Flat output that is kept until the next copy in forward."""
+        self.input = 0
+        """Flat input of the last reduction."""
+        self.summed = 0
+        """Reduced gradients that all-reduces over replicas keep to the end of backward."""
+        self.done: list[Group] = []
+
+    def gather(self, group: Group) -> None:
+        """Start to gather a group."""
+        if group.gathering or group.gathered:
+            return
+        group.gathering = True
+        if group.ranks > 1:
+            casts = self.item != 4
+            self._add(GATHERED, group.own * self.item * casts)
+            self._add(GATHERED, group.whole * self.item)
+            self._add(GATHERED, -group.own * self.item * casts)
+
+    def use(self, group: Group, forward: bool) -> None:
+        """Gather a group to the end: its parameters are there."""
+        self.gather(group)
+        if not group.gathering:
+            return
+        group.gathering, group.gathered = False, True
+        if forward:
+            self._release_held()
+        whole = group.whole * self.item
+        self._add(GATHERED, whole)
+        if group.ranks > 1:
+            self._add(GATHERED, group.moved * self.item)
+            self._add(GATHERED, -group.moved * self.item)
+            if forward:
+                self.held = whole
+            else:
+                self._add(GATHERED, -whole)
+        elif self.item != 4:
+            largest = max(shard.own for shard in group.shards) * self.item
+            self._add(GATHERED, largest)
+            self._add(GATHERED, -largest)
+
+    def free(self, group: Group) -> None:
+        """Free the parameters of a group."""
+        if group.gathered:
+            group.gathered = False
+            self._add(GATHERED, -group.whole * self.item)
+
+    def end_forward(self, group: Group) -> None:
+        """A group has run in forward."""
+        if not group.keeps:
+            self.free(group)
+        group.places.append(len(self.done))
+        self.done.append(group)
+
+    def end_all_forward(self) -> None:
+        """The root has run in forward."""
+        self._release_held()
+
+    def begin_backward(self, group: Group, ahead: bool) -> None:
+        """The first gradient reaches a group. ahead: gather the one that follows."""
+        self.use(group, forward=False)
+        if ahead and group.places:
+            place = group.places.pop()
+            if place:
+                self.gather(self.done[place - 1])
+
+    def reduce(self, group: Group) -> None:
+        """The gradients of a group are complete; they are about to be given up."""
+        self.free(group)
+        self._add(REDUCTION, -self.input)
+        self.input = group.whole * 4
+        moved = max((s.whole for s in group.shards if s.moved), default=0)
+        if group.ranks > 1:
+            self._add(REDUCTION, moved * self.item)
+            self._add(REDUCTION, -moved * self.item)
+        self._add(REDUCTION, self.input)
+
+    def reduced(self, group: Group) -> None:
+        """The gradients were given up."""
+        part = group.own * 4
+        # torch's loop over the gradients still has its hands on the last one; gloo copies its
+        # input, and torch does where it divides by a factor itself
+        copies = self.gloo if group.ranks > 1 else self.replicas > 1
+        passing = group.shards[-1].whole * self.item + self.input * copies
+        self._add(REDUCTION, part + passing)
+        self._add(REDUCTION, -passing)
+        if self.has_grads or self.home is not self.ledger:
+            if self.replicas > 1:
+                self.summed += part
+            else:
+                self._add(REDUCTION, -part)
+            if not self.has_grads:
+                self.home.add("gradients", part)
+        else:
+            self._add(REDUCTION, -part)
+            self.home.add("gradients", part)
+
+    def end_backward(self, groups: Iterable[Group]) -> None:
+        """After the reduction of the last group."""
+        self._add(REDUCTION, -self.input - self.summed)
+        self.input = self.summed = 0
+        self.has_grads = True
+        self.done.clear()
+        for group in groups:
+            self.free(group)
+            if group.gathering:
+                group.gathering = False
+                self._add(GATHERED, -group.whole * self.item * (group.ranks > 1))
+            group.places.clear()
+        self._release_held()
+
+    def _release_held(self) -> None:
+        self._add(GATHERED, -self.held)
+        self.held = 0
+
+    def _add(self, kind: str, n_bytes: int) -> None:
+        self.ledger.add(kind, n_bytes)

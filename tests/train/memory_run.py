@@ -1,0 +1,92 @@
+"""Two steps of each case under torch's memory tracker, on whatever ranks this is started with.
+
+Started as `torchrun ... memory_run.py FOLDER CASES.json`. The largest memory of every rank goes to
+`FOLDER/measured.json`, bytes by name of the case. The second step is the one that counts: by then
+AdamW has its moments.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+from configs.degrees import resolve
+from configs.loader import from_dict
+from configs.schema import RunConfig
+from models.decoder import Decoder
+from models.router import routers
+from parallel import mesh as meshes
+from parallel.apply import materialise, parallelize
+from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
+from tests.parallel.mesh_run import random_corpus
+from train.batches import Sequences, TrainingData
+from train.step import train_step
+from train.torchtitan_adapter import build_optimizer
+from train.trainer import compute_dtype
+
+
+class Tracker(FSDPMemTracker):
+    """Torch's tracker, but with FSDP2's hooks called when FSDP2 has them called: not after a module
+    in which recomputation ended early."""
+
+    def _instrument_fsdp_module(self) -> None:
+        super()._instrument_fsdp_module()
+        for module in self._root_mod.modules():
+            module._forward_hooks_always_called.clear()
+
+
+def largest(config: RunConfig, ranks: Ranks, one_choice: bool) -> int:
+    """Bytes held at the worst moment of two steps.
+
+    one_choice: all tokens choose the same experts.
+    """
+    degrees = resolve(config, ranks.world)
+    mesh = meshes.build(degrees, ranks.device.type)
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    parallelize(model, mesh, config, compute_dtype(config, ranks.device))
+    materialise(model, config.model, config.run.seed, ranks.device)
+    for router in routers(model):
+        if one_choice:
+            router.bias_E[: router.config.top_k] = 100.0  # scores are at most 1
+    optimizer = build_optimizer(model, config.optimizer)
+    data = TrainingData(
+        Sequences(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, 0),
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=degrees.data_rank(ranks.rank),
+        n_ranks=degrees.data_ranks,
+    )
+    tracker = Tracker(model, next(iter(optimizer)))
+
+    def forget() -> bool:
+        """Asked before every microbatch: the tracker knows one forward pass of each module."""
+        tracker.reset_mod_stats()
+        return False
+
+    with tracker:
+        for step in (1, 2):
+            train_step(
+                model, optimizer, data.step(step), step=step, rank=ranks.rank,
+                copies=degrees.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight, stop=forget,
+            )  # fmt: skip
+    snapshot = tracker.get_tracker_snapshot("peak")
+    return sum(device["Total"] for device in snapshot.values())
+
+
+def main(folder: Path, cases: Path) -> None:
+    ranks = start_ranks(threads=1)
+    found = {}
+    for name, case in json.loads(cases.read_text()).items():
+        config = from_dict(case["settings"], name)
+        found[name] = gather_json(largest(config, ranks, case["one_choice"]))
+    if ranks.is_first:
+        (folder / "measured.json").write_text(json.dumps(found))
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
