@@ -1,6 +1,6 @@
 """`--check` predicts the bytes of a rank; torch's memory tracker counts those of a real step.
 
-Tolerance: 5 percent of what was counted, on every rank. Most cases agree within 1 percent; what is
+Tolerance: 10 percent of what was counted, on every rank. Most cases agree within 1 percent; what is
 left is how rows fall into groups, and when gloo lets go of a copy. How many rows a rank gets is not
 known beforehand: where experts lie on several ranks routing is forced, to be even or to be the
 worst.
@@ -27,7 +27,7 @@ from tests.runs import ROOT, run
 from train.check import report
 from train.memory import likely_compute, predict
 
-TOLERANCE = 0.05
+TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)
