@@ -158,6 +158,11 @@ class Parallel:
     def __post_init__(self) -> None:
         at_least(self, 1, "dp_replicate", "tp", "etp", "recompute_every")
         at_least(self, 0, "prefetch")
+        if self.recompute == "none" and self.recompute_every > 1:
+            raise ConfigError(
+                f"recompute_every = {self.recompute_every}: recompute = none recomputes no block; "
+                "use selective or full"
+            )
         if self.etp not in (1, self.tp):
             raise ConfigError(f"etp = {self.etp}: must be 1 or tp = {self.tp}")
         for key in ("dp_shard", "ep"):
