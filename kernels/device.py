@@ -1,6 +1,9 @@
-"""What the device at hand does well."""
+"""What the device at hand does well, and where Triton runs."""
+
+from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -9,3 +12,14 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def on_accelerator(x: Tensor) -> bool:
+    """Whether Triton runs where x is. Asked for as `device.on_accelerator(x)`, so that the tests
+    in Triton's interpreter can say yes for a CPU, in one place."""
+    return x.is_cuda
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[None]:
+    """Around every launch: Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device)

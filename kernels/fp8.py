@@ -41,11 +41,6 @@ def fp8_dtype(device: torch.device) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-def on_accelerator(x: Tensor) -> bool:
-    """Whether Triton runs where x is (the interpreter's tests say yes for a CPU)."""
-    return x.is_cuda
-
-
 def empty_column_major(
     shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -30,7 +30,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kernels.fp8 import BLOCK, fp8_dtype, on_accelerator
+from kernels import device
+from kernels.fp8 import BLOCK, fp8_dtype
 from kernels.quantize import dequantize_1x128, dequantize_128x1, dequantize_128x128
 
 Implementation = Literal["triton", "gluon"]
@@ -47,7 +48,7 @@ def gemm_fp8_nt(
     _check("nt", a_MK, b_NK, out_dtype, accumulate_into, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_nk, b_NK, (BLOCK, BLOCK))
-    if on_accelerator(a_MK):
+    if device.on_accelerator(a_MK):
         return _launch(
             a_MK, scales_a_Mk, b_NK, scales_b_nk, out_dtype, accumulate_into, implementation,
         )  # fmt: skip
@@ -65,7 +66,7 @@ def gemm_fp8_nn(
     _check("nn", a_MK, b_KN.T, out_dtype, accumulate_into, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_kn, b_KN, (BLOCK, BLOCK))
-    if on_accelerator(a_MK):
+    if device.on_accelerator(a_MK):
         return _launch(
             a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype, accumulate_into, implementation,
         )  # fmt: skip
@@ -82,7 +83,7 @@ def gemm_fp8_tn(
     _check("tn", a_KM.T, b_KN.T, out_dtype, accumulate_into, implementation)
     _check_scales("a", scales_a_kM, a_KM, (BLOCK, 1))
     _check_scales("b", scales_b_kN, b_KN, (BLOCK, 1))
-    if on_accelerator(a_KM):
+    if device.on_accelerator(a_KM):
         return _launch(
             a_KM.T, scales_a_kM.T, b_KN.T, scales_b_kN.T, out_dtype, accumulate_into,
             implementation,
@@ -146,7 +147,7 @@ def _launch(
     else:
         c_MN = accumulate_into
     if M and N and K:
-        with torch.cuda.device(a_MK.device):  # Triton launches on the current device
+        with device.launching_on(a_MK):
             gemm(a_MK, scales_a_Mk, b_NK, scales_b, c_MN, accumulate)
     return c_MN if K or accumulate else c_MN.zero_()
 
@@ -189,7 +190,7 @@ def _check(
         )
     elif implementation not in get_args(Implementation):
         problem = f"implementation is {implementation!r}, must be 'triton' or 'gluon'"
-    elif implementation == "gluon" and not on_accelerator(a_MK):
+    elif implementation == "gluon" and not device.on_accelerator(a_MK):
         problem = f"implementation 'gluon' needs a Hopper GPU, a is on {a_MK.device}"
     if problem:
         raise ValueError(f"gemm_fp8_{name}: {problem}")

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import device
+
 
 @dataclass(frozen=True)
 class Permutation:
@@ -121,10 +123,10 @@ def _combine(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
         return rows_PD.new_zeros(len(back.inverse_R) // top_k, rows_PD.shape[1])
     if rows_PD.device.type == "meta" and top_k > 1:  # what the Triton kernel allocates
         return rows_PD.new_empty(len(back.inverse_R) // top_k, rows_PD.shape[1])
-    if rows_PD.is_cuda and top_k > 1:
+    if device.on_accelerator(rows_PD) and top_k > 1:
         from kernels.permute_triton import combine
 
-        with torch.cuda.device(rows_PD.device):  # Triton launches on the current device
+        with device.launching_on(rows_PD):
             return combine(rows_PD, back.inverse_R, back.absent_R, top_k)
     rows_RD = _without(rows_PD.index_select(0, back.inverse_R), back.absent_R)
     # torch sums bf16 in fp32 and rounds once

@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import device
 from kernels.fp8 import (
     BLOCK,
     MIN_SCALE,
     Quantized,
     empty_column_major,
     fp8_dtype,
-    on_accelerator,
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,11 +47,11 @@ def quantize_1x128(x_RD: Tensor, power_of_two: bool = False) -> Quantized:
     x_RD: bf16, fp16 or fp32.
     """
     dtype = _check(x_RD)
-    if not on_accelerator(x_RD):
+    if not device.on_accelerator(x_RD):
         return _reference(x_RD, (1, BLOCK), power_of_two, dtype)
     from kernels.quantize_triton import quantize_groups
 
-    with torch.cuda.device(x_RD.device):  # Triton launches on the current device
+    with device.launching_on(x_RD):
         rows, _ = quantize_groups(x_RD, dtype, power_of_two, rows=True, columns=False)
     assert rows is not None
     return rows
@@ -60,11 +60,11 @@ def quantize_1x128(x_RD: Tensor, power_of_two: bool = False) -> Quantized:
 def quantize_128x1(x_RD: Tensor, power_of_two: bool = False) -> Quantized:
     """Data `[R, D]`, stored transposed, and scales `[r, D]`, a scale per 128 rows of a column."""
     dtype = _check(x_RD)
-    if not on_accelerator(x_RD):
+    if not device.on_accelerator(x_RD):
         return _reference(x_RD, (BLOCK, 1), power_of_two, dtype)
     from kernels.quantize_triton import quantize_groups
 
-    with torch.cuda.device(x_RD.device):
+    with device.launching_on(x_RD):
         _, columns = quantize_groups(x_RD, dtype, power_of_two, rows=False, columns=True)
     assert columns is not None
     return columns
@@ -73,11 +73,11 @@ def quantize_128x1(x_RD: Tensor, power_of_two: bool = False) -> Quantized:
 def quantize_1x128_128x1(x_RD: Tensor, power_of_two: bool = False) -> tuple[Quantized, Quantized]:
     """Both forms in one pass over x: a gradient feeds two products, each summed its own way."""
     dtype = _check(x_RD)
-    if not on_accelerator(x_RD):
+    if not device.on_accelerator(x_RD):
         return quantize_1x128_128x1_reference(x_RD, power_of_two)
     from kernels.quantize_triton import quantize_groups
 
-    with torch.cuda.device(x_RD.device):
+    with device.launching_on(x_RD):
         rows, columns = quantize_groups(x_RD, dtype, power_of_two, rows=True, columns=True)
     assert rows is not None and columns is not None
     return rows, columns
@@ -87,11 +87,11 @@ def quantize_128x128(w_RD: Tensor, power_of_two: bool = False) -> tuple[Quantize
     """Data `[R, D]` and scales `[r, d]`, a scale per square block; and the data a second time in
     column-major memory, for the product that sums over rows."""
     dtype = _check(w_RD)
-    if not on_accelerator(w_RD):
+    if not device.on_accelerator(w_RD):
         return quantize_128x128_reference(w_RD, power_of_two)
     from kernels.quantize_triton import quantize_blocks
 
-    with torch.cuda.device(w_RD.device):
+    with device.launching_on(w_RD):
         return quantize_blocks(w_RD, dtype, power_of_two)
 
 

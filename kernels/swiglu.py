@@ -9,11 +9,14 @@ The routing weight may enter here, before the down projection, because that proj
 SwiGLU: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202. F hidden width, R rows.
 """
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import device
 
 
 def swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
@@ -21,7 +24,8 @@ def swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
 
     weights_R: fp32 factor per row, or None for 1. Differentiable in both.
     """
-    return _SwiGlu.apply(gate_up_R2F, weights_R)
+    h_RF: Tensor = _swiglu(gate_up_R2F, weights_R)
+    return h_RF
 
 
 def clamped_swiglu(gate_up_R2F: Tensor, weights_R: Tensor) -> Tensor:
@@ -64,28 +68,53 @@ def swiglu_backward_reference(
     return grad_gate_up, grad_weights
 
 
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate_up_R2F, weights_R)
-        if gate_up_R2F.device.type == "meta":  # what the Triton kernel allocates
-            return gate_up_R2F.new_empty(len(gate_up_R2F), gate_up_R2F.shape[1] // 2)
-        if gate_up_R2F.is_cuda:
-            from kernels.swiglu_triton import swiglu_forward
+@torch.library.custom_op("phalanx::swiglu", mutates_args=())
+def _swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
+    if device.on_accelerator(gate_up_R2F):
+        from kernels.swiglu_triton import swiglu_forward
 
-            with torch.cuda.device(gate_up_R2F.device):  # Triton launches on the current device
-                return swiglu_forward(gate_up_R2F, weights_R)
-        return swiglu_reference(gate_up_R2F, weights_R)
+        with device.launching_on(gate_up_R2F):
+            return swiglu_forward(gate_up_R2F, weights_R)
+    return swiglu_reference(gate_up_R2F, weights_R)
 
-    @staticmethod
-    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
-        gate_up_R2F, weights_R = ctx.saved_tensors
-        if grad_RF.device.type == "meta":
-            grad_weights = None if weights_R is None else torch.empty_like(weights_R)
-            return torch.empty_like(gate_up_R2F), grad_weights
-        if grad_RF.is_cuda:
-            from kernels.swiglu_triton import swiglu_backward
 
-            with torch.cuda.device(grad_RF.device):
-                return swiglu_backward(grad_RF.contiguous(), gate_up_R2F, weights_R)
-        return swiglu_backward_reference(grad_RF, gate_up_R2F, weights_R)
+@_swiglu.register_fake
+def _(gate_up_R2F: Tensor, weights_R: Tensor | None) -> Tensor:
+    return gate_up_R2F.new_empty(len(gate_up_R2F), gate_up_R2F.shape[1] // 2)
+
+
+@torch.library.custom_op("phalanx::swiglu_backward", mutates_args=())
+def _swiglu_backward(
+    grad_RF: Tensor, gate_up_R2F: Tensor, weights_R: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The second is empty where there are no weights: an operation cannot return None."""
+    backward = swiglu_backward_reference
+    with contextlib.ExitStack() as stack:
+        if device.on_accelerator(grad_RF):
+            from kernels.swiglu_triton import swiglu_backward as backward
+
+            stack.enter_context(device.launching_on(grad_RF))
+        grad_gate_up, grad_weights = backward(grad_RF, gate_up_R2F, weights_R)
+    return grad_gate_up, grad_RF.new_empty(0) if grad_weights is None else grad_weights
+
+
+@_swiglu_backward.register_fake
+def _(grad_RF: Tensor, gate_up_R2F: Tensor, weights_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    nothing = grad_RF.new_empty(0)
+    return (
+        torch.empty_like(gate_up_R2F),
+        nothing if weights_R is None else torch.empty_like(weights_R),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+    gate_up_R2F, weights_R = ctx.saved_tensors
+    grad_gate_up, grad_weights = _swiglu_backward(grad_RF, gate_up_R2F, weights_R)
+    return grad_gate_up, None if weights_R is None else grad_weights
+
+
+_swiglu.register_autograd(_gradients, setup_context=_save)

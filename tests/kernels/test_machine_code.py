@@ -11,7 +11,8 @@ from kernels.gemm_fp8_gluon import gemm as gluon_gemm
 from kernels.gemm_fp8_triton import TILES, gemm
 from kernels.offline import SHARED_BYTES, Build, offline
 from kernels.quantize_triton import quantize_groups
-from scripts.kernel_table import TARGETS, TENSOR_CORES, build, cases, fp8_of
+from scripts.kernel_cases.case import TARGETS, TENSOR_CORES, fp8_of
+from scripts.kernel_table import build, cases
 
 REGISTERS = {"sm_90": 255, "sm_100": 255, "gfx942": 512, "gfx950": 512}
 """Per thread; on AMD vector and accumulation registers together."""

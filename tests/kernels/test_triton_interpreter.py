@@ -1,5 +1,5 @@
-"""Every Triton kernel in Triton's interpreter: `interpreted.py` in a process of its own, since the
-interpreter is chosen when Triton is imported."""
+"""Every Triton kernel in Triton's interpreter: `interpreted_*.py` in processes of their own, since
+the interpreter is chosen when Triton is imported."""
 
 import subprocess
 import sys
@@ -8,12 +8,14 @@ import pytest
 
 from tests.runs import ROOT, environment
 
+LANE = ["-p", "tests.kernels.lane", "-p", "no:cacheprovider"]
+HERE = ROOT / "tests" / "kernels"
 
-@pytest.mark.parametrize("kernels", ["quantize", "gemm", "linear or swiglu"])
-def test_interpreted(kernels: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+
+@pytest.mark.parametrize("file", sorted(file.name for file in HERE.glob("interpreted_*.py")))
+def test_interpreted(file: str) -> None:
     done = subprocess.run(
-        [*command, "-k", kernels, str(ROOT / "tests" / "kernels" / "interpreted.py")],
+        [sys.executable, "-m", "pytest", "-q", "-x", *LANE, str(HERE / file)],
         cwd=ROOT, env=environment() | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
         timeout=600,
     )  # fmt: skip

@@ -1,68 +1,30 @@
-"""Run by `test_triton_interpreter.py`: the Triton kernels against their references on a CPU.
-
-Uninitialised memory is poisoned with NaN throughout.
-"""
+"""In the lane of the interpreter: quantisation and the FP8 products against their references."""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 import kernels.gemm_fp8_triton as gemm_triton
 import kernels.quantize_triton as quantize_triton
-from kernels import gemm_fp8, quantize, swiglu, swiglu_triton
-from kernels.fp8 import Quantized, empty_column_major
+from kernels import gemm_fp8, quantize
+from kernels.fp8 import empty_column_major
 from kernels.gemm_fp8_triton import TILES, Target, Tile
 from kernels.linear_fp8 import linear_fp8, linear_fp8_reference
-from tests.kernels import interpreter
-
-assert triton.knobs.runtime.interpret, "to be run with TRITON_INTERPRET=1"
-interpreter.install()
-
-POINTERS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=False)
-DESCRIPTORS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=True)
-FP8 = [torch.float8_e4m3fn]
-if triton.__version__ >= "3.9":  # the interpreter of 3.6 has no fnuz types
-    FP8.append(torch.float8_e4m3fnuz)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        interpreter.poison(patch)
-        yield
-
-
-def bits(x: Tensor) -> Tensor:
-    """The bits of x, all NaNs being one."""
-    codes = x.contiguous().view({1: torch.uint8, 4: torch.int32}[x.element_size()])
-    return codes.masked_fill(x.float().isnan(), 127)
-
-
-def assert_same_bits(ours: Quantized, reference: Quantized) -> None:
-    for a, b in zip(ours, reference, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        assert min(a.shape) < 2 or a.stride() == b.stride()
-        assert torch.equal(bits(a), bits(b))
-
-
-def hard_values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers over 60 powers of two, outliers, both zeros, denormals, an infinity, a NaN."""
-    x = torch.randn(rows, columns) * 2.0 ** torch.randint(-40, 20, (rows, columns))
-    x[::3] = torch.randn(x[::3].shape)
-    x[1::7] = x[1::7] * 1e-30
-    x[2::11] = 0
-    if columns > 130 and rows > 130:
-        x[5, 7], x[6, 129], x[7] = math.inf, -math.nan, -0.0
-        x[8], x[9, 0], x[128, 128] = 1e-41, 3e38, -math.inf
-    return x.to(dtype)
+from tests.kernels.lane import (
+    DESCRIPTORS,
+    FP8,
+    POINTERS,
+    assert_same_bits,
+    bits,
+    hard_values,
+    kernels_on_cpu,
+    relative,
+)
 
 
 @pytest.mark.parametrize("fp8", FP8, ids=str)
@@ -169,10 +131,6 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def relative(ours: Tensor, reference: Tensor) -> float:
-    return float((ours.double() - reference.double()).norm() / reference.double().norm())
-
-
 @pytest.mark.parametrize("layout", REFERENCES)
 @pytest.mark.parametrize("target", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -252,51 +210,3 @@ def test_linear(shape: tuple[int, int, int, int], power_of_two: bool) -> None:
     for ours, reference in zip(*results, strict=True):
         assert ours.dtype == reference.dtype
         assert relative(ours, reference) < 2e-3  # a few elements round to the other bf16
-
-
-@contextlib.contextmanager
-def kernels_on_cpu() -> Iterator[None]:
-    """Public functions take their Triton path."""
-    here = mock.patch.object
-    with (
-        here(quantize, "on_accelerator", lambda x: True),
-        here(gemm_fp8, "on_accelerator", lambda x: True),
-        here(torch.cuda, "device", lambda device: contextlib.nullcontext()),
-        here(Target, "current", lambda: DESCRIPTORS),
-    ):
-        yield
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1025), (0, 8), (4, 2300)], ids=str)
-def test_swiglu(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> None:
-    rows, width = shape
-    gate_up, grad = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
-    weights = torch.rand(rows) if weighted else None
-    pairs = [
-        (swiglu_triton.swiglu_forward(gate_up, weights), swiglu.swiglu_reference(gate_up, weights)),
-        *zip(
-            swiglu_triton.swiglu_backward(grad, gate_up, weights),
-            swiglu.swiglu_backward_reference(grad, gate_up, weights),
-            strict=True,
-        ),
-    ]
-    for ours, reference in pairs:
-        assert (ours is None) == (reference is None)
-        if ours is not None and reference is not None and ours.numel():
-            tolerance = 1e-6 if ours.dtype == torch.float32 else 2e-3
-            assert ours.dtype == reference.dtype and relative(ours, reference) < tolerance
-
-
-def test_swiglu_beyond_2_31() -> None:
-    width, block = 2**29, 64
-    gate_up = torch.randn(3, block).bfloat16()
-    up = torch.randn(3, block).bfloat16()
-    memory = torch.from_numpy(np.empty(3 * 2 * width * 2, np.uint8)).view(torch.bfloat16)
-    rows = memory.as_strided((3, 2, block), (2 * width, width, 1))
-    rows.copy_(torch.stack([gate_up, up], 1))
-    out = torch.from_numpy(np.empty(3 * width * 2, np.uint8)).view(torch.bfloat16)
-    swiglu_triton._forward[(3, 1)](memory, None, out, width, WEIGHTED=False, BLOCK=block)
-    reference = swiglu.swiglu_reference(torch.cat([gate_up, up], 1))
-    assert relative(out.as_strided((3, block), (width, 1)), reference) < 2e-3

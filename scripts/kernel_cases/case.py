@@ -1,0 +1,35 @@
+"""A kernel to be compiled, and the targets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+TARGETS: dict[str, tuple[str, int | str]] = {
+    "sm_90": ("cuda", 90),
+    "sm_100": ("cuda", 100),
+    "gfx942": ("hip", "gfx942"),
+    "gfx950": ("hip", "gfx950"),
+}
+TENSOR_CORES = {"sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "MFMA", "gfx950": "MFMA"}
+SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of one kernel."""
+
+    name: str
+    launch: Callable[..., object]
+    """Launches it on operands in this FP8 type."""
+    multiplies: bool = False
+    """Whether tensor cores, and TMA where there is any, belong in its code."""
+    everyday: bool = True
+    """Whether continuous integration compiles it; the others differ from such a one in one type."""
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Those it is written for."""
+
+
+def fp8_of(target: str) -> torch.dtype:
+    """The e4m3 of a target."""
+    return torch.float8_e4m3fnuz if target == "gfx942" else torch.float8_e4m3fn

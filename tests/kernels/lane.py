@@ -1,0 +1,78 @@
+"""The lane of Triton's interpreter: `interpreted_*.py` run in it, loaded as a pytest plugin.
+
+Uninitialised memory is poisoned with NaN throughout.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from kernels import device
+from kernels.fp8 import Quantized
+from kernels.gemm_fp8_triton import Target
+from tests.kernels import interpreter
+
+assert triton.knobs.runtime.interpret, "to be run with TRITON_INTERPRET=1"
+interpreter.install()
+
+POINTERS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=False)
+DESCRIPTORS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=True)
+FP8 = [torch.float8_e4m3fn]
+if triton.__version__ >= "3.9":  # the interpreter of 3.6 has no fnuz types
+    FP8.append(torch.float8_e4m3fnuz)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        interpreter.poison(patch)
+        yield
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of x, all NaNs being one."""
+    codes = x.contiguous().view({1: torch.uint8, 4: torch.int32}[x.element_size()])
+    return codes.masked_fill(x.float().isnan(), 127)
+
+
+def assert_same_bits(ours: Quantized, reference: Quantized) -> None:
+    for a, b in zip(ours, reference, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert min(a.shape) < 2 or a.stride() == b.stride()
+        assert torch.equal(bits(a), bits(b))
+
+
+def hard_values(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers over 60 powers of two, outliers, both zeros, denormals, an infinity, a NaN."""
+    x = torch.randn(rows, columns) * 2.0 ** torch.randint(-40, 20, (rows, columns))
+    x[::3] = torch.randn(x[::3].shape)
+    x[1::7] = x[1::7] * 1e-30
+    x[2::11] = 0
+    if columns > 130 and rows > 130:
+        x[5, 7], x[6, 129], x[7] = math.inf, -math.nan, -0.0
+        x[8], x[9, 0], x[128, 128] = 1e-41, 3e38, -math.inf
+    return x.to(dtype)
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+@contextlib.contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """Public functions take their Triton path."""
+    here = mock.patch.object
+    with (
+        here(device, "on_accelerator", lambda x: True),
+        here(device, "launching_on", lambda x: contextlib.nullcontext()),
+        here(Target, "current", lambda: DESCRIPTORS),
+    ):
+        yield
