@@ -6,10 +6,8 @@ has two backends, NCCL for tensors on the device and gloo for those on the host,
 messages (stop flags, JSON) never wait for the device.
 """
 
-import ctypes
 import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.rules import ConfigError
+from kernels.device import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def start_ranks(threads: int = 0) -> Ranks:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     store = _store(rank, world)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, device, store)
@@ -105,20 +104,6 @@ def _store(rank: int, world: int) -> dist.Store:
     address = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
     store = dist.TCPStore(*address, world, is_master=rank == 0 and not agent_has_it)
     return dist.PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for reuse.
-
-    By default every large tensor is mapped afresh from the kernel, which clears its pages: 12,000
-    page faults per step of the demo, a tenth of its time. Elsewhere than on glibc nothing happens.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
-    libc = ctypes.CDLL("libc.so.6")
-    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
-        libc.mallopt(parameter, value)
 
 
 def stop_ranks() -> None:
