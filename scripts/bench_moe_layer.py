@@ -147,9 +147,7 @@ def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
     layer = MoE(model).to(dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    for module in layer.modules():
-        if hasattr(module, "float_bias"):
-            module.float_bias()
+    layer.router.float_bias()
     return layer
 
 

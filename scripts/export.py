@@ -2,6 +2,7 @@
 
     python -m scripts.export runs/demo                    # newest checkpoint -> runs/demo/export
     python -m scripts.export runs/demo --dtype bf16       # half the size, rounded weights
+    python -m scripts.export runs/demo --dtype fp8        # a quarter: DeepSeek-V3's blocks
     python -m scripts.export runs/demo/checkpoints/step-00000100 --out /tmp/model
 
 The folder holds config.json, generation_config.json, safetensors shards with their index, the
@@ -21,20 +22,22 @@ from torch import Tensor
 
 from configs.loader import from_dict, unflatten
 from configs.rules import ConfigError
-from models.hf.files import Index, write_tensors
+from models.hf.files import Index, read_config, write_tensors
 from models.hf.folder import INDEX
+from models.hf.fp8_blocks import Fp8Plan, fp8_plan
 from models.hf.table import hf_config
 from parallel.shards import Box
 from train import checkpoint
 from train.tokenizer import load_tokenizer
 from train.tokenizer_export import export_tokenizer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     """Write the newest checkpoint of `source` (or that very checkpoint) to `out`.
 
+    dtype: with float8_e4m3fn, what readers do not hold quantised is bf16 (`models.hf.fp8_blocks`).
     out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
     Raises ConfigError if the model has no Hugging Face form or the checkpoint is damaged.
     """
@@ -52,12 +55,15 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     parsed, eot_name = load_tokenizer(tokenizer, config.model.vocab_size)
     eot = parsed.token_to_id(eot_name)
     assert eot is not None, "load_tokenizer names a token of the vocabulary"
+    is_fp8 = dtype == torch.float8_e4m3fn
     described = hf_config(
         config.model,
         max_positions=config.data.seq_len,
         eos_token_id=eot,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(torch.bfloat16 if is_fp8 else dtype).removeprefix("torch."),
     )
+    if is_fp8:
+        described["quantization_config"] = fp8_plan(config.model).quantization_config()
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -95,15 +101,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.export")
     parser.add_argument("source", type=Path, help="run folder, or one of its checkpoints")
     parser.add_argument("--out", type=Path, help="folder to write (default: <run>/export)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="default: fp32, exact")
+    names = ", ".join(_DTYPES)
+    parser.add_argument("--dtype", default="fp32", help=f"{names}; default: fp32, exact")
     arguments = parser.parse_args()
     try:
+        if arguments.dtype not in _DTYPES:
+            raise ConfigError(f"--dtype {arguments.dtype}: must be one of {names}")
         out = export(arguments.source, arguments.out, _DTYPES[arguments.dtype])
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"exported {out}")
+    if arguments.dtype == "fp8":
+        print(_in_words(fp8_plan(read_config(out)[0])))
     return 0
+
+
+def _in_words(plan: Fp8Plan) -> str:
+    said = f"{plan.share:.1%} of the parameters in FP8"
+    if plan.unfit:
+        said += (
+            f"; {len(plan.unfit)} groups of projections stay bf16, as some reader would refuse or "
+            f"misread their blocks (docs/export.md), the first is {plan.unfit[0]}"
+        )
+    return said
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Reading and writing a Hugging Face folder: safetensors shards, index, config.json.
 
 Writing goes shard by shard, and within a shard by pieces of rows: what is held is one shard and one
-piece. Reading checks every name and shape against the model before it makes anything of their size
-(`models.hf.source`).
+piece (in FP8: of whole blocks). Reading checks every name and shape against the model before it
+makes anything of their size (`models.hf.source`).
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from configs.model import Model
 from configs.rules import ConfigError
+from kernels.fp8 import BLOCK
 from models.decoder import Decoder
 from models.hf.folder import INDEX, read_json
+from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantise
 from models.hf.source import PIECE_BYTES, Source
 from models.hf.table import from_hf_config, hf_tensors
 from models.hf.tensors import HfTensor
@@ -40,15 +42,24 @@ def write_tensors(
     """Write every tensor of `model` into `folder` and return the files.
 
     read: gives `ours[index]` for one of our names, in fp32. The index ends with a slice of rows.
+    dtype: float8_e4m3fn quantises what `fp8_plan` says and rounds the rest to bf16.
     """
     from safetensors.torch import save_file
 
-    shards = _split(list(hf_tensors(model)), dtype, shard_bytes)
+    quantised: frozenset[str] = frozenset()
+    if dtype == torch.float8_e4m3fn:
+        quantised, dtype = fp8_plan(model).quantised, torch.bfloat16
+    shards = _split(list(hf_tensors(model)), dtype, quantised, shard_bytes)
     weight_map: dict[str, str] = {}
     total_size, files = 0, []
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {t.name: _gather(t, read, dtype, shard_bytes) for t in shard}
+        tensors: dict[str, Tensor] = {}
+        for t in shard:
+            if t.name in quantised:
+                tensors |= _gather_fp8(t, read, shard_bytes)
+            else:
+                tensors[t.name] = _gather(t, read, dtype, shard_bytes)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         total_size += sum(value.nbytes for value in tensors.values())
         weight_map |= dict.fromkeys(tensors, file)
@@ -64,25 +75,49 @@ def _gather(
 ) -> Tensor:
     """Their tensor, put together from pieces that are small beside a shard."""
     out = torch.zeros(t.shape, dtype=torch.float32 if t.keep_fp32 else dtype)
-    if t.ours is None:
-        return out
-    piece = min(PIECE_BYTES, shard_bytes // 8)
-    rows = max(1, piece // max(4 * math.prod(t.shape[1:]), 1))
-    for a in range(0, t.shape[0], rows):
-        b = min(a + rows, t.shape[0])
-        out[a:b] = t.to_hf(read(t.ours, (*t.index, slice(a, b))))
+    if t.ours is not None:
+        for rows in _pieces(t, shard_bytes):
+            out[rows] = t.to_hf(read(t.ours, (*t.index, rows)))
     return out
 
 
-def _n_bytes(t: HfTensor, dtype: torch.dtype) -> int:
+def _gather_fp8(
+    t: HfTensor, read: Callable[[str, Index], Tensor], shard_bytes: int
+) -> dict[str, Tensor]:
+    """Their tensor in FP8 and its factors, from pieces of whole blocks."""
+    data, scales = torch.zeros(t.shape, dtype=torch.float8_e4m3fn), torch.empty(grid(t.shape))
+    for rows in _pieces(t, shard_bytes, step=BLOCK):
+        value = torch.zeros(rows.stop - rows.start, t.shape[1])
+        if t.ours is not None:
+            value = t.to_hf(read(t.ours, (*t.index, rows)))
+        blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
+        data[rows], scales[blocks] = quantise(value)
+    if not scales.isfinite().all():
+        raise ConfigError(f"{t.name} holds inf or NaN: FP8 would spread them over whole blocks")
+    return {t.name: data, f"{t.name}{SCALE}": scales}
+
+
+def _pieces(t: HfTensor, shard_bytes: int, step: int = 1) -> Iterator[slice]:
+    """Ranges of rows, each a multiple of `step` but the last."""
+    piece = min(PIECE_BYTES, shard_bytes // 8)
+    rows = max(1, piece // max(4 * math.prod(t.shape[1:]) * step, 1)) * step
+    for a in range(0, t.shape[0], rows):
+        yield slice(a, min(a + rows, t.shape[0]))
+
+
+def _n_bytes(t: HfTensor, dtype: torch.dtype, quantised: Container[str]) -> int:
+    if t.name in quantised:
+        return math.prod(t.shape) + 4 * math.prod(grid(t.shape))
     return math.prod(t.shape) * (4 if t.keep_fp32 else dtype.itemsize)
 
 
-def _split(tensors: list[HfTensor], dtype: torch.dtype, shard_bytes: int) -> list[list[HfTensor]]:
+def _split(
+    tensors: list[HfTensor], dtype: torch.dtype, quantised: Container[str], shard_bytes: int
+) -> list[list[HfTensor]]:
     shards: list[list[HfTensor]] = [[]]
     size = 0
     for t in tensors:
-        n_bytes = _n_bytes(t, dtype)
+        n_bytes = _n_bytes(t, dtype, quantised)
         if shards[-1] and size + n_bytes > shard_bytes:
             shards.append([])
             size = 0

@@ -33,6 +33,11 @@ def architecture(model: Model) -> str:
     return _family(model).architecture
 
 
+def publishes_fused_experts(model: Model) -> bool:
+    """Whether the published checkpoints of its family have the experts of a layer in one tensor."""
+    return _family(model).layout == "fused"
+
+
 def _family(model: Model) -> Family:
     if model.moe.force_balance:
         raise ConfigError(
