@@ -66,6 +66,10 @@ class Train:
     mtp_weight: float = 0.3
     """Factor of the mean loss of the MTP modules (with `model.mtp_depth`). DeepSeek-V3: 0.3 for the
     first 10T tokens, 0.1 for the other 4.8T."""
+    z_loss_coef: float = 0.0
+    """Factor of the mean over target tokens of logsumexp(logits)^2 (z-loss, PaLM: 1e-4), in the
+    loss of the model and of each MTP module. It adds its gradient; the loss that is reported stays
+    the cross-entropy. 0: off."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     log_every: int = 1
@@ -81,7 +85,7 @@ class Train:
         between(self, 1, 2**31, "steps", "log_every", "gc_every")
         between(self, 1, 2**20, "global_batch", "micro_batch")
         at_least(self, 0, "clip_norm")
-        between(self, 0, 100, "mtp_weight")
+        between(self, 0, 100, "mtp_weight", "z_loss_coef")
         between(self, 0, 1024, "threads")
 
 

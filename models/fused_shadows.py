@@ -22,8 +22,6 @@ class FusedKernels(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.rms_norm:
-            return _FusedNorm.apply(args[0], kwargs["weight"])
         if function is F.scaled_dot_product_attention and _is_fused(
             args[0], args[1], kwargs["attn_mask"]
         ):
@@ -55,17 +53,3 @@ def _fused_attention(
         return cast(Tensor, efficient(q, k, v, bias, True, 0.0, is_causal, scale=scale)[0])
     cudnn = _aten._scaled_dot_product_cudnn_attention
     return cast(Tensor, cudnn(q, k, v, bias, True, 0.0, is_causal, False, scale=scale)[0])
-
-
-class _FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps its input and one number per row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)

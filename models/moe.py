@@ -20,7 +20,7 @@ from configs.model import Model, Moe
 from kernels.grouped_gemm import grouped_gemm_nt, row_alignment
 from kernels.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.quantize import dequantize_1x128
-from kernels.swiglu import clamped_swiglu, swiglu
+from kernels.swiglu import swiglu
 from models.exchange import Exchange
 from models.router import Router
 
@@ -132,17 +132,12 @@ class Experts(nn.Module):
         if self.b13 is not None:
             gate_up = gate_up + self._of_rows(self.b13.flatten(1), rows)
         # the weight may enter before the down projection: that is linear (its bias gets it below)
-        h_RF = self._activate(gate_up, weights_R)
+        h_RF = swiglu(gate_up, weights_R, self.config.activation)
         y_RD = grouped_gemm_nt(h_RF, self.w2, rows.ends_e, rows.counts_e)
         if self.b2 is not None:
             bias_RD = self._of_rows(self.b2, rows)
             y_RD = y_RD + bias_RD * weights_R[:, None].to(y_RD.dtype)
         return y_RD
-
-    def _activate(self, gate_up: Tensor, weights_R: Tensor) -> Tensor:
-        if self.config.activation == "clamped_swiglu":
-            return clamped_swiglu(gate_up, weights_R)
-        return swiglu(gate_up, weights_R)
 
     @staticmethod
     def _of_rows(bias_eN: Tensor, rows: Rows) -> Tensor:

@@ -1,8 +1,9 @@
 """RMSNorm (arXiv:1910.07467): statistics in fp32, weight applied before rounding."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,9 +15,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without a weight (Llama 4's QK-norm), in the dtype of `x`."""
-    return F.rms_norm(x, x.shape[-1:], None, eps)
+    return rms_norm(x, None, eps)

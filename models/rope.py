@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.model import Rope
+from kernels.rope import rotate
 
 
 def rope_tables(positions_T: Tensor, rope: Rope, dim: int) -> tuple[Tensor, Tensor]:
@@ -31,14 +32,7 @@ def rope_tables(positions_T: Tensor, rope: Rope, dim: int) -> tuple[Tensor, Tens
 
 def apply_rope(x_THC: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Rotate every head of `x_THC` by its token's angle; same shape and dtype."""
-    cos, sin = tables[0][:, None], tables[1][:, None]
-    if interleaved:
-        first, second = x_THC.float().unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        first, second = x_THC.float().chunk(2, dim=-1)
-    parts = (first * cos - second * sin, first * sin + second * cos)
-    rotated = torch.stack(parts, dim=-1).flatten(-2) if interleaved else torch.cat(parts, dim=-1)
-    return rotated.to(x_THC.dtype)
+    return rotate(x_THC, *tables, interleaved)
 
 
 def inverse_frequencies(rope: Rope, dim: int, device: torch.device) -> Tensor:

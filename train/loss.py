@@ -21,22 +21,25 @@ from models.decoder import Decoder, Output
 from train.batches import Batch
 
 
-def loss_sum(model: Decoder, batch: Batch) -> Tensor:
+def loss_sum(model: Decoder, batch: Batch, z_loss_coef: float = 0.0) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of a batch's targets, an fp32 scalar."""
-    output = _cross_entropy(batch.targets_T, model.exchange.group)
+    output = _cross_entropy(batch.targets_T, model.exchange.group, z_loss_coef)
     total: Tensor = model(batch.tokens_T, batch.positions_T, batch.core, output)
     return total
 
 
-def loss_sums(model: Decoder, batch: Batch, mtp_depth: int) -> Tensor:
-    """`loss_sum` of the model and of each MTP module, fp32 `[1 + mtp_depth]`."""
+def loss_sums(model: Decoder, batch: Batch, mtp_depth: int, z_loss_coef: float = 0.0) -> Tensor:
+    """`loss_sum` of the model and of each MTP module, fp32 `[1 + mtp_depth]`.
+
+    z_loss_coef: of the z-loss, which adds its gradient and leaves these values as they are.
+    """
     if not mtp_depth:
-        return loss_sum(model, batch)[None]
+        return loss_sum(model, batch, z_loss_coef)[None]
     ahead, group = [], model.exchange.group
     for depth in range(1, mtp_depth + 1):
         successors_T, targets_T = look_ahead(batch, depth)
-        ahead.append((successors_T, _cross_entropy(targets_T, group)))
-    main = _cross_entropy(batch.targets_T, group)
+        ahead.append((successors_T, _cross_entropy(targets_T, group, z_loss_coef)))
+    main = _cross_entropy(batch.targets_T, group, z_loss_coef)
     return torch.stack(model(batch.tokens_T, batch.positions_T, batch.core, main, ahead))
 
 
@@ -70,8 +73,10 @@ def _shifted(values_T: Tensor, by: int, fill: int) -> Tensor:
     return F.pad(values_T, (0, by), value=fill)[by:]
 
 
-def _cross_entropy(targets_T: Tensor, group: dist.ProcessGroup | None) -> Output:
+def _cross_entropy(
+    targets_T: Tensor, group: dist.ProcessGroup | None, z_loss_coef: float
+) -> Output:
     def output(x_TD: Tensor, head_VD: Tensor) -> Tensor:
-        return linear_cross_entropy(x_TD, head_VD, targets_T, group)
+        return linear_cross_entropy(x_TD, head_VD, targets_T, group, z_loss_coef)
 
     return output

@@ -1,8 +1,9 @@
 """One optimizer step: microbatches, one global loss, clipping, update.
 
 The objective is the model's loss, plus `mtp_weight` times the mean of the MTP modules' losses, each
-a mean over its own target tokens of the step, plus the routers' auxiliary losses, which add their
-gradient themselves (`models.balance`). The loss that is reported is the model's alone.
+a mean over its own target tokens of the step, plus the z-loss of their logits and the routers'
+auxiliary losses, which add their gradient themselves (`kernels.cross_entropy`, `models.balance`).
+The loss that is reported is the model's cross-entropy alone.
 
 Nothing is changed before the step is known to be good: a non-finite loss or gradient stops the run
 with weights, optimizer and router biases as they were, and says which rank met it first. A step
@@ -70,6 +71,7 @@ def train_step(
     copies: int = 1,
     clip_norm: float,
     mtp_weight: float,
+    z_loss_coef: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
@@ -87,12 +89,12 @@ def train_step(
     open_step(model, StepScope(microbatches[0].core.length, tokens, sum_over_ranks))
     weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)
     weights[0] = 1.0
-    totals = _forward_backward(model, microbatches, targets, weights, stop)
+    totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
     redo = totals is not None and overflowed(model, step)
     if redo:
         _forget(model, optimizer)
         with exact(model):
-            totals = _forward_backward(model, microbatches, targets, weights, stop)
+            totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
     if totals is None:
         _forget(model, optimizer)
         return None
@@ -120,6 +122,7 @@ def _forward_backward(
     microbatches: list[Batch],
     targets: Tensor,
     weights: Tensor,
+    z_loss_coef: float,
     stop: Callable[[], bool],
 ) -> Tensor | None:
     """This rank's losses summed over microbatches, gradients added up; None where `stop` says so.
@@ -130,7 +133,8 @@ def _forward_backward(
     for batch in microbatches:
         if stop():
             return None
-        losses = loss_sums(model, batch, len(weights) - 1) / targets.clamp(min=1)
+        losses = loss_sums(model, batch, len(weights) - 1, z_loss_coef)
+        losses = losses / targets.clamp(min=1)
         (losses * weights).sum().backward()
         totals += losses.detach()
     return totals

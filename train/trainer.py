@@ -93,7 +93,8 @@ class Trainer:
                     result = train_step(
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
                         copies=self.degrees.tp, clip_norm=train.clip_norm,
-                        mtp_weight=train.mtp_weight, stop=stop.agreed,
+                        mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
+                        stop=stop.agreed,
                     )  # fmt: skip
                 if result is None:
                     break

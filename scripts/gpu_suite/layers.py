@@ -7,13 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear_fp8 import Fp8Linear, linear_fp8, linear_fp8_reference, quantized_once
-from kernels.swiglu import swiglu, swiglu_backward_reference, swiglu_reference
+from kernels.quantize import quantize_1x128, quantize_1x128_128x1, quantize_128x1
+from kernels.swiglu import (
+    Activation,
+    swiglu,
+    swiglu_backward,
+    swiglu_backward_quantized,
+    swiglu_backward_quantized_reference,
+    swiglu_backward_reference,
+    swiglu_quantized,
+    swiglu_reference,
+)
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
 NAME = "layers"
 LINEAR = [(8192, 7168, 4096), (16384, 2048, 7168)]
 SWIGLU = [(16384, 2048), (65536, 768)]
+ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu")
 
 
 def check(place: Place) -> Iterator[Check]:
@@ -30,22 +41,14 @@ def check(place: Place) -> Iterator[Check]:
         for name, (ours, reference) in zip(("y", "dx", "dw"), pairs, strict=True):
             # a rounding of bf16 (2^-9) here and there
             yield Check(f"linear_fp8 {[T, D, N]} {name}", _relative(ours, reference), 5e-3)
-    for R, F in ((5, 7), (300, 1025)):
-        gate_up, weights = torch.randn(R, 2 * F).bfloat16(), torch.rand(R)
-        grad = torch.randn(R, F).bfloat16()
-        results = _gradients(swiglu, [gate_up, weights], grad, place.device)
-        with torch.no_grad():
-            expected = (
-                swiglu_reference(gate_up, weights),
-                *swiglu_backward_reference(grad, gate_up, weights),
-            )
-        for name, a, b in zip(("h", "dgate_up", "dweights"), results, expected, strict=True):
-            assert b is not None
-            yield Check(f"swiglu {[R, F]} {name}", _relative(a, b), 5e-3)
+    for R, F in ((5, 7), (300, 1025), (260, 256)):
+        for activation in ACTIVATIONS:
+            yield from _check_swiglu(R, F, activation, place.device)
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Forward and backward of the layer against bf16; SwiGLU against plain torch and a copy."""
+    """Forward and backward of the layer against bf16; SwiGLU against plain torch, against the same
+    in several passes, and against a copy of as many bytes."""
     for T, D, N in place.shapes([*LINEAR]):
         ours = Fp8Linear(D, N, device=place.device, dtype=torch.bfloat16)
         peer = nn.Linear(D, N, bias=False, device=place.device, dtype=torch.bfloat16)
@@ -63,21 +66,83 @@ def measure(place: Place) -> Iterator[Timing]:
                 flops=6.0 * T * D * N,
             )
     for R, F in place.shapes([*SWIGLU]):
-        gate_up = torch.randn(R, 2 * F, device=place.device).bfloat16()
-        weights = torch.rand(R, device=place.device)
-        moved = gate_up.numel() * 3
-        half = torch.empty(moved // 2, dtype=torch.int8, device=place.device)
-        target = torch.empty_like(half)
-        yield take_time(
-            f"swiglu {R}x{F}",
-            {
-                "ours": partial(swiglu, gate_up, weights),
-                "plain torch": partial(swiglu_reference, gate_up, weights),
-                "copy": partial(target.copy_, half),
-            },
-            place,
-            bytes=moved,
+        yield from _measure_swiglu(R, F, place)
+
+
+def _check_swiglu(R: int, F: int, activation: Activation, device: torch.device) -> Iterator[Check]:
+    gate_up, weights = 3 * torch.randn(R, 2 * F).bfloat16(), torch.rand(R)
+    grad, case = torch.randn(R, F).bfloat16(), f"{activation} {[R, F]}"
+    results = _gradients(partial(swiglu, activation=activation), [gate_up, weights], grad, device)
+    with torch.no_grad():
+        expected = swiglu_backward_reference(grad, gate_up, weights, activation, True)
+    for name, a, b in zip(
+        ("dgate_up", "dweights", "h"), (*results[1:], results[0]), expected, strict=True
+    ):
+        yield Check(f"{case} {name}", _relative(a, b), 5e-3)
+    ends, counts = torch.tensor([R // 3, R // 3, R]), torch.tensor([R // 3, 0, R - R // 3 - 2])
+    stored = quantize_1x128(gate_up)
+    for form, source, scales in (
+        ("bf16", gate_up, None), ("FP8", stored.data, stored.scales),
+    ):  # fmt: skip
+        wanted = swiglu_backward_quantized_reference(
+            grad, source, weights, activation, False, ends, counts, scales
         )
+        found = swiglu_backward_quantized(
+            grad.to(device), source.to(device), weights.to(device), activation, False,
+            ends.to(device), counts.to(device), None if scales is None else scales.to(device),
+        )  # fmt: skip
+        for name, ours, reference in zip(found._fields[:3], found[:3], wanted[:3], strict=True):
+            # a value at a border of FP8's grid (2^-4) falls to the other side
+            for part, a, b in zip(("", " scales"), ours, reference, strict=True):
+                yield Check(f"{case} from {form} {name}{part}", _relative(a, b), 1e-2)
+    here = gate_up.to(device), weights.to(device)
+    ours, in_turn = swiglu_quantized(*here, activation), quantize_1x128(swiglu(*here, activation))
+    differs = (ours.data.float() != in_turn.data.float()).float().mean()
+    yield Check(f"{case} to FP8 differs from both in turn", float(differs), 1e-3)
+
+
+def _measure_swiglu(R: int, F: int, place: Place) -> Iterator[Timing]:
+    gate_up = torch.randn(R, 2 * F, device=place.device).bfloat16()
+    grad, weights = gate_up[:, :F].contiguous(), torch.rand(R, device=place.device)
+    ends = torch.arange(1, 9, device=place.device) * (R // 8)
+    counts = torch.full_like(ends, R // 8)
+    stored = quantize_1x128(gate_up)
+
+    def in_turn() -> None:
+        grad_gate_up, _, h = swiglu_backward(grad, gate_up, weights, with_h=True)
+        quantize_1x128_128x1(grad_gate_up)
+        quantize_128x1(h)
+
+    def backward(source: Tensor, scales: Tensor | None) -> object:
+        return swiglu_backward_quantized(
+            grad, source, weights, ends_E=ends, counts_E=counts, scales=scales
+        )
+
+    n = R * F
+    rows: list[tuple[str, int, dict[str, Callable[[], object]]]] = [
+        ("swiglu", 6 * n, {
+            "ours": partial(swiglu, gate_up, weights),
+            "plain torch": partial(swiglu_reference, gate_up, weights),
+        }),
+        ("swiglu to FP8", 5 * n, {
+            "ours": partial(swiglu_quantized, gate_up, weights),
+            "in turn": lambda: quantize_1x128(swiglu(gate_up, weights)),
+        }),
+        ("swiglu backward and h", 12 * n, {
+            "ours": partial(swiglu_backward, grad, gate_up, weights, "swiglu", True),
+            "plain torch": partial(
+                swiglu_backward_reference, grad, gate_up, weights, "swiglu", True
+            ),
+        }),
+        ("swiglu backward to FP8", 11 * n, {
+            "ours": partial(backward, gate_up, None), "in turn, without groups": in_turn,
+        }),
+        ("swiglu backward, FP8 to FP8", 9 * n, {"ours": partial(backward, *stored)}),
+    ]  # fmt: skip
+    for name, moved, forms in rows:
+        half = torch.empty(moved // 2, dtype=torch.int8, device=place.device)
+        copy = partial(torch.empty_like(half).copy_, half)
+        yield take_time(f"{name} {R}x{F}", forms | {"copy": copy}, place, bytes=moved)
 
 
 def _gradients(

@@ -65,8 +65,8 @@ def mean_of_means(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Each microbatch weighs the same, however many targets it has."""
     loss_sums = train.step.loss_sums
 
-    def equal(model: Decoder, batch: Batch, mtp_depth: int) -> Any:
-        return loss_sums(model, batch, mtp_depth) * (batch.targets_T.numel() / batch.n_targets)
+    def equal(model: Decoder, batch: Batch, *options: Any) -> Any:
+        return loss_sums(model, batch, *options) * (batch.targets_T.numel() / batch.n_targets)
 
     with patch.object(train.step, "loss_sums", equal):
         yield

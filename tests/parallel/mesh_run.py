@@ -125,6 +125,7 @@ def train(out: Path, config: RunConfig, ranks: Ranks, fault: str) -> None:
             done = train_step(
                 model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,
                 copies=mesh.degrees.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
+                z_loss_coef=config.train.z_loss_coef,
             )  # fmt: skip
             assert done is not None
             losses = [*done.mtp_losses, *done.router_losses.values()]

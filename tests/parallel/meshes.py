@@ -49,6 +49,7 @@ class Case:
             "model": asdict(wide(FAMILIES[self.family])),
             "train": {
                 "steps": 1,
+                "z_loss_coef": 0.01,
                 "global_batch": GLOBAL_BATCH,
                 "micro_batch": GLOBAL_BATCH // PASSES // data_ranks,
             },

@@ -1,0 +1,143 @@
+"""RMSNorm and the rotation of heads as operations torch knows, on a CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import norm, rope
+from kernels.norm import rms_norm, rms_norm_backward, rms_norm_quantized
+from kernels.quantize import quantize_1x128
+from kernels.rope import rotate
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+"""||difference|| / ||exact||: a few roundings of the dtype (2^-24 and 2^-9)."""
+
+
+def close(ours: Tensor, exact: Tensor, tolerance: float) -> None:
+    assert ours.shape == exact.shape
+    error = float((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+    assert error <= tolerance, error
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    lead=st.lists(st.integers(0, 9), min_size=1, max_size=3), width=st.integers(2, 150),
+    weighted=st.booleans(), dtype=st.sampled_from([*TOLERANCE]), seed=st.integers(0, 2**20),
+)  # fmt: skip
+def test_norm_and_its_gradients(
+    lead: list[int], width: int, weighted: bool, dtype: torch.dtype, seed: int
+) -> None:
+    make = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(*lead, width, generator=make).to(dtype) for _ in range(2))
+    weight = torch.randn(width, generator=make).to(dtype) if weighted else None
+    exact = [leaf.double().requires_grad_() for leaf in (x, weight) if leaf is not None]
+    expected = F.rms_norm(exact[0], (width,), exact[1] if weighted else None, 1e-5)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    y, rstd = norm._rms_norm(x, weight, 1e-5)
+    close(y, expected.detach(), TOLERANCE[dtype])
+    close(rms_norm(x, weight, 1e-5), expected.detach(), TOLERANCE[dtype])
+    found = rms_norm_backward(grad, x, weight, rstd)
+    for ours, right in zip(found[: len(wanted)], wanted, strict=True):
+        close(ours, right, TOLERANCE[dtype])
+    assert weighted or found[1].numel() == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 300), (1, 1), (0, 128)], ids=str)
+def test_norm_quantised_is_norm_then_quantised(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).bfloat16(), torch.randn(shape[1]).bfloat16()
+    ours, rstd = rms_norm_quantized(x, weight, 1e-6, power_of_two=True)
+    y, expected = norm._rms_norm(x, weight, 1e-6)
+    assert torch.equal(rstd, expected)
+    for a, b in zip(ours, quantize_1x128(y, True), strict=True):
+        assert a.shape == b.shape and a.stride() == b.stride() and torch.equal(a.float(), b.float())
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """One complex product per pair."""
+    pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).mT
+    if not len(x):
+        return x.clone()  # no complex view of nothing
+    numbers = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)[:, None]
+    y = torch.view_as_real(numbers)
+    return y.flatten(-2) if interleaved else y.mT.flatten(-2)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    T=st.integers(0, 20), H=st.integers(1, 4), pairs=st.integers(1, 40), wider=st.integers(0, 3),
+    interleaved=st.booleans(), dtype=st.sampled_from([*TOLERANCE]), grads=st.booleans(),
+)  # fmt: skip
+def test_rotation_and_its_gradient(
+    T: int, H: int, pairs: int, wider: int, interleaved: bool, dtype: torch.dtype, grads: bool
+) -> None:
+    make = torch.Generator().manual_seed(T * 100 + pairs)
+    wide, grad = (torch.randn(T, H, 2 * pairs + wider, generator=make).to(dtype) for _ in range(2))
+    cos, sin = torch.randn(2, T, pairs, generator=make)
+    x, grad = wide[..., wider:], grad[..., wider:]
+    exact = x.double().requires_grad_()
+    expected = turned(exact, cos.double(), sin.double(), interleaved)
+    (wanted,) = torch.autograd.grad(expected, exact, grad.double())
+    with torch.set_grad_enabled(grads):
+        leaf = x.detach().requires_grad_(grads)
+        ours = rotate(leaf, cos, sin, interleaved)
+        close(ours.detach(), expected.detach(), TOLERANCE[dtype])
+        assert ours.is_contiguous() and ours.dtype == dtype
+        if grads:
+            close(torch.autograd.grad(ours, leaf, grad)[0], wanted, TOLERANCE[dtype])
+        close(rotate(grad, cos, sin, interleaved, inverse=True), wanted, TOLERANCE[dtype])
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "norm": (norm._rms_norm, lambda x, w, t: (x, w, 1e-5)),
+    "norm without weight": (norm._rms_norm, lambda x, w, t: (x, None, 1e-5)),
+    "norm, rows apart": (norm._rms_norm, lambda x, w, t: (x[..., :4], w[:4], 1e-5)),
+    "rotation": (rope._rotate, lambda x, w, t: (x, *t, False, False)),
+    "rotation back, interleaved": (rope._rotate, lambda x, w, t: (x, *t, True, True)),
+    "rotation of a part": (
+        rope._rotate, lambda x, w, t: (x[..., 2:], t[0][:, 1:], t[1][:, 1:], True, False)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 2, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    operation, arguments = CASES[name]
+    torch.library.opcheck(operation, arguments(x, weight, torch.randn(2, tokens, 4).unbind()))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_opcheck_of_what_has_no_gradient(rows: int) -> None:
+    x, weight = torch.randn(rows, 136).bfloat16(), torch.randn(136).bfloat16()
+    for w in (weight, None):
+        arguments = (x, x, w, torch.rand(rows))
+        utilities: tuple[str, ...] = ("test_schema", "test_faketensor")
+        torch.library.opcheck(norm._rms_norm_backward, arguments, test_utils=utilities)
+        torch.library.opcheck(
+            norm._rms_norm_quantized, (x, w, 1e-5, False), test_utils=("test_faketensor",)
+        )
+
+
+def test_compiles_in_one_graph() -> None:
+    def layer(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y, rstd = norm._rms_norm(x, weight, 1e-5)
+        assert not rstd.requires_grad
+        return rotate(rms_norm(y, weight, 1e-5), cos, sin, False)
+
+    torch.manual_seed(0)
+    x, weight, tables = torch.randn(5, 2, 8), torch.randn(8), torch.randn(2, 5, 4)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)):
+        leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+        y = run(*leaves, *tables.unbind())
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
