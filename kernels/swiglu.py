@@ -265,7 +265,7 @@ def _swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None, activation: str) -> T
 
 @_swiglu.register_fake
 def _(gate_up_R2F: Tensor, weights_R: Tensor | None, activation: str) -> Tensor:
-    return gate_up_R2F.new_empty(len(gate_up_R2F), gate_up_R2F.shape[1] // 2)
+    return gate_up_R2F.new_empty(gate_up_R2F.shape[0], gate_up_R2F.shape[1] // 2)
 
 
 @torch.library.custom_op("phalanx::swiglu_backward", mutates_args=())
@@ -329,7 +329,7 @@ def _swiglu_quantized(
 def _(
     gate_up_R2F: Tensor, weights_R: Tensor | None, activation: str, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
-    return _empty_rows(len(gate_up_R2F), gate_up_R2F.shape[1] // 2, gate_up_R2F.device)
+    return _empty_rows(gate_up_R2F.shape[0], gate_up_R2F.shape[1] // 2, gate_up_R2F.device)
 
 
 @torch.library.custom_op("phalanx::swiglu_backward_quantized", mutates_args=())

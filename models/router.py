@@ -1,17 +1,11 @@
 """Which experts a token visits, and with what weight. The arithmetic is fp32, whatever the dtype
-of the weights.
+of the weights, and `kernels.router` has it; here is what surrounds it: parameters, counts, what is
+decided once and replayed, and balance. (Softmax over the chosen logits, as Mixtral and GPT-OSS
+define it, is softmax over all with `norm_top_k`.)
 
-Scores are a softmax over all experts or a sigmoid of each logit. The choice takes the `top_k` best
-of score + balancing bias, where wanted only within the `top_groups` best groups of neighbouring
-experts, so that a token's experts lie on few nodes (DeepSeek-V2, arXiv:2405.04434, section
-2.2.2). The weight of a chosen expert is its score without that bias. (Softmax over the chosen
-logits, as Mixtral and GPT-OSS define it, is softmax over all with `norm_top_k`.)
-
-Scores can be equal (a saturated sigmoid, experts that were copied), and `topk` orders equals as it
-likes; here the lowest index wins, on every device, so that runs repeat bit for bit.
-
-Balancing without an auxiliary loss (arXiv:2408.15664): the bias moves by a fixed step against the
-load, once per optimizer step, from the counts of all ranks. Auxiliary losses: `models.balance`.
+Balancing without an auxiliary loss (arXiv:2408.15664): a bias on the scores moves by a fixed step
+against the load, once per optimizer step, from the counts of all ranks; it takes part in the
+choice, not in the weights. Auxiliary losses: `models.balance`.
 
 T tokens, K experts per token, E experts, D model width, L MoE layers.
 """
@@ -23,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Moe
-from kernels.permute import count_choices
-from kernels.topk import top_indices
+from kernels.router import Rule, route, scores
 from models.balance import (
     NAMES,
     Decision,
@@ -56,6 +49,14 @@ class Router(nn.Module):
     def __init__(self, d_model: int, config: Moe) -> None:
         super().__init__()
         self.config = config
+        self.rule = Rule(
+            config.top_k,
+            config.score_func == "softmax",
+            config.n_groups,
+            config.top_groups,
+            config.norm_top_k,
+            config.route_scale,
+        )
         self.weight = nn.Parameter(torch.empty(config.n_experts, d_model))
         self.bias = nn.Parameter(torch.empty(config.n_experts)) if config.router_bias else None
         # no gradient: moved by `update_biases`; part of every checkpoint and export
@@ -78,62 +79,51 @@ class Router(nn.Module):
         config = self.config
         bias = None if self.bias is None else self.bias.float()
         logits_TE = F.linear(x_TD.float(), self.weight.float(), bias)
-        softmax = config.score_func == "softmax"
-        scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
-        made = self._decide(scores_TE.detach())
-        weights_TK = scores_TE.gather(1, made.ids_TK)
-        if config.norm_top_k:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        scores_TE = None
         if self.training and self.scope is not None and any(coefficients(config)):
+            scores_TE = scores(logits_TE, self.rule.softmax)
+        made, weights_TK = self._decide(logits_TE, scores_TE)
+        if scores_TE is not None:
+            assert self.scope is not None
             losses_3 = auxiliary_losses(
                 config, self.scope, logits_TE, scores_TE, made, self.exchange
             )
             weights_TK = attach(weights_TK, losses_3, config, self.loss_values_3)
-        return made.ids_TK, weights_TK * config.route_scale
+        return made.ids_TK, weights_TK
 
-    def _decide(self, scores_TE: Tensor) -> Decision:
+    def _decide(self, logits_TE: Tensor, scores_TE: Tensor | None) -> tuple[Decision, Tensor]:
         """What is decided once per microbatch, from the tape where that holds it already; else
-        the choice is counted, what the balance losses need is collected, and all is recorded."""
+        the choice is counted, what the balance losses need is collected, and all is recorded. And
+        the weights, which are always computed anew. scores_TE: where the losses need them."""
         config = self.config
         if self.tape is not None and self.tape.decision is not None:
-            return self.tape.decision
-        if config.force_balance:
-            ids_TK = _round_robin(scores_TE.shape[0], config, scores_TE.device)
-        else:
-            ids_TK = choose(scores_TE + self.bias_E, config)
+            made = self.tape.decision
+            return made, route(logits_TE, self.bias_E, self.rule, made.ids_TK)[1]
+        given_TK = self._given_choice(logits_TE)
+        ids_TK, weights_TK, counts_E = route(logits_TE, self.bias_E, self.rule, given_TK)
+        ids_TK = ids_TK if given_TK is None else given_TK  # not a second copy
         load_E = frequency_NE = None
         if self.training:
-            self.tokens_per_expert_E += count_choices(ids_TK, config.n_experts)
+            self.tokens_per_expert_E += counts_E
             if self.scope is not None and config.global_aux_loss_coef:
                 load_E = self.scope.reduce_counts(self.tokens_per_expert_E.clone())
             if self.scope is not None and config.seq_aux_loss_coef:
+                assert scores_TE is not None
                 frequency_NE = sequence_frequency(
-                    scores_TE, config.top_k, self.scope, self.exchange
+                    scores_TE.detach(), config.top_k, self.scope, self.exchange
                 )
         made = Decision(ids_TK, load_E, frequency_NE)
         if self.tape is not None:
             self.tape.decision = made
-        return made
+        return made, weights_TK
 
-
-def choose(biased_TE: Tensor, config: Moe) -> Tensor:
-    """Ids `[T, K]` of the experts with the best biased scores, within the best groups, best first;
-    of equals the lowest index."""
-    if config.top_groups < config.n_groups:
-        groups_TGE = biased_TE.unflatten(1, (config.n_groups, -1))
-        if config.score_func == "sigmoid":
-            best_of_group = groups_TGE.topk(min(2, groups_TGE.shape[2]), dim=2).values.sum(2)
-        else:
-            best_of_group = groups_TGE.amax(2)
-        kept = top_indices(best_of_group, config.top_groups)
-        outside = torch.ones_like(best_of_group, dtype=torch.bool).scatter_(1, kept, False)
-        biased_TE = groups_TGE.masked_fill(outside[:, :, None], float("-inf")).flatten(1)
-    return top_indices(biased_TE, config.top_k)
-
-
-def _round_robin(n_tokens: int, config: Moe, device: torch.device) -> Tensor:
-    flat = torch.arange(n_tokens * config.top_k, device=device) % config.n_experts
-    return flat.view(n_tokens, config.top_k)
+    def _given_choice(self, logits_TE: Tensor) -> Tensor | None:
+        """Ids `[T, K]` that do not depend on the scores; None: the scores decide."""
+        config, n_tokens = self.config, len(logits_TE)
+        if not config.force_balance:
+            return None
+        flat = torch.arange(n_tokens * config.top_k, device=logits_TE.device) % config.n_experts
+        return flat.view(n_tokens, config.top_k)
 
 
 def routers(model: nn.Module) -> list[Router]:

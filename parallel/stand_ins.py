@@ -1,13 +1,11 @@
 """What stands in for parts of a training step in a rehearsal (`parallel.rehearsal`)."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.balance import Decision
 from models.documents import DocumentAttention
 from models.router import Router
 from models.shadow import Ledger
@@ -18,13 +16,8 @@ class GivenChoice(Router):
 
     given_tK: Tensor
 
-    def _decide(self, scores_TE: Tensor) -> Decision:
-        if self.tape is not None and self.tape.decision is not None:
-            return self.tape.decision
-        made = replace(super()._decide(scores_TE), ids_TK=self.given_tK.clone())
-        if self.tape is not None:
-            self.tape.decision = made
-        return made
+    def _given_choice(self, logits_TE: Tensor) -> Tensor:
+        return self.given_tK.clone()
 
 
 class Documents(DocumentAttention):

@@ -11,12 +11,12 @@ from pathlib import Path
 import triton
 
 from kernels.offline import Build, offline
-from scripts.kernel_cases import elementwise, fp8, swiglu
+from scripts.kernel_cases import elementwise, fp8, moe, swiglu
 from scripts.kernel_cases.case import TARGETS, Case, fp8_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
-FAMILIES = (fp8, swiglu, elementwise)
+FAMILIES = (fp8, swiglu, elementwise, moe)
 
 
 def cases() -> list[Case]:

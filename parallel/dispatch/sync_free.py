@@ -78,7 +78,7 @@ def _first(counts_re: Tensor, room: int) -> Tensor:
 def _into_buffers(every: Permutation, wanted_r: Tensor, room: int) -> Permutation:
     """From rows packed by expert to rows in one buffer of `room` slots per rank.
 
-    Slots that nobody fills send row 0: they are not read, so they need no clearing.
+    What fills no buffer travels as zeros and is not read.
     """
     n_slots = room * len(wanted_r)
     row_R = torch.arange(len(every.order_P), device=wanted_r.device)
@@ -87,13 +87,11 @@ def _into_buffers(every: Permutation, wanted_r: Tensor, room: int) -> Permutatio
     place_R = row_R - (ends_r - wanted_r)[rank_R]
     fits_R = place_R < room
     slot_R = torch.where(fits_R, rank_R * room + place_R, n_slots)
-    order_P = every.order_P.new_zeros(n_slots + 1)  # the last takes what does not fit
+    order_P = every.order_P.new_full((n_slots + 1,), -1)  # the last takes what does not fit
     order_P[slot_R] = every.order_P
     inverse_R = torch.empty_like(slot_R)
-    inverse_R[every.order_P] = torch.where(fits_R, slot_R, 0)
-    absent_R = torch.empty_like(fits_R)
-    absent_R[every.order_P] = ~fits_R
-    return Permutation(order_P[:-1], inverse_R, None, every.ends_E, every.counts_E, absent_R)
+    inverse_R[every.order_P] = torch.where(fits_R, slot_R, -1)
+    return Permutation(order_P[:-1], inverse_R, every.ends_E, every.counts_E)
 
 
 def _expert_of_slot(got_re: Tensor, room: int) -> Tensor:

@@ -9,13 +9,6 @@ from torch import Tensor
 from kernels.attention import document_attention, document_attention_reference
 from kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 from kernels.grouped_gemm import grouped_gemm_nt, grouped_gemm_nt_reference
-from kernels.permute import (
-    combine_rows,
-    combine_rows_reference,
-    gather_rows,
-    gather_rows_reference,
-    permutation,
-)
 from kernels.swiglu import swiglu, swiglu_reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -64,39 +57,6 @@ def test_grouped_gemm_leaves_rows_between_groups_zero() -> None:
     outside = [5, 6, 7, 11, 12, 13, 14, 15]
     assert y[outside].abs().max() == 0
     torch.testing.assert_close(y[:16], grouped_gemm_nt_reference(x, w, ends, counts)[:16])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("align", [1, 4, 32])
-@pytest.mark.parametrize(
-    ("tokens", "top_k", "experts"), [(7, 2, 3), (1, 4, 4), (0, 2, 3), (33, 1, 5), (40, 2, 9)]
-)
-def test_permutation(tokens: int, top_k: int, experts: int, align: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    choices = [torch.randperm(experts)[:top_k] for _ in range(tokens)]
-    ids = torch.stack(choices) if tokens else torch.zeros(0, top_k, dtype=torch.int64)
-    to = permutation(ids, experts, align)
-    assert to.counts_E.tolist() == [int((ids == e).sum()) for e in range(experts)]
-    assert torch.equal(to.order_P[to.inverse_R], torch.arange(tokens * top_k))
-    starts = [0, *to.ends_E.tolist()[:-1]]
-    assert all(start % align == 0 for start in starts)
-    slots = set(range(to.order_P.numel()))
-    for e, start in enumerate(starts):  # stable: rows of one expert keep the order of their tokens
-        group = to.order_P[start : start + int(to.counts_E[e])]
-        assert (ids.reshape(-1)[group] == e).all() and (group.diff() > 0).all()
-        slots -= set(range(start, start + int(to.counts_E[e])))
-    assert slots == set([] if to.empty is None else to.empty.tolist())
-    x, rows = torch.randn(tokens, 9).to(dtype), torch.randn(to.order_P.numel(), 9).to(dtype)
-    assert_close(
-        gradients(lambda a: gather_rows(a, to), x),
-        gradients(lambda a: gather_rows_reference(a, to), x),
-        TOLERANCE[dtype],
-    )
-    assert_close(
-        gradients(lambda a: combine_rows(a, to, top_k), rows),
-        gradients(lambda a: combine_rows_reference(a, to, top_k), rows),
-        TOLERANCE[dtype],
-    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,52 +1,156 @@
-"""Permutations in which some choices have no row: in order, back, and as each other's transpose."""
-
-import random
+"""The movement of rows against plain loops, on the CPU's paths: order, gaps, choices of nobody,
+gradients, quantised rows; and as operations that torch knows."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from kernels import permute
 from kernels.permute import (
+    Permutation,
     combine_rows,
     combine_rows_reference,
     gather_rows,
+    gather_rows_quantized,
+    gather_rows_quantized_reference,
     gather_rows_reference,
     permutation,
+    permutation_reference,
 )
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("align", [1, 8])
-def test_absent_choices(seed: int, align: int) -> None:
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    tokens, top_k, experts = rng.choice([0, 1, 5, 17]), rng.choice([1, 2, 3]), rng.choice([1, 3, 7])
-    ids = torch.randint(0, experts + 1, (tokens, top_k))
-    if rng.random() < 0.2:
-        ids.fill_(experts)  # nobody is named at all
-    named = ids != experts
-    to = permutation(ids, experts, align, n_rows=int(named.sum()))
-    assert to.counts_E.tolist() == [int((ids == e).sum()) for e in range(experts)]
-    assert to.ends_E[-1] == len(to.order_P)
-    x = torch.randn(tokens, 4, dtype=torch.float64)
-    rows = gather_rows(x, to)
-    assert torch.equal(rows, gather_rows_reference(x, to))
-    start = 0
-    for e, (end, count) in enumerate(zip(to.ends_E.tolist(), to.counts_E.tolist(), strict=True)):
-        expected = x[(ids == e).nonzero()[:, 0]]  # in token order
-        assert torch.equal(rows[start : start + count], expected)
-        assert not rows[start + count : end].any()
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Experts of tokens, often skewed, some of them nobody; and the number of experts."""
+    experts, top_k = draw(st.sampled_from([1, 2, 7, 40])), draw(st.sampled_from([1, 2, 3, 8]))
+    tokens = draw(st.integers(0, 40))
+    favourite = draw(st.integers(0, experts))
+    one = st.one_of(st.integers(0, experts), st.just(favourite))
+    flat = draw(st.lists(one, min_size=tokens * top_k, max_size=tokens * top_k))
+    return torch.tensor(flat, dtype=torch.int64).view(tokens, top_k), experts
+
+
+def assert_groups(to: Permutation, ids_TK: Tensor, n_experts: int, align: int) -> None:
+    """A permutation from the definition: groups aligned, in order of tokens, inverse of each
+    other, all else empty."""
+    flat, held = ids_TK.reshape(-1).tolist(), []
+    order, start = to.order_P.tolist(), 0
+    for e, end in enumerate(to.ends_E.tolist()):
+        rows = [i for i, named in enumerate(flat) if named == e]
+        padded = -(-len(rows) // align) * align
+        assert end == start + padded and int(to.counts_E[e]) == len(rows)
+        assert order[start:end] == rows + [-1] * (padded - len(rows))
+        held += rows
         start = end
-    done = torch.randn(len(rows), 4, dtype=torch.float64)
-    back = combine_rows(done, to, top_k)
-    assert back.shape == x.shape
-    expected = combine_rows_reference(done, to, top_k)  # sums in fp32
-    torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close((rows * done).sum(), (x * back).sum())
+    assert all(i == -1 for i in order[start:])
+    for i, slot in enumerate(to.inverse_R.tolist()):
+        assert (slot == -1) == (flat[i] == n_experts) and (slot == -1 or order[slot] == i)
+    assert len(held) == sum(e < n_experts for e in flat)
 
 
-def test_rows_of_nobody_lie_behind_the_last_end() -> None:
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(choices(), st.sampled_from([1, 16, 32, 128]), st.booleans())
+def test_permutation_and_movement(choice: tuple[Tensor, int], align: int, rows_known: bool) -> None:
+    ids, experts = choice
+    n_rows = int((ids < experts).sum()) if rows_known else None
+    to = permutation(ids, experts, align, n_rows)
+    assert_groups(to, ids, experts, align)
+    by_loops = permutation_reference(ids, experts, align, n_rows)
+    assert all(torch.equal(a, b) for a, b in zip(to, by_loops, strict=True))
+    x = torch.randn(len(ids), 3, dtype=torch.float64, requires_grad=True)
+    rows = gather_rows(x, to)
+    expected = torch.zeros(len(to.order_P), 3, dtype=torch.float64)
+    for slot, row in enumerate(to.order_P.tolist()):
+        if row >= 0:
+            expected[slot] = x[row // ids.shape[1]].detach()
+    assert torch.equal(rows, expected) and torch.equal(gather_rows_reference(x, to), expected)
+    done = torch.randn(len(rows), 3, dtype=torch.float64, requires_grad=True)
+    back = combine_rows(done, to, ids.shape[1])
+    sums = torch.zeros(len(ids), 3, dtype=torch.float64)
+    for row, slot in enumerate(to.inverse_R.tolist()):
+        if slot >= 0:
+            sums[row // ids.shape[1]] += done[slot].detach()
+    torch.testing.assert_close(back, sums)
+    reference = combine_rows_reference(done, to, ids.shape[1])  # sums in fp32
+    torch.testing.assert_close(reference, sums, rtol=1e-5, atol=1e-6)
+    # each one's gradient is the other
+    (to_x,) = torch.autograd.grad(rows, x, done.detach())
+    (to_done,) = torch.autograd.grad(back, done, x.detach())
+    assert torch.equal(to_x, back) and torch.equal(to_done, rows)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("align", [1, 32])
+def test_bf16_is_rounded_once(top_k: int, align: int) -> None:
+    torch.manual_seed(0)
+    to = permutation(torch.randint(0, 6, (50, top_k)), 5, align)
+    x = torch.randn(50, 9).bfloat16().requires_grad_()
+    rows = gather_rows(x, to)
+    done = torch.randn(rows.shape).bfloat16()
+    assert torch.equal(rows, gather_rows_reference(x, to))
+    expected = combine_rows_reference(done, to, top_k)
+    assert torch.equal(combine_rows(done, to, top_k), expected)
+    assert torch.equal(torch.autograd.grad(rows, x, done)[0], expected)
+
+
+def test_nobody_gets_nothing_and_gives_nothing() -> None:
     ids = torch.tensor([2, 0, 2, 1, 1])  # 2 names nobody
     to = permutation(ids, 2)
-    assert to.order_P.tolist() == [1, 3, 4, 0, 2] and to.ends_E.tolist() == [1, 3]
-    rows = torch.arange(5.0)[:, None]
-    assert torch.equal(combine_rows(gather_rows(rows, to), to, 1), rows)
+    assert to.order_P.tolist() == [1, 3, 4, -1, -1] and to.ends_E.tolist() == [1, 3]
+    assert to.inverse_R.tolist() == [-1, 0, -1, 1, 2]
+    rows = torch.arange(1.0, 6)[:, None]
+    there = gather_rows(rows, to)
+    assert there[:, 0].tolist() == [2, 4, 5, 0, 0]
+    there[3:] = float("nan")  # what nobody's slots hold is not read
+    assert combine_rows(there, to, 1)[:, 0].tolist() == [0, 2, 0, 4, 5]
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 128), (1, 1), (37, 300)])
+def test_quantised_once(tokens: int, width: int, power_of_two: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 6, (tokens, 4))
+    to = permutation(ids, 5, align=16)
+    x = torch.randn(tokens, width).bfloat16()
+    ours = gather_rows_quantized(x, to, power_of_two)
+    reference = gather_rows_quantized_reference(x, to, power_of_two)
+    for a, b in zip(ours, reference, strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        assert torch.equal(a.float(), b.float())
+    empty = to.order_P < 0
+    assert not ours.data.float()[empty].any() and not ours.scales[empty].any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_opcheck(tokens: int) -> None:
+    ids = torch.randint(0, 4, (tokens * 2,))
+    order, inverse, *_ = permute._permutation(ids, 3, 1, len(ids))
+    everything = torch.library.opcheck
+    # exact sizes depend on data, which the meta device cannot know
+    for align, n_slots in ((1, len(ids)), (16, 64)):
+        everything(permute._permutation, (ids, 3, align, n_slots))
+    x = torch.randn(tokens, 5, requires_grad=True)
+    everything(permute._gather_rows, (x, order, inverse, 2))
+    rows = torch.randn(len(order), 5, requires_grad=True)
+    everything(permute._combine_rows, (rows, order, inverse, 2))
+    everything(permute._gather_rows_quantized, (x.detach(), order, inverse, 2, False))
+
+
+@pytest.mark.parametrize("align", [1, 32])
+def test_in_one_graph(align: int) -> None:
+    torch.manual_seed(0)
+    ids, x = torch.randint(0, 5, (30, 2)), torch.randn(30, 8, requires_grad=True)
+
+    def there_and_back(x: Tensor, ids: Tensor) -> Tensor:
+        to = permutation(ids, 4, align)
+        return combine_rows(gather_rows(x, to).square(), to, 2)
+
+    torch.compiler.reset()
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (there_and_back, compiled):
+        y = function(x, ids)
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

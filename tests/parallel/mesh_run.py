@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import kernels.router
 import models.balance
-import models.router
 from configs.degrees import resolve
 from configs.loader import from_dict
 from configs.schema import RunConfig
@@ -167,7 +167,7 @@ def train_steadily(out: Path, settings: dict[str, Any], ranks: Ranks) -> None:
         config = from_dict(settings, out.stem)
         try:
             with (
-                patch.object(models.router, "choose", steady(models.router.choose)),
+                patch.object(kernels.router, "choose", steady(kernels.router.choose)),
                 patch.object(models.balance, "top_indices", steady(models.balance.top_indices)),
             ):
                 train(out, config, ranks, "none")
