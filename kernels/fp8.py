@@ -44,7 +44,9 @@ def fp8_dtype(device: torch.device) -> torch.dtype:
 def empty_column_major(
     shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """An uninitialised `[R, D]` whose columns are contiguous and start at multiples of 16 bytes."""
-    rows, columns = shape
+    """An uninitialised `[..., R, D]`, each matrix with contiguous columns that start at multiples
+    of 16 bytes."""
+    *matrices, rows, columns = shape
     step = 16 // dtype.itemsize
-    return torch.empty(columns, -(-rows // step) * step, dtype=dtype, device=device)[:, :rows].T
+    padded = -(-rows // step) * step
+    return torch.empty(*matrices, columns, padded, dtype=dtype, device=device)[..., :rows].mT

@@ -108,7 +108,7 @@ def gemm(
         scales_a_Mk.stride(1), *scales_b.stride(), c_MN.stride(0),
         SCALE_PER_ROW_OF_B=scale_per_row_of_b, ACCUMULATE=accumulate,
         DESCRIPTORS=target.descriptors, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=BLOCK_K,
-        GROUP=8, num_warps=tile.warps, num_stages=_stages(tile, target, c_MN.element_size()),
+        GROUP=8, num_warps=tile.warps, num_stages=stages(tile, target, c_MN.element_size()),
     )  # fmt: skip
 
 
@@ -124,9 +124,10 @@ def choose_tile(M: int, N: int, n_sm: int) -> Tile:
     return min(TILES, key=time)
 
 
-def _stages(tile: Tile, target: Target, element_size: int) -> int:
-    """Loads in flight: at most 4, and what fits into shared memory beside the tile on its way out.
-    AMD keeps the second stage in registers."""
+def stages(tile: Tile, target: Target, element_size: int) -> int:
+    """Loads in flight, each of `BLOCK_K` bytes of a tile's rows and columns: at most 4, and what
+    fits into shared memory beside the tile on its way out. AMD keeps the second stage in
+    registers."""
     if target.amd:
         return 2
     free = target.shared_bytes // tile.programs_per_sm - tile.rows * tile.columns * element_size
@@ -160,15 +161,13 @@ def _gemm(  # type: ignore[no-untyped-def]
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     FLATTEN: tl.constexpr = DESCRIPTORS and not SCALE_PER_ROW_OF_B
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        first_m = tile // (GROUP * tiles_n) * GROUP
-        group = tl.minimum(tiles_m - first_m, GROUP)
-        within = tile % (GROUP * tiles_n)
-        row, column = (first_m + within % group) * BLOCK_M, within // group * BLOCK_N
+        m, n = tile_at(tile, tiles_m, tiles_n, GROUP)
+        row, column = m * BLOCK_M, n * BLOCK_N
         rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, tl.cdiv(K, BLOCK_K)):
-            block_a = _load(a, row, BLOCK_M, M, k, K, a_stride_m, DESCRIPTORS, BLOCK_K)
-            block_b = _load(b, column, BLOCK_N, N, k, K, b_stride_n, DESCRIPTORS, BLOCK_K)
+            block_a = load(a, row, BLOCK_M, M, k, K, a_stride_m, DESCRIPTORS, BLOCK_K)
+            block_b = load(b, column, BLOCK_N, N, k, K, b_stride_n, DESCRIPTORS, BLOCK_K)
             scales_a = scales_a_ptr + tl.cast(k, tl.int64) * scales_a_stride_k
             scales_b = scales_b_ptr + tl.cast(k, tl.int64) * scales_b_stride_k
             scale_a = tl.load(scales_a + rows, mask=rows < M, other=0.0)
@@ -179,11 +178,20 @@ def _gemm(  # type: ignore[no-untyped-def]
             else:
                 scale = scale_a * tl.load(scales_b + column // 128 * scales_b_stride_n)
                 total += product * scale[:, None]
-        _store(c_ptr, total, row, column, M, N, c_stride_m, ACCUMULATE)
+        store(c_ptr, total, row, column, M, N, c_stride_m, ACCUMULATE)
 
 
 @triton.jit
-def _load(  # type: ignore[no-untyped-def]
+def tile_at(tile, tiles_m, tiles_n, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and column of a tile, in tiles: GROUP rows of tiles together, down before right."""
+    first_m = tile // (GROUP * tiles_n) * GROUP
+    group = tl.minimum(tiles_m - first_m, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first_m + within % group, within // group
+
+
+@triton.jit
+def load(  # type: ignore[no-untyped-def]
     x, row, BLOCK_R: tl.constexpr, R, k, K, stride_r,
     DESCRIPTORS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +207,7 @@ def _load(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store(c_ptr, total, row, column, M, N, stride_m, ACCUMULATE: tl.constexpr):  # type: ignore[no-untyped-def]
+def store(c_ptr, total, row, column, M, N, stride_m, ACCUMULATE: tl.constexpr):  # type: ignore[no-untyped-def]
     rows = row + tl.arange(0, total.shape[0]).to(tl.int64)
     columns = column + tl.arange(0, total.shape[1])
     at = c_ptr + rows[:, None] * stride_m + columns[None, :]

@@ -1,35 +1,86 @@
 """Grouped GEMM: one matrix product per expert over rows that lie together.
 
-`y[r] = x[r] @ w[e].T` for every row r of group e. Group e owns rows `[ends[e] - size, ends[e])`,
-of which the first `counts[e]` are true rows; between a group's last true row and its end there may
-be zero rows (alignment). Rows past the last end belong to nobody: they are neither read nor
-defined in the output.
+| product | function | sums over |
+|---|---|---|
+| output, `y[r] = x[r] @ w[e].T` | `grouped_gemm_nt` | input width |
+| input gradient, `dx[r] = dy[r] @ w[e]` | `grouped_gemm_nn` | output width |
+| weight gradient, `dw[e] = dy_e.T @ x_e` | `grouped_gemm_tn` | rows of the group |
 
-Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients in the same dtype.
-On CUDA this is `torch._grouped_mm`, which takes the group ends from device memory. On a CPU it is a
-loop of `mm` into slices of one output. There, group sizes that differ at every step are the enemy:
-oneDNN generates code for each shape it meets, so random sizes of 1 to 511 rows cost 3 to 5 us per
-row where multiples of 32 cost 1.7 (D 256, N 512, forward and both gradients; 2-core AMD EPYC, one
-thread, torch 2.13). `row_alignment` therefore asks for groups of whole multiples.
+Group e owns rows `[ends[e - 1], ends[e])`, of which the first `counts[e]` are true rows; between a
+group's last true row and its end there may be zero rows (alignment), whose outputs are zero. Rows
+past the last end belong to nobody: they are neither read nor defined in the output. A group without
+rows has the weight gradient zero.
 
-Shapes: R rows, N output width, D input width, E groups.
+Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients in the same dtype, or
+added to an fp32 main gradient. On CUDA bf16 goes to `torch._grouped_mm`, which takes the group ends
+from device memory, until `kernels.grouped_gemm_triton` has been measured; what torch has not (fp32,
+sums into fp32) goes to the latter. On a CPU it is a loop of `mm` into slices of one output. There,
+group sizes that differ at every step are the enemy: oneDNN generates code for each shape it meets,
+so random sizes of 1 to 511 rows cost 3 to 5 us per row where multiples of 32 cost 1.7 (D 256, N
+512, forward and both gradients; 2-core AMD EPYC, one thread, torch 2.13). `row_alignment` therefore
+asks for groups of whole multiples.
+
+Shapes: R rows, N output width, K input width, E groups.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from kernels import device
 
-def grouped_gemm_nt(x_RD: Tensor, w_END: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
+Implementation = Literal["torch", "triton"]
+
+
+def grouped_gemm_nt(
+    x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor,
+    implementation: Implementation | None = None,
+) -> Tensor:  # fmt: skip
     """`y_RN`, with `y[r] = x[r] @ w[e].T` for the rows of group e. Differentiable in x and w.
 
     ends_E: int32 or int64, non-decreasing, at most R. counts_E: true rows per group, no more
-    than the group is long.
+    than the group is long. implementation: on CUDA; None chooses by what was measured.
     """
-    if x_RD.device.type != "cpu":
-        return torch._grouped_mm(x_RD, w_END.transpose(-2, -1), offs=ends_E.to(torch.int32))
-    return _GroupedGemmLoop.apply(x_RD, w_END, _group_slices(ends_E, counts_E))
+    _check("nt", x_RK, w_ENK, x_RK.shape[1], w_ENK.shape[2], ends_E, counts_E)
+    y_RN: Tensor = _nt(x_RK, w_ENK, ends_E, counts_E, _named(implementation))
+    return y_RN
+
+
+def grouped_gemm_nn(
+    dy_RN: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor,
+    implementation: Implementation | None = None,
+) -> Tensor:  # fmt: skip
+    """`dx_RK`, with `dx[r] = dy[r] @ w[e]`, otherwise as `grouped_gemm_nt`; not differentiable."""
+    _check("nn", dy_RN, w_ENK, dy_RN.shape[1], w_ENK.shape[1], ends_E, counts_E)
+    dx_RK: Tensor = _nn(dy_RN, w_ENK, ends_E, counts_E, _named(implementation))
+    return dx_RK
+
+
+def grouped_gemm_tn(
+    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor,
+    out_dtype: torch.dtype | None = None, accumulate_into: Tensor | None = None,
+    implementation: Implementation | None = None,
+) -> Tensor:  # fmt: skip
+    """`dw_ENK`, with `dw[e]` the sum of `dy[r].T @ x[r]` over the rows of group e; not
+    differentiable.
+
+    out_dtype: fp32 or, by default, the operands'. accumulate_into: fp32 `[E, N, K]` that the
+    products are added to, and that is returned.
+    """
+    _check("tn", dy_RN, x_RK, len(dy_RN), len(x_RK), ends_E, counts_E)
+    out_dtype = dy_RN.dtype if out_dtype is None else out_dtype
+    if out_dtype not in (dy_RN.dtype, torch.float32):
+        raise ValueError(
+            f"grouped_gemm_tn: out_dtype is {out_dtype}, must be {dy_RN.dtype} or fp32"
+        )
+    if accumulate_into is None:
+        dw_ENK: Tensor = _tn(dy_RN, x_RK, ends_E, counts_E, out_dtype, _named(implementation))
+        return dw_ENK
+    shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
+    check_accumulator("grouped_gemm_tn", accumulate_into, shape)
+    _tn_accumulate(accumulate_into, dy_RN, x_RK, ends_E, counts_E, _named(implementation))
+    return accumulate_into
 
 
 def row_alignment(n_rows: int, n_groups: int, device: torch.device) -> int:
@@ -43,60 +94,226 @@ def row_alignment(n_rows: int, n_groups: int, device: torch.device) -> int:
 
 
 def grouped_gemm_nt_reference(
-    x_RD: Tensor, w_END: Tensor, ends_E: Tensor, counts_E: Tensor
+    x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor
 ) -> Tensor:
     """Plain loops, fp32 products; rows outside every group are zero."""
-    y_RN = x_RD.new_zeros(x_RD.shape[0], w_END.shape[1])
-    start = 0
-    for e, end in enumerate(ends_E.tolist()):
-        for r in range(start, start + int(counts_E[e])):
-            y_RN[r] = (w_END[e].float() @ x_RD[r].float()).to(x_RD.dtype)
-        start = end
+    y_RN = x_RK.new_zeros(x_RK.shape[0], w_ENK.shape[1])
+    for e, rows in enumerate(true_rows(ends_E, counts_E)):
+        for r in range(rows.start, rows.stop):
+            y_RN[r] = (w_ENK[e].float() @ x_RK[r].float()).to(x_RK.dtype)
+    return y_RN
+
+
+def grouped_gemm_nn_reference(
+    dy_RN: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor
+) -> Tensor:
+    """Plain loops, fp32 products; rows outside every group are zero."""
+    return grouped_gemm_nt_reference(dy_RN, w_ENK.mT, ends_E, counts_E)
+
+
+def grouped_gemm_tn_reference(
+    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor,
+    out_dtype: torch.dtype | None = None, accumulate_into: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Plain loop over the groups, fp32 products."""
+    shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
+    total = torch.zeros(shape, device=x_RK.device)
+    for e, rows in enumerate(true_rows(ends_E, counts_E)):
+        total[e] = dy_RN[rows].float().T @ x_RK[rows].float()
+    if accumulate_into is not None:
+        return accumulate_into.add_(total)
+    return total.to(dy_RN.dtype if out_dtype is None else out_dtype)
+
+
+def true_rows(ends_E: Tensor, counts_E: Tensor) -> list[slice]:
+    """Every group's rows without the zero rows behind them; waits for the device."""
+    starts = [0, *ends_E.tolist()][:-1]
+    return [slice(s, s + n) for s, n in zip(starts, counts_E.tolist(), strict=True)]
+
+
+def check_accumulator(name: str, into: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless products of this shape can be added to it."""
+    if into.shape != shape or into.dtype != torch.float32 or into.stride(2) != 1:
+        raise ValueError(
+            f"{name}: accumulate_into is {list(into.shape)} in {into.dtype} with strides "
+            f"{into.stride()}, must be {list(shape)} in fp32 with whole rows"
+        )
+
+
+@torch.library.custom_op("phalanx::grouped_gemm_nt", mutates_args=())
+def _nt(
+    x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
+) -> Tensor:
+    if not device.on_accelerator(x_RK):
+        return _loop_over_rows(x_RK, w_ENK, ends_E, counts_E)
+    if _is_torch(implementation, x_RK.dtype):
+        return torch._grouped_mm(x_RK, w_ENK.mT, offs=ends_E.to(torch.int32))
+    return _launch_by_rows(x_RK, w_ENK, ends_E, counts_E)
+
+
+@_nt.register_fake
+def _(x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str) -> Tensor:
+    return x_RK.new_empty(x_RK.shape[0], w_ENK.shape[1])
+
+
+@torch.library.custom_op("phalanx::grouped_gemm_nn", mutates_args=())
+def _nn(
+    dy_RN: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
+) -> Tensor:
+    if not device.on_accelerator(dy_RN):
+        return _loop_over_rows(dy_RN, w_ENK.mT, ends_E, counts_E)
+    if _is_torch(implementation, dy_RN.dtype):
+        return torch._grouped_mm(dy_RN, w_ENK, offs=ends_E.to(torch.int32))
+    return _launch_by_rows(dy_RN, w_ENK.mT, ends_E, counts_E)
+
+
+@_nn.register_fake
+def _(
+    dy_RN: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
+) -> Tensor:
+    return dy_RN.new_empty(dy_RN.shape[0], w_ENK.shape[2])
+
+
+@torch.library.custom_op("phalanx::grouped_gemm_tn", mutates_args=())
+def _tn(
+    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    implementation: str,
+) -> Tensor:  # fmt: skip
+    on_accelerator = device.on_accelerator(x_RK)
+    if on_accelerator and out_dtype == x_RK.dtype and _is_torch(implementation, out_dtype):
+        return torch._grouped_mm(dy_RN.T, x_RK, offs=ends_E.to(torch.int32))
+    dw_ENK = x_RK.new_empty(len(ends_E), dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
+    if on_accelerator:
+        _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=False)
+        return dw_ENK
+    for e, rows in enumerate(_group_slices(ends_E, counts_E)):
+        if rows.stop == rows.start:
+            dw_ENK[e].zero_()
+        elif out_dtype == x_RK.dtype:
+            torch.mm(dy_RN[rows].T, x_RK[rows], out=dw_ENK[e])
+        else:
+            torch.mm(dy_RN[rows].float().T, x_RK[rows].float(), out=dw_ENK[e])
+    return dw_ENK
+
+
+@_tn.register_fake
+def _(
+    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    implementation: str,
+) -> Tensor:  # fmt: skip
+    return x_RK.new_empty(ends_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
+
+
+@torch.library.custom_op("phalanx::grouped_gemm_tn_accumulate", mutates_args=("dw_ENK",))
+def _tn_accumulate(
+    dw_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor,
+    implementation: str,
+) -> None:  # fmt: skip
+    if device.on_accelerator(x_RK):
+        if implementation == "torch":
+            raise ValueError("grouped_gemm_tn: implementation 'torch' cannot accumulate")
+        _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=True)
+        return
+    for e, rows in enumerate(_group_slices(ends_E, counts_E)):
+        if rows.stop > rows.start:
+            dw_ENK[e].addmm_(dy_RN[rows].float().T, x_RK[rows].float())
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.implementation = inputs[4]
+
+
+def _gradients(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x_RK, w_ENK, *groups = ctx.saved_tensors
+    dy_RN = dy_RN.contiguous()
+    dx_RK = dw_ENK = None
+    if ctx.needs_input_grad[0]:
+        dx_RK = _nn(dy_RN, w_ENK, *groups, ctx.implementation)
+    if ctx.needs_input_grad[1]:
+        dw_ENK = _tn(dy_RN, x_RK, *groups, w_ENK.dtype, ctx.implementation)
+    return dx_RK, dw_ENK, None, None, None
+
+
+_nt.register_autograd(_gradients, setup_context=_save)
+
+
+def _loop_over_rows(x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
+    groups = _group_slices(ends_E, counts_E)
+    y_RN = zeros_outside(x_RK, w_ENK.shape[1], groups)
+    for e, rows in enumerate(groups):
+        if rows.stop > rows.start:
+            torch.mm(x_RK[rows], w_ENK[e].T, out=y_RN[rows])
     return y_RN
 
 
 def _group_slices(ends_E: Tensor, counts_E: Tensor) -> list[slice]:
     """The rows that are multiplied: a group's zero rows with it, unless they are many."""
-    ends = ends_E.tolist()
-    starts = [0, *ends[:-1]]
     return [
-        slice(start, end if end - start - n < 32 else start + n)
-        for start, end, n in zip(starts, ends, counts_E.tolist(), strict=True)
+        slice(rows.start, end if end - rows.stop < 32 else rows.stop)
+        for rows, end in zip(true_rows(ends_E, counts_E), ends_E.tolist(), strict=True)
     ]
 
 
-class _GroupedGemmLoop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, w_END: Tensor, groups: list[slice]) -> Tensor:
-        ctx.save_for_backward(x_RD, w_END)
-        ctx.groups = groups
-        y_RN = _zeros_outside(x_RD, w_END.shape[1], groups)
-        for e, rows in enumerate(groups):
-            if rows.stop > rows.start:
-                torch.mm(x_RD[rows], w_END[e].T, out=y_RN[rows])
-        return y_RN
-
-    @staticmethod
-    def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_RD, w_END = ctx.saved_tensors
-        grad_RN = grad_RN.contiguous()
-        needs_x, needs_w, _ = ctx.needs_input_grad
-        grad_x = _zeros_outside(grad_RN, x_RD.shape[1], ctx.groups) if needs_x else None
-        grad_w = torch.empty_like(w_END) if needs_w else None
-        for e, rows in enumerate(ctx.groups):
-            if rows.stop == rows.start:
-                if grad_w is not None:
-                    grad_w[e].zero_()
-                continue
-            if grad_x is not None:
-                torch.mm(grad_RN[rows], w_END[e], out=grad_x[rows])
-            if grad_w is not None:
-                torch.mm(grad_RN[rows].T, x_RD[rows], out=grad_w[e])
-        return grad_x, grad_w, None
-
-
-def _zeros_outside(like_R: Tensor, width: int, groups: list[slice]) -> Tensor:
+def zeros_outside(
+    like_R: Tensor, width: int, groups: list[slice], dtype: torch.dtype | None = None
+) -> Tensor:
     """An output whose rows outside all groups are zero; rows inside are still to be written."""
     covered = sum(rows.stop - rows.start for rows in groups)
     make = like_R.new_empty if covered == like_R.shape[0] else like_R.new_zeros
-    return make(like_R.shape[0], width)
+    return make(like_R.shape[0], width, dtype=dtype)
+
+
+def _launch_by_rows(a_RK: Tensor, b_ENK: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
+    from kernels.grouped_gemm_triton import by_rows
+
+    y_RN = a_RK.new_empty(a_RK.shape[0], b_ENK.shape[1])
+    if not a_RK.shape[1]:
+        return y_RN.zero_()
+    if y_RN.numel() and len(ends_E):
+        with device.launching_on(a_RK):
+            by_rows(a_RK, None, b_ENK, None, ends_E, counts_E, y_RN)
+    return y_RN
+
+
+def _launch_by_groups(
+    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor, accumulate: bool
+) -> None:
+    from kernels.grouped_gemm_triton import by_groups
+
+    if dw_ENK.numel() and len(x_RK):
+        with device.launching_on(x_RK):
+            by_groups(dy_RN, None, x_RK, None, ends_E, counts_E, dw_ENK, accumulate)
+    elif not accumulate:
+        dw_ENK.zero_()
+
+
+def _is_torch(implementation: str, dtype: torch.dtype) -> bool:
+    return implementation == "torch" or (implementation == "" and dtype != torch.float32)
+
+
+def _named(implementation: Implementation | None) -> str:
+    """An operation's arguments are plain: "" where nobody chose."""
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"grouped_gemm: implementation is {implementation!r}, must be 'torch' or 'triton'"
+        )
+    return implementation or ""
+
+
+def _check(
+    name: str, a: Tensor, b: Tensor, sum_a: int, sum_b: int, ends_E: Tensor, counts_E: Tensor
+) -> None:
+    problem = None
+    n_groups = b.shape[0] if b.dim() == 3 else len(ends_E)
+    if sum_a != sum_b:
+        problem = f"cannot sum over {sum_a} and {sum_b}"
+    elif a.dtype != b.dtype:
+        problem = f"operands are {a.dtype} and {b.dtype}, must be of one dtype"
+    elif ends_E.shape != (n_groups,) or counts_E.shape != (n_groups,):
+        problem = (
+            f"ends and counts are {list(ends_E.shape)} and {list(counts_E.shape)}, must be "
+            f"[{n_groups}]"
+        )
+    if problem:
+        raise ValueError(f"grouped_gemm_{name}: {problem}")

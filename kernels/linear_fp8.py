@@ -69,7 +69,8 @@ def linear_fp8(
     fp8_weight = fp8_weight or Fp8Weight.of(weight_ND, power_of_two)
     flat = x_TD.reshape(-1, x_TD.shape[-1])
     keep_x = torch.is_grad_enabled() and weight_ND.requires_grad
-    y: Tensor = _LinearFp8.apply(flat, weight_ND, fp8_weight, power_of_two, main_grad_ND, keep_x)
+    quantized = fp8_weight.data_ND, fp8_weight.transposed_ND, fp8_weight.scales_nd
+    y: Tensor = _LinearFp8.apply(flat, weight_ND, *quantized, power_of_two, main_grad_ND, keep_x)
     return y.view(*x_TD.shape[:-1], weight_ND.shape[0])
 
 
@@ -152,20 +153,18 @@ def _forms(
 class _LinearFp8(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_ND: Tensor, weight: Fp8Weight, power_of_two: bool,
-        main_grad_ND: Tensor | None, keep_x: bool,
+        ctx: Any, x_TD: Tensor, weight_ND: Tensor, data_ND: Tensor, transposed_ND: Tensor,
+        scales_nd: Tensor, power_of_two: bool, main_grad_ND: Tensor | None, keep_x: bool,
     ) -> Tensor:  # fmt: skip
         by_row, by_column = _forms(x_TD, power_of_two, True, keep_x)
         assert by_row is not None
-        ctx.save_for_backward(weight.transposed_ND, weight.scales_nd, *(by_column or ()))
+        ctx.save_for_backward(transposed_ND, scales_nd, *(by_column or ()))
         ctx.power_of_two, ctx.main_grad_ND = power_of_two, main_grad_ND
         ctx.weight_dtype = weight_ND.dtype
-        return gemm_fp8_nt(*by_row, weight.data_ND, weight.scales_nd, x_TD.dtype)
+        return gemm_fp8_nt(*by_row, data_ND, scales_nd, x_TD.dtype)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_TN: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
         transposed_ND, scales_nd = ctx.saved_tensors[:2]
         by_row, by_column = _forms(grad_TN, ctx.power_of_two, *ctx.needs_input_grad[:2])
         grad_x = grad_weight = None
@@ -177,7 +176,7 @@ class _LinearFp8(torch.autograd.Function):
                 grad_weight = gemm_fp8_tn(*by_column, *x_by_column, out_dtype=ctx.weight_dtype)
             else:
                 gemm_fp8_tn(*by_column, *x_by_column, accumulate_into=ctx.main_grad_ND)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, *[None] * 6
 
 
 class _Reference(torch.autograd.Function):

@@ -213,8 +213,6 @@ class Shadows(TorchDispatchMode):
                 self.ledger.add(self.ledger.kinds[-1], args[0].nbytes)  # gloo copies its input
                 self.ledger.add(self.ledger.kinds[-1], -args[0].nbytes)
             results = _exchange(operation, args)
-        elif operation is torch.ops.aten._grouped_mm.default:
-            results = _grouped_mm(*args, **kwargs)
         elif tensors:
             if "device" in kwargs:
                 kwargs["device"] = "meta" if any(map(_is_meta, tensors)) else "cpu"
@@ -255,12 +253,6 @@ def _exchange(operation: Any, args: Any) -> Tensor:
     if x.is_meta:
         return x.new_empty(sum(got), *x.shape[1:])
     return torch.cat([x[: sent[0]]] * len(got))
-
-
-def _grouped_mm(x: Tensor, w: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """For the meta device torch has it in bf16 only."""
-    found: Tensor = torch._grouped_mm(x.bfloat16(), w.bfloat16(), *args, **kwargs)
-    return found.to(x.dtype)
 
 
 def _is_meta(x: Tensor) -> bool:

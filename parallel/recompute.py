@@ -28,11 +28,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import kernels.gemm_fp8
+import kernels.grouped_gemm
+import kernels.grouped_gemm_fp8  # noqa: F401  (all three for the operations that they define)
 from configs.schema import Parallel
 from models.decoder import Decoder
 from models.router import Router, Tape, routers
 
-_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+_aten, _c10d, _phalanx = torch.ops.aten, torch.ops._c10d_functional, torch.ops.phalanx
 KEEP: dict[str, tuple[Any, ...]] = {
     "attention": (
         _aten._scaled_dot_product_flash_attention.default,
@@ -40,7 +43,13 @@ KEEP: dict[str, tuple[Any, ...]] = {
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
     ),
-    "matmul": (_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default),
+    "matmul": (
+        _aten.mm.default,
+        _aten.addmm.default,
+        _phalanx.grouped_gemm_nt.default,
+        _phalanx.grouped_gemm_fp8_nt.default,
+        _phalanx.gemm_fp8.default,
+    ),
     "exchange": (
         _c10d.all_gather_into_tensor.default,
         _c10d.reduce_scatter_tensor.default,

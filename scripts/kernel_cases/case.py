@@ -11,7 +11,10 @@ TARGETS: dict[str, tuple[str, int | str]] = {
     "gfx942": ("hip", "gfx942"),
     "gfx950": ("hip", "gfx950"),
 }
-TENSOR_CORES = {"sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "MFMA", "gfx950": "MFMA"}
+TENSOR_CORES = {
+    "fp8": {"sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "MFMA", "gfx950": "MFMA"},
+    "bf16": {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA", "gfx950": "MFMA"},
+}
 SIZE = 4096
 
 
@@ -28,6 +31,8 @@ class Case:
     """Whether continuous integration compiles it; the others differ from such a one in one type."""
     targets: tuple[str, ...] = tuple(TARGETS)
     """Those it is written for."""
+    cores: str = "fp8"
+    """The type that its tensor cores multiply."""
 
 
 def fp8_of(target: str) -> torch.dtype:

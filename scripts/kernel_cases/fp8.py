@@ -22,7 +22,7 @@ def cases() -> list[Case]:
                 groups, x, power_of_two=powers, rows=rows, columns=columns
             )
             found.append(Case(f"quantize {form}{suffix}", launch, everyday=not powers))
-        launch = partial(blocks, x, power_of_two=powers)
+        launch = partial(blocks, x[None], power_of_two=powers)
         found.append(Case(f"quantize 128x128{suffix}", launch, everyday=not powers))
     for tile in TILES:
         for layout in ("nt", "tn"):

@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels.gemm_fp8_triton as gemm_triton
 import kernels.quantize_triton as quantize_triton
 from kernels import gemm_fp8, quantize
-from kernels.fp8 import empty_column_major
+from kernels.fp8 import Quantized, empty_column_major
 from kernels.gemm_fp8_triton import TILES, Target, Tile
 from kernels.linear_fp8 import linear_fp8, linear_fp8_reference
 from tests.kernels.lane import (
@@ -47,7 +47,8 @@ def test_quantize(
             assert (got is not None) == wanted
             if got is not None:
                 assert_same_bits(got, reference)
-    block, transposed = quantize_triton.quantize_blocks(x, fp8, power_of_two)
+    block, transposed = quantize_triton.quantize_blocks(x[None], fp8, power_of_two)
+    block, transposed = Quantized(*(part[0] for part in block)), transposed[0]
     assert_same_bits(block, quantize._reference(x, (128, 128), power_of_two, fp8))
     assert torch.equal(bits(transposed), bits(block.data))
     assert 0 in shape or transposed.stride(0) == 1
@@ -93,8 +94,9 @@ def test_quantize_beyond_2_31() -> None:
     transposed = far_apart(torch.zeros(3, 40, dtype=FP8[0]), 2**30).T  # [40, 3]
     scales = torch.empty(1, 3)
     quantize_triton._groups[(1, 1)](
-        torch.randn(40, 3), None, None, transposed, scales, 40, 3, 3, 0, 2**30,
+        torch.randn(40, 3), None, None, transposed, scales, None, 40, 3, 3, 0, 2**30,
         LARGEST=448.0, SMALLEST_SCALE=2.0**-80, POWER_OF_TWO=False, TILE=128, STRIP=32, BLOCK=128,
+        ENTRY=4,
     )  # fmt: skip
     assert transposed.float().abs().amax(0).tolist() == [448.0] * 3
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.grouped_gemm import grouped_gemm_nt, grouped_gemm_nt_reference
+from kernels.grouped_gemm import Implementation, grouped_gemm_nt, grouped_gemm_nt_reference
 from kernels.swiglu import swiglu, swiglu_reference
 
 pytestmark = pytest.mark.gpu
@@ -31,12 +31,14 @@ def test_swiglu(shape: tuple[int, int]) -> None:
         assert ours.numel() == 0 or relative(ours, reference) < BF16
 
 
-def test_grouped_gemm() -> None:
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_grouped_gemm(implementation: Implementation | None) -> None:
     torch.manual_seed(0)
     counts = torch.tensor([100, 0, 17, 300])
     x, w = torch.randn(417, 128).bfloat16(), torch.randn(4, 256, 128).bfloat16()
     reference = grouped_gemm_nt_reference(x, w, counts.cumsum(0), counts)
-    y = grouped_gemm_nt(x.cuda(), w.cuda(), counts.cumsum(0).cuda(), counts.cuda())
+    ends = counts.cumsum(0).cuda()
+    y = grouped_gemm_nt(x.cuda(), w.cuda(), ends, counts.cuda(), implementation)
     assert relative(y, reference) < BF16
 
 

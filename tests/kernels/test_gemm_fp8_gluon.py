@@ -43,7 +43,7 @@ def operands(layout: str, M: int, N: int, K: int) -> tuple[Tensor, ...]:
 def on(target: Target) -> Iterator[None]:
     """The public functions take their path for a GPU."""
     with (
-        mock.patch.object(gemm_fp8, "on_accelerator", lambda x: True),
+        mock.patch.object(gemm_fp8.device, "on_accelerator", lambda x: True),
         mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
         mock.patch.object(Target, "current", lambda: target),
     ):

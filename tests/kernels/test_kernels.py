@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kernels.attention import document_attention, document_attention_reference
 from kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
-from kernels.grouped_gemm import grouped_gemm_nt, grouped_gemm_nt_reference
 from kernels.swiglu import swiglu, swiglu_reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -29,34 +28,6 @@ def assert_close(ours: list[Tensor], reference: list[Tensor], tolerance: float) 
         assert a.shape == b.shape and a.dtype == b.dtype
         error = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
         assert error <= tolerance, f"result {i}: {error}"
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("sizes", [[3, 0, 5], [1], [0, 0, 7, 2], [64, 1, 63]], ids=str)
-def test_grouped_gemm(sizes: list[int], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    counts = torch.tensor(sizes)
-    x, w = torch.randn(sum(sizes), 24).to(dtype), torch.randn(len(sizes), 17, 24).to(dtype)
-    ours = gradients(lambda a, b: grouped_gemm_nt(a, b, counts.cumsum(0), counts), x, w)
-
-    def loop(a: Tensor, b: Tensor) -> Tensor:
-        parts = a.split(sizes)
-        return torch.cat([part @ b[e].T for e, part in enumerate(parts)])
-
-    assert_close(ours, gradients(loop, x, w), TOLERANCE[dtype])
-    reference = grouped_gemm_nt_reference(x, w, counts.cumsum(0), counts)
-    assert_close(ours[:1], [reference], TOLERANCE[dtype])
-
-
-def test_grouped_gemm_leaves_rows_between_groups_zero() -> None:
-    torch.manual_seed(0)
-    x, w = torch.randn(20, 8), torch.randn(2, 4, 8)
-    ends, counts = torch.tensor([8, 16]), torch.tensor([5, 3])
-    x[5:8] = x[11:16] = 0  # as the permutation leaves them
-    y = grouped_gemm_nt(x, w, ends, counts)
-    outside = [5, 6, 7, 11, 12, 13, 14, 15]
-    assert y[outside].abs().max() == 0
-    torch.testing.assert_close(y[:16], grouped_gemm_nt_reference(x, w, ends, counts)[:16])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
