@@ -12,13 +12,15 @@ past the last end belong to nobody: they are neither read nor defined in the out
 rows has the weight gradient zero.
 
 Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients in the same dtype, or
-added to an fp32 main gradient. On CUDA bf16 goes to `torch._grouped_mm`, which takes the group ends
-from device memory, until `kernels.grouped_gemm_triton` has been measured; what torch has not (fp32,
-sums into fp32) goes to the latter. On a CPU it is a loop of `mm` into slices of one output. There,
-group sizes that differ at every step are the enemy: oneDNN generates code for each shape it meets,
-so random sizes of 1 to 511 rows cost 3 to 5 us per row where multiples of 32 cost 1.7 (D 256, N
-512, forward and both gradients; 2-core AMD EPYC, one thread, torch 2.13). `row_alignment` therefore
-asks for groups of whole multiples.
+added to an fp32 main gradient. What torch's own `_grouped_mm` takes goes there: on CUDA bf16, until
+`kernels.grouped_gemm_triton` has been measured, which does the rest; on a CPU all but fp64, odd
+strides, fp32 sums of bf16 products and groups that are mostly zero rows, for which there is a loop
+of `mm` into slices of one output.
+
+The loop is as fast where sizes repeat, but group sizes differ at every step, and oneDNN generates
+code for each shape that a loop shows it. Forward of 4096 rows in 8 groups (N 512, K 256, bf16, one
+thread of a 2-core AMD EPYC, torch 2.13): 2.6 ms, the loop 6.8; with groups padded to multiples of
+32 rows 4.6.
 
 Shapes: R rows, N output width, K input width, E groups.
 """
@@ -83,16 +85,6 @@ def grouped_gemm_tn(
     return accumulate_into
 
 
-def row_alignment(n_rows: int, n_groups: int, device: torch.device) -> int:
-    """What group sizes should be a multiple of, for `n_rows` rows in `n_groups` groups.
-
-    1 where padding would cost more than it saves: on CUDA, and for small groups.
-    """
-    if device.type != "cpu" or n_rows < 128 * n_groups:
-        return 1
-    return 32
-
-
 def grouped_gemm_nt_reference(
     x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor
 ) -> Tensor:
@@ -144,11 +136,7 @@ def check_accumulator(name: str, into: Tensor, shape: tuple[int, int, int]) -> N
 def _nt(
     x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
 ) -> Tensor:
-    if not device.on_accelerator(x_RK):
-        return _loop_over_rows(x_RK, w_ENK, ends_E, counts_E)
-    if _is_torch(implementation, x_RK.dtype):
-        return torch._grouped_mm(x_RK, w_ENK.mT, offs=ends_E.to(torch.int32))
-    return _launch_by_rows(x_RK, w_ENK, ends_E, counts_E)
+    return _by_rows(x_RK, w_ENK, ends_E, counts_E, implementation)
 
 
 @_nt.register_fake
@@ -160,11 +148,7 @@ def _(x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementat
 def _nn(
     dy_RN: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
 ) -> Tensor:
-    if not device.on_accelerator(dy_RN):
-        return _loop_over_rows(dy_RN, w_ENK.mT, ends_E, counts_E)
-    if _is_torch(implementation, dy_RN.dtype):
-        return torch._grouped_mm(dy_RN, w_ENK, offs=ends_E.to(torch.int32))
-    return _launch_by_rows(dy_RN, w_ENK.mT, ends_E, counts_E)
+    return _by_rows(dy_RN, w_ENK.mT, ends_E, counts_E, implementation)
 
 
 @_nn.register_fake
@@ -179,11 +163,10 @@ def _tn(
     dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:  # fmt: skip
-    on_accelerator = device.on_accelerator(x_RK)
-    if on_accelerator and out_dtype == x_RK.dtype and _is_torch(implementation, out_dtype):
+    if out_dtype == x_RK.dtype and _is_torch(implementation, dy_RN.T, x_RK, ends_E, counts_E):
         return torch._grouped_mm(dy_RN.T, x_RK, offs=ends_E.to(torch.int32))
     dw_ENK = x_RK.new_empty(len(ends_E), dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
-    if on_accelerator:
+    if device.on_accelerator(x_RK):
         _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=False)
         return dw_ENK
     for e, rows in enumerate(_group_slices(ends_E, counts_E)):
@@ -238,7 +221,14 @@ def _gradients(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, N
 _nt.register_autograd(_gradients, setup_context=_save)
 
 
-def _loop_over_rows(x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
+def _by_rows(
+    x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
+) -> Tensor:
+    """`x[r] @ w[e].T` for the rows of group e."""
+    if _is_torch(implementation, x_RK, w_ENK.mT, ends_E, counts_E):
+        return torch._grouped_mm(x_RK, w_ENK.mT, offs=ends_E.to(torch.int32))
+    if device.on_accelerator(x_RK):
+        return _launch_by_rows(x_RK, w_ENK, ends_E, counts_E)
     groups = _group_slices(ends_E, counts_E)
     y_RN = zeros_outside(x_RK, w_ENK.shape[1], groups)
     for e, rows in enumerate(groups):
@@ -288,8 +278,25 @@ def _launch_by_groups(
         dw_ENK.zero_()
 
 
-def _is_torch(implementation: str, dtype: torch.dtype) -> bool:
-    return implementation == "torch" or (implementation == "" and dtype != torch.float32)
+def _is_torch(implementation: str, a: Tensor, b: Tensor, ends_E: Tensor, counts_E: Tensor) -> bool:
+    """Whether `torch._grouped_mm(a, b)` shall do it."""
+    if device.on_accelerator(a):
+        wanted = implementation == "torch" or (not implementation and a.dtype == torch.bfloat16)
+        return wanted and (implementation == "torch" or _whole_words(a, b))
+    if a.dtype == torch.float64 or not _whole_words(a, b):
+        return False
+    n_zero_rows = int((ends_E[-1:] - counts_E.sum()).sum())
+    return n_zero_rows < 32 * len(ends_E)
+
+
+def _whole_words(*operands: Tensor) -> bool:
+    """What torch asks for: one dimension contiguous, the others' strides whole 16 bytes."""
+    for x in operands:
+        *_, rows, columns = x.stride()
+        step = rows if columns == 1 else columns
+        if 1 not in (rows, columns) or step * x.element_size() % 16 or x.data_ptr() % 16:
+            return False
+    return True
 
 
 def _named(implementation: Implementation | None) -> str:

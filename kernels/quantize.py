@@ -46,6 +46,7 @@ from kernels.fp8 import (
     Quantized,
     empty_column_major,
     fp8_dtype,
+    fp8_values,
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -257,7 +258,7 @@ def _dequantize(
     for dim, repeats in zip((-2, -1), block, strict=True):
         if repeats > 1:
             scales = scales.repeat_interleave(repeats, dim)
-    return (data_RD.float() * scales[..., :R, :D]).to(dtype)
+    return fp8_values(data_RD).float().mul_(scales[..., :R, :D]).to(dtype)
 
 
 @torch.library.custom_op("phalanx::quantize_1x128", mutates_args=())

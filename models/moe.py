@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Model, Moe
-from kernels.grouped_gemm import grouped_gemm_nt, row_alignment
+from kernels.grouped_gemm import grouped_gemm_nt
 from kernels.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.quantize import dequantize_1x128
 from kernels.swiglu import swiglu
@@ -39,6 +39,8 @@ class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in 
     """Routing weight of every row, fp32."""
     ends_e: Tensor
     counts_e: Tensor
+    align: int = 1
+    """A promise: every group starts at a multiple of it."""
     stand_in: Tensor | None = None
     """Quantised rows: a tensor of the shape and dtype they had, without memory of its own. It
     takes their place in autograd, where a gradient must have its tensor's dtype."""
@@ -64,7 +66,7 @@ class _Dequantised(torch.autograd.Function):
         return grad_RD, None, None
 
 
-def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation) -> Rows:
+def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation, align: int) -> Rows:
     """Tokens and their routing weights (as many as there are rows) in the order of `to`."""
     return Rows(
         data=gather_rows(x_TD, to),
@@ -72,6 +74,7 @@ def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation) -> Rows:
         weights_R=gather_rows(weights.reshape(-1, 1), to)[:, 0],
         ends_e=to.ends_E,
         counts_e=to.counts_E,
+        align=align,
     )
 
 
@@ -93,8 +96,8 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here: sort rows by expert, run them, sum them back."""
 
-    def __init__(self, n_experts: int) -> None:
-        self.n_experts = n_experts
+    def __init__(self, n_experts: int, align: int = 1) -> None:
+        self.n_experts, self.align = n_experts, align
 
     def run(
         self,
@@ -104,9 +107,9 @@ class LocalDispatcher:
         experts: ExpertsFn,
         beside: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        align = row_alignment(expert_ids_TK.numel(), self.n_experts, x_TD.device)
-        to = permutation(expert_ids_TK, self.n_experts, align)
-        y_TD = combine_rows(experts(rows_for(x_TD, weights_TK, to)), to, expert_ids_TK.shape[1])
+        to = permutation(expert_ids_TK, self.n_experts, self.align)
+        rows = rows_for(x_TD, weights_TK, to, self.align)
+        y_TD = combine_rows(experts(rows), to, expert_ids_TK.shape[1])
         return y_TD if beside is None else y_TD + beside()
 
 

@@ -20,7 +20,7 @@ T * K weights, gather T * D.
 
 from configs.dispatch import Dispatch
 from models.decoder import Decoder
-from models.moe import MoE
+from models.moe import LocalDispatcher, MoE
 from parallel.dispatch.factory import dispatcher_maker
 from parallel.dispatch.gathering import GatheringDispatcher
 from parallel.local import divide, pad_local
@@ -34,15 +34,20 @@ DIMS: dict[str, dict[str, int]] = {
 }
 
 
-def apply_expert_parallel(model: Decoder, mesh: Mesh, options: Dispatch) -> None:
-    """Divide the experts of a model on the meta device; nothing happens where `ep` and `etp` are
-    1."""
+def apply_expert_parallel(model: Decoder, mesh: Mesh, options: Dispatch, align: int = 1) -> None:
+    """Divide the experts of a model on the meta device, where `ep` or `etp` says so.
+
+    align: what an expert's rows shall start at a multiple of (`kernels.grouped_gemm_fp8`).
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    for moe in layers:
+        moe.dispatcher = LocalDispatcher(model.config.moe.n_experts, align)
     axes = [axis for axis in ("ep", "etp") if mesh.expert[axis].size() > 1]
     if not axes:
         return
     group = mesh.expert["ep"].get_group()
-    make_dispatcher = dispatcher_maker(model.config.moe.n_experts, group, options)
-    for moe in (module for module in model.modules() if isinstance(module, MoE)):
+    make_dispatcher = dispatcher_maker(model.config.moe.n_experts, group, options, align)
+    for moe in layers:
         names = [name for name, _ in moe.experts.named_parameters()]
         dims = {name: tuple(DIMS[name][axis] for axis in axes) for name in names}
         divide(moe.experts, mesh.expert[tuple(axes)], dims)

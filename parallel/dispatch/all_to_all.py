@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from configs.dispatch import Wire
-from kernels.grouped_gemm import row_alignment
 from kernels.permute import Permutation, combine_rows, permutation
 from parallel.dispatch.exchange import Link, Parcel, pack, per_choice, to_choices
 from parallel.dispatch.route import Back, Route
@@ -27,8 +26,9 @@ from parallel.dispatch.route import Back, Route
 class AllToAll:
     """`Planner` over the expert-parallel group."""
 
-    def __init__(self, n_experts: int, link: Link) -> None:
+    def __init__(self, n_experts: int, link: Link, align: int = 1) -> None:
         self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
+        self.align = align
 
     def plan(self, ids: list[Tensor]) -> list[Route]:
         ep, me = self.link.size, self.link.group.rank()
@@ -39,14 +39,14 @@ class AllToAll:
         routes: list[Route] = []
         top_k = ids[0].shape[1]
         for c, (sent, got) in enumerate(splits.tolist()):  # the one wait for the device
-            by_expert = expert_major(got_rCe[:, c], sum(got))
+            by_expert = expert_major(got_rCe[:, c], sum(got), self.align)
             routes.append(DirectRoute(self.link, to[c], by_expert, sent, got, top_k))
             self.traffic.rows_sent += sum(sent) - sent[me]
             self.traffic.rows_received += sum(got)
         return routes
 
 
-def expert_major(received_re: Tensor, n_rows: int) -> Permutation:
+def expert_major(received_re: Tensor, n_rows: int, align: int) -> Permutation:
     """The received rows, which lie by sender and then expert, by expert and then sender.
 
     received_re: rows from each rank for each local expert, `n_rows` in all.
@@ -54,7 +54,6 @@ def expert_major(received_re: Tensor, n_rows: int) -> Permutation:
     n_ranks, n_local = received_re.shape
     experts = torch.arange(n_local, device=received_re.device).repeat(n_ranks)
     expert_of_row_S = experts.repeat_interleave(received_re.reshape(-1), output_size=n_rows)
-    align = row_alignment(n_rows, n_local, received_re.device)
     return permutation(expert_of_row_S, n_local, align)
 
 

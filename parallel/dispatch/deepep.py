@@ -21,7 +21,6 @@ from torch import Tensor
 
 from configs.dispatch import Wire
 from configs.rules import ConfigError
-from kernels.grouped_gemm import row_alignment
 from kernels.permute import Permutation, combine_rows, permutation
 from parallel.dispatch.exchange import Parcel, Traffic, per_choice, to_choices
 from parallel.dispatch.route import Back, Route
@@ -47,8 +46,10 @@ def elastic_buffer() -> Any:
 class DeepEP:
     """`Planner` that leaves the exchange to DeepEP; one buffer serves all layers."""
 
-    def __init__(self, n_experts: int, group: dist.ProcessGroup, buffers: dict[str, Any]) -> None:
-        self.n_experts, self.group, self.buffers = n_experts, group, buffers
+    def __init__(
+        self, n_experts: int, group: dist.ProcessGroup, buffers: dict[str, Any], align: int = 1
+    ) -> None:
+        self.n_experts, self.group, self.buffers, self.align = n_experts, group, buffers, align
         self.make = elastic_buffer()
         self.traffic = Traffic()
 
@@ -130,9 +131,8 @@ class DeepEPRoute:
         """Order the rows by expert. ids_UK: experts of this rank; -1 for those elsewhere."""
         n_local = self.planner.n_experts // dist.get_world_size(self.planner.group)
         n_rows = sum(self.handle.num_recv_tokens_per_expert_list)
-        align = row_alignment(n_rows, n_local, ids_UK.device)
         named_UK = torch.where(ids_UK < 0, n_local, ids_UK).long()
-        self.here = permutation(named_UK, n_local, align, n_rows)
+        self.here = permutation(named_UK, n_local, self.planner.align, n_rows)
         self.ends_e, self.counts_e = self.here.ends_E, self.here.counts_E
         traffic, me = self.planner.traffic, dist.get_rank(self.planner.group)
         traffic.rows_received += n_rows

@@ -18,11 +18,12 @@ from parallel.dispatch.sync_free import SyncFree
 
 
 def dispatcher_maker(
-    n_experts: int, group: dist.ProcessGroup, options: Dispatch
+    n_experts: int, group: dist.ProcessGroup, options: Dispatch, align: int = 1
 ) -> Callable[[], Dispatcher]:
     """A function that makes one layer's dispatcher; layers share process groups and buffers.
 
-    group: the ranks that divide the experts. All of them call this together.
+    group: the ranks that divide the experts. All of them call this together. align: what an
+    expert's rows shall start at a multiple of.
     """
     nodes = node_of_ranks(group, options.node_size)
     me = dist.get_rank(group)
@@ -37,14 +38,14 @@ def dispatcher_maker(
             far = [node != me // m for node in range(len(nodes) // m)]
             return Hierarchical(
                 n_experts, group, Link(across, far, traffic), Link(within, [False] * m, traffic),
-                traffic,
+                traffic, align,
             )  # fmt: skip
         if options.kind == "deepep":
-            return DeepEP(n_experts, group, buffers)
+            return DeepEP(n_experts, group, buffers, align)
         link = Link(group, crosses)
         if options.kind == "sync_free":
-            return SyncFree(n_experts, link, options.capacity_factor)
-        return AllToAll(n_experts, link)
+            return SyncFree(n_experts, link, options.capacity_factor, align)
+        return AllToAll(n_experts, link, align)
 
     return lambda: RoutedDispatcher(planner(), options)
 

@@ -51,6 +51,7 @@ class Hierarchical:
     across: Link
     within: Link
     traffic: Traffic
+    align: int = 1
 
     def plan(self, ids: list[Tensor]) -> list[Route]:
         n_nodes, m, me = self.across.size, self.within.size, self.group.rank()
@@ -74,7 +75,7 @@ class Hierarchical:
             *splits, (at_home,) = (row[b - w : b] for b, w in zip(ends, widths, strict=True))
             level_1, level_2 = Splits(*splits[:2]), Splits(*splits[2:])
             to_nodes = permutation(nodes[c], n_nodes, n_rows=sum(level_1.sent))
-            by_expert = expert_major(here_mCme[:, c, place], sum(level_2.got))
+            by_expert = expert_major(here_mCme[:, c, place], sum(level_2.got), self.align)
             routes.append(TwoLevelRoute(self, ids[c], to_nodes, level_1, level_2, by_expert))
             self.traffic.rows_sent += ids[c].numel() - at_home
             self.traffic.rows_received += sum(level_2.got)

@@ -63,6 +63,8 @@ class Planner(Protocol):
     """A strategy: it knows the ranks and turns choices of experts into routes."""
 
     traffic: Traffic
+    align: int
+    """What an expert's rows start at a multiple of."""
 
     def plan(self, ids: list[Tensor]) -> list[Route]:
         """The routes of several batches of choices `[T, K]`; all ranks call it together."""
@@ -89,7 +91,7 @@ class RoutedDispatcher:
         routes = self.planner.plan(list(expert_ids_TK.split(sizes)))
 
         def send(i: int) -> Callable[[], Rows]:
-            return _to_experts(routes[i], self.options, x[i], weights[i])
+            return _to_experts(routes[i], self.options, x[i], weights[i], self.planner.align)
 
         arriving, returning = [send(0)], []
         shared_TD = None
@@ -105,7 +107,7 @@ class RoutedDispatcher:
 
 
 def _to_experts(
-    route: Route, options: Dispatch, x_TD: Tensor, weights_TK: Tensor
+    route: Route, options: Dispatch, x_TD: Tensor, weights_TK: Tensor, align: int
 ) -> Callable[[], Rows]:
     """Send tokens to experts; the result waits for the rows that came."""
     arrived: list[Parcel] = []
@@ -133,8 +135,8 @@ def _to_experts(
         data_PD, weights_P = _End.apply(trip, link)
         parcel = arrived.pop()
         if parcel.scales is None:
-            return Rows(data_PD, None, weights_P, route.ends_e, route.counts_e)
-        groups = weights_P, route.ends_e, route.counts_e
+            return Rows(data_PD, None, weights_P, route.ends_e, route.counts_e, align)
+        groups = weights_P, route.ends_e, route.counts_e, align
         return Rows(parcel.fp8(), parcel.scales, *groups, stand_in=data_PD)
 
     return rows

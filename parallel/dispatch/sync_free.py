@@ -30,10 +30,10 @@ from parallel.dispatch.route import Route
 class SyncFree:
     """`Planner` with buffers of fixed size."""
 
-    def __init__(self, n_experts: int, link: Link, capacity_factor: float) -> None:
+    def __init__(self, n_experts: int, link: Link, capacity_factor: float, align: int = 1) -> None:
         self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
-        self.capacity_factor = capacity_factor
-        self.uneven = AllToAll(n_experts, link)
+        self.capacity_factor, self.align = capacity_factor, align
+        self.uneven = AllToAll(n_experts, link, align)
         self.exact = False
         """Use the exact exchange, which waits for the device."""
 
@@ -57,7 +57,7 @@ class SyncFree:
         got_re = self.link.exchange_counts(kept_re)
         self._account(wanted_re, kept_re, got_re, room)
         to = _into_buffers(every, wanted_re.sum(1), room)
-        by_expert = permutation(_expert_of_slot(got_re, room), got_re.shape[1])
+        by_expert = permutation(_expert_of_slot(got_re, room), got_re.shape[1], self.align)
         return DirectRoute(self.link, to, by_expert, None, None, top_k)
 
     def _account(self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int) -> None:
