@@ -11,6 +11,7 @@ from typing import Literal
 
 from configs.dispatch import Dispatch
 from configs.model import Model
+from configs.precision import Precision
 from configs.rules import ConfigError, at_least, between
 
 
@@ -172,13 +173,6 @@ class Parallel:
         for key in ("dp_shard", "ep"):
             if getattr(self, key) != -1:
                 at_least(self, 1, key)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    recipe: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype; master weights, gradients and optimizer state are fp32. `auto`: bf16 where
-    the device multiplies it faster than fp32 (CUDA; CPUs with AVX512-BF16 or AMX)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,12 @@ def grouped_gemm_fp8_tn(
     return accumulate_into
 
 
+def row_alignment(device_type: str) -> int:
+    """What groups of rows should start at a multiple of, for the weight gradient: there rows are
+    the innermost dimension in memory, and TMA reads whole blocks without masks."""
+    return BLOCK if device_type == "cuda" else 1
+
+
 def grouped_gemm_fp8_nt_reference(
     x_RK: Tensor, scales_Rk: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,

@@ -1,28 +1,24 @@
-"""A linear layer whose three products run in FP8, blockwise.
+"""Linear layers whose three products run in FP8, blockwise.
 
 Forward quantises x twice in one pass: per 1x128 along its width for the output, per 128x1 along the
 tokens for the weight gradient. Only the second form is kept for backward, at one byte per element:
 half of what a bf16 layer keeps. Backward quantises dy the same way, once for each of its products.
 x in bf16 is not kept, so the weight gradient is that of the quantised x (DeepSeek-V3,
-arXiv:2412.19437, section 3.3).
+arXiv:2412.19437, section 3.3). Layers that read the same x (queries, keys and values) share both
+forms.
 
 The weight is quantised per 128x128, once for the products of forward and backward. It changes only
-when the optimizer steps, so all microbatches of a step can share it: `quantized_once(model)` around
-them. That keeps two bytes per weight; it is a scope, not a cache that guesses when weights change,
-because FSDP2 refills a gathered weight without a trace in its version counter.
-
-Left out: a bias (no projection of the models here that is worth FP8 has one).
+when the optimizer steps, so whoever knows of steps keeps the quantised form (`Fp8Weight`) and gives
+it to all microbatches of one.
 
 Shapes: T tokens, D input width, N output width; d, n, t their numbers of blocks of 128.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.fp8 import Quantized
 from kernels.gemm_fp8 import gemm_fp8_nn, gemm_fp8_nt, gemm_fp8_tn
@@ -39,19 +35,19 @@ from kernels.quantize import (
 )
 
 
-@dataclass(frozen=True)
-class Fp8Weight:
-    """A weight `[N, D]` per 128x128, in both memory orders."""
+class Fp8Weight(NamedTuple):
+    """A weight `[N, D]` per 128x128, or `[E, N, D]`, one per expert."""
 
-    data_ND: Tensor
-    transposed_ND: Tensor
-    """The same data, column-major, for the product that sums over N."""
-    scales_nd: Tensor
+    data: Tensor
+    transposed: Tensor
+    """The same data, best with columns contiguous, for the product that sums over N: FP8 tensor
+    cores read nothing else. Where it is not, the product makes that copy."""
+    scales: Tensor
 
     @staticmethod
-    def of(weight_ND: Tensor, power_of_two: bool = False) -> "Fp8Weight":
+    def of(weight: Tensor, power_of_two: bool = False) -> "Fp8Weight":
         """Quantise a weight; without autograd."""
-        (data, scales), transposed = quantize_128x128(weight_ND.detach(), power_of_two)
+        (data, scales), transposed = quantize_128x128(weight.detach(), power_of_two)
         return Fp8Weight(data, transposed, scales)
 
 
@@ -64,14 +60,26 @@ def linear_fp8(
     fp8_weight: the quantised weight, where it exists already. power_of_two: of all scales.
     main_grad_ND: fp32; the weight's gradient is added to it, and autograd gets none.
     """
+    fp8_weight = fp8_weight or Fp8Weight.of(weight_ND, power_of_two)
+    (y,) = linears_fp8(x_TD, [weight_ND], [fp8_weight], power_of_two, main_grad_ND)
+    return y
+
+
+def linears_fp8(
+    x_TD: Tensor, weights: Sequence[Tensor], fp8_weights: Sequence[Fp8Weight],
+    power_of_two: bool = False, main_grad_ND: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`x @ weight.T` for each of several weights. Differentiable in x and the weights."""
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"linear_fp8 takes bf16 or fp32, got {x_TD.dtype}")
-    fp8_weight = fp8_weight or Fp8Weight.of(weight_ND, power_of_two)
+    assert main_grad_ND is None or len(weights) == 1
+    keep_x = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    parts = [part for fp8_weight in fp8_weights for part in fp8_weight]
     flat = x_TD.reshape(-1, x_TD.shape[-1])
-    keep_x = torch.is_grad_enabled() and weight_ND.requires_grad
-    quantized = fp8_weight.data_ND, fp8_weight.transposed_ND, fp8_weight.scales_nd
-    y: Tensor = _LinearFp8.apply(flat, weight_ND, *quantized, power_of_two, main_grad_ND, keep_x)
-    return y.view(*x_TD.shape[:-1], weight_ND.shape[0])
+    outputs: tuple[Tensor, ...] = _LinearsFp8.apply(
+        flat, power_of_two, main_grad_ND, keep_x, *weights, *parts
+    )
+    return tuple(y.view(*x_TD.shape[:-1], y.shape[1]) for y in outputs)
 
 
 def linear_fp8_reference(
@@ -83,59 +91,6 @@ def linear_fp8_reference(
     flat = x_TD.reshape(-1, x_TD.shape[-1])
     y: Tensor = _Reference.apply(flat, weight_ND, fp8_weight, power_of_two, main_grad_ND)
     return y.view(*x_TD.shape[:-1], weight_ND.shape[0])
-
-
-class Fp8Linear(nn.Module):
-    """`linear_fp8` with its weight; a drop-in for a bias-free `nn.Linear`."""
-
-    def __init__(
-        self, in_features: int, out_features: int, power_of_two: bool = False,
-        device: torch.device | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, device=device, dtype=dtype)
-        )
-        self.power_of_two = power_of_two
-        self._scope: _Scope | None = None
-        if self.weight.device.type != "meta":
-            self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """As `nn.Linear`."""
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x @ weight.T`, in the dtype of x."""
-        return linear_fp8(x, self.weight, self._quantized_weight(), self.power_of_two)
-
-    def _quantized_weight(self) -> Fp8Weight:
-        if self._scope is None:
-            return Fp8Weight.of(self.weight, self.power_of_two)
-        if self._scope.weight is None:
-            self._scope.weight = Fp8Weight.of(self.weight, self.power_of_two)
-        return self._scope.weight
-
-
-@dataclass
-class _Scope:
-    weight: Fp8Weight | None = None
-
-
-@contextmanager
-def quantized_once(model: nn.Module) -> Iterator[None]:
-    """Within it every `Fp8Linear` of the model quantises its weight at its first use only.
-
-    To be put around the microbatches of one optimizer step; weights must not change within.
-    """
-    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
-    for layer in layers:
-        layer._scope = _Scope()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._scope = None
 
 
 def _forms(
@@ -150,33 +105,46 @@ def _forms(
     )
 
 
-class _LinearFp8(torch.autograd.Function):
+class _LinearsFp8(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_ND: Tensor, data_ND: Tensor, transposed_ND: Tensor,
-        scales_nd: Tensor, power_of_two: bool, main_grad_ND: Tensor | None, keep_x: bool,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, x_TD: Tensor, power_of_two: bool, main_grad_ND: Tensor | None, keep_x: bool,
+        *weights_and_parts: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        n = len(weights_and_parts) // 4
+        weights, parts = weights_and_parts[:n], weights_and_parts[n:]
         by_row, by_column = _forms(x_TD, power_of_two, True, keep_x)
         assert by_row is not None
-        ctx.save_for_backward(transposed_ND, scales_nd, *(by_column or ()))
-        ctx.power_of_two, ctx.main_grad_ND = power_of_two, main_grad_ND
-        ctx.weight_dtype = weight_ND.dtype
-        return gemm_fp8_nt(*by_row, data_ND, scales_nd, x_TD.dtype)
+        fp8_weights = [Fp8Weight(*parts[3 * i : 3 * i + 3]) for i in range(n)]
+        kept = [part for weight in fp8_weights for part in (weight.transposed, weight.scales)]
+        ctx.save_for_backward(*kept, *(by_column or ()))
+        ctx.n, ctx.power_of_two, ctx.main_grad_ND = n, power_of_two, main_grad_ND
+        ctx.weight_dtypes = [weight.dtype for weight in weights]
+        return tuple(
+            gemm_fp8_nt(*by_row, weight.data, weight.scales, x_TD.dtype) for weight in fp8_weights
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor | None, ...]:
-        transposed_ND, scales_nd = ctx.saved_tensors[:2]
-        by_row, by_column = _forms(grad_TN, ctx.power_of_two, *ctx.needs_input_grad[:2])
-        grad_x = grad_weight = None
-        if by_row is not None:
-            grad_x = gemm_fp8_nn(*by_row, transposed_ND, scales_nd, grad_TN.dtype)
-        if by_column is not None:
-            x_by_column = Quantized(*ctx.saved_tensors[2:])
-            if ctx.main_grad_ND is None:
-                grad_weight = gemm_fp8_tn(*by_column, *x_by_column, out_dtype=ctx.weight_dtype)
-            else:
-                gemm_fp8_tn(*by_column, *x_by_column, accumulate_into=ctx.main_grad_ND)
-        return grad_x, grad_weight, *[None] * 6
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        weights = ctx.saved_tensors[: 2 * n]
+        grad_x, grad_weights = None, []
+        for i, grad_TN in enumerate(grads):
+            by_row, by_column = _forms(grad_TN, ctx.power_of_two, needs_x, needs[i])
+            if by_row is not None:
+                transposed, scales = weights[2 * i : 2 * i + 2]
+                part = gemm_fp8_nn(*by_row, transposed, scales, grad_TN.dtype)
+                grad_x = part if grad_x is None else grad_x + part
+            grad_weight = None
+            if by_column is not None:
+                x_by_column = Quantized(*ctx.saved_tensors[2 * n :])
+                if ctx.main_grad_ND is None:
+                    dtype = ctx.weight_dtypes[i]
+                    grad_weight = gemm_fp8_tn(*by_column, *x_by_column, out_dtype=dtype)
+                else:
+                    gemm_fp8_tn(*by_column, *x_by_column, accumulate_into=ctx.main_grad_ND)
+            grad_weights.append(grad_weight)
+        return grad_x, None, None, None, *grad_weights, *[None] * (3 * n)
 
 
 class _Reference(torch.autograd.Function):
@@ -185,7 +153,7 @@ class _Reference(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_ND: Tensor, weight: Fp8Weight, power_of_two: bool,
         main_grad_ND: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        w_ND = dequantize_128x128(weight.data_ND, weight.scales_nd)
+        w_ND = dequantize_128x128(weight.data, weight.scales)
         x_columns_TD = dequantize_128x1(*quantize_128x1_reference(x_TD, power_of_two))
         ctx.save_for_backward(w_ND, x_columns_TD)
         ctx.power_of_two, ctx.main_grad_ND = power_of_two, main_grad_ND

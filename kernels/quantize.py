@@ -232,7 +232,7 @@ def _reference(
     scales = (amax / torch.finfo(dtype).max).clamp_(min=MIN_SCALE)
     scales[~amax.isfinite()] = float("nan")
     if power_of_two:
-        scales = _round_up_to_power_of_two(scales)
+        scales = round_up_to_power_of_two(scales)
     data = (x / scales[:, None, :, None]).to(dtype).view(r * height, d * width)[:R, :D]
     if height > 1 and width == 1:
         data = empty_column_major((R, D), dtype, x.device).copy_(data)
@@ -243,7 +243,7 @@ def _reference(
     return Quantized(data, scales)
 
 
-def _round_up_to_power_of_two(scales: Tensor) -> Tensor:
+def round_up_to_power_of_two(scales: Tensor) -> Tensor:
     """In the bits: add all of the mantissa, so that anything above a power carries, and cut it."""
     rounded = (scales.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32)
     return rounded.masked_fill_(scales.isnan(), float("nan"))

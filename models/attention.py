@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from configs.model import Attention, Model
 from models.exchange import Exchange
+from models.linear import project
 from models.norm import RMSNorm, l2_norm
 from models.rope import apply_rope, logit_scale
 
@@ -83,8 +84,8 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         x_TD = self.exchange.gather(x_TD)
         heads = (x_TD.shape[0], -1, self.config.head_dim)
-        q_THC, k_TGC = self.wq(x_TD).view(heads), self.wk(x_TD).view(heads)
-        v_TGC = self.wv(x_TD).view(heads)
+        projected = project(x_TD, self.wq, self.wk, self.wv)
+        q_THC, k_TGC, v_TGC = (each.view(heads) for each in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_THC, k_TGC = self.q_norm(q_THC), self.k_norm(k_TGC)
         if self.has_rope:
@@ -137,9 +138,12 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         a, compressed = self.config, x_TD
         if self.wq_a is not None and self.q_a_norm is not None:
-            compressed = self.q_a_norm(self.wq_a(x_TD))
+            queries, kv_a = project(x_TD, self.wq_a, self.wkv_a)
+            compressed = self.q_a_norm(queries)
+        else:
+            (kv_a,) = project(x_TD, self.wkv_a)
         # what all heads share is exchanged while it is narrow
-        compressed, kv_a = self.exchange.gather(compressed), self.exchange.gather(self.wkv_a(x_TD))
+        compressed, kv_a = self.exchange.gather(compressed), self.exchange.gather(kv_a)
         latent, k_rope = kv_a.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
         n_tokens = compressed.shape[0]
         q_THC = self.wq(compressed).view(n_tokens, -1, a.qk_dim)

@@ -131,16 +131,21 @@ class Experts(nn.Module):
         if self.config.weight_on == "input":
             data_RD = data_RD * weights_R[:, None].to(data_RD.dtype)
             weights_R = torch.ones_like(weights_R)
-        gate_up = grouped_gemm_nt(data_RD, self.w13.flatten(1, 2), rows.ends_e, rows.counts_e)
+        gate_up = self.product(data_RD, "w13", rows)
         if self.b13 is not None:
             gate_up = gate_up + self._of_rows(self.b13.flatten(1), rows)
         # the weight may enter before the down projection: that is linear (its bias gets it below)
         h_RF = swiglu(gate_up, weights_R, self.config.activation)
-        y_RD = grouped_gemm_nt(h_RF, self.w2, rows.ends_e, rows.counts_e)
+        y_RD = self.product(h_RF, "w2", rows)
         if self.b2 is not None:
             bias_RD = self._of_rows(self.b2, rows)
             y_RD = y_RD + bias_RD * weights_R[:, None].to(y_RD.dtype)
         return y_RD
+
+    def product(self, x_RD: Tensor, name: str, rows: Rows) -> Tensor:
+        """`x @ w.T` of every row with its expert's weight; gate and up of w13 are one."""
+        weight = self.w13.flatten(1, 2) if name == "w13" else self.w2
+        return grouped_gemm_nt(x_RD, weight, rows.ends_e, rows.counts_e)
 
     @staticmethod
     def _of_rows(bias_eN: Tensor, rows: Rows) -> Tensor:

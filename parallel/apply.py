@@ -1,5 +1,5 @@
-"""The one function that applies parallelism to a model, in one order: expert parallelism, tensor
-parallelism, recomputation, compilation, FSDP2.
+"""The one function that applies parallelism to a model, in one order: FP8, expert parallelism,
+tensor parallelism, recomputation, compilation, FSDP2.
 
 Gradients are sums, never means: every rank divides its loss by the target tokens of the whole
 step, so a sum over ranks is the gradient of the global mean, for dense parameters and experts
@@ -30,11 +30,14 @@ from torch.distributed.tensor import DTensor, Shard
 from configs.model import Model
 from configs.rules import ConfigError
 from configs.schema import RunConfig
+from kernels.grouped_gemm_fp8 import row_alignment
 from models.block import Block
 from models.decoder import Decoder
+from models.fp8 import apply_fp8
 from models.init import initial_value
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
+from parallel.fp8_weights import check_divided
 from parallel.mesh import Mesh
 from parallel.recompute import apply_recompute
 from parallel.shards import box_of, local_of
@@ -46,8 +49,15 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
 
     compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
     """
-    apply_expert_parallel(model, mesh, config.parallel.dispatch)
+    fp8 = config.precision.recipe == "fp8_blockwise"
+    align = 1
+    if fp8:
+        apply_fp8(model, config.precision.fp8)
+        align = row_alignment(mesh.dense.device_type)
+    apply_expert_parallel(model, mesh, config.parallel.dispatch, align)
     apply_tensor_parallel(model, mesh.dense["tp"])
+    if fp8:
+        check_divided(model)
     apply_recompute(model, config.parallel)
     if config.parallel.compile:
         for block in model.blocks():

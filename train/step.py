@@ -73,12 +73,14 @@ def train_step(
     mtp_weight: float,
     z_loss_coef: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
+    updated: Callable[[], None] = lambda: None,
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
 
     copies: ranks that are given the same tokens (tensor parallelism); each counts its share of
     their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
-    step is abandoned without a trace and None returned. Raises NonFiniteError and
+    step is abandoned without a trace and None returned. updated: called once the weights have
+    changed. Raises NonFiniteError and
     CapacityOverflow.
     """
     account = Account(model)
@@ -110,6 +112,7 @@ def train_step(
     router_losses = take_losses(model, sum_over_ranks)
     optimizer.step()
     optimizer.zero_grad()
+    updated()
     loss, *mtp_losses = global_losses.tolist()
     return StepResult(
         loss, float(norm), int(targets[0]), counts_LE.cpu(), tuple(mtp_losses), router_losses,

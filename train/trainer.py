@@ -20,6 +20,7 @@ from models.counts import flops_per_token
 from models.decoder import Decoder
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
+from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks
 from train import checkpoint, environment
 from train.batches import Sequences, TrainingData, validation_batches
@@ -46,9 +47,9 @@ from train.validation import bits_per_byte, validation_loss
 def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """The dtype of forward and backward that `precision.recipe` means on this device."""
     recipe = config.precision.recipe
-    if recipe == "auto":
-        recipe = "bf16" if bf16_is_fast(device) else "fp32"
-    return torch.bfloat16 if recipe == "bf16" else torch.float32
+    if recipe == "bf16" or (recipe != "fp32" and bf16_is_fast(device)):
+        return torch.bfloat16
+    return torch.float32
 
 
 class Trainer:
@@ -68,9 +69,11 @@ class Trainer:
         offload = config.parallel.cpu_offload
         materialise(self.model, config.model, config.run.seed, ranks.device, offload)
         self.model.train()
+        self.fp8_weights = gather_in_fp8(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
         start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
+        self.fp8_weights.refresh()
         self.done = self.saved = start.done
         self.owes_validation = start.owes_validation
         if ranks.is_first:
@@ -94,7 +97,7 @@ class Trainer:
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
                         copies=self.degrees.tp, clip_norm=train.clip_norm,
                         mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
-                        stop=stop.agreed,
+                        stop=stop.agreed, updated=self.fp8_weights.refresh,
                     )  # fmt: skip
                 if result is None:
                     break

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels.linear_fp8 import Fp8Linear, linear_fp8, linear_fp8_reference, quantized_once
+from kernels.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference
 from kernels.quantize import quantize_1x128, quantize_1x128_128x1, quantize_128x1
 from kernels.swiglu import (
     Activation,
@@ -50,21 +50,27 @@ def measure(place: Place) -> Iterator[Timing]:
     """Forward and backward of the layer against bf16; SwiGLU against plain torch, against the same
     in several passes, and against a copy of as many bytes."""
     for T, D, N in place.shapes([*LINEAR]):
-        ours = Fp8Linear(D, N, device=place.device, dtype=torch.bfloat16)
-        peer = nn.Linear(D, N, bias=False, device=place.device, dtype=torch.bfloat16)
+        weight = torch.randn(N, D, device=place.device).bfloat16().requires_grad_()
+        quantized = Fp8Weight.of(weight)  # once per optimizer step
         x = torch.randn(T, D, device=place.device).bfloat16().requires_grad_()
         grad = torch.randn(T, N, device=place.device).bfloat16()
+        layers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "ours": partial(linear_fp8, fp8_weight=quantized), "bf16": torch.nn.functional.linear,
+        }  # fmt: skip
 
-        def step(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> None:
-            torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+        def step(
+            layer: Callable[[Tensor, Tensor], Tensor],
+            leaves: tuple[Tensor, Tensor] = (x, weight),
+            grad: Tensor = grad,
+        ) -> None:
+            torch.autograd.grad(layer(*leaves), leaves, grad)
 
-        with quantized_once(ours):
-            yield take_time(
-                f"linear {T}x{D}x{N}, forward and backward",
-                {"ours": partial(step, ours), "bf16": partial(step, peer)},
-                place,
-                flops=6.0 * T * D * N,
-            )
+        yield take_time(
+            f"linear {T}x{D}x{N}, forward and backward",
+            {name: partial(step, layer) for name, layer in layers.items()},
+            place,
+            flops=6.0 * T * D * N,
+        )
     for R, F in place.shapes([*SWIGLU]):
         yield from _measure_swiglu(R, F, place)
 

@@ -19,12 +19,13 @@ from kernels.gemm_fp8 import (
     gemm_fp8_tn_reference,
 )
 from kernels.gemm_fp8_triton import TILES, choose_tile
-from kernels.linear_fp8 import Fp8Linear, linear_fp8, linear_fp8_reference, quantized_once
+from kernels.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference, linears_fp8
 from kernels.quantize import (
     dequantize_1x128,
     dequantize_128x1,
     dequantize_128x128,
     quantize_1x128,
+    quantize_1x128_128x1,
     quantize_128x1,
     quantize_128x128,
 )
@@ -207,23 +208,22 @@ def test_linear_keeps_one_byte_per_activation() -> None:
     assert not columns.called
 
 
-def test_quantized_once() -> None:
+def test_layers_of_the_same_input_share_its_forms() -> None:
+    """Values and gradients as one by one; x is quantised once, and kept once."""
     torch.manual_seed(0)
-    layers = Fp8Linear(64, 32), Fp8Linear(32, 16)
-    model = torch.nn.Sequential(*layers)
-    x = torch.randn(5, 64)
-    expected = model(x)
-    with mock.patch.object(module, "quantize_128x128", wraps=quantize_128x128) as calls:
-        with quantized_once(model):
-            assert torch.equal(model(x), expected)
-            model(x).sum().backward()
-        assert calls.call_count == 2
-        with torch.no_grad():
-            layers[0].weight.zero_()
-        assert model(x).abs().max() == 0  # nothing is remembered outside
-    with pytest.raises(ZeroDivisionError), quantized_once(model):
-        raise ZeroDivisionError
-    assert all(layer._scope is None for layer in layers)
+    x = torch.randn(130, 200).requires_grad_()
+    weights = [torch.randn(n, 200).requires_grad_() for n in (64, 130)]
+    fp8 = [Fp8Weight.of(weight) for weight in weights]
+    with mock.patch.object(module, "quantize_1x128_128x1", wraps=quantize_1x128_128x1) as calls:
+        outputs = linears_fp8(x, weights, fp8)
+    assert calls.call_count == 1
+    expected = [linear_fp8(x, weight, given) for weight, given in zip(weights, fp8, strict=True)]
+    for ours, one in zip(outputs, expected, strict=True):
+        assert torch.equal(ours, one)
+    grads = [torch.randn_like(y) for y in outputs]
+    shared = torch.autograd.grad(outputs, [x, *weights], grads)
+    theirs = torch.autograd.grad(expected, [x, *weights], grads)
+    assert all(torch.equal(a, b) for a, b in zip(shared, theirs, strict=True))
 
 
 def test_errors_say_what_would_be_right() -> None:

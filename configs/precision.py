@@ -1,0 +1,50 @@
+"""In which number formats a run computes: the section [precision]."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.rules import ConfigError, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8:
+    keep: tuple[str, ...] = ()
+    """Modules to leave in bf16: shell patterns of their names, for example `layers.0.*` or
+    `*.attention.wo`. Every pattern must match one. What is never quantised needs none: embeddings,
+    head, router, norms, biases and the attention between queries, keys and values."""
+    power_of_two: bool = False
+    """Round all scales up to powers of two (the MX format's scales): multiplying by them is exact.
+    On a CPU with fast bf16 the emulated products are then four times as fast."""
+    first_bf16: int = 0
+    """Blocks at the beginning to leave in bf16."""
+    last_bf16: int = 0
+    """Blocks at the end to leave in bf16; MTP modules count as the last."""
+    diagnose_every: int = 0
+    """Steps between reports of what FP8 costs each layer: signal to noise of the three products,
+    values that are flushed to zero or at the largest, range of scales. 0: never."""
+    warn_below_db: float = 15.0
+    """A report warns of products whose signal is less than this above their noise. About 28 dB are
+    usual; less says that a block spans more than e4m3 can."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "first_bf16", "last_bf16", "diagnose_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    recipe: Literal["auto", "bf16", "fp32", "fp8_blockwise"] = "auto"
+    """Compute dtype; master weights, gradients and their sums are fp32. `auto`: bf16 where the
+    device multiplies it faster than fp32 (CUDA; CPUs with AVX512-BF16 or AMX). `fp8_blockwise`:
+    the products of projections and experts in FP8 with a scale per block (DeepSeek-V3), the rest
+    as `auto`. A device without FP8 is refused; on a CPU the arithmetic is emulated exactly."""
+    fp8: Fp8 = field(default_factory=Fp8)
+    """Details of `fp8_blockwise`."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the optimizer's two moments; bf16 saves 4 bytes per parameter."""
+
+    def __post_init__(self) -> None:
+        if self.recipe != "fp8_blockwise" and self.fp8 != Fp8():
+            raise ConfigError(
+                f"precision.fp8 is set, but precision.recipe = {self.recipe!r} computes nothing "
+                "in FP8; use recipe = 'fp8_blockwise'"
+            )

@@ -1,0 +1,111 @@
+"""The recipe `fp8_blockwise` applied to a model: which modules compute in FP8, and how.
+
+All projections of attention (MLA's compressions too), dense and shared feed-forwards and experts;
+never embeddings, head, router, norms or the attention core: they are a small part of the work, and
+the choice of experts and the loss depend on their exact values (DeepSeek-V3, arXiv:2412.19437,
+section 3.3.1). A module is turned by giving it another class; parameters, their names and shapes
+stay, so initialisation, sharding and checkpoints know nothing of it.
+
+Experts with biases (GPT-OSS) run their products one by one: the gradient of a bias is a sum of
+rows that the fused form never has in one piece. SwiGLU then keeps its input in bf16.
+"""
+
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from configs.precision import Fp8
+from configs.rules import ConfigError
+from kernels.fp8 import Quantized
+from kernels.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
+from models.decoder import Decoder
+from models.linear import Fp8Linear, Fp8Module, as_matrices
+from models.moe import Experts, FeedForward, Rows
+
+
+class Fp8FeedForward(FeedForward, Fp8Module):
+    """A dense SwiGLU in FP8."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD = swiglu_mlp_fp8(
+            self.exchange.gather(x_TD), as_matrices("w13", self.w13), self.w2,
+            self.fp8_weight("w13"), self.fp8_weight("w2"), power_of_two=self.power_of_two,
+        )  # fmt: skip
+        return self.exchange.reduce_scatter(y_TD)
+
+
+class Fp8Experts(Experts, Fp8Module):
+    """SwiGLU experts in FP8; rows that came in FP8 are not quantised again."""
+
+    def forward(self, rows: Rows) -> Tensor:
+        if self.b13 is not None or self.b2 is not None or self.config.weight_on == "input":
+            return super().forward(rows)
+        quantized, x_RD = None, rows.data
+        if rows.scales is not None:
+            assert rows.stand_in is not None
+            quantized, x_RD = Quantized(rows.data, rows.scales), rows.stand_in
+        return swiglu_mlp_fp8(
+            x_RD, as_matrices("w13", self.w13), self.w2,
+            self.fp8_weight("w13"), self.fp8_weight("w2"), weights_R=rows.weights_R,
+            groups=Groups(rows.ends_e, rows.counts_e, rows.align), rows=quantized,
+            activation=self.config.activation, power_of_two=self.power_of_two,
+        )  # fmt: skip
+
+    def product(self, x_RD: Tensor, name: str, rows: Rows) -> Tensor:
+        """`x @ w.T` of every row with its expert's weight."""
+        return grouped_linear_fp8(
+            x_RD, as_matrices(name, getattr(self, name)), self.fp8_weight(name),
+            Groups(rows.ends_e, rows.counts_e, rows.align), self.power_of_two,
+        )  # fmt: skip
+
+
+_CLASSES: dict[type[nn.Module], type[Fp8Module]] = {
+    nn.Linear: Fp8Linear, FeedForward: Fp8FeedForward, Experts: Fp8Experts,
+}  # fmt: skip
+
+
+def apply_fp8(model: Decoder, options: Fp8) -> list[str]:
+    """Turn the eligible modules of a model, before anything else is done to it; their names.
+
+    Raises ConfigError for a pattern that matches no module, or where nothing would be left.
+    """
+    blocks = [(f"layers.{i}", block) for i, block in enumerate(model.layers)]
+    blocks += [(f"mtp.{i}", block) for i, block in enumerate(model.mtp)]
+    last = len(blocks) - options.last_bf16
+    eligible = [
+        (f"{prefix}.{name}", module)
+        for prefix, block in blocks[options.first_bf16 : max(last, 0)]
+        for name, module in block.named_modules()
+        if type(module) in _CLASSES
+    ]
+    names = [name for name, _ in model.named_modules()]
+    for pattern in options.keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"precision.fp8.keep: no module is called {pattern!r}; names are such as "
+                f"{eligible[0][0] if eligible else names[-1]}"
+            )
+    turned = []
+    for name, module in eligible:
+        if any(_within(name, pattern) for pattern in options.keep):
+            continue
+        module.__class__ = _CLASSES[type(module)]
+        assert isinstance(module, Fp8Module)
+        module.sources, module.power_of_two = {}, options.power_of_two
+        turned.append(name)
+    if not turned:
+        raise ConfigError(
+            "precision.recipe = 'fp8_blockwise', but precision.fp8 leaves every module in bf16"
+        )
+    return turned
+
+
+def _within(name: str, pattern: str) -> bool:
+    """Whether a pattern matches a module or one that it is part of."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
+
+
+def fp8_modules(model: nn.Module) -> dict[str, Fp8Module]:
+    """The modules that compute in FP8, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Fp8Module)}

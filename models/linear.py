@@ -1,0 +1,61 @@
+"""Projections of activations: `nn.Linear`, or the same with its products in FP8.
+
+A module in FP8 still has its weight as a parameter: that is what the optimizer steps, a checkpoint
+holds and a gradient belongs to. The products take the quantised form, from a *source*: by default
+the weight is quantised where it is used; sharded training puts a source in its place that holds
+what was gathered in FP8, and then nothing reads the parameter's values.
+
+T tokens, N output width, D input width.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from kernels.linear_fp8 import Fp8Weight, linears_fp8
+
+Source = Callable[[], Fp8Weight]
+
+
+class Fp8Module(nn.Module):
+    """What modules with weights in FP8 have in common."""
+
+    sources: dict[str, Source]
+    """By name of the parameter."""
+    power_of_two: bool
+
+    def fp8_weight(self, name: str) -> Fp8Weight:
+        """The quantised weight, a matrix or one per expert."""
+        source = self.sources.get(name)
+        if source is not None:
+            return source()
+        return Fp8Weight.of(as_matrices(name, getattr(self, name)), self.power_of_two)
+
+
+def as_matrices(name: str, weight: Tensor) -> Tensor:
+    """A weight as its products see it: gate and up of w13, `[2, F, D]` or `[E, 2, F, D]`, are
+    one."""
+    return weight.flatten(-3, -2) if name == "w13" else weight
+
+
+class Fp8Linear(nn.Linear, Fp8Module):
+    """A projection whose three products run in FP8; the bias is added in x's dtype."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        (y_TN,) = project(x_TD, self)
+        return y_TN
+
+
+def project(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Every layer applied to the same x; in FP8, x is quantised and kept once for all."""
+    fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
+    if len(fp8) < len(layers):
+        return tuple(layer(x_TD) for layer in layers)
+    outputs = linears_fp8(
+        x_TD, [layer.weight for layer in fp8], [layer.fp8_weight("weight") for layer in fp8],
+        fp8[0].power_of_two,
+    )  # fmt: skip
+    return tuple(
+        y_TN if layer.bias is None else y_TN + layer.bias
+        for y_TN, layer in zip(outputs, layers, strict=True)
+    )

@@ -1,0 +1,187 @@
+"""Weights in FP8 under FSDP2: quantised once per optimizer step, gathered as bytes.
+
+FSDP2 would gather a weight in bf16, and each rank quantise the whole of it at every use. Instead,
+after each optimizer step, every rank quantises its own shard of the fp32 master weight, and FSDP2
+gathers those bytes: half of bf16's, in forward and backward of all microbatches. Blocks of 128x128
+need not respect the borders of shards. The largest value of each block is a maximum over ranks, one
+all-reduce per step and group of ranks for all weights together (4 bytes per 16,384 elements), from
+which every rank knows all scales. Every mesh therefore quantises a weight to the same bits.
+
+FSDP2 has hooks for this, which it finds as attributes of the local shard. The parameter that it
+shows to the module while it is gathered is needed for its shape, dtype and gradient only: its
+memory is given back at the first use (2 bytes per element).
+
+Left out: shards in host memory (`cpu_offload`), whose bytes would have to follow them.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from configs.rules import ConfigError
+from kernels.fp8 import BLOCK, fp8_dtype
+from kernels.linear_fp8 import Fp8Weight
+from kernels.shard_fp8 import block_maxima, quantize_piece, scales_of
+from models.fp8 import Fp8Experts, fp8_modules
+from models.linear import Fp8Module
+
+WEIGHTS = ("weight", "w13", "w2")
+"""Parameters of FP8 modules that are quantised."""
+
+
+class GatheredWeight:
+    """One weight: this rank's piece in FP8, and the whole while FSDP2 has gathered it."""
+
+    def __init__(self, sharded: Any, stacked: bool, power_of_two: bool) -> None:
+        """sharded: FSDP2's record of the parameter. stacked: its first dimension counts experts."""
+        self.power_of_two, self.group = power_of_two, sharded.mesh_info.shard_process_group
+        self.local: Tensor = sharded.sharded_param._local_tensor
+        self.shape = torch.Size(sharded._orig_size)
+        leading = self.shape[int(stacked) : -1]
+        self.experts = self.shape[:1] if stacked else torch.Size([])
+        self.rows, self.columns = leading.numel(), self.shape[-1]
+        n, k = -(-self.rows // BLOCK), -(-self.columns // BLOCK)
+        self.grid = torch.Size([self.experts.numel() * n, k])
+        dim, length = sharded.fsdp_placement.dim, sharded.padded_sharded_param_size
+        begin = length[dim] * sharded.mesh_info.shard_mesh_rank
+        here = slice(begin, begin + self.local.shape[dim])
+        self.first_column = begin if dim == len(self.shape) - 1 else 0
+        row = torch.arange(self.rows) // BLOCK
+        block = torch.arange(self.experts.numel())[:, None] * n + row
+        block = block.view(self.shape[:-1])
+        if dim < len(self.shape) - 1:
+            block = block[(slice(None),) * dim + (here,)]
+        self.block_R = block.flatten().to(self.local.device)
+        self.scales = torch.empty(self.grid, device=self.local.device)
+        # what FSDP2 gathers: the shard, with its padding where the ranks do not divide it evenly
+        self.wire = torch.zeros(length, dtype=torch.uint8, device=self.local.device)
+        self.stand_in: Tensor | None = None
+        self.whole: Fp8Weight | None = None
+        self.local.fsdp_pre_all_gather = self._before
+        self.local.fsdp_post_all_gather = self._after
+
+    def raise_maxima(self, grid_nk: Tensor) -> None:
+        """Of every block, over the values here."""
+        block_maxima(self._piece(self.local), self.block_R, self.first_column, grid_nk)
+
+    def quantize(self, maxima_nk: Tensor) -> None:
+        """This rank's piece anew, with scales that all ranks agree on."""
+        self.scales.copy_(scales_of(maxima_nk, self.power_of_two))
+        mine = self.wire
+        for dim, size in enumerate(self.local.shape):
+            mine = mine.narrow(dim, 0, size)
+        piece = torch.empty_like(self._piece(self.local), dtype=torch.uint8)
+        quantize_piece(self._piece(self.local), self.block_R, self.first_column, self.scales, piece)
+        mine.copy_(piece.view(mine.shape))
+
+    def __call__(self) -> Fp8Weight:
+        """The gathered weight (`models.linear.Source`)."""
+        assert self.whole is not None, "used while it is not gathered"
+        if self.stand_in is not None and self.stand_in.untyped_storage().size():
+            self.stand_in.untyped_storage().resize_(0)
+        return self.whole
+
+    def _piece(self, local: Tensor) -> Tensor:
+        return local.detach().reshape(-1, local.shape[-1])
+
+    def _before(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: nn.Module, policy: Any
+    ) -> tuple[tuple[Tensor, ...], None]:
+        return (self.wire,), None
+
+    def _after(
+        self, gathered: Sequence[Tensor], metadata: None, dtype: torch.dtype,
+        *, out: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:  # fmt: skip
+        if out is not None:  # the memory that `whole` looks at has been filled again
+            return None
+        flat = gathered[0].view(-1)[: self.shape.numel()].view(fp8_dtype(gathered[0].device))
+        data = flat.view(*self.experts, self.rows, self.columns)
+        scales = self.scales.view(*self.experts, -1, self.grid[1])
+        self.whole = Fp8Weight(data, data, scales)
+        self.stand_in = torch.empty(self.shape, dtype=dtype, device=flat.device)
+        return self.stand_in, ()
+
+
+class Fp8Weights:
+    """All weights of a model that are gathered in FP8."""
+
+    def __init__(self, weights: list[GatheredWeight]) -> None:
+        self.weights = weights
+
+    def refresh(self) -> None:
+        """Quantise the shards anew; all ranks call it whenever the weights have changed."""
+        by_group: dict[Any, list[GatheredWeight]] = defaultdict(list)
+        for weight in self.weights:
+            by_group[weight.group].append(weight)
+        with torch.no_grad():
+            for group, weights in by_group.items():
+                sizes = [weight.grid.numel() for weight in weights]
+                maxima = torch.zeros(sum(sizes), device=weights[0].local.device)
+                grids = [
+                    part.view(weight.grid)
+                    for weight, part in zip(weights, maxima.split(sizes), strict=True)
+                ]
+                for weight, grid in zip(weights, grids, strict=True):
+                    weight.raise_maxima(grid)
+                if group.size() > 1:
+                    dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
+                for weight, grid in zip(weights, grids, strict=True):
+                    weight.quantize(grid)
+
+
+def gather_in_fp8(model: nn.Module) -> Fp8Weights:
+    """Let FSDP2 gather the weights of FP8 modules in FP8; after the model is materialised."""
+    weights = []
+    for sharded in _records(model):
+        owner, name = sharded._module_info.module, sharded._module_info.param_name
+        if not isinstance(owner, Fp8Module) or name not in WEIGHTS:
+            continue
+        if sharded.offload_to_cpu:
+            raise ConfigError(
+                "parallel.cpu_offload: weights in FP8 are gathered from the device's memory; use "
+                "precision.recipe = 'bf16' or cpu_offload = false"
+            )
+        weight = GatheredWeight(sharded, isinstance(owner, Fp8Experts), owner.power_of_two)
+        owner.sources[name] = weight
+        weights.append(weight)
+    return Fp8Weights(weights)
+
+
+def check_divided(model: nn.Module) -> None:
+    """Refuse FP8 weights that `tp` or `etp` cut within a block: their blocks, and the groups of
+    128 activations along them, would lie on two ranks and differ from those of other meshes."""
+    for name, module in fp8_modules(model).items():
+        for key, parameter in module.named_parameters(recurse=False):
+            if key not in WEIGHTS or not isinstance(parameter, DTensor):
+                continue
+            local = parameter.to_local().shape
+            experts = isinstance(module, Fp8Experts)
+            for dim in range(int(experts), parameter.ndim):
+                if local[dim] != parameter.shape[dim] and local[dim] % BLOCK:
+                    raise ConfigError(
+                        f"precision.recipe = 'fp8_blockwise': {name}.{key} is divided into parts "
+                        f"of {local[dim]} (of {parameter.shape[dim]}), which must be multiples of "
+                        f"{BLOCK}; use a smaller parallel.{'etp' if experts else 'tp'}, or name "
+                        "the module in precision.fp8.keep"
+                    )
+
+
+def _records(model: nn.Module) -> list[Any]:
+    """FSDP2's records of all parameters, each once."""
+    states = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            states[id(state)] = state
+    groups: list[Any] = []
+    for state in states.values():
+        several = getattr(state, "_fsdp_param_groups", None)  # from torch 2.12 on
+        groups += [state._fsdp_param_group] if several is None else several
+    return [record for group in groups if group is not None for record in group.fsdp_params]
