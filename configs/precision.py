@@ -45,6 +45,6 @@ class Precision:
     def __post_init__(self) -> None:
         if self.recipe != "fp8_blockwise" and self.fp8 != Fp8():
             raise ConfigError(
-                f"precision.fp8 is set, but precision.recipe = {self.recipe!r} computes nothing "
-                "in FP8; use recipe = 'fp8_blockwise'"
+                f"fp8 is set, but recipe = {self.recipe!r} computes nothing in FP8; use "
+                "recipe = 'fp8_blockwise'"
             )

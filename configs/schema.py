@@ -223,6 +223,11 @@ class RunConfig:
                 f"train.profile_steps = {beyond}: steps are numbered 1 to "
                 f"train.steps = {self.train.steps}"
             )
+        if self.precision.fp8.diagnose_every and self.parallel.compile:
+            raise ConfigError(
+                "precision.fp8.diagnose_every: a compiled block cannot be observed; use 0, or "
+                "parallel.compile = false"
+            )
 
 
 FIXED_ON_RESUME = (

@@ -145,13 +145,13 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
-        products = ctx.products
+        products, saved = ctx.products, ctx.saved_tensors
         rows, columns = products.both(grad_RN)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = products.nn(rows, Fp8Weight(*ctx.saved_tensors[:3]))
+            grad_x = products.nn(rows, Fp8Weight(*saved[:3]))
         if ctx.needs_input_grad[1]:
-            x = Quantized(*ctx.saved_tensors[3:])
+            x = Quantized(*saved[3:])
             grad_weight = products.tn(columns, x, ctx.weight_dtype)
         return grad_x, grad_weight, *[None] * 4
 

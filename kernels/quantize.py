@@ -225,15 +225,21 @@ def _reference(
     x_RD: Tensor, block: tuple[int, int], power_of_two: bool, dtype: torch.dtype
 ) -> Quantized:
     (R, D), (height, width) = x_RD.shape, block
-    x = F.pad(x_RD.float(), (0, -D % width, 0, -R % height))
+    x = x_RD.float()
+    if D % width or R % height:
+        x = F.pad(x, (0, -D % width, 0, -R % height))
+    is_own = x is not x_RD
     r, d = x.shape[0] // height, x.shape[1] // width
-    x = x.view(r, height, d, width)
+    x = x.reshape(r, height, d, width)
     amax = x.abs().amax((1, 3)) if x.numel() else x.new_zeros(r, d)
     scales = (amax / torch.finfo(dtype).max).clamp_(min=MIN_SCALE)
     scales[~amax.isfinite()] = float("nan")
-    if power_of_two:
+    if power_of_two:  # dividing by it is multiplying by its inverse, to the bit
         scales = round_up_to_power_of_two(scales)
-    data = (x / scales[:, None, :, None]).to(dtype).view(r * height, d * width)[:R, :D]
+        x = torch.mul(x, 1 / scales[:, None, :, None], out=x if is_own else None)
+    else:
+        x = torch.div(x, scales[:, None, :, None], out=x if is_own else None)
+    data = x.to(dtype).view(r * height, d * width)[:R, :D]
     if height > 1 and width == 1:
         data = empty_column_major((R, D), dtype, x.device).copy_(data)
     else:

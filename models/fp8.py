@@ -10,6 +10,7 @@ Experts with biases (GPT-OSS) run their products one by one: the gradient of a b
 rows that the fused form never has in one piece. SwiGLU then keeps its input in bf16.
 """
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -18,19 +19,23 @@ from configs.precision import Fp8
 from configs.rules import ConfigError
 from kernels.fp8 import Quantized
 from kernels.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
+from models.counts import flops_per_token
 from models.decoder import Decoder
 from models.linear import Fp8Linear, Fp8Module, as_matrices
-from models.moe import Experts, FeedForward, Rows
+from models.moe import Experts, FeedForward, Rows, row_values
 
 
 class Fp8FeedForward(FeedForward, Fp8Module):
     """A dense SwiGLU in FP8."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        x_TD = self.exchange.gather(x_TD)
         y_TD = swiglu_mlp_fp8(
-            self.exchange.gather(x_TD), as_matrices("w13", self.w13), self.w2,
+            x_TD, as_matrices("w13", self.w13), self.w2,
             self.fp8_weight("w13"), self.fp8_weight("w2"), power_of_two=self.power_of_two,
         )  # fmt: skip
+        if self.observer is not None:
+            self.observer.mlp(self, x_TD, y_TD, None, None, "swiglu")
         return self.exchange.reduce_scatter(y_TD)
 
 
@@ -44,21 +49,34 @@ class Fp8Experts(Experts, Fp8Module):
         if rows.scales is not None:
             assert rows.stand_in is not None
             quantized, x_RD = Quantized(rows.data, rows.scales), rows.stand_in
-        return swiglu_mlp_fp8(
+        groups, activation = _groups_of(rows), self.config.activation
+        y_RD = swiglu_mlp_fp8(
             x_RD, as_matrices("w13", self.w13), self.w2,
-            self.fp8_weight("w13"), self.fp8_weight("w2"), weights_R=rows.weights_R,
-            groups=Groups(rows.ends_e, rows.counts_e, rows.align), rows=quantized,
-            activation=self.config.activation, power_of_two=self.power_of_two,
+            self.fp8_weight("w13"), self.fp8_weight("w2"), weights_R=rows.weights_R, groups=groups,
+            rows=quantized, activation=activation, power_of_two=self.power_of_two,
         )  # fmt: skip
+        if self.observer is not None:
+            self.observer.mlp(self, row_values(rows), y_RD, rows.weights_R, groups, activation)
+        return y_RD
 
     def product(self, x_RD: Tensor, name: str, rows: Rows) -> Tensor:
         """`x @ w.T` of every row with its expert's weight."""
-        return grouped_linear_fp8(
-            x_RD, as_matrices(name, getattr(self, name)), self.fp8_weight(name),
-            Groups(rows.ends_e, rows.counts_e, rows.align), self.power_of_two,
+        groups = _groups_of(rows)
+        y_RN = grouped_linear_fp8(
+            x_RD, as_matrices(name, getattr(self, name)), self.fp8_weight(name), groups,
+            self.power_of_two,
         )  # fmt: skip
+        if self.observer is not None:
+            self.observer.linear(self, name, x_RD, y_RN, groups)
+        return y_RN
 
 
+def _groups_of(rows: Rows) -> Groups:
+    return Groups(rows.ends_e, rows.counts_e, rows.align)
+
+
+WEIGHTS = ("weight", "w13", "w2")
+"""Parameters that the products multiply with."""
 _CLASSES: dict[type[nn.Module], type[Fp8Module]] = {
     nn.Linear: Fp8Linear, FeedForward: Fp8FeedForward, Experts: Fp8Experts,
 }  # fmt: skip
@@ -69,8 +87,7 @@ def apply_fp8(model: Decoder, options: Fp8) -> list[str]:
 
     Raises ConfigError for a pattern that matches no module, or where nothing would be left.
     """
-    blocks = [(f"layers.{i}", block) for i, block in enumerate(model.layers)]
-    blocks += [(f"mtp.{i}", block) for i, block in enumerate(model.mtp)]
+    blocks = _blocks(model)
     last = len(blocks) - options.last_bf16
     eligible = [
         (f"{prefix}.{name}", module)
@@ -109,3 +126,42 @@ def _within(name: str, pattern: str) -> bool:
 def fp8_modules(model: nn.Module) -> dict[str, Fp8Module]:
     """The modules that compute in FP8, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Fp8Module)}
+
+
+@dataclass(frozen=True)
+class GemmShares:
+    """FLOPs of training per token of full sequences, forward and backward."""
+
+    fp8: float
+    """In products of FP8."""
+    eligible: float
+    """In products that the recipe may take: those of all modules that `apply_fp8` knows."""
+    every: float
+    """In all matrix products: head, router and the attention core too."""
+
+    def __str__(self) -> str:
+        return (
+            f"FP8 takes {self.fp8 / self.eligible:.1%} of the FLOPs of projections and experts, "
+            f"{self.fp8 / self.every:.1%} of those of all matrix products"
+        )
+
+
+def gemm_shares(model: Decoder, seq_len: int) -> GemmShares:
+    """How much of a model's work is done in FP8, from the shapes of its weights."""
+    share = model.config.moe.top_k / model.config.moe.n_experts
+    fp8 = eligible = 0.0
+    for _, block in _blocks(model):
+        for module in block.modules():
+            if not isinstance(module, tuple(_CLASSES)):
+                continue
+            own = dict(module.named_parameters(recurse=False))
+            matrices = sum(own[name].numel() for name in WEIGHTS if name in own)
+            flops = 6 * matrices * (share if isinstance(module, Experts) else 1.0)
+            eligible += flops
+            fp8 += flops if isinstance(module, Fp8Module) else 0.0
+    return GemmShares(fp8, eligible, flops_per_token(model.config, seq_len))
+
+
+def _blocks(model: Decoder) -> list[tuple[str, nn.Module]]:
+    blocks = [(f"layers.{i}", block) for i, block in enumerate(model.layers)]
+    return [*blocks, *((f"mtp.{i}", block) for i, block in enumerate(model.mtp))]

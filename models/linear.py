@@ -9,12 +9,32 @@ T tokens, N output width, D input width.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from kernels.linear_fp8 import Fp8Weight, linears_fp8
+from kernels.mlp_fp8 import Groups
+from kernels.swiglu import Activation
 
 Source = Callable[[], Fp8Weight]
+
+
+class Observer(Protocol):
+    """Is shown what modules in FP8 compute, and has no part in it."""
+
+    def linear(
+        self, module: "Fp8Module", name: str, x_TD: Tensor, y_TN: Tensor, groups: Groups | None
+    ) -> None:
+        """y is x times the weight of that name, transposed."""
+        ...
+
+    def mlp(
+        self, module: "Fp8Module", x_RD: Tensor, y_RD: Tensor, weights_R: Tensor | None,
+        groups: Groups | None, activation: Activation,
+    ) -> None:  # fmt: skip
+        """y is what `swiglu_mlp_fp8` makes of x with w13 and w2."""
+        ...
 
 
 class Fp8Module(nn.Module):
@@ -23,6 +43,7 @@ class Fp8Module(nn.Module):
     sources: dict[str, Source]
     """By name of the parameter."""
     power_of_two: bool
+    observer: Observer | None = None
 
     def fp8_weight(self, name: str) -> Fp8Weight:
         """The quantised weight, a matrix or one per expert."""
@@ -55,6 +76,9 @@ def project(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         x_TD, [layer.weight for layer in fp8], [layer.fp8_weight("weight") for layer in fp8],
         fp8[0].power_of_two,
     )  # fmt: skip
+    for layer, y_TN in zip(fp8, outputs, strict=True):
+        if layer.observer is not None:
+            layer.observer.linear(layer, "weight", x_TD, y_TN, None)
     return tuple(
         y_TN if layer.bias is None else y_TN + layer.bias
         for y_TN, layer in zip(outputs, layers, strict=True)

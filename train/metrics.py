@@ -14,6 +14,7 @@
 | moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
 | moe/layer_i/dead_experts | experts without a single token in the step |
 | moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/account.py |
+| fp8/NAME/... | what FP8 costs a weight, at the steps that ask: see train/fp8_report.py |
 | validation_loss, validation_bits_per_byte | at the steps that validate |
 
 Layers are those with experts, counted from 0, MTP modules last.
@@ -90,6 +91,11 @@ class MetricsWriter:
         self._loads.write(json.dumps({"step": step, "load": counts_LE.long().tolist()}) + "\n")
         for name, value in fields.items():
             self._board.add_scalar(name, value, step)
+
+    def histograms(self, step: int, values: dict[str, Tensor]) -> None:
+        """Draw how values are distributed, in TensorBoard."""
+        for name, tensor in values.items():
+            self._board.add_histogram(name, tensor, step)
 
     def amend(self, step: int, fields: dict[str, float]) -> None:
         """Add fields to a step that is recorded already."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from parallel.ranks import Ranks
 from train.console import Progressing
+from train.fp8_report import Fp8Report
 from train.metrics import (
     FORCED_BALANCE,
     MetricsWriter,
@@ -62,6 +63,7 @@ class Reporter:
         seconds: float,
         data_seconds: float,
         validation: dict[str, float],
+        fp8: Fp8Report | None = None,
     ) -> None:
         """Record one step. `seconds` is the whole step without validation and checkpoint."""
         if not self.active:
@@ -80,9 +82,14 @@ class Reporter:
         if self.force_balance:
             fields["force_balance"] = 1.0
         fields |= validation | balance_fields(result.counts_LE) | result.dispatch
+        fields |= {} if fp8 is None else fp8.fields
         self._writer.write(step, fields, result.counts_LE)
         as_line = step % self.log_every == 0 or step == self.total or step == self.done + 1
         self._progress.step(step, _status(fields), as_line)
+        if fp8 is not None:
+            self._writer.histograms(step, fp8.histograms)
+            for line in fp8.lines:
+                self._progress.say(f"step {step}: {line}")
         if validation:
             self._say_validation(step, validation)
 

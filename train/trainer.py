@@ -18,6 +18,7 @@ from configs.schema import RunConfig
 from kernels.device import bf16_is_fast
 from models.counts import flops_per_token
 from models.decoder import Decoder
+from models.fp8 import gemm_shares
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.fp8_weights import gather_in_fp8
@@ -26,6 +27,7 @@ from train import checkpoint, environment
 from train.batches import Sequences, TrainingData, validation_batches
 from train.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.durable import claim, replace_text
+from train.fp8_report import Fp8Diagnosis
 from train.metrics import FORCED_BALANCE
 from train.profile import profiled
 from train.report import Reporter
@@ -70,6 +72,7 @@ class Trainer:
         materialise(self.model, config.model, config.run.seed, ranks.device, offload)
         self.model.train()
         self.fp8_weights = gather_in_fp8(self.model)
+        self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
         start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
@@ -92,7 +95,7 @@ class Trainer:
                 fetched = time.perf_counter()
                 lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, total)
                 set_learning_rate(self.optimizer, lr)
-                with self._profile(step):
+                with self._profile(step), self.fp8.watching(step):
                     result = train_step(
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
                         copies=self.degrees.tp, clip_norm=train.clip_norm,
@@ -102,10 +105,11 @@ class Trainer:
                 if result is None:
                     break
                 self.done, end = step, time.perf_counter()
+                found = self.fp8.report(step)
                 validation = self._validate(stop) if self._due(self.config.validation.every) else {}
                 report.step(
                     step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
-                    validation=validation,
+                    validation=validation, fp8=found,
                 )  # fmt: skip
                 if self._due(self.config.checkpoint.every):
                     self._save(report)
@@ -202,11 +206,14 @@ class Trainer:
             self.folder, environment.describe(self.ranks, self.degrees, self.compute)
         )
         forced = [FORCED_BALANCE] if self.config.model.moe.force_balance else []
+        shares = gemm_shares(self.model, self.config.data.seq_len)
+        fp8 = [str(shares)] if shares.fp8 else []
         mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.degrees.table())
         print(
             f"{self.folder}: {self.ranks.world} ranks ({mesh}), {self.ranks.device.type}, "
             f"{str(self.compute).removeprefix('torch.')}, "
             f"{torch.get_num_threads()} threads per rank",
+            *fp8,
             *forced,
             *lines,
             sep="\n",
