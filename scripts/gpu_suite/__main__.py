@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import triton
 
-from scripts.gpu_suite import elementwise, gemm, grouped, layers, moe, quantize
+from scripts.gpu_suite import elementwise, gemm, grouped, layers, moe, quantize, training
 from scripts.gpu_suite.harness import Place
 
 SECTIONS = {
-    section.NAME: section for section in (quantize, gemm, grouped, layers, elementwise, moe)
+    section.NAME: section
+    for section in (quantize, gemm, grouped, layers, elementwise, moe, training)
 }
 
 
