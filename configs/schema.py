@@ -217,6 +217,19 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
+        if self.precision.recipe == "fp8_blockwise" and self.parallel.cpu_offload:
+            raise ConfigError(
+                "parallel.cpu_offload = true: with precision.recipe = 'fp8_blockwise' weights are "
+                "quantised and gathered in the device's memory; use 'bf16' or cpu_offload = false"
+            )
+        if self.precision.moments == "bf16" and max(self.optimizer.beta1, self.optimizer.beta2) > (
+            SLOWEST_BF16_DECAY
+        ):
+            raise ConfigError(
+                f"precision.moments = 'bf16': a mean with optimizer.beta1 = {self.optimizer.beta1} "
+                f"or beta2 = {self.optimizer.beta2} changes by less than bf16 can tell; use at "
+                f"most {SLOWEST_BF16_DECAY}, or moments = 'fp32'"
+            )
         beyond = [step for step in self.train.profile_steps if not 1 <= step <= self.train.steps]
         if beyond:
             raise ConfigError(
@@ -230,6 +243,8 @@ class RunConfig:
             )
 
 
+SLOWEST_BF16_DECAY = 0.996
+"""1 - 2^-8: bf16 rounds away a change of less than half of its spacing, at most 2^-8."""
 FIXED_ON_RESUME = (
     "run.seed",
     "model",

@@ -128,17 +128,16 @@ class _LinearsFp8(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         saved = ctx.saved_tensors  # once: a recomputed block hands each out one time
-        weights, by_column_x = saved[: 2 * n], saved[2 * n :]
         grad_x, grad_weights = None, []
         for i, grad_TN in enumerate(grads):
             by_row, by_column = _forms(grad_TN, ctx.power_of_two, needs_x, needs[i])
             if by_row is not None:
-                transposed, scales = weights[2 * i : 2 * i + 2]
+                transposed, scales = saved[2 * i : 2 * i + 2]
                 part = gemm_fp8_nn(*by_row, transposed, scales, grad_TN.dtype)
                 grad_x = part if grad_x is None else grad_x + part
             grad_weight = None
             if by_column is not None:
-                x_by_column = Quantized(*by_column_x)
+                x_by_column = Quantized(*saved[2 * n :])
                 if ctx.main_grad_ND is None:
                     dtype = ctx.weight_dtypes[i]
                     grad_weight = gemm_fp8_tn(*by_column, *x_by_column, out_dtype=dtype)

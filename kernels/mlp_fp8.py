@@ -94,8 +94,10 @@ class _Mlp(torch.autograd.Function):
         else:
             rows = quantize_1x128(x_RD, power_of_two)
         gate_up = products.nt(rows, fp8_w13)
-        y_RD = products.nt(swiglu_quantized(gate_up, weights_R, activation, power_of_two), fp8_w2)
+        h = swiglu_quantized(gate_up, weights_R, activation, power_of_two)
         kept = quantize_1x128(gate_up, power_of_two)
+        del rows, gate_up  # before the output takes their place
+        y_RD = products.nt(h, fp8_w2)
         ctx.save_for_backward(weights_R, *kept, *fp8_w13, *fp8_w2, *(columns or ()))
         ctx.products, ctx.activation, ctx.power_of_two = products, activation, power_of_two
         ctx.weight_dtype = w13.dtype
@@ -112,20 +114,25 @@ class _Mlp(torch.autograd.Function):
         else:
             grad_rows, grad_columns = quantize_1x128(grad_RD, ctx.power_of_two), None
         grad_h = products.nn(grad_rows, fp8_w2)
+        del grad_rows  # here and below: before something of its size is made
         groups = products.groups
-        made = swiglu_backward_quantized(
+        gate_up_rows, gate_up_columns, h_columns, grad_weights_R = swiglu_backward_quantized(
             grad_h, gate_up, weights_R, ctx.activation, ctx.power_of_two,
             None if groups is None else groups.ends_E, None if groups is None else groups.counts_E,
             gate_up_scales,
         )  # fmt: skip
-        grad_x = products.nn(made.gate_up_rows, fp8_w13) if needs_x else None
-        grad_w13 = grad_w2 = None
-        if needs_w13:
-            grad_w13 = products.tn(made.gate_up_columns, Quantized(*rest[6:]), dtype)
+        del grad_h
+        grad_x = grad_w13 = grad_w2 = None
         if needs_w2:
             assert grad_columns is not None
-            grad_w2 = products.tn(grad_columns, made.h_columns, dtype)
-        grad_weights = None if weights_R is None else made.weights_R
+            grad_w2 = products.tn(grad_columns, h_columns, dtype)
+        del grad_columns, h_columns
+        if needs_w13:
+            grad_w13 = products.tn(gate_up_columns, Quantized(*rest[6:]), dtype)
+        del gate_up_columns
+        if needs_x:
+            grad_x = products.nn(gate_up_rows, fp8_w13)
+        grad_weights = None if weights_R is None else grad_weights_R
         return grad_x, grad_w13, grad_w2, grad_weights, *[None] * 7
 
 

@@ -13,11 +13,12 @@ rows that the fused form never has in one piece. SwiGLU then keeps its input in 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from configs.precision import Fp8
 from configs.rules import ConfigError
-from kernels.fp8 import Quantized
+from kernels.fp8 import Quantized, fp8_dtype
 from kernels.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
 from models.counts import flops_per_token
 from models.decoder import Decoder
@@ -115,6 +116,14 @@ def apply_fp8(model: Decoder, options: Fp8) -> list[str]:
             "precision.recipe = 'fp8_blockwise', but precision.fp8 leaves every module in bf16"
         )
     return turned
+
+
+def check_device(device: torch.device, name: str) -> None:
+    """Refuse a device without FP8, in the name of the first layer that would need it."""
+    try:
+        fp8_dtype(device)
+    except ValueError as error:
+        raise ConfigError(f"precision.recipe = 'fp8_blockwise': {name}: {error}") from None
 
 
 def _within(name: str, pattern: str) -> bool:

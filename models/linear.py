@@ -62,13 +62,22 @@ def as_matrices(name: str, weight: Tensor) -> Tensor:
 class Fp8Linear(nn.Linear, Fp8Module):
     """A projection whose three products run in FP8; the bias is added in x's dtype."""
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        (y_TN,) = project(x_TD, self)
-        return y_TN
+    def forward(self, x_TD: Tensor, product_TN: Tensor | None = None) -> Tensor:
+        """product_TN: what `project` has made already."""
+        if product_TN is None:
+            fp8_weights, power_of_two = [self.fp8_weight("weight")], self.power_of_two
+            (product_TN,) = linears_fp8(x_TD, [self.weight], fp8_weights, power_of_two)
+        if self.observer is not None:
+            self.observer.linear(self, "weight", x_TD, product_TN, None)
+        return product_TN if self.bias is None else product_TN + self.bias
 
 
 def project(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Every layer applied to the same x; in FP8, x is quantised and kept once for all."""
+    """Every layer applied to the same x; in FP8, x is quantised and kept once for all.
+
+    Each layer is called even so: FSDP2 frees weights when every module of a group has run, and
+    would else keep them to the end of the forward pass.
+    """
     fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
     if len(fp8) < len(layers):
         return tuple(layer(x_TD) for layer in layers)
@@ -76,10 +85,4 @@ def project(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         x_TD, [layer.weight for layer in fp8], [layer.fp8_weight("weight") for layer in fp8],
         fp8[0].power_of_two,
     )  # fmt: skip
-    for layer, y_TN in zip(fp8, outputs, strict=True):
-        if layer.observer is not None:
-            layer.observer.linear(layer, "weight", x_TD, y_TN, None)
-    return tuple(
-        y_TN if layer.bias is None else y_TN + layer.bias
-        for y_TN, layer in zip(outputs, layers, strict=True)
-    )
+    return tuple(layer(x_TD, y_TN) for layer, y_TN in zip(layers, outputs, strict=True))

@@ -13,6 +13,8 @@ sharded over `dp_shard`, those that nothing divides over `dp_shard * tp`, expert
 Communication of one microbatch per rank and group of N elements (its part after tp, ep, etp):
 gather N in the compute dtype, twice where parameters are freed after forward; reduce-scatter N in
 fp32; with replicas, all-reduce N / (ranks that shard) in fp32. Nothing in groups of one rank.
+Weights in FP8 are gathered at one byte per element, and once per step the ranks that shard
+all-reduce 4 bytes per 16,384 of their elements (`parallel.fp8_weights`).
 """
 
 import torch
@@ -33,7 +35,7 @@ from configs.schema import RunConfig
 from kernels.grouped_gemm_fp8 import row_alignment
 from models.block import Block
 from models.decoder import Decoder
-from models.fp8 import apply_fp8
+from models.fp8 import apply_fp8, check_device
 from models.init import initial_value
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
@@ -50,14 +52,18 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
     compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
     """
     fp8 = config.precision.recipe == "fp8_blockwise"
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     align = 1
     if fp8:
-        apply_fp8(model, config.precision.fp8)
+        names = apply_fp8(model, config.precision.fp8)
+        check_device(torch.device(mesh.dense.device_type), names[0])
         align = row_alignment(mesh.dense.device_type)
-    apply_expert_parallel(model, mesh, config.parallel.dispatch, align)
+    apply_expert_parallel(
+        model, mesh, config.parallel.dispatch, align, config.precision.fp8.power_of_two
+    )
     apply_tensor_parallel(model, mesh.dense["tp"])
     if fp8:
-        check_divided(model)
+        check_divided(model, shapes)
     apply_recompute(model, config.parallel)
     if config.parallel.compile:
         for block in model.blocks():

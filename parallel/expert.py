@@ -34,10 +34,13 @@ DIMS: dict[str, dict[str, int]] = {
 }
 
 
-def apply_expert_parallel(model: Decoder, mesh: Mesh, options: Dispatch, align: int = 1) -> None:
+def apply_expert_parallel(
+    model: Decoder, mesh: Mesh, options: Dispatch, align: int = 1, power_of_two: bool = False
+) -> None:
     """Divide the experts of a model on the meta device, where `ep` or `etp` says so.
 
     align: what an expert's rows shall start at a multiple of (`kernels.grouped_gemm_fp8`).
+    power_of_two: of the scales of rows that travel in FP8.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
@@ -46,7 +49,9 @@ def apply_expert_parallel(model: Decoder, mesh: Mesh, options: Dispatch, align: 
     if not axes:
         return
     group = mesh.expert["ep"].get_group()
-    make_dispatcher = dispatcher_maker(model.config.moe.n_experts, group, options, align)
+    make_dispatcher = dispatcher_maker(
+        model.config.moe.n_experts, group, options, align, power_of_two
+    )
     for moe in layers:
         names = [name for name, _ in moe.experts.named_parameters()]
         dims = {name: tuple(DIMS[name][axis] for axis in axes) for name in names}

@@ -11,18 +11,18 @@ FSDP2 has hooks for this, which it finds as attributes of the local shard. The p
 shows to the module while it is gathered is needed for its shape, dtype and gradient only: its
 memory is given back at the first use (2 bytes per element).
 
-Left out: shards in host memory (`cpu_offload`), whose bytes would have to follow them.
+Left out: shards in host memory (`cpu_offload`, refused with the config), whose bytes would have to
+follow them.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from configs.rules import ConfigError
 from kernels.fp8 import BLOCK, fp8_dtype
@@ -30,6 +30,7 @@ from kernels.linear_fp8 import Fp8Weight
 from kernels.shard_fp8 import block_maxima, quantize_piece, scales_of
 from models.fp8 import Fp8Experts, fp8_modules
 from models.linear import Fp8Module
+from parallel.shards import local_of
 
 WEIGHTS = ("weight", "w13", "w2")
 """Parameters of FP8 modules that are quantised."""
@@ -143,31 +144,42 @@ def gather_in_fp8(model: nn.Module) -> Fp8Weights:
         owner, name = sharded._module_info.module, sharded._module_info.param_name
         if not isinstance(owner, Fp8Module) or name not in WEIGHTS:
             continue
-        if sharded.offload_to_cpu:
-            raise ConfigError(
-                "parallel.cpu_offload: weights in FP8 are gathered from the device's memory; use "
-                "precision.recipe = 'bf16' or cpu_offload = false"
-            )
+        assert not sharded.offload_to_cpu, "refused by configs.schema"
         weight = GatheredWeight(sharded, isinstance(owner, Fp8Experts), owner.power_of_two)
         owner.sources[name] = weight
         weights.append(weight)
     return Fp8Weights(weights)
 
 
-def check_divided(model: nn.Module) -> None:
+def kept_bytes(shape: torch.Size, own: int, dim: int, stacked: bool) -> int:
+    """What a `GatheredWeight` keeps: its shard's bytes, every scale, the block of its rows.
+
+    shape: of the weight before FSDP2 shards it along `dim` into parts of `own` elements. stacked:
+    as there.
+    """
+    rows, n_matrices = shape[int(stacked) : -1].numel(), shape[: int(stacked)].numel()
+    grid = n_matrices * -(-rows // BLOCK) * -(-shape[-1] // BLOCK)
+    own_rows = n_matrices * rows if dim == len(shape) - 1 else own // shape[-1]
+    return own + 4 * grid + 8 * own_rows
+
+
+def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
     """Refuse FP8 weights that `tp` or `etp` cut within a block: their blocks, and the groups of
-    128 activations along them, would lie on two ranks and differ from those of other meshes."""
+    128 activations along them, would lie on two ranks and differ from those of other meshes.
+
+    shapes: of the whole parameters, by name.
+    """
     for name, module in fp8_modules(model).items():
         for key, parameter in module.named_parameters(recurse=False):
-            if key not in WEIGHTS or not isinstance(parameter, DTensor):
+            if key not in WEIGHTS:
                 continue
-            local = parameter.to_local().shape
+            local, whole = local_of(parameter).shape, shapes[f"{name}.{key}"]
             experts = isinstance(module, Fp8Experts)
-            for dim in range(int(experts), parameter.ndim):
-                if local[dim] != parameter.shape[dim] and local[dim] % BLOCK:
+            for dim in range(int(experts), len(whole)):
+                if local[dim] != whole[dim] and local[dim] % BLOCK:
                     raise ConfigError(
                         f"precision.recipe = 'fp8_blockwise': {name}.{key} is divided into parts "
-                        f"of {local[dim]} (of {parameter.shape[dim]}), which must be multiples of "
+                        f"of {local[dim]} (of {whole[dim]}), which must be multiples of "
                         f"{BLOCK}; use a smaller parallel.{'etp' if experts else 'tp'}, or name "
                         "the module in precision.fp8.keep"
                     )

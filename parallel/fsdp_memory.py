@@ -10,6 +10,8 @@ order of its allocations decides the peak:
 - a reduction makes a flat fp32 input of the size of all gradients of the group, then gives the
   gradients up, then makes the rank's part; the input is held until the next group reduces.
 - weights that are not sharded along their first dimension cost one more copy, of each or of all.
+- weights in FP8 (`parallel.fp8_weights`) take one byte, and nothing is cast: every rank keeps the
+  bytes that it sends.
 
 Groups of one rank copy their shards without a flat output. With recomputation a block's experts are
 gathered when they run again, and stay.
@@ -22,11 +24,14 @@ from torch import nn
 
 from configs.degrees import Degrees
 from models.decoder import Decoder
+from models.linear import Fp8Module
 from models.moe import Experts
 from models.shadow import Ledger
 from parallel.apply import placement
+from parallel.fp8_weights import WEIGHTS, kept_bytes
 
 GATHERED, REDUCTION = "gathered weights", "gradient reduction"
+FP8_SHARDS = "shards in FP8"
 """Kinds of memory."""
 
 
@@ -38,6 +43,12 @@ class Shard:
     own: int
     moved: bool
     """Whether it is sharded along another dimension than the first."""
+    kept: int = 0
+    """Bytes that a weight in FP8 keeps on this rank, its scales included; 0 for others."""
+
+    def item(self, compute: int) -> int:
+        """Bytes of an element while it is gathered. compute: of the dtype of computation."""
+        return 1 if self.kept else compute
 
 
 @dataclass(eq=False)
@@ -62,9 +73,14 @@ class Group:
     def own(self) -> int:
         return sum(shard.own for shard in self.shards)
 
-    @property
-    def moved(self) -> int:
-        return sum(shard.whole for shard in self.shards if shard.moved)
+    def gathered_bytes(self, compute: int, moved: bool = False) -> int:
+        """Of all, or of those only that are not sharded along their first dimension."""
+        shards = [shard for shard in self.shards if shard.moved or not moved]
+        return sum(shard.whole * shard.item(compute) for shard in shards)
+
+    def cast_bytes(self, compute: int) -> list[int]:
+        """Of each part that is cast before it is gathered."""
+        return [s.own * compute for s in self.shards if not s.kept and compute != 4]
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,10 @@ def groups_of(model: Decoder, divided: set[nn.Module], degrees: Degrees, reshard
             elif d.tp > 1 and module not in divided and not is_experts:
                 name, ranks = "undivided", d.dp_shard * d.tp
             parameters = list(module.parameters(recurse=False))
-            own[name] += [_shard(p, ranks, is_experts) for p in parameters]
+            own[name] += [
+                _shard(p, ranks, is_experts, isinstance(module, Fp8Module) and key in WEIGHTS)
+                for key, p in module.named_parameters(recurse=False)
+            ]
             taken.update(parameters)
         blocks.append(
             BlockGroups(
@@ -134,11 +153,12 @@ def groups_of(model: Decoder, divided: set[nn.Module], degrees: Degrees, reshard
     return Groups(root, norm, blocks)
 
 
-def _shard(parameter: nn.Parameter, ranks: int, is_expert: bool) -> Shard:
+def _shard(parameter: nn.Parameter, ranks: int, is_expert: bool, fp8: bool = False) -> Shard:
     dim = placement(parameter, ranks, is_expert).dim
     length, rest = parameter.shape[dim], parameter.numel() // max(parameter.shape[dim], 1)
     own = -(-length // ranks) * rest
-    return Shard(own * ranks, own, dim != 0)
+    kept = kept_bytes(parameter.shape, own, dim, is_expert) if fp8 else 0
+    return Shard(own * ranks, own, dim != 0, kept)
 
 
 class Sharding:
@@ -167,10 +187,10 @@ class Sharding:
             return
         group.gathering = True
         if group.ranks > 1:
-            casts = self.item != 4
-            self._add(GATHERED, group.own * self.item * casts)
-            self._add(GATHERED, group.whole * self.item)
-            self._add(GATHERED, -group.own * self.item * casts)
+            casts = sum(group.cast_bytes(self.item))
+            self._add(GATHERED, casts)
+            self._add(GATHERED, group.gathered_bytes(self.item))
+            self._add(GATHERED, -casts)
 
     def use(self, group: Group, forward: bool) -> None:
         """Gather a group to the end: its parameters are there."""
@@ -180,17 +200,18 @@ class Sharding:
         group.gathering, group.gathered = False, True
         if forward:
             self._release_held()
-        whole = group.whole * self.item
+        whole = group.gathered_bytes(self.item)
         self._add(GATHERED, whole)
         if group.ranks > 1:
-            self._add(GATHERED, group.moved * self.item)
-            self._add(GATHERED, -group.moved * self.item)
+            moved = group.gathered_bytes(self.item, moved=True)
+            self._add(GATHERED, moved)
+            self._add(GATHERED, -moved)
             if forward:
                 self.held = whole
             else:
                 self._add(GATHERED, -whole)
-        elif self.item != 4:
-            largest = max(shard.own for shard in group.shards) * self.item
+        else:
+            largest = max(group.cast_bytes(self.item), default=0)
             self._add(GATHERED, largest)
             self._add(GATHERED, -largest)
 
@@ -198,7 +219,7 @@ class Sharding:
         """Free the parameters of a group."""
         if group.gathered:
             group.gathered = False
-            self._add(GATHERED, -group.whole * self.item)
+            self._add(GATHERED, -group.gathered_bytes(self.item))
 
     def end_forward(self, group: Group) -> None:
         """A group has run in forward."""
@@ -260,7 +281,7 @@ class Sharding:
             self.free(group)
             if group.gathering:
                 group.gathering = False
-                self._add(GATHERED, -group.whole * self.item * (group.ranks > 1))
+                self._add(GATHERED, -group.gathered_bytes(self.item) * (group.ranks > 1))
             group.places.clear()
         self._release_held()
 

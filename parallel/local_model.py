@@ -15,10 +15,12 @@ from torch.distributed import ProcessGroup
 from configs.degrees import Degrees
 from configs.dispatch import Dispatch
 from configs.schema import RunConfig
+from kernels.grouped_gemm_fp8 import row_alignment
 from models.attention import GroupedQueryAttention, LatentAttention
 from models.decoder import Decoder
 from models.exchange import Exchange
-from models.moe import Dispatcher, Experts, FeedForward, MoE
+from models.fp8 import apply_fp8
+from models.moe import Dispatcher, Experts, FeedForward, LocalDispatcher, MoE
 from parallel.dispatch.all_to_all import AllToAll
 from parallel.dispatch.exchange import Link, Traffic
 from parallel.dispatch.gathering import GatheringDispatcher
@@ -26,6 +28,7 @@ from parallel.dispatch.hierarchical import Hierarchical
 from parallel.dispatch.route import Planner, RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 from parallel.expert import DIMS
+from parallel.fp8_weights import check_divided
 from parallel.recompute import apply_recompute
 from parallel.tensor import HEADS, TensorExchange, VocabularyEmbedding
 
@@ -60,18 +63,26 @@ class SizedGroup:
     all_gather = allgather  # its name from torch 2.13 on
 
 
-def local_decoder(config: RunConfig, degrees: Degrees) -> tuple[Decoder, set[nn.Module]]:
+def local_decoder(
+    config: RunConfig, degrees: Degrees, device: str
+) -> tuple[Decoder, set[nn.Module]]:
     """A rank's part of the model on the meta device, and the modules whose own weights the ranks of
-    `tp` divide."""
+    `tp` divide. device: type of the one it is meant for."""
     with torch.device("meta"):
         model = Decoder(config.model)
+    fp8 = config.precision.recipe == "fp8_blockwise"
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    align = 1
+    if fp8:
+        apply_fp8(model, config.precision.fp8)
+        align = row_alignment(device)
     divided: set[nn.Module] = set()
     exchange = TensorExchange(_group(degrees.tp)) if degrees.tp > 1 else None
     for module in list(model.modules()):
         if isinstance(module, Experts):
             _divide_experts(module, degrees)
         elif isinstance(module, MoE):
-            module.dispatcher = _dispatcher(module, degrees, config.parallel.dispatch)
+            module.dispatcher = _dispatcher(module, degrees, config.parallel.dispatch, align)
         if exchange is not None:
             if isinstance(getattr(module, "exchange", None), Exchange):
                 setattr(module, "exchange", exchange)  # noqa: B010
@@ -84,6 +95,8 @@ def local_decoder(config: RunConfig, degrees: Degrees) -> tuple[Decoder, set[nn.
         if model.head is not None:
             _narrow(model.head, "weight", 0, degrees.tp)
             divided.add(model.head)
+    if fp8:
+        check_divided(model, shapes)
     apply_recompute(model, config.parallel)
     return model, divided
 
@@ -96,17 +109,18 @@ def _divide_experts(experts: Experts, degrees: Degrees) -> None:
                 _narrow(experts, name, DIMS[name]["etp"], degrees.etp)
 
 
-def _dispatcher(moe: MoE, degrees: Degrees, options: Dispatch) -> Dispatcher:
-    dispatcher = moe.dispatcher
+def _dispatcher(moe: MoE, degrees: Degrees, options: Dispatch, align: int) -> Dispatcher:
+    n_experts = moe.router.config.n_experts
+    dispatcher: Dispatcher = LocalDispatcher(n_experts, align)
     if degrees.ep > 1:
-        planner = _planner(moe.router.config.n_experts, degrees.ep, options)
+        planner = _planner(n_experts, degrees.ep, options, align)
         dispatcher = RoutedDispatcher(planner, options)
     if degrees.etp > 1:
         dispatcher = GatheringDispatcher(dispatcher, _group(degrees.etp))
     return dispatcher
 
 
-def _planner(n_experts: int, ep: int, options: Dispatch) -> Planner:
+def _planner(n_experts: int, ep: int, options: Dispatch, align: int) -> Planner:
     """What `parallel.dispatch.factory` would make. The buffers of DeepEP are its own: its rows
     are counted as those of the exact exchange."""
     if options.kind == "hierarchical":
@@ -114,11 +128,11 @@ def _planner(n_experts: int, ep: int, options: Dispatch) -> Planner:
         traffic = Traffic()
         across = Link(_group(ep // size), [False] * (ep // size), traffic)
         within = Link(_group(size), [False] * size, traffic)
-        return Hierarchical(n_experts, _group(ep), across, within, traffic)
+        return Hierarchical(n_experts, _group(ep), across, within, traffic, align)
     link = Link(_group(ep), [False] * ep)
     if options.kind == "sync_free":
-        return SyncFree(n_experts, link, options.capacity_factor)
-    return AllToAll(n_experts, link)
+        return SyncFree(n_experts, link, options.capacity_factor, align)
+    return AllToAll(n_experts, link, align)
 
 
 def _divide_over_tp(module: nn.Module, tp: int) -> set[nn.Module]:

@@ -21,17 +21,21 @@ from torch.autograd.graph import get_gradient_edge
 from configs.degrees import Degrees
 from configs.schema import RunConfig
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.fp8 import BLOCK
+from kernels.linear_fp8 import Fp8Weight
 from models.attention import GroupedQueryAttention, LatentAttention, layer_of
 from models.balance import StepScope
 from models.decoder import Decoder, Output
 from models.documents import DocumentAttention
 from models.fused_shadows import FusedKernels
+from models.linear import Fp8Module, as_matrices
 from models.moe import Experts, FeedForward, MoE, Rows
 from models.mtp import MtpModule
 from models.rope import rope_tables
 from models.router import routers
 from models.shadow import Shadows, Trace, extrapolate
 from parallel.dispatch.overflow import exact
+from parallel.fp8_weights import WEIGHTS
 from parallel.local_model import local_decoder
 from parallel.stand_ins import Behind, Documents, GivenChoice, Handed
 
@@ -71,7 +75,7 @@ class Rehearsal:
     ) -> None:
         """device: `cpu`, or anything else for an accelerator with torch's fused kernels."""
         self.config, self.degrees, self.compute = config, degrees, compute
-        self.model, self.divided = local_decoder(config, degrees)
+        self.model, self.divided = local_decoder(config, degrees, device)
         self.blocks = self.model.blocks()
         self.shadows = Shadows("cpu" if device == "cpu" else "meta")
         self.fused = device != "cpu"
@@ -216,8 +220,15 @@ class Rehearsal:
         self.mark(REDUCED)
 
     def _give_weights(self, module: nn.Module) -> None:
-        """Make the weights shadows in the dtype of computation; FSDP2 accounts for them."""
+        """Make the weights shadows in the dtype of computation; FSDP2 accounts for them, also for
+        those in FP8."""
         for part in module.modules():
+            if isinstance(part, Fp8Module):
+                part.sources = {
+                    name: partial(self._fp8_weight, as_matrices(name, getattr(part, name)).shape)
+                    for name in WEIGHTS
+                    if name in part._parameters
+                }
             for name, parameter in part._parameters.items():
                 if parameter is not None:
                     weight = self.shadows.given(*parameter.shape, dtype=self.compute)
@@ -225,6 +236,11 @@ class Rehearsal:
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = self.shadows.given(*buffer.shape, dtype=buffer.dtype)
+
+    def _fp8_weight(self, shape: torch.Size) -> Fp8Weight:
+        data = self.shadows.given(*shape, dtype=torch.float8_e4m3fn)
+        grid = (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
+        return Fp8Weight(data, data, self.shadows.given(*grid, dtype=torch.float32))
 
     def _give_choice(self, block: nn.Module, ids_tK: Tensor) -> None:
         tokens = self.shadows.given(dtype=torch.int64)

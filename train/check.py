@@ -9,7 +9,7 @@ from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
-from parallel.fsdp_memory import GATHERED, REDUCTION
+from parallel.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
 from parallel.rehearsal import BACKWARD, MASKS
 from train import checkpoint, sources
 from train.memory import likely_compute, predict
@@ -92,7 +92,7 @@ def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
 
 _ROUTED = ("routing and dispatch", "experts")
 _KINDS = (
-    "parameters", "gradients", "AdamW moments", GATHERED, REDUCTION, "batch", MASKS,
+    "parameters", "gradients", "AdamW moments", FP8_SHARDS, GATHERED, REDUCTION, "batch", MASKS,
     "embedding and last norm", "residual stream", "attention", *_ROUTED, "dense feed-forward",
     "logits and loss", BACKWARD, "gradient norm", "other",
 )  # fmt: skip

@@ -18,7 +18,7 @@ from configs.degrees import Degrees
 from configs.schema import RunConfig
 from kernels.device import bf16_is_fast
 from models.shadow import Bytes, Ledger, Segment, Trace
-from parallel.fsdp_memory import BlockGroups, Group, Groups, Sharding, groups_of
+from parallel.fsdp_memory import FP8_SHARDS, BlockGroups, Group, Groups, Sharding, groups_of
 from parallel.rehearsal import (
     EXPERTS,
     EXPERTS_BACK,
@@ -63,7 +63,7 @@ def likely_compute(config: RunConfig, device: str) -> torch.dtype:
     """The dtype that `precision.recipe` means on a device that need not be here: a CUDA device is
     taken to be fast in bf16."""
     recipe = config.precision.recipe
-    if recipe == "auto":
+    if recipe in ("auto", "fp8_blockwise"):
         fast = device == "cuda" or bf16_is_fast(torch.device(device))
         recipe = "bf16" if fast else "fp32"
     return torch.bfloat16 if recipe == "bf16" else torch.float32
@@ -95,7 +95,9 @@ class _Step:
         train, groups = self.config.train, self.groups.all()
         own = sum(group.own for group in groups) * 4
         self.home.add("parameters", own)
-        self.home.add("AdamW moments", 2 * own)
+        moment = 2 if self.config.precision.moments == "bf16" else 4
+        self.home.add("AdamW moments", 2 * moment * own // 4)
+        self.ledger.add(FP8_SHARDS, sum(s.kept for group in groups for s in group.shards))
         # tokens, positions, targets
         self.ledger.add("batch", 24 * self.passes * train.micro_batch * self.config.data.seq_len)
         # those of used microbatches stay to the end of the step
@@ -103,10 +105,13 @@ class _Step:
         self.ledger.add(MASKS, masks * max(self.passes - 2, 0))
         for _ in range(min(self.passes, 2)):
             self._microbatch()
+        largest = 4 * max(shard.own for group in groups for shard in group.shards)
         if self.device == "cpu":
-            largest = 4 * max(shard.own for group in groups for shard in group.shards)
             self.ledger.add("gradient norm", largest)
             self.ledger.add("gradient norm", -largest)
+        if moment == 2:  # both in fp32, one parameter at a time
+            self.home.add("AdamW moments", 2 * largest)
+            self.home.add("AdamW moments", -2 * largest)
         return Memory(self.ledger.peak, Bytes() if self.home is self.ledger else self.home.now)
 
     def _microbatch(self) -> None:

@@ -6,13 +6,15 @@ collection at fixed steps, and its table of peak FLOP/s.
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Optimizer
+from train.bf16_moments import Bf16MomentsAdamW
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -21,9 +23,18 @@ _NO_DECAY = re.compile(r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$")
 """Names of parameters without weight decay."""
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> "OptimizersContainer[Any]":
-    """AdamW over the parameters of a parallelised model."""
+def build_optimizer(
+    model: nn.Module, config: Optimizer, moments: Literal["fp32", "bf16"] = "fp32"
+) -> "OptimizersContainer[Any]":
+    """AdamW over the parameters of a parallelised model. moments: dtype they are stored in."""
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+    class Bf16Moments(OptimizersContainer[Any]):
+        """Torchtitan has bf16 moments on CUDA only, and takes optimizers by name."""
+
+        @staticmethod
+        def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
+            return Bf16MomentsAdamW
 
     common = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     # the fused update wants one mesh per group
@@ -39,10 +50,9 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> "OptimizersContainer
         )
         for (_, decays), names in members.items()
     ]
-    container: OptimizersContainer[Any] = OptimizersContainer.Config(
-        param_groups=groups, implementation="fused"
-    ).build(model_parts=[model])
-    return container
+    kind = Bf16Moments if moments == "bf16" else OptimizersContainer[Any]
+    options = OptimizersContainer.Config(param_groups=groups, implementation="fused")
+    return kind(options, model_parts=[model])
 
 
 def set_learning_rate(optimizer: "OptimizersContainer[Any]", lr: float) -> None:

@@ -62,18 +62,18 @@ class Trainer:
         self.folder = Path(config.run.dir).expanduser()
         ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
         self.compute = compute_dtype(config, ranks.device)
-        self.corpus = self._open_corpus()
-        self.training, self.held_out = self._open_data()
         mesh = meshes.build(degrees, ranks.device.type)
         with torch.device("meta"):
             self.model = Decoder(config.model)
-        parallelize(self.model, mesh, config, self.compute)
+        parallelize(self.model, mesh, config, self.compute)  # refuses what cannot work: early
+        self.corpus = self._open_corpus()
+        self.training, self.held_out = self._open_data()
         offload = config.parallel.cpu_offload
         materialise(self.model, config.model, config.run.seed, ranks.device, offload)
         self.model.train()
         self.fp8_weights = gather_in_fp8(self.model)
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, config.precision.moments)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
         start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
         self.fp8_weights.refresh()

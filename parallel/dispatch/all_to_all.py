@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.dispatch import Wire
 from kernels.permute import Permutation, combine_rows, permutation
-from parallel.dispatch.exchange import Link, Parcel, pack, per_choice, to_choices
+from parallel.dispatch.exchange import Link, Parcel, Wire, pack, per_choice, to_choices
 from parallel.dispatch.route import Back, Route
 
 

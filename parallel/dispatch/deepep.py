@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.dispatch import Wire
 from configs.rules import ConfigError
 from kernels.permute import Permutation, combine_rows, permutation
-from parallel.dispatch.exchange import Parcel, Traffic, per_choice, to_choices
+from parallel.dispatch.exchange import Parcel, Traffic, Wire, per_choice, to_choices
 from parallel.dispatch.route import Back, Route
 
 

@@ -10,17 +10,18 @@ R rows, D width, s scales per row.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.dispatch import Wire
 from kernels.fp8 import fp8_dtype
 from kernels.permute import Permutation, combine_rows, gather_rows
 from kernels.quantize import dequantize_1x128, quantize_1x128
 
+Wire = Literal["compute", "fp8", "fp8_power_of_two"]
+"""How values travel: in the compute dtype, or in FP8, whose scales may be powers of two."""
 _c10d = torch.ops._c10d_functional  # each gives a new tensor, which recomputation can keep
 
 
@@ -53,7 +54,7 @@ def pack(x_RD: Tensor, wire: Wire, extra: Tensor | None = None) -> Parcel:
     """Rows in a wire format."""
     if wire == "compute":
         return Parcel(x_RD, None, extra)
-    data, scales = quantize_1x128(x_RD)
+    data, scales = quantize_1x128(x_RD, power_of_two=wire == "fp8_power_of_two")
     return Parcel(data.view(torch.uint8), scales.contiguous(), extra)
 
 

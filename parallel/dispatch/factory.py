@@ -18,12 +18,14 @@ from parallel.dispatch.sync_free import SyncFree
 
 
 def dispatcher_maker(
-    n_experts: int, group: dist.ProcessGroup, options: Dispatch, align: int = 1
-) -> Callable[[], Dispatcher]:
+    n_experts: int, group: dist.ProcessGroup, options: Dispatch, align: int = 1,
+    power_of_two: bool = False,
+) -> Callable[[], Dispatcher]:  # fmt: skip
     """A function that makes one layer's dispatcher; layers share process groups and buffers.
 
     group: the ranks that divide the experts. All of them call this together. align: what an
-    expert's rows shall start at a multiple of.
+    expert's rows shall start at a multiple of. power_of_two: of the scales of rows that travel in
+    FP8.
     """
     nodes = node_of_ranks(group, options.node_size)
     me = dist.get_rank(group)
@@ -47,7 +49,7 @@ def dispatcher_maker(
             return SyncFree(n_experts, link, options.capacity_factor, align)
         return AllToAll(n_experts, link, align)
 
-    return lambda: RoutedDispatcher(planner(), options)
+    return lambda: RoutedDispatcher(planner(), options, power_of_two)
 
 
 def node_of_ranks(group: dist.ProcessGroup, node_size: int) -> list[int]:

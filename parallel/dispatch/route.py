@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from configs.dispatch import Dispatch, Wire
+from configs.dispatch import Dispatch
 from models.moe import ExpertsFn, Rows
-from parallel.dispatch.exchange import Parcel, Traffic
+from parallel.dispatch.exchange import Parcel, Traffic, Wire
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -71,11 +71,32 @@ class Planner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Wires:
+    """What every kind of rows travels as."""
+
+    dispatch: Wire
+    dispatch_grad: Wire
+    combine: Wire
+    combine_grad: Wire
+
+    @staticmethod
+    def of(options: Dispatch, power_of_two: bool) -> "Wires":
+        fp8: Wire = "fp8_power_of_two" if power_of_two else "fp8"
+        dtypes = (
+            options.dispatch_dtype, options.dispatch_grad_dtype, options.combine_dtype,
+            options.combine_grad_dtype,
+        )  # fmt: skip
+        return Wires(*(fp8 if dtype == "fp8" else "compute" for dtype in dtypes))
+
+
 class RoutedDispatcher:
     """`models.moe.Dispatcher` over routes, a chunk of tokens after another."""
 
-    def __init__(self, planner: Planner, options: Dispatch) -> None:
+    def __init__(self, planner: Planner, options: Dispatch, power_of_two: bool = False) -> None:
+        """power_of_two: of the scales of rows that travel in FP8."""
         self.planner, self.options = planner, options
+        self.wires = Wires.of(options, power_of_two)
 
     def run(
         self,
@@ -91,7 +112,7 @@ class RoutedDispatcher:
         routes = self.planner.plan(list(expert_ids_TK.split(sizes)))
 
         def send(i: int) -> Callable[[], Rows]:
-            return _to_experts(routes[i], self.options, x[i], weights[i], self.planner.align)
+            return _to_experts(routes[i], self.wires, x[i], weights[i], self.planner.align)
 
         arriving, returning = [send(0)], []
         shared_TD = None
@@ -100,20 +121,20 @@ class RoutedDispatcher:
                 arriving.append(send(i + 1))
             if i == 0 and beside is not None:
                 shared_TD = beside()
-            returning.append(_to_tokens(routes[i], self.options, experts(arriving[i]())))
+            returning.append(_to_tokens(routes[i], self.wires, experts(arriving[i]())))
         done = [returned() for returned in returning]
         y_TD = done[0] if n == 1 else torch.cat(done)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 def _to_experts(
-    route: Route, options: Dispatch, x_TD: Tensor, weights_TK: Tensor, align: int
+    route: Route, wires: Wires, x_TD: Tensor, weights_TK: Tensor, align: int
 ) -> Callable[[], Rows]:
     """Send tokens to experts; the result waits for the rows that came."""
     arrived: list[Parcel] = []
 
     def start(x_TD: Tensor, weights_TK: Tensor) -> Callable[[], Tensors]:
-        arrive = route.to_experts(x_TD, weights_TK, options.dispatch_dtype)
+        arrive = route.to_experts(x_TD, weights_TK, wires.dispatch)
 
         def end() -> Tensors:
             parcel = arrive()
@@ -126,7 +147,7 @@ def _to_experts(
         return end
 
     def start_gradient(grad_PD: Tensor, grad_P: Tensor) -> Callable[[], Tensors]:
-        return route.to_tokens(grad_PD, grad_P[:, None], options.dispatch_grad_dtype)
+        return route.to_tokens(grad_PD, grad_P[:, None], wires.dispatch_grad)
 
     trip = _Trip(start, start_gradient)
     link = _Start.apply(trip, x_TD, weights_TK)
@@ -142,15 +163,15 @@ def _to_experts(
     return rows
 
 
-def _to_tokens(route: Route, options: Dispatch, rows_PD: Tensor) -> Callable[[], Tensor]:
+def _to_tokens(route: Route, wires: Wires, rows_PD: Tensor) -> Callable[[], Tensor]:
     """Send expert outputs back; the result waits for the sum of each token's."""
 
     def start(rows_PD: Tensor) -> Callable[[], Tensors]:
-        arrive = route.to_tokens(rows_PD, None, options.combine_dtype)
+        arrive = route.to_tokens(rows_PD, None, wires.combine)
         return lambda: (arrive().y_TD,)
 
     def start_gradient(grad_TD: Tensor) -> Callable[[], Tensors]:
-        arrive = route.to_experts(grad_TD, None, options.combine_grad_dtype)
+        arrive = route.to_experts(grad_TD, None, wires.combine_grad)
         return lambda: (arrive().values(grad_TD.dtype),)
 
     trip = _Trip(start, start_gradient)

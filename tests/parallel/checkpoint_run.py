@@ -17,6 +17,7 @@ from configs.loader import flatten, from_dict
 from models.decoder import Decoder
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
+from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus, shake, whole
 from train import checkpoint
@@ -36,7 +37,11 @@ class Run:
         parallelize(self.model, self.mesh, self.config, torch.float32)
         materialise(self.model, self.config.model, self.config.run.seed, ranks.device)
         shake(self.model)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        self.fp8_weights = gather_in_fp8(self.model)
+        self.fp8_weights.refresh()
+        self.optimizer = build_optimizer(
+            self.model, self.config.optimizer, self.config.precision.moments
+        )
         self.data = TrainingData(
             Sequences(random_corpus(self.config.model.vocab_size, 20_000), 32, 0),
             seed=0,
@@ -50,6 +55,7 @@ class Run:
         done = train_step(
             self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
             copies=self.mesh.degrees.tp, clip_norm=1.0, mtp_weight=0.3,
+            updated=self.fp8_weights.refresh,
         )  # fmt: skip
         assert done is not None
         return done

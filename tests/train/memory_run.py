@@ -19,6 +19,7 @@ from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
+from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus
 from train.batches import Sequences, TrainingData
@@ -51,7 +52,9 @@ def largest(config: RunConfig, ranks: Ranks, one_choice: bool) -> int:
     for router in routers(model):
         if one_choice:
             router.bias_E[: router.config.top_k] = 100.0  # scores are at most 1
-    optimizer = build_optimizer(model, config.optimizer)
+    fp8_weights = gather_in_fp8(model)
+    fp8_weights.refresh()
+    optimizer = build_optimizer(model, config.optimizer, config.precision.moments)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, 0),
         seed=config.run.seed,
@@ -72,6 +75,7 @@ def largest(config: RunConfig, ranks: Ranks, one_choice: bool) -> int:
             train_step(
                 model, optimizer, data.step(step), step=step, rank=ranks.rank,
                 copies=degrees.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight, stop=forget,
+                updated=fp8_weights.refresh,
             )  # fmt: skip
     snapshot = tracker.get_tracker_snapshot("peak")
     return sum(device["Total"] for device in snapshot.values())

@@ -45,6 +45,7 @@ class Case:
     recipe: str = "fp32"
     one_choice: bool = False
     moe: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> RunConfig:
         tp = self.parallel.get("tp", 1)
@@ -60,7 +61,7 @@ class Case:
             "train": {"steps": 2, "global_batch": batch, "micro_batch": self.micro_batch},
             "optimizer": {"lr": 1e-3},
             "parallel": self.parallel,
-            "precision": {"recipe": self.recipe},
+            "precision": {"recipe": self.recipe} | self.precision,
         }
         return from_dict(settings, self.name)
 
@@ -82,6 +83,14 @@ def wide(model: Model) -> Model:
 
 
 SMALL: dict[str, Any] = {"micro_batch": 1, "seq_len": 32}
+FP8: dict[str, Any] = {
+    "recipe": "fp8_blockwise", "precision": {"moments": "bf16", "fp8": {"power_of_two": True}},
+}  # fmt: skip
+# half of the keys and values would be half a block
+FP8_TP: dict[str, Any] = {
+    "recipe": "fp8_blockwise",
+    "precision": {"fp8": {"keep": ("*.wk", "*.wv"), "power_of_two": True}},
+}
 CASES = [
     Case("activations", "glm4", seq_len=256),
     Case("states", "mixtral", model={"n_layers": 6}, passes=2, **SMALL),
@@ -91,6 +100,10 @@ CASES = [
     Case("long", "deepseek-v2", micro_batch=1, seq_len=640),
     Case("sinks", "gpt-oss", recipe="bf16", passes=2),
     Case("chunks", "llama4", recipe="bf16", parallel={"recompute": "full", "recompute_every": 2}),
+    Case("FP8", "glm4", passes=2, **FP8),
+    Case("FP8 states", "mixtral", model={"n_layers": 6}, passes=2, **FP8 | SMALL),
+    Case("FP8 recomputed", "deepseek-v3", parallel={"recompute": "full"}, seq_len=256, **FP8),
+    Case("FP8 with biases", "gpt-oss", **FP8),
     Case("shards", "mixtral", 2, {"prefetch": 2}, {"n_layers": 5}, recipe="bf16", **SMALL),
     Case("gathered", "qwen3", 2, {"reshard_after_forward": False, "prefetch": 0}, passes=2),
     Case("experts", "gpt-oss", 2, {"ep": 2}, passes=2),
@@ -106,6 +119,9 @@ CASES = [
     Case("in chunks and FP8", "glm4", 2,
          {"ep": 2, "dispatch": {"chunks": 2, "dispatch_dtype": "fp8"}}, recipe="bf16"),
     Case("on the host", "glm4", 2, {"cpu_offload": True}, recipe="bf16", passes=2, **SMALL),
+    Case("FP8 shards", "mixtral", 2, {"prefetch": 2}, {"n_layers": 5}, passes=2, **FP8 | SMALL),
+    Case("FP8 experts", "qwen3", 2, {"ep": 2, "dispatch": {"dispatch_dtype": "fp8"}}, **FP8),
+    Case("FP8 tensors", "glm4", 2, {"tp": 2, "ep": 2, "recompute": "selective"}, **FP8_TP),
     Case("all axes", "glm4", 4, {"dp_shard": 2, "tp": 2, "ep": 4}),
     Case(
         "all axes, recomputed", "gpt-oss", 4,

@@ -1,0 +1,58 @@
+"""AdamW whose two moments are stored in bf16 (DeepSeek-V3, arXiv:2412.19437, section 3.3.3).
+
+The moments are half of what a rank holds of a model at rest: 8 of 16 bytes per parameter, here 4 of
+12. They need range, which bf16 has, more than digits: an update is a quotient of the two, and a
+relative error of 2^-9 in it is nothing beside the noise of a gradient. Weights, in contrast, sum up
+small updates, which bf16 would swallow; masters and gradients stay fp32.
+
+Only what is stored is rounded (to nearest). Each parameter's moments are widened to fp32, torch's
+own update is applied to these, and they are rounded again: one rounding per step, and 8 bytes per
+element of one parameter at a time. Torch's fused update reads bf16 moments with fp32 weights on
+CUDA only.
+
+Left out: stochastic rounding. A mean that changes by less than half of bf16's spacing per step,
+2^-8 of itself, stands still; decays of at most 0.996 (`configs.schema` refuses others) move more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from parallel.shards import local_of
+
+
+class Bf16MomentsAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW`, fused, with `exp_avg` and `exp_avg_sq` in bf16."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            for name in _MOMENTS:
+                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        stored = [local_of(state[name]) for name in _MOMENTS]
+        mean, square = (moment.float() for moment in stored)
+        beta1, beta2 = group["betas"]
+        assert parameter.grad is not None
+        adamw(
+            [local_of(parameter)], [local_of(parameter.grad)], [mean], [square], [],
+            [state["step"]], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        for moment, exact in zip(stored, (mean, square), strict=True):
+            moment.copy_(exact)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
