@@ -33,7 +33,8 @@ from kernels.quantize import (
     dequantize_1x128,
     quantize_1x128,
     quantize_1x128_reference,
-    quantize_128x1_reference,
+    quantize_128x1,
+    quantize_128x1_grouped,
 )
 from kernels.swiglu_cpu import ALPHA, LIMIT
 
@@ -112,7 +113,7 @@ def swiglu_backward_quantized(
     gate_up_R2F: in grad's dtype, or FP8 data with its `scales` of `quantize_1x128`.
     ends_E, counts_E: as in `grouped_gemm_nt`; None for one group of all rows. Blocks of 128 rows
     start anew in every group: the block of a row is counted over the groups before, each rounded up
-    to whole blocks, and scales are `[R // 128 + E, D]`, zero where there is no block. Rows between
+    to whole blocks, and scales are `[R // 128 + E, D]`, 2^-80 where there is no block. Rows between
     a group's true rows and its end are taken to be zero; rows beyond the last end are not defined
     in the results, but for the gradient of their weights, which is zero.
     """
@@ -215,8 +216,8 @@ def _backward_quantized(
     grad_gate_up, grad_weights, h = backward(grad_RF, gate_up_R2F, weights_R)
     return QuantizedGradients(
         quantize_1x128(grad_gate_up, power_of_two),
-        _quantize_columns(grad_gate_up, ends_E, power_of_two),
-        _quantize_columns(h, ends_E, power_of_two),
+        _quantize_columns(grad_gate_up, ends_E, counts_E, power_of_two),
+        _quantize_columns(h, ends_E, counts_E, power_of_two),
         grad_weights,
     )
 
@@ -237,20 +238,13 @@ def _outside(n_rows: int, ends_E: Tensor, counts_E: Tensor) -> Tensor:
     return (rows_R >= (starts_E + counts_E)[group_R]) | (rows_R >= ends_E[-1])
 
 
-def _quantize_columns(x_RD: Tensor, ends_E: Tensor | None, power_of_two: bool) -> Quantized:
+def _quantize_columns(
+    x_RD: Tensor, ends_E: Tensor | None, counts_E: Tensor | None, power_of_two: bool
+) -> Quantized:
     """128x1, anew in every group."""
-    if ends_E is None:
-        return quantize_128x1_reference(x_RD, power_of_two)
-    R, D = x_RD.shape
-    data = empty_column_major((R, D), fp8_dtype(x_RD.device), x_RD.device).zero_()
-    scales = torch.zeros(R // BLOCK + len(ends_E), D, device=x_RD.device)
-    start = block = 0
-    for end in ends_E.tolist():
-        found = quantize_128x1_reference(x_RD[start:end], power_of_two)
-        data[start:end] = found.data
-        scales[block : block + len(found.scales)] = found.scales
-        start, block = end, block + len(found.scales)
-    return Quantized(data, scales)
+    if ends_E is None or counts_E is None:
+        return quantize_128x1(x_RD, power_of_two)
+    return quantize_128x1_grouped(x_RD, ends_E, counts_E, power_of_two)
 
 
 @torch.library.custom_op("phalanx::swiglu", mutates_args=())

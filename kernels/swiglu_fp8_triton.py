@@ -270,15 +270,15 @@ def _backward(  # type: ignore[no-untyped-def]
             at = grad_gate_up_ptr + rows[:, None] * (2 * width) + columns[None, :]
             tl.store(at, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
             tl.store(at + width, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
-    exists = n_rows > 0  # else a row of scales without a block, which is zero
+    # where there is no block, the maxima are zero and the scale is the smallest
     gate_scale = _scale(gate_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
     up_scale = _scale(up_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
     h_scale = _scale(h_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
     of_gate = column_scales_ptr + block * (2 * width) + columns
-    tl.store(of_gate, tl.where(exists, gate_scale, 0.0), mask=columns < width)
-    tl.store(of_gate + width, tl.where(exists, up_scale, 0.0), mask=columns < width)
+    tl.store(of_gate, gate_scale, mask=columns < width)
+    tl.store(of_gate + width, up_scale, mask=columns < width)
     at = h_scales_ptr + block * width + columns
-    tl.store(at, tl.where(exists, h_scale, 0.0), mask=columns < width)
+    tl.store(at, h_scale, mask=columns < width)
     for start in range(0, BLOCK, STRIP):
         rows = start + tl.arange(0, STRIP)
         inside = (rows < n_rows)[:, None] & (columns < width)[None, :]

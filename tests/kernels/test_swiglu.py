@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import swiglu as ops
-from kernels.fp8 import Quantized
+from kernels.fp8 import MIN_SCALE, Quantized
 from kernels.quantize import dequantize_1x128, quantize_1x128, quantize_128x1
 from kernels.swiglu import Activation, swiglu, swiglu_backward, swiglu_backward_quantized
 
@@ -84,7 +84,7 @@ def columns_by_loop(x: Tensor, sizes: list[int], counts: list[int]) -> Quantized
         scales.append(found.scales)
         start += size
     unused = x.shape[0] // 128 + len(sizes) - sum(map(len, scales))
-    return Quantized(data, torch.cat([*scales, torch.zeros(unused, x.shape[1])]))
+    return Quantized(data, torch.cat([*scales, torch.full((unused, x.shape[1]), MIN_SCALE)]))
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
