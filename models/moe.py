@@ -71,7 +71,7 @@ def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation, align: int) -> Rows
     return Rows(
         data=gather_rows(x_TD, to),
         scales=None,
-        weights_R=gather_rows(weights.reshape(-1, 1), to)[:, 0],
+        weights_R=gather_rows(weights.reshape(-1, 1), to).squeeze(1),
         ends_e=to.ends_E,
         counts_e=to.counts_E,
         align=align,

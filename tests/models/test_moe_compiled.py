@@ -1,0 +1,90 @@
+"""A whole MoE layer under `torch.compile` without a break: run on a CPU, traced for CUDA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from configs.model import Attention, Model, Moe
+from configs.precision import Fp8
+from models.decoder import Decoder
+from models.fp8 import apply_fp8
+from models.init import initialise
+from models.moe import MoE
+
+MODEL = Model(
+    vocab_size=8, d_model=64, n_layers=1, init_std=0.2,
+    attention=Attention(n_heads=1, head_dim=64),
+    moe=Moe(n_experts=8, top_k=2, d_expert=32, n_shared_experts=1, n_groups=4, top_groups=2,
+            score_func="sigmoid"),
+)  # fmt: skip
+
+
+def layer(fp8: bool) -> MoE:
+    model = Decoder(MODEL)
+    initialise(model, MODEL, seed=0)
+    if fp8:
+        apply_fp8(model, Fp8())
+    (block,) = model.blocks()
+    assert isinstance(block.ffn, MoE)
+    return block.ffn
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_equals_eager(fp8: bool) -> None:
+    """Output, gradients and the counts of choices, for two numbers of tokens."""
+    moe = layer(fp8)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for tokens in (40, 7):
+        x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        grad = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1))
+        results = []
+        for run in (moe, compiled):
+            moe.router.tokens_per_expert_E.zero_()
+            y = run(x)
+            leaves = (x, *moe.parameters())
+            counts = moe.router.tokens_per_expert_E.clone()
+            results.append([y, *torch.autograd.grad(y, leaves, grad), counts])
+        for ours, eager in zip(*results, strict=True):
+            assert torch.equal(ours, eager)
+
+
+def test_traces_for_cuda() -> None:
+    """No operation asks for data. (A build of torch without CUDA cannot trace gradients for it, nor
+    slices, which FP8 needs; the kernels of both are compiled offline.)"""
+    found: list[str] = []
+
+    def look(graph: fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op != "placeholder")
+        run: Callable[..., Any] = graph.forward
+        return run
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = Decoder(MODEL)
+        (block,) = model.blocks()
+        with FakeTensorMode(), torch.no_grad():
+            for module in block.ffn.modules():
+                for held in (module._parameters, module._buffers):
+                    for name, tensor in held.items():
+                        if tensor is not None:
+                            held[name] = torch.empty(
+                                tensor.shape, dtype=tensor.dtype, device="cuda"
+                            )
+            x = torch.empty(40, 64, device="cuda")
+            y = torch.compile(block.ffn, fullgraph=True, backend=look)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert y.shape == (40, 64) and y.device.type == "cuda"
+    ours = {name for name in found if "phalanx" in name}
+    wanted = {"route", "permutation", "gather_rows", "combine_rows", "grouped_gemm_nt", "swiglu"}
+    assert all(any(f"phalanx.{name}" in node for node in ours) for name in wanted), found
