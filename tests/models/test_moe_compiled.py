@@ -1,7 +1,7 @@
 """A whole MoE layer under `torch.compile` without a break: run on a CPU, traced for CUDA."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_traces_for_cuda() -> None:
         (block,) = model.blocks()
         with FakeTensorMode(), torch.no_grad():
             for module in block.ffn.modules():
-                for held in (module._parameters, module._buffers):
+                for held in cast(list[dict[str, Any]], [module._parameters, module._buffers]):
                     for name, tensor in held.items():
                         if tensor is not None:
                             held[name] = torch.empty(
