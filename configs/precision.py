@@ -28,15 +28,21 @@ class Fp8:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "first_bf16", "last_bf16", "diagnose_every")
+        if not self.diagnose_every and self.warn_below_db != Fp8.warn_below_db:
+            raise ConfigError(
+                f"warn_below_db = {self.warn_below_db}: nothing is reported with "
+                "diagnose_every = 0; set it to a number of steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     recipe: Literal["auto", "bf16", "fp32", "fp8_blockwise"] = "auto"
-    """Compute dtype; master weights, gradients and their sums are fp32. `auto`: bf16 where the
-    device multiplies it faster than fp32 (CUDA; CPUs with AVX512-BF16 or AMX). `fp8_blockwise`:
-    the products of projections and experts in FP8 with a scale per block (DeepSeek-V3), the rest
-    as `auto`. A device without FP8 is refused; on a CPU the arithmetic is emulated exactly."""
+    """Compute dtype; master weights are fp32, and gradients from their sum over ranks on. `auto`:
+    bf16 where the device multiplies it faster than fp32 (CUDA; CPUs with AVX512-BF16 or AMX).
+    `fp8_blockwise`: the products of projections and experts in FP8 with a scale per block
+    (DeepSeek-V3), the rest as `auto`. A device without FP8 is refused; on a CPU the arithmetic is
+    emulated exactly."""
     fp8: Fp8 = field(default_factory=Fp8)
     """Details of `fp8_blockwise`."""
     moments: Literal["fp32", "bf16"] = "fp32"

@@ -74,10 +74,13 @@ def linears_fp8(
         raise ValueError(f"linear_fp8 takes bf16 or fp32, got {x_TD.dtype}")
     assert main_grad_ND is None or len(weights) == 1
     keep_x = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    parts = [part for fp8_weight in fp8_weights for part in fp8_weight]
+    # Dynamo takes no tensor twice: data stands for itself where it is not stored transposed too
+    turned = tuple(weight.transposed is not weight.data for weight in fp8_weights)
+    parts = [part for weight in fp8_weights for part in (weight.data, weight.scales)]
+    parts += [w.transposed for w, other in zip(fp8_weights, turned, strict=True) if other]
     flat = x_TD.reshape(-1, x_TD.shape[-1])
     outputs: tuple[Tensor, ...] = _LinearsFp8.apply(
-        flat, power_of_two, main_grad_ND, keep_x, *weights, *parts
+        flat, power_of_two, main_grad_ND, keep_x, turned, *weights, *parts
     )
     return tuple(y.view(*x_TD.shape[:-1], y.shape[1]) for y in outputs)
 
@@ -109,13 +112,16 @@ class _LinearsFp8(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, power_of_two: bool, main_grad_ND: Tensor | None, keep_x: bool,
-        *weights_and_parts: Tensor,
+        turned: tuple[bool, ...], *weights_and_parts: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        n = len(weights_and_parts) // 4
-        weights, parts = weights_and_parts[:n], weights_and_parts[n:]
+        n, others = len(turned), iter(weights_and_parts[3 * len(turned) :])
+        weights, parts = weights_and_parts[:n], weights_and_parts[n : 3 * n]
         by_row, by_column = _forms(x_TD, power_of_two, True, keep_x)
         assert by_row is not None
-        fp8_weights = [Fp8Weight(*parts[3 * i : 3 * i + 3]) for i in range(n)]
+        fp8_weights = [
+            Fp8Weight(data, next(others) if other else data, scales)
+            for data, scales, other in zip(parts[::2], parts[1::2], turned, strict=True)
+        ]
         kept = [part for weight in fp8_weights for part in (weight.transposed, weight.scales)]
         ctx.save_for_backward(*kept, *(by_column or ()))
         ctx.n, ctx.power_of_two, ctx.main_grad_ND = n, power_of_two, main_grad_ND
@@ -126,7 +132,7 @@ class _LinearsFp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         saved = ctx.saved_tensors  # once: a recomputed block hands each out one time
         grad_x, grad_weights = None, []
         for i, grad_TN in enumerate(grads):
@@ -144,7 +150,8 @@ class _LinearsFp8(torch.autograd.Function):
                 else:
                     gemm_fp8_tn(*by_column, *x_by_column, accumulate_into=ctx.main_grad_ND)
             grad_weights.append(grad_weight)
-        return grad_x, None, None, None, *grad_weights, *[None] * (3 * n)
+        rest = len(ctx.needs_input_grad) - 5 - n
+        return grad_x, None, None, None, None, *grad_weights, *[None] * rest
 
 
 class _Reference(torch.autograd.Function):

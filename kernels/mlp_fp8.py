@@ -59,10 +59,14 @@ def swiglu_mlp_fp8(
     the products take their quantised forms. rows: x in FP8, 1x128, where it is so already; x then
     only lends its dtype and takes the gradient. Differentiable in x, w13, w2 and weights_R.
     """
-    wants = torch.is_grad_enabled() and (w13.requires_grad or w2.requires_grad)
-    y_RD: Tensor = _Mlp.apply(
-        x_RD, w13, w2, weights_R, fp8_w13, fp8_w2, groups, rows, activation, power_of_two, wants
+    wants_weights = torch.is_grad_enabled() and (w13.requires_grad or w2.requires_grad)
+    wants_rows = torch.is_grad_enabled() and any(
+        leaf is not None and leaf.requires_grad for leaf in (x_RD, weights_R)
     )
+    y_RD: Tensor = _Mlp.apply(
+        x_RD, w13, w2, weights_R, fp8_w13, fp8_w2, groups, rows, activation, power_of_two,
+        wants_weights, wants_weights or wants_rows,
+    )  # fmt: skip
     return y_RD
 
 
@@ -82,7 +86,7 @@ class _Mlp(torch.autograd.Function):
     def forward(
         ctx: Any, x_RD: Tensor, w13: Tensor, w2: Tensor, weights_R: Tensor | None,
         fp8_w13: Fp8Weight, fp8_w2: Fp8Weight, groups: Groups | None, rows: Quantized | None,
-        activation: Activation, power_of_two: bool, wants_weights: bool,
+        activation: Activation, power_of_two: bool, wants_weights: bool, wants_any: bool,
     ) -> Tensor:  # fmt: skip
         products = _Products(groups, power_of_two, x_RD.dtype)
         columns = None
@@ -95,7 +99,7 @@ class _Mlp(torch.autograd.Function):
             rows = quantize_1x128(x_RD, power_of_two)
         gate_up = products.nt(rows, fp8_w13)
         h = swiglu_quantized(gate_up, weights_R, activation, power_of_two)
-        kept = quantize_1x128(gate_up, power_of_two)
+        kept = quantize_1x128(gate_up, power_of_two) if wants_any else (None, None)
         del rows, gate_up  # before the output takes their place
         y_RD = products.nt(h, fp8_w2)
         ctx.save_for_backward(weights_R, *kept, *fp8_w13, *fp8_w2, *(columns or ()))
@@ -133,7 +137,7 @@ class _Mlp(torch.autograd.Function):
         if needs_x:
             grad_x = products.nn(gate_up_rows, fp8_w13)
         grad_weights = None if weights_R is None else grad_weights_R
-        return grad_x, grad_w13, grad_w2, grad_weights, *[None] * 7
+        return grad_x, grad_w13, grad_w2, grad_weights, *[None] * 8
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -143,10 +147,8 @@ class _GroupedLinear(torch.autograd.Function):
         power_of_two: bool, keep_x: bool,
     ) -> Tensor:  # fmt: skip
         products = _Products(groups, power_of_two, x_RK.dtype)
-        rows, columns = quantize_1x128(x_RK, power_of_two), None
-        if keep_x:
-            rows, columns = products.both(x_RK)
-        ctx.save_for_backward(*fp8_weight, *(columns or ()))
+        rows, columns = products.both(x_RK) if keep_x else (quantize_1x128(x_RK, power_of_two), ())
+        ctx.save_for_backward(*fp8_weight, *columns)
         ctx.products, ctx.weight_dtype = products, weight_ENK.dtype
         return products.nt(rows, fp8_weight)
 

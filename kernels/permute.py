@@ -18,9 +18,8 @@ have unequal numbers of rows, and how a buffer of fixed size is less than full.
 Routing weights travel the same way, as rows one wide: they are applied between the two products of
 an expert (`kernels.swiglu`), which is free there, and the way back is a plain sum.
 
-Left out: gathering in the loads of the grouped product. TMA reads neighbouring rows; rows read
-through an index cost the product its fast path, and the row-grouped copy is needed for the weight
-gradient anyway.
+Gathering in the loads of the grouped product (`kernels.grouped_gemm_triton`) is not used: TMA reads
+neighbouring rows, and the row-grouped copy is needed for the weight gradient anyway.
 
 Shapes: T tokens, K experts per token, R = T * K rows, P slots, D width, d = ceil(D / 128),
 E experts.

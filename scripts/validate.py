@@ -14,6 +14,7 @@ from configs.loader import from_dict, unflatten
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.decoder import Decoder
+from models.fp8 import WEIGHTS, apply_fp8, check_device, fp8_modules
 from models.router import routers
 from parallel.ranks import start_ranks, stop_ranks
 from train import checkpoint
@@ -48,12 +49,24 @@ def validate(source: Path, overrides: list[str]) -> tuple[float, float]:
 def _load(manifest: checkpoint.Manifest, config: RunConfig, device: torch.device) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config.model)
+    if config.precision.recipe == "fp8_blockwise":
+        names = apply_fp8(model, config.precision.fp8)
+        check_device(device, names[0])
     model.to_empty(device="cpu")
     for buffer in model.buffers():
         buffer.zero_()
     state = model.state_dict(keep_vars=True)
     checkpoint.load(manifest, {f"model.{name}": tensor for name, tensor in state.items()})
-    model.to(device, compute_dtype(config, device))
+    model.to(device)
+    masters = {
+        id(parameter)  # quantised where they are used, from fp32 as in training
+        for module in fp8_modules(model).values()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in WEIGHTS
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in masters:
+            parameter.data = parameter.data.to(compute_dtype(config, device))
     for router in routers(model):
         router.float_bias()
     return model

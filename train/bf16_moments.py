@@ -10,8 +10,10 @@ own update is applied to these, and they are rounded again: one rounding per ste
 element of one parameter at a time. Torch's fused update reads bf16 moments with fp32 weights on
 CUDA only.
 
-Left out: stochastic rounding. A mean that changes by less than half of bf16's spacing per step,
-2^-8 of itself, stands still; decays of at most 0.996 (`configs.schema` refuses others) move more.
+Left out: stochastic rounding. A change of less than half of bf16's spacing is rounded away, so a
+mean stands still while what comes in differs from it by less than 2^-8 / (1 - decay): 8 percent of
+a squared gradient at 0.95, that is 4 percent of an update. `configs.schema` refuses decays above
+0.98, where it would be 20.
 """
 
 from collections.abc import Callable

@@ -79,13 +79,15 @@ class Figures:
         is zero, everything of a weight that did nothing."""
         found = {}
         for name in PRODUCTS:
-            signal = self.signal[name]
-            if signal > 0:
-                share = max(self.noise[name] / signal, 10 ** (-MOST_DB / 10))
+            signal, noise = self.signal[name], self.noise[name]
+            if not math.isfinite(signal + noise):
+                found[f"{name}_db"] = -MOST_DB  # an infinity or NaN: nothing is left of the signal
+            elif signal > 0:
+                share = max(noise / signal, 10 ** (-MOST_DB / 10))
                 found[f"{name}_db"] = -10 * math.log10(share)
         for name in TENSORS:
-            if self.values[name]:
-                logs = self.log_scales(name)
+            logs = self.log_scales(name) if self.values[name] else torch.empty(0)
+            if len(logs):
                 found[f"{name}_flushed"] = self.flushed[name] / self.values[name]
                 found[f"{name}_saturated"] = self.saturated[name] / self.values[name]
                 found[f"{name}_scale_low"] = float(logs.min())
@@ -94,7 +96,8 @@ class Figures:
 
     def log_scales(self, name: str) -> Tensor:
         """log2 of every scale of a tensor, `[n]`, on the CPU."""
-        return torch.cat([scales.flatten() for scales in self.scales[name]]).log2().cpu()
+        scales = torch.cat([scales.flatten() for scales in self.scales[name]])
+        return scales[scales.isfinite()].log2().cpu()  # blocks with a NaN have none
 
     def _product(self, name: str, exact: Tensor, found: Tensor, unseen: float) -> None:
         signal = float(exact.double().square().sum())

@@ -99,7 +99,7 @@ class Fp8Diagnosis:
             f"fp8/{name}/{tensor}_scales": found.log_scales(tensor)
             for name, found in self._found.items()
             for tensor in TENSORS
-            if found.values[tensor]
+            if len(found.log_scales(tensor))
         }
         self._found = {}
         flat = {f"fp8/{name}/{key}": v for name, own in fields.items() for key, v in own.items()}

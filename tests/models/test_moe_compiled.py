@@ -1,6 +1,7 @@
 """A whole MoE layer under `torch.compile` without a break: run on a CPU, traced for CUDA."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -10,9 +11,11 @@ from torch._subclasses import FakeTensorMode
 
 from configs.model import Attention, Model, Moe
 from configs.precision import Fp8
+from kernels.linear_fp8 import Fp8Weight
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialise
+from models.linear import Fp8Linear, project
 from models.moe import MoE
 
 MODEL = Model(
@@ -88,3 +91,25 @@ def test_traces_for_cuda() -> None:
     ours = {name for name in found if "phalanx" in name}
     wanted = {"route", "permutation", "gather_rows", "combine_rows", "grouped_gemm_nt", "swiglu"}
     assert all(any(f"phalanx.{name}" in node for node in ours) for name in wanted), found
+
+
+def test_projections_of_gathered_weights() -> None:
+    """A weight that FSDP2 gathered has no transposed copy: data stands for it, once."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(32, width, bias=False) for width in (16, 24)]
+    for each in layers:
+        each.__class__ = Fp8Linear
+        assert isinstance(each, Fp8Linear)
+        given = Fp8Weight.of(each.weight)
+        gathered = given.data, given.data, given.scales
+        each.sources, each.power_of_two = {"weight": partial(Fp8Weight, *gathered)}, False
+    x = torch.randn(9, 32, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cat(project(x, *layers), 1)
+
+    eager, compiled = run(x), torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(eager, compiled)
+    leaves = [x, *(each.weight for each in layers)]
+    ours, theirs = (torch.autograd.grad(y.square().sum(), leaves) for y in (compiled, eager))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
