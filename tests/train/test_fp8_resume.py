@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -71,3 +72,15 @@ def test_a_run_may_change_its_recipe_and_its_moments(overrides: list[str], tmp_p
     assert "precision.recipe (was 'fp8_blockwise', is 'fp32')" in out
     assert "precision.moments (was 'bf16', is 'fp32')" in out
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_validation_alone_computes_in_the_runs_recipe(overrides: list[str], tmp_path: Path) -> None:
+    """`scripts.validate` gives the trainer's loss; in bf16 the same weights give another."""
+    out = run("-m", "train", TINY, *overrides, *FP8, "--train.steps=2").stdout
+    trained = re.findall(r"validation loss ([\d.]+)", out)[-1]
+    alone = run("-m", "scripts.validate", tmp_path / "run").stdout
+    found = float(re.findall(r"([0-9.]+) nats", alone)[0])
+    assert found == pytest.approx(float(trained), abs=2e-4)  # batches of another size round so
+    bf16 = run("-m", "scripts.validate", tmp_path / "run", "--precision.recipe=bf16",
+               "--precision.fp8.power_of_two=false").stdout  # fmt: skip
+    assert bf16 != alone
