@@ -65,3 +65,20 @@ def fp8_values(data: Tensor) -> Tensor:
     codes = codes.bitwise_left_shift_(4).bitwise_and_(-30736)  # 0x87F0
     values = codes.view(torch.bfloat16).mul_(2.0**120)
     return values.masked_fill_(is_nan, float("nan"))
+
+
+def empty_rows(shape: tuple[int, ...] | torch.Size, here: torch.device) -> Quantized:
+    """What `quantize_1x128` of `[R, D]` fills."""
+    R, D = shape
+    scales = empty_column_major((R, -(-D // BLOCK)), torch.float32, here)
+    return Quantized(torch.empty(R, D, dtype=fp8_dtype(here), device=here), scales)
+
+
+def empty_columns(
+    shape: tuple[int, ...] | torch.Size, ends_E: Tensor | None, here: torch.device
+) -> Quantized:
+    """What `quantize_128x1` of `[R, D]` fills, or its grouped form."""
+    R, D = shape
+    blocks = -(-R // BLOCK) if ends_E is None else R // BLOCK + ends_E.shape[0]
+    scales = torch.empty(blocks, D, dtype=torch.float32, device=here)
+    return Quantized(empty_column_major((R, D), fp8_dtype(here), here), scales)

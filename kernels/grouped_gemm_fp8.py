@@ -7,10 +7,9 @@
 | weight gradient, `dw[e] = dy_e.T @ x_e` | `grouped_gemm_fp8_tn` | the group's rows | both 128x1 |
 
 Groups are those of `kernels.grouped_gemm`: contiguous rows, ends and true counts on the device,
-zero rows between them, nobody's rows behind the last end.
-Scales are as in `kernels.quantize`; those of
-the weight gradient come from `quantize_128x1_grouped`, whose blocks restart with every group, so a
-block of 128 rows never mixes experts.
+zero rows between them, nobody's rows behind the last end. Scales are as in `kernels.quantize`;
+those of the weight gradient come from `quantize_128x1_grouped`, whose blocks restart with every
+group, so a block of 128 rows never mixes experts.
 
 On a CPU one group after the other is dequantised and multiplied, as `kernels.gemm_fp8` does it.
 

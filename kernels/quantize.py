@@ -45,6 +45,8 @@ from kernels.fp8 import (
     MIN_SCALE,
     Quantized,
     empty_column_major,
+    empty_columns,
+    empty_rows,
     fp8_dtype,
     fp8_values,
 )
@@ -279,7 +281,7 @@ def _rows(x_RD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 @_rows.register_fake
 def _(x_RD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x_RD)
+    return empty_rows(x_RD.shape, x_RD.device)
 
 
 @torch.library.custom_op("phalanx::quantize_128x1", mutates_args=())
@@ -300,7 +302,7 @@ def _columns(
 def _(
     x_RD: Tensor, ends_E: Tensor | None, counts_E: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
-    return _empty_columns(x_RD, ends_E)
+    return empty_columns(x_RD.shape, ends_E, x_RD.device)
 
 
 @torch.library.custom_op("phalanx::quantize_1x128_128x1", mutates_args=())
@@ -321,7 +323,7 @@ def _both(
 def _(
     x_RD: Tensor, ends_E: Tensor | None, counts_E: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty_rows(x_RD), *_empty_columns(x_RD, ends_E)
+    return *empty_rows(x_RD.shape, x_RD.device), *empty_columns(x_RD.shape, ends_E, x_RD.device)
 
 
 @torch.library.custom_op("phalanx::quantize_128x128", mutates_args=())
@@ -358,16 +360,3 @@ def _launch(
     groups = None if ends_E is None or counts_E is None else (ends_E, counts_E)
     with device.launching_on(x_RD):
         return quantize_groups(x_RD, fp8_dtype(x_RD.device), power_of_two, rows, columns, groups)
-
-
-def _empty_rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
-    R, D = x_RD.shape
-    scales = empty_column_major((R, -(-D // BLOCK)), torch.float32, x_RD.device)
-    return x_RD.new_empty(R, D, dtype=fp8_dtype(x_RD.device)), scales
-
-
-def _empty_columns(x_RD: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor]:
-    R, D = x_RD.shape
-    r = -(-R // BLOCK) if ends_E is None else R // BLOCK + len(ends_E)
-    data = empty_column_major((R, D), fp8_dtype(x_RD.device), x_RD.device)
-    return data, x_RD.new_empty(r, D, dtype=torch.float32)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import device, swiglu_cpu
-from kernels.fp8 import BLOCK, Quantized, empty_column_major, fp8_dtype
+from kernels.fp8 import Quantized, empty_columns, empty_rows, fp8_dtype
 from kernels.quantize import (
     dequantize_1x128,
     quantize_1x128,
@@ -323,7 +323,8 @@ def _swiglu_quantized(
 def _(
     gate_up_R2F: Tensor, weights_R: Tensor | None, activation: str, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
-    return _empty_rows(gate_up_R2F.shape[0], gate_up_R2F.shape[1] // 2, gate_up_R2F.device)
+    shape = gate_up_R2F.shape[0], gate_up_R2F.shape[1] // 2
+    return empty_rows(shape, gate_up_R2F.device)
 
 
 @torch.library.custom_op("phalanx::swiglu_backward_quantized", mutates_args=())
@@ -356,22 +357,11 @@ def _(
     (R, D), here = grad_RF.shape, grad_RF.device
     weights = grad_RF.new_empty(0) if weights_R is None else weights_R.new_empty(weights_R.shape)
     return (
-        *_empty_rows(R, 2 * D, here),
-        *_empty_columns(R, 2 * D, ends_E, here),
-        *_empty_columns(R, D, ends_E, here),
+        *empty_rows((R, 2 * D), here),
+        *empty_columns((R, 2 * D), ends_E, here),
+        *empty_columns((R, D), ends_E, here),
         weights,
     )
-
-
-def _empty_rows(R: int, D: int, here: torch.device) -> Quantized:
-    scales = empty_column_major((R, -(-D // BLOCK)), torch.float32, here)
-    return Quantized(torch.empty(R, D, dtype=fp8_dtype(here), device=here), scales)
-
-
-def _empty_columns(R: int, D: int, ends_E: Tensor | None, here: torch.device) -> Quantized:
-    blocks = -(-R // BLOCK) if ends_E is None else R // BLOCK + len(ends_E)
-    scales = torch.empty(blocks, D, dtype=torch.float32, device=here)
-    return Quantized(empty_column_major((R, D), fp8_dtype(here), here), scales)
 
 
 def _known(activation: str) -> Activation:

@@ -24,11 +24,12 @@ from torch import nn
 
 from configs.degrees import Degrees
 from models.decoder import Decoder
+from models.fp8 import WEIGHTS
 from models.linear import Fp8Module
 from models.moe import Experts
 from models.shadow import Ledger
 from parallel.apply import placement
-from parallel.fp8_weights import WEIGHTS, kept_bytes
+from parallel.fp8_weights import kept_bytes
 
 GATHERED, REDUCTION = "gathered weights", "gradient reduction"
 FP8_SHARDS = "shards in FP8"

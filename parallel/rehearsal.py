@@ -27,6 +27,7 @@ from models.attention import GroupedQueryAttention, LatentAttention, layer_of
 from models.balance import StepScope
 from models.decoder import Decoder, Output
 from models.documents import DocumentAttention
+from models.fp8 import WEIGHTS
 from models.fused_shadows import FusedKernels
 from models.linear import Fp8Module, as_matrices
 from models.moe import Experts, FeedForward, MoE, Rows
@@ -35,7 +36,6 @@ from models.rope import rope_tables
 from models.router import routers
 from models.shadow import Shadows, Trace, extrapolate
 from parallel.dispatch.overflow import exact
-from parallel.fp8_weights import WEIGHTS
 from parallel.local_model import local_decoder
 from parallel.stand_ins import Behind, Documents, GivenChoice, Handed
 
