@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs.model import Model, Moe
 from kernels.grouped_gemm import grouped_gemm_nt
+from kernels.mlp import swiglu_mlp
 from kernels.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.quantize import dequantize_1x128
 from kernels.swiglu import swiglu
@@ -116,6 +117,9 @@ class LocalDispatcher:
 class Experts(nn.Module):
     """SwiGLU experts as two grouped GEMMs; gate and up share the first."""
 
+    recompute_h: bool = False
+    """Keep gate and up only, and compute the activation again in backward (without biases)."""
+
     def __init__(self, d_model: int, config: Moe) -> None:
         super().__init__()
         self.config = config
@@ -131,6 +135,11 @@ class Experts(nn.Module):
         if self.config.weight_on == "input":
             data_RD = data_RD * weights_R[:, None].to(data_RD.dtype)
             weights_R = torch.ones_like(weights_R)
+        if self.recompute_h and self.b13 is None and self.b2 is None:
+            return swiglu_mlp(
+                data_RD, self.w13.flatten(1, 2), self.w2, rows.ends_e, rows.counts_e, weights_R,
+                self.config.activation,
+            )  # fmt: skip
         gate_up = self.product(data_RD, "w13", rows)
         if self.b13 is not None:
             gate_up = gate_up + self._of_rows(self.b13.flatten(1), rows)

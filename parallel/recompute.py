@@ -33,6 +33,7 @@ import kernels.grouped_gemm
 import kernels.grouped_gemm_fp8  # noqa: F401  (all three for the operations that they define)
 from configs.schema import Parallel
 from models.decoder import Decoder
+from models.moe import Experts
 from models.router import Router, Tape, routers
 
 _aten, _c10d, _phalanx = torch.ops.aten, torch.ops._c10d_functional, torch.ops.phalanx
@@ -69,6 +70,9 @@ SAC_IGNORED_OPS.update(
 
 def apply_recompute(model: Decoder, config: Parallel) -> None:
     """Wrap the forward of every `recompute_every`-th block; names of parameters do not change."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.recompute_h = config.recompute_swiglu
     if config.recompute == "none":
         return
     kept = config.recompute_keep if config.recompute == "selective" else ()

@@ -22,6 +22,7 @@ RECOMPUTED = [
     Case(GLM4, 1, 2, 2, 4, 1, (("recompute", "selective"), ("recompute_keep", ("exchange",)))),
     Case(GLM4, 2, 1, 2, 2, 1, (("recompute", "full"), ("recompute_every", 2))),
     Case("deepseek-v3", 1, 2, 2, 4, 1, (("recompute", "selective"),)),
+    Case(GLM4, 1, 2, 2, 4, 1, (("recompute_swiglu", True), ("prefetch", 0))),
     Case(GLM4, 1, 2, 2, 4, 1, (("reshard_after_forward", False), ("prefetch", 0))),
     Case(GLM4, 1, 4, 1, 2, 1, (("cpu_offload", True), ("prefetch", 2))),
 ]
