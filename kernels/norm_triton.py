@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import BLOCK, MIN_SCALE, Quantized, empty_column_major
-from kernels.quantize_triton import _divide, _magnitude_bits, _scale
+from kernels.quantize_triton import block_scale, divide, magnitude_bits
 
 _TILE = 4096
 """Elements of a tile of narrow rows."""
@@ -128,8 +128,8 @@ def _forward_quantized(  # type: ignore[no-untyped-def]
     )
     y = tl.where(inside, y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
     y = tl.reshape(y, (ROWS, COLUMNS // BLOCK, BLOCK))
-    scale = _scale(tl.max(_magnitude_bits(y), 2), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-    data = _divide(y, scale[:, :, None], POWER_OF_TWO)
+    scale = block_scale(tl.max(magnitude_bits(y), 2), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+    data = divide(y, scale[:, :, None], POWER_OF_TWO)
     data = tl.reshape(data, (ROWS, COLUMNS)).to(data_ptr.dtype.element_ty)
     tl.store(data_ptr + rows[:, None] * D + columns[None, :], data, mask=inside)
     blocks = tl.arange(0, COLUMNS // BLOCK)

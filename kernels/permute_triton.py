@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import BLOCK, MIN_SCALE, empty_column_major
-from kernels.quantize_triton import _divide, _magnitude_bits, _scale
+from kernels.quantize_triton import block_scale, divide, magnitude_bits
 
 _TILE = 64
 """Rows that are compared with each other."""
@@ -268,9 +268,9 @@ def _gather_quantized(  # type: ignore[no-untyped-def]
     if program < n_tokens:
         at = x_ptr + program * x_stride + columns
         x = tl.load(at, mask=columns < width, other=0.0).to(tl.float32)
-        bits = tl.max(_magnitude_bits(x), 1)
-        scale = _scale(bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-        data = _divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
+        bits = tl.max(magnitude_bits(x), 1)
+        scale = block_scale(bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+        data = divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
         for k in tl.static_range(TOP_K):
             slot = tl.load(inverse_ptr + program * TOP_K + k)
             there = tl.where(slot >= 0, width, 0)  # columns

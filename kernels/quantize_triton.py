@@ -85,12 +85,12 @@ def quantize_blocks(
 
 
 @triton.jit
-def _magnitude_bits(x):  # type: ignore[no-untyped-def]
+def magnitude_bits(x):  # type: ignore[no-untyped-def]
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _scale(  # type: ignore[no-untyped-def]
+def block_scale(  # type: ignore[no-untyped-def]
     bits, LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr
 ):  # fmt: skip
     """amax / LARGEST rounded to nearest: LARGEST is 7 * 64 or 15 * 16, so no quotient lies within
@@ -108,7 +108,7 @@ def _scale(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _divide(x, scale, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
+def divide(x, scale, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
     """x / scale rounded to nearest, in 5 instructions where the general division takes about 20.
 
     The reciprocal is made once per block. `x * inverse` is within 1.5 ulp; a first correction by
@@ -154,24 +154,24 @@ def _groups(  # type: ignore[no-untyped-def]
         rows = first + start + tl.arange(0, STRIP)
         inside = (rows < end)[:, None] & (columns < D)[None, :]
         x = _values(x_ptr, rows, columns, true_end, D, x_stride)
-        bits = _magnitude_bits(x)
+        bits = magnitude_bits(x)
         if row_data_ptr is not None:
-            scale = _scale(tl.max(bits, 1), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-            data = _divide(x, scale[:, None], POWER_OF_TWO).to(row_data_ptr.dtype.element_ty)
+            scale = block_scale(tl.max(bits, 1), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+            data = divide(x, scale[:, None], POWER_OF_TWO).to(row_data_ptr.dtype.element_ty)
             tl.store(row_data_ptr + rows[:, None] * D + columns[None, :], data, mask=inside)
             row_scales = row_scales_ptr + tl.program_id(1).to(tl.int64) * row_scales_stride
             tl.store(row_scales + rows, scale, mask=rows < end)
         if column_data_ptr is not None:
             largest = tl.maximum(largest, bits)
     if column_data_ptr is not None:
-        scale = _scale(tl.max(largest, 0), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+        scale = block_scale(tl.max(largest, 0), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
         column_scales = column_scales_ptr + tl.program_id(0).to(tl.int64) * D
         tl.store(column_scales + columns, scale, mask=columns < D)
         for start in range(0, TILE, STRIP):
             rows = first + start + tl.arange(0, STRIP)
             inside = (rows < end)[:, None] & (columns < D)[None, :]
             x = _values(x_ptr, rows, columns, true_end, D, x_stride)
-            data = _divide(x, scale[None, :], POWER_OF_TWO)
+            data = divide(x, scale[None, :], POWER_OF_TWO)
             data = tl.trans(data.to(column_data_ptr.dtype.element_ty))
             at = column_data_ptr + columns[:, None] * column_data_stride + rows[None, :]
             tl.store(at, data, mask=tl.trans(inside))
@@ -189,9 +189,9 @@ def _blocks(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows < R)[:, None] & (columns < D)[None, :]
     w = _values(w_ptr + expert * w_stride_e, rows, columns, R, D, w_stride_r)
-    bits = tl.max(tl.max(_magnitude_bits(w), 1, keep_dims=True), 0, keep_dims=True)
-    scale = _scale(bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-    data = _divide(w, scale, POWER_OF_TWO).to(data_ptr.dtype.element_ty)
+    bits = tl.max(tl.max(magnitude_bits(w), 1, keep_dims=True), 0, keep_dims=True)
+    scale = block_scale(bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+    data = divide(w, scale, POWER_OF_TWO).to(data_ptr.dtype.element_ty)
     at = data_ptr + (expert * R + rows)[:, None] * D + columns[None, :]
     tl.store(at, data, mask=inside)
     at = transposed_ptr + expert * transposed_stride_e

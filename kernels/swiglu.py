@@ -66,11 +66,6 @@ def swiglu(
     return h_RF
 
 
-def clamped_swiglu(gate_up_R2F: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """`swiglu` with GPT-OSS's activation."""
-    return swiglu(gate_up_R2F, weights_R, "clamped_swiglu")
-
-
 def swiglu_backward(
     grad_RF: Tensor,
     gate_up_R2F: Tensor,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import BLOCK, MIN_SCALE, Quantized, empty_column_major
-from kernels.quantize_triton import _divide, _magnitude_bits, _scale, quantize_groups
+from kernels.quantize_triton import block_scale, divide, magnitude_bits, quantize_groups
 from kernels.swiglu_triton import factors, gradients
 
 _STRIP = 32
@@ -119,8 +119,8 @@ def _store_rows(  # type: ignore[no-untyped-def]
     LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
     """A strip quantised along its rows; `block` of their scales."""
-    scale = _scale(tl.max(_magnitude_bits(x), 1), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-    data = _divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
+    scale = block_scale(tl.max(magnitude_bits(x), 1), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+    data = divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
     tl.store(data_ptr + rows[:, None] * D + columns[None, :], data, mask=inside)
     tl.store(scales_ptr + block.to(tl.int64) * scales_stride + rows, scale, mask=rows < end)
 
@@ -130,7 +130,7 @@ def _store_columns(  # type: ignore[no-untyped-def]
     x, data_ptr, scale, rows, columns, inside, stride, POWER_OF_TWO: tl.constexpr
 ):  # fmt: skip
     """A strip quantised with the scales of its columns, transposed."""
-    data = tl.trans(_divide(x, scale[None, :], POWER_OF_TWO).to(data_ptr.dtype.element_ty))
+    data = tl.trans(divide(x, scale[None, :], POWER_OF_TWO).to(data_ptr.dtype.element_ty))
     at = data_ptr + columns[:, None].to(tl.int64) * stride + rows[None, :]
     tl.store(at, data, mask=tl.trans(inside))
 
@@ -251,9 +251,9 @@ def _backward(  # type: ignore[no-untyped-def]
             grad_ptr, gate_up_ptr, scales_ptr, weights_ptr, rows, columns, n_true, width,
             scales_row, scales_column, CLAMPED, ALIGNED, BLOCK,
         )  # fmt: skip
-        gate_bits = tl.maximum(gate_bits, tl.max(_magnitude_bits(grad_gate), 0))
-        up_bits = tl.maximum(up_bits, tl.max(_magnitude_bits(grad_up), 0))
-        h_bits = tl.maximum(h_bits, tl.max(_magnitude_bits(h), 0))
+        gate_bits = tl.maximum(gate_bits, tl.max(magnitude_bits(grad_gate), 0))
+        up_bits = tl.maximum(up_bits, tl.max(magnitude_bits(grad_up), 0))
+        h_bits = tl.maximum(h_bits, tl.max(magnitude_bits(h), 0))
         if weights_ptr is not None:
             tl.store(partial_ptr + rows, tl.sum(grad_weight, 1), mask=rows < n_rows)
         if ALIGNED:
@@ -271,9 +271,9 @@ def _backward(  # type: ignore[no-untyped-def]
             tl.store(at, grad_gate.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
             tl.store(at + width, grad_up.to(grad_gate_up_ptr.dtype.element_ty), mask=inside)
     # where there is no block, the maxima are zero and the scale is the smallest
-    gate_scale = _scale(gate_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-    up_scale = _scale(up_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-    h_scale = _scale(h_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+    gate_scale = block_scale(gate_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+    up_scale = block_scale(up_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
+    h_scale = block_scale(h_bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
     of_gate = column_scales_ptr + block * (2 * width) + columns
     tl.store(of_gate, gate_scale, mask=columns < width)
     tl.store(of_gate + width, up_scale, mask=columns < width)

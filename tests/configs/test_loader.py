@@ -58,6 +58,8 @@ def test_toml_and_flat_forms_round_trip(path: Path, tmp_path: Path) -> None:
         ("--train.steps.more=3", "steps is a key, not a section"),
         ("--train.profile_steps=[99]", "steps are numbered 1 to train.steps = 12"),
         ("--train.profile_steps=3", "must be a list of integers"),
+        ("--precision.fp8.warn_below_db=3", "nothing is reported with diagnose_every = 0"),
+        ("--precision.fp8.power_of_two=true", "use recipe = 'fp8_blockwise'"),
         ("--run.dir=", "dir is empty"),
         ("--optimizer.lr=nan", "--optimizer.lr=nan = nan: must be a finite number"),
         ("--optimizer.lr=1e400", "must be a finite number"),
@@ -95,6 +97,12 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(path)
+
+
+def test_experts_with_biases_keep_their_activation() -> None:
+    path = ROOT / "configs" / "tiny" / "gpt_oss.toml"
+    with pytest.raises(ConfigError, match="not for experts with biases"):
+        load(path, ["--parallel.recompute_swiglu=true"])
 
 
 def test_strings_go_without_quotes_and_later_overrides_win() -> None:
