@@ -1,11 +1,20 @@
-"""A small corpus for runs of the trainer."""
+"""A small corpus for runs of the trainer, and a guard against what a module leaves behind."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group_left() -> Iterator[None]:
+    """A process has one default group: who leaves it breaks a module that runs later."""
+    yield
+    assert not dist.is_initialized(), "a test of this module left its process group"
 
 
 @pytest.fixture(scope="session")

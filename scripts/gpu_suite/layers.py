@@ -160,5 +160,5 @@ def _gradients(
 
 
 def _relative(ours: Tensor, reference: Tensor) -> float:
-    ours, reference = ours.cpu().double(), reference.cpu().double()
+    ours, reference = (x.detach().cpu().double() for x in (ours, reference))
     return float((ours - reference).norm() / reference.norm())

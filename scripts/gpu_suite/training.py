@@ -11,6 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from models.decoder import Decoder
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.fp8_weights import gather_in_fp8
-from parallel.ranks import start_ranks
+from parallel.ranks import start_ranks, stop_ranks
 from scripts.gpu_suite.harness import Check, Place, Timing
 from train.batches import Batch, Sequences, TrainingData
 from train.step import train_step
@@ -123,9 +124,9 @@ def settings(
 
 def check(place: Place) -> Iterator[Check]:
     """FP8 on the device against the emulation: the loss, and every gradient."""
-    _one_rank()
     small = settings("fp8_blockwise", 2, 128, 4, 256)
-    results = [_gradients(small, device) for device in (place.device, torch.device("cpu"))]
+    with _one_rank():
+        results = [_gradients(small, device) for device in (place.device, torch.device("cpu"))]
     (loss, ours), (expected, theirs) = results
     yield Check("loss in FP8, device and CPU", abs(loss - expected) / expected, 1e-3)
     worst = max(
@@ -157,16 +158,16 @@ def _gradients(small: dict[str, Any], device: torch.device) -> tuple[float, dict
 
 def measure(place: Place) -> Iterator[Timing]:
     """The step in both recipes, one model after the other: two do not fit."""
-    _one_rank()
     shape = (1, 64, 2, 256) if place.dry_run else (LAYERS, SEQ_LEN, SEQUENCES, 2048)
     n_layers, seq_len, sequences, _ = shape
     milliseconds, peaks, copies = {}, [], []
     for recipe, name in RECIPES.items():
-        training = Training(settings(recipe, *shape), place.device)
-        milliseconds[name] = _time(training, place)
-        peaks.append(_peak(training, place))
-        copies.append(_host_copies(training, place))
-        del training
+        with _one_rank():
+            training = Training(settings(recipe, *shape), place.device)
+            milliseconds[name] = _time(training, place)
+            peaks.append(_peak(training, place))
+            copies.append(_host_copies(training, place))
+            del training
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -215,6 +216,11 @@ def _wait(place: Place) -> None:
         torch.cuda.synchronize(place.device)
 
 
-def _one_rank() -> None:
-    if not torch.distributed.is_initialized():
-        start_ranks()
+@contextmanager
+def _one_rank() -> Iterator[None]:
+    """A process group of this process alone, gone afterwards: others make their own."""
+    start_ranks()
+    try:
+        yield
+    finally:
+        stop_ranks()
