@@ -151,16 +151,6 @@ def operand(
     return shifted.view(torch.bfloat16).to(dtype).mul_((scales * 2.0**120).to(dtype))
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """`out = a @ b` or `out += a @ b`."""
-    if accumulate:
-        out.addmm_(a, b)
-    elif a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
 def _run(
     layout: str, operands: tuple[Tensor, Tensor, Tensor, Tensor], out_dtype: torch.dtype,
     accumulate_into: Tensor | None, implementation: Implementation,
@@ -211,7 +201,7 @@ def _compute(
         by_columns = layout == "tn"
         a = operand(a, scales_a, (BLOCK, 1) if by_columns else (1, BLOCK), dtype)
         b = operand(b, scales_b, (BLOCK, 1 if by_columns else BLOCK), dtype)
-        matmul(a.T if by_columns else a, b.T if layout == "nt" else b, c_MN, accumulate)
+        _matmul(a.T if by_columns else a, b.T if layout == "nt" else b, c_MN, accumulate)
         return
     gemm = _kernel(implementation)
     fp8_dtype(a.device)  # refuses devices without FP8
@@ -224,6 +214,16 @@ def _compute(
             gemm(a, scales_a, b, scales_b, c_MN, accumulate)
     elif not accumulate:
         c_MN.zero_()
+
+
+def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """`out = a @ b` or `out += a @ b`."""
+    if accumulate:
+        out.addmm_(a, b)
+    elif a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def _kernel(implementation: str) -> Callable[..., None]:

@@ -12,15 +12,11 @@ past the last end belong to nobody: they are neither read nor defined in the out
 rows has the weight gradient zero.
 
 Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients in the same dtype, or
-added to an fp32 main gradient. What torch's own `_grouped_mm` takes goes there: on CUDA bf16, until
-`kernels.grouped_gemm_triton` has been measured, which does the rest; on a CPU all but fp64, odd
-strides, fp32 sums of bf16 products and groups that are mostly zero rows, for which there is a loop
-of `mm` into slices of one output.
-
-The loop is as fast where sizes repeat, but group sizes differ at every step, and oneDNN generates
-code for each shape that a loop shows it. Forward of 4096 rows in 8 groups (N 512, K 256, bf16, one
-thread of a 2-core AMD EPYC, torch 2.13): 2.6 ms, the loop 6.8; with groups padded to multiples of
-32 rows 4.6.
+added to an fp32 main gradient. On CUDA bf16 goes to torch's own `_grouped_mm` where that takes it,
+until `kernels.grouped_gemm_triton` has been measured, which does the rest. On a CPU there is a loop
+of `mm` (`kernels.grouped_gemm_cpu`); torch's function is the same loop there, with more code to
+generate. Forward of 4096 rows in 8 groups of sizes that change at every call (N 512, K 256, bf16,
+one thread of a 2-core AMD EPYC, torch 2.13): 2.8 ms, `_grouped_mm` and a loop of exact sizes 4 to 5 until their code is there.
 
 Shapes: R rows, N output width, K input width, E groups.
 """
@@ -31,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels import device
+from kernels.grouped_gemm_cpu import multiply_rows, sum_over_rows
 
 Implementation = Literal["torch", "triton"]
 
@@ -163,17 +160,15 @@ def _tn(
     dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:  # fmt: skip
-    if out_dtype == x_RK.dtype and _is_torch(implementation, dy_RN.T, x_RK, ends_E, counts_E):
+    if out_dtype == x_RK.dtype and _is_torch(implementation, dy_RN.T, x_RK):
         return torch._grouped_mm(dy_RN.T, x_RK, offs=ends_E.to(torch.int32))
     dw_ENK = x_RK.new_empty(len(ends_E), dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
     if device.on_accelerator(x_RK):
         _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=False)
         return dw_ENK
-    for e, rows in enumerate(_group_slices(ends_E, counts_E)):
-        if rows.stop == rows.start:
-            dw_ENK[e].zero_()
-        elif out_dtype == x_RK.dtype:
-            torch.mm(dy_RN[rows].T, x_RK[rows], out=dw_ENK[e])
+    for e, rows in enumerate(true_rows(ends_E, counts_E)):
+        if out_dtype == x_RK.dtype:
+            sum_over_rows(dy_RN[rows], x_RK[rows], dw_ENK[e])
         else:
             torch.mm(dy_RN[rows].float().T, x_RK[rows].float(), out=dw_ENK[e])
     return dw_ENK
@@ -197,7 +192,7 @@ def _tn_accumulate(
             raise ValueError("grouped_gemm_tn: implementation 'torch' cannot accumulate")
         _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=True)
         return
-    for e, rows in enumerate(_group_slices(ends_E, counts_E)):
+    for e, rows in enumerate(true_rows(ends_E, counts_E)):
         if rows.stop > rows.start:
             dw_ENK[e].addmm_(dy_RN[rows].float().T, x_RK[rows].float())
 
@@ -225,24 +220,14 @@ def _by_rows(
     x_RK: Tensor, w_ENK: Tensor, ends_E: Tensor, counts_E: Tensor, implementation: str
 ) -> Tensor:
     """`x[r] @ w[e].T` for the rows of group e."""
-    if _is_torch(implementation, x_RK, w_ENK.mT, ends_E, counts_E):
+    if _is_torch(implementation, x_RK, w_ENK.mT):
         return torch._grouped_mm(x_RK, w_ENK.mT, offs=ends_E.to(torch.int32))
     if device.on_accelerator(x_RK):
         return _launch_by_rows(x_RK, w_ENK, ends_E, counts_E)
-    groups = _group_slices(ends_E, counts_E)
+    groups = true_rows(ends_E, counts_E)
     y_RN = zeros_outside(x_RK, w_ENK.shape[1], groups)
-    for e, rows in enumerate(groups):
-        if rows.stop > rows.start:
-            torch.mm(x_RK[rows], w_ENK[e].T, out=y_RN[rows])
+    multiply_rows(x_RK, w_ENK, groups, y_RN)
     return y_RN
-
-
-def _group_slices(ends_E: Tensor, counts_E: Tensor) -> list[slice]:
-    """The rows that are multiplied: a group's zero rows with it, unless they are many."""
-    return [
-        slice(rows.start, end if end - rows.stop < 32 else rows.stop)
-        for rows, end in zip(true_rows(ends_E, counts_E), ends_E.tolist(), strict=True)
-    ]
 
 
 def zeros_outside(
@@ -278,15 +263,11 @@ def _launch_by_groups(
         dw_ENK.zero_()
 
 
-def _is_torch(implementation: str, a: Tensor, b: Tensor, ends_E: Tensor, counts_E: Tensor) -> bool:
+def _is_torch(implementation: str, a: Tensor, b: Tensor) -> bool:
     """Whether `torch._grouped_mm(a, b)` shall do it."""
-    if device.on_accelerator(a):
-        wanted = implementation == "torch" or (not implementation and a.dtype == torch.bfloat16)
-        return wanted and (implementation == "torch" or _whole_words(a, b))
-    if a.dtype == torch.float64 or not _whole_words(a, b):
-        return False
-    n_zero_rows = int((ends_E[-1:] - counts_E.sum()).sum())
-    return n_zero_rows < 32 * len(ends_E)
+    if implementation or not device.on_accelerator(a):
+        return implementation == "torch" and device.on_accelerator(a)
+    return a.dtype == torch.bfloat16 and _whole_words(a, b)
 
 
 def _whole_words(*operands: Tensor) -> bool:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from kernels import device
 from kernels.fp8 import BLOCK, fp8_dtype
-from kernels.gemm_fp8 import FP8_DTYPES, OUT_DTYPES, factors, matmul, operand
+from kernels.gemm_fp8 import FP8_DTYPES, OUT_DTYPES, factors, operand
 from kernels.grouped_gemm import check_accumulator, true_rows, zeros_outside
+from kernels.grouped_gemm_cpu import multiply, sum_over_rows
 from kernels.quantize import (
     dequantize_1x128,
     dequantize_128x1_grouped,
@@ -204,7 +205,7 @@ def _by_rows(
                 scales = scales_Rk[rows], scales_Enk[e]
                 dtype = factors(scales, out_dtype, accumulates=False)
                 a = operand(a_RK[rows], scales[0], (1, BLOCK), dtype)
-                matmul(a, operand(b_ENK[e], scales[1], (BLOCK, BLOCK), dtype).T, c_RN[rows])
+                multiply(a, operand(b_ENK[e], scales[1], (BLOCK, BLOCK), dtype).T, c_RN[rows])
         return c_RN
     from kernels.grouped_gemm_triton import by_rows
 
@@ -240,7 +241,10 @@ def _by_groups(
             dtype = factors((scales_gN[blocks], scales_gK[blocks]), dw_ENK.dtype, accumulate)
             dy = operand(dy_RN[rows], scales_gN[blocks], (BLOCK, 1), dtype)
             x = operand(x_RK[rows], scales_gK[blocks], (BLOCK, 1), dtype)
-            matmul(dy.T, x, dw_ENK[e], accumulate)
+            if accumulate:
+                dw_ENK[e].addmm_(dy.T, x)
+            else:
+                sum_over_rows(dy, x, dw_ENK[e])
         elif not accumulate:
             dw_ENK[e].zero_()
 

@@ -9,26 +9,32 @@ R rows, F hidden width.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LIMIT, ALPHA = 7.0, 1.702
 """Of `clamped_swiglu`: where it clamps, and its factor inside the sigmoid."""
-_PIECE = 2**17
+_PIECE = 2**16
 """Elements of h in one piece."""
 
 
 def forward(gate_up_R2F: Tensor, weights_R: Tensor | None, clamped: bool) -> Tensor:
     """`h_RF`, in the dtype of gate_up."""
-    n_rows, F = len(gate_up_R2F), gate_up_R2F.shape[1] // 2
-    h_RF = gate_up_R2F.new_empty(n_rows, F)
-    for rows, pair, sigmoid in _pieces(n_rows, F, 1):
-        gate, up = pair.copy_(gate_up_R2F[rows]).chunk(2, dim=1)
-        _activate(gate, up, sigmoid[0], clamped)
-        if weights_R is not None:
-            up.mul_(weights_R[rows, None])
-        torch.mul(gate, up, out=h_RF[rows])
+    h_RF = gate_up_R2F.new_empty(len(gate_up_R2F), gate_up_R2F.shape[1] // 2)
+    factors = None if weights_R is None else weights_R[:, None]
+    for pair, _, (raw, h, weights) in _pieces(h_RF, 0, gate_up_R2F, h_RF, factors):
+        gate, up = pair.copy_(raw).chunk(2, dim=1)
+        if clamped:
+            _clamp(gate, up)
+            up.mul_(1 / ALPHA)  # x sigmoid(c x) is silu(c x) / c
+            gate.mul_(ALPHA)
+        torch.ops.aten.silu.out(gate, out=gate)
+        if weights is not None:
+            up.mul_(weights)
+        h.copy_(gate.mul_(up))
     return h_RF
 
 
@@ -37,56 +43,58 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate_up (in grad's dtype) and of the weights (fp32), and h; empty what is not
     there or not wanted."""
-    n_rows, F = grad_RF.shape
     alpha = ALPHA if clamped else 1.0
-    grad_gate_up = grad_RF.new_empty(n_rows, 2 * F)
+    grad_gate_up = grad_RF.new_empty(gate_up_R2F.shape)
     grad_weights = grad_RF.new_empty(0) if weights_R is None else torch.empty_like(weights_R)
-    h_RF = grad_RF.new_empty(n_rows, F) if with_h else grad_RF.new_empty(0)
-    for rows, pair, (sigmoid, grad, product) in _pieces(n_rows, F, 3):
-        gate, up = pair.copy_(gate_up_R2F[rows]).chunk(2, dim=1)
-        weights = None if weights_R is None else weights_R[rows, None]
+    h_RF = grad_RF.new_empty(grad_RF.shape if with_h else 0)
+    factors, found = (None, None) if weights_R is None else (weights_R[:, None], grad_weights)
+    parts = (gate_up_R2F, grad_RF, factors, grad_gate_up, found, h_RF if with_h else None)
+    for pair, buffers, (raw, grad_h, weights, grad_raw, grad_weight, h) in _pieces(
+        grad_RF, 3, *parts
+    ):
+        sigmoid, grad, product = buffers
+        gate, up = pair.copy_(raw).chunk(2, dim=1)
         inside = (gate <= LIMIT, up.abs() <= LIMIT) if clamped else None
-        _activate(gate, up, sigmoid, clamped)
-        if with_h:
+        if clamped:
+            _clamp(gate, up)
+        torch.sigmoid(torch.mul(gate, alpha, out=sigmoid) if clamped else gate, out=sigmoid)
+        gate.mul_(sigmoid)
+        if h is not None:
             torch.mul(gate, up, out=product)
-            h_RF[rows] = product if weights is None else product.mul_(weights)
+            h.copy_(product if weights is None else product.mul_(weights))
         # d(g * s(alpha g)) / dg = s + alpha (a - a s), with a = g * s
         slope = torch.addcmul(sigmoid, gate, sigmoid, value=-alpha, out=sigmoid)
         slope.add_(gate, alpha=alpha)
-        grad.copy_(grad_RF[rows])
+        grad.copy_(grad_h)
         torch.mul(grad, up, out=product)
-        if weights is not None:
-            grad_weights[rows] = torch.linalg.vecdot(product, gate)
+        if grad_weight is not None:
+            torch.linalg.vecdot(product, gate, out=grad_weight)
         torch.mul(gate, grad, out=up)
         torch.mul(slope, product, out=gate)
         if inside is not None:
             gate.mul_(inside[0])
             up.mul_(inside[1])
-        if weights is None:
-            grad_gate_up[rows] = pair
-        else:
-            torch.mul(pair, weights, out=grad_gate_up[rows])
+        grad_raw.copy_(pair if weights is None else pair.mul_(weights))
     return grad_gate_up, grad_weights, h_RF
 
 
-def _pieces(n_rows: int, width: int, n: int) -> Iterator[tuple[slice, Tensor, tuple[Tensor, ...]]]:
-    """Ranges of rows, each with fp32 buffers: one for gate and up, n for half of that."""
-    if not n_rows or not width:
+def _pieces(
+    like_RF: Tensor, n: int, *tensors: Tensor | None
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]]:
+    """For every few rows: fp32 buffers, one for gate and up and n for half of that, and those rows
+    of each tensor (None where there is none)."""
+    n_rows, F = like_RF.shape
+    if not n_rows or not F:
         return
-    step = min(max(_PIECE // width, 1), n_rows)
-    pair, halves = torch.empty(step, 2 * width), torch.empty(n, step, width)
-    for start in range(0, n_rows, step):
-        rows = slice(start, min(start + step, n_rows))
-        size = rows.stop - rows.start
-        yield rows, pair[:size], halves[:, :size].unbind(0)
+    step = min(max(_PIECE // F, 1), n_rows)
+    pair, halves = torch.empty(step, 2 * F), torch.empty(n, step, F)
+    split = (repeat(None) if tensor is None else tensor.split(step) for tensor in tensors)
+    for parts in zip(*split, strict=False):
+        size = len(parts[0])
+        yield pair[:size], halves[:, :size].unbind(0), parts
 
 
-def _activate(gate: Tensor, up: Tensor, sigmoid: Tensor, clamped: bool) -> None:
-    """In place: the gate becomes `gate * sigmoid`, up what it is multiplied with."""
-    if clamped:
-        gate.clamp_(max=LIMIT)
-        up.clamp_(-LIMIT, LIMIT).add_(1)
-        torch.mul(gate, ALPHA, out=sigmoid).sigmoid_()
-    else:
-        torch.sigmoid(gate, out=sigmoid)
-    gate.mul_(sigmoid)
+def _clamp(gate: Tensor, up: Tensor) -> None:
+    """What GPT-OSS does to both before the activation, in place."""
+    gate.clamp_(max=LIMIT)
+    up.clamp_(-LIMIT, LIMIT).add_(1)
