@@ -4,8 +4,9 @@ oneDNN, which multiplies bf16 on a CPU, generates code for every shape that it s
 while the product of 500 rows with a matrix of 512x256 takes 0.3 (one thread of a 2-core AMD EPYC,
 torch 2.13). It keeps the code of 1,024 shapes, but group sizes differ at every step: a training
 step of the demo model (4 layers of 8 experts, six products each) met 250 new ones and spent a
-quarter of its time on them. So numbers of rows are rounded up, to one of 16 sizes per octave. That
-is 2 percent more rows, which costs less than code unless the matrix is large.
+quarter of its time on them. So numbers of rows are rounded up, to one of 32 sizes per octave. That
+is 1 percent more rows on average. Steps are smaller where the matrix is so large that rows cost
+more than code.
 
 Where outputs have a row for each row, the surplus rows are those of the groups that follow, and
 what is written for them is overwritten when their turn comes: nothing is copied. Where rows are
@@ -18,7 +19,7 @@ Shapes: R rows, M rows of one group, N output width, K input width, E groups.
 import torch
 from torch import Tensor
 
-_CODE_NS = 5e5
+_CODE_NS = 3e5
 """What code for a new shape costs, in nanoseconds."""
 _OPERATION_NS, _COPY_NS = 1 / 450, 0.1
 """A floating-point operation of a product, and the copy of an element."""
@@ -70,13 +71,13 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:
     """How many rows to multiply instead of `n_rows`, where `copied` elements per row are copied for
-    it: as many, where more would cost more than code."""
-    if like.dtype != torch.bfloat16:
+    it. As many, where that costs more than code."""
+    if like.dtype != torch.bfloat16 or n_rows * copied * _COPY_NS > _CODE_NS:
         return n_rows
-    step = 1 << max((n_rows - 1).bit_length() - 5, 0)  # none up to 32 rows
-    n = -(-n_rows // step) * step
-    cost = (n - n_rows) * 2 * N * K * _OPERATION_NS + n * copied * _COPY_NS
-    return n if cost < _CODE_NS else n_rows
+    affordable = int(_CODE_NS / max(2 * N * K * _OPERATION_NS, 1))
+    # sizes of an octave, and so exact ones up to 64; a power of two, as long as it is affordable
+    step = 1 << max(min((n_rows - 1).bit_length() - 6, affordable.bit_length() - 1), 0)
+    return -(-n_rows // step) * step
 
 
 def _followed_by_zeros(x_MK: Tensor, n_rows: int) -> Tensor:

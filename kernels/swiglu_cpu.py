@@ -17,7 +17,7 @@ from torch import Tensor
 
 LIMIT, ALPHA = 7.0, 1.702
 """Of `clamped_swiglu`: where it clamps, and its factor inside the sigmoid."""
-_PIECE = 2**16
+_PIECE = 2**19
 """Elements of h in one piece."""
 
 
@@ -29,8 +29,6 @@ def forward(gate_up_R2F: Tensor, weights_R: Tensor | None, clamped: bool) -> Ten
         gate, up = pair.copy_(raw).chunk(2, dim=1)
         if clamped:
             _clamp(gate, up)
-            up.mul_(1 / ALPHA)  # x sigmoid(c x) is silu(c x) / c
-            gate.mul_(ALPHA)
         torch.ops.aten.silu.out(gate, out=gate)
         if weights is not None:
             up.mul_(weights)
@@ -43,7 +41,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate_up (in grad's dtype) and of the weights (fp32), and h; empty what is not
     there or not wanted."""
-    alpha = ALPHA if clamped else 1.0
     grad_gate_up = grad_RF.new_empty(gate_up_R2F.shape)
     grad_weights = grad_RF.new_empty(0) if weights_R is None else torch.empty_like(weights_R)
     h_RF = grad_RF.new_empty(grad_RF.shape if with_h else 0)
@@ -52,28 +49,24 @@ def backward(
     for pair, buffers, (raw, grad_h, weights, grad_raw, grad_weight, h) in _pieces(
         grad_RF, 3, *parts
     ):
-        sigmoid, grad, product = buffers
+        silu, grad, product = buffers
         gate, up = pair.copy_(raw).chunk(2, dim=1)
         inside = (gate <= LIMIT, up.abs() <= LIMIT) if clamped else None
         if clamped:
             _clamp(gate, up)
-        torch.sigmoid(torch.mul(gate, alpha, out=sigmoid) if clamped else gate, out=sigmoid)
-        gate.mul_(sigmoid)
+        torch.ops.aten.silu.out(gate, out=silu)
         if h is not None:
-            torch.mul(gate, up, out=product)
+            torch.mul(silu, up, out=product)
             h.copy_(product if weights is None else product.mul_(weights))
-        # d(g * s(alpha g)) / dg = s + alpha (a - a s), with a = g * s
-        slope = torch.addcmul(sigmoid, gate, sigmoid, value=-alpha, out=sigmoid)
-        slope.add_(gate, alpha=alpha)
         grad.copy_(grad_h)
         torch.mul(grad, up, out=product)
         if grad_weight is not None:
-            torch.linalg.vecdot(product, gate, out=grad_weight)
-        torch.mul(gate, grad, out=up)
-        torch.mul(slope, product, out=gate)
+            torch.linalg.vecdot(product, silu, out=grad_weight)
+        torch.mul(silu, grad, out=up)
+        torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=gate)
         if inside is not None:
-            gate.mul_(inside[0])
-            up.mul_(inside[1])
+            gate.mul_(inside[0]).mul_(ALPHA)
+            up.mul_(inside[1]).div_(ALPHA)
         grad_raw.copy_(pair if weights is None else pair.mul_(weights))
     return grad_gate_up, grad_weights, h_RF
 
@@ -95,6 +88,6 @@ def _pieces(
 
 
 def _clamp(gate: Tensor, up: Tensor) -> None:
-    """What GPT-OSS does to both before the activation, in place."""
-    gate.clamp_(max=LIMIT)
-    up.clamp_(-LIMIT, LIMIT).add_(1)
+    """Make `silu(gate) * up` what GPT-OSS computes, since x sigmoid(c x) is silu(c x) / c."""
+    gate.clamp_(max=LIMIT).mul_(ALPHA)
+    up.clamp_(-LIMIT, LIMIT).add_(1).div_(ALPHA)

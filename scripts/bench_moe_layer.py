@@ -1,21 +1,28 @@
 """`python -m scripts.bench_moe_layer`: an MoE layer against its bare expert GEMMs and other layers.
 
-All in one run on the same weights and tokens, one round of each after the other: our layer, the
-matrix products of its experts alone (rows already sorted, outputs already allocated: what no layer
-can beat with the same products), transformers' Qwen3 MoE block with each of its implementations,
-and torchtitan's MoE layer. Before timing, every layer's output is compared with ours.
+All in one run on the same weights: our layer, transformers' Qwen3 MoE block with each of its
+implementations, and torchtitan's MoE layer; each in turn with the matrix products of its experts
+alone (rows already sorted, outputs already allocated: what no layer can beat with the same
+products). Before timing, every layer's output is compared with ours.
 
-Weights and tokens are random, so experts get unequal numbers of rows, as they do in training.
+Weights and tokens are random. Every call sees other tokens, which share a component, so that
+experts get unequal numbers of rows, and others in every call, as in training. On a CPU that costs
+who asks oneDNN for ever new sizes (`kernels.grouped_gemm_cpu`), so layers do not alternate with
+each other, which would make them lose each other's code. `--same-tokens` leaves all this out. The
+bare products always have the sizes of the first tokens.
 
 T tokens, D model width, F expert width, E experts, K experts per token.
 """
 
 import argparse
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +51,18 @@ SHAPES = {
 }
 """The last two with a quarter of the width or of the experts, for a CPU's memory and patience."""
 
+SHARED = 0.3
+"""Size of the component that the tokens of a call share, relative to the rest."""
+
+WARM_UP, WARM_UP_S = 5, 8.0
+"""At least so many rounds and seconds are not counted: whoever keeps to few sizes has met them."""
+NO_PINS = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""For glibc, which otherwise keeps small freed pieces between the large holes of freed tensors, so
+that holes never join, every call needs new memory, and clearing that is timed."""
+
 Step = Callable[[], object]
+Layer = Callable[[Tensor], Tensor]
+Tokens = Callable[[], Tensor]
 
 
 def main() -> None:
@@ -55,27 +73,46 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default 10)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--same-tokens", action="store_true", help="in every call")
     options = parser.parse_args()
+    if not NO_PINS.items() <= os.environ.items():  # read when a process starts
+        module = ["-m", "scripts.bench_moe_layer", *sys.argv[1:]]
+        os.execve(sys.executable, [sys.executable, *module], os.environ | NO_PINS)
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # for everybody here, as in training
     print(
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, "
-        f"{options.threads} thread(s), {options.tokens} tokens, {options.dtype}; medians of "
-        f"{options.rounds} rounds\n"
+        f"{options.threads} thread(s), {options.tokens} {'same' if options.same_tokens else 'new'} "
+        f"tokens a call, {options.dtype}; medians of {options.rounds} rounds\n"
     )
     print("| layer | pass | implementation | ms | times the bare GEMMs |")
     print("|---|---|---|---|---|")
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     for name in options.shapes:
-        for line in measure(name, SHAPES[name], options.tokens, dtype, options.rounds):
+        tokens = tokens_of(SHAPES[name], options.tokens, dtype, options.same_tokens)
+        for line in measure(name, SHAPES[name], tokens, options.rounds):
             print(line, flush=True)
 
 
-def measure(name: str, shape: Shape, tokens: int, dtype: torch.dtype, rounds: int) -> list[str]:
+def tokens_of(shape: Shape, n_tokens: int, dtype: torch.dtype, same: bool) -> Tokens:
+    """Something that gives `[1, T, D]`, the same or others each time."""
+    random = torch.Generator().manual_seed(1)
+
+    def make() -> Tensor:
+        shared = SHARED * torch.randn(shape.d_model, generator=random)
+        x = torch.randn(1, n_tokens, shape.d_model, generator=random)
+        return x.add_(shared).to(dtype)
+
+    first = make()
+    return (lambda: first) if same else make
+
+
+def measure(name: str, shape: Shape, tokens: Tokens, rounds: int) -> list[str]:
     """Lines of the table for one layer."""
     torch.manual_seed(0)
+    x = tokens()
+    dtype = x.dtype
     layer = our_layer(shape, dtype)
-    x = torch.randn(1, tokens, shape.d_model).to(dtype)
     layers = {"ours": layer_of(layer), **transformers_layers(layer, shape)}
     layers["torchtitan"] = torchtitan_layer(layer, shape)
     with torch.no_grad():
@@ -90,46 +127,44 @@ def measure(name: str, shape: Shape, tokens: int, dtype: torch.dtype, rounds: in
     lines = []
     bare = bare_gemms(layer, shape, x[0])
     for backward in (False, True):
-        steps = {peer: step_of(function, x, backward) for peer, function in layers.items()}
-        steps = {"bare GEMMs": bare[backward], **steps}
-        seconds = interleaved(steps, rounds)
         which = "forward + backward" if backward else "forward"
-        for peer, all_rounds in seconds.items():
-            median = statistics.median(all_rounds)
-            ratio = statistics.median(
-                a / b for a, b in zip(all_rounds, seconds["bare GEMMs"], strict=True)
-            )
+        for peer, function in layers.items():
+            seconds = beside(bare[backward], partial(call, function, tokens, backward), rounds)
+            median = statistics.median(layer for _, layer in seconds)
+            ratio = statistics.median(layer / products for products, layer in seconds)
             lines.append(f"| {name} | {which} | {peer} | {median * 1e3:.2f} | {ratio:.2f} |")
     return lines
 
 
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round; the first two rounds only warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - start)
+def beside(bare: Step, layer: Callable[[], Step], rounds: int) -> list[tuple[float, float]]:
+    """Seconds of both in every round; making the layer's step is not timed."""
+    seconds = []
+    begin, warming_up = time.perf_counter(), 0
+    while warming_up < WARM_UP or time.perf_counter() - begin < WARM_UP_S:
+        bare()
+        layer()()
+        warming_up += 1
+    for _ in range(rounds):
+        step = layer()
+        start = time.perf_counter()
+        bare()
+        between = time.perf_counter()
+        step()
+        seconds.append((between - start, time.perf_counter() - between))
     return seconds
 
 
-def step_of(layer: Callable[[Tensor], Tensor], x: Tensor, backward: bool) -> Step:
+def call(layer: Layer, tokens: Tokens, backward: bool) -> Step:
     """A pass over the layer; with `backward` the gradients of x and of every weight."""
+    x = tokens()
     if not backward:
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return layer(x)
-
-        return forward
-    leaf = x.clone().requires_grad_()
+        return torch.no_grad()(partial(layer, x))
+    x.requires_grad_()
     grad = torch.randn_like(x)
 
     def both() -> None:
-        layer(leaf).backward(grad)
-        leaf.grad = None
+        layer(x).backward(grad)
+        x.grad = None
 
     return both
 
@@ -149,7 +184,7 @@ def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
     return layer
 
 
-def layer_of(layer: MoE) -> Callable[[Tensor], Tensor]:
+def layer_of(layer: MoE) -> Layer:
     """Ours for `[1, T, D]`, with gradients freed as they are made (as the peers')."""
 
     def run(x: Tensor) -> Tensor:
@@ -160,7 +195,7 @@ def layer_of(layer: MoE) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def transformers_layers(layer: MoE, shape: Shape) -> dict[str, Callable[[Tensor], Tensor]]:
+def transformers_layers(layer: MoE, shape: Shape) -> dict[str, Layer]:
     """transformers' block with each of its implementations that a CPU has."""
     from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -181,7 +216,7 @@ def transformers_layers(layer: MoE, shape: Shape) -> dict[str, Callable[[Tensor]
     return layers
 
 
-def torchtitan_layer(layer: MoE, shape: Shape) -> Callable[[Tensor], Tensor]:
+def torchtitan_layer(layer: MoE, shape: Shape) -> Layer:
     """torchtitan's layer, whose router sees the same softmax scores."""
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.moe import (
@@ -250,7 +285,7 @@ def bare_gemms(layer: MoE, shape: Shape, x_TD: Tensor) -> dict[bool, Step]:
     return {False: forward, True: both}
 
 
-def _freeing(block: nn.Module) -> Callable[[Tensor], Tensor]:
+def _freeing(block: nn.Module) -> Layer:
     def run(x: Tensor) -> Tensor:
         _free(block)
         y: Tensor = block(x)

@@ -1,0 +1,104 @@
+"""Products of groups of rows on a CPU: rounded numbers of rows change no result and are few."""
+
+import math
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import grouped_gemm_cpu as cpu
+
+N, K, BEYOND = 6, 10, 7
+SIZES = st.lists(
+    st.tuples(st.integers(0, 300), st.sampled_from([0, 0, 1, 40])), min_size=1, max_size=6
+)
+
+
+def integers(random: torch.Generator, *shape: int) -> Tensor:
+    """bf16 values whose products and sums of K are exact in bf16."""
+    return torch.randint(-2, 3, shape, generator=random).bfloat16()
+
+
+def layout(sizes: list[tuple[int, int]]) -> tuple[list[slice], int]:
+    """Groups of so many rows, each followed by so many that are zero; and the end of the last."""
+    ends = torch.tensor([0, *(n + zeros for n, zeros in sizes)]).cumsum(0).tolist()
+    groups = [slice(start, start + n) for start, (n, _) in zip(ends, sizes, strict=False)]
+    return groups, groups[-1].stop
+
+
+def sizes_multiplied(kind: str, sizes: range) -> set[int]:
+    """Numbers of rows of the products that two groups of each of these sizes lead to."""
+    seen = set[int]()
+    multiply = torch.mm
+
+    def record(a: Tensor, b: Tensor, **options: Tensor) -> Tensor:
+        seen.add(a.shape[1] if kind == "sum_over_rows" else a.shape[0])
+        return multiply(a, b, **options)
+
+    x, dy = torch.zeros(2 * sizes.stop, K).bfloat16(), torch.zeros(2 * sizes.stop, N).bfloat16()
+    w, dw = torch.zeros(2, N, K).bfloat16(), torch.zeros(N, K).bfloat16()
+    with mock.patch.object(torch, "mm", record):
+        for n in sizes:
+            if kind == "multiply_rows":
+                cpu.multiply_rows(x, w, [slice(0, n), slice(n, 2 * n)], dy)
+            elif kind == "multiply":
+                cpu.multiply(x[:n], w[0].T, dy[:n])
+            else:
+                cpu.sum_over_rows(dy[:n], x[:n], dw)
+    return seen
+
+
+@given(SIZES, st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_rows_of_every_group(sizes: list[tuple[int, int]], seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    groups, end = layout(sizes)
+    x, w = integers(random, end + BEYOND, K), integers(random, len(groups), N, K)
+    between = torch.ones(end + BEYOND, dtype=torch.bool)
+    for rows in groups:
+        between[rows] = False
+    x[between] = 0
+    x[end:] = math.nan  # never read
+    y = torch.zeros(end + BEYOND, N).bfloat16()
+    y[end:] = 5
+    cpu.multiply_rows(x, w, groups, y)
+    for rows, w_NK in zip(groups, w, strict=True):
+        assert torch.equal(y[rows].float(), x[rows].float() @ w_NK.float().T)
+    assert (y[:end][between[:end]] == 0).all() and (y[end:] == 5).all()
+
+
+@given(st.integers(0, 300), st.booleans(), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_one_group(n_rows: int, wide: bool, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x, dy = integers(random, n_rows, K), integers(random, n_rows, N)
+    w = integers(random, N, K)
+    dtype = torch.float32 if wide else torch.bfloat16
+    y = torch.full((n_rows, N), math.nan, dtype=dtype)
+    cpu.multiply(x, w.T, y)
+    assert torch.equal(y.float(), x.float() @ w.float().T)
+    dw = torch.full((N, K), math.nan, dtype=dtype)
+    cpu.sum_over_rows(dy, x, dw)
+    exact = dy.float().T @ x.float()
+    assert torch.equal(dw, exact.bfloat16().to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["multiply_rows", "multiply", "sum_over_rows"])
+def test_few_sizes_are_multiplied(kind: str) -> None:
+    """Exact ones up to 64 rows, then 32 per octave; at most 1/32 more rows than there are."""
+    sizes = sorted(sizes_multiplied(kind, range(1, 513)))
+    assert sizes[:64] == [*range(1, 65)] and len(sizes) == 64 + 3 * 32
+    assert max(b / a for a, b in pairwise(sizes[64:])) <= 1 + 1 / 32
+
+
+def test_steps_shrink_as_rows_cost_more() -> None:
+    """Sums of 515 rows beside matrices that are ever larger, until a row costs more than code."""
+    row = torch.empty(1, 1, dtype=torch.bfloat16)
+    sizes = [cpu._rounded(row, 515, N, 2**10) for N in (2**10, 2**13, 2**14, 2**15, 2**17)]
+    assert sizes == [528, 520, 516, 516, 515]
+    assert cpu._rounded(row.float(), 515, 2**10, 2**10) == 515
+    assert cpu._rounded(row, 515, 2**10, 2**10, copied=2**13) == 515  # nor copies
