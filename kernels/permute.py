@@ -162,21 +162,20 @@ def _permutation(
         assert n_slots is not None
         with device.launching_on(ids_R):
             return launch(ids_R, n_experts, align, n_slots)
-    sorted_R = torch.argsort(ids_R, stable=True)
-    expert_R = ids_R[sorted_R]
-    nobody_R = expert_R == n_experts
+    sorted_R = torch.argsort(ids_R, stable=True)  # nobody's are the last
     counts_E = count_choices(ids_R, n_experts + 1)[:-1].clone()
+    n_named = int(counts_E.sum())
     padded_E = (counts_E + align - 1) // align * align
     ends_E = padded_E.cumsum(0)
     slot_R = torch.arange(len(ids_R))
     if align > 1:
         shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
-        slot_R += torch.cat([shift_E, shift_E[:1]])[expert_R]
-    slot_R.masked_fill_(nobody_R, -1)
-    inverse_R = torch.empty_like(ids_R)
-    inverse_R[sorted_R] = slot_R
+        slot_R[:n_named] += shift_E.repeat_interleave(counts_E)
+    slot_R[n_named:] = -1
+    inverse_R = torch.empty_like(ids_R).scatter_(0, sorted_R, slot_R)
+    sorted_R[n_named:] = -1
     if align == 1:
-        return sorted_R.masked_fill_(nobody_R, -1)[:n_slots], inverse_R, ends_E, counts_E
+        return sorted_R[:n_slots], inverse_R, ends_E, counts_E
     n_slots = int(ends_E[-1]) if n_slots is None else n_slots
     order_P = ids_R.new_full((n_slots + 1,), -1)  # nobody's rows go to the last, as index -1 says
     order_P[slot_R] = sorted_R
@@ -227,12 +226,11 @@ def _select(x_ND: Tensor, index_M: Tensor, divisor: int) -> Tensor:
     """`x[index // divisor]`, zero where the index is -1, on a CPU."""
     if not len(x_ND):
         return x_ND.new_zeros(len(index_M), x_ND.shape[1])
-    source_M = index_M.clamp(min=0)
-    rows_MD = x_ND.index_select(
-        0, source_M if divisor == 1 else source_M.div_(divisor, rounding_mode="trunc")
-    )
-    empty = (index_M < 0).nonzero()[:, 0]
-    return rows_MD.index_fill_(0, empty, 0) if len(empty) else rows_MD
+    empty_M = index_M < 0
+    missing = bool(empty_M.any())
+    source_M = index_M.clamp(min=0) if missing else index_M
+    rows_MD = x_ND.index_select(0, source_M if divisor == 1 else source_M // divisor)
+    return rows_MD.masked_fill_(empty_M[:, None], 0) if missing else rows_MD
 
 
 _PIECE = 2**17

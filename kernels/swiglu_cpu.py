@@ -1,9 +1,9 @@
 """`kernels.swiglu` on a CPU: a few rows at a time, in buffers that stay in cache.
 
 As operations on whole tensors every fp32 intermediate goes to memory and back. For 4096 rows of
-width 3584 the whole took 107 ms forward and 222 backward; in pieces of 2^17 elements it is 13 and
-27 (bf16, one thread of a 2-core AMD EPYC, torch 2.13; smaller pieces cost more calls). A piece's
-gate and up are converted together, one contiguous copy each way.
+width 3584 the whole took 107 ms forward and 222 backward; in pieces of 2^19 elements it is 9.7 and
+22 (bf16, one thread of a 2-core AMD EPYC with 32 MiB of cache, torch 2.13; pieces of 2^17 cost 2 ms
+more in calls). A piece's gate and up are converted together, one contiguous copy each way.
 
 R rows, F hidden width.
 """
