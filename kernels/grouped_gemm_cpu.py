@@ -75,7 +75,7 @@ def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:
     if like.dtype != torch.bfloat16 or n_rows * copied * _COPY_NS > _CODE_NS:
         return n_rows
     affordable = int(_CODE_NS / max(2 * N * K * _OPERATION_NS, 1))
-    # sizes of an octave, and so exact ones up to 64; a power of two, as long as it is affordable
+    # 32 sizes per octave, so exact up to 64 rows, but no step that costs more than code
     step = 1 << max(min((n_rows - 1).bit_length() - 6, affordable.bit_length() - 1), 0)
     return -(-n_rows // step) * step
 
