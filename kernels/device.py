@@ -1,7 +1,5 @@
-"""What the device at hand does well, what it needs to be told, and where Triton runs."""
+"""What the device at hand does well, and where Triton runs."""
 
-import ctypes
-import platform
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,17 +23,3 @@ def on_accelerator(x: Tensor) -> bool:
 def launching_on(x: Tensor) -> AbstractContextManager[None]:
     """Around every launch: Triton launches on the current device, which need not be that of x."""
     return torch.cuda.device(x.device)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for reuse.
-
-    By default every large tensor is mapped afresh from the kernel, which clears its pages: 12,000
-    page faults per step of the demo, a tenth of its time. Elsewhere than on glibc nothing happens.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
-    libc = ctypes.CDLL("libc.so.6")
-    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
-        libc.mallopt(parameter, value)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.rules import ConfigError
-from kernels.device import keep_freed_memory
+from kernels.heap import keep_freed_memory
 
 
 @dataclass(frozen=True)

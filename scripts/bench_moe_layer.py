@@ -15,10 +15,8 @@ T tokens, D model width, F expert width, E experts, K experts per token.
 """
 
 import argparse
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import Attention, Model, Moe
-from kernels.device import keep_freed_memory
+from kernels.heap import keep_freed_memory, restart_without_thread_cache
 from kernels.permute import permutation
 from models.moe import MoE
 
@@ -56,10 +54,6 @@ SHARED = 0.3
 
 WARM_UP, WARM_UP_S = 5, 8.0
 """At least so many rounds and seconds are not counted: whoever keeps to few sizes has met them."""
-NO_PINS = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-"""For glibc, which otherwise keeps small freed pieces between the large holes of freed tensors, so
-that holes never join, every call needs new memory, and clearing that is timed."""
-
 Step = Callable[[], object]
 Layer = Callable[[Tensor], Tensor]
 Tokens = Callable[[], Tensor]
@@ -75,11 +69,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--same-tokens", action="store_true", help="in every call")
     options = parser.parse_args()
-    if not NO_PINS.items() <= os.environ.items():  # read when a process starts
-        module = ["-m", "scripts.bench_moe_layer", *sys.argv[1:]]
-        os.execve(sys.executable, [sys.executable, *module], os.environ | NO_PINS)
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # for everybody here, as in training
+    keep_freed_memory()  # for everybody here, as in training; likewise the thread cache
     print(
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, "
         f"{options.threads} thread(s), {options.tokens} {'same' if options.same_tokens else 'new'} "
@@ -300,4 +291,5 @@ def _free(layer: nn.Module) -> None:
 
 
 if __name__ == "__main__":
+    restart_without_thread_cache()
     main()

@@ -16,6 +16,7 @@ from configs.degrees import Degrees, default_world, resolve
 from configs.loader import load, parse_arguments
 from configs.rules import ConfigError
 from configs.schema import RunConfig
+from kernels.heap import restart_without_thread_cache
 
 
 def main(arguments: list[str]) -> int:
@@ -86,4 +87,5 @@ def _fail(rank: int, line: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    restart_without_thread_cache()
     sys.exit(main(sys.argv[1:]))
