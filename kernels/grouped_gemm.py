@@ -265,9 +265,9 @@ def _launch_by_groups(
 
 def _is_torch(implementation: str, a: Tensor, b: Tensor) -> bool:
     """Whether `torch._grouped_mm(a, b)` shall do it."""
-    if implementation or not device.on_accelerator(a):
-        return implementation == "torch" and device.on_accelerator(a)
-    return a.dtype == torch.bfloat16 and _whole_words(a, b)
+    if not device.on_accelerator(a) or implementation == "triton":
+        return False
+    return implementation == "torch" or (a.dtype == torch.bfloat16 and _whole_words(a, b))
 
 
 def _whole_words(*operands: Tensor) -> bool:
