@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 Bytes = Counter[str]
-"""Bytes per kind of memory."""
+"""Bytes per kind of memory, or of exchange between ranks."""
 
 _LARGEST_REAL = 2**24
 """Elements up to which tensors of integers have data."""
@@ -37,10 +37,11 @@ _c10d = torch.ops._c10d_functional
 @dataclass
 class Segment:
     """What happens between two marks: the most that is held at any moment and what is left, both
-    relative to its start."""
+    relative to its start, and what is exchanged."""
 
     peak: Bytes = field(default_factory=Counter)
     net: Bytes = field(default_factory=Counter)
+    exchanged: Bytes = field(default_factory=Counter)
 
 
 Trace = list[Segment | str]
@@ -48,12 +49,14 @@ Trace = list[Segment | str]
 
 
 class Ledger:
-    """Bytes held, by kind; the largest sum of them; and a record of both in segments."""
+    """Bytes held, by kind; the largest sum of them; bytes exchanged; and a record of all three in
+    segments."""
 
     def __init__(self) -> None:
         self.now: Bytes = Counter()
         self.total = self.most = 0
         self.peak: Bytes = Counter()
+        self.exchanged: Bytes = Counter()
         self.kinds = ["other"]
         """The kind of what is allocated next is the last of these."""
 
@@ -64,8 +67,13 @@ class Ledger:
         if self.total > self.most:
             self.most, self.peak = self.total, Counter(self.now)
 
+    def exchange(self, group: str, kind: str, n_bytes: int) -> None:
+        """The larger side of an exchange: what a gather gives, else what this rank puts in."""
+        self.exchanged[f"{group} {kind}"] += n_bytes
+
     def replay(self, segment: Segment) -> None:
-        """Hold what a recorded segment held."""
+        """Hold and exchange what a recorded segment did."""
+        self.exchanged.update(segment.exchanged)
         top = self.total + segment.peak.total()
         if top > self.most:
             self.most, self.peak = top, Counter(self.now)
@@ -76,12 +84,13 @@ class Ledger:
     def record(self, run: Callable[[Callable[[str], None]], None]) -> Trace:
         """What `run` does to this ledger. It is given a function that sets a mark."""
         trace: Trace = []
-        start = self._start()
+        start, sent_before = self._start(), Counter(self.exchanged)
 
         def close() -> None:
-            nonlocal start
-            trace.append(Segment(_minus(self.peak, start), _minus(self.now, start)))
-            start = self._start()
+            nonlocal start, sent_before
+            sent = _minus(self.exchanged, sent_before)
+            trace.append(Segment(_minus(self.peak, start), _minus(self.now, start), sent))
+            start, sent_before = self._start(), Counter(self.exchanged)
 
         def mark(name: str) -> None:
             close()
@@ -111,7 +120,8 @@ def extrapolate(low: Trace, high: Trace, factor: float) -> Trace:
     found: Trace = []
     for a, b in zip(low, high, strict=True):
         if isinstance(a, Segment) and isinstance(b, Segment):
-            found.append(Segment(beyond(a.peak, b.peak), beyond(a.net, b.net)))
+            parts = [(a.peak, b.peak), (a.net, b.net), (a.exchanged, b.exchanged)]
+            found.append(Segment(*(beyond(*part) for part in parts)))
         else:
             assert a == b
             found.append(a)
@@ -213,6 +223,10 @@ class Shadows(TorchDispatchMode):
                 self.ledger.add(self.ledger.kinds[-1], args[0].nbytes)  # gloo copies its input
                 self.ledger.add(self.ledger.kinds[-1], -args[0].nbytes)
             results = _exchange(operation, args)
+            if operation in _KINDS:
+                kind = _KINDS[operation]
+                larger = results if kind == ALL_GATHER else args[0]
+                self.ledger.exchange(args[-1], kind, larger.nbytes)
         elif tensors:
             if "device" in kwargs:
                 kwargs["device"] = "meta" if any(map(_is_meta, tensors)) else "cpu"
@@ -228,13 +242,16 @@ class Shadows(TorchDispatchMode):
         return tree_map(wrap, results)
 
 
-_EXCHANGES = {
-    _c10d.all_gather_into_tensor.default,
-    _c10d.reduce_scatter_tensor.default,
-    _c10d.all_to_all_single.default,
-    _c10d.all_reduce.default,
-    _c10d.wait_tensor.default,
+ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER = (
+    "all-gather", "all-reduce", "all-to-all", "reduce-scatter",
+)  # fmt: skip
+_KINDS = {
+    _c10d.all_gather_into_tensor.default: ALL_GATHER,
+    _c10d.reduce_scatter_tensor.default: REDUCE_SCATTER,
+    _c10d.all_to_all_single.default: ALL_TO_ALL,
+    _c10d.all_reduce.default: ALL_REDUCE,
 }
+_EXCHANGES = {*_KINDS, _c10d.wait_tensor.default}
 
 
 def _exchange(operation: Any, args: Any) -> Tensor:

@@ -154,10 +154,14 @@ def kept_bytes(shape: torch.Size, own: int, dim: int, stacked: bool) -> int:
     shape: of the weight before FSDP2 shards it along `dim` into parts of `own` elements. stacked:
     as there.
     """
+    own_rows = shape[:-1].numel() if dim == len(shape) - 1 else own // shape[-1]
+    return own + 4 * n_blocks(shape, stacked) + 8 * own_rows
+
+
+def n_blocks(shape: torch.Size, stacked: bool) -> int:
+    """How many scales a weight of that shape has."""
     rows, n_matrices = shape[int(stacked) : -1].numel(), shape[: int(stacked)].numel()
-    grid = n_matrices * -(-rows // BLOCK) * -(-shape[-1] // BLOCK)
-    own_rows = n_matrices * rows if dim == len(shape) - 1 else own // shape[-1]
-    return own + 4 * grid + 8 * own_rows
+    return n_matrices * -(-rows // BLOCK) * -(-shape[-1] // BLOCK)
 
 
 def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:

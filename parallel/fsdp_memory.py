@@ -1,4 +1,5 @@
-"""What FSDP2 holds besides a rank's shards: gathered weights, and the buffers of its exchanges.
+"""What FSDP2 holds besides a rank's shards: gathered weights, and the buffers of its exchanges; and
+what it exchanges.
 
 This follows torch's code (`torch.distributed.fsdp._fully_shard`, 2.13) step by step, because the
 order of its allocations decides the peak:
@@ -27,9 +28,9 @@ from models.decoder import Decoder
 from models.fp8 import WEIGHTS
 from models.linear import Fp8Module
 from models.moe import Experts
-from models.shadow import Ledger
+from models.shadow import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Ledger
 from parallel.apply import placement
-from parallel.fp8_weights import kept_bytes
+from parallel.fp8_weights import kept_bytes, n_blocks
 
 GATHERED, REDUCTION = "gathered weights", "gradient reduction"
 FP8_SHARDS = "shards in FP8"
@@ -46,6 +47,8 @@ class Shard:
     """Whether it is sharded along another dimension than the first."""
     kept: int = 0
     """Bytes that a weight in FP8 keeps on this rank, its scales included; 0 for others."""
+    blocks: int = 0
+    """Blocks with a scale that all these ranks know."""
 
     def item(self, compute: int) -> int:
         """Bytes of an element while it is gathered. compute: of the dtype of computation."""
@@ -57,6 +60,8 @@ class Group:
     """Parameters that are gathered and reduced together."""
 
     shards: list[Shard]
+    axis: str
+    """Of the mesh, along which it is sharded."""
     ranks: int
     """Ranks that shard it."""
     keeps: bool = False
@@ -118,39 +123,39 @@ def groups_of(model: Decoder, divided: set[nn.Module], degrees: Degrees, reshard
     divided: modules whose own weights the ranks of `tp` divide. reshard: after forward.
     """
     d = degrees
-    blocks, taken = [], set()
+    blocks, taken = [], set[nn.Parameter]()
+    axes = {"dp_shard": d.dp_shard, "dp_shard_tp": d.dp_shard * d.tp, "efsdp": d.efsdp}
     for block in model.blocks():
-        own: dict[str, list[Shard]] = {"dense": [], "undivided": [], "experts": []}
+        own: dict[str, list[Shard]] = {axis: [] for axis in axes}
         for module in block.modules():
             is_experts = isinstance(module, Experts)
-            name, ranks = "dense", d.dp_shard
+            axis = "dp_shard"
             if is_experts and d.tp * d.ep > 1:
-                name, ranks = "experts", d.efsdp
+                axis = "efsdp"
             elif d.tp > 1 and module not in divided and not is_experts:
-                name, ranks = "undivided", d.dp_shard * d.tp
-            parameters = list(module.parameters(recurse=False))
-            own[name] += [
-                _shard(p, ranks, is_experts, isinstance(module, Fp8Module) and key in WEIGHTS)
+                axis = "dp_shard_tp"
+            own[axis] += [
+                _shard(p, axes[axis], is_experts, isinstance(module, Fp8Module) and key in WEIGHTS)
                 for key, p in module.named_parameters(recurse=False)
             ]
-            taken.update(parameters)
+            taken.update(module.parameters(recurse=False))
+        dense, undivided, experts = (
+            Group(shards, axis, axes[axis], not reshard) for axis, shards in own.items()
+        )
         blocks.append(
             BlockGroups(
-                Group(own["dense"], d.dp_shard, not reshard),
-                Group(own["undivided"], d.dp_shard * d.tp, not reshard)
-                if own["undivided"]
-                else None,
-                Group(own["experts"], d.efsdp, not reshard) if own["experts"] else None,
+                dense,
+                undivided if undivided.shards else None,
+                experts if experts.shards else None,
             )
         )
     norm = None
     if d.tp > 1:
-        norm = Group(
-            [_shard(model.norm.weight, d.dp_shard * d.tp, False)], d.dp_shard * d.tp, not reshard
-        )
+        shards = [_shard(model.norm.weight, axes["dp_shard_tp"], False)]
+        norm = Group(shards, "dp_shard_tp", axes["dp_shard_tp"], not reshard)
         taken.add(model.norm.weight)
     rest = [p for p in model.parameters() if p not in taken]
-    root = Group([_shard(p, d.dp_shard, False) for p in rest], d.dp_shard, True)
+    root = Group([_shard(p, d.dp_shard, False) for p in rest], "dp_shard", d.dp_shard, True)
     return Groups(root, norm, blocks)
 
 
@@ -158,12 +163,14 @@ def _shard(parameter: nn.Parameter, ranks: int, is_expert: bool, fp8: bool = Fal
     dim = placement(parameter, ranks, is_expert).dim
     length, rest = parameter.shape[dim], parameter.numel() // max(parameter.shape[dim], 1)
     own = -(-length // ranks) * rest
-    kept = kept_bytes(parameter.shape, own, dim, is_expert) if fp8 else 0
-    return Shard(own * ranks, own, dim != 0, kept)
+    if not fp8:
+        return Shard(own * ranks, own, dim != 0)
+    kept = kept_bytes(parameter.shape, own, dim, is_expert)
+    return Shard(own * ranks, own, dim != 0, kept, n_blocks(parameter.shape, is_expert))
 
 
 class Sharding:
-    """FSDP2's doings, entered in a ledger as they happen."""
+    """FSDP2's doings, entered in a ledger as they happen: bytes held and bytes exchanged."""
 
     def __init__(
         self, ledger: Ledger, home: Ledger, item_bytes: int, replicas: int, gloo: bool
@@ -188,6 +195,7 @@ class Sharding:
             return
         group.gathering = True
         if group.ranks > 1:
+            self.ledger.exchange(group.axis, ALL_GATHER, group.gathered_bytes(self.item))
             casts = sum(group.cast_bytes(self.item))
             self._add(GATHERED, casts)
             self._add(GATHERED, group.gathered_bytes(self.item))
@@ -255,6 +263,10 @@ class Sharding:
     def reduced(self, group: Group) -> None:
         """The gradients were given up."""
         part = group.own * 4
+        if group.ranks > 1:
+            self.ledger.exchange(group.axis, REDUCE_SCATTER, group.whole * 4)
+        if self.replicas > 1:
+            self.ledger.exchange("dp_replicate", ALL_REDUCE, part)
         # torch's loop over the gradients still has its hands on the last one; gloo copies its
         # input, and torch does where it divides by a factor itself
         copies = self.gloo if group.ranks > 1 else self.replicas > 1
@@ -285,6 +297,13 @@ class Sharding:
                 self._add(GATHERED, -group.gathered_bytes(self.item) * (group.ranks > 1))
             group.places.clear()
         self._release_held()
+
+    def quantize(self, groups: Iterable[Group]) -> None:
+        """The ranks of a group agree on the scales of weights in FP8, once per step."""
+        for group in groups:
+            if group.ranks > 1:
+                n_bytes = 4 * sum(shard.blocks for shard in group.shards)
+                self.ledger.exchange(group.axis, ALL_REDUCE, n_bytes)
 
     def _release_held(self) -> None:
         self._add(GATHERED, -self.held)

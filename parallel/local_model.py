@@ -9,7 +9,8 @@ import math
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from configs.degrees import Degrees
@@ -21,6 +22,7 @@ from models.decoder import Decoder
 from models.exchange import Exchange
 from models.fp8 import apply_fp8
 from models.moe import Dispatcher, Experts, FeedForward, LocalDispatcher, MoE
+from models.shadow import ALL_GATHER, ALL_REDUCE
 from parallel.dispatch.all_to_all import AllToAll
 from parallel.dispatch.exchange import Link, Traffic
 from parallel.dispatch.gathering import GatheringDispatcher
@@ -32,17 +34,17 @@ from parallel.fp8_weights import check_divided
 from parallel.recompute import apply_recompute
 from parallel.tensor import HEADS, TensorExchange, VocabularyEmbedding
 
-_NODE = 8
-"""Ranks of a node, where the experiment does not say."""
+NODES, NODE = "ep between nodes", "ep in a node"
+"""The groups of `hierarchical` dispatch."""
+_RANKS_PER_NODE = 8
+"""Where the experiment does not say."""
 
 
 class SizedGroup:
-    """What a process group tells: how many ranks it has, and that this is the first."""
+    """What a process group tells: its name, how many ranks it has, and that this is the first."""
 
-    group_name = "rehearsal"
-
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, group_name: str, size: int) -> None:
+        self.group_name, self._size = group_name, size
 
     def size(self) -> int:
         return self._size
@@ -50,12 +52,15 @@ class SizedGroup:
     def rank(self) -> int:
         return 0
 
-    def allreduce(self, *_: Any) -> None:
-        """In place: nothing to do."""
+    def allreduce(self, tensors: Any, *_: Any) -> None:
+        """In place: nothing changes."""
+        for tensor in tensors:
+            tensor.entry.mode.ledger.exchange(self.group_name, ALL_REDUCE, tensor.nbytes)
 
     def allgather(self, got: Any, mine: Any, *_: Any) -> None:
         """Counts arrive as every rank alike would send them; data does not exist."""
         for outputs, own in zip(got, mine, strict=True):
+            own.entry.mode.ledger.exchange(self.group_name, ALL_GATHER, own.nbytes * self._size)
             for output in outputs:
                 if not output.content.is_meta:
                     output.content.copy_(own.content)
@@ -77,7 +82,7 @@ def local_decoder(
         apply_fp8(model, config.precision.fp8)
         align = row_alignment(device)
     divided: set[nn.Module] = set()
-    exchange = TensorExchange(_group(degrees.tp)) if degrees.tp > 1 else None
+    exchange = TensorExchange(_group("tp", degrees.tp)) if degrees.tp > 1 else None
     for module in list(model.modules()):
         if isinstance(module, Experts):
             _divide_experts(module, degrees)
@@ -105,8 +110,9 @@ def _divide_experts(experts: Experts, degrees: Degrees) -> None:
     for name, parameter in list(experts._parameters.items()):
         if parameter is not None:
             _narrow(experts, name, DIMS[name]["ep"], degrees.ep)
-            if name != "b2":  # is read in full width
-                _narrow(experts, name, DIMS[name]["etp"], degrees.etp)
+            _narrow(experts, name, DIMS[name]["etp"], degrees.etp)
+            if name == "b2" and degrees.etp > 1:
+                _pad_when_read(experts, name, parameter.shape[-1])
 
 
 def _dispatcher(moe: MoE, degrees: Degrees, options: Dispatch, align: int) -> Dispatcher:
@@ -116,7 +122,7 @@ def _dispatcher(moe: MoE, degrees: Degrees, options: Dispatch, align: int) -> Di
         planner = _planner(n_experts, degrees.ep, options, align)
         dispatcher = RoutedDispatcher(planner, options)
     if degrees.etp > 1:
-        dispatcher = GatheringDispatcher(dispatcher, _group(degrees.etp))
+        dispatcher = GatheringDispatcher(dispatcher, _group("etp", degrees.etp))
     return dispatcher
 
 
@@ -124,12 +130,12 @@ def _planner(n_experts: int, ep: int, options: Dispatch, align: int) -> Planner:
     """What `parallel.dispatch.factory` would make. The buffers of DeepEP are its own: its rows
     are counted as those of the exact exchange."""
     if options.kind == "hierarchical":
-        size = options.node_size or math.gcd(ep, _NODE)
+        size = options.node_size or math.gcd(ep, _RANKS_PER_NODE)
         traffic = Traffic()
-        across = Link(_group(ep // size), [False] * (ep // size), traffic)
-        within = Link(_group(size), [False] * size, traffic)
-        return Hierarchical(n_experts, _group(ep), across, within, traffic, align)
-    link = Link(_group(ep), [False] * ep)
+        across = Link(_group(NODES, ep // size), [False] * (ep // size), traffic)
+        within = Link(_group(NODE, size), [False] * size, traffic)
+        return Hierarchical(n_experts, _group("ep", ep), across, within, traffic, align)
+    link = Link(_group("ep", ep), [False] * ep)
     if options.kind == "sync_free":
         return SyncFree(n_experts, link, options.capacity_factor, align)
     return AllToAll(n_experts, link, align)
@@ -147,8 +153,10 @@ def _divide_over_tp(module: nn.Module, tp: int) -> set[nn.Module]:
         projection = getattr(module, name, None)
         if projection is not None:
             _narrow(projection, "weight", dim, tp)
-            if projection.bias is not None and dim == 0:  # that of wo is read in full width
+            if projection.bias is not None:
                 _narrow(projection, "bias", 0, tp)
+                if name == "wo":
+                    _pad_when_read(projection, "bias", projection.weight.shape[0])
             found.add(projection)
     if getattr(module, "sinks", None) is not None:
         _narrow(module, "sinks", 0, tp)
@@ -164,5 +172,17 @@ def _narrow(module: nn.Module, name: str, dim: int, size: int) -> None:
     module._parameters[name] = nn.Parameter(torch.empty(shape, device="meta"))
 
 
-def _group(size: int) -> ProcessGroup:
-    return cast(ProcessGroup, SizedGroup(size))
+def _pad_when_read(module: nn.Module, name: str, width: int) -> None:
+    """As `parallel.local.pad_local` does, for the first rank."""
+
+    def read(module: nn.Module) -> Tensor:
+        part = module._parameters[name]
+        assert part is not None
+        return F.pad(part, (0, width - part.shape[-1]))
+
+    kind = type(module)
+    module.__class__ = type(f"Padded{kind.__name__}", (kind,), {name: property(read)})
+
+
+def _group(name: str, size: int) -> ProcessGroup:
+    return cast(ProcessGroup, SizedGroup(name, size))

@@ -80,6 +80,9 @@ class Rehearsal:
         self.shadows = Shadows("cpu" if device == "cpu" else "meta")
         self.fused = device != "cpu"
         self.mark: Callable[[str], None] = lambda name: None
+        self.chunks_sent = self.chunks_away = 0
+        """Parts of a block's rows that went through its experts in forward, and of those the ones
+        whose gradients have yet to come."""
         self.n_tokens = config.train.micro_batch * config.data.seq_len
         self.own_tokens = self.n_tokens // degrees.tp
         self._watch(self.model)
@@ -149,10 +152,12 @@ class Rehearsal:
         outputs: list[Tensor] = []
 
         def run() -> None:
+            self.chunks_sent = 0
             outputs.append(block(*(x.requires_grad_() for x in inputs), *arguments))
 
         def back() -> None:
             outputs.clear()
+            self.chunks_away = self.chunks_sent
             torch.autograd.backward(edge, given)
             self._give_up_grads(block)
 
@@ -251,15 +256,20 @@ class Rehearsal:
             setattr(router, "given_tK", ids_tK)  # noqa: B010 (Module's own attribute types)
 
     def _even_choice(self) -> Tensor:
-        """Expert ids `[t, K]` with about as many tokens for every expert.
+        """Expert ids `[t, K]` with as many tokens for every rank of `ep`, and about as many for
+        every expert.
 
         Not exactly: where groups of rows are aligned, loads that are all alike would all fill
-        their last rows, or all leave them half empty.
+        their last rows, or all leave them half empty. Of two neighbours one has more by as much as
+        the other has less.
         """
         moe = self.config.model.moe
         n_rows, experts = self.own_tokens * moe.top_k, torch.arange(moe.n_experts)
-        load_E = experts * 13 % 32 - 16 + n_rows // moe.n_experts
-        ids_R = experts.repeat_interleave(load_E.clamp(min=0))
+        n_local = moe.n_experts // self.degrees.ep
+        pair_E = experts % n_local // 2
+        more_E = (pair_E * 13 % 16 + 1) * (1 - 2 * (experts % n_local % 2))
+        more_E[pair_E == n_local // 2] = 0  # the last of an odd number
+        ids_R = experts.repeat_interleave((more_E + n_rows // moe.n_experts).clamp(min=0))
         more = experts.repeat(n_rows // moe.n_experts + 1)
         return torch.cat([ids_R, more])[:n_rows].view(-1, moe.top_k)
 
@@ -286,9 +296,12 @@ class Rehearsal:
     def _before_experts(self, experts: nn.Module, arguments: tuple[Rows]) -> tuple[Rows]:
         self.mark(EXPERTS)
         rows = arguments[0]
+        self.chunks_sent += 1
 
         def done() -> None:
-            self._give_up_grads(experts)
+            self.chunks_away -= 1
+            if not self.chunks_away:  # autograd hands over the sum of what all chunks gave
+                self._give_up_grads(experts)
 
         data, weights_R = Behind.apply(done, rows.data, rows.weights_R)
         return (rows._replace(data=data, weights_R=weights_R),)

@@ -71,11 +71,12 @@ def _export_name(config: RunConfig) -> str:
 
 
 def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
-    """The memory of a rank on each kind of device, and with the worst routing."""
+    """What a rank holds and exchanges, by kind of device, and holds under the worst routing."""
     found = {d: predict(config, degrees, d, likely_compute(config, d)) for d in ("cpu", "cuda")}
-    even = [memories[0].peak for memories in found.values()]
-    worst = [memories[1].peak for memories in found.values()]
-    host = [memories[0].host for memories in found.values()]
+    even = [needs[0].peak for needs in found.values()]
+    worst = [needs[1].peak for needs in found.values()]
+    host = [needs[0].host for needs in found.values()]
+    exchanged = [needs[0].exchanged for needs in found.values()]
     kinds = {kind for peak in even for kind in peak if peak[kind] >= 2**10} | set(_KINDS[:3])
     dtypes = [str(likely_compute(config, d)).removeprefix("torch.") for d in found]
     lines = [f"  {'device':<26}" + "".join(f"{d:>14}" for d in found)]
@@ -87,6 +88,10 @@ def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in _ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]
+    if degrees.world > 1:
+        lines += ["exchanged per rank in a step (what a gather gives, what else takes)"]
+        lines += [_row(kind, [n[kind] for n in exchanged]) for kind in sorted({*exchanged[0]})]
+        lines += [_row("sum", [n.total() for n in exchanged])]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The memory that a rank will need at the worst moment of a step.
+"""The memory that a rank will need at the worst moment of a step, and the bytes it exchanges.
 
 A step is gone through in time: states, then for a microbatch embedding, blocks, loss, and back,
 with what each block keeps and needs for the moment (`parallel.rehearsal`) and what FSDP2 gathers
@@ -8,8 +8,12 @@ the way is the answer, with what it consists of.
 
 Counted is what tensors hold. Not counted: rounding and fragmentation of the allocator, workspaces
 of libraries, buffers of NCCL, Python and torch themselves.
+
+Exchanged is what goes into a collective or, for a gather, what comes out: the bytes of its larger
+side. Not counted: the sums of a few numbers per step (loss, norm of the gradients, loads).
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +37,21 @@ from parallel.rehearsal import (
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What a rank holds at the worst moment of a step, bytes by kind."""
+class Needs:
+    """What a rank holds at the worst moment of a step and what it exchanges in a whole one, bytes
+    by kind."""
 
     peak: Bytes
     host: Bytes
     """In host memory, with `parallel.cpu_offload` on an accelerator."""
+    exchanged: Bytes
+    """By axis of the mesh and kind of collective."""
 
 
 def predict(
     config: RunConfig, degrees: Degrees, device: str, compute: torch.dtype
-) -> tuple[Memory, Memory]:
-    """The largest memory of a step, for loads of the experts that are even, and the worst: all
+) -> tuple[Needs, Needs]:
+    """What a step needs of a rank, for loads of the experts that are even, and the worst: all
     tokens of all ranks choose the same experts, and this rank has them.
 
     device: `cpu` or `cuda`. compute: dtype of forward and backward.
@@ -90,7 +97,7 @@ class _Step:
             self.ledger, self.home, compute.itemsize, degrees.dp_replicate, gloo=device == "cpu"
         )
 
-    def run(self) -> Memory:
+    def run(self) -> Needs:
         """States, the last one or two microbatches, the norm of the gradients."""
         train, groups = self.config.train, self.groups.all()
         own = sum(group.own for group in groups) * 4
@@ -103,8 +110,12 @@ class _Step:
         # those of used microbatches stay to the end of the step
         masks = sum(_net(trace) for trace in self.traces.masks.values())
         self.ledger.add(MASKS, masks * max(self.passes - 2, 0))
-        for _ in range(min(self.passes, 2)):
+        self.fsdp.quantize(groups)
+        once, n_run = Counter(self.ledger.exchanged), min(self.passes, 2)
+        for _ in range(n_run):
             self._microbatch()
+        for kind, n_bytes in self.ledger.exchanged.items():  # every microbatch exchanges as much
+            self.ledger.exchanged[kind] += (n_bytes - once[kind]) * (self.passes - n_run) // n_run
         largest = 4 * max(shard.own for group in groups for shard in group.shards)
         if self.device == "cpu":
             self.ledger.add("gradient norm", largest)
@@ -112,7 +123,8 @@ class _Step:
         if moment == 2:  # both in fp32, one parameter at a time
             self.home.add("AdamW moments", 2 * largest)
             self.home.add("AdamW moments", -2 * largest)
-        return Memory(self.ledger.peak, Bytes() if self.home is self.ledger else self.home.now)
+        host = Counter() if self.home is self.ledger else self.home.now
+        return Needs(self.ledger.peak, host, +self.ledger.exchanged)
 
     def _microbatch(self) -> None:
         fsdp, root, norm = self.fsdp, self.groups.root, self.groups.norm
@@ -199,7 +211,8 @@ class _Step:
                     fsdp.end_forward(experts)
             elif step == EXPERTS_BACK and experts is not None:
                 fsdp.begin_backward(experts, ahead=True)
-                reducing.insert(0, experts)
+                if reducing[0] is not experts:  # the first of its chunks
+                    reducing.insert(0, experts)
             else:
                 of_experts = reducing[0] is experts
                 for group in reducing[:1] if of_experts else reducing:

@@ -29,12 +29,18 @@ from train.torchtitan_adapter import build_optimizer, optimizer_tensors
 class Run:
     """A model and its optimizer on one mesh."""
 
-    def __init__(self, settings: dict[str, Any], name: str, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        name: str,
+        ranks: Ranks,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         self.config, self.ranks = from_dict(settings, name), ranks
         self.mesh = meshes.build(resolve(self.config, ranks.world), ranks.device.type)
         with torch.device("meta"):
             self.model = Decoder(self.config.model)
-        parallelize(self.model, self.mesh, self.config, torch.float32)
+        parallelize(self.model, self.mesh, self.config, compute)
         materialise(self.model, self.config.model, self.config.run.seed, ranks.device)
         shake(self.model)
         self.fp8_weights = gather_in_fp8(self.model)

@@ -1,4 +1,4 @@
-"""The collectives of one step, counted, are those that the docstrings name.
+"""The collectives of one step, counted, are those that the docstrings name and `--check` predicts.
 
 Formulas: `parallel.tensor`, `parallel.expert`, `parallel.dispatch.all_to_all`, `parallel.apply`,
 `parallel.fp8_weights`, and the sums of `train.step`. Everything is fp32, but weights that are
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from configs.degrees import resolve
+from configs.loader import from_dict
 from configs.model import Model
 from configs.precision import Fp8
 from models.decoder import Decoder
@@ -22,6 +24,7 @@ from tests.models.families import FAMILIES
 from tests.parallel.fp8_models import GQA, MLA
 from tests.parallel.meshes import GLOBAL_BATCH, PASSES, SEQ_LEN, Case, wide
 from tests.runs import run
+from train.memory import predict
 
 CASES = [
     Case("glm4", 1, 2, 2, 4, 1),
@@ -219,11 +222,9 @@ def settings_of(case: Case) -> dict[str, Any]:
 
 def test_a_step_communicates_what_the_formulas_say(tmp_path: Path) -> None:
     cases = CASES + FP8_CASES
-    listed = [{"name": case.name, "settings": settings_of(case)} for case in cases]
-    (tmp_path / "cases.json").write_text(json.dumps(listed))
-    run("tests/parallel/traffic_run.py", tmp_path, tmp_path / "cases.json", ranks=4)
+    reports = counted(tmp_path, {case.name: settings_of(case) for case in cases}, "float32")
     for case in cases:
-        report = json.loads((tmp_path / f"{case.name}.json").read_text())
+        report = reports[case.name]
         expected: Traffic = defaultdict(lambda: defaultdict(lambda: [0, 0]))
         formula, maxima = Formula(case), defaultdict[str, int](int)
         for axis, size in formula.maxima.items():  # once per step and group of ranks
@@ -237,6 +238,56 @@ def test_a_step_communicates_what_the_formulas_say(tmp_path: Path) -> None:
                 entry[0] += calls
                 entry[1] += size
         assert report["total"] == expected, case.name
+        shown = predicted(settings_of(case), report["same"], torch.float32)
+        assert shown == bytes_of(formula.traffic, report["same"]), case.name
+
+
+def test_check_predicts_the_bytes_of_both_recipes(tmp_path: Path) -> None:
+    """In bf16, where the ranks of no axis are all ranks: what these add up is a group apart."""
+    cases = {
+        f"{recipe} {more}": settings_of(Case("fp8", 2, 2, 1, 2, 1, dispatch=more))
+        | {"precision": {"recipe": recipe}}
+        for recipe in ("bf16", "fp8_blockwise")
+        for more in ((), (("dispatch_dtype", "fp8"), ("chunks", 2)), (("kind", "sync_free"),))
+    }
+    reports = counted(tmp_path, cases, "bfloat16")
+    sums = []
+    for name, settings in cases.items():
+        shown = predicted(settings, reports[name]["same"], torch.bfloat16)
+        assert shown == bytes_of(reports[name]["total"], {}), name
+        sums.append(shown["dp_shard allgather"] + shown["efsdp allgather"])
+    assert sums[3] == sums[4] == sums[5] < 0.6 * sums[0]
+
+
+def counted(folder: Path, cases: dict[str, dict[str, Any]], compute: str) -> dict[str, Any]:
+    """What four ranks exchanged in one step of each experiment."""
+    listed = [{"name": n, "settings": s, "compute": compute} for n, s in cases.items()]
+    (folder / "cases.json").write_text(json.dumps(listed))
+    run("tests/parallel/traffic_run.py", folder, folder / "cases.json", ranks=4)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
+
+
+def predicted(
+    settings: dict[str, Any], same: dict[str, str], compute: torch.dtype
+) -> dict[str, int]:
+    """Bytes of four ranks by axis and kind of collective, as `--check` finds them."""
+    config = from_dict(settings, "experiment")
+    needs, _ = predict(config, resolve(config, 4), "cpu", compute)
+    found: dict[str, int] = defaultdict(int)
+    for name, size in needs.exchanged.items():
+        axis, kind = name.rsplit(" ", 1)
+        found[f"{same.get(axis, axis)} {kind.replace('-', '')}"] += 4 * size
+    return found
+
+
+def bytes_of(traffic: Traffic, same: dict[str, str]) -> dict[str, int]:
+    """The same of what was counted or computed, but for the numbers that all ranks add up."""
+    found: dict[str, int] = defaultdict(int)
+    for axis, kinds in traffic.items():
+        for kind, (_, size) in kinds.items():
+            if axis != "world":
+                found[f"{same.get(axis, axis)} {kind}"] += size
+    return found
 
 
 def test_weights_in_fp8_are_gathered_at_half_the_bytes_of_bf16() -> None:

@@ -84,7 +84,7 @@ def summed(groups: Counts, names: list[tuple[str, str]]) -> dict[str, Any]:
 if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     for case in json.loads(Path(sys.argv[2]).read_text()):
-        run = Run(case["settings"], case["name"], ranks)
+        run = Run(case["settings"], case["name"], ranks, getattr(torch, case["compute"]))
         with Traffic() as traffic:
             run.step(1)
         report = summed(traffic.groups, axes(run.mesh))

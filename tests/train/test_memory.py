@@ -219,10 +219,11 @@ def test_check_prints_every_byte_and_the_worst_routing() -> None:
     rows = re.findall(r"^ +(\S.*?) +([\d.,]+) (\w+) +[\d.,]+ \w+", table, re.MULTILINE)
     sums = [float(number) * units[unit] for kind, number, unit in rows if kind == "sum"]
     sizes = {kind: float(number) * units[unit] for kind, number, unit in reversed(rows)}
-    for kind, size in even.peak.items():
+    for kind, size in [*even.peak.items(), *even.exchanged.items()]:
         assert size < 2**10 or sizes[kind] == pytest.approx(size, rel=0.05), kind
-    for shown, memory in zip(sums, (even, worst), strict=True):
-        assert shown == pytest.approx(memory.peak.total(), rel=0.01)
+    for shown, counted in zip(sums, (even.peak, worst.peak, even.exchanged), strict=True):
+        assert shown == pytest.approx(counted.total(), rel=0.01)
+    assert {"ep all-to-all", "dp_shard all-gather", "dp_shard reduce-scatter"} <= {*even.exchanged}
     assert worst.peak.total() > 1.1 * even.peak.total()
 
 
