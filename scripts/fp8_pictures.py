@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Curves = dict[str, dict[str, list[list[dict[str, Any]]]]]
-"""By model and variant, the records of every seed."""
+Records = list[dict[str, Any]]
+Curves = dict[str, dict[str, dict[int, Records]]]
+"""By model, variant and seed."""
 Array = npt.NDArray[np.float64]
 
 
@@ -24,7 +25,7 @@ def draw(curves: Curves, folder: Path) -> list[Path]:
     }
     pictures = [_pairs(pairs, folder / "fp8-curves.png")] if pairs else []
     demo = pairs.get("demo", {})
-    if len([name for name, seeds in demo.items() if seeds]) > 2:
+    if {name for name, seeds in demo.items() if seeds} - {"bf16", "bf16_again", "fp8_blockwise"}:
         pictures.append(_ablations(demo, folder / "fp8-ablations.png"))
     return pictures
 
@@ -40,18 +41,19 @@ def _pairs(pairs: Curves, path: Path) -> Path:
     for column, (model, found) in enumerate(pairs.items()):
         top, bottom = axes[:, column]
         for variant, style, width in (("bf16", "-", 2.2), ("fp8_blockwise", "--", 1.0)):
-            for i, records in enumerate(found[variant]):
+            for i, records in enumerate(found[variant].values()):
                 top.plot(
                     *_smooth(records), style, lw=width, alpha=0.8, label=None if i else variant,
                     color="tab:gray" if variant == "bf16" else "tab:red",
                 )  # fmt: skip
-        for seed, (base, other) in enumerate(
-            zip(found["bf16"], found["fp8_blockwise"], strict=True)
-        ):
-            bottom.plot(*_gap(base, other), lw=0.9, label=f"training, pair {seed}")
-            steps, losses = _validations(other)
-            _, reference = _validations(base)
-            bottom.plot(steps, 100 * (losses / reference - 1), "o", ms=4, color="black")
+        for seed, base in found["bf16"].items():
+            control = found.get("bf16_again", {}).get(seed)
+            if control:
+                bottom.plot(*_gap(base, control), lw=0.6, color="tab:gray")
+                bottom.plot(*_validation_gap(base, control), "x", ms=4, color="tab:gray")
+            if other := found["fp8_blockwise"].get(seed):
+                line = bottom.plot(*_gap(base, other), lw=0.9, label=f"FP8, seed {seed}")
+                bottom.plot(*_validation_gap(base, other), "o", ms=4, color=line[0].get_color())
         bottom.axhspan(-0.5, 0.5, color="tab:green", alpha=0.12)
         bottom.set_ylim(-2, 2)
         top.set_title(model)
@@ -60,14 +62,14 @@ def _pairs(pairs: Curves, path: Path) -> Path:
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("training loss (nats per token)")
-    axes[1, 0].set_ylabel("fp8 over bf16, percent\n(dots: validation)")
+    axes[1, 0].set_ylabel("over bf16, percent\n(dots: validation; gray: bf16 again)")
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
 
 
-def _ablations(found: dict[str, list[list[dict[str, Any]]]], path: Path) -> Path:
+def _ablations(found: dict[str, dict[int, Records]], path: Path) -> Path:
     """Every arithmetic's loss relative to bf16: curves of the mean, and final values by seed."""
     from matplotlib import pyplot
 
@@ -76,10 +78,10 @@ def _ablations(found: dict[str, list[list[dict[str, Any]]]], path: Path) -> Path
     )
     names = [name for name, seeds in found.items() if seeds and name != "bf16"]
     for place, name in enumerate(names):
-        pairs = list(zip(found["bf16"], found[name], strict=True))
+        pairs = [(found["bf16"][seed], records) for seed, records in found[name].items()]
         gaps = [_gap(base, other) for base, other in pairs]
         left.plot(gaps[0][0], np.mean([gap for _, gap in gaps], axis=0), lw=1, label=name)
-        final = [100 * (_validations(o)[1][-1] / _validations(b)[1][-1] - 1) for b, o in pairs]
+        final = [_validation_gap(*pair)[1][-1] for pair in pairs]
         right.plot([place] * len(final), final, "o", color=f"C{place}")
     right.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     right.set_title("final validation loss, by seed", fontsize=9)
@@ -95,12 +97,12 @@ def _ablations(found: dict[str, list[list[dict[str, Any]]]], path: Path) -> Path
     return path
 
 
-def _losses(records: list[dict[str, Any]]) -> tuple[Array, Array]:
+def _losses(records: Records) -> tuple[Array, Array]:
     steps = np.array([r["step"] for r in records], dtype=float)
     return steps, np.array([r["loss"] for r in records])
 
 
-def _smooth(records: list[dict[str, Any]]) -> tuple[Array, Array]:
+def _smooth(records: Records) -> tuple[Array, Array]:
     """The mean over a fiftieth of the run before each step."""
     steps, losses = _losses(records)
     window = max(len(steps) // 50, 1)
@@ -108,12 +110,17 @@ def _smooth(records: list[dict[str, Any]]) -> tuple[Array, Array]:
     return steps[window - 1 :], (sums[window:] - sums[:-window]) / window
 
 
-def _gap(base: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[Array, Array]:
+def _gap(base: Records, other: Records) -> tuple[Array, Array]:
     steps, losses = _smooth(other)
     return steps, 100 * (losses / _smooth(base)[1] - 1)
 
 
-def _validations(records: list[dict[str, Any]]) -> tuple[Array, Array]:
+def _validation_gap(base: Records, other: Records) -> tuple[Array, Array]:
+    steps, losses = _validations(other)
+    return steps, 100 * (losses / _validations(base)[1] - 1)
+
+
+def _validations(records: Records) -> tuple[Array, Array]:
     held_out = [r for r in records if "validation_loss" in r]
     steps = np.array([r["step"] for r in held_out], dtype=float)
     return steps, np.array([r["validation_loss"] for r in held_out])

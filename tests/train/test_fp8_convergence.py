@@ -1,12 +1,15 @@
 """Training in FP8 reaches the loss of bf16; and the program that measures it."""
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from configs.loader import load
 from scripts import fp8_convergence
-from scripts.fp8_convergence import BF16, FP8, Run, collect, table, train_all
+from scripts.fp8_convergence import BF16, CONTROL, FP8, Run, _seeds, collect, table, train_all
 from scripts.fp8_pictures import draw
 from tests.runs import TINY
 from train.metrics import read_lines
@@ -20,8 +23,8 @@ def small(overrides: list[str]) -> list[str]:
     rest = [option for option in overrides if not option.startswith("--run.dir")]
     return [*rest, "--model.d_model=144", "--model.moe.d_expert=128", "--model.d_ff=160",
             "--model.attention.head_dim=32", "--validation.sequences=64",
-            "--schedule.warmup_steps=10", "--train.global_batch=4",
-            "--train.micro_batch=4"]  # fmt: skip
+            "--schedule.warmup_steps=10", "--train.global_batch=4", "--train.micro_batch=4",
+            "--optimizer.lr=3e-3"]  # fmt: skip
 
 
 def test_a_pair_of_100_steps_ends_at_the_same_loss(
@@ -40,9 +43,9 @@ def test_a_pair_of_100_steps_ends_at_the_same_loss(
     assert results["fp8_of_eligible"] >= 0.9
     made = table({"demo": results})
     assert f"{base:.4f}" in made and "100%" in made
-    records = {run.variant: [run.records()] for run in runs}
+    records = {run.variant: {0: run.records()} for run in runs}
     assert [path.name for path in draw({"demo": records}, tmp_path)] == ["fp8-curves.png"]
-    drawn = draw({"demo": records | {"other": records[FP8]}}, tmp_path)
+    drawn = draw({"demo": records | {CONTROL: records[BF16], "other": records[FP8]}}, tmp_path)
     assert [path.name for path in drawn] == ["fp8-curves.png", "fp8-ablations.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)
     capfd.readouterr()
@@ -66,6 +69,26 @@ def test_differences_are_percent_of_the_pair_with_the_same_seed(
     assert "0: 4.0400 (+1.00 %); 3: 4.9000 (-2.00 %) | -0.50 %" in table(results)
 
 
+def test_a_control_differs_in_nothing_but_the_size_of_microbatches(tmp_path: Path) -> None:
+    base, control = (
+        load(command[3], command[4:])
+        for command in (Run("demo", v, 1, 7, tmp_path).command([]) for v in (BF16, CONTROL))
+    )
+    assert control.train.micro_batch == base.train.micro_batch // 2
+    same = replace(
+        control, run=base.run, train=replace(control.train, micro_batch=base.train.micro_batch)
+    )
+    assert same == base and control.run.seed == base.run.seed
+
+
+def test_ablations_train_the_demo_with_seeds_of_their_own() -> None:
+    options = Namespace(seeds=[4, 5, 6], ablation_seeds=[5])
+    assert _seeds("demo", FP8, options) == [4, 5, 6]
+    assert _seeds("qwen3", CONTROL, options) == [4]
+    assert _seeds("demo", "per_tensor", options) == [5]
+    assert _seeds("qwen3", "per_tensor", options) == []
+
+
 def test_a_run_that_is_cut_short_is_not_complete(tmp_path: Path) -> None:
     run = Run("demo", BF16, 0, 7, tmp_path)
     assert run.final() is None
@@ -79,7 +102,7 @@ def test_a_run_that_is_cut_short_is_not_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["demo", "deepseek_v3", "qwen3"])
 def test_1500_steps_end_at_the_same_loss(model: str, tmp_path: Path) -> None:
     seeds = (0, 1, 2) if model == "demo" else (0,)
-    runs = [Run(model, variant, s, 1500, tmp_path) for s in seeds for variant in (BF16, FP8)]
+    runs = [Run(model, variant, s, 1500, tmp_path) for variant in (BF16, FP8) for s in seeds]
     train_all(runs, 2, [])
     results = collect(runs, [])[model]
     assert all(abs(results["difference_percent"][FP8][str(s)]) < MOST for s in seeds)
