@@ -19,12 +19,17 @@ MOST = 0.5
 
 
 def small(overrides: list[str]) -> list[str]:
-    """An experiment of tests/tiny.toml whose products have whole blocks and some partial ones."""
+    """An experiment of tests/tiny.toml whose products have whole blocks and some partial ones.
+
+    Its learning rate is one at which bf16 repeats itself: controls of four seeds ended within 0.11
+    percent of their pairs and FP8 of three within 0.14; with 3e-3 and half the batch one of six
+    controls was 1.5 percent off.
+    """
     rest = [option for option in overrides if not option.startswith("--run.dir")]
     return [*rest, "--model.d_model=144", "--model.moe.d_expert=128", "--model.d_ff=160",
-            "--model.attention.head_dim=32", "--validation.sequences=64",
-            "--schedule.warmup_steps=10", "--train.global_batch=4", "--train.micro_batch=4",
-            "--optimizer.lr=3e-3"]  # fmt: skip
+            "--model.attention.head_dim=32", "--validation.sequences=256",
+            "--schedule.warmup_steps=10", "--train.micro_batch=8",
+            "--optimizer.lr=5e-4"]  # fmt: skip
 
 
 def test_a_pair_of_100_steps_ends_at_the_same_loss(
