@@ -89,7 +89,7 @@ def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in _ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]
     if degrees.world > 1:
-        lines += ["exchanged per rank in a step (what a gather gives, what else takes)"]
+        lines += ["exchanged per rank in a step (of a gather the result, of others the input)"]
         lines += [_row(kind, [n[kind] for n in exchanged]) for kind in sorted({*exchanged[0]})]
         lines += [_row("sum", [n.total() for n in exchanged])]
     return lines
