@@ -141,8 +141,8 @@ def _options() -> argparse.Namespace:
         help="of the demo model; the others train with the first (default 0 1 2)",
     )  # fmt: skip
     parser.add_argument(
-        "--ablation-seeds", type=int, nargs="+", default=[0],
-        help="of the ablations, which train the demo model only (default 0)",
+        "--ablation-seeds", type=int, nargs="+",
+        help="of the ablations, which train the demo model only (default: the first seed)",
     )  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument(
@@ -162,7 +162,8 @@ def _seeds(model: str, variant: str, options: argparse.Namespace) -> list[int]:
     found: list[int] = options.seeds if model == "demo" else options.seeds[:1]
     if variant not in ARITHMETIC:
         return found
-    return [seed for seed in options.ablation_seeds if seed in found] if model == "demo" else []
+    wanted = options.ablation_seeds or found[:1]
+    return [seed for seed in wanted if seed in found] if model == "demo" else []  # need their bf16
 
 
 def train_all(runs: list[Run], jobs: int, overrides: list[str]) -> None:

@@ -92,6 +92,8 @@ def test_ablations_train_the_demo_with_seeds_of_their_own() -> None:
     assert _seeds("qwen3", CONTROL, options) == [4]
     assert _seeds("demo", "per_tensor", options) == [5]
     assert _seeds("qwen3", "per_tensor", options) == []
+    options.ablation_seeds = None
+    assert _seeds("demo", "per_tensor", options) == [4]
 
 
 def test_a_run_that_is_cut_short_is_not_complete(tmp_path: Path) -> None:
