@@ -20,6 +20,7 @@ from torch import Tensor
 
 from configs.rules import ConfigError
 from kernels.heap import keep_freed_memory
+from parallel.gloo import one_thread_per_group
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def start_ranks(threads: int = 0) -> Ranks:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    one_thread_per_group()
     store = _store(rank, world)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, device, store)

@@ -1,4 +1,4 @@
-"""Known traps of torch on gloo and CPU, one test each; two ranks, started once.
+"""Known traps of torch on gloo and CPU; two ranks, started once for most of them.
 
 Each was seen to give wrong numbers silently, or to fail, in plain torch 2.13; the checks run in
 `trap_run.py` and report what they found.
@@ -39,3 +39,22 @@ def test_the_norm_spans_meshes(found: dict[str, float]) -> None:
     """torch's clipping refuses, or miscounts, parameters of several meshes."""
     assert found["norm / norm of the whole"] == pytest.approx(1.0, rel=1e-6)
     assert found["norm after clipping"] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_gloo_group_has_one_worker(found: dict[str, float]) -> None:
+    """torch's two write one string without a lock; both free it, if rarely."""
+    assert found["gloo groups"] > 1
+    assert found["gloo threads"] == found["gloo groups"]
+    assert found["timeout in seconds"] == 7.0
+
+
+def test_gloo_uses_the_given_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    run("tests/parallel/gloo_run.py", 1)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    run("tests/parallel/gloo_run.py", 1, code=1)
+
+
+def test_many_operations_in_flight_leave_the_heap_intact() -> None:
+    """With two workers per group a process died within 8 seconds in each of five runs."""
+    run("tests/parallel/gloo_run.py", 200_000)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tests.parallel.mesh_run import whole
 from tests.parallel.meshes import Case
 from train.loss import loss_sum
 
+TIMEOUT_S = 7
 DENSE, EXPERT = "layers.1.attention.wq.weight", "layers.1.ffn.experts.w2"
 
 
@@ -54,6 +56,12 @@ def main(out: Path) -> None:
     found["norm / norm of the whole"] = float(norm / exact)
     scale_grads(parameters.values(), norm, 0.5)
     found["norm after clipping"] = float(global_grad_norm(parameters.values(), ranks.rank))
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    options = group._get_backend(torch.device("cpu")).options
+    found["timeout in seconds"] = options._timeout.total_seconds()
+    found["gloo groups"] = len(dist.distributed_c10d._world.pg_map)
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    found["gloo threads"] = names.count("pt_gloo_runloop")
     if ranks.is_first:
         out.write_text(json.dumps(found))
     stop_ranks()

@@ -1,0 +1,39 @@
+"""One worker thread per gloo group: torch's two corrupt the heap.
+
+torch 2.13 gives every gloo group two threads. When one of them has finished an operation it writes
+the operation's name into a string of the group (`lastCompletedWorkName`), without a lock. Up to 15
+characters lie in the string itself; a longer name is allocated, and two threads that replace it at
+once both free the old one. `ALLGATHER_COALESCED`, as every all-gather of a DTensor is called there,
+has 19: one process that keeps 16 of them running dies within a minute, a training once in a great
+many steps and anywhere in malloc. One thread shares the string with nobody. The operations of a
+group then run one after another, in the order in which all its ranks start them anyway.
+"""
+
+import os
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch.distributed as dist
+
+
+@cache
+def one_thread_per_group() -> None:
+    """Give every gloo group that torch makes from now on one worker thread.
+
+    torch passes no options on to gloo, so this changes how its class is made.
+    """
+    gloo: Any = dist.ProcessGroupGloo
+    made = gloo.__init__
+
+    def init(self: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")  # as torch reads it
+        options = gloo._Options()
+        options._threads, options._timeout = 1, timeout
+        options._devices = [
+            gloo.create_device(interface=name) if name else gloo.create_default_device()
+            for name in interfaces.split(",")
+        ]
+        made(self, store, rank, size, options)
+
+    gloo.__init__ = init
