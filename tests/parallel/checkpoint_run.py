@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from configs.degrees import resolve
 from configs.loader import flatten, from_dict
 from models.decoder import Decoder
-from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.parallel.mesh_run import random_corpus, shake, whole
+from tests.parallel.mesh_run import mesh_of, random_corpus, shake, whole
 from train import checkpoint
 from train.batches import Sequences, TrainingData
 from train.step import StepResult, train_step
@@ -37,7 +35,7 @@ class Run:
         compute: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.ranks = from_dict(settings, name), ranks
-        self.mesh = meshes.build(resolve(self.config, ranks.world), ranks.device.type)
+        self.mesh = mesh_of(self.config, ranks)
         with torch.device("meta"):
             self.model = Decoder(self.config.model)
         parallelize(self.model, self.mesh, self.config, compute)

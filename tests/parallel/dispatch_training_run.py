@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.degrees import resolve
 from configs.loader import load
 from configs.schema import RunConfig
 from models.decoder import Decoder
 from models.router import routers
-from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.parallel.mesh_run import STEPS, Recording, random_corpus, whole
+from tests.parallel.mesh_run import STEPS, Recording, mesh_of, random_corpus, whole
 from tests.runs import TINY
 from train.batches import Sequences, TrainingData
 from train.step import train_step
@@ -50,7 +48,7 @@ def settings(ep: int) -> dict[str, list[str]]:
 
 
 def start(config: RunConfig, ranks: Ranks) -> tuple[Decoder, TrainingData]:
-    mesh = meshes.build(resolve(config, ranks.world), ranks.device.type)
+    mesh = mesh_of(config, ranks)
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.float32)
