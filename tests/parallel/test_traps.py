@@ -56,5 +56,5 @@ def test_gloo_uses_the_given_interface(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_many_operations_in_flight_leave_the_heap_intact() -> None:
-    """With two workers per group a process died within 8 seconds in each of five runs."""
+    """With two workers two processes of five died before this many, all within 8 seconds."""
     run("tests/parallel/gloo_run.py", 200_000)
