@@ -45,10 +45,10 @@ def test_a_gloo_group_has_one_worker(found: dict[str, float]) -> None:
     """torch's two write one string without a lock; both free it, if rarely."""
     assert found["gloo groups"] > 1
     assert found["gloo threads"] == found["gloo groups"]
-    assert found["timeout in seconds"] == 7.0
+    assert found["timeout in seconds"] == 77.0
 
 
-def test_gloo_uses_the_given_interface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_uses_the_given_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     run("tests/parallel/gloo_run.py", 1)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")

@@ -18,7 +18,7 @@ from tests.parallel.mesh_run import whole
 from tests.parallel.meshes import Case
 from train.loss import loss_sum
 
-TIMEOUT_S = 7
+TIMEOUT_S = 77
 DENSE, EXPERT = "layers.1.attention.wq.weight", "layers.1.ffn.experts.w2"
 
 
