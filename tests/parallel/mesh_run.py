@@ -108,8 +108,8 @@ _made = cache(meshes._mesh)
 def mesh_of(config: RunConfig, ranks: Ranks) -> meshes.Mesh:
     """The mesh of an experiment; in one process, equal meshes share their groups.
 
-    Every group has a thread that wakes a hundred times a second, and tests run many experiments in
-    one start of the ranks: 56 of them took 340 s with groups of their own, 145 s with these.
+    Every group has threads, one of which wakes all the time, and tests run many experiments in one
+    start of the ranks: 56 of them took 340 s with groups of their own, 145 s with these.
     """
     with patch.object(meshes, "_mesh", _made):
         return meshes.build(resolve(config, ranks.world), ranks.device.type)
