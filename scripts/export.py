@@ -3,7 +3,7 @@
     python -m scripts.export runs/demo                    # newest checkpoint -> runs/demo/export
     python -m scripts.export runs/demo --dtype bf16       # half the size, rounded weights
     python -m scripts.export runs/demo --dtype fp8        # a quarter: DeepSeek-V3's blocks
-    python -m scripts.export runs/demo/checkpoints/step-00000100 --out /tmp/model
+    python -m scripts.export runs/demo/checkpoints/step-00000100 --out ~/model
 
 The folder holds config.json, generation_config.json, safetensors shards with their index, the
 tokenizer and its chat template, in an architecture that transformers, SGLang and vLLM know. No

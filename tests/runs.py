@@ -36,12 +36,12 @@ def command(*arguments: object, ranks: int = 1) -> list[str]:
 
 
 def run(
-    *arguments: object, ranks: int = 1, code: int = 0, timeout: float = 300
+    *arguments: object, ranks: int = 1, code: int = 0, timeout: float = 300, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end and check the exit code; shows the output where it is another."""
     done = subprocess.run(
         command(*arguments, ranks=ranks),
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,

