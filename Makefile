@@ -12,7 +12,7 @@ DEV := .venv/.dev
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format bench clean interpreter force
+.PHONY: help demo test check format bench docs clean interpreter force
 
 help: ## list the targets (this text)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +41,11 @@ format: $(DEV) ## rewrite the code in the house format
 bench: $(RUNTIME) ## run the training benchmark on this machine
 	$(PY) -m scripts.bench_train $(ARGS)
 
+docs: $(DEV) ## write the API pages, one per module, to build/api
+	$(PY) -m pdoc --no-search --output-directory build/api configs kernels models parallel train serve
+
 clean: ## delete .venv and the tools' caches; runs/ and cache/ stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . \( -path ./runs -o -path ./cache \) -prune -o -name __pycache__ -exec rm -rf {} +
 
 # A TORCH given by hand is never taken as installed already.

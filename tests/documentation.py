@@ -1,4 +1,4 @@
-"""The shell commands that README, CONTRIBUTING and docs/ show, read from the text itself."""
+"""The shell commands that README, CONTRIBUTING, AGENTS and docs/ show, read from the text itself."""
 
 import os
 import re
@@ -12,7 +12,12 @@ from unittest import mock
 
 from tests.runs import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "AGENTS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 _PROGRAM = re.compile(r"(?:\$ )?(python -m |torchrun |make\b)")
 _FENCE = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"^    (?:\$ )?((?:python -m|torchrun|make) .*)$", re.MULTILINE)

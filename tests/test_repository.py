@@ -43,9 +43,11 @@ def test_no_file_names_a_place_of_a_machine() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("text", [b"--out /tmp/model", b"'/root/x'", b"see `/home/ann/runs`"])
-def test_a_place_of_a_machine_is_seen(text: bytes) -> None:
-    assert MACHINE.search(text)
+@pytest.mark.parametrize("place", ["tmp/model", "root/x", "home/ann/runs", "work/main"])
+def test_a_place_of_a_machine_is_seen(place: str) -> None:
+    for text in (f"--out /{place}", f"see `/{place}`", f"'/{place}'"):
+        assert MACHINE.search(text.encode())
+    assert not MACHINE.search(f"~/{place} https://host/{place} my/{place}".encode())
 
 
 @pytest.mark.parametrize("name", [".venv", "runs", "cache", "__pycache__", "x.egg-info"])
