@@ -1,4 +1,4 @@
-"""The shell commands that README, CONTRIBUTING, AGENTS and docs/ show, read from the text itself."""
+"""The shell commands that the README and the other pages show, read from the text itself."""
 
 import os
 import re
