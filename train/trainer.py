@@ -35,7 +35,8 @@ from train.resume import restore
 from train.schedule import learning_rate
 from train.step import train_step
 from train.stop import StopSignal
-from train.tokenizer_export import export_tokenizer
+from train.tokenizer import find_tokenizer
+from train.tokenizer_export import keep_tokenizer
 from train.torchtitan_adapter import (
     build_optimizer,
     collect_garbage_every,
@@ -199,8 +200,12 @@ class Trainer:
         """Say how the run starts, and keep config, tokenizer and environment with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.toml", to_toml(self.config))
-        export_tokenizer(
-            self.corpus.tokenizer_file, self.folder / "tokenizer", self.config.data.seq_len
+        data = self.config.data
+        keep_tokenizer(
+            find_tokenizer(data.tokenizer) if data.tokenizer else self.corpus.tokenizer_file,
+            self.folder / "tokenizer",
+            data.seq_len,
+            trains_on=bool(self.config.checkpoint.init_from),
         )
         environment.record(
             self.folder, environment.describe(self.ranks, self.degrees, self.compute)

@@ -78,6 +78,9 @@ def _gather(
     if t.ours is not None:
         for rows in _pieces(t, shard_bytes):
             out[rows] = t.to_hf(read(t.ours, (*t.index, rows)))
+            if not out[rows].isfinite().all():  # no reader could use it, our import included
+                kind = str(out.dtype).removeprefix("torch.")
+                raise ConfigError(f"{t.name} holds inf or NaN as {kind}")
     return out
 
 

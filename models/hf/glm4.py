@@ -71,7 +71,7 @@ def deepseek_moe_config(model: Model) -> dict[str, Any]:
         "n_routed_experts": moe.n_experts,
         "num_local_experts": moe.n_experts,
         "n_shared_experts": max(moe.n_shared_experts, 1),
-        "intermediate_size": model.d_ff or moe.d_expert,
+        "intermediate_size": model.d_ff if model.n_dense_layers else moe.d_expert,
         "moe_intermediate_size": moe.d_expert,
         "n_group": moe.n_groups,
         "topk_group": moe.top_groups,

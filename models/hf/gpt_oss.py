@@ -33,6 +33,7 @@ def _refusals(model: Model) -> list[str]:
 def _config(model: Model) -> dict[str, Any]:
     a = model.attention
     kinds = ("sliding_attention", "full_attention")
+    layer_types = [kinds[a.is_full(i)] for i in range(model.n_layers)]
     return {
         "model_type": "gpt_oss",
         "num_local_experts": model.moe.n_experts,
@@ -40,8 +41,8 @@ def _config(model: Model) -> dict[str, Any]:
         "experts_per_token": model.moe.top_k,
         "intermediate_size": model.moe.d_expert,
         "attention_bias": True,
-        "sliding_window": a.local_size or 1,
-        "layer_types": [kinds[a.is_full(i)] for i in range(model.n_layers)],
+        "sliding_window": a.local_size if kinds[0] in layer_types else 1,
+        "layer_types": layer_types,
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,
         "output_router_logits": False,

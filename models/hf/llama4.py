@@ -43,7 +43,7 @@ def _config(model: Model) -> dict[str, Any]:
         "num_local_experts": model.moe.n_experts,
         "num_experts": model.moe.n_experts,
         "intermediate_size": model.moe.d_expert,
-        "intermediate_size_mlp": model.d_ff or model.moe.d_expert,
+        "intermediate_size_mlp": model.d_ff if model.moe_every > 1 else model.moe.d_expert,
         "interleave_moe_layer_step": model.moe_every,
         "moe_layers": [i for i in layers if model.is_moe(i)],
         "attention_chunk_size": a.local_size,
@@ -63,7 +63,7 @@ def _config(model: Model) -> dict[str, Any]:
 def _parse(values: Values) -> Model:
     sizes = common_sizes(values)
     layers = range(sizes["n_layers"])
-    every = values.integer("no_rope_layer_interval", low=2, high=10_000, default=4)
+    every = values.integer("no_rope_layer_interval", high=2**16, default=4)
     moe_every = values.integer("interleave_moe_layer_step", high=10_000, default=1)
     kinds = "full_attention", "chunked_attention"
     rotated = [int((i + 1) % every != 0) for i in layers]

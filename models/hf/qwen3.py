@@ -25,7 +25,7 @@ def _config(model: Model) -> dict[str, Any]:
         "model_type": "qwen3_moe",
         "num_experts": model.moe.n_experts,
         "num_local_experts": model.moe.n_experts,
-        "intermediate_size": model.d_ff or model.moe.d_expert,
+        "intermediate_size": model.d_ff if model.n_dense_layers else model.moe.d_expert,
         "moe_intermediate_size": model.moe.d_expert,
         "norm_topk_prob": model.moe.norm_top_k,
         "decoder_sparse_step": 1,

@@ -19,6 +19,7 @@ from torch import Tensor
 from configs.model import Model
 from configs.rules import ConfigError
 from models.hf.folder import RawTensor, raw_tensors
+from models.hf.left_open import KEY
 from models.hf.mapped import MappedFiles
 from models.hf.quantised import (
     GROUP,
@@ -91,10 +92,22 @@ class Source:
                 self._copy(t, part, 0, piece_bytes)
 
     def check_complete(self) -> None:
-        """Every element of every tensor was taken, once."""
+        """Every element of every tensor was taken, once; what has no place in the model is zero."""
         for t in self.tensors:
-            if t.ours is not None:
+            if t.ours is None:
+                self._check_zero(t)
+            else:
                 assert self._taken[t.name] == math.prod(t.shape), f"{t.name} was not read in full"
+
+    def _check_zero(self, t: HfTensor) -> None:
+        """An architecture may have a shared expert where the model has none."""
+        rows = max(1, PIECE_BYTES // max(4 * math.prod(t.shape[1:]), 1))
+        for a in range(0, t.shape[0], rows):
+            if self._rows(self._stored[t.name], a, min(a + rows, t.shape[0])).any():
+                raise ConfigError(
+                    f"{self._stored[t.name].data.path}: {t.name} is not zero, though {KEY} in "
+                    "config.json says that the model has no such expert; remove it there"
+                )
 
     def _copy(self, t: HfTensor, part: Tensor, first: int, piece_bytes: int) -> None:
         rows = max(1, piece_bytes // max(4 * math.prod(t.shape[1:]), 1))

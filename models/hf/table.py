@@ -5,6 +5,7 @@ them. The model itself never asks which family it is.
 """
 
 from collections.abc import Container, Iterator
+from functools import lru_cache
 from typing import Any
 
 from configs.model import Model
@@ -12,6 +13,7 @@ from configs.rules import ConfigError
 from models.hf.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from models.hf.glm4 import GLM4
 from models.hf.gpt_oss import GPT_OSS
+from models.hf.left_open import KEY, left_open, with_left_open
 from models.hf.llama4 import LLAMA4
 from models.hf.mixtral import MIXTRAL
 from models.hf.qwen3 import QWEN3
@@ -38,20 +40,17 @@ def publishes_fused_experts(model: Model) -> bool:
     return _family(model).layout == "fused"
 
 
+@lru_cache(maxsize=64)
 def _family(model: Model) -> Family:
+    """The first family that can express `model`, and whose config.json gives it again."""
     if model.moe.force_balance:
         raise ConfigError(
             "model.moe.force_balance = true: no other program routes so; for benchmarks"
         )
-    refusals = [
-        (
-            family.refusals(model) + clashes(mtp_depth=model.mtp_depth > 0 and not family.has_mtp),
-            family,
-        )
-        for family in FAMILIES
-    ]
+    refusals = [(_refusals(family, model), family) for family in FAMILIES]
     for refused, family in refusals:
         if not refused:
+            _check_readable(family, model)
             return family
     refused, nearest = min(refusals, key=lambda pair: len(pair[0]))
     keys = ", ".join(f"model.{key}" for key in refused)
@@ -61,13 +60,52 @@ def _family(model: Model) -> Family:
     )
 
 
+def _refusals(family: Family, model: Model) -> list[str]:
+    """Settings of `model` that `family` cannot express. A layer beyond the last has experts for
+    its readers, wherever the dense layers end."""
+    has_mtp = family.has_mtp and model.is_moe(model.n_layers - 1)
+    return family.refusals(model) + clashes(
+        mtp_depth=model.mtp_depth > 0 and not has_mtp, moe__force_balance=model.moe.force_balance
+    )
+
+
+def _check_readable(family: Family, model: Model) -> None:
+    """Raise ConfigError where the model's config.json would not give the model again."""
+    described, name = _keys(family, model), family.architecture
+    try:
+        as_read = _parse(family, described, f"its config.json as {name}")
+    except ConfigError as error:
+        raise ConfigError(f"no Hugging Face architecture expresses this model: {error}") from None
+    if _keys(family, as_read) != described:
+        keys = ", ".join(f"model.{key}" for key in left_open(model, as_read))
+        raise ConfigError(
+            f"no Hugging Face architecture expresses this model; {name} would be read with another "
+            f"value of one of {keys}"
+        )
+
+
 def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str) -> dict[str, Any]:
-    """The export's `config.json`.
+    """The export's `config.json`; `from_hf_config` makes `model` of it.
 
     Old and new spellings stand side by side where readers disagree (`rope_theta` and
     `rope_parameters`, `num_experts` and `num_local_experts`).
     """
-    family, a, rope = _family(model), model.attention, rope_parameters(model.rope)
+    family = _family(model)
+    described = _keys(family, model) | {
+        "max_position_embeddings": max_positions,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    open_settings = left_open(model, _parse(family, described, "config.json"))
+    return described | ({KEY: open_settings} if open_settings else {})
+
+
+def _keys(family: Family, model: Model) -> dict[str, Any]:
+    """What `config.json` says of the model itself; the same for models that compute the same."""
+    a, rope = model.attention, rope_parameters(model.rope)
     common: dict[str, Any] = {
         "architectures": [family.architecture],
         "vocab_size": model.vocab_size,
@@ -86,12 +124,6 @@ def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
-        "max_position_embeddings": max_positions,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
     }
     return common | family.config(model)
 
@@ -120,6 +152,17 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
     if family is None:
         known = ", ".join([*(family.architecture for family in FAMILIES), LLAMA4_WITH_IMAGES])
         raise ConfigError(f"{place}: architectures = {given!r}: must be one of {known}")
+    model = _parse(family, config, place)
+    described = _keys(family, model)
+    return with_left_open(
+        model,
+        config,
+        place,
+        lambda other: not _refusals(family, other) and _keys(family, other) == described,
+    )
+
+
+def _parse(family: Family, config: dict[str, Any], place: str) -> Model:
     values = Values(config, place)
     values.refuse("hidden_act", "silu")
     if family is not GPT_OSS:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,7 +201,8 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     tokenizer = train()
     file = save(tokenizer, tmp_path / "cache")
     ids = export_tokenizer(file, tmp_path / "export", 512)
-    assert ids == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    pad = tokenizer.token_to_id("ÿ")  # the byte 0xFF, which no text has
+    assert ids == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": pad}
     samples = [*texts(5, seed=3), "", " a , b .", "don 't", "naïve 数\U0001f600", f"a{EOT}b"]
     result = subprocess.run(
         [sys.executable, "-P", "-c", f"CHAT = {CHAT}" + TRANSFORMERS, str(tmp_path / "export")],
@@ -213,7 +215,7 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     got = json.loads(result.stdout.splitlines()[-1])
     assert got["ids"] == [tokenizer.encode(text).ids for text in samples]
     assert got["texts"] == [text.replace(EOT, "") for text in samples]
-    assert got["special"] == [0, 0, 0]
+    assert got["special"] == [0, 0, pad]
     assert got["max"] == 512
     chat = f"{EOT}Be brief.\n\nUser: 2 + 2?\n\nAssistant: 4{EOT}User: naïve {{{{ 3 }}}}?\n\n"
     assert got["chats"] == [chat, f"{chat}Assistant:"]
@@ -228,8 +230,8 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     }
 
 
-def exported_settings(given: Path, out: Path) -> tuple[dict[str, object], dict[str, int]]:
-    """tokenizer_config.json after two copies, as from corpus to run to export, and the ids."""
+def exported_settings(given: Path, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer_config.json after two copies, as from a folder to run to export, and the ids."""
     export_tokenizer(given, out / "run", 512)
     ids = export_tokenizer(out / "run" / "tokenizer.json", out / "export", 512)
     return json.loads((out / "export" / "tokenizer_config.json").read_text()), ids
@@ -242,7 +244,8 @@ def test_a_given_tokenizer_keeps_its_chat_template_and_padding(tmp_path: Path) -
     beside.write_text(json.dumps(given))
     settings, ids = exported_settings(file, tmp_path / "1")
     assert (settings["chat_template"], settings["pad_token"]) == ("in config", "<pad>")
-    assert ids == {"bos_token_id": 4, "eos_token_id": 4, "pad_token_id": 5}
+    assert ids == {"bos_token_id": None, "eos_token_id": 4, "pad_token_id": 5}
+    assert "bos_token" not in settings, "its template may start with one: it would become text"
     assert (tmp_path / "1" / "export" / "chat_template.jinja").read_text() == "in config"
 
     (tmp_path / "a" / "chat_template.jinja").write_text("in file")  # wins in transformers too

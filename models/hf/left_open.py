@@ -1,0 +1,75 @@
+"""Settings that the keys of a Hugging Face architecture leave open, kept under a key of our own.
+
+What the weights compute is said by the architecture's keys alone, as any reader knows them. Beyond
+that a model has settings of training (the step of the balancing bias), spellings of one meaning
+(`n_kv_heads` 0) and settings that have no effect where it stands. So that an import gives the very
+model that was exported, these stand in `config.json` under `KEY`, by their dotted names; readers
+pass over a key they do not know.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from configs.model import Model
+from configs.rules import ConfigError
+
+KEY = "phalanx_model"
+
+
+def left_open(model: Model, as_read: Model) -> dict[str, Any]:
+    """Settings of `model` that the same keys without `KEY` would give another value."""
+    ours, theirs = _flat(asdict(model)), _flat(asdict(as_read))
+    return {key: value for key, value in ours.items() if value != theirs[key]}
+
+
+def with_left_open(
+    model: Model, config: dict[str, Any], place: str, says_the_same: Callable[[Model], bool]
+) -> Model:
+    """`model` with what `config[KEY]` says.
+
+    says_the_same: whether the architecture's own keys say the same of another model as of `model`.
+    Raises ConfigError where they do not: what those keys say cannot be said again.
+    """
+    given = config.get(KEY)
+    if given is None:
+        return model
+    if not isinstance(given, dict):
+        raise ConfigError(f"{place}: {KEY}: must be an object")
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        section, _, leaf = key.rpartition(".")
+        value = _checked(model, section, leaf, value, f"{place}: {KEY}: {key[:80]!r}")
+        sections.setdefault(section, {})[leaf] = value
+    try:
+        parts = {s: replace(getattr(model, s), **new) for s, new in sections.items() if s}
+        changed = replace(model, **sections.get("", {}), **parts)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {KEY}: {error}") from None
+    if not says_the_same(changed):
+        raise ConfigError(
+            f"{place}: {KEY}: contradicts the other keys, and may only say what they leave open"
+        )
+    return changed
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _checked(model: Model, section: str, leaf: str, value: Any, where: str) -> Any:
+    """A value for the key `leaf` of a section of `model`, of the key's type."""
+    part = getattr(model, section, None) if section else model
+    kind = get_type_hints(type(part)).get(leaf) if is_dataclass(part) else None
+    if kind is None or is_dataclass(kind):
+        raise ConfigError(f"{where}: no such setting of a model")
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    fits = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ConfigError(f"{where}: has a value that the setting cannot have")
+    return value
