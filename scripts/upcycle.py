@@ -32,7 +32,7 @@ from configs.rules import ConfigError
 from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train, Validation
 from models.counts import parameter_counts
 from models.hf.dense import DenseCheckpoint, open_dense
-from models.hf.folder import read_json
+from models.hf.folder import inside, read_json
 from models.hf.gguf_llama import open_llama_gguf
 from models.hf.table import architecture
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
@@ -88,7 +88,9 @@ def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
         write_gguf_tokenizer(file, tokenizer, dense.model.vocab_size)
         return dense
     dense = open_dense(path)
-    if not (path / "tokenizer.json").is_file():
+    names = ("tokenizer.json", "tokenizer_config.json")
+    found = [name for name in names if inside(path, name).is_file()]  # before any is opened
+    if "tokenizer.json" not in found:
         raise ConfigError(f"{path / 'tokenizer.json'}: no such file; the MoE needs its tokenizer")
     load_tokenizer(path / "tokenizer.json", dense.model.vocab_size)
     take_over(path, tokenizer, read_json(path / "config.json"))
@@ -151,6 +153,7 @@ def _report(
     moe, before, after = model.moe, parameter_counts(dense.model), parameter_counts(model)
     lines = [
         f"read: {dense.place}: {dense.architecture}, {before.total:,} parameters",
+        *(f"left out: {what}" for what in dense.left_out),
         f"made: {after.total:,} parameters, {after.active:,} active per token",
     ]
     if differences:

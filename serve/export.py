@@ -11,7 +11,8 @@ from configs.model import Model
 from configs.rules import ConfigError
 from models.decoder import Decoder
 from models.hf.files import read_config, read_model
-from models.hf.folder import read_json
+from models.hf.folder import inside, read_json
+from models.hf.shown import one_line, shown
 
 DTYPES = {
     "fp32": torch.float32,
@@ -79,7 +80,7 @@ def _refuse_unserved(model: Model, place: Path) -> None:
 def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype") if dtype == "auto" else dtype
     if name not in DTYPES:
-        raise ConfigError(f"{place}: dtype = {name!r}: choose one with --dtype fp32 or bf16")
+        raise ConfigError(f"{place}: dtype = {shown(name)}: choose one with --dtype fp32 or bf16")
     return DTYPES[name]
 
 
@@ -97,12 +98,12 @@ def _device(device: str) -> torch.device:
 
 
 def _open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    if not path.exists():
+    if not inside(path.parent, path.name).exists():
         return None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{path}: not a tokenizer: {error}") from None
+        raise ConfigError(f"{path}: not a tokenizer: {one_line(error)}") from None
     if tokenizer.get_vocab_size() > vocab_size:
         raise ConfigError(
             f"{path}: has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: "
@@ -117,13 +118,15 @@ def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
     """From generation_config.json where it says so, else from config.json; none is allowed."""
     place, found = folder / "config.json", raw.get("eos_token_id")
     path = folder / "generation_config.json"
-    if path.exists():
-        generation = read_json(path)
-        if generation.get("eos_token_id") is not None:
-            place, found = path, generation["eos_token_id"]
+    try:
+        generation = read_json(path).get("eos_token_id")
+    except FileNotFoundError:
+        generation = None
+    if generation is not None:
+        place, found = path, generation
     if found is None:
         return frozenset()
     tokens = found if isinstance(found, list) else [found]
     if not all(type(token) is int for token in tokens):
-        raise ConfigError(f"{place}: eos_token_id = {found!r}: must be an integer or integers")
+        raise ConfigError(f"{place}: eos_token_id = {shown(found)}: must be an integer or integers")
     return frozenset(tokens)

@@ -50,9 +50,7 @@ def take_over(folder: Path, target: Path, config: dict[str, Any]) -> None:
     given = {key: config[key] for key in (*SPECIAL_IDS, _LONGEST) if key in config}
     _check_ids(given, folder / "config.json")
     for path in tokenizer_files(folder):
-        place = inside(folder, path.parts[0])
-        if len(path.parts) > 1:
-            place = inside(place, path.name)
+        place = inside(folder, path.as_posix())
         (target / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(place, target / path)
     if (target / GENERATION).is_file():

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.model import Attention, Model, Moe
+from configs.rules import ConfigError
 from models.hf.glm4 import deepseek_moe_config, mtp_depth_of, sigmoid_moe_of
-from models.hf.qwen3 import common_sizes
+from models.hf.qwen3 import common_sizes, only_full_attention
+from models.hf.rope import rope_of
 from models.hf.tensors import (
     HfTensor,
     Layout,
@@ -81,20 +83,33 @@ def _v2_config(model: Model) -> dict[str, Any]:
 
 def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
     values.refuse("moe_layer_freq", 1)
+    values.refuse("mlp_bias", False)
+    only_full_attention(values)
     dense = values.integer("first_k_dense_replace", low=0, high=10_000)
-    compressed = values.raw.get("q_lora_rank") is not None
+    n_heads = values.integer("num_attention_heads")
+    rotated, rest = values.integer("qk_rope_head_dim"), values.integer("qk_nope_head_dim")
+    for key, expected, same in (
+        ("num_key_value_heads", n_heads, "num_attention_heads"),
+        ("head_dim", rotated, "qk_rope_head_dim"),
+        ("qk_head_dim", rotated + rest, "qk_nope_head_dim + qk_rope_head_dim"),
+    ):
+        given = values.integer_or_none(key)
+        if given not in (None, expected):
+            raise ConfigError(
+                f"{values.place}: {key} = {given}, but {same} = {expected}: must be the same"
+            )
     return Model(
         **common_sizes(values),
         attention=Attention(
             kind="mla",
-            n_heads=values.integer("num_attention_heads"),
-            q_lora_rank=values.integer("q_lora_rank") if compressed else 0,
+            n_heads=n_heads,
+            q_lora_rank=values.integer_or_none("q_lora_rank") or 0,
             kv_lora_rank=values.integer("kv_lora_rank"),
-            qk_nope_head_dim=values.integer("qk_nope_head_dim"),
-            qk_rope_head_dim=values.integer("qk_rope_head_dim"),
+            qk_nope_head_dim=rest,
+            qk_rope_head_dim=rotated,
             v_head_dim=values.integer("v_head_dim"),
         ),
-        rope=values.rope(interleaved),
+        rope=rope_of(values, interleaved),
         n_dense_layers=dense,
         mtp_depth=mtp_depth_of(values),
         d_ff=values.integer("intermediate_size") if dense else 0,
@@ -104,17 +119,19 @@ def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
 
 def _v3_parse(values: Values) -> Model:
     values.refuse("scoring_func", "sigmoid")
-    interleaved = values.raw.get("rope_interleave", True) is not False
-    return _model(values, sigmoid_moe_of(values), interleaved)
+    values.refuse("topk_method", "noaux_tc")
+    return _model(values, sigmoid_moe_of(values), values.flag("rope_interleave"))
 
 
 def _v2_parse(values: Values) -> Model:
     values.refuse("scoring_func", "softmax")
-    values.refuse("norm_topk_prob", False, None)
+    values.refuse("norm_topk_prob", False)
     values.refuse("topk_method", "greedy", "group_limited_greedy")
-    grouped = values.raw.get("topk_method") == "group_limited_greedy"
+    grouped = values.get("topk_method") == "group_limited_greedy"
+    for key in ("n_group", "topk_group"):  # looked at where grouped only
+        values.integer_or_none(key, high=2**16)
     moe = Moe(
-        n_experts=values.integer("n_routed_experts", "num_local_experts", high=2**16),
+        n_experts=values.integer("n_routed_experts", "num_experts", high=2**16),
         top_k=values.integer("num_experts_per_tok", high=2**16),
         d_expert=values.integer("moe_intermediate_size"),
         n_shared_experts=values.integer("n_shared_experts", high=2**10),

@@ -8,6 +8,7 @@ SwiGLU); what differs is `config.json`, where older writers leave keys out.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,24 @@ from torch import Tensor
 from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.decoder import Decoder
-from models.hf.folder import RawTensor, raw_tensors, read_json
+from models.hf.agreement import (
+    architecture_of,
+    check_second_spellings,
+    check_shared_keys,
+    in_their_names,
+)
+from models.hf.copies import same_rows
+from models.hf.folder import RawTensor, raw_tensors, read_json, refuse_code
 from models.hf.mapped import MappedFiles
-from models.hf.qwen3 import common_sizes, gqa_of
+from models.hf.qwen3 import common_sizes, gqa_of, only_full_attention
+from models.hf.rope import rope_of
+from models.hf.shown import located, named, one_line, shown
 from models.hf.tensors import HfTensor, gqa_tensors, outer_tensors, swiglu_tensors
 from models.hf.values import Values
 
 _QK_NORM = {"LlamaForCausalLM": "none", "MistralForCausalLM": "none", "Qwen3ForCausalLM": "rms"}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PIECE_BYTES = 2**26
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,6 +52,8 @@ class DenseCheckpoint:
     """Longest sequence it was made for, tokens."""
     read: Callable[[str], Tensor]
     """Gives a tensor by its Hugging Face name."""
+    left_out: tuple[str, ...] = ()
+    """Files that were not read, in words."""
 
     def parts(self) -> Iterator[dict[str, Tensor]]:
         """The weights by our names, fp32: layer by layer, and last what is outside of them."""
@@ -71,18 +85,45 @@ def open_dense(folder: Path) -> DenseCheckpoint:
         raw = read_json(place)
     except FileNotFoundError:
         raise ConfigError(f"{place}: no such file; {wanted}") from None
-    model = dense_model(raw, str(place))
+    model, architecture = dense_model(raw, str(place)), raw["architectures"][0]
     expected = {t.name: t for t in dense_tensors(model)}
     files = MappedFiles()
-    found, _ = raw_tensors(folder, files)
+    found, left_out = raw_tensors(folder, files)
     _check(folder, found, expected, _leftovers(model))
+    if model.tie_embeddings and _HEAD in found:
+        _check_tied(place, found, files)
     return DenseCheckpoint(
         place=str(folder),
-        architecture=raw["architectures"][0],
+        architecture=architecture,
         model=model,
-        max_positions=Values(raw, str(place)).integer("max_position_embeddings"),
-        read=lambda name: files.slice(found[name].path, name),
+        max_positions=Values(raw, str(place), architecture).integer("max_position_embeddings"),
+        read=lambda name: _rows(files, found[name]),
+        left_out=tuple(left_out),
     )
+
+
+def _check_tied(place: Path, found: dict[str, RawTensor], files: MappedFiles) -> None:
+    """A head beside a tied embedding is the embedding. Raises ConfigError."""
+    head, embedding = found[_HEAD], found[_EMBEDDING]
+    read = [partial(_rows, files, tensor) for tensor in (head, embedding)]
+    if not same_rows((head.shape, embedding.shape), (read[0], read[1]), _PIECE_BYTES):
+        raise ConfigError(
+            f"{place}: tie_word_embeddings is true, but {_HEAD} is another matrix than "
+            f"{_EMBEDDING}; set it to false"
+        )
+
+
+def _rows(
+    files: MappedFiles, tensor: RawTensor, start: int | None = None, stop: int | None = None
+) -> Tensor:
+    from safetensors import SafetensorError
+
+    index = () if start is None else (slice(start, stop),)
+    try:
+        return files.slice(tensor.path, tensor.name, index)
+    except (SafetensorError, OSError) as error:
+        place = f"{located(tensor.path)}: {named(tensor.name)}"
+        raise ConfigError(f"{place}: unreadable: {one_line(error)}") from None
 
 
 def _check(
@@ -96,64 +137,53 @@ def _check(
     extra = {n for n in found.keys() - expected.keys() if not ignored.fullmatch(n)}
     for kind, names in (("missing", missing), ("unexpected", extra)):
         if names:
-            raise ConfigError(f"{folder}: {len(names)} tensors {kind}, the first is {min(names)}")
+            raise ConfigError(
+                f"{folder}: {len(names)} tensors {kind}, the first is {named(min(names))}"
+            )
     for name, t in expected.items():
         if found[name].shape != t.shape:
             raise ConfigError(
-                f"{found[name].path}: {name} has shape {list(found[name].shape)}, "
+                f"{located(found[name].path)}: {name} has shape {shown(list(found[name].shape))}, "
                 f"config.json asks for {list(t.shape)}"
             )
 
 
 def dense_model(raw: dict[str, Any], place: str) -> Model:
     """Our model for the `config.json` of a dense checkpoint; ConfigError names the key at fault."""
-    given = raw.get("architectures")
-    architecture = given[0] if isinstance(given, list) and len(given) == 1 else None
-    if not isinstance(architecture, str) or architecture not in _QK_NORM:
-        known = ", ".join(_QK_NORM)
-        raise ConfigError(f"{place}: architectures = {given!r}: dense ones read here: {known}")
-    for key, why in _REFUSED.items():
-        if raw.get(key):
-            raise ConfigError(f"{place}: {key} = {raw[key]!r}: {why}")
-    values = Values(raw, place)
+    values = Values(raw, place, architecture_of(raw, place, list(_QK_NORM)))
+    refuse_code(raw, place)
+    quantised = raw.get("quantization_config")
+    if quantised is not None:
+        raise ConfigError(
+            f"{place}: quantization_config = {shown(quantised)}: quantised weights are not read; "
+            "save them in bf16 or fp32"
+        )
     values.refuse("hidden_act", "silu")
-    n_layers = values.integer("num_hidden_layers", high=10_000)
-    values.refuse("layer_types", None, ["full_attention"] * n_layers)
-    if raw.get("use_sliding_window") is not False:
+    values.refuse("attention_bias", False)
+    values.refuse("mlp_bias", False)
+    check_shared_keys(values)
+    if "use_sliding_window" in values.defaults and not values.flag("use_sliding_window"):
+        values.integer_or_none("sliding_window", low=0)  # only Qwen3 has a switch for it
+    else:
         values.refuse("sliding_window", None)
-    given_keys = {key: value for key, value in raw.items() if value is not None}
-    values = Values(_left_out(values) | given_keys, place)
+    only_full_attention(values)
     d_ff = values.integer("intermediate_size")
+    n_layers = values.integer("num_hidden_layers", high=10_000)
     try:
-        return Model(
+        model = Model(
             **common_sizes(values),
-            attention=gqa_of(values, qk_norm=_QK_NORM[architecture]),
-            rope=values.rope(interleaved=False),
+            attention=gqa_of(values, qk_norm=_QK_NORM[values.architecture]),
+            rope=rope_of(values, interleaved=False),
             n_dense_layers=n_layers,
             d_ff=d_ff,
             moe=Moe(n_experts=1, top_k=1, d_expert=d_ff),  # stands in no layer
         )
+        if model.rope.mscale or model.rope.mscale_all_dim:
+            raise ConfigError("only DeepSeek's attention has RoPE's mscale")
+        check_second_spellings(values, model)
+        return model
     except ConfigError as error:
-        raise ConfigError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
-
-
-_REFUSED = {
-    "auto_map": "code of a checkpoint is never run, so what it computes is unknown",
-    "quantization_config": "quantised weights are not read; save them in bf16 or fp32",
-    "attention_bias": "only false is supported",
-    "mlp_bias": "only false is supported",
-}
-
-
-def _left_out(values: Values) -> dict[str, Any]:
-    """Keys that older writers leave out or set to null, as transformers fills them in."""
-    heads = values.integer("num_attention_heads")
-    filled = {
-        "num_key_value_heads": heads,
-        "head_dim": values.integer("hidden_size") // heads,
-        "tie_word_embeddings": False,
-    }
-    return filled if values.raw.get("rope_parameters") else filled | {"rope_theta": 10000.0}
+        raise in_their_names(error, values) from None
 
 
 def dense_tensors(model: Model) -> Iterator[HfTensor]:

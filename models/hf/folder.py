@@ -1,13 +1,15 @@
 """A Hugging Face folder somebody else made: what may be opened, before anything is.
 
-Weights are read from safetensors only: a pickle runs code when it is opened, so a folder that holds
-one is refused, and so is every file that lies outside (a path in the index, a symbolic link). Code
+Weights are read from safetensors only: a pickle runs code when it is opened, so files that may be
+one (an optimizer's state, training arguments, an older copy of the weights) are left where they
+lie. A file outside the folder (a path in the index, a symbolic link) is refused. Code
 that comes with a checkpoint (`auto_map`) is never run here; a folder that asks for it is refused
 too, since its weights may mean something else than the architecture's name says.
 """
 
 import json
 import re
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,13 @@ from typing import Any
 
 from configs.rules import ConfigError
 from models.hf.mapped import MappedFiles
+from models.hf.shown import located, named, one_line, shown
 
 INDEX = "model.safetensors.index.json"
+JSON_BYTES = 2**24
+"""Longest JSON file that is read; a tokenizer's may be longer, and is read by its library."""
+INDEX_BYTES = 2**28
+"""Longest index: 100 bytes for each of a million tensors, and some."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 _ORIGINAL = "consolidated"
@@ -35,25 +42,50 @@ class RawTensor:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`; ConfigError where it lies elsewhere."""
+    """The file `name` (a relative path) of `folder`; ConfigError where it lies elsewhere or is no
+    plain file.
+
+    A snapshot in the cache of the Hugging Face hub is a folder of links into `blobs` beside it.
+    Anything else is never opened: a pipe would wait for its other end, a device has none.
+    """
     path = folder / name
-    if Path(name).name != name or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        roots = [folder.resolve()]
+        if roots[0].parent.name == "snapshots":
+            roots.append(roots[0].parent.parent / "blobs")
+        within = any(path.resolve().is_relative_to(root) for root in roots)
+        within = within and not Path(name).is_absolute() and ".." not in Path(name).parts
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG  # who opens it says so
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a zero byte
+        raise ConfigError(f"{folder}: {named(name)} cannot be opened: {one_line(error)}") from None
+    if not within:
         raise ConfigError(
-            f"{folder}: {name} leads out of the folder; only files inside it are read "
+            f"{folder}: {named(name)} leads out of the folder; only files inside it are read "
             "(copy what a link points to)"
         )
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, device or socket"
+        raise ConfigError(f"{folder}: {named(name)} is {kind}: must be a file")
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
     """The JSON object of a file. FileNotFoundError where there is none, else ConfigError."""
     inside(path.parent, path.name)
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            text = file.read(most_bytes + 1)
+        if len(text) > most_bytes:
+            raise ConfigError(
+                f"{path}: has more than {most_bytes} bytes: no such file is that long"
+            )
+        content = json.loads(text.decode("utf-8"))
+    except (FileNotFoundError, ConfigError):
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        raise ConfigError(f"{path}: not valid JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must hold one JSON object")
     return content
@@ -64,58 +96,82 @@ def refuse_code(raw: dict[str, Any], place: str) -> None:
     for key in ("auto_map", "custom_pipelines"):
         if raw.get(key):
             raise ConfigError(
-                f"{place}: {key} = {raw[key]!r}: asks for code that comes with the weights; it is "
-                "never run here, and may be why they mean something else than the architecture says"
+                f"{place}: {key} = {shown(raw[key])}: asks for code that comes with the weights; "
+                "it is never run here, and may be why they mean something else than the "
+                "architecture says"
             )
 
 
 def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor], list[str]]:
-    """Every tensor of the folder by its name, from the headers alone, and the files left out.
+    """Every tensor of the folder by its name, from the headers alone, and what was left out: whole
+    files, in words.
 
-    ConfigError: pickles, no safetensors, a missing index or shard, an index that contradicts its
-    files, a file that is cut off or whose header is wrong.
+    ConfigError: no safetensors, a missing index or shard, an index that contradicts its files, a
+    tensor in two files, a file that is cut off or whose header is wrong.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be listed: {one_line(error)}") from None
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
-    if pickles:
-        raise ConfigError(
-            f"{folder}: pickles such as {pickles[0]} are not read: opening one can run code; "
-            "convert it to safetensors, or remove it where safetensors exist"
-        )
     weight_map = _weight_map(folder)
     found = [name for name in names if name.endswith(".safetensors")]
-    listed = sorted(set(weight_map.values())) if weight_map is not None else []
+    listed = sorted(set((weight_map or {}).values()))
     for name in listed:
         if not inside(folder, name).is_file():
             lost = [t for t, file in (weight_map or {}).items() if file == name]
             raise ConfigError(
-                f"{folder / name}: this shard is missing; {INDEX} lists it: "
-                f"{len(lost)} tensors missing, the first is {min(lost)}"
+                f"{located(folder / name)}: this shard is missing; {INDEX} lists it: "
+                f"{len(lost)} tensors missing, the first is {named(min(lost))}"
             )
     copies = [n for n in found if n.startswith(_ORIGINAL) and n not in listed and len(found) > 1]
     used = [name for name in found if name not in copies]
     if not used:
-        raise ConfigError(f"{folder}: has no *.safetensors")
+        found_instead = (
+            f"; {named(pickles[0])} may hold pickles, which are never opened: convert it "
+        )
+        hint = f"{found_instead}to safetensors where you trust it" if pickles else ""
+        raise ConfigError(f"{folder}: has no *.safetensors{hint}")
     if weight_map is None and (len(used) > 1 or _is_part(used[0])):
-        raise ConfigError(f"{folder / INDEX}: missing, but the weights are in shards: {used[0]}")
+        raise ConfigError(
+            f"{folder / INDEX}: missing, but the weights are in shards: {named(used[0])}"
+        )
     tensors: dict[str, RawTensor] = {}
     for name in used:
         for tensor in _header(inside(folder, name), files):
             if tensor.name in tensors:
                 raise ConfigError(
-                    f"{folder / name}: {tensor.name} is also in {tensors[tensor.name].path.name}"
+                    f"{located(folder / name)}: {named(tensor.name)} is also in "
+                    f"{named(tensors[tensor.name].path.name)}"
                 )
             tensors[tensor.name] = tensor
-    for name, file in (weight_map or {}).items():
+    if weight_map is not None:
+        _check_index(folder, weight_map, tensors)
+    left_out = [f"file {named(name)}" for name in copies]
+    if pickles:
+        more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+        left_out.append(f"file {named(pickles[0])}{more}: may hold pickles, never opened")
+    return tensors, left_out
+
+
+def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, RawTensor]) -> None:
+    """The index lists every tensor where it lies. Raises ConfigError."""
+    place = f"{folder / INDEX}: weight_map"
+    for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
-            raise ConfigError(f"{folder / INDEX}: weight_map: {name} is not in {file}")
-    return tensors, copies
+            raise ConfigError(f"{place}: {named(name)} is not in {file}")
+    omitted = sorted(tensors.keys() - weight_map.keys())
+    if omitted:
+        raise ConfigError(
+            f"{place}: omits {len(omitted)} tensors, the first is {named(omitted[0])} of "
+            f"{named(tensors[omitted[0]].path.name)}"
+        )
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX
     try:
-        weight_map = read_json(path).get("weight_map")
+        weight_map = read_json(path, INDEX_BYTES).get("weight_map")
     except FileNotFoundError:
         return None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -123,13 +179,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise ConfigError(
-                f"{path}: weight_map: {name} = {file!r}: must be a *.safetensors file"
+                f"{path}: weight_map: {named(name)} = {shown(file)}: must be a *.safetensors file"
             )
+    for file, name in {file: name for name, file in weight_map.items()}.items():
         try:
             inside(folder, file)
-        except (ConfigError, ValueError):  # ValueError: a zero byte in the name
+        except ConfigError:
             raise ConfigError(
-                f"{path}: weight_map: {name} = {file!r}: must be a file in this folder"
+                f"{path}: weight_map: {named(name)} = {shown(file)}: must be a file in this folder"
             ) from None
     return weight_map
 
@@ -150,4 +207,6 @@ def _header(path: Path, files: MappedFiles) -> list[RawTensor]:
             for name, part in slices.items()
         ]
     except (SafetensorError, OSError, struct.error, ValueError) as error:
-        raise ConfigError(f"{path}: unreadable safetensors file: {error}") from None
+        raise ConfigError(
+            f"{located(path)}: unreadable safetensors file: {one_line(error)}"
+        ) from None

@@ -5,7 +5,8 @@ from typing import Any
 
 from configs.model import Model, Moe
 from configs.rules import ConfigError
-from models.hf.qwen3 import common_sizes, gqa_of
+from models.hf.qwen3 import common_sizes, gqa_of, only_full_attention
+from models.hf.rope import rope_of, rope_parameters
 from models.hf.tensors import (
     HfTensor,
     Layout,
@@ -14,7 +15,7 @@ from models.hf.tensors import (
     prefix,
     swiglu_tensors,
 )
-from models.hf.values import Family, Values, clashes, plain_gqa_clashes, rope_parameters
+from models.hf.values import Family, Values, clashes, plain_gqa_clashes
 
 
 def _refusals(model: Model) -> list[str]:
@@ -38,16 +39,12 @@ def _config(model: Model) -> dict[str, Any]:
 
 
 def _parse(values: Values) -> Model:
-    rope = values.raw.get("rope_parameters")
-    if "partial_rotary_factor" not in (rope if isinstance(rope, dict) else values.raw):
-        raise ConfigError(
-            f"{values.place}: key 'partial_rotary_factor' is missing; only 1.0 is served"
-        )
+    only_full_attention(values)
     dense = values.integer("first_k_dense_replace", low=0, high=10_000)
     return Model(
         **common_sizes(values),
         attention=gqa_of(values, qk_norm="rms" if values.flag("use_qk_norm") else "none"),
-        rope=values.rope(interleaved=False),
+        rope=rope_of(values, interleaved=False),
         n_dense_layers=dense,
         d_ff=values.integer("intermediate_size") if dense else 0,
         mtp_depth=mtp_depth_of(values),
@@ -86,19 +83,27 @@ def deepseek_moe_config(model: Model) -> dict[str, Any]:
 
 def mtp_depth_of(values: Values) -> int:
     """How many MTP modules follow the layers."""
-    key = "num_nextn_predict_layers"
-    return values.integer(key, low=0, high=16) if values.raw.get(key) is not None else 0
+    key, also = "num_nextn_predict_layers", "num_mtp_layers"
+    given = key in values.raw or also in values.raw
+    return values.integer(key, also, low=0, high=16) if given else 0
 
 
 def sigmoid_moe_of(values: Values) -> Moe:
     """Experts with sigmoid scores and a balancing bias, from DeepSeek's keys."""
+    n_experts = values.integer("n_routed_experts", "num_local_experts", high=2**16)
+    n_groups = values.integer("n_group", high=2**16)
+    if n_experts < 2 * n_groups:  # a group's score is the sum of its two best
+        raise ConfigError(
+            f"{values.place}: n_group = {n_groups} (the default, where it is left out): "
+            f"n_routed_experts = {n_experts} must be at least two for each group"
+        )
     return Moe(
-        n_experts=values.integer("n_routed_experts", "num_local_experts", high=2**16),
+        n_experts=n_experts,
         top_k=values.integer("num_experts_per_tok", high=2**16),
         d_expert=values.integer("moe_intermediate_size"),
         n_shared_experts=values.integer("n_shared_experts", high=2**10),
         score_func="sigmoid",
-        n_groups=values.integer("n_group", high=2**16),
+        n_groups=n_groups,
         top_groups=values.integer("topk_group", high=2**16),
         norm_top_k=values.flag("norm_topk_prob"),
         route_scale=values.number("routed_scaling_factor", high=1e6),

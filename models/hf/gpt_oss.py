@@ -6,6 +6,8 @@ from typing import Any
 from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
+from models.hf.rope import rope_of
+from models.hf.shown import shown
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
 from models.hf.values import Family, Values, clashes, plain_softmax_clashes
 
@@ -51,11 +53,13 @@ def _config(model: Model) -> dict[str, Any]:
 
 
 def _parse(values: Values) -> Model:
-    values.refuse("attention_bias", True)
     values.refuse("swiglu_alpha", 1.702)
     values.refuse("swiglu_limit", 7.0)
     sizes = common_sizes(values)
-    kinds = values.raw.get("layer_types") or _alternating(sizes["n_layers"])
+    kinds = values.listed("layer_types", str)
+    kinds = _alternating(sizes["n_layers"]) if kinds is None else kinds
+    also = "experts_per_token"  # in the published file; nobody follows it
+    values.agree({k: values.raw[k] for k in ("num_experts_per_tok", also) if k in values.raw})
     if kinds == ["full_attention"] * sizes["n_layers"]:
         local: dict[str, Any] = {}
     else:
@@ -67,10 +71,10 @@ def _parse(values: Values) -> Model:
     return Model(
         **sizes,
         attention=gqa_of(values, bias=True, sinks=True, **local),
-        rope=values.rope(interleaved=False),
+        rope=rope_of(values, interleaved=False),
         moe=Moe(
             n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
-            top_k=values.integer("num_experts_per_tok", "experts_per_token", high=2**16),
+            top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
             router_bias=True,
             expert_bias=True,
@@ -85,13 +89,13 @@ def _alternating(n_layers: int) -> list[str]:
     return [("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
 
 
-def _full_every(kinds: Any, n_layers: int, place: str) -> int:
+def _full_every(kinds: list[str], n_layers: int, place: str) -> int:
     for every in range(2, n_layers + 2):
         full = [(i + 1) % every == 0 for i in range(n_layers)]
         if kinds == [("sliding_attention", "full_attention")[f] for f in full]:
             return every
     raise ConfigError(
-        f"{place}: layer_types = {kinds!r}: must have full_attention on every n-th layer and "
+        f"{place}: layer_types = {shown(kinds)}: must have full_attention on every n-th layer and "
         "sliding_attention elsewhere"
     )
 

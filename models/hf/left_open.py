@@ -30,7 +30,9 @@ def with_left_open(
     """`model` with what `config[KEY]` says.
 
     says_the_same: whether the architecture's own keys say the same of another model as of `model`.
-    Raises ConfigError where they do not: what those keys say cannot be said again.
+    Raises ConfigError where they do not: what those keys say cannot be said again. Settings of RoPE
+    are then left out instead: its keys are edited by hand (YaRN for longer contexts, as model cards
+    advise), and decide what the exported model left open.
     """
     given = config.get(KEY)
     if given is None:
@@ -42,16 +44,23 @@ def with_left_open(
         section, _, leaf = key.rpartition(".")
         value = _checked(model, section, leaf, value, f"{place}: {KEY}: {key[:80]!r}")
         sections.setdefault(section, {})[leaf] = value
-    try:
-        parts = {s: replace(getattr(model, s), **new) for s, new in sections.items() if s}
-        changed = replace(model, **sections.get("", {}), **parts)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {KEY}: {error}") from None
+    rope = sections.pop("rope", {})
+    changed = _replaced(model, sections, place)
+    if says_the_same(with_rope := _replaced(changed, {"rope": rope}, place)):
+        return with_rope
     if not says_the_same(changed):
         raise ConfigError(
             f"{place}: {KEY}: contradicts the other keys, and may only say what they leave open"
         )
     return changed
+
+
+def _replaced(model: Model, sections: dict[str, dict[str, Any]], place: str) -> Model:
+    try:
+        parts = {s: replace(getattr(model, s), **new) for s, new in sections.items() if s}
+        return replace(model, **sections.get("", {}), **parts)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {KEY}: {error}") from None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 from configs.model import Model, Moe
 from configs.rules import ConfigError
 from models.hf.qwen3 import common_sizes, gqa_of
+from models.hf.rope import rope_of
+from models.hf.shown import shown
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
 from models.hf.values import Family, Values, clashes
 
@@ -63,39 +65,43 @@ def _config(model: Model) -> dict[str, Any]:
 def _parse(values: Values) -> Model:
     sizes = common_sizes(values)
     layers = range(sizes["n_layers"])
-    every = values.integer("no_rope_layer_interval", high=2**16, default=4)
-    moe_every = values.integer("interleave_moe_layer_step", high=10_000, default=1)
+    every = values.integer("no_rope_layer_interval", high=2**16)
+    moe_every = values.integer("interleave_moe_layer_step", high=10_000)
     kinds = "full_attention", "chunked_attention"
     rotated = [int((i + 1) % every != 0) for i in layers]
-    for key, expected, rule in (
-        ("no_rope_layers", rotated, f"0 on every layer that no_rope_layer_interval = {every} ends"),
-        ("layer_types", [kinds[r] for r in rotated], "full_attention where there is no RoPE"),
-        ("moe_layers", [i for i in layers if (i + 1) % moe_every == 0],
+    # transformers takes an empty list of the first for "not given"
+    for key, given, expected, rule in (
+        ("no_rope_layers", values.listed("no_rope_layers", int) or rotated, rotated,
+         f"0 on every layer that no_rope_layer_interval = {every} ends"),
+        ("layer_types", values.listed("layer_types", str), [kinds[r] for r in rotated],
+         "full_attention where there is no RoPE"),
+        ("moe_layers", values.listed("moe_layers", int),
+         [i for i in layers if (i + 1) % moe_every == 0],
          f"every layer that interleave_moe_layer_step = {moe_every} ends"),
     ):  # fmt: skip
-        if (values.raw.get(key) or expected) != expected:
-            raise ConfigError(f"{values.place}: {key} = {values.raw[key]!r}: must be {rule}")
+        if given not in (None, expected):
+            raise ConfigError(f"{values.place}: {key} = {shown(given)}: must be {rule}")
+    given = values.get("attn_temperature_tuning")
     # the first release wrote a 4 for true
-    tuned = values.raw.get("attn_temperature_tuning") == 4
-    tuned = tuned or values.flag("attn_temperature_tuning", default=True)
+    tuned = (type(given) is int and given == 4) or values.flag("attn_temperature_tuning")
     attention = gqa_of(
         values,
-        qk_norm="l2" if values.flag("use_qk_norm", default=True) else "none",
+        qk_norm="l2" if values.flag("use_qk_norm") else "none",
         local="chunk",
         local_size=values.integer("attention_chunk_size"),
         full_every=every,
         rope_on_full=False,
-        temperature_floor=values.integer("floor_scale", default=8192) if tuned else 0,
-        temperature_scale=values.number("attn_scale", high=1e3, default=0.1),
+        temperature_floor=values.integer("floor_scale") if tuned else 0,
+        temperature_scale=values.number("attn_scale", high=1e3),
     )
     return Model(
         **sizes,
         attention=attention,
-        rope=values.rope(interleaved=True),
+        rope=rope_of(values, interleaved=True),
         moe_every=moe_every,
         d_ff=values.integer("intermediate_size_mlp") if moe_every > 1 else 0,
         moe=Moe(
-            n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
+            n_experts=values.integer("num_local_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
             n_shared_experts=1,

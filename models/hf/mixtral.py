@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.model import Model, Moe
-from models.hf.qwen3 import common_sizes, gqa_of
+from models.hf.qwen3 import common_sizes, gqa_of, only_full_attention
+from models.hf.rope import rope_of
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
 from models.hf.values import (
     Family,
@@ -41,10 +42,11 @@ def _config(model: Model) -> dict[str, Any]:
 
 def _parse(values: Values) -> Model:
     values.refuse("sliding_window", None)
+    only_full_attention(values)
     return Model(
         **common_sizes(values),
         attention=gqa_of(values),
-        rope=values.rope(interleaved=False),
+        rope=rope_of(values, interleaved=False),
         moe=Moe(
             n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from configs.rules import ConfigError
+from models.hf.shown import shown
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUP = 32
@@ -42,26 +43,28 @@ def quantisation_of(raw: dict[str, Any], place: str) -> Quantisation:
         return Quantisation()
     key = f"{place}: quantization_config"
     if not isinstance(given, dict):
-        raise ConfigError(f"{key} = {given!r}: must be an object")
+        raise ConfigError(f"{key} = {shown(given)}: must be an object")
     method = given.get("quant_method")
     if method == "mxfp4":
         return Quantisation("mxfp4")
     if method != "fp8":
         raise ConfigError(
-            f"{key}.quant_method = {method!r}: only fp8 (in blocks) and mxfp4 are read; "
+            f"{key}.quant_method = {shown(method)}: only fp8 (in blocks) and mxfp4 are read; "
             "take the checkpoint that is not quantised"
         )
     for name, allowed in _FP8_ALLOWED.items():
         if given.get(name) not in (None, *allowed):
             only = " or ".join(map(repr, allowed))
-            raise ConfigError(f"{key}.{name} = {given[name]!r}: only {only} is supported")
+            raise ConfigError(f"{key}.{name} = {shown(given[name])}: only {only} is supported")
     block = given.get("weight_block_size")
     if (
         not isinstance(block, list | tuple)
         or len(block) != 2
         or not all(type(n) is int and 1 <= n <= 2**16 for n in block)
     ):
-        raise ConfigError(f"{key}.weight_block_size = {block!r}: must be two integers, [128, 128]")
+        raise ConfigError(
+            f"{key}.weight_block_size = {shown(block)}: must be two integers, [128, 128]"
+        )
     return Quantisation("fp8", (block[0], block[1]))
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from configs.model import Attention, Model, Moe
 from configs.rules import ConfigError
+from models.hf.rope import rope_of
+from models.hf.shown import shown
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
 from models.hf.values import (
     Family,
@@ -39,14 +41,18 @@ def _config(model: Model) -> dict[str, Any]:
 
 def _parse(values: Values) -> Model:
     values.refuse("decoder_sparse_step", 1)
-    values.refuse("use_sliding_window", False, None)
-    dense = values.raw.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or dense != list(range(len(dense))):
-        raise ConfigError(f"{values.place}: mlp_only_layers = {dense!r}: must be the first layers")
+    values.refuse("use_sliding_window", False)
+    values.integer_or_none("sliding_window", low=0)  # not looked at then
+    only_full_attention(values)
+    dense = values.listed("mlp_only_layers", int) or []
+    if dense != list(range(len(dense))):
+        raise ConfigError(
+            f"{values.place}: mlp_only_layers = {shown(dense)}: must be the first layers"
+        )
     return Model(
         **common_sizes(values),
         attention=gqa_of(values, qk_norm="rms"),
-        rope=values.rope(interleaved=False),
+        rope=rope_of(values, interleaved=False),
         n_dense_layers=len(dense),
         d_ff=values.integer("intermediate_size") if dense else 0,
         moe=Moe(
@@ -76,21 +82,37 @@ def common_sizes(values: Values) -> dict[str, Any]:
         "d_model": values.integer("hidden_size"),
         "n_layers": values.integer("num_hidden_layers", high=10_000),
         "norm_eps": values.number("rms_norm_eps", high=1.0),
-        "tie_embeddings": values.flag("tie_word_embeddings", default=False),
-        "init_std": values.number("initializer_range", low=1e-9, high=100.0, default=0.02),
+        "tie_embeddings": values.flag("tie_word_embeddings"),
+        "init_std": values.number("initializer_range", low=1e-9, high=100.0),
     }
 
 
 def gqa_of(values: Values, **more: Any) -> Attention:
     """Grouped-query attention in the keys that most families share."""
-    n_heads = values.integer("num_attention_heads")
+    n_heads, width = values.integer("num_attention_heads"), values.integer("hidden_size")
+    head_dim = values.integer_or_none("head_dim")  # Mixtral's published config leaves it out
+    kv_heads = values.integer_or_none("num_key_value_heads") or n_heads
+    if n_heads % kv_heads:
+        raise ConfigError(
+            f"{values.place}: num_key_value_heads = {kv_heads} (the default, where it is left out) "
+            f"must divide num_attention_heads = {n_heads}"
+        )
     return Attention(
         n_heads=n_heads,
-        n_kv_heads=values.integer("num_key_value_heads", default=n_heads),
-        # Mixtral's published config leaves it out
-        head_dim=values.integer("head_dim", default=values.integer("hidden_size") // n_heads),
+        n_kv_heads=kv_heads,
+        head_dim=width // n_heads if head_dim is None else head_dim,
         **more,
     )
+
+
+def only_full_attention(values: Values) -> None:
+    """Raise ConfigError where `layer_types` gives a family that has no windows any."""
+    kinds = values.listed("layer_types", str) or []
+    if any(kind != "full_attention" for kind in kinds):
+        raise ConfigError(
+            f"{values.place}: layer_types = {shown(kinds)}, but {values.architecture} has "
+            "full_attention in every layer"
+        )
 
 
 QWEN3 = Family("Qwen3MoeForCausalLM", _refusals, _config, _parse, _layer, "per_expert")

@@ -10,14 +10,15 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from configs.model import Model
 from configs.rules import ConfigError
+from models.hf.copies import same_rows
 from models.hf.folder import RawTensor, raw_tensors
 from models.hf.left_open import KEY
 from models.hf.mapped import MappedFiles
@@ -29,6 +30,7 @@ from models.hf.quantised import (
     quantisation_of,
     scale_shape,
 )
+from models.hf.shown import located, named, one_line, shown
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
 
@@ -56,8 +58,8 @@ class Source:
         self._files = MappedFiles()
         text = text_config(raw, str(folder / "config.json"))
         self._quantisation = quantisation_of(text, str(folder / "config.json"))
-        found, copies = raw_tensors(folder, self._files)
-        self.left_out: Counter[str] = Counter({f"file {name}": 1 for name in copies})
+        found, left_out = raw_tensors(folder, self._files)
+        self.left_out: Counter[str] = Counter(dict.fromkeys(left_out, 1))
         """What the folder holds beyond the model, and how many tensors of it."""
         if raw.get("architectures") == [LLAMA4_WITH_IMAGES]:
             found = self._language_model(found)
@@ -70,13 +72,18 @@ class Source:
         """The model of config.json, without MTP modules where the folder has none."""
         tensors = list(hf_tensors(model, self._stored))
         self.tensors = [t for t in tensors if not t.is_copy]
-        self._copies = {t.name for t in tensors if t.is_copy}
+        whole = {t.ours: t.name for t in self.tensors if not t.index}
+        self._copies = {t.name: whole[t.ours] for t in tensors if t.is_copy}
+        self._twins: dict[str, str] = {}
+        """Names of tensors that must equal another; who it is."""
         self._check_names(model, text)
         self._by_ours: dict[str, list[HfTensor]] = {}
         for t in self.tensors:
             self._check(t)
             if t.ours is not None:
                 self._by_ours.setdefault(t.ours, []).append(t)
+        for name, of in self._twins.items():
+            self._check_copy(name, of)
         self._taken: Counter[str] = Counter()
 
     def __contains__(self, ours: str) -> bool:
@@ -116,7 +123,9 @@ class Source:
             theirs = self._rows(self._stored[t.name], first + a, first + a + len(piece))
             piece.copy_(t.from_hf(theirs, piece.shape))
             if not piece.isfinite().all():
-                raise ConfigError(f"{self._stored[t.name].data.path}: {t.name} holds inf or NaN")
+                raise ConfigError(
+                    f"{located(self._stored[t.name].data.path)}: {t.name} holds inf or NaN"
+                )
             self._taken[t.name] += piece.numel()
 
     def _rows(self, stored: _Stored, start: int, stop: int) -> Tensor:
@@ -137,16 +146,26 @@ class Source:
         try:
             return self._files.slice(raw.path, raw.name, (slice(start, stop),))
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{raw.path}: {raw.name}: unreadable: {error}") from None
+            raise ConfigError(
+                f"{located(raw.path)}: {named(raw.name)}: unreadable: {one_line(error)}"
+            ) from None
 
     def _language_model(self, found: dict[str, RawTensor]) -> dict[str, RawTensor]:
         prefix, inner = "language_model.", {}
         for name, tensor in found.items():
             if name.startswith(("vision_model.", "multi_modal_projector.")):
                 self.left_out["vision model"] += 1
+            elif name.removeprefix(prefix) in inner:
+                self._refuse_twice(name, name.removeprefix(prefix), tensor)
             else:
                 inner[name.removeprefix(prefix)] = tensor
         return inner
+
+    def _refuse_twice(self, name: str, other: str, tensor: RawTensor) -> None:
+        raise ConfigError(
+            f"{located(tensor.path)}: {named(name)} and {named(other)} are both there: two forms "
+            "of one tensor; remove one"
+        )
 
     def _pair_with_scales(self, found: dict[str, RawTensor]) -> dict[str, _Stored]:
         """Quantised tensors under the name they have unquantised, with their factors."""
@@ -163,6 +182,8 @@ class Source:
                     used |= {name + data_end, scale_name}
         for name, tensor in found.items():
             if name not in used:
+                if name in stored:
+                    self._refuse_twice(name, stored[name].data.name, tensor)
                 stored[name] = _Stored(tensor, None, tensor.shape)
         return stored
 
@@ -186,52 +207,55 @@ class Source:
                     )
                 )
                 hint = "; config.json has no quantization_config for them" if packed else ""
+                first = f"{named(min(names))}{hint}"
                 raise ConfigError(
-                    f"{self.folder}: {len(names)} tensors {kind}, the first is {min(names)}{hint}"
+                    f"{self.folder}: {len(names)} tensors {kind}, the first is {first}"
                 )
 
     def _may_leave_out(self, name: str, model: Model, raw: dict[str, Any]) -> bool:
         """Whether the model is the same without the tensor; noted in `left_out`."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        modules = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers"))
-        modules = modules if type(modules) is int else 0
+        given = (raw.get(key) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
+        modules = next((n for n in given if type(n) is int), 0)
         beyond = layer and model.n_layers <= int(layer[1]) < model.n_layers + modules
         if beyond and not model.mtp_depth:
             self.left_out["multi-token prediction"] += 1
         elif name.endswith(".rotary_emb.inv_freq"):
             self.left_out["RoPE frequencies, which config.json gives"] += 1
         elif name == "lm_head.weight" and model.tie_embeddings:
-            self._check_tied()
+            self._twins[name] = "model.embed_tokens.weight"
             self.left_out["lm_head.weight, equal to the tied embedding"] += 1
         elif name in self._copies:
+            self._twins[name] = self._copies[name]
             self.left_out["embedding and head, once more for a module that shares them"] += 1
         else:
             return False
         return True
 
-    def _check_tied(self) -> None:
-        head, embedding = (
-            self._stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")
-        )
-        same = head is not None and embedding is not None and head.shape == embedding.shape
-        if same and head is not None and embedding is not None:
-            rows = max(1, PIECE_BYTES // max(4 * math.prod(head.shape[1:]), 1))
-            for a in range(0, head.shape[0], rows):
-                stop = min(a + rows, head.shape[0])
-                mine = self._rows(head, a, stop).float()
-                same = same and torch.equal(mine, self._rows(embedding, a, stop).float())
-        if not same:
+    def _check_copy(self, name: str, of: str) -> None:
+        """A tensor that is left out is the one that is read. Raises ConfigError."""
+        copy, main = self._stored[name], self._stored[of]
+        read = (partial(self._rows, copy), partial(self._rows, main))
+        plain = copy.scale is not None or copy.data.dtype in _PLAIN
+        if plain and same_rows((copy.shape, main.shape), read, PIECE_BYTES):
+            return
+        if name == "lm_head.weight":
             raise ConfigError(
                 f"{self.folder / 'config.json'}: tie_word_embeddings = true, but lm_head.weight "
-                "is another matrix than model.embed_tokens.weight; set it to false"
+                f"is another matrix than {of}; set it to false"
             )
+        raise ConfigError(
+            f"{located(copy.data.path)}: {named(name)} is another matrix than {of}: modules for "
+            "multi-token prediction with an embedding or head of their own are not supported"
+        )
 
     def _check(self, t: HfTensor) -> None:
         stored = self._stored[t.name]
-        data, place = stored.data, f"{stored.data.path}: {stored.data.name}"
+        data, place = stored.data, f"{located(stored.data.path)}: {named(stored.data.name)}"
         if stored.shape != t.shape:
             raise ConfigError(
-                f"{place} has shape {list(stored.shape)}, config.json asks for {list(t.shape)}"
+                f"{place} has shape {shown(list(stored.shape))}, "
+                f"config.json asks for {list(t.shape)}"
             )
         if stored.scale is not None:
             return
@@ -255,12 +279,12 @@ def _quantised(data: RawTensor, scale: RawTensor, how: Quantisation) -> _Stored:
     for tensor, allowed in ((data, dtypes), (scale, wanted)):
         if tensor.dtype not in allowed:
             raise ConfigError(
-                f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}: "
+                f"{located(tensor.path)}: {named(tensor.name)} has dtype {named(tensor.dtype)}: "
                 f"{how.method} has {' or '.join(allowed)} there"
             )
     if not fits:
         raise ConfigError(
-            f"{scale.path}: {scale.name} has shape {list(scale.shape)}, which does not fit "
-            f"{data.name} of {list(data.shape)}"
+            f"{located(scale.path)}: {named(scale.name)} has shape {shown(list(scale.shape))}, "
+            f"which does not fit {named(data.name)} of {shown(list(data.shape))}"
         )
     return _Stored(data, scale, shape)

@@ -10,6 +10,14 @@ from typing import Any
 
 from configs.model import Model
 from configs.rules import ConfigError
+from models.hf.agreement import (
+    architecture_of,
+    check_model_type,
+    check_second_spellings,
+    check_shared_keys,
+    in_their_names,
+    language_model,
+)
 from models.hf.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from models.hf.glm4 import GLM4
 from models.hf.gpt_oss import GPT_OSS
@@ -17,8 +25,9 @@ from models.hf.left_open import KEY, left_open, with_left_open
 from models.hf.llama4 import LLAMA4
 from models.hf.mixtral import MIXTRAL
 from models.hf.qwen3 import QWEN3
+from models.hf.rope import rope_parameters
 from models.hf.tensors import HfTensor, Layout, mtp_tensors, outer_tensors
-from models.hf.values import Family, Values, clashes, rope_parameters
+from models.hf.values import Family, Values, clashes
 
 _MOST_EXPERTS = 2**20
 """More tensor names than any real model has; checked before they are listed."""
@@ -132,26 +141,19 @@ def text_config(config: dict[str, Any], place: str) -> dict[str, Any]:
     """A `config.json` itself, or that of the language model within one of Llama 4 with images."""
     if config.get("architectures") != [LLAMA4_WITH_IMAGES]:
         return config
-    text = config.get("text_config")
-    if not isinstance(text, dict):
-        raise ConfigError(f"{place}: text_config = {text!r}: must be an object")
-    outer = {k: config[k] for k in ("tie_word_embeddings", "quantization_config") if k in config}
-    return outer | text | {"architectures": [LLAMA4.architecture]}
+    check_model_type(config, place, LLAMA4_WITH_IMAGES)
+    return language_model(config, place, LLAMA4.architecture)
 
 
 def from_hf_config(config: dict[str, Any], place: str) -> Model:
     """Our model for a `config.json`.
 
     place: what errors call the file. Raises ConfigError naming the key that is missing, has the
-    wrong type or size, or asks for something this decoder does not have.
+    wrong type or size, contradicts another, or asks for something this decoder does not have.
     """
     config = text_config(config, place)
-    given = config.get("architectures")
-    given = given[0] if isinstance(given, list) and given else given
-    family = next((family for family in FAMILIES if family.architecture == given), None)
-    if family is None:
-        known = ", ".join([*(family.architecture for family in FAMILIES), LLAMA4_WITH_IMAGES])
-        raise ConfigError(f"{place}: architectures = {given!r}: must be one of {known}")
+    families = {family.architecture: family for family in FAMILIES}
+    family = families[architecture_of(config, place, [*families, LLAMA4_WITH_IMAGES])]
     model = _parse(family, config, place)
     described = _keys(family, model)
     return with_left_open(
@@ -163,17 +165,21 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
 
 
 def _parse(family: Family, config: dict[str, Any], place: str) -> Model:
-    values = Values(config, place)
+    values = Values(config, place, family.architecture)
     values.refuse("hidden_act", "silu")
-    if family is not GPT_OSS:
-        values.refuse("attention_bias", False, None)
+    values.refuse("attention_bias", family is GPT_OSS)
+    check_shared_keys(values)
     try:
         model = family.parse(values)
         if (model.n_layers + model.mtp_depth) * model.moe.n_experts > _MOST_EXPERTS:
             raise ConfigError(f"more than {_MOST_EXPERTS} experts in all layers together")
+        refused = family.refusals(model)
+        if refused:
+            raise ConfigError(f"{family.architecture} has no model with this model.{refused[0]}")
+        check_second_spellings(values, model)
         return model
     except ConfigError as error:  # our own rules, in our names: say whose file broke them
-        raise ConfigError(f"{place}: {str(error).removeprefix(f'{place}: ')}") from None
+        raise in_their_names(error, values) from None
 
 
 def hf_tensors(model: Model, given: Container[str] | None = None) -> Iterator[HfTensor]:

@@ -1,11 +1,13 @@
 """Values of an untrusted config.json, checked before anything of their size is made."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.model import Model, Rope
+from configs.model import Model
 from configs.rules import ConfigError
+from models.hf.defaults import DEFAULTS, OrNull
+from models.hf.shown import shown
 from models.hf.tensors import HfTensor, Layout
 
 
@@ -30,138 +32,117 @@ class Family:
 
 @dataclass(frozen=True)
 class Values:
-    """A config.json and the name that errors call it by."""
+    """A config.json and the name that errors call it by.
+
+    A key that is left out has transformers' default where the architecture gives it one; null is a
+    value like any other, and refused where the architecture has no meaning for it.
+    """
 
     raw: dict[str, Any]
     place: str
+    architecture: str
+    """The row of `models.hf.defaults.DEFAULTS`."""
 
-    def integer(
-        self, key: str, *also: str, low: int = 1, high: int = 2**24, default: int | None = None
-    ) -> int:
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Values of keys that are left out."""
+        return DEFAULTS.get(self.architecture, {})
+
+    def get(self, key: str) -> Any:
+        """`raw[key]` or its default, of any type; None where there is neither."""
+        if key in self.raw:
+            return self.raw[key]
+        default = self.defaults.get(key)
+        return default.default if isinstance(default, OrNull) else default
+
+    def integer(self, key: str, *also: str, low: int = 1, high: int = 2**24) -> int:
         """`raw[key]`, an integer in [low, high].
 
-        also: other spellings of the key; all that are given must agree. default: for a key that is
-        missing or null, where the architecture has one.
+        also: other spellings of the key; all that are given must agree.
         """
-        given = [k for k in (key, *also) if self.raw.get(k) is not None]
+        given = [k for k in (key, *also) if k in self.raw]
         values = {k: self._number(self.raw, k, int, low, high) for k in given}
-        if len(set(values.values())) > 1:
-            pairs = " and ".join(f"{k} = {value}" for k, value in values.items())
-            raise ConfigError(f"{self.place}: {pairs}: two spellings of one key must agree")
-        if not given and default is not None:
-            return default
-        return int(self._number(self.raw, given[0] if given else key, int, low, high))
+        self.agree(values)
+        if values:
+            return int(values[given[0]])
+        return int(self._number({key: self.get(key)}, key, int, low, high))
 
-    def number(
-        self, key: str, low: float = 0.0, high: float = 1e12, default: float | None = None
-    ) -> float:
-        """`raw[key]`, a number in [low, high]; `default` where it is missing or null."""
-        if self.raw.get(key) is None and default is not None:
-            return default
-        return float(self._number(self.raw, key, float, low, high))
+    def integer_or_none(self, key: str, low: int = 1, high: int = 2**24) -> int | None:
+        """`raw[key]`; None where it is null or left out and the architecture derives it then."""
+        if key in self.raw and (self.raw[key] is not None or not self._may_be_null(key)):
+            return int(self._number(self.raw, key, int, low, high, null=True))
+        value = None if key in self.raw else self.get(key)
+        return None if value is None else int(value)
+
+    def number(self, key: str, low: float = 0.0, high: float = 1e12) -> float:
+        """`raw[key]`, a number in [low, high]."""
+        return float(self._number({key: self.get(key)}, key, float, low, high))
 
     def coefficient(self, key: str) -> float:
-        """`raw[key]`, the factor of an auxiliary loss; 0 where it is not given."""
-        return self.number(key, high=100.0, default=0.0)
+        """`raw[key]`, the factor of an auxiliary loss; 0 where the architecture has none."""
+        return 0.0 if self.get(key) is None and key not in self.raw else self.number(key, high=100)
 
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        """`raw[key]`, true or false; `default` where it is missing or null."""
-        if self.raw.get(key) is None and default is not None:
-            return default
-        if type(self.raw.get(key)) is not bool:
-            raise ConfigError(f"{self.place}: {key} = {self.raw.get(key)!r}: must be true or false")
-        return bool(self.raw[key])
+    def flag(self, key: str) -> bool:
+        """`raw[key]`, true or false."""
+        value = self.get(key)
+        if type(value) is not bool:
+            raise ConfigError(f"{self.place}: {key} = {shown(value)}: must be true or false")
+        return value
+
+    def listed(self, key: str, kind: type) -> list[Any] | None:
+        """`raw[key]`, a list of `kind`; None where it is null or left out."""
+        value = self.get(key)
+        if value is None and (key not in self.raw or self._may_be_null(key)):
+            return None
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            wanted = f"a list of {'integers' if kind is int else 'strings'}"
+            raise ConfigError(f"{self.place}: {key} = {shown(value)}: must be {wanted}")
+        return value
 
     def refuse(self, key: str, *allowed: Any) -> None:
-        """Raise ConfigError where `key` is given and is none of the values that are supported."""
-        if key in self.raw and self.raw[key] not in allowed:
+        """Raise ConfigError where `key`, or its default, is none of the supported values."""
+        if key not in self.raw and key not in self.defaults:
+            return
+        value = self.get(key)
+        if not any(type(value) is type(a) and value == a for a in allowed):
             only = " or ".join(map(repr, allowed))
-            raise ConfigError(f"{self.place}: {key} = {self.raw[key]!r}: only {only} is supported")
-
-    def rope(self, interleaved: bool) -> Rope:
-        """The RoPE of `rope_parameters`, or of the older `rope_theta` and `rope_scaling`."""
-        source = "rope_parameters" if self.raw.get("rope_parameters") else "rope_scaling"
-        given = self.raw.get(source) or {}
-        if not isinstance(given, dict):
-            raise ConfigError(f"{self.place}: {source} = {given!r}: must be an object")
-        older = {k: self.raw[k] for k in _OLDER_ROPE_KEYS if self.raw.get(k) is not None}
-        for key in older.keys() & given.keys():
-            if older[key] != given[key]:
-                raise ConfigError(
-                    f"{self.place}: {key} = {older[key]!r}, but {source}.{key} = {given[key]!r}"
-                )
-        merged: dict[str, Any] = older | given
-        kind = merged.get("rope_type", merged.get("type", "default"))
-        if kind not in ("default", "yarn", "llama3"):
+            left_out = "" if key in self.raw else " (its default, for it is left out)"
             raise ConfigError(
-                f"{self.place}: {source}: rope_type = {kind!r}: must be default, yarn or llama3"
+                f"{self.place}: {key} = {shown(value)}{left_out}: only {only} is supported"
             )
-        known = {"rope_type", "type", "truncate", *_OLDER_ROPE_KEYS, *_SCALING_KEYS}
-        unknown = sorted(k for k in given if k not in known and given[k] is not None)
-        if unknown:  # left out, it would change what the weights compute
-            raise ConfigError(f"{self.place}: {source}.{unknown[0]}: this key is not supported")
-        if merged.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConfigError(
-                f"{self.place}: partial_rotary_factor = {merged['partial_rotary_factor']!r}: "
-                "only 1.0 is supported"
-            )
-        scaled: dict[str, Any] = {}
-        if kind != "default":
-            for key, ours, default in _SCALING[kind]:
-                if key in merged or default is None:
-                    low = 1 if ours in ("factor", "original_length") else 0
-                    scaled[ours] = self._number(merged, key, float, low, 2**31)
-            scaled |= {"scaling": kind, "original_length": int(scaled["original_length"])}
-            if kind == "yarn":
-                scaled["truncate"] = bool(merged.get("truncate", True))
-        theta = self._number(merged, "rope_theta", float, 1, 1e12)
-        return Rope(theta=theta, interleaved=interleaved, **scaled)
 
-    def _number(self, tree: dict[str, Any], key: str, kind: type, low: float, high: float) -> Any:
-        if tree.get(key) is None:
+    def agree(self, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError where keys that say the same thing say different things."""
+        if any(value != other for value in values.values() for other in values.values()):
+            pairs = " and ".join(f"{key} = {shown(value)}" for key, value in values.items())
+            raise ConfigError(f"{self.place}: {pairs}: two spellings of one key must agree")
+
+    def _may_be_null(self, key: str) -> bool:
+        return isinstance(self.defaults.get(key), OrNull)
+
+    def _number(
+        self,
+        tree: Mapping[str, Any],
+        key: str,
+        kind: type,
+        low: float,
+        high: float,
+        null: bool = False,
+    ) -> Any:
+        value = tree.get(key)
+        if value is None and not null and key not in self.raw:
             raise ConfigError(f"{self.place}: key {key!r} is missing")
-        value = tree[key]
-        if type(value) is not int and not (kind is float and type(value) is float):
-            wanted = "an integer" if kind is int else "a number"
-            raise ConfigError(f"{self.place}: {key} = {value!r}: wrong type, must be {wanted}")
-        if not low <= value <= high:
-            raise ConfigError(f"{self.place}: {key} = {value!r}: must lie between {low} and {high}")
-        return kind(value)
+        return number_of(value, f"{self.place}: {key}", kind, low, high)
 
 
-_OLDER_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
-_SCALING: dict[str, list[tuple[str, str, float | None]]] = {
-    "yarn": [
-        ("factor", "factor", None),
-        ("original_max_position_embeddings", "original_length", None),
-        ("beta_fast", "beta_fast", 32.0),
-        ("beta_slow", "beta_slow", 1.0),
-        ("mscale", "mscale", 0.0),
-        ("mscale_all_dim", "mscale_all_dim", 0.0),
-    ],
-    "llama3": [
-        ("factor", "factor", None),
-        ("original_max_position_embeddings", "original_length", None),
-        ("low_freq_factor", "low_freq_factor", 1.0),
-        ("high_freq_factor", "high_freq_factor", 4.0),
-    ],
-}
-"""(their key, ours, default; None: required)."""
-_SCALING_KEYS = {theirs for rows in _SCALING.values() for theirs, _, _ in rows}
-
-
-def rope_parameters(rope: Rope) -> dict[str, Any]:
-    """`rope_parameters` for config.json."""
-    if rope.scaling == "none":
-        return {"rope_type": "default", "rope_theta": rope.theta}
-    keys: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
-    for theirs, ours, default in _SCALING[rope.scaling]:
-        value = getattr(rope, ours)
-        if value != default or ours not in ("mscale", "mscale_all_dim"):
-            keys[theirs] = value
-    if rope.scaling == "yarn":
-        keys["truncate"] = rope.truncate
-    return keys
+def number_of(value: Any, place: str, kind: type, low: float, high: float) -> Any:
+    """`value`, an int or (kind float) any number in [low, high]; place: file and key."""
+    if type(value) is not int and not (kind is float and type(value) is float):
+        wanted = "an integer" if kind is int else "a number"
+        raise ConfigError(f"{place} = {shown(value)}: wrong type, must be {wanted}")
+    if not low <= value <= high:
+        raise ConfigError(f"{place} = {shown(value)}: must lie between {low} and {high}")
+    return kind(value)
 
 
 def clashes(**settings: bool) -> list[str]:

@@ -182,7 +182,7 @@ def test_what_cannot_be_exported_says_why() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "architectures = 'LlamaForCausalLM'"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures = ['LlamaForCausalLM']"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "partial_rotary_factor": 1.0}},
@@ -193,8 +193,8 @@ def test_what_cannot_be_exported_says_why() -> None:
             "'factor' is missing",
         ),
         ({"hidden_size": None}, "hidden_size"),
-        ({"n_group": 3}, "n_groups = 3"),
-        ({"num_attention_heads": 3}, "n_kv_heads"),
+        ({"n_group": 3}, "n_group = 3"),
+        ({"num_attention_heads": 3}, "num_key_value_heads = 2"),
         ({"hidden_size": "wide"}, "hidden_size = 'wide': wrong type"),
         ({"num_hidden_layers": 1.5}, "num_hidden_layers = 1.5: wrong type"),
         ({"rope_parameters": [1]}, "rope_parameters = "),
@@ -226,7 +226,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
         (lambda: shards[0].write_bytes(content[:100]), "unreadable safetensors"),
         (
             lambda: save_file({"stray": torch.zeros(1)}, tmp_path / "z.safetensors"),
-            "tensors unexpected, the first is stray",
+            "omits 1 tensors, the first is stray of z.safetensors",
         ),
     ]:
         damage()
@@ -240,8 +240,9 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
         read_model(tmp_path, torch.float32)
     for shard in shards:
         shard.unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"pickles such as pytorch_model\.bin are not read"):
+    with pytest.raises(ConfigError, match=r"; pytorch_model\.bin .* convert it to safetensors"):
         read_model(tmp_path, torch.float32)
     with pytest.raises(ConfigError, match="no such folder"):
         read_model(tmp_path / "absent", torch.float32)

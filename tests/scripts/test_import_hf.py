@@ -309,9 +309,6 @@ def test_the_command_refuses_in_one_line(
     poisoned = raw | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
     (folder / "config.json").write_text(json.dumps(poisoned))
     refuse("config.json: auto_map = ")
-    (folder / "evil.bin").write_bytes(b"\x80\x04.")
-    refuse("evil.bin", "--ignore-auto-map")
-    (folder / "evil.bin").unlink()
     (folder / "tokenizer.json").write_text("{}")
     refuse("tokenizer.json", "--ignore-auto-map")
     (folder / "tokenizer.json").unlink()

@@ -111,8 +111,12 @@ def test_taken_port(export_folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         ("config.json", None, "no such file"),
         ("config.json", "{", "not valid JSON"),
-        ("config.json", {"max_position_embeddings": "many"}, "max_position_embeddings must be"),
-        ("config.json", {"dtype": "int3"}, "choose one with --dtype"),
+        (
+            "config.json",
+            {"max_position_embeddings": "many"},
+            "max_position_embeddings = 'many': wrong",
+        ),
+        ("config.json", {"dtype": "int3"}, "dtype = 'int3': must be one of"),
         ("config.json", {"eos_token_id": "end"}, "eos_token_id = 'end'"),
         ("config.json", {"vocab_size": 100}, "has 300 tokens, the model 100"),
         ("tokenizer.json", "{}", "not a tokenizer"),

@@ -1,0 +1,140 @@
+"""Keys of config.json that every architecture has, and keys that say the same thing twice.
+
+Which of two spellings is followed differs from reader to reader. So they must agree; where they do
+not, the error names both.
+"""
+
+import re
+from typing import Any
+
+from configs.model import Model
+from configs.rules import ConfigError
+from models.hf.defaults import DTYPES, EXPERTS, MODEL_TYPES, UNUSED
+from models.hf.shown import one_line, shown
+from models.hf.values import Values
+
+_ELSEWHERE = {
+    "per_layer_config": "layers that differ from each other are not supported",
+    "configuration_files": "another file would take the place of this one",
+    "compression_config": "only fp8 (in blocks) and mxfp4 in quantization_config are read",
+}
+"""Keys that change the model and that nothing here reads."""
+_THEIR_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "top_k": "num_experts_per_tok",
+    "n_groups": "n_group",
+    "top_groups": "topk_group",
+    "route_scale": "routed_scaling_factor",
+    "theta": "rope_theta",
+    "mscale": "mscale or mscale_all_dim",
+    "original_length": "original_max_position_embeddings",
+    "local_size": "sliding_window or attention_chunk_size",
+    "n_dense_layers": "first_k_dense_replace or mlp_only_layers",
+    "moe_every": "interleave_moe_layer_step",
+}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+_OUTSIDE_TOO = ("tie_word_embeddings", "quantization_config")
+"""Keys that a model with images may have beside its `text_config`, for the language model."""
+
+
+def architecture_of(raw: dict[str, Any], place: str, known: list[str]) -> str:
+    """The one architecture that config.json names, if it is one of `known`. Raises ConfigError."""
+    given = raw.get("architectures")
+    if not isinstance(given, list) or len(given) != 1 or given[0] not in known:
+        raise ConfigError(
+            f"{place}: architectures = {shown(given)}: must be one of {', '.join(known)}, in a list"
+        )
+    architecture: str = given[0]
+    check_model_type(raw, place, architecture)
+    return architecture
+
+
+def check_model_type(raw: dict[str, Any], place: str, architecture: str) -> None:
+    """transformers chooses by `model_type`, others by `architectures`. Raises ConfigError."""
+    expected = MODEL_TYPES[architecture]
+    if raw.get("model_type", expected) != expected:
+        raise ConfigError(
+            f"{place}: model_type = {shown(raw['model_type'])}, but architectures = "
+            f"['{architecture}'], whose model_type is {expected!r}"
+        )
+
+
+def language_model(raw: dict[str, Any], place: str, architecture: str) -> dict[str, Any]:
+    """The config of the language model within one of a model with images. Raises ConfigError."""
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"{place}: text_config = {shown(text)}: must be an object")
+    check_model_type(text, f"{place}: text_config", architecture)
+    outside = {key: raw[key] for key in _OUTSIDE_TOO if key in raw}
+    for key, value in outside.items():
+        # without the key, the language model is not tied
+        inner = text.get(key, False if key == "tie_word_embeddings" else value)
+        if type(inner) is not type(value) or inner != value:
+            raise ConfigError(
+                f"{place}: {key} = {shown(value)}, but text_config.{key} = {shown(inner)}: "
+                "they must agree"
+            )
+    return (
+        outside | text | {"architectures": [architecture], "model_type": MODEL_TYPES[architecture]}
+    )
+
+
+def check_shared_keys(values: Values) -> None:
+    """What is the same in all architectures. Raises ConfigError."""
+    raw, place = values.raw, values.place
+    for key, why in _ELSEWHERE.items():
+        if raw.get(key) is not None:
+            raise ConfigError(f"{place}: {key} = {shown(raw[key])}: {why}")
+    for key, types in UNUSED.items():
+        if key in raw and type(raw[key]) not in types:
+            wanted = " or ".join(_TYPE_NAMES[kind] for kind in types)
+            raise ConfigError(f"{place}: {key} = {shown(raw[key])}: wrong type, must be {wanted}")
+    ends = raw.get("eos_token_id")
+    if isinstance(ends, list) and not all(type(end) is int for end in ends):
+        raise ConfigError(f"{place}: eos_token_id = {shown(ends)}: wrong type, must be integers")
+    precision = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    for key, value in precision.items():
+        if value not in DTYPES:
+            raise ConfigError(
+                f"{place}: {key} = {shown(value)}: must be one of {', '.join(DTYPES)}"
+            )
+    values.agree(precision)
+
+
+def in_their_names(error: ConfigError, values: Values) -> ConfigError:
+    """An error of our own rules, which speak of our settings, in the keys of config.json."""
+    prefix, text = f"{values.place}: ", one_line(error)
+    if text.startswith(prefix):
+        return ConfigError(text)  # it speaks of them already
+    theirs = _THEIR_NAMES | {"n_experts": next((k for k in EXPERTS if k in values.raw), EXPERTS[0])}
+    for expert_width in ("moe_intermediate_size", "intermediate_size"):
+        if expert_width in values.raw:
+            theirs["d_expert"] = expert_width
+            break
+    words = re.sub(r"[a-z]\w*", lambda word: theirs.get(word[0], word[0]), text)
+    return ConfigError(prefix + words)
+
+
+def check_second_spellings(values: Values, model: Model) -> None:
+    """What was read is what keys say that are spelled another way. Raises ConfigError."""
+    values.agree({key: values.raw[key] for key in EXPERTS if key in values.raw})
+    kinds = values.listed("mlp_layer_types", str)
+    expected = ["sparse" if model.is_moe(i) else "dense" for i in range(model.n_layers)]
+    if kinds not in (None, expected):
+        raise ConfigError(
+            f"{values.place}: mlp_layer_types = {shown(kinds)}, but the other keys make dense the "
+            f"layers {shown([i for i, kind in enumerate(expected) if kind == 'dense'])}"
+        )

@@ -1,0 +1,154 @@
+"""RoPE as config.json says it, in keys of three generations that transformers reads side by side.
+
+`rope_parameters` (transformers 5) holds everything. Before, `rope_scaling` held the stretch, and
+`rope_theta` and `partial_rotary_factor` stood beside it; `type` was `rope_type`. Model cards still
+say: add a `rope_scaling`. transformers then puts it in the place of the whole `rope_parameters`, so
+whatever these held beyond it is lost. That is followed where the two can be read in one way only;
+else both are named.
+"""
+
+from typing import Any
+
+from configs.model import Rope
+from configs.rules import ConfigError
+from models.hf.defaults import STRETCHED
+from models.hf.shown import shown
+from models.hf.values import Values, number_of
+
+_BESIDE = ("rope_theta", "partial_rotary_factor")
+"""Keys that stand in `rope_parameters`, or beside it in older files."""
+_ORIGINAL = "original_max_position_embeddings"
+_SCALING: dict[str, list[tuple[str, str, float | None]]] = {
+    "yarn": [
+        ("factor", "factor", None),
+        (_ORIGINAL, "original_length", None),
+        ("beta_fast", "beta_fast", 32.0),
+        ("beta_slow", "beta_slow", 1.0),
+        ("mscale", "mscale", 0.0),
+        ("mscale_all_dim", "mscale_all_dim", 0.0),
+    ],
+    "llama3": [
+        ("factor", "factor", None),
+        (_ORIGINAL, "original_length", None),
+        ("low_freq_factor", "low_freq_factor", None),
+        ("high_freq_factor", "high_freq_factor", None),
+    ],
+}
+"""(their key, ours, default; None: required). transformers takes 0 for "not given" where there is a
+default."""
+_KNOWN = {"rope_type", "type", "truncate", *_BESIDE} | {
+    theirs for rows in _SCALING.values() for theirs, _, _ in rows
+}
+
+
+def rope_of(values: Values, interleaved: bool) -> Rope:
+    """The RoPE that transformers takes from a config.json. ConfigError where it cannot be ours, or
+    where two keys contradict each other."""
+    new, old = (_object(values, key) for key in ("rope_parameters", "rope_scaling"))
+    if new is None and not old:
+        new = STRETCHED.get(values.architecture, {})
+    if not old:
+        return _parse(values, "rope_parameters", new or {}, interleaved)
+    rope = _parse(values, "rope_scaling", old, interleaved)
+    if new:
+        replaced = _parse(values, "rope_parameters", new, interleaved)
+        plain = Rope(theta=rope.theta, interleaved=interleaved)  # stretched by rope_scaling
+        if replaced not in (rope, plain):
+            raise ConfigError(
+                f"{values.place}: rope_parameters = {shown(new)}, but rope_scaling = {shown(old)} "
+                f"(rope_theta {rope.theta}) takes its place: make them agree, or remove one"
+            )
+    return rope
+
+
+def _object(values: Values, key: str) -> dict[str, Any] | None:
+    given = values.raw.get(key)
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"{values.place}: {key} = {shown(given)}: must be an object")
+    return given
+
+
+def _parse(values: Values, source: str, given: dict[str, Any], interleaved: bool) -> Rope:
+    place = f"{values.place}: {source}"
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "yarn", "llama3"):
+        raise ConfigError(f"{place}: rope_type = {shown(kind)}: must be default, yarn or llama3")
+    if given.get("type", kind) != kind:
+        raise ConfigError(f"{place}: rope_type = {shown(kind)}, but type = {shown(given['type'])}")
+    unknown = sorted(k for k in given if k not in _KNOWN and given[k] is not None)
+    if unknown:  # left out, it would change what the weights compute
+        raise ConfigError(f"{place}.{shown(unknown[0])[1:-1]}: this key is not supported")
+    beside = {key: _beside(values, source, given, key) for key in _BESIDE}
+    rotated = beside["partial_rotary_factor"]
+    if (
+        rotated is not None
+        and number_of(rotated, f"{place}: partial_rotary_factor", float, 0, 1) != 1
+    ):
+        raise ConfigError(
+            f"{place}: partial_rotary_factor = {shown(rotated)}: only 1.0 is supported"
+        )
+    theta = number_of(beside["rope_theta"], f"{place}: rope_theta", float, 1, 1e12)
+    scaled = {} if kind == "default" else _scaled(values, source, given, kind)
+    return Rope(theta=theta, interleaved=interleaved, **scaled)
+
+
+def _beside(values: Values, source: str, given: dict[str, Any], key: str) -> Any:
+    """The key in `rope_parameters` or `rope_scaling`, else beside them, else its default."""
+    inner, outer = given.get(key), values.raw.get(key)
+    if key in given and inner is None:
+        raise ConfigError(f"{values.place}: {source}.{key} = None: must be a number")
+    if inner is not None and outer is not None and inner != outer:
+        raise ConfigError(
+            f"{values.place}: {key} = {shown(outer)}, but {source}.{key} = {shown(inner)}"
+        )
+    return values.get(key) if inner is None else inner
+
+
+def _scaled(values: Values, source: str, given: dict[str, Any], kind: str) -> dict[str, Any]:
+    place = f"{values.place}: {source}"
+    scaled: dict[str, Any] = {"scaling": kind}
+    for key, ours, default in _SCALING[kind]:
+        value = _original(values, source, given) if key == _ORIGINAL else given.get(key)
+        if default is not None and value is None:
+            value = default
+        low = 1 if key in ("factor", _ORIGINAL) else 1e-6 if kind == "llama3" else 0
+        if value is None and key not in given:
+            raise ConfigError(f"{place}: key {key!r} is missing")
+        number = number_of(value, f"{place}: {key}", float, low, 2**31)
+        scaled[ours] = number or default or 0.0
+    length = scaled["original_length"]
+    if length != int(length):
+        raise ConfigError(f"{place}: {_ORIGINAL} = {length}: must be an integer")
+    scaled["original_length"] = int(length)
+    if kind == "yarn":
+        truncate = given.get("truncate", True)
+        if type(truncate) is not bool:
+            raise ConfigError(f"{place}: truncate = {shown(truncate)}: must be true or false")
+        scaled["truncate"] = truncate
+    return scaled
+
+
+def _original(values: Values, source: str, given: dict[str, Any]) -> Any:
+    """The length before the stretch: transformers looks beside `rope_parameters` first, and takes
+    the longest sequence where no key says."""
+    both = {
+        name: tree[_ORIGINAL]
+        for name, tree in ((_ORIGINAL, values.raw), (f"{source}.{_ORIGINAL}", given))
+        if _ORIGINAL in tree
+    }
+    values.agree(both)
+    return next(iter(both.values())) if both else values.get("max_position_embeddings")
+
+
+def rope_parameters(rope: Rope) -> dict[str, Any]:
+    """`rope_parameters` for config.json."""
+    if rope.scaling == "none":
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    keys: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
+    for theirs, ours, default in _SCALING[rope.scaling]:
+        value = getattr(rope, ours)
+        if value != default or ours not in ("mscale", "mscale_all_dim"):
+            keys[theirs] = value
+    if rope.scaling == "yarn":
+        keys["truncate"] = rope.truncate
+    return keys
