@@ -113,6 +113,10 @@ class Schedule:
     kind: Literal["wsd", "cosine", "linear"] = "wsd"
     """`wsd`: warmup, stable, then linear decay over the last `decay_fraction` of the steps
     (arXiv:2404.06395). `cosine`, `linear`: decay from the end of the warmup to the last step."""
+    steps: int = 0
+    """Steps of the whole schedule, which may be longer than this run, or shorter: then the rate
+    stays at its last value. The rate depends on the step and on this number alone. 0:
+    `train.steps`, so that another `train.steps` is another schedule."""
     warmup_steps: int = 0
     """Steps of linear warmup."""
     decay_fraction: float = 0.2
@@ -121,6 +125,7 @@ class Schedule:
     """Final learning rate as a share of the peak."""
 
     def __post_init__(self) -> None:
+        between(self, 0, 2**31, "steps")
         at_least(self, 0, "warmup_steps")
         between(self, 0.0, 1.0, "decay_fraction", "min_lr_fraction")
 
@@ -239,6 +244,12 @@ class RunConfig:
                 "parallel.recompute_swiglu: not for experts with biases (model.moe.expert_bias); "
                 "use recompute = 'selective' or 'full'"
             )
+        if 0 < self.schedule.steps < self.train.steps and self._ends_at_zero():
+            raise ConfigError(
+                f"schedule.steps = {self.schedule.steps}: the learning rate is 0 from there to "
+                f"train.steps = {self.train.steps}; set schedule.min_lr_fraction above 0, or "
+                "schedule.steps to at least train.steps"
+            )
         beyond = [step for step in self.train.profile_steps if not 1 <= step <= self.train.steps]
         if beyond:
             raise ConfigError(
@@ -251,20 +262,11 @@ class RunConfig:
                 "parallel.compile = false"
             )
 
+    def _ends_at_zero(self) -> bool:
+        decays = self.schedule.kind != "wsd" or self.schedule.decay_fraction > 0
+        return decays and self.schedule.min_lr_fraction == 0
+
 
 SLOWEST_BF16_DECAY = 0.98
 """bf16 rounds away a change of up to 2^-8, so a mean stays where it is while what comes in differs
 from it by less than 2^-8 / (1 - decay): 8 percent at 0.95, 20 at 0.98."""
-FIXED_ON_RESUME = (
-    "run.seed",
-    "model",
-    "data.source",
-    "data.text_field",
-    "data.tokenizer",
-    "data.seq_len",
-    "data.validation_fraction",
-    "data.near_duplicate_threshold",
-    "train.global_batch",
-)
-"""Keys (or whole sections) that decide the weights' shapes or the order of the data: a run cannot
-change them when it resumes."""

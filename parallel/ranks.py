@@ -21,6 +21,12 @@ from torch import Tensor
 from configs.rules import ConfigError
 from kernels.heap import keep_freed_memory
 from parallel.gloo import one_thread_per_group
+from parallel.placement import read_placement
+from parallel.rendezvous import join, meet
+from parallel.rollcall import RollCall
+
+_ROLL_CALLS: list[RollCall] = []
+"""That of this process, from `start_ranks` to `stop_ranks`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Ranks:
     world: int
     device: torch.device
     store: dist.Store
+    rollcall: RollCall | None = None
+    """Tells who is still there; None for one rank."""
     _decisions: "count[int]" = field(default_factory=count)
 
     @property
@@ -51,7 +59,7 @@ class Ranks:
             except ConfigError as error:
                 answer = {"error": str(error)}
             except OSError as error:
-                answer = {"error": f"{error.filename}: {error.strerror}"}
+                answer = {"error": one_line(error)}
             self.store.set(key, json.dumps(answer))
         else:
             self.store.wait([key], timedelta(days=30))
@@ -60,30 +68,58 @@ class Ranks:
             raise ConfigError(answer["error"])
         return answer["result"]
 
+    def on_every(self, function: Callable[[], Any]) -> Any:
+        """Run `function` on every rank and return what it gave here. Where it fails on one, all
+        raise the error of the first such rank, so that nobody waits for it."""
+        result, failed = None, ""
+        try:
+            result = function()
+        except ConfigError as error:
+            failed = str(error)
+        except OSError as error:
+            failed = one_line(error)
+        for rank, text in enumerate(gather_json(failed)):
+            if text:
+                raise ConfigError(f"rank {rank}: {text}" if rank else text)
+        return result
+
+
+def one_line(error: OSError) -> str:
+    """The system's error in one line, with its file where that is known."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
 
 def start_ranks(threads: int = 0) -> Ranks:
-    """Join the process group that torchrun describes, or make a group of one.
+    """Join the process group that the launcher describes, or make a group of one.
 
     threads: CPU threads of this process; 0: OMP_NUM_THREADS where somebody set it, else the cores
-    it may use, divided among the ranks of this host.
+    it may use, divided among the ranks of this host. Raises ConfigError where the launcher's
+    variables cannot be right, or the ranks do not find each other.
     """
-    env = os.environ
-    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    placement = read_placement()
     # torchrun sets OMP_NUM_THREADS to 1 where nobody did, so there 1 says nothing
-    given = env.get("OMP_NUM_THREADS", "")
-    if threads or not given or ("RANK" in env and given == "1"):
-        torch.set_num_threads(threads or max(usable_cores() // local_world, 1))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if threads or not given or (placement.is_launched and given == "1"):
+        torch.set_num_threads(threads or max(usable_cores() // placement.local_world, 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        if placement.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK = {placement.local_rank}: this host has "
+                f"{torch.cuda.device_count()} CUDA devices, one for each of its ranks"
+            )
+        device, backend = torch.device("cuda", placement.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     one_thread_per_group()
-    store = _store(rank, world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Ranks(rank, world, device, store)
+    store = meet(placement)
+    join(store, backend, placement)
+    if placement.world == 1:
+        return Ranks(0, 1, device, store)
+    _ROLL_CALLS.append(RollCall(store, placement))
+    return Ranks(placement.rank, placement.world, device, store, _ROLL_CALLS[-1])
 
 
 def usable_cores() -> int:
@@ -93,23 +129,10 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _store(rank: int, world: int) -> dist.Store:
-    """The meeting point of the ranks.
-
-    Keys are kept apart by attempt: torchrun reuses its store when it restarts the workers, which
-    would otherwise find the addresses of the processes before them.
-    """
-    env = os.environ
-    if "RANK" not in env:
-        return dist.HashStore()
-    agent_has_it = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500))
-    store = dist.TCPStore(*address, world, is_master=rank == 0 and not agent_has_it)
-    return dist.PrefixStore(f"attempt-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
 def stop_ranks() -> None:
     """Leave the process group together; a gloo rank that leaves early can abort its peers."""
+    while _ROLL_CALLS:
+        _ROLL_CALLS.pop().stop()  # before the store goes with its process
     dist.barrier()
     dist.destroy_process_group()
 

@@ -11,22 +11,29 @@ import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from configs.degrees import Degrees, default_world, resolve
 from configs.loader import load, parse_arguments
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from kernels.heap import restart_without_thread_cache
+from parallel.placement import read_placement, read_world
+
+if TYPE_CHECKING:
+    from parallel.ranks import Ranks
 
 
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_DFL)  # until there is something to save, just end
-    rank = int(os.environ.get("RANK", 0))
+    rank = 0
     # read when torch is loaded: where threads of OpenMP wait by spinning, a busy machine makes a
     # step of 0.9 s last 15 s and more
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's C++ logs a lost connection with its stack; we say in one line who is gone
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -39,7 +46,9 @@ def main(arguments: list[str]) -> int:
         config = load(file, overrides)
         if check:
             return _check(config, ranks)
-        return _train(config, resolve(config, int(os.environ.get("WORLD_SIZE", 1))))
+        placement = read_placement()
+        rank = placement.rank
+        return _train(config, resolve(config, placement.world))
     except ConfigError as error:
         return _fail(rank, f"error: {error}", 2)
     except OSError as error:
@@ -52,7 +61,7 @@ def main(arguments: list[str]) -> int:
 def _check(config: RunConfig, ranks: int | None) -> int:
     from train.check import find_inputs, report
 
-    world = ranks or int(os.environ.get("WORLD_SIZE", 0)) or default_world(config)
+    world = ranks or read_world() or default_world(config)
     print(report(config, resolve(config, world)), flush=True)
     find_inputs(config)  # after the sizes: who has the model's file may not have its data
     return 0
@@ -71,6 +80,25 @@ def _train(config: RunConfig, degrees: Degrees) -> int:
         return code or 0
     except (NonFiniteError, CapacityOverflow) as error:
         return _fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
+    except RuntimeError as error:
+        return _lost(config, ranks, error)
+
+
+def _lost(config: RunConfig, ranks: "Ranks", error: RuntimeError) -> int:
+    """End a run whose collective failed because ranks are gone; raises where all are there."""
+    absent = ranks.rollcall.absent() if ranks.rollcall is not None else None
+    if absent is None:
+        raise error
+    assert ranks.rollcall is not None
+    if ranks.rollcall.is_first_to_tell():
+        print(
+            f"error: {config.run.dir}: {absent} does not answer any more: it failed (its own line "
+            "is above then), was killed, ran out of memory, or its host is lost; the other ranks "
+            "stop; the same command resumes from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    os._exit(1)  # destructors of the process group would wait for the ranks that are gone
 
 
 def _fail(rank: int, line: str, code: int) -> int:

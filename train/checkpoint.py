@@ -10,11 +10,9 @@ resume on another mesh.
 """
 
 import json
-import re
-import shutil
-import zlib
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,36 @@ from configs.rules import ConfigError
 from models.hf.mapped import MappedFiles
 from parallel.ranks import Ranks, gather_json
 from parallel.shards import Box, box_of, local_of, speaks_for
+from train import retention
 from train.durable import replace_text, sync
+from train.manifest import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    checkpoints,
+    crc32,
+    find,
+    is_valid,
+    path_of,
+    read_manifest,
+    verify_files,
+)
+from train.manifest_content import crc32_of, short
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be written or read; the message names the file."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of a checkpoint, as its `manifest.json` lists them."""
-
-    folder: Path
-    boxes: dict[str, list[tuple[Box, str]]]
-    """Tensor name -> (box, file) of every part."""
-    files: dict[str, dict[str, int]]
-    """File -> its `bytes` and `crc32`."""
-    state: dict[str, Any]
-    config: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.state["step"])
+__all__ = [
+    "CheckpointError",
+    "Manifest",
+    "Reader",
+    "checkpoints",
+    "find",
+    "load",
+    "path_of",
+    "read_manifest",
+    "save",
+    "verify_files",
+    "write",
+]
 
 
 def save(
@@ -57,27 +60,32 @@ def save(
     tensors: Mapping[str, Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
-    keep: int,
+    keep: int | None,
     ranks: Ranks,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write checkpoint `state["step"]` under `root`; all ranks call this together.
 
-    tensors: live tensors by name, the same names on all ranks. Afterwards the oldest checkpoints
-    beyond `keep` are removed. Raises ConfigError on every rank if one of them cannot write.
+    tensors: live tensors by name, the same names on all ranks. keep: afterwards older checkpoints
+    are removed once so many verified ones stay, this one included (`train.retention`); None removes
+    nothing. say: hears on rank 0 of what could not be removed. Raises ConfigError on every rank if
+    one of them cannot write.
     """
     final = path_of(root, state["step"])
-    partial = root / f".{final.name}.partial"
     try:
-        ranks.on_first(lambda: _begin(root, final, partial))
+        partial = Path(ranks.on_first(lambda: str(_begin(root, final))))
         file = partial / f"rank-{ranks.rank:05d}.safetensors"
         reports = gather_json(_write_rank(file, tensors, ranks.rank))
         failed = [report["error"] for report in reports if "error" in report]
         if failed:
+            if ranks.is_first:
+                retention.delete(partial)  # a full disk needs its room back
             raise CheckpointError(failed[0])
         ranks.on_first(lambda: _commit(partial, final, reports, state, config))
-        ranks.on_first(lambda: _prune(root, keep))
     except ConfigError as error:
         raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
+    if keep is not None:
+        retention.prune(root, final, keep, ranks, say)
     return final
 
 
@@ -95,9 +103,8 @@ def write(
     from safetensors import SafetensorError
 
     final = path_of(root, state["step"])
-    partial = root / f".{final.name}.partial"
     try:
-        _begin(root, final, partial)
+        partial = _begin(root, final)
         files = [partial / f"part-{i:05d}.safetensors" for i in range(len(parts))]
         reports = [_write_file(file, part()) for file, part in zip(files, parts, strict=True)]
         _commit(partial, final, reports, state, config)
@@ -106,29 +113,26 @@ def write(
     return final
 
 
-def _begin(root: Path, final: Path, partial: Path) -> None:
-    if final.exists() and not _is_valid(final):  # it does not exist for a loader
-        final.rename(root / f".{final.name}.invalid")
-    for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
+def _begin(root: Path, final: Path) -> Path:
+    """The empty folder to write into, once leftovers of killed saves are gone."""
+    if os.path.lexists(final) and _is_sound(final):
+        raise CheckpointError("it exists already")
+    root.mkdir(parents=True, exist_ok=True)
+    retention.clear(root)
+    partial = retention.free_name(root / f".{final.name}.partial")
+    partial.mkdir()
     sync(root.parent)
+    return partial
 
 
-def _is_valid(folder: Path) -> bool:
+def _is_sound(folder: Path) -> bool:
+    if not is_valid(folder):  # it does not exist for a loader
+        return False
     try:
-        read_manifest(folder)
+        verify_files(read_manifest(folder))
     except CheckpointError:
         return False
     return True
-
-
-def _prune(root: Path, keep: int) -> None:
-    """Remove old checkpoints; renamed first, so that a kill leaves no half one behind."""
-    for old in checkpoints(root)[:-keep]:
-        leaving = root / f".{old.name}.leaving"
-        old.rename(leaving)
-        shutil.rmtree(leaving)
 
 
 def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
@@ -149,12 +153,17 @@ def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[st
 
 def _write_file(path: Path, boxes: dict[str, tuple[Box, Tensor]]) -> dict[str, Any]:
     """Write one file; returns what the manifest says of it."""
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     save_file({name: tensor for name, (_, tensor) in boxes.items()}, path)
     sync(path)
-    entries = [{"name": name, **asdict(box)} for name, (box, _) in boxes.items()]
-    size, crc = path.stat().st_size, _crc32(path)
+    with safe_open(path, framework="pt") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name in boxes}
+    entries = [
+        {"name": name, "dtype": dtypes[name], **asdict(box)} for name, (box, _) in boxes.items()
+    ]
+    size, crc = path.stat().st_size, crc32(path)
     return {"file": path.name, "bytes": size, "crc32": crc, "boxes": entries}
 
 
@@ -167,94 +176,28 @@ def _commit(
 ) -> None:
     written = [report for report in reports if report]
     content = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "state": state,
         "config": config,
         "files": {r["file"]: {"bytes": r["bytes"], "crc32": r["crc32"]} for r in written},
         "boxes": [{**box, "file": r["file"]} for r in written for box in r["boxes"]],
     }
-    content["crc32"] = _crc32_of(content)
-    replace_text(partial / _MANIFEST, json.dumps(content))
+    content["crc32"] = crc32_of(content)
+    replace_text(partial / MANIFEST, json.dumps(content))
     sync(partial)
+    damaged = None
+    if os.path.lexists(final):  # `_begin` found that it is no checkpoint
+        damaged = retention.free_name(final.with_name(f".{final.name}.damaged"))
+        final.rename(damaged)
     partial.rename(final)
     sync(final.parent)
+    retention.remember(final)
+    if damaged is not None:
+        retention.delete(damaged)
 
 
-def path_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
-    found = (path.parent for path in root.glob(f"step-*/{_MANIFEST}"))
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest below it or its `checkpoints`."""
-    if (path / _MANIFEST).is_file():
-        return path
-    found = checkpoints(path) or checkpoints(path / "checkpoints")
-    if not found:
-        why = "holds no checkpoint" if path.is_dir() else "no such folder"
-        raise CheckpointError(f"{path}: {why}; name a run folder or one of its checkpoints")
-    return found[-1]
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, after its own checksum and the sizes of all files hold."""
-    path = folder / _MANIFEST
-    try:
-        content = json.loads(path.read_text())
-        if content.get("format") != _FORMAT:
-            raise CheckpointError(f"{path}: format {content.get('format')}, expected {_FORMAT}")
-        if content.pop("crc32") != _crc32_of(content):
-            raise CheckpointError(f"{path}: damaged (checksum differs); {_remedy(folder)}")
-        files, boxes = content["files"], _boxes_of(content)
-        state, config = content["state"], content["config"]
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
-    for name, facts in files.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file}: missing; {_remedy(folder)}")
-        if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(
-                f"{file}: {file.stat().st_size} bytes, expected {facts['bytes']}; {_remedy(folder)}"
-            )
-    return Manifest(folder, boxes, files, state, config)
-
-
-def _boxes_of(content: dict[str, Any]) -> dict[str, list[tuple[Box, str]]]:
-    """The boxes by tensor name. ValueError where one leaves its tensor or names a foreign file."""
-    boxes: dict[str, list[tuple[Box, str]]] = {}
-    for b in content["boxes"]:
-        box = Box(tuple(b["whole"]), tuple(b["offset"]), tuple(b["shape"]))
-        axes = zip(box.whole, box.offset, box.shape, strict=True)
-        if any(offset < 0 or n < 0 or offset + n > whole for whole, offset, n in axes):
-            raise ValueError(f"a box of {b['name']} leaves its tensor")
-        if b["file"] not in content["files"]:
-            raise ValueError(f"{b['name']} lies in {b['file']}, which is not listed")
-        boxes.setdefault(b["name"], []).append((box, b["file"]))
-    return boxes
-
-
-def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
-    """Compare the checksums of all files, divided among the ranks; raises on all if one fails.
-
-    With `world` 1 no process group is needed.
-    """
-    mine = sorted(manifest.files)[rank::world]
-    bad = [f for f in mine if _crc32(manifest.folder / f) != manifest.files[f]["crc32"]]
-    found = bad if world == 1 else [name for names in gather_json(bad) for name in names]
-    if found:
-        raise CheckpointError(
-            f"{manifest.folder / found[0]}: damaged (checksum differs); {_remedy(manifest.folder)}"
-        )
+_INTERCHANGEABLE = {torch.float32, torch.bfloat16}
+"""One may be loaded as the other: `precision.moments` may change."""
 
 
 def load(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -263,7 +206,12 @@ def load(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         local, box = local_of(tensor).detach(), box_of(tensor)
         if box.numel:
-            local.copy_(reader.read(name, box).view(local.shape))
+            value = reader.read(name, box)
+            if value.dtype != local.dtype and not {value.dtype, local.dtype} <= _INTERCHANGEABLE:
+                raise CheckpointError(
+                    f"{manifest.folder}: {name} is {value.dtype}, the model asks for {local.dtype}"
+                )
+            local.copy_(value.view(local.shape))
 
 
 class Reader:
@@ -279,9 +227,9 @@ class Reader:
         return Box(shape, (0,) * len(shape), shape)
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The data of `box`, on the CPU. Raises CheckpointError if it is not fully covered."""
+        """The data of `box`, on the CPU. Raises CheckpointError where it is not there just once."""
         result: Tensor | None = None
-        covered = torch.zeros(box.shape, dtype=torch.bool)
+        covered, twice = torch.zeros(box.shape, dtype=torch.bool), False
         for saved, file in self._parts(name):
             if saved.whole != box.whole:
                 raise CheckpointError(
@@ -291,46 +239,37 @@ class Reader:
             common = saved.intersect(box)
             if common is None:
                 continue
-            part = self._slice(file, name, common.within(saved))
+            part = self._slice(file, name, common, saved)
             if result is None:
                 result = torch.empty(box.shape, dtype=part.dtype)
-            result[common.within(box)] = part
-            covered[common.within(box)] = True
+            place = common.within(box)
+            twice = twice or bool(covered[place].any())
+            result[place] = part
+            covered[place] = True
         if result is None or not covered.all():
             raise CheckpointError(
                 f"{self.manifest.folder}: {name} is incomplete: "
                 f"{int(covered.sum())} of {box.numel} elements"
             )
+        if twice:
+            raise CheckpointError(f"{self.manifest.folder}: boxes of {name} overlap")
         return result
 
     def _parts(self, name: str) -> list[tuple[Box, str]]:
         parts = self.manifest.boxes.get(name)
         if not parts:
-            raise CheckpointError(f"{self.manifest.folder}: has no tensor {name}")
+            raise CheckpointError(f"{self.manifest.folder}: has no tensor {short(name)}")
         return parts
 
-    def _slice(self, file: str, name: str, index: tuple[slice, ...]) -> Tensor:
+    def _slice(self, file: str, name: str, common: Box, saved: Box) -> Tensor:
+        """`common`, which lies in `saved`, out of the file that holds `saved`."""
         from safetensors import SafetensorError
 
         path = self.manifest.folder / file
         try:
-            return self._files.slice(path, name, index)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: unreadable: {error}") from None
-
-
-def _remedy(folder: Path) -> str:
-    others = [path for path in checkpoints(folder.parent) if path != folder]
-    return f"remove {folder} to use {others[-1].name}" if others else f"remove {folder}"
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _crc32_of(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+            part = self._files.slice(path, name, common.within(saved))
+        except (SafetensorError, OSError, IndexError) as error:
+            raise CheckpointError(f"{path}: unreadable: {short(str(error))}") from None
+        if tuple(part.shape) != common.shape:
+            raise CheckpointError(f"{path}: {name} has another shape than its manifest says")
+        return part

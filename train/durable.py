@@ -27,6 +27,17 @@ def replace_text(path: Path, text: str) -> None:
     partial.rename(path)
 
 
+def set_aside(path: Path) -> str:
+    """Rename what cannot be used as it should, so that it is kept; says so."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(aside)
+    return f"{path}: damaged, renamed to {aside.name}"
+
+
 def claim(folder: Path) -> None:
     """Make `folder` and be its only writer until this process ends; ConfigError if another is."""
     folder.mkdir(parents=True, exist_ok=True)

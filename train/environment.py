@@ -14,7 +14,7 @@ import torch
 
 from configs.degrees import Degrees
 from parallel.ranks import Ranks
-from train.durable import replace_text
+from train.durable import replace_text, set_aside
 
 _PACKAGES = ("torch", "triton", "torchtitan", "numpy", "tokenizers", "safetensors", "datasets")
 
@@ -39,11 +39,31 @@ def describe(ranks: Ranks, degrees: Degrees, compute: torch.dtype) -> dict[str, 
     }
 
 
-def record(folder: Path, attempt: dict[str, Any]) -> None:
-    """Append this attempt to `environment.json` of the run."""
+def record(folder: Path, attempt: dict[str, Any]) -> list[str]:
+    """Append this attempt to `environment.json` of the run.
+
+    Returns what to tell the user: a file that cannot be read is a record lost, no reason to stop.
+    """
     path = folder / "environment.json"
-    attempts = json.loads(path.read_text()) if path.exists() else []
+    attempts, lines = _attempts(path), []
+    if attempts is None:
+        attempts, lines = [], [set_aside(path)]
     replace_text(path, json.dumps([*attempts, attempt], indent=2) + "\n")
+    return lines
+
+
+def _attempts(path: Path) -> list[dict[str, Any]] | None:
+    """The attempts recorded so far; None where the file does not hold them."""
+    if not os.path.lexists(path):
+        return []
+    if not path.is_file():
+        return None
+    try:
+        attempts = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(attempts, list) and all(isinstance(one, dict) for one in attempts)
+    return attempts if is_list else None
 
 
 def _cpu_name() -> str:

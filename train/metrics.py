@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from train.durable import replace_text
+from train.durable import replace_text, set_aside
 from train.step import StepResult
 
 if TYPE_CHECKING:
@@ -76,14 +76,23 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Appends to the files of a run; steps after `last_step` of an earlier attempt are removed."""
+    """Appends to the files of a run; steps after `last_step` of an earlier attempt are removed.
+
+    The files are records, not state: what is damaged in them is set aside, and `lines` says so.
+    """
 
     def __init__(self, folder: Path, last_step: int) -> None:
-        for name in (METRICS, EXPERT_LOAD):
-            _keep_until(folder / name, last_step)
+        self.lines = [
+            line
+            for name in (METRICS, EXPERT_LOAD)
+            for line in _keep_until(folder / name, last_step)
+        ]
+        board = folder / "tensorboard"
+        if os.path.lexists(board) and not board.is_dir():
+            self.lines.append(set_aside(board))
         self._metrics = (folder / METRICS).open("a")
         self._loads = (folder / EXPERT_LOAD).open("a")
-        self._board = _tensorboard(folder / "tensorboard", last_step)
+        self._board = _tensorboard(board, last_step)
 
     def write(self, step: int, fields: dict[str, float], counts_LE: Tensor) -> None:
         """Record one step."""
@@ -126,13 +135,63 @@ def _tensorboard(folder: Path, last_step: int) -> "SummaryWriter":
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete records of a JSONL file; a line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is unfinished
-    return [json.loads(line) for line in lines]
+    """The records of a run's JSONL file; damaged lines and one cut short by a kill are left out."""
+    return _read(path)[0]
 
 
-def _keep_until(path: Path, last_step: int) -> None:
-    kept = [line for line in read_lines(path) if line["step"] <= last_step]
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The records of a file, and its damaged lines."""
+    if not path.is_file():
+        return [], []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
+    records, damaged = [], []
+    for line in lines:
+        record = _record(line, path.name)
+        if record is None:
+            damaged.append(line)
+        else:
+            records.append(record)
+    return records, damaged
+
+
+def _record(line: bytes, name: str) -> dict[str, Any] | None:
+    """What a line says; None where it is not what `MetricsWriter.write` writes."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    if name == EXPERT_LOAD:
+        return record if _is_table(record.get("load")) else None
+    is_known = {"loss", "lr"} <= record.keys()
+    return record if is_known and all(map(_is_number, record.values())) else None
+
+
+def _is_table(rows: object) -> bool:
+    """Whether `rows` are lists of integers, all of one length."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    return len({len(row) for row in rows}) <= 1 and all(type(n) is int for r in rows for n in r)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _keep_until(path: Path, last_step: int) -> list[str]:
+    """Remove later steps, and move damaged lines to a file beside it; says so."""
+    said = []
+    if os.path.lexists(path) and not path.is_file():
+        said = [set_aside(path)]
+    records, damaged = _read(path)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        if os.path.lexists(aside) and not aside.is_file():
+            set_aside(aside)
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+        said.append(f"{path}: {len(damaged)} damaged lines, moved to {aside.name}")
+    kept = [record for record in records if record["step"] <= last_step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return said

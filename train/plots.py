@@ -13,9 +13,11 @@ def draw(folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    loads = read_lines(folder / EXPERT_LOAD)
+    loads = [record for record in read_lines(folder / EXPERT_LOAD) if record["load"]]
     pictures = [_loss(folder)]
-    if any(record["load"] for record in loads):
+    if loads:
+        shape = np.shape(loads[-1]["load"])  # a damaged line may be another
+        loads = [record for record in loads if np.shape(record["load"]) == shape]
         pictures.append(_experts(folder, loads))
     return pictures
 

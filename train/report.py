@@ -42,6 +42,8 @@ class Reporter:
         if self.active:
             self._writer = MetricsWriter(self.folder, self.done)
             self._progress = Progressing(self.done, self.total).__enter__()
+            for line in self._writer.lines:
+                self.say(line)
         return self
 
     def __exit__(

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.loader import flatten, from_dict, unflatten
 from configs.rules import ConfigError
-from configs.schema import FIXED_ON_RESUME, RunConfig
+from configs.schema import RunConfig
 from parallel.ranks import Ranks
-from train import checkpoint
+from train import checkpoint, retention
+from train.changes import compare_for_resume, compare_for_start, is_new, settings_then
+from train.manifest_content import short
 
 Tensors = Callable[[], Mapping[str, Tensor]]
 
@@ -40,11 +41,19 @@ def restore(
     chosen = ranks.on_first(lambda: _choose(config, facts))
     if chosen is None:
         return Start(0, [], False)
-    manifest = checkpoint.read_manifest(Path(chosen["path"]))
+    path = Path(chosen["path"])
+    manifest: checkpoint.Manifest = ranks.on_every(lambda: checkpoint.read_manifest(path))
     checkpoint.verify_files(manifest, ranks.rank, ranks.world)
-    checkpoint.load(manifest, weights())
+    live = dict(weights())
     if chosen["own"]:
-        checkpoint.load(manifest, optimizer())
+        live |= optimizer()
+        if ranks.is_first:
+            retention.remember(path)
+    else:
+        then = settings_then(manifest)
+        live = {name: tensor for name, tensor in live.items() if not is_new(name, then)}
+    ranks.on_every(lambda: checkpoint.load(manifest, live))
+    if chosen["own"]:
         return Start(manifest.step, chosen["lines"], manifest.state["owes_validation"])
     return Start(0, chosen["lines"], False)
 
@@ -56,7 +65,7 @@ def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
     if not own:
         if not init_from:
             return None
-        path = checkpoint.find(Path(init_from).expanduser())
+        path = checkpoint.find(Path(init_from).expanduser()).absolute()
         lines = [f"weights from {path}; optimizer and steps start anew"]
         lines += _compare_model(checkpoint.read_manifest(path), config, facts)
         return {"path": str(path), "own": False, "lines": lines}
@@ -72,33 +81,17 @@ def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
         lines += [f"resuming from {path}", *_compare(manifest, config, facts)]
         if init_from:
             lines.append(f"checkpoint.init_from = {init_from}: not used, the run has begun already")
-        return {"path": str(path), "own": True, "lines": lines}
+        return {"path": str(path.absolute()), "own": True, "lines": lines}
     raise AssertionError
-
-
-_FREE_WITH_NEW_OPTIMIZER = ("rope.", "init_std", "moe.bias_update_rate", "moe.force_balance")
-"""Model settings that may change with given weights; the others decide what the weights mean."""
 
 
 def _compare_model(
     manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]
 ) -> list[str]:
     """Refuse weights of another model; say what else is different."""
-    then, now = _settings_then(manifest), flatten(config)
-    changed = [key for key in now if key.startswith("model.") and then[key] != now[key]]
-    told = {key: f"{key} (was {then[key]!r}, is {now[key]!r})" for key in changed}
-    other = [
-        told[key]
-        for key in changed
-        if not key.removeprefix("model.").startswith(_FREE_WITH_NEW_OPTIMIZER)
-    ]
-    if other:
-        raise ConfigError(
-            f"checkpoint.init_from = {config.checkpoint.init_from}: its weights belong to another "
-            f"{', '.join(other)}"
-        )
-    lines = [f"changed since those weights: {line}" for line in told.values()]
-    if manifest.state["corpus"] != facts["corpus"]:
+    state = _state(manifest)
+    lines = compare_for_start(settings_then(manifest), config)
+    if state["corpus"] != facts["corpus"]:
         lines.append(
             "those weights have seen other data; with another tokenizer they mean nothing: "
             "data.tokenizer should name that of their run"
@@ -106,39 +99,30 @@ def _compare_model(
     return lines
 
 
-def _settings_then(manifest: checkpoint.Manifest) -> dict[str, Any]:
-    """The flat settings of a checkpoint; keys that did not exist then have their default."""
-    place = str(manifest.folder / "manifest.json")
-    return flatten(from_dict(unflatten(manifest.config), place))
-
-
 def _compare(manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]) -> list[str]:
     """Refuse a change of what must not change; describe what else is different."""
-    then, now = _settings_then(manifest), flatten(config)
-    changed = [key for key in now if then[key] != now[key]]
-    told = {key: f"{key} (was {then[key]!r}, is {now[key]!r})" for key in changed}
-    fixed = [
-        told[key]
-        for key in changed
-        if any(key == name or key.startswith(f"{name}.") for name in FIXED_ON_RESUME)
-    ]
-    if fixed:
-        raise ConfigError(
-            f"{config.run.dir}: cannot resume with another {', '.join(fixed)}; "
-            "set it back, or choose another run.dir"
-        )
-    if manifest.state["corpus"] != facts["corpus"]:
+    state = _state(manifest)
+    lines = compare_for_resume(settings_then(manifest), config, manifest.step)
+    if state["corpus"] != facts["corpus"]:
         raise ConfigError(
             f"{config.run.dir}: cannot resume: the documents of data.source = "
             f"{config.data.source} have changed; choose another run.dir"
         )
-    if manifest.step > config.train.steps:
-        raise ConfigError(
-            f"{config.run.dir}: has done {manifest.step} steps, more than "
-            f"train.steps = {config.train.steps}; raise it or choose another run.dir"
-        )
-    lines = [f"changed since that checkpoint: {told[key]}" for key in changed]
-    if manifest.state["compute"] != facts["compute"]:
-        was, is_ = manifest.state["compute"], facts["compute"]
-        lines.append(f"changed since that checkpoint: compute dtype (was {was}, is {is_})")
+    if state["compute"] != facts["compute"]:
+        was, is_ = state["compute"], facts["compute"]
+        lines.append(f"changed since that checkpoint: compute dtype (was {short(was)}, is {is_})")
     return lines
+
+
+_STATE = {"corpus": str, "compute": str, "owes_validation": bool}
+
+
+def _state(manifest: checkpoint.Manifest) -> dict[str, Any]:
+    """The state of a run's checkpoint, with every entry a run needs."""
+    for key, kind in _STATE.items():
+        value = manifest.state.get(key)
+        if type(value) is not kind:
+            raise checkpoint.CheckpointError(
+                f"{manifest.folder}: state: {key} = {short(value)}: must be a {kind.__name__}"
+            )
+    return manifest.state

@@ -2,23 +2,29 @@
 
 import math
 
-from configs.schema import Schedule
+from configs.schema import RunConfig, Schedule
+
+
+def schedule_steps(config: RunConfig) -> int:
+    """The step at which the schedule of a run ends."""
+    return config.schedule.steps or config.train.steps
 
 
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (1 to `steps`).
+    """Learning rate of optimizer step `step` (from 1) of a schedule of `steps`.
 
     Linear warmup reaches the peak at step `warmup_steps`; the decay reaches
-    `min_lr_fraction * peak` at the last step. A run shorter than its warmup stays on the ramp.
+    `min_lr_fraction * peak` at step `steps`, where the rate then stays. A run shorter than its
+    warmup stays on the ramp.
     """
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
         start = max(start, steps - round(schedule.decay_fraction * steps))
-    if step <= start:
+    if step <= start or start >= steps:
         return peak
-    progress = (step - start) / (steps - start)
+    progress = min((step - start) / (steps - start), 1.0)
     if schedule.kind == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * progress))
     else:

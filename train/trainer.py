@@ -5,7 +5,8 @@
 """
 
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from models.decoder import Decoder
 from models.fp8 import gemm_shares
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
+from parallel.dispatch.overflow import CapacityOverflow
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks
 from train import checkpoint, environment
@@ -32,8 +34,10 @@ from train.metrics import FORCED_BALANCE
 from train.profile import profiled
 from train.report import Reporter
 from train.resume import restore
-from train.schedule import learning_rate
-from train.step import train_step
+from train.schedule import learning_rate, schedule_steps
+from train.shared import check_shared
+from train.sound import not_finite
+from train.step import NonFiniteError, train_step
 from train.stop import StopSignal
 from train.tokenizer import find_tokenizer
 from train.tokenizer_export import keep_tokenizer
@@ -62,6 +66,7 @@ class Trainer:
         self.config, self.degrees, self.ranks = config, degrees, ranks
         self.folder = Path(config.run.dir).expanduser()
         ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
+        check_shared(config, ranks)
         self.compute = compute_dtype(config, ranks.device)
         mesh = meshes.build(degrees, ranks.device.type)
         with torch.device("meta"):
@@ -86,15 +91,16 @@ class Trainer:
     def run(self) -> int | None:
         """Train up to the last step; returns the exit code of a stop, None when complete."""
         train, total = self.config.train, self.config.train.steps
+        schedule, peak = self.config.schedule, self.config.optimizer.lr
         stop, garbage = StopSignal(), collect_garbage_every(train.gc_every)
-        with self._reporter() as report:
+        with self._reporter() as report, self._saved_where_a_step_fails(report):
             if self.owes_validation:
                 report.amend(self.done, self._validate(stop))
             for step in range(self.done + 1, total + 1):
                 start = time.perf_counter()
                 batches = [batch.to(self.ranks.device) for batch in self.training.step(step)]
                 fetched = time.perf_counter()
-                lr = learning_rate(self.config.schedule, self.config.optimizer.lr, step, total)
+                lr = learning_rate(schedule, peak, step, schedule_steps(self.config))
                 set_learning_rate(self.optimizer, lr)
                 with self._profile(step), self.fp8.watching(step):
                     result = train_step(
@@ -139,21 +145,53 @@ class Trainer:
         bits = bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
         return {"validation_loss": loss, "validation_bits_per_byte": bits}
 
-    def _save(self, report: Reporter) -> None:
-        """Write the checkpoint of the last complete step, unless that is done."""
+    def _save(self, report: Reporter, keep_all: bool = False) -> None:
+        """Write the checkpoint of the last complete step, unless that is done.
+
+        keep_all: remove no older one. Raises NonFiniteError instead of saving what is not finite.
+        """
         if self.done == self.saved:
             return
+        tensors = self._weights() | self._optimizer_state()
+        if bad := not_finite(tensors):
+            raise NonFiniteError(
+                f"step {self.done}: {bad} afterwards; not saved, stopped before the optimizer step "
+                f"of step {self.done + 1}"
+            )
         report.flush()
         path = checkpoint.save(
             self.folder / "checkpoints",
-            self._weights() | self._optimizer_state(),
+            tensors,
             {"step": self.done, "owes_validation": self.owes_validation, **self.facts},
             flatten(self.config),
-            self.config.checkpoint.keep,
+            None if keep_all else self.config.checkpoint.keep,
             self.ranks,
+            report.say,
         )
         self.saved = self.done
         report.say(f"saved {path}")
+
+    @contextmanager
+    def _saved_where_a_step_fails(self, report: Reporter) -> Iterator[None]:
+        """Where the next step cannot be done, save what the last one left, if that is sound.
+
+        Removes no older checkpoint: the fault may lie in these weights.
+        """
+        try:
+            yield
+        except (NonFiniteError, CapacityOverflow) as error:
+            try:
+                self._save(report, keep_all=True)
+            except (NonFiniteError, ConfigError) as unsaved:
+                if str(unsaved) != str(error):
+                    report.say(f"not saved: {unsaved}")
+            raise type(error)(f"{error}; {self._newest()}") from None
+
+    def _newest(self) -> str:
+        if not self.saved:
+            return "there is no checkpoint yet"
+        newest = checkpoint.path_of(self.folder / "checkpoints", self.saved)
+        return f"the newest checkpoint is {newest}"
 
     def _weights(self) -> dict[str, torch.Tensor]:
         state = self.model.state_dict(keep_vars=True)
@@ -169,11 +207,15 @@ class Trainer:
         def folder_of_corpus() -> str:
             return str(prepare(self.config, lambda line: print(line, flush=True)).folder)
 
+        def opened() -> Corpus:
+            try:
+                return open_corpus(folder)
+            except (DamagedCache, FileNotFoundError) as error:
+                raise ConfigError(str(error)) from None
+
         folder = Path(self.ranks.on_first(folder_of_corpus))
-        try:
-            return open_corpus(folder)
-        except (DamagedCache, FileNotFoundError) as error:
-            raise ConfigError(str(error)) from None
+        corpus: Corpus = self.ranks.on_every(opened)
+        return corpus
 
     def _open_data(self) -> tuple[TrainingData, Sequences]:
         config, corpus = self.config, self.corpus
@@ -196,7 +238,7 @@ class Trainer:
         )
         return data, held_out
 
-    def _introduce(self, lines: list[str]) -> None:
+    def _introduce(self, start: list[str]) -> None:
         """Say how the run starts, and keep config, tokenizer and environment with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.toml", to_toml(self.config))
@@ -207,9 +249,8 @@ class Trainer:
             data.seq_len,
             trains_on=bool(self.config.checkpoint.init_from),
         )
-        environment.record(
-            self.folder, environment.describe(self.ranks, self.degrees, self.compute)
-        )
+        described = environment.describe(self.ranks, self.degrees, self.compute)
+        lines = [*start, *environment.record(self.folder, described)]
         forced = [FORCED_BALANCE] if self.config.model.moe.force_balance else []
         shares = gemm_shares(self.model, self.config.data.seq_len)
         fp8 = [str(shares)] if shares.fp8 else []

@@ -13,6 +13,7 @@ from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import Box
 from train import checkpoint
 from train.checkpoint import CheckpointError
+from train.manifest_content import crc32_of
 
 RANKS: Ranks
 
@@ -109,7 +110,7 @@ def test_a_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"x")
     content["files"]["../../secret"] = {"bytes": 1, "crc32": 0}
     content.pop("crc32")
-    content["crc32"] = checkpoint._crc32_of(content)
+    content["crc32"] = crc32_of(content)
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="secret: missing"):
         checkpoint.read_manifest(folder)
@@ -152,7 +153,7 @@ def test_overlapping_or_foreign_boxes_do_not_pass_for_the_whole(tmp_path: Path) 
     def write(boxes: list[dict[str, object]]) -> None:
         changed = {key: value for key, value in content.items() if key != "crc32"}
         changed["boxes"] = boxes
-        path.write_text(json.dumps(changed | {"crc32": checkpoint._crc32_of(changed)}))
+        path.write_text(json.dumps(changed | {"crc32": crc32_of(changed)}))
 
     half: dict[str, object] = {
         "name": "matrix",

@@ -1,0 +1,80 @@
+"""What the launcher says of this process, in environment variables; read without torch.
+
+torchrun sets them all. Other launchers, and people, set some: what is missing or cannot be right is
+refused here with its name, where torch would wait for ranks that never come.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from configs.rules import ConfigError
+
+_ALONE = "unset it to train in one process, or start the ranks with torchrun"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this process stands among the others."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Among the processes of this host; the number of its CUDA device."""
+    local_world: int = 1
+    address: str = ""
+    """Host of rank 0, with `port`; empty for a process on its own."""
+    port: int = 0
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether a launcher started this process."""
+        return bool(self.address)
+
+
+def read_placement(env: Mapping[str, str] = os.environ) -> Placement:
+    """The placement that the environment describes. Raises ConfigError, one line."""
+    world = read_world(env)
+    if "RANK" not in env:
+        if world is not None and world > 1:
+            raise ConfigError(f"WORLD_SIZE = {world}, but RANK is not set; {_ALONE}")
+        return Placement()
+    if world is None:
+        raise ConfigError("RANK is set, but WORLD_SIZE is not; start the ranks with torchrun")
+    rank = _number(env, "RANK", 0, world - 1, f"WORLD_SIZE = {world}")
+    if world > 1:
+        for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in env:
+                raise ConfigError(
+                    f"{name} is not set, but WORLD_SIZE = {world}; start the ranks with torchrun"
+                )
+    local_world = 1
+    if "LOCAL_WORLD_SIZE" in env:
+        local_world = _number(env, "LOCAL_WORLD_SIZE", 1, world, f"WORLD_SIZE = {world}")
+    local_rank = 0
+    if "LOCAL_RANK" in env:
+        limit = local_world if "LOCAL_WORLD_SIZE" in env else world
+        local_rank = _number(env, "LOCAL_RANK", 0, limit - 1, f"{limit} ranks on this host")
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", address):
+        raise ConfigError(f"MASTER_ADDR = {address[:80]!r}: must be the host name of rank 0")
+    port = _number(env, "MASTER_PORT", 1, 65535, "a TCP port") if "MASTER_PORT" in env else 0
+    return Placement(rank, world, local_rank, local_world, address, port)
+
+
+def read_world(env: Mapping[str, str] = os.environ) -> int | None:
+    """WORLD_SIZE, the number of ranks; None where it is not set. Raises ConfigError."""
+    if "WORLD_SIZE" not in env:
+        return None
+    return _number(env, "WORLD_SIZE", 1, 2**20, "the number of ranks")
+
+
+def _number(env: Mapping[str, str], name: str, low: int, high: int, why: str) -> int:
+    text = env[name]
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or not low <= int(text) <= high:
+        raise ConfigError(
+            f"{name} = {text[:80]!r}: must be an integer from {low} to {high} ({why}); torchrun "
+            "sets it"
+        )
+    return int(text)

@@ -1,0 +1,75 @@
+"""Who is still there, asked when a collective has failed.
+
+A rank that is killed says nothing, and the error that its neighbours get from gloo or NCCL names an
+address at best, often that of a rank which only left because of it. So every rank answers a call on
+the store, in a thread of its own, also while it waits in a collective. Who does not answer is gone.
+Nothing is sent but one small question to the store per second and rank.
+"""
+
+import socket
+import threading
+import time
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from parallel.placement import Placement
+
+_EVERY_S = 1.0
+_PATIENCE_S = 6.0
+"""How long an answer may take: the pause between two looks, and a busy interpreter."""
+
+
+class RollCall:
+    """Answers the calls of other ranks until `stop`, and makes them."""
+
+    def __init__(self, store: dist.Store, placement: Placement) -> None:
+        self.rank, self.world = placement.rank, placement.world
+        # a connection of its own: in another one a rank may be waiting
+        self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self.store.set(f"host/{self.rank}", socket.gethostname())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._answer, name="roll call", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer no longer; before the store goes."""
+        self._over.set()
+        self._thread.join(_PATIENCE_S)
+
+    def absent(self) -> str | None:
+        """The ranks that do not answer, in words, as far as that can be told; None: all are there.
+
+        Called where a collective failed, by as many ranks as noticed.
+        """
+        try:
+            call = self.store.add("calls", 1)
+            deadline = time.monotonic() + _PATIENCE_S
+            missing = [rank for rank in range(self.world) if rank != self.rank]
+            while missing and time.monotonic() < deadline:
+                time.sleep(0.1)
+                missing = [r for r in missing if not self.store.check([f"answer/{call}/{r}"])]
+            named = ", ".join(f"{rank} ({self._host(rank)})" for rank in missing[:20])
+            more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+            return f"rank {named}{more}" if missing else None
+        except RuntimeError:  # the store has gone with the process that held it
+            return "rank 0, or the launcher that held the store,"
+
+    def is_first_to_tell(self) -> bool:
+        """True for one of the ranks that ask; for all where there is no store to ask."""
+        try:
+            return bool(self.store.add("told", 1) == 1)
+        except RuntimeError:
+            return True
+
+    def _answer(self) -> None:
+        answered = 0
+        with suppress(RuntimeError):  # the store has gone: nobody is left to ask
+            while not self._over.wait(_EVERY_S):
+                calls = self.store.add("calls", 0)
+                for call in range(answered + 1, calls + 1):
+                    self.store.set(f"answer/{call}/{self.rank}", "here")
+                answered = calls
+
+    def _host(self, rank: int) -> str:
+        return str(self.store.get(f"host/{rank}").decode())

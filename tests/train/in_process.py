@@ -1,0 +1,33 @@
+"""`python -m train` within the process of the tests: no second import of torch."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from tests.runs import TINY
+from train import durable
+from train.__main__ import main
+
+
+@contextmanager
+def _process_restored() -> Iterator[None]:
+    """Give back what a process that ends would give back: signals, locks, the process group."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        while durable._CLAIMS:
+            os.close(durable._CLAIMS.pop())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(*arguments: str) -> int:
+    """Train tests/tiny.toml with these overrides in one process; the exit code."""
+    with _process_restored():
+        return main([str(TINY), "--train.threads=1", *arguments])

@@ -1,0 +1,50 @@
+"""`python -m train` with variables of a launcher that cannot be right: one line, exit 2."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY
+from train.__main__ import main
+
+
+class Exited(BaseException):
+    """Instead of ending the process of the tests."""
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2, but RANK is not set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE = ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two'"),
+        ({"RANK": "0"}, "WORLD_SIZE is not"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK = ''"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = '2'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
+    ],
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_one_line_and_exit_2(
+    env: dict[str, str], expected: str, check: bool, overrides: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def leave(code: int) -> None:
+        raise Exited(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    try:
+        code = main([str(TINY), *overrides, *["--check"] * check])
+    except Exited as left:
+        (code,) = left.args
+    err = capfd.readouterr().err
+    if check and env.get("WORLD_SIZE", "2").isdigit():  # a check needs the number of ranks alone
+        assert code == 0 and not err
+    else:
+        assert code == 2 and expected in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
