@@ -179,7 +179,7 @@ class Moe:
     """`clamped_swiglu`: (up + 1) * gate * sigmoid(1.702 * gate), gate at most 7, up within +-7
     (GPT-OSS)."""
     norm_top_k: bool = True
-    """Divide the chosen scores by their sum."""
+    """Divide the chosen scores by their sum. With `top_k` 1 that is 1 whatever the router says."""
     route_scale: float = 1.0
     """Factor on the routing weights after normalisation."""
     bias_update_rate: float = 0.0
@@ -218,6 +218,12 @@ class Moe:
             raise ConfigError(
                 f"top_k = {self.top_k}: a token cannot visit more than n_experts = {self.n_experts}"
             )
+
+    @property
+    def router_learns(self) -> bool:
+        """Whether routing weights depend on the scores, so that the loss has a gradient for the
+        router; one score divided by itself does not. Of one expert there is nothing to learn."""
+        return not (self.top_k == 1 and self.norm_top_k and self.n_experts > 1)
 
 
 @dataclass(frozen=True, kw_only=True)

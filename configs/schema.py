@@ -239,6 +239,13 @@ class RunConfig:
                 f"or beta2 = {self.optimizer.beta2} often changes by less than bf16 can tell; use "
                 f"at most {SLOWEST_BF16_DECAY}, or moments = 'fp32'"
             )
+        # a model that came from elsewhere is as it is
+        if not self.model.moe.router_learns and not self.checkpoint.init_from:
+            raise ConfigError(
+                "model.moe.norm_top_k = true with top_k = 1: one score divided by itself is 1 "
+                "whatever the router says, and the loss teaches it nothing; use "
+                "norm_top_k = false, or a larger top_k"
+            )
         if self.parallel.recompute_swiglu and self.model.moe.expert_bias:
             raise ConfigError(
                 "parallel.recompute_swiglu: not for experts with biases (model.moe.expert_bias); "

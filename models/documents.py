@@ -37,6 +37,7 @@ class DocumentAttention:
         out = document_attention(q, k, v, self.mask(layer), layer.scale, sinks_H)
         return out.transpose(1, 2).flatten(0, 1)
 
+    @torch.compiler.disable  # what it asks changes with every batch: each answer is another graph
     def mask(self, layer: Layer) -> Tensor | None:
         """Bool `[B, L, L]`, true where a query (row) may see a key; None for plain causal."""
         # what no document reaches needs no mask: layers then share one, or none

@@ -45,6 +45,9 @@ from parallel.recompute import apply_recompute
 from parallel.shards import box_of, local_of
 from parallel.tensor import apply_tensor_parallel
 
+GRAPHS = 64
+"""Graphs that torch may compile of one function."""
+
 
 def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dtype) -> None:
     """Turn a model on the meta device into this rank's part of it, still on the meta device.
@@ -66,6 +69,9 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
         check_divided(model, shapes)
     apply_recompute(model, config.parallel)
     if config.parallel.compile:
+        # all blocks are one function for torch, which gives up compiling it at 8 graphs: a dense
+        # block and one with experts, with and without RoPE, gradients and fixed sizes are more
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for block in model.blocks():
             block.compile()
     _apply_fsdp(model, mesh, config, compute)

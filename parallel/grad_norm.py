@@ -3,6 +3,10 @@
 Every element of every gradient is counted exactly once: each rank sums the squares of the shards
 it speaks for, one all-reduce over all ranks adds them. Which mesh a shard belongs to does not
 matter, so dense parameters and experts need no separate treatment.
+
+A sum of squares that fp32 cannot hold is where numbers fail unseen: a clip factor of 1 / inf makes
+an update of nothing, and RMSNorm turns a row into zeros, with a gradient of zero. So a number
+beyond `LARGEST` counts as not finite, in norms and in weights.
 """
 
 from collections.abc import Iterable
@@ -12,6 +16,24 @@ from torch import Tensor, nn
 
 from parallel.ranks import sum_over_ranks
 from parallel.shards import local_of, speaks_for
+
+LARGEST = torch.finfo(torch.float32).max ** 0.5
+"""1.8e19: the square of more overflows in fp32."""
+
+
+def largest_values(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest absolute value of this rank's part of each tensor, NaN where that has one; on
+    the device of the first. One pass over memory."""
+    parts = [local_of(tensor).detach() for tensor in tensors]
+    # a part without elements has no largest
+    parts = [part if part.numel() else part.new_zeros(1) for part in parts]
+    device = parts[0].device
+    return torch.stack([each.to(device) for each in torch._foreach_norm(parts, torch.inf)])
+
+
+def in_range(values: Tensor) -> Tensor:
+    """Whether all are at most `LARGEST`; a NaN is not."""
+    return (values <= LARGEST).all()
 
 
 def global_grad_norm(parameters: Iterable[nn.Parameter], rank: int) -> Tensor:

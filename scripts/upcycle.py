@@ -170,7 +170,7 @@ def _report(
             if why
             else f"function: that of the dense model ({measured}, fp32)"
         )
-        if moe.top_k == 1 and moe.norm_top_k:
+        if not moe.router_learns:
             lines.append(
                 "router: learns nothing: with top_k = 1 a normalised weight is 1 whatever it says"
             )

@@ -110,6 +110,8 @@ def _fail(rank: int, line: str, code: int) -> int:
         line = f"rank {rank}: {line}"
     print(line, file=sys.stderr, flush=True)
     if "RANK" in os.environ:
+        if not rank and os.environ.get("WORLD_SIZE") != "1":
+            time.sleep(3)  # the store may end with this process: the others read the error from it
         os._exit(code)  # other ranks may wait in a collective: do not wait for them in turn
     return code
 

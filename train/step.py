@@ -5,24 +5,28 @@ a mean over its own target tokens of the step, plus the z-loss of their logits a
 auxiliary losses, which add their gradient themselves (`kernels.cross_entropy`, `models.balance`).
 The loss that is reported is the model's cross-entropy alone.
 
-Nothing is changed before the step is known to be good: a non-finite loss or gradient stops the run
-with weights, optimizer and router biases as they were, and says which rank met it first. A step
-whose rows did not all find room (dispatch into buffers of fixed size) is redone before that.
+Nothing is changed before the step is known to be good: a weight, loss or gradient that is not
+finite, or whose square is too large for fp32 (`parallel.grad_norm`), stops the run with weights,
+optimizer and router biases as they were, and says on which rank and, where that is known, in which
+parameter. A step whose rows did not all find room (dispatch into buffers of fixed size) is redone
+before that.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.balance import StepScope
 from models.decoder import Decoder
-from models.router import open_step, take_counts, take_losses, update_biases
+from models.router import open_step, routers, take_counts, take_losses, update_biases
 from parallel.dispatch.account import Account
 from parallel.dispatch.overflow import exact, overflowed
-from parallel.grad_norm import global_grad_norm, scale_grads
+from parallel.grad_norm import LARGEST, global_grad_norm, in_range, largest_values, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
 from train.batches import Batch
@@ -30,7 +34,13 @@ from train.loss import count_tokens, loss_sums
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient became infinite or NaN; the message names step, ranks and parameters."""
+    """A number of the step is infinite, NaN or too large; the message names step, ranks and
+    parameters. All ranks raise it together, with nothing changed since the step before."""
+
+    def __init__(self, message: str, weights_are_good: bool) -> None:
+        super().__init__(message)
+        self.weights_are_good = weights_are_good
+        """Whether what the step before left is worth keeping; not where weights are at fault."""
 
 
 class Updater(Protocol):
@@ -80,31 +90,39 @@ def train_step(
     copies: ranks that are given the same tokens (tensor parallelism); each counts its share of
     their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
     step is abandoned without a trace and None returned. updated: called once the weights have
-    changed. Raises NonFiniteError and
-    CapacityOverflow.
+    changed. Raises NonFiniteError and CapacityOverflow.
     """
     account = Account(model)
     microbatches = list(batches)
     depth = model.config.mtp_depth
-    counts = sum_over_ranks(count_tokens(microbatches, depth)) // copies
-    tokens, targets = counts[0], counts[1:]
+    counts = count_tokens(microbatches, depth)
+    damaged = (~in_range(largest_values(_state(model).values()))).to(counts)
+    *summed, damaged_ranks = sum_over_ranks(torch.stack([*counts, damaged])).unbind()
+    if damaged_ranks:
+        raise _out_of_range(step, [_named("the weight", _state(model))], weights_are_good=False)
+    tokens, *of_modules = (count // copies for count in summed)
+    targets = torch.stack(of_modules)
     open_step(model, StepScope(microbatches[0].core.length, tokens, sum_over_ranks))
     weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)
     weights[0] = 1.0
-    totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
-    redo = totals is not None and overflowed(model, step)
-    if redo:
-        _forget(model, optimizer)
-        with exact(model):
-            totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
+    with _watching(model) as hidden:
+        totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
+        redo = totals is not None and overflowed(model, step)
+        if redo:
+            _forget(model, optimizer)
+            with exact(model):
+                totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
     if totals is None:
         _forget(model, optimizer)
         return None
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
-    global_losses = sum_over_ranks(totals.clone())
-    if not torch.isfinite(norm + global_losses.sum().to(norm.device)):
-        raise NonFiniteError(_diagnose(model, step, float(totals.sum())))
+    out_of_range = ~in_range(torch.stack(hidden))
+    sums = sum_over_ranks(torch.cat([totals, out_of_range.to(totals)[None]]))
+    global_losses, n_hidden = sums[:-1], sums[-1]
+    if not (in_range(norm).to(sums.device) & global_losses.isfinite().all() & (n_hidden == 0)):
+        found = _found_after_backward(model, totals, hidden)
+        raise _out_of_range(step, found, weights_are_good=not n_hidden)
     if clip_norm:
         scale_grads(parameters, norm, clip_norm)
     counts_LE = take_counts(model, account.sum_with)
@@ -150,19 +168,78 @@ def _forget(model: Decoder, optimizer: Updater) -> None:
     take_losses(model, lambda losses: losses)
 
 
-def _diagnose(model: nn.Module, step: int, local_loss: float) -> str:
-    """One line that names the ranks and, for gradients, the first parameter affected."""
-    bad = [
-        name
-        for name, p in model.named_parameters()
-        if p.grad is not None and not torch.isfinite(local_of(p.grad)).all()
+@contextmanager
+def _watching(model: Decoder) -> Iterator[list[Tensor]]:
+    """Collects, of every pass, the largest norm of a token's hidden state ahead of the last norm.
+
+    What a layer adds stays in there. Norms make zeros of a row whose squares overflow, and the loss
+    looks like that of a model that knows nothing.
+    """
+    found: list[Tensor] = []
+
+    def look(_: object, inputs: tuple[Tensor, ...]) -> None:
+        x_TD = inputs[0].detach()
+        found.append(torch.linalg.vector_norm(x_TD, dim=-1, dtype=torch.float32).max())
+
+    handle = model.norm.register_forward_pre_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _state(model: Decoder) -> dict[str, Tensor]:
+    """All that decides what the model computes: parameters and balancing biases."""
+    names = {module: name for name, module in model.named_modules()}
+    biases = {f"{names[router]}.bias_E": router.bias_E for router in routers(model)}
+    return dict(model.named_parameters()) | biases
+
+
+def _found_after_backward(model: Decoder, totals: Tensor, hidden: list[Tensor]) -> list[str]:
+    """What of a step is out of range on this rank, causes first, in the form of `_out_of_range`.
+
+    Of gradients it is the last of the model, since backward comes there first. The norm of all may
+    be out of range where no value is; it is told by the largest of a parameter's.
+    """
+    named = reversed(list(model.named_parameters()))
+    gradients = {name: p.grad for name, p in named if p.grad is not None}
+    norms = {name: float(local_of(grad).double().norm()) for name, grad in gradients.items()}
+    largest = max(norms, key=lambda name: norms[name])
+    return [
+        "" if totals.isfinite().all() else f"the loss is {float(totals.sum())}",
+        _named("before the last norm", {"a token's norm": torch.stack(hidden)}),
+        _named("the gradient of", gradients),
+        f"the gradient's norm is more than {LARGEST:.1e}: that of {largest} is "
+        f"{norms[largest]:.3g}",
     ]
-    finite = bool(torch.isfinite(torch.tensor(local_loss)))
-    reports = gather_json({"loss": finite, "parameter": bad[0] if bad else ""})
-    losses = [rank for rank, report in enumerate(reports) if not report["loss"]]
-    if losses:
-        what = f"the loss is not finite on rank {', '.join(map(str, losses))}"
-    else:
-        where = [f"{r['parameter']} on rank {i}" for i, r in enumerate(reports) if r["parameter"]]
-        what = f"the gradient is not finite: {', '.join(where) or 'its norm overflows'}"
-    return f"step {step}: {what}; stopped before the optimizer step"
+
+
+def _out_of_range(step: int, found: list[str], weights_are_good: bool) -> NonFiniteError:
+    """The error that tells the first thing that any rank found. All ranks call it together.
+
+    found: what is out of range on this rank, causes first; an empty text where nothing is.
+    """
+    ranks_of: dict[str, list[str]] = {}
+    reports = gather_json(found)
+    for kind in range(len(found)):
+        if not ranks_of:
+            for rank, report in enumerate(reports):
+                if report[kind]:
+                    ranks_of.setdefault(report[kind], []).append(str(rank))
+    told = [f"{what} on rank {', '.join(ranks[:8])}" for what, ranks in ranks_of.items()][:4]
+    return NonFiniteError(
+        f"step {step}: {', '.join(told)}; stopped before the optimizer step", weights_are_good
+    )
+
+
+def _named(what: str, tensors: dict[str, Tensor]) -> str:
+    """The first tensor with a value out of range in this rank's part, that value, and how many
+    other tensors have one."""
+    values = largest_values(tensors.values()).tolist()
+    bad = {name: v for name, v in zip(tensors, values, strict=True) if not v <= LARGEST}
+    if not bad:
+        return ""
+    name, value = next(iter(bad.items()))
+    limit = f", more than {LARGEST:.1e}" if math.isfinite(value) else ""
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    return f"{what} {name} has {value:.3g}{limit}{more}"

@@ -30,13 +30,13 @@ from train.batches import Sequences, TrainingData, validation_batches
 from train.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.durable import claim, replace_text
 from train.fp8_report import Fp8Diagnosis
-from train.metrics import FORCED_BALANCE
+from train.metrics import FORCED_BALANCE, ROUTER_LEARNS_NOTHING
 from train.profile import profiled
 from train.report import Reporter
 from train.resume import restore
 from train.schedule import learning_rate, schedule_steps
 from train.shared import check_shared
-from train.sound import not_finite
+from train.sound import out_of_range
 from train.step import NonFiniteError, train_step
 from train.stop import StopSignal
 from train.tokenizer import find_tokenizer
@@ -152,16 +152,17 @@ class Trainer:
         """
         if self.done == self.saved:
             return
-        tensors = self._weights() | self._optimizer_state()
-        if bad := not_finite(tensors):
+        weights, others = self._weights(), self._optimizer_state()
+        if bad := out_of_range(weights, others):
             raise NonFiniteError(
                 f"step {self.done}: {bad} afterwards; not saved, stopped before the optimizer step "
-                f"of step {self.done + 1}"
+                f"of step {self.done + 1}",
+                weights_are_good=False,
             )
         report.flush()
         path = checkpoint.save(
             self.folder / "checkpoints",
-            tensors,
+            weights | others,
             {"step": self.done, "owes_validation": self.owes_validation, **self.facts},
             flatten(self.config),
             None if keep_all else self.config.checkpoint.keep,
@@ -181,11 +182,12 @@ class Trainer:
             yield
         except (NonFiniteError, CapacityOverflow) as error:
             try:
-                self._save(report, keep_all=True)
+                if not isinstance(error, NonFiniteError) or error.weights_are_good:
+                    self._save(report, keep_all=True)
             except (NonFiniteError, ConfigError) as unsaved:
-                if str(unsaved) != str(error):
-                    report.say(f"not saved: {unsaved}")
-            raise type(error)(f"{error}; {self._newest()}") from None
+                report.say(f"not saved: {unsaved}")
+            error.args = (f"{error}; {self._newest()}",)
+            raise
 
     def _newest(self) -> str:
         if not self.saved:
@@ -251,7 +253,9 @@ class Trainer:
         )
         described = environment.describe(self.ranks, self.degrees, self.compute)
         lines = [*start, *environment.record(self.folder, described)]
-        forced = [FORCED_BALANCE] if self.config.model.moe.force_balance else []
+        moe = self.config.model.moe
+        forced = [FORCED_BALANCE] if moe.force_balance else []
+        frozen = [] if moe.router_learns else [ROUTER_LEARNS_NOTHING]
         shares = gemm_shares(self.model, self.config.data.seq_len)
         fp8 = [str(shares)] if shares.fp8 else []
         mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.degrees.table())
@@ -261,6 +265,7 @@ class Trainer:
             f"{torch.get_num_threads()} threads per rank",
             *fp8,
             *forced,
+            *frozen,
             *lines,
             sep="\n",
             flush=True,

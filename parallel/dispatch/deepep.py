@@ -134,5 +134,6 @@ class DeepEPRoute:
         self.here = permutation(named_UK, n_local, self.planner.align, n_rows)
         self.ends_e, self.counts_e = self.here.ends_E, self.here.counts_E
         traffic, me = self.planner.traffic, dist.get_rank(self.planner.group)
+        traffic.on_device(self.ids_TK)
         traffic.rows_received += n_rows
         traffic.rows_sent += (self.ids_TK // n_local != me).sum()

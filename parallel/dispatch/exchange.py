@@ -87,6 +87,17 @@ class Traffic:
     lost: int | Tensor = 0
     """Rows that found no room."""
 
+    def on_device(self, like: Tensor) -> None:
+        """Go on counting on the device, where the exchange is not known to the host.
+
+        Before the first number, not with it: selective recomputation repeats the operations of
+        forward, and a sum of a tensor and an int is another than that of two tensors.
+        """
+        for name in ("rows_sent", "rows_received", "fullest", "lost"):
+            total = getattr(self, name)
+            if not isinstance(total, Tensor):
+                setattr(self, name, like.new_full((), total))
+
     def take(self) -> "Traffic":
         """The numbers so far; counting starts anew."""
         taken = replace(self)

@@ -98,6 +98,7 @@ class RoutedDispatcher:
         self.planner, self.options = planner, options
         self.wires = Wires.of(options, power_of_two)
 
+    @torch.compiler.disable  # splits are read on the host, and every layer's closures are others
     def run(
         self,
         x_TD: Tensor,

@@ -62,6 +62,7 @@ class SyncFree:
 
     def _account(self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int) -> None:
         traffic, own = self.traffic, kept_re[self.link.group.rank()]
+        traffic.on_device(wanted_re)
         traffic.lost += (wanted_re - kept_re).sum()
         traffic.rows_sent += kept_re.sum() - own.sum()
         traffic.rows_received += got_re.sum()

@@ -50,6 +50,10 @@ def test_toml_and_flat_forms_round_trip(path: Path, tmp_path: Path) -> None:
             "--model.moe.top_k=9",
             "model.moe.top_k = 9: a token cannot visit more than n_experts = 8",
         ),
+        (
+            "--model.moe.top_k=1",
+            "model.moe.norm_top_k = true with top_k = 1: one score divided by itself is 1",
+        ),
         ("--model.attention.n_kv_heads=3", "must divide n_heads = 4"),
         ("--model.attention.head_dim=7", "must be even"),
         ("--data.validation_fraction=0.9", "must lie between 0.0 and 0.5"),
@@ -103,6 +107,16 @@ def test_experts_with_biases_keep_their_activation() -> None:
     path = ROOT / "configs" / "tiny" / "gpt_oss.toml"
     with pytest.raises(ConfigError, match="not for experts with biases"):
         load(path, ["--parallel.recompute_swiglu=true"])
+
+
+def test_one_normalised_weight_teaches_nothing_unless_the_model_came_so() -> None:
+    top_1 = "--model.moe.top_k=1"
+    for fine in ("--model.moe.norm_top_k=false", "--checkpoint.init_from=elsewhere"):
+        assert load(TINY, [top_1, fine]).model.moe.top_k == 1
+    for name in ("mixtral", "qwen3", "glm4", "gpt_oss", "deepseek_v3"):
+        path = ROOT / "configs" / "tiny" / f"{name}.toml"
+        with pytest.raises(ConfigError, match=r"norm_top_k = false, or a larger top_k$"):
+            load(path, [top_1])
 
 
 def test_strings_go_without_quotes_and_later_overrides_win() -> None:

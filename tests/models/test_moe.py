@@ -1,6 +1,7 @@
 """The MoE layer against plain loops; router choice, balancing bias and counts."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.loader import load
-from configs.model import Model
+from configs.model import Model, Moe
 from models.init import initial_value, initialise
 from models.moe import MoE
 from models.router import Router, routers, take_counts, update_biases
@@ -119,6 +120,26 @@ def test_no_bias_stays_zero_and_forced_balance_is_even() -> None:
     counts = take_counts(moe, lambda c: c.clone())
     update_biases(moe, counts)
     assert counts.eq(4).all() and moe.router.bias_E.abs().max() == 0
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("norm_top_k", [True, False])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(4, 1), (4, 2), (1, 1)])
+def test_the_loss_teaches_a_router_that_can_learn(
+    n_experts: int, top_k: int, norm_top_k: bool, score_func: Literal["softmax", "sigmoid"]
+) -> None:
+    moe = Moe(
+        n_experts=n_experts, top_k=top_k, d_expert=4, norm_top_k=norm_top_k,
+        score_func=score_func, route_scale=2.5,
+    )  # fmt: skip
+    router = Router(8, moe)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(router.weight, generator=generator)
+    _, weights_TK = router(torch.randn(6, 8, generator=generator))
+    (weights_TK * torch.randn(6, top_k, generator=generator)).sum().backward()
+    assert router.weight.grad is not None
+    moves = float(router.weight.grad.abs().max()) > 1e-5
+    assert moves == moe.router_learns or n_experts == 1
 
 
 def test_initial_weights_do_not_depend_on_which_part_is_drawn() -> None:

@@ -1,5 +1,6 @@
 """Errors of composed parallelism as they really happen, to show that the harness sees them."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import getattr_static
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train.step
+import train.torchtitan_adapter
 from models.decoder import Decoder
 from models.moe import MoE
 from parallel.mesh import Mesh
@@ -80,6 +82,14 @@ def repeated_shard(model: Decoder, mesh: Mesh) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def experts_without_decay(model: Decoder, mesh: Mesh) -> Iterator[None]:
+    """Routed experts, which have a mesh of their own, get no weight decay."""
+    without = train.torchtitan_adapter._NO_DECAY.pattern + r"|\.experts\."
+    with patch.object(train.torchtitan_adapter, "_NO_DECAY", re.compile(without)):
+        yield
+
+
 FAULTS: dict[str, Fault] = {
     "none": lambda model, mesh: nullcontext(),
     "expert gradient / ep": expert_gradient_over_ep,
@@ -88,6 +98,7 @@ FAULTS: dict[str, Fault] = {
     "down bias twice": down_bias_twice,
     "mean of means": mean_of_means,
     "repeated shard": repeated_shard,
+    "experts without decay": experts_without_decay,
 }
 
 

@@ -70,7 +70,11 @@ WEIGHTS = {
 """By number of ranks."""
 _WIRE = {"dispatch": {"dispatch_dtype": "fp8"}}
 STEPS = {
-    2: (Case("gqa", {"ep": 2}, {"first_bf16": 1}), Case("mla", {"tp": 2, "ep": 2})),
+    2: (
+        Case("gqa", {"ep": 2}, {"first_bf16": 1}),
+        Case("mla", {"tp": 2, "ep": 2}),
+        Case("gqa", {"ep": 2, "dispatch": {"kind": "sync_free", "capacity_factor": 0.5}}),
+    ),
     4: (Case("gqa", {"tp": 2, "ep": 4}), Case("mla", {"tp": 2, "etp": 2, "ep": 2})),
 }
 """By number of ranks; trained with every one of `SAME`."""

@@ -32,7 +32,7 @@ import kernels.router
 import models.balance
 from configs.degrees import resolve
 from configs.loader import from_dict
-from configs.schema import RunConfig
+from configs.schema import Optimizer, RunConfig
 from kernels.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.router import routers
@@ -43,6 +43,7 @@ from parallel.shards import box_of
 from tests.parallel.faults import FAULTS
 from train.batches import Batch, Sequences, TrainingData
 from train.step import train_step
+from train.torchtitan_adapter import build_optimizer
 
 STEPS = 3
 
@@ -72,11 +73,11 @@ class Recording:
 
     def __init__(self, model: nn.Module, lr: float, record: dict[str, torch.Tensor]) -> None:
         self.model, self.record = model, record
-        parameters = list(model.parameters())
         if torch.get_default_dtype() == torch.float64:
-            self.inner: Any = torch.optim.AdamW(parameters, lr=lr / 10, foreach=False)
+            # a tenth of what decays is gone with every step: who misses it is seen
+            self.inner: Any = build_optimizer(model, Optimizer(lr=lr / 10, weight_decay=1 / lr))
         else:
-            self.inner = torch.optim.SGD(parameters, lr=lr, foreach=False)
+            self.inner = torch.optim.SGD(model.parameters(), lr=lr, foreach=False)
 
     def step(self) -> None:
         if not self.record:
@@ -132,9 +133,9 @@ def train(out: Path, config: RunConfig, ranks: Ranks, fault: str) -> None:
         n_ranks=mesh.degrees.data_ranks,
     )
     result: dict[str, torch.Tensor] = {}  # filled by `optimizer` as well
-    optimizer = Recording(model, config.optimizer.lr, result)
     curve = []
     with FAULTS[fault](model, mesh):
+        optimizer = Recording(model, config.optimizer.lr, result)
         for step in range(1, STEPS + 1):
             done = train_step(
                 model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,

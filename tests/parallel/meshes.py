@@ -8,6 +8,10 @@ from tests.models.families import FAMILIES
 
 SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 32, 2
 """Longer than the families' windows, chunks and original RoPE length; two microbatches a step."""
+ODD = "odd "
+"""Before a family's name: its model with sizes that 3 and 6 ranks can divide, on batches that are
+no powers of two."""
+ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES = 30, 36, 3
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,19 @@ class Case:
         """The experiment as nested tables."""
         axes = ("dp_replicate", "dp_shard", "tp", "ep", "etp")
         data_ranks = self.dp_replicate * self.dp_shard
+        length, batch, passes = SEQ_LEN, GLOBAL_BATCH, PASSES
+        if self.family.startswith(ODD):
+            length, batch, passes = ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES
         more = dict(self.more) | {"dispatch": dict(self.dispatch)}
         return {
             "run": {"dir": "unused"},
-            "data": {"seq_len": SEQ_LEN},
-            "model": asdict(wide(FAMILIES[self.family])),
+            "data": {"seq_len": length},
+            "model": asdict(model_of(self.family)),
             "train": {
                 "steps": 1,
                 "z_loss_coef": 0.01,
-                "global_batch": GLOBAL_BATCH,
-                "micro_batch": GLOBAL_BATCH // PASSES // data_ranks,
+                "global_batch": batch,
+                "micro_batch": batch // passes // data_ranks,
             },
             "optimizer": {"lr": 0.1},
             "parallel": {axis: getattr(self, axis) for axis in axes} | more,
@@ -70,6 +77,23 @@ def wide(model: Model) -> Model:
     return replace(model, attention=attention, moe=moe, d_ff=model.d_ff and 48)
 
 
+def odd(model: Model) -> Model:
+    """The same with sizes that 3 and 6 ranks can divide."""
+    attention = replace(model.attention, n_heads=12)
+    if attention.kind == "gqa":
+        attention = replace(attention, n_kv_heads=12 if model.attention.n_kv_heads == 0 else 6)
+    moe = wide(model).moe
+    moe = replace(moe, n_experts=6, d_expert=18, n_groups=min(moe.n_groups, 3))
+    return replace(model, attention=attention, moe=moe, d_model=42, d_ff=model.d_ff and 48)
+
+
+def model_of(family: str) -> Model:
+    """The model of a case."""
+    if family.startswith(ODD):
+        return odd(FAMILIES[family.removeprefix(ODD)])
+    return wide(FAMILIES[family])
+
+
 def alone(family: str) -> Case:
     """The same training in one process."""
     return Case(family, 1, 1, 1, 1, 1)
@@ -77,7 +101,7 @@ def alone(family: str) -> Case:
 
 def all_meshes(family: str, world: int) -> list[Case]:
     """Every mesh of `world` ranks that divides the wide models."""
-    kv_heads = wide(FAMILIES[family]).attention.kv_heads
+    kv_heads = model_of(family).attention.kv_heads
     return [
         Case(family, replicate, world // replicate // tp, tp, ep, etp)
         for replicate in _divisors(world)
@@ -97,9 +121,19 @@ def hard_meshes(family: str) -> list[Case]:
     ]
 
 
-def pairwise(family: str) -> list[Case]:
-    """Meshes of eight ranks in which every two values of two axes that can meet do meet."""
-    left = all_meshes(family, 8)
+def thirds(family: str) -> list[Case]:
+    """Meshes of six ranks that use every axis, each once with three ranks."""
+    return [
+        Case(family, 1, 2, 3, 6, 1),
+        Case(family, 3, 1, 2, 1, 2),
+        Case(family, 1, 2, 3, 2, 3),
+        Case(family, 2, 3, 1, 3, 1),
+    ]
+
+
+def pairwise(family: str, world: int) -> list[Case]:
+    """Meshes of so many ranks in which every two values of two axes that can meet do meet."""
+    left = all_meshes(family, world)
     missing = set().union(*map(_pairs, left))
     chosen = []
     while missing:

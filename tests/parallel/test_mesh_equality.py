@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.models.families import FAMILIES
-from tests.parallel.meshes import Case, all_meshes, alone, hard_meshes, pairwise
+from tests.parallel.meshes import ODD, Case, all_meshes, alone, hard_meshes, pairwise, thirds
 from tests.runs import run
 
 GLM4 = "glm4-mtp"
@@ -36,10 +36,14 @@ DISPATCHED = [
 HARD = [case for family in FAMILIES if family != GLM4 for case in hard_meshes(family)]
 # the last block's weights that nothing divides are gathered when it runs again, not in forward
 GATHERED_AGAIN = Case("llama4", 1, 1, 2, 1, 2, (("recompute", "selective"),))
+ODD_FAMILIES = [ODD + family for family in (GLM4, "deepseek-v3", "gpt-oss", "llama4")]
 CASES = {
     2: [*all_meshes(GLM4, 2), GATHERED_AGAIN],
+    3: all_meshes(ODD + GLM4, 3),
     4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + DISPATCHED,
-    8: pairwise(GLM4),
+    # each family has another of them, the first has all pairs of axes
+    6: pairwise(ODD + GLM4, 6) + [thirds(family)[i] for i, family in enumerate(ODD_FAMILIES)],
+    8: pairwise(GLM4, 8),
 }
 FAULTY = {
     Case("gpt-oss", 1, 1, 2, 2, 1, fault="expert gradient / ep"): "grad/layers.3.ffn.experts.w13",
@@ -93,7 +97,7 @@ def errors(case: Case, ours: Path, references: Path, tolerance: float = 1e-5) ->
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every family trained by one process."""
     folder = tmp_path_factory.mktemp("one")
-    train(folder, map(alone, FAMILIES), folder)
+    train(folder, map(alone, [*FAMILIES, *ODD_FAMILIES]), folder)
     return folder
 
 
@@ -106,10 +110,13 @@ def test_many_ranks_equal_one_process(ranks: int, references: Path, tmp_path: Pa
 
 def test_adamw_in_double_precision(tmp_path: Path) -> None:
     cases = [Case(GLM4, 1, 2, 2, 2, 2), Case(GLM4, 2, 1, 2, 2, 1), Case("gpt-oss", 1, 2, 2, 2, 2)]
+    no_decay = Case("gpt-oss", 1, 2, 2, 4, 1, fault="experts without decay")
     train(tmp_path, [alone(GLM4), alone("gpt-oss")], tmp_path, double=True)
-    train(tmp_path, cases, tmp_path, double=True)
+    train(tmp_path, [*cases, no_decay], tmp_path, double=True)
     found = [error for case in cases for error in errors(case, tmp_path, tmp_path, 1e-9)]
     assert not found, "\n".join(found)
+    plain = [e for e in errors(no_decay, tmp_path, tmp_path, 0.1) if ": weight/" in e]
+    assert plain and all(".experts.w" in error for error in plain), plain
 
 
 def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
@@ -121,9 +128,28 @@ def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_equal_those_that_are_not(references: Path, tmp_path: Path) -> None:
-    case = Case(GLM4, 1, 2, 1, 2, 1, (("compile", True),))
-    train(tmp_path, [case], references)
-    assert not errors(case, tmp_path, references)
+    """Every balance loss is on; each case is another order of compiled and other code."""
+    compiled = ("compile", True)
+    cases = [
+        Case(GLM4, 1, 2, 1, 2, 1, (compiled,)),
+        Case("mixtral", 1, 2, 1, 1, 1, (compiled, ("recompute", "full"))),
+        Case("gpt-oss", 1, 2, 1, 2, 1, (compiled, ("recompute", "selective"))),
+        Case("llama4", 1, 1, 2, 1, 2, (compiled,)),
+    ]
+    train(tmp_path, cases, references)
+    found = [error for case in cases for error in errors(case, tmp_path, references)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_on_every_odd_mesh(family: str, ranks: int, tmp_path: Path) -> None:
+    train(tmp_path, [alone(ODD + family)], tmp_path)
+    cases = all_meshes(ODD + family, ranks)
+    train(tmp_path, cases, tmp_path)
+    found = [error for case in cases for error in errors(case, tmp_path, tmp_path)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.slow

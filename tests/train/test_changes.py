@@ -68,7 +68,7 @@ def test_what_is_no_function_of_the_network_may_change_always(key: str) -> None:
         (["--model.d_ff=64"], "model.d_ff", False),
         (["--model.norm_eps=1e-5"], "model.norm_eps", False),
         (["--model.attention.qk_norm=none"], "model.attention.qk_norm", False),
-        (["--model.moe.top_k=1"], "model.moe.top_k", False),
+        (["--model.moe.top_k=3"], "model.moe.top_k", False),
         (["--model.moe.route_scale=2"], "model.moe.route_scale", False),
         (["--model.rope.interleaved=true"], "model.rope.interleaved", False),
         (["--model.rope.theta=1e6"], "model.rope.theta", True),

@@ -1,0 +1,148 @@
+"""What a step does with numbers out of range: `torchrun non_finite_run.py FOLDER`.
+
+Every parameter of several models gets one bad value, in the last shard of the last rank that has
+one. Writes `FOLDER/faults.json`, an empty list where every rank stopped with the right line and
+nothing changed.
+"""
+
+import json
+import math
+import re
+import sys
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import train.step
+from models.router import take_counts
+from parallel.grad_norm import LARGEST
+from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
+from parallel.shards import local_of
+from tests.parallel import fp8_models
+from tests.parallel.checkpoint_run import Run
+from tests.parallel.meshes import Case
+from train.step import NonFiniteError
+
+BAD = {
+    math.nan: "nan", math.inf: "inf", -math.inf: "inf", 3e38: "3e+38, more than 1.8e+19",
+    -2e19: "2e+19, more than 1.8e+19",
+}  # fmt: skip
+"""Values, and what is said of them."""
+CASES = [
+    Case("gpt-oss", 1, 2, 1, 2, 1), Case("deepseek-v3-mtp", 1, 1, 2, 2, 1),
+    Case("glm4", 2, 1, 1, 1, 1), fp8_models.Case("gqa", {"ep": 2}),
+]  # fmt: skip
+
+
+class Probe:
+    """A run whose next step is wrong; collects what should not be."""
+
+    def __init__(self, case: Any, ranks: Ranks) -> None:
+        self.case, self.run, self.faults = case, Run(case.settings(), case.name, ranks), list[str]()
+        self.rank = ranks.rank
+
+    def stops(self, line: str, weights_are_good: bool = True) -> None:
+        """The next step must stop everywhere with `line` (a pattern), and change nothing."""
+        state = self.run.state()
+        before = {name: local_of(tensor).clone() for name, tensor in state.items()}
+        try:
+            said, good = str(self.run.step(1)), None
+        except NonFiniteError as error:
+            said, good = str(error), error.weights_are_good
+        expected = f"step 1: {line}; stopped before the optimizer step"
+        alike = len(set(gather_json(said))) == 1
+        if not (alike and re.fullmatch(expected, said) and good is weights_are_good):
+            self.faults.append(f"{self.case.name}: {said!r}, {good}, not {expected!r}")
+        for name, tensor in state.items():
+            if not torch.equal(local_of(tensor).nan_to_num(), before[name].nan_to_num()):
+                self.faults.append(f"{self.case.name}: {line}: {name} changed")
+        self.run.optimizer.zero_grad()
+        take_counts(self.run.model, lambda counts: counts)
+
+    def weights(self) -> None:
+        named = train.step._state(self.run.model).items()
+        for (name, tensor), (value, told) in zip(named, cycle(BAD.items()), strict=False):
+            owners = [r for r, n in enumerate(gather_json(local_of(tensor).numel())) if n]
+            if name.endswith("bias_E"):  # every rank has the whole of it
+                owners = owners[-1:]
+            local, last = local_of(tensor).detach(), (-1,) * tensor.ndim
+            kept = local.clone()
+            if self.rank == owners[-1]:
+                local[last] = value
+            self.run.fp8_weights.refresh()
+            line = f"the weight {name} has {told} on rank {owners[-1]}"
+            self.stops(re.escape(line), weights_are_good=False)
+            local.copy_(kept)
+        self.run.fp8_weights.refresh()
+
+    def hidden_states(self) -> None:
+        """Every value is in range, and the squares of a row are not."""
+        embed = local_of(self.run.model.embed.weight).detach()
+        kept = embed.clone()
+        embed[0] = 1.5e19
+        self.stops("before the last norm a token's norm has inf on rank 0, 1", False)
+        embed.copy_(kept)
+
+    def losses(self) -> None:
+        loss_sums = train.step.loss_sums
+
+        def changed(*arguments: Any) -> Tensor:
+            nan = torch.nan if self.rank else 0.0
+            return loss_sums(*arguments) + torch.tensor(nan)
+
+        with patch.object(train.step, "loss_sums", changed):
+            self.stops("the loss is nan on rank 1")
+
+    def gradients(self) -> None:
+        """Two of them have a NaN on the first rank; and all of them are large."""
+        find, model = train.step.global_grad_norm, self.run.model
+        name = "layers.1.attention.wo.weight"
+        bad = [model.embed.weight, model.get_parameter(name)]
+
+        def changed(*arguments: Any) -> Tensor:
+            for parameter in bad if not self.rank else []:
+                assert parameter.grad is not None
+                local_of(parameter.grad)[0] = torch.nan
+            return find(*arguments)
+
+        with patch.object(train.step, "global_grad_norm", changed):
+            self.stops(rf"the gradient of {re.escape(name)} has nan \(and 1 more\) on rank 0")
+        self.scaled(1e25, r"the gradient of head.weight has .*e\+2\d, more than 1.8e\+19 .*")
+        times = 1e16 * LARGEST / self.scaled(1e16).grad_norm
+        self.scaled(2 * times, r"the gradient's norm is more than 1.8e\+19: that of .*")
+        self.scaled(0.5 * times)
+
+    def scaled(self, factor: float, line: str = "") -> Any:
+        """A step with gradients that are larger by a factor; it stops with `line` if given."""
+        loss_sums = train.step.loss_sums
+
+        def changed(*arguments: Any) -> Tensor:
+            losses = loss_sums(*arguments)
+            return losses.detach() + (losses - losses.detach()) * factor
+
+        with patch.object(train.step, "loss_sums", changed):
+            return self.stops(line) if line else self.run.step(1)
+
+
+def main(folder: Path) -> None:
+    ranks = start_ranks(threads=1)
+    faults = []
+    for case in CASES:
+        probe = Probe(case, ranks)
+        probe.weights()
+        if case == CASES[0]:
+            probe.hidden_states()
+            probe.losses()
+            probe.gradients()
+        faults += [fault for each in gather_json(probe.faults) for fault in each]
+    if ranks.is_first:
+        (folder / "faults.json").write_text(json.dumps(faults))
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
