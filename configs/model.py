@@ -13,7 +13,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.rules import ConfigError, at_least, between
+from configs.rules import ConfigError, at_least, at_most, belongs_to, between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +59,22 @@ class Attention:
 
     def __post_init__(self) -> None:
         between(self, 1, 2**16, "n_heads", "full_every")
-        between(self, 0, 2**24, "n_kv_heads", "head_dim", "q_lora_rank", "local_size")
-        at_least(self, 0, "temperature_floor", "temperature_scale")
+        between(self, 0, 2**24, "n_kv_heads", "local_size", *_WIDTHS)
+        between(self, 0, 2**31, "temperature_floor")
+        between(self, 0, 1000, "temperature_scale")
         if self.kind == "mla":
-            at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            gqa_only = ("n_kv_heads", "head_dim", "bias", "sinks")
-            wrong = [key for key in gqa_only if getattr(self, key)]
-            if wrong or self.qk_norm != "none":
-                raise ConfigError(f"{(*wrong, 'qk_norm')[0]}: belongs to kind = gqa, not to mla")
+            belongs_to(self, "kind = gqa", *_GQA_ONLY)
+            at_least(self, 1, *_WIDTHS[2:])
+            value_width = self.qk_nope_head_dim + self.v_head_dim
+            at_most(2**24, "wide keys and values", n_heads=self.n_heads, width=value_width)
         else:
+            belongs_to(self, "kind = mla", *_WIDTHS[1:])
             at_least(self, 1, "head_dim")
             if self.n_kv_heads and self.n_heads % self.n_kv_heads:
                 raise ConfigError(
                     f"n_kv_heads = {self.n_kv_heads}: must divide n_heads = {self.n_heads}"
                 )
+        at_most(2**24, "wide queries", n_heads=self.n_heads, width=self.qk_dim)
         if self.rope_dim % 2:
             key = "qk_rope_head_dim" if self.kind == "mla" else "head_dim"
             raise ConfigError(f"{key} = {self.rope_dim}: must be even for RoPE")
@@ -111,10 +113,23 @@ class Attention:
         return self.rope_on_full or (layer + 1) % self.full_every != 0
 
 
+_WIDTHS = (
+    "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+)  # fmt: skip
+"""Of gqa the first, of mla the others, of which all but `q_lora_rank` must be given."""
+_GQA_ONLY = (
+    "n_kv_heads", "head_dim", "qk_norm", "bias", "sinks", "rope_on_full", "temperature_floor",
+    "temperature_scale",
+)  # fmt: skip
+_YARN_BOUNDS = ("beta_fast", "beta_slow")
+_YARN_SCALES = ("mscale", "mscale_all_dim")
+_LLAMA3_BOUNDS = ("low_freq_factor", "high_freq_factor")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     theta: float = 10000.0
-    """Base of the wavelengths."""
+    """Base of the wavelengths, above 1."""
     interleaved: bool = False
     """Rotate neighbouring dimensions (DeepSeek, Llama 4) instead of dimension i with i + half."""
     scaling: Literal["none", "yarn", "llama3"] = "none"
@@ -140,11 +155,25 @@ class Rope:
     """llama3: original_length over this is the wavelength below which nothing is."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "theta", "factor")
-        at_least(self, 0, "original_length", "mscale", "mscale_all_dim")
-        if self.scaling != "none" and not self.original_length:
+        if not 1 < self.theta <= 1e12:
+            raise ConfigError(f"theta = {self.theta}: must be above 1 and at most 1e12")
+        between(self, 1, 2**31, "factor")
+        between(self, 0, 2**31, "original_length")
+        between(self, 0, 1000, "mscale", "mscale_all_dim")
+        between(self, 1e-6, 1e6, *_YARN_BOUNDS, *_LLAMA3_BOUNDS)
+        if self.scaling == "none":
+            belongs_to(self, "scaling = yarn or llama3", "factor", "original_length")
+        elif not self.original_length:
             raise ConfigError(f"original_length = 0: scaling = {self.scaling} needs it")
-        if self.scaling == "llama3" and self.low_freq_factor > self.high_freq_factor:
+        if self.scaling != "yarn":
+            belongs_to(self, "scaling = yarn", *_YARN_BOUNDS, "truncate", *_YARN_SCALES)
+        elif self.beta_slow > self.beta_fast:
+            raise ConfigError(
+                f"beta_slow = {self.beta_slow}: must not exceed beta_fast = {self.beta_fast}"
+            )
+        if self.scaling != "llama3":
+            belongs_to(self, "scaling = llama3", *_LLAMA3_BOUNDS)
+        elif self.low_freq_factor > self.high_freq_factor:
             raise ConfigError(
                 f"low_freq_factor = {self.low_freq_factor}: must not exceed "
                 f"high_freq_factor = {self.high_freq_factor}"
@@ -202,6 +231,7 @@ class Moe:
         between(self, 1, 2**24, "d_expert")
         between(self, 1e-9, 1e9, "route_scale")
         between(self, 0, 2**10, "n_shared_experts")
+        at_most(2**24, "wide", n_shared_experts=self.n_shared_experts, d_expert=self.d_expert)
         between(self, 0, 1, "bias_update_rate")
         between(self, 0, 100, "seq_aux_loss_coef", "global_aux_loss_coef", "router_z_loss_coef")
         if self.n_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
@@ -264,8 +294,39 @@ class Model:
         between(self, 0, 16, "mtp_depth")
         if not self.d_ff and not all(map(self.is_moe, range(self.n_layers))):
             raise ConfigError("d_ff = 0: dense layers (n_dense_layers, moe_every) need their width")
+        if self.n_parameters > _MOST_PARAMETERS:
+            raise ConfigError(
+                f"n_layers = {self.n_layers}: with d_model = {self.d_model}, "
+                f"{self.moe.n_experts} experts and {self.vocab_size} tokens the model has "
+                f"{self.n_parameters:.1e} parameters, more than {_MOST_PARAMETERS:.0e}; use "
+                "smaller sizes"
+            )
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts; MTP modules are like the last layer."""
         layer = min(layer, self.n_layers - 1)
         return layer >= self.n_dense_layers and (layer + 1) % self.moe_every == 0
+
+    @property
+    def n_parameters(self) -> int:
+        """All matrices together, MTP modules included: norms, biases and sinks are left out, so
+        that it takes no time and no torch (`models.counts` has the exact numbers)."""
+        a, moe, width = self.attention, self.moe, self.d_model
+        value_out = a.n_heads * a.value_dim
+        if a.kind == "mla":
+            queries = a.n_heads * a.qk_dim * (a.q_lora_rank or width) + a.q_lora_rank * width
+            shared = a.kv_lora_rank + a.qk_rope_head_dim
+            keys_values = a.n_heads * (a.qk_nope_head_dim + a.v_head_dim) * a.kv_lora_rank
+            attention = queries + shared * width + keys_values + value_out * width
+        else:
+            attention = (a.n_heads + 2 * a.kv_heads) * a.head_dim * width + value_out * width
+        experts = 3 * (moe.n_experts + moe.n_shared_experts) * moe.d_expert + moe.n_experts
+        blocks = range(self.n_layers + self.mtp_depth)
+        n_moe = sum(map(self.is_moe, blocks))
+        feed_forward = (n_moe * experts + (len(blocks) - n_moe) * 3 * self.d_ff) * width
+        outer = self.vocab_size * width * (1 if self.tie_embeddings else 2)
+        return outer + len(blocks) * attention + feed_forward + 2 * self.mtp_depth * width**2
+
+
+_MOST_PARAMETERS = 10**15
+"""Beyond it sizes in bytes and FLOPs no longer fit the integers of torch."""

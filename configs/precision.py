@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.rules import ConfigError, at_least
+from configs.rules import ConfigError, between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,9 @@ class Fp8:
     usual; less says that a block spans more than e4m3 can."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "first_bf16", "last_bf16", "diagnose_every")
+        between(self, 0, 10_016, "first_bf16", "last_bf16")
+        between(self, 0, 2**31, "diagnose_every")
+        between(self, -1000, 1000, "warn_below_db")
         if not self.diagnose_every and self.warn_below_db != Fp8.warn_below_db:
             raise ConfigError(
                 f"warn_below_db = {self.warn_below_db}: nothing is reported with "

@@ -1,8 +1,47 @@
 """The user's error, and the checks that every section of the schema shares."""
 
+import re
+from dataclasses import fields
+from typing import Any
+
+_LONGEST = 1000
+"""Characters of a message; an experiment's own values are shown much shorter."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line for the user: key, fault, remedy."""
+    """A setting that cannot work. The message is one line for the user: key, fault, remedy.
+
+    Whatever it quotes stays within that line: control characters and halves of surrogate pairs are
+    escaped, and of a message that is too long the middle is left out, since the remedy is last.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(_CONTROL.sub(_escaped, message), _LONGEST))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return repr(found[0])[1:-1]
+
+
+def shortened(text: str, length: int) -> str:
+    """`text`, without its middle where it has more than `length` characters."""
+    if len(text) <= length:
+        return text
+    end = length // 3
+    return f"{text[: length - end - 5]} ... {text[-end:]}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: its repr, at most 80 characters of it."""
+    if isinstance(value, str | bytes):
+        value = value[:200]  # more than is shown: repr takes time
+    try:
+        return shortened(repr(value), 80)
+    except ValueError:  # Python writes no more than 4,300 digits
+        return "an integer of thousands of digits"
+    except RecursionError:
+        return "a deeply nested value"
 
 
 def at_least(section: object, minimum: float, *keys: str) -> None:
@@ -10,7 +49,7 @@ def at_least(section: object, minimum: float, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
         if not value >= minimum:  # catches NaN, too
-            raise ConfigError(f"{key} = {value}: must be at least {minimum}")
+            raise ConfigError(f"{key} = {shown(value)}: must be at least {minimum}")
 
 
 def between(section: object, low: float, high: float, *keys: str) -> None:
@@ -18,4 +57,36 @@ def between(section: object, low: float, high: float, *keys: str) -> None:
     for key in keys:
         value = getattr(section, key)
         if not low <= value <= high:
-            raise ConfigError(f"{key} = {value}: must lie between {low} and {high}")
+            raise ConfigError(f"{key} = {shown(value)}: must lie between {low} and {high}")
+
+
+def at_most(limit: int, what: str, **sizes: int) -> None:
+    """Raise ConfigError where the product of the sizes, given by their keys (`__` for a dot),
+    exceeds `limit`. what: what the product counts."""
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if product > limit:
+        factors = " x ".join(f"{key.replace('__', '.')} {size}" for key, size in sizes.items())
+        raise ConfigError(
+            f"{factors} = {product} {what}: must be at most {limit}; use smaller ones"
+        )
+
+
+def belongs_to(section: Any, condition: str, *keys: str) -> None:
+    """Raise ConfigError where one of the section's keys is not at its default. condition: the
+    setting without which they have no meaning."""
+    defaults = {spec.name: spec.default for spec in fields(section)}
+    for key in keys:
+        value = getattr(section, key)
+        if value != defaults[key]:
+            raise ConfigError(
+                f"{key} = {shown(value)}: belongs to {condition}; leave it out, or set {condition}"
+            )
+
+
+def not_empty(section: object, example: str, *keys: str) -> None:
+    """Raise ConfigError where one of the section's strings is empty or blank."""
+    for key in keys:
+        if not getattr(section, key).strip():
+            raise ConfigError(f"{key} is empty: {example}")

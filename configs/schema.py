@@ -6,13 +6,14 @@ is wrong is refused here, in `__post_init__`; what depends on the number of rank
 `configs.degrees`.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.dispatch import Dispatch
 from configs.model import Model
 from configs.precision import Precision
-from configs.rules import ConfigError, at_least, between
+from configs.rules import ConfigError, at_most, between, not_empty, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,12 @@ class Run:
     """Seed of initialisation and data order. The same seed gives the same model on every mesh."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "seed")
-        if not self.dir:
-            raise ConfigError("dir is empty: name a folder, for example runs/demo")
+        between(self, 0, 2**63 - 1, "seed")
+        not_empty(self, "name a folder, for example runs/demo", "dir")
+        if os.path.normpath(self.dir) in ("/", "//"):
+            raise ConfigError(
+                f"dir = {self.dir!r}: this is the root of the file system; name a folder in it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,9 @@ class Data:
         between(self, 2, 2**24, "seq_len")
         between(self, 0.0, 0.5, "validation_fraction")
         between(self, 0.0, 1.0, "near_duplicate_threshold")
-        if not self.source:
-            raise ConfigError('source is empty: use "stdlib", a path, or a dataset name')
+        not_empty(self, 'use "stdlib", a path, or a dataset name', "source")
+        not_empty(self, "name the column that holds the documents", "text_field")
+        not_empty(self, "name a folder, for example cache", "cache_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ class Train:
     def __post_init__(self) -> None:
         between(self, 1, 2**31, "steps", "log_every", "gc_every")
         between(self, 1, 2**20, "global_batch", "micro_batch")
-        at_least(self, 0, "clip_norm")
+        between(self, 0, 1e9, "clip_norm")
         between(self, 0, 100, "mtp_weight", "z_loss_coef")
         between(self, 0, 1024, "threads")
 
@@ -93,18 +98,21 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     lr: float
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, which moves a weight by about as much per step: usual are 1e-5
+    to 1e-2. At most 1e38, about the largest that fp32 holds."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
     beta2: float = 0.95
     """Decay of the running mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the mean square."""
+    """Added to the root of the mean square, so that nothing is divided by zero: 1e-30 to 1."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on matrices; norms, biases and routers have none."""
+    """Decoupled weight decay on matrices, at most 100; norms, biases and routers have none."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "lr", "weight_decay", "eps")
+        between(self, 0, 1e38, "lr")
+        between(self, 0, 100, "weight_decay")
+        between(self, 1e-30, 1, "eps")
         between(self, 0.0, 0.999999, "beta1", "beta2")
 
 
@@ -118,15 +126,14 @@ class Schedule:
     stays at its last value. The rate depends on the step and on this number alone. 0:
     `train.steps`, so that another `train.steps` is another schedule."""
     warmup_steps: int = 0
-    """Steps of linear warmup."""
+    """Steps of linear warmup, at most those of the whole schedule."""
     decay_fraction: float = 0.2
     """Share of the steps in which `wsd` decays."""
     min_lr_fraction: float = 0.0
     """Final learning rate as a share of the peak."""
 
     def __post_init__(self) -> None:
-        between(self, 0, 2**31, "steps")
-        at_least(self, 0, "warmup_steps")
+        between(self, 0, 2**31, "steps", "warmup_steps")
         between(self, 0.0, 1.0, "decay_fraction", "min_lr_fraction")
 
 
@@ -170,8 +177,9 @@ class Parallel:
     dispatch: Dispatch = field(default_factory=Dispatch)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "dp_replicate", "tp", "etp", "recompute_every")
-        at_least(self, 0, "prefetch")
+        between(self, 1, _MOST_RANKS, "dp_replicate", "tp", "etp")
+        between(self, 1, 10_000, "recompute_every")
+        between(self, 0, 10_000, "prefetch")
         if self.recompute == "none" and self.recompute_every > 1:
             raise ConfigError(
                 f"recompute_every = {self.recompute_every}: recompute = none recomputes no block; "
@@ -181,7 +189,7 @@ class Parallel:
             raise ConfigError(f"etp = {self.etp}: must be 1 or tp = {self.tp}")
         for key in ("dp_shard", "ep"):
             if getattr(self, key) != -1:
-                at_least(self, 1, key)
+                between(self, 1, _MOST_RANKS, key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +200,7 @@ class Validation:
     """Sequences per validation. 0: all held-out sequences."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "every", "sequences")
+        between(self, 0, 2**31, "every", "sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +214,8 @@ class Checkpoint:
     optimizer and step 0. Ignored once the run has a checkpoint of its own."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "every")
-        at_least(self, 1, "keep")
+        between(self, 0, 2**31, "every")
+        between(self, 1, 2**31, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +234,14 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def __post_init__(self) -> None:
+        self._check_sizes()
+        length = self.schedule.steps or self.train.steps
+        if self.schedule.warmup_steps > length:
+            raise ConfigError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps}: longer than the "
+                f"schedule of {length} steps (train.steps = {self.train.steps}); "
+                "lower it, train longer, or give schedule.steps"
+            )
         if self.precision.recipe == "fp8_blockwise" and self.parallel.cpu_offload:
             raise ConfigError(
                 "parallel.cpu_offload = true: with precision.recipe = 'fp8_blockwise' weights are "
@@ -260,7 +276,7 @@ class RunConfig:
         beyond = [step for step in self.train.profile_steps if not 1 <= step <= self.train.steps]
         if beyond:
             raise ConfigError(
-                f"train.profile_steps = {beyond}: steps are numbered 1 to "
+                f"train.profile_steps = {shown(beyond)}: steps are numbered 1 to "
                 f"train.steps = {self.train.steps}"
             )
         if self.precision.fp8.diagnose_every and self.parallel.compile:
@@ -269,11 +285,23 @@ class RunConfig:
                 "parallel.compile = false"
             )
 
+    def _check_sizes(self) -> None:
+        """Raise ConfigError where a forward pass would have more numbers than torch can count."""
+        model, moe = self.model, self.model.moe
+        micro_batch, seq_len = self.train.micro_batch, self.data.seq_len
+        own = {"train__micro_batch": micro_batch, "data__seq_len": seq_len}
+        at_most(2**26, "rows of experts in a pass of a rank", **own, model__moe__top_k=moe.top_k)
+        heads = model.attention.n_heads
+        at_most(
+            2**58, "attention scores", **own, per_query=seq_len, model__attention__n_heads=heads
+        )
+
     def _ends_at_zero(self) -> bool:
         decays = self.schedule.kind != "wsd" or self.schedule.decay_fraction > 0
         return decays and self.schedule.min_lr_fraction == 0
 
 
+_MOST_RANKS = 2**20
 SLOWEST_BF16_DECAY = 0.98
 """bf16 rounds away a change of up to 2^-8, so a mean stays where it is while what comes in differs
 from it by less than 2^-8 / (1 - decay): 8 percent at 0.95, 20 at 0.98."""

@@ -1,11 +1,15 @@
 """How large a model is and what a token costs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from configs.model import Model
+from models.block import Block
 from models.decoder import Decoder
+from models.mtp import MtpModule
 
 
 @dataclass(frozen=True)
@@ -26,26 +30,48 @@ class ParameterCounts:
 
 
 def parameter_counts(model: Model) -> ParameterCounts:
-    """Counted on the meta device, so the counts are those of the model that trains."""
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in Decoder(model).named_parameters()}
-    layers, stacks = [], [("layers", model.n_layers), ("mtp", model.mtp_depth)]
-    for prefix in [f"{stack}.{i}." for stack, count in stacks for i in range(count)]:
-        own = {name: size for name, size in sizes.items() if name.startswith(prefix)}
-        routed = sum(size for name, size in own.items() if ".experts." in name)
-        layers.append((sum(own.values()), routed))
+    """Counted on the meta device, so the counts are those of the model that trains; of blocks that
+    are alike one is counted."""
+    outer = {name: p.numel() for name, p in _outer(model).items()}
+    layers, known = [], dict[int, tuple[int, int]]()
+    for parameters in _blocks(model):
+        if id(parameters) not in known:
+            own = {name: p.numel() for name, p in parameters.items()}
+            routed = sum(size for name, size in own.items() if ".experts." in name)
+            known[id(parameters)] = sum(own.values()), routed
+        layers.append(known[id(parameters)])
     mtp = sum(every for every, _ in layers[model.n_layers :])
-    total = sum(sizes.values()) - mtp
+    total = sum(outer.values()) + sum(every for every, _ in layers[: model.n_layers])
     routed = sum(experts for _, experts in layers[: model.n_layers])
     idle = routed - routed * model.moe.top_k // model.moe.n_experts
     return ParameterCounts(
         total=total,
         active=total - idle,
-        embedding=sizes["embed.weight"],
+        embedding=outer["embed.weight"],
         mtp=mtp,
         experts=sum(experts for _, experts in layers),
         layers=tuple(layers),
     )
+
+
+def _outer(model: Model) -> dict[str, nn.Parameter]:
+    """The parameters outside of the blocks, by name."""
+    least = replace(model, n_layers=1, n_dense_layers=0, moe_every=1, mtp_depth=0)
+    with torch.device("meta"):
+        named = Decoder(least).named_parameters()
+    return {name: p for name, p in named if not name.startswith("layers.")}
+
+
+def _blocks(model: Model) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters of every block, MTP modules last; those of like blocks are one object."""
+    known = dict[tuple[bool, bool], dict[str, nn.Parameter]]()
+    for i in range(model.n_layers + model.mtp_depth):
+        kind = is_mtp, _ = i >= model.n_layers, model.is_moe(i)
+        if kind not in known:
+            with torch.device("meta"):
+                block = MtpModule(model) if is_mtp else Block(model, i)
+            known[kind] = dict(block.named_parameters())
+        yield known[kind]
 
 
 def flops_per_token(model: Model, seq_len: int) -> float:
@@ -56,22 +82,28 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     width + value width) per key seen, and a query sees on average (seq_len + 1) / 2 keys, or what
     its window or chunk leaves of them. MTP modules are part of it, each with the head once more.
     """
-    with torch.device("meta"):
-        sizes = {name: p for name, p in Decoder(model).named_parameters()}
-    share = model.moe.top_k / model.moe.n_experts
     head = model.vocab_size * model.d_model
-    matrices = float(head * model.mtp_depth)
-    for name, p in sizes.items():
-        expert = ".experts." in name
-        # a tied embedding multiplies once, as the head; an untied one only looks up
-        looked_up = name == "embed.weight" and not model.tie_embeddings
-        if p.ndim - expert >= 2 and not name.endswith(".b13") and not looked_up:
-            matrices += p.numel() * (share if expert else 1.0)
+    # a tied embedding multiplies once, as the head; an untied one only looks up
+    matrices, known = float(head * (model.mtp_depth + 1)), dict[int, float]()
+    for parameters in _blocks(model):
+        if id(parameters) not in known:
+            known[id(parameters)] = _multiplied(model, parameters)
+        matrices += known[id(parameters)]
     attention = model.attention
     per_key = 6 * attention.n_heads * (attention.qk_dim + attention.value_dim)
     blocks = [*range(model.n_layers), *[model.n_layers - 1] * model.mtp_depth]
     keys = sum(_keys_seen(model, index, seq_len) for index in blocks)
     return 6 * matrices + per_key * keys
+
+
+def _multiplied(model: Model, parameters: dict[str, nn.Parameter]) -> float:
+    """Parameters of a block's matrices that a token multiplies with."""
+    share, found = model.moe.top_k / model.moe.n_experts, 0.0
+    for name, p in parameters.items():
+        expert = ".experts." in name
+        if p.ndim - expert >= 2 and not name.endswith(".b13"):
+            found += p.numel() * (share if expert else 1.0)
+    return found
 
 
 def _keys_seen(model: Model, index: int, seq_len: int) -> float:

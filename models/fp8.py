@@ -107,6 +107,8 @@ def apply_fp8(model: Decoder, options: Fp8) -> list[str]:
     for name, module in eligible:
         if any(_within(name, pattern) for pattern in options.keep):
             continue
+        if isinstance(module, Fp8Module):  # of a block that stands for several
+            continue
         module.__class__ = _CLASSES[type(module)]
         assert isinstance(module, Fp8Module)
         module.sources, module.power_of_two = {}, options.power_of_two

@@ -20,6 +20,7 @@ gathered when they run again, and stay.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -70,19 +71,24 @@ class Group:
     gathered: bool = False
     places: list[int] = field(default_factory=list)
     """Where in the order of this forward pass it was done."""
+    known_bytes: dict[tuple[int, bool], int] = field(default_factory=dict)
+    """What `gathered_bytes` found."""
 
-    @property
+    @cached_property
     def whole(self) -> int:
         return sum(shard.whole for shard in self.shards)
 
-    @property
+    @cached_property
     def own(self) -> int:
         return sum(shard.own for shard in self.shards)
 
     def gathered_bytes(self, compute: int, moved: bool = False) -> int:
         """Of all, or of those only that are not sharded along their first dimension."""
-        shards = [shard for shard in self.shards if shard.moved or not moved]
-        return sum(shard.whole * shard.item(compute) for shard in shards)
+        if (compute, moved) not in self.known_bytes:
+            shards = [shard for shard in self.shards if shard.moved or not moved]
+            found = sum(shard.whole * shard.item(compute) for shard in shards)
+            self.known_bytes[compute, moved] = found
+        return self.known_bytes[compute, moved]
 
     def cast_bytes(self, compute: int) -> list[int]:
         """Of each part that is cast before it is gathered."""
@@ -125,9 +131,10 @@ def groups_of(model: Decoder, divided: set[nn.Module], degrees: Degrees, reshard
     d = degrees
     blocks, taken = [], set[nn.Parameter]()
     axes = {"dp_shard": d.dp_shard, "dp_shard_tp": d.dp_shard * d.tp, "efsdp": d.efsdp}
-    for block in model.blocks():
-        own: dict[str, list[Shard]] = {axis: [] for axis in axes}
-        for module in block.modules():
+    shards_of = dict[nn.Module, dict[str, list[Shard]]]()
+    for block in model.blocks():  # a block may stand for several
+        own = shards_of.setdefault(block, {axis: [] for axis in axes})
+        for module in () if any(own.values()) else block.modules():
             is_experts = isinstance(module, Experts)
             axis = "dp_shard"
             if is_experts and d.tp * d.ep > 1:

@@ -6,6 +6,7 @@ of `parallel.tensor` and `parallel.dispatch`, over groups that only know their s
 """
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,10 +19,12 @@ from configs.dispatch import Dispatch
 from configs.schema import RunConfig
 from kernels.grouped_gemm_fp8 import row_alignment
 from models.attention import GroupedQueryAttention, LatentAttention
+from models.block import Block
 from models.decoder import Decoder
 from models.exchange import Exchange
 from models.fp8 import apply_fp8
 from models.moe import Dispatcher, Experts, FeedForward, LocalDispatcher, MoE
+from models.mtp import MtpModule
 from models.shadow import ALL_GATHER, ALL_REDUCE
 from parallel.dispatch.all_to_all import AllToAll
 from parallel.dispatch.exchange import Link, Traffic
@@ -72,9 +75,9 @@ def local_decoder(
     config: RunConfig, degrees: Degrees, device: str
 ) -> tuple[Decoder, set[nn.Module]]:
     """A rank's part of the model on the meta device, and the modules whose own weights the ranks of
-    `tp` divide. device: type of the one it is meant for."""
-    with torch.device("meta"):
-        model = Decoder(config.model)
+    `tp` divide. device: type of the one it is meant for. One block stands for all that are alike,
+    so that the time does not grow with the layers."""
+    model = _decoder_of_few(config)
     fp8 = config.precision.recipe == "fp8_blockwise"
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     align = 1
@@ -104,6 +107,38 @@ def local_decoder(
         check_divided(model, shapes)
     apply_recompute(model, config.parallel)
     return model, divided
+
+
+def _decoder_of_few(config: RunConfig) -> Decoder:
+    """The model on the meta device, with one block for each kind of block."""
+    whole = config.model
+    least = replace(whole, n_layers=1, n_dense_layers=0, moe_every=1, mtp_depth=0)
+    known = dict[tuple[Any, ...], Block]()
+    with torch.device("meta"):
+        model = Decoder(least)
+        blocks = []
+        for i in range(whole.n_layers + whole.mtp_depth):
+            kind = _kind(config, i)
+            if kind not in known:
+                known[kind] = MtpModule(whole) if i >= whole.n_layers else Block(whole, i)
+            blocks.append(known[kind])
+    model.config = whole
+    model.layers, model.mtp = map(
+        nn.ModuleList, (blocks[: whole.n_layers], blocks[whole.n_layers :])
+    )
+    return model
+
+
+def _kind(config: RunConfig, index: int) -> tuple[Any, ...]:
+    """What a block depends on: two of one kind are alike in everything."""
+    model, a, fp8 = config.model, config.model.attention, config.precision.fp8
+    n_blocks, at = model.n_layers + model.mtp_depth, min(index, model.n_layers - 1)
+    kind = (
+        index >= model.n_layers, model.is_moe(at), a.is_full(at), a.has_rope(at),
+        index % config.parallel.recompute_every == 0,
+        fp8.first_bf16 <= index < n_blocks - fp8.last_bf16,
+    )  # fmt: skip
+    return (*kind, index) if fp8.keep else kind  # patterns tell blocks apart by their names
 
 
 def _divide_experts(experts: Experts, degrees: Degrees) -> None:

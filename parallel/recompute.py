@@ -77,7 +77,7 @@ def apply_recompute(model: Decoder, config: Parallel) -> None:
         return
     kept = config.recompute_keep if config.recompute == "selective" else ()
     operations = [operation for name in kept for operation in KEEP[name]]
-    for block in model.blocks()[:: config.recompute_every]:
+    for block in dict.fromkeys(model.blocks()[:: config.recompute_every]):  # each once
         block.forward = _Recomputed(block, operations)  # type: ignore[method-assign, assignment]
 
 

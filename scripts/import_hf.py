@@ -26,6 +26,7 @@ from torch import Tensor
 
 from configs.loader import flatten, to_toml
 from configs.model import Model
+from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train
 from models.decoder import Decoder
@@ -57,7 +58,7 @@ def import_hf(
     model, raw = read_config(source_folder)
     if not ignore_auto_map:
         refuse_code(raw, str(source_folder / "config.json"))
-    out = out.expanduser().absolute()
+    out = local_path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists; an import makes a new folder")
     source = Source(source_folder, model, raw)

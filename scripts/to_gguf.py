@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from configs.paths import local_path
 from configs.rules import ConfigError
 from models.hf.files import read_config
 from train.tokenizer import cuts_words_as_ours
@@ -38,7 +39,7 @@ def llama_cpp_words(folder: Path) -> str | None:
 def to_gguf(folder: Path, out: Path, dtype: str, llama_cpp: Path, python: str) -> None:
     """Write the export `folder` as the GGUF file `out`. Raises ConfigError."""
     read_config(folder)
-    converter = llama_cpp.expanduser().resolve() / "convert_hf_to_gguf.py"
+    converter = local_path(llama_cpp).resolve() / "convert_hf_to_gguf.py"
     if not converter.is_file():
         raise ConfigError(f"--llama-cpp {llama_cpp}: has no {converter.name}; name a source tree")
     pre = llama_cpp_words(folder)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from configs.loader import flatten, from_dict, to_toml
 from configs.model import Model
+from configs.paths import local_path
 from configs.reference import field_docs
 from configs.rules import ConfigError
 from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train, Validation
@@ -78,7 +79,7 @@ def _boxes(tensors: dict[str, Tensor]) -> dict[str, tuple[Box, Tensor]]:
 
 def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
     """The dense checkpoint; its tokenizer is written into the folder `tokenizer`."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source == SMOLLM2 and not path.exists():
         path = _packaged_smollm2()
     if path.suffix == ".gguf":

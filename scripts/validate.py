@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from configs.loader import from_dict, unflatten
+from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from models.decoder import Decoder
@@ -77,7 +78,7 @@ def main(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0].startswith("-"):
             raise ConfigError("python -m scripts.validate CHECKPOINT [--section.key=value ...]")
-        loss, bits = validate(Path(arguments[0]).expanduser(), arguments[1:])
+        loss, bits = validate(local_path(arguments[0]), arguments[1:])
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,8 @@ SHORT = [
     "--train.profile_steps=[]",
 ]  # fmt: skip
 """Overrides that make a training of any experiment take a second; they follow those printed."""
+SHORT_START = ["--train.steps=1", "--schedule.warmup_steps=0", "--train.global_batch=1"]
+"""The same for one that starts from weights, whose sizes are given."""
 _GPU = "measures a GPU"
 _MINUTES = "a benchmark or a study of minutes to hours"
 NOT_RUN = {
@@ -110,7 +112,7 @@ def shortened(words: list[str], folder: str) -> list[str]:
     given = [key.split("=")[0] for key in words]
     data = [key for key in data if key.split("=")[0] not in given]
     place = [] if "--run.dir" in given or "configs/" not in words[0] else [f"--run.dir={folder}"]
-    short = SHORT if "configs/" in words[0] else ["--train.steps=1", "--train.global_batch=1"]
+    short = SHORT if "configs/" in words[0] else SHORT_START
     return [*words, *data, *place, *short]
 
 

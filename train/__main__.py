@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -m train configs/demo.toml
     python -m train configs/demo.toml --check [--ranks N]
 
-`--check` starts nothing: it prints the resolved experiment and what it needs. Exit code 2 and one
-line mean that a setting cannot work.
+`--check` starts nothing: it prints the resolved experiment, its sizes and which inputs (data,
+tokenizer, initial weights) are not found here; missing inputs alone leave the exit code at 0. Exit
+code 2 and one line mean that a setting cannot work.
 """
 
 import os
@@ -53,17 +54,19 @@ def main(arguments: list[str]) -> int:
         return _fail(rank, f"error: {error}", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(rank, f"error: {where}{error.strerror or error}", 2)
+        return _fail(rank, f"error: {ConfigError(f'{where}{error.strerror or error}')}", 2)
     except KeyboardInterrupt:
         return 130
 
 
 def _check(config: RunConfig, ranks: int | None) -> int:
-    from train.check import find_inputs, report
+    from train.check import missing_inputs, report
 
     world = ranks or read_world() or default_world(config)
     print(report(config, resolve(config, world)), flush=True)
-    find_inputs(config)  # after the sizes: who has the model's file may not have its data
+    # after the sizes: who has the model's file may not have its data
+    missing = missing_inputs(config)
+    print(*(["not found"] * bool(missing)), *(f"  {line}" for line in missing), sep="\n")
     return 0
 
 

@@ -1,11 +1,14 @@
 """`--check`: what an experiment is and needs, without starting a rank."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from configs.degrees import Degrees
 from configs.loader import to_toml
-from configs.rules import ConfigError
+from configs.paths import local_path
+from configs.remarks import remarks
+from configs.rules import ConfigError, shown
 from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
@@ -23,8 +26,11 @@ def report(config: RunConfig, degrees: Degrees) -> str:
     flops = flops_per_token(config.model, config.data.seq_len)
     tokens = config.train.global_batch * config.data.seq_len
     passes = config.train.global_batch // (config.train.micro_batch * degrees.data_ranks)
+    said = remarks(config)
     lines = [
         to_toml(config),
+        *["remarks"] * bool(said),
+        *(f"  {line}" for line in said),
         "mesh",
         *(f"  {axis:<13} {size:>5}   {meaning}" for axis, size, meaning in degrees.table()),
         f"  {'ranks':<13} {degrees.world:>5}",
@@ -52,15 +58,47 @@ def _mtp_lines(mtp: int) -> list[str]:
     return [f"  MTP modules   {mtp:>15,}   in neither count; embedding and head shared"] * bool(mtp)
 
 
-def find_inputs(config: RunConfig) -> None:
-    """Raise ConfigError where data, tokenizer or initial weights are not there."""
-    sources.locate(config.data)
-    if config.data.tokenizer:
-        load_tokenizer(find_tokenizer(config.data.tokenizer), config.model.vocab_size)
+def missing_inputs(config: RunConfig) -> list[str]:
+    """A line for each input that is not found: data, tokenizer, initial weights.
+
+    Sizes need none of them, and who asks for sizes may not have them here. What is there and cannot
+    be used raises ConfigError, as it would when the run starts.
+    """
+    data, init_from = config.data, config.checkpoint.init_from
+    lines: list[str] = []
+
+    def look(key: str, setting: str, find: Callable[[], Any]) -> None:
+        try:
+            find()
+        except ConfigError as error:
+            if os.path.lexists(local_path(setting)):
+                raise
+            line = str(error)
+            lines.append(line if line.startswith(key) else f"{key}: {line}")
+        except OSError as error:  # no permission, a name that is too long
+            raise ConfigError(f"{key} = {shown(setting)}: {error.strerror}") from None
+
+    look("data.source", data.source, lambda: lines.extend(_hub_line(sources.locate(data))))
+    if data.tokenizer:
+        look("data.tokenizer", data.tokenizer, lambda: _check_tokenizer(config))
     else:
         check_vocab_size(config.model.vocab_size)
-    if config.checkpoint.init_from:
-        checkpoint.find(Path(config.checkpoint.init_from).expanduser())
+    if init_from:
+        look("checkpoint.init_from", init_from, lambda: checkpoint.find(local_path(init_from)))
+    return lines
+
+
+def _hub_line(source: sources.Source) -> list[str]:
+    if source.identity[0] != "hub":
+        return []
+    return [
+        f"data.source = {source.identity[1]!r}: no such file or folder; a run will ask the Hugging "
+        "Face Hub for a dataset of this name"
+    ]
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    load_tokenizer(find_tokenizer(config.data.tokenizer), config.model.vocab_size)
 
 
 def _export_name(config: RunConfig) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from train import sources
@@ -70,7 +71,7 @@ def prepare(config: RunConfig, log: Callable[[str], None]) -> Corpus:
     line. Raises ConfigError, one line for the user, where source or settings cannot work.
     """
     source = sources.locate(config.data)
-    cache = Path(config.data.cache_dir).expanduser()
+    cache = local_path(config.data.cache_dir)
     label = re.sub(r"[^\w.-]+", "-", source.label).strip("-.")[:40] or "corpus"
     folder = cache / f"{label}-{_key(config, source)}"
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from parallel.ranks import Ranks
@@ -60,12 +61,12 @@ def restore(
 
 def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
     """Which checkpoint to start from; decided by rank 0 for all."""
-    own = checkpoint.checkpoints(Path(config.run.dir).expanduser() / "checkpoints")
+    own = checkpoint.checkpoints(local_path(config.run.dir) / "checkpoints")
     init_from = config.checkpoint.init_from
     if not own:
         if not init_from:
             return None
-        path = checkpoint.find(Path(init_from).expanduser()).absolute()
+        path = checkpoint.find(local_path(init_from)).absolute()
         lines = [f"weights from {path}; optimizer and steps start anew"]
         lines += _compare_model(checkpoint.read_manifest(path), config, facts)
         return {"path": str(path), "own": False, "lines": lines}

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs.loader import flatten
+from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from parallel.ranks import Ranks, gather_json
@@ -53,7 +54,7 @@ def _check_settings(config: RunConfig) -> None:
 
 def _check_folder(key: str, setting: str, ranks: Ranks, writes: bool) -> None:
     """writes: whether every rank writes there; else what cannot be written is not checked."""
-    folder = Path(setting).expanduser()
+    folder = local_path(setting)
     name = ranks.on_first(lambda: _place_token(folder, writes))
     if name is None:
         return

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import Data
 
@@ -108,7 +109,7 @@ def locate(data: Data) -> Source:
     """Find `data.source` without reading it. Raises ConfigError."""
     if data.source == "stdlib":
         return _stdlib(data)
-    path = Path(data.source).expanduser()
+    path = local_path(data.source)
     if path.is_dir():
         return _folder(data, path)
     if path.is_file():
@@ -198,7 +199,7 @@ def _read_files(
     for builder in ("json", "parquet"):
         chosen = [str(file.resolve()) for file in tables if _kind(file) == builder]
         if chosen:
-            cache = str(Path(data.cache_dir).expanduser() / "datasets")
+            cache = str(local_path(data.cache_dir) / "datasets")
             rows = _load(data, builder, data_files=chosen, cache_dir=cache)
             documents.tables.append(_column(data, rows))
     return documents

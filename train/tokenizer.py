@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from configs.paths import local_path
 from configs.rules import ConfigError
 
 EOT = "<|endoftext|>"
@@ -115,7 +116,7 @@ def _first(texts: Iterable[str], limit: int | None, used: list[int]) -> Iterator
 
 def find_tokenizer(setting: str) -> Path:
     """The `tokenizer.json` that `data.tokenizer` (a file or its folder) names."""
-    path = Path(setting).expanduser()
+    path = local_path(setting)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         problem = "the folder has no tokenizer.json" if path.is_dir() else "no such file or folder"

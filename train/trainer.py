@@ -14,6 +14,8 @@ import torch
 
 from configs.degrees import Degrees
 from configs.loader import flatten, to_toml
+from configs.paths import local_path
+from configs.remarks import remarks
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from kernels.device import bf16_is_fast
@@ -64,7 +66,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, degrees: Degrees, ranks: Ranks) -> None:
         self.config, self.degrees, self.ranks = config, degrees, ranks
-        self.folder = Path(config.run.dir).expanduser()
+        self.folder = local_path(config.run.dir)
         ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
         check_shared(config, ranks)
         self.compute = compute_dtype(config, ranks.device)
@@ -266,6 +268,7 @@ class Trainer:
             *fp8,
             *forced,
             *frozen,
+            *remarks(self.config),
             *lines,
             sep="\n",
             flush=True,

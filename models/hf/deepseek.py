@@ -52,6 +52,18 @@ def _v2_refusals(model: Model) -> list[str]:
     )
 
 
+def _v2_unloadable(model: Model) -> list[str]:
+    """Sizes that transformers' own code of this family cannot have, and why: it refuses the config,
+    or fails in the first forward pass, where it views halves of a row as complex numbers."""
+    a, found = model.attention, []
+    if model.d_model % a.n_heads:
+        found.append(f"d_model (a multiple of attention.n_heads = {a.n_heads})")
+    for key in ("qk_nope_head_dim", "kv_lora_rank"):
+        if getattr(a, key) % 2:
+            found.append(f"attention.{key} (an even one)")
+    return found
+
+
 def _config(model: Model) -> dict[str, Any]:
     a = model.attention
     return deepseek_moe_config(model) | {
@@ -176,4 +188,6 @@ def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
 
 _V3, _V2 = "DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"
 DEEPSEEK_V3 = Family(_V3, _v3_refusals, _v3_config, _v3_parse, _layer, "per_expert", has_mtp=True)
-DEEPSEEK_V2 = Family(_V2, _v2_refusals, _v2_config, _v2_parse, _layer, "per_expert")
+DEEPSEEK_V2 = Family(
+    _V2, _v2_refusals, _v2_config, _v2_parse, _layer, "per_expert", unloadable=_v2_unloadable
+)

@@ -58,11 +58,11 @@ def _family(model: Model) -> Family:
         )
     refusals = [(_refusals(family, model), family) for family in FAMILIES]
     for refused, family in refusals:
-        if not refused:
+        if not refused and not family.unloadable(model):
             _check_readable(family, model)
             return family
     refused, nearest = min(refusals, key=lambda pair: len(pair[0]))
-    keys = ", ".join(f"model.{key}" for key in refused)
+    keys = ", ".join(f"model.{key}" for key in refused or nearest.unloadable(model))
     raise ConfigError(
         f"no Hugging Face architecture expresses this model; the nearest, {nearest.architecture}, "
         f"needs another {keys}"

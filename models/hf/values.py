@@ -28,6 +28,9 @@ class Family:
     """The layout of the family's published checkpoints: what an export has."""
     has_mtp: bool = False
     """Whether the checkpoints may hold MTP modules, as layers beyond the last."""
+    unloadable: Callable[[Model], list[str]] = lambda model: []
+    """Sizes of a model, with what they would have to be, that the architecture's code in
+    transformers cannot have, though it expresses the features."""
 
 
 @dataclass(frozen=True)

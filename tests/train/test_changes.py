@@ -163,7 +163,8 @@ def test_mtp_modules_come_and_go_with_given_weights(
 ) -> None:
     """Nothing moves the weights here: the loss of step 1 is that of the weights given."""
     still = [
-        *overrides, "--optimizer.lr=0", "--model.moe.bias_update_rate=0", "--train.steps=1"
+        *overrides, "--optimizer.lr=0", "--model.moe.bias_update_rate=0", "--train.steps=1",
+        "--schedule.warmup_steps=0",
     ]  # fmt: skip
     flat, deep = tmp_path / "run", tmp_path / "deep"
     assert train(*still, "--model.init_std=0.05") == 0

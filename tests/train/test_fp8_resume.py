@@ -51,7 +51,8 @@ def test_weights_go_from_one_recipe_to_the_other(
     run("-m", "train", TINY, *overrides, *recipes[0], "--train.steps=2")
     second = tmp_path / "second"
     more = [f"--run.dir={second}", f"--checkpoint.init_from={tmp_path / 'run'}"]
-    more += ["--train.steps=1", "--optimizer.lr=0", "--model.moe.bias_update_rate=0"]
+    more += ["--train.steps=1", "--schedule.warmup_steps=0", "--optimizer.lr=0"]
+    more += ["--model.moe.bias_update_rate=0"]
     run("-m", "train", TINY, *overrides, *recipes[1], *more)
     given, got = saved(tmp_path / "run"), saved(second)
     weights = [name for name in given if name.startswith("model.")]
