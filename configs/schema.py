@@ -126,7 +126,9 @@ class Schedule:
     stays at its last value. The rate depends on the step and on this number alone. 0:
     `train.steps`, so that another `train.steps` is another schedule."""
     warmup_steps: int = 0
-    """Steps of linear warmup, at most those of the whole schedule."""
+    """Steps of linear warmup, at most those of the whole schedule. 0: `warmup_fraction` of them."""
+    warmup_fraction: float = 0.0
+    """Share of the steps that is warmup where `warmup_steps` is 0: fits runs of any length."""
     decay_fraction: float = 0.2
     """Share of the steps in which `wsd` decays."""
     min_lr_fraction: float = 0.0
@@ -134,7 +136,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         between(self, 0, 2**31, "steps", "warmup_steps")
-        between(self, 0.0, 1.0, "decay_fraction", "min_lr_fraction")
+        between(self, 0.0, 1.0, "warmup_fraction", "decay_fraction", "min_lr_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,10 +46,12 @@ PAIR = (BF16, CONTROL, FP8)
 ABLATIONS = tuple(name for name in ARITHMETIC if name != "blockwise")
 VARIANTS = (*PAIR, FP32_SCALES, *ARITHMETIC)
 STEADY = {
-    "demo": ("--optimizer.lr=2e-4", "--model.moe.bias_update_rate=0.002"),
-    "deepseek_v3": ("--optimizer.lr=5e-4",),
-    "qwen3": ("--optimizer.lr=5e-4",),
-}
+    "demo": (
+        "--optimizer.lr=2e-4", "--schedule.warmup_steps=30", "--model.moe.bias_update_rate=0.002",
+    ),
+    "deepseek_v3": ("--optimizer.lr=5e-4", "--schedule.warmup_steps=10"),
+    "qwen3": ("--optimizer.lr=5e-4", "--schedule.warmup_steps=10"),
+}  # fmt: skip
 """What the experiments of a comparison change in MODELS. At learning rates for short trainings any
 rounding decides when a model learns something; balancing biases that move in large steps move
 tokens to other experts for a rounding, too."""

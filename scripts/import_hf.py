@@ -165,7 +165,7 @@ def _experiment(out: Path, model: Model, raw: dict[str, Any], has_tokenizer: boo
         ),
         train=Train(steps=1000, global_batch=64, micro_batch=1),
         optimizer=Optimizer(lr=1e-5),
-        schedule=Schedule(warmup_steps=50),
+        schedule=Schedule(warmup_fraction=0.05),
         checkpoint=Checkpoint(every=200, init_from=str(out)),
     )
 

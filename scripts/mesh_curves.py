@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")
     options = parser.parse_args()
     common = [
-        f"--train.steps={options.steps}", f"--data.seq_len={options.seq_len}",
+        f"--train.steps={options.steps}", f"--schedule.warmup_steps={min(30, options.steps)}",
+        f"--data.seq_len={options.seq_len}",
         "--precision.recipe=fp32", "--checkpoint.every=0", "--validation.every=0",
         "--validation.sequences=1",
     ]  # fmt: skip

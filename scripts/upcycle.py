@@ -119,7 +119,7 @@ def _config(
         data=Data(tokenizer=str(out / "tokenizer"), seq_len=min(dense.max_positions, 1024)),
         train=Train(steps=1000, global_batch=16, micro_batch=1),
         optimizer=Optimizer(lr=1e-4),
-        schedule=Schedule(warmup_steps=20, min_lr_fraction=0.1),
+        schedule=Schedule(warmup_fraction=0.02, min_lr_fraction=0.1),
         validation=Validation(sequences=256),
         checkpoint=Checkpoint(init_from=str(out)),
     )

@@ -13,13 +13,13 @@ def schedule_steps(config: RunConfig) -> int:
 def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
     """Learning rate of optimizer step `step` (from 1) of a schedule of `steps`.
 
-    Linear warmup reaches the peak at step `warmup_steps`; the decay reaches
-    `min_lr_fraction * peak` at step `steps`, where the rate then stays. A run shorter than its
-    warmup stays on the ramp.
+    Linear warmup reaches the peak at its last step; the decay reaches `min_lr_fraction * peak` at
+    step `steps`, where the rate then stays. A run shorter than its warmup stays on the ramp.
     """
-    if step <= schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    start = schedule.warmup_steps
+    warmup = schedule.warmup_steps or round(schedule.warmup_fraction * steps)
+    if step <= warmup:
+        return peak * step / warmup
+    start = warmup
     if schedule.kind == "wsd":
         start = max(start, steps - round(schedule.decay_fraction * steps))
     if step <= start or start >= steps:

@@ -33,3 +33,11 @@ def test_linear_and_cosine() -> None:
 def test_never_outside_its_range(kind: str, warmup: int, steps: int) -> None:
     schedule = Schedule(kind=kind, warmup_steps=warmup, decay_fraction=1.0)  # type: ignore[arg-type]
     assert all(0 <= lr <= 2 for lr in curve(schedule, steps))
+
+
+def test_a_share_of_the_steps_is_warmup_at_any_length() -> None:
+    given, shared = Schedule(warmup_steps=30), Schedule(warmup_fraction=0.075)
+    assert curve(shared, 400) == curve(given, 400)
+    assert curve(shared, 1) == [2.0], "no step of one is warmup"
+    both = Schedule(warmup_steps=7, warmup_fraction=0.9)
+    assert curve(both, 20) == curve(Schedule(warmup_steps=7), 20)
