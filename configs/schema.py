@@ -39,6 +39,10 @@ class Data:
     text, JSONL or Parquet file or a folder of them, or the name of a Hugging Face dataset."""
     text_field: str = "text"
     """Column that holds the document, for JSONL, Parquet and Hugging Face datasets."""
+    unreadable_rows: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows of JSONL and Parquet files that cannot be read: a line that is no JSON
+    object or is cut, a text that is no string, the rest of a damaged file. `refuse`: an error with
+    file and line. `skip`: leave them out, counted in the log and listed in the manifest."""
     tokenizer: str = ""
     """Folder or file of an existing `tokenizer.json`. Empty: train a byte-level BPE tokenizer of
     `model.vocab_size` tokens on the training documents."""

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.degrees import Degrees, default_world, resolve
@@ -73,12 +74,14 @@ def _check(config: RunConfig, ranks: int | None) -> int:
 def _train(config: RunConfig, degrees: Degrees) -> int:
     from parallel.dispatch.overflow import CapacityOverflow
     from parallel.ranks import start_ranks, stop_ranks
+    from train.durable import naming
     from train.step import NonFiniteError
     from train.trainer import Trainer
 
     ranks = start_ranks(config.train.threads)
     try:
-        code = Trainer(config, degrees, ranks).run()
+        with naming(Path(config.run.dir)):
+            code = Trainer(config, degrees, ranks).run()
         stop_ranks()
         return code or 0
     except (NonFiniteError, CapacityOverflow) as error:

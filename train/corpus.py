@@ -18,7 +18,8 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from configs.rules import ConfigError
 from configs.schema import RunConfig
 from train import sources
 from train.corpus_build import FILES, build
-from train.durable import sync
-from train.tokenizer import WORDS, find_tokenizer
+from train.documents import shown
+from train.durable import naming, sync
+from train.tokenizer import BOUNDARIES, WORDS, find_tokenizer
 from train.tokenizer_export import files_beside
 
 FORMAT = 2
@@ -74,27 +76,51 @@ def prepare(config: RunConfig, log: Callable[[str], None]) -> Corpus:
     cache = local_path(config.data.cache_dir)
     label = re.sub(r"[^\w.-]+", "-", source.label).strip("-.")[:40] or "corpus"
     folder = cache / f"{label}-{_key(config, source)}"
+    with _blaming(cache):
+        return _find_or_build(config, source, folder, log)
+
+
+def _find_or_build(
+    config: RunConfig, source: sources.Source, folder: Path, log: Callable[[str], None]
+) -> Corpus:
     try:
         corpus = open_corpus(folder)
-        log(f"corpus: {folder}, {len(corpus.train):,} training tokens (cached)")
+        log(f"corpus: {shown(folder)}, {len(corpus.train):,} training tokens (cached)")
         return corpus
     except FileNotFoundError:
         pass
     except DamagedCache as error:
-        log(f"corpus: {error}; building it again")
-    work = cache / f".building-{uuid.uuid4().hex}"
+        log(f"corpus: {shown(str(error))}; building it again")
+    work = folder.with_name(f".building-{uuid.uuid4().hex}")
+    work.mkdir(parents=True)
     try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir = {str(cache)!r}: {error.strerror}") from None
-    try:
-        _remove_abandoned(cache)
+        _remove_abandoned(work.parent)
         manifest = build(config, source, work, log)
         _write_manifest(work, manifest)
         _publish(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return open_corpus(folder)
+
+
+@contextmanager
+def _blaming(cache: Path) -> Iterator[None]:
+    """Make errors of writing below `cache` ConfigErrors that name it."""
+    try:
+        with naming(cache):
+            yield
+    except OSError as error:
+        file = Path(error.filename)
+        if not (file.is_relative_to(cache) or cache.is_relative_to(file)):
+            raise  # a given tokenizer that cannot be read
+        place = "" if file == cache else f"{shown(file)}: "
+        raise ConfigError(
+            f"data.cache_dir = {str(cache)!r}: cannot be used: {place}{error.strerror}"
+        ) from None
+    except ValueError as error:
+        if "\0" not in str(cache):
+            raise
+        raise ConfigError(f"data.cache_dir = {str(cache)!r}: {error}") from None
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -141,7 +167,7 @@ def _key(config: RunConfig, source: sources.Source) -> str:
     if data.tokenizer:
         files = files_beside(find_tokenizer(data.tokenizer))
         contents = b"\0".join(file.read_bytes() for file in files)
-        tokenizer = hashlib.sha256(contents).hexdigest()
+        tokenizer = f"{hashlib.sha256(contents).hexdigest()} {BOUNDARIES}"
     parts = [
         FORMAT,
         source.identity,
@@ -152,6 +178,8 @@ def _key(config: RunConfig, source: sources.Source) -> str:
         config.model.vocab_size,
         importlib.metadata.version("tokenizers"),
     ]
+    if data.unreadable_rows != "refuse":  # which decides nothing: there are no such rows
+        parts.append(data.unreadable_rows)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -163,8 +191,7 @@ def _write_manifest(work: Path, manifest: dict[str, Any]) -> None:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     manifest = {"format": FORMAT, "fingerprint": whole.hexdigest()} | manifest
     manifest["files"] = {name: _stamp(work / name) for name in FILES}
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    (work / "manifest.json").write_text(text, "utf-8")
+    (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     for path in (*work.iterdir(), work):
         sync(path)
 

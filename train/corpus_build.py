@@ -11,8 +11,6 @@ grows. The tokenizer learns from training documents only.
 """
 
 import json
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +21,9 @@ import numpy as np
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from train.dedup import Survey, survey
-from train.sources import Documents, Source
+from train.documents import Documents, shown
+from train.progress import reported
+from train.sources import Source
 from train.tokenizer import (
     Encoder,
     check_vocab_size,
@@ -36,7 +36,6 @@ from train.tokenizer_export import kept_settings
 Log = Callable[[str], None]
 FILES = ("tokenizer.json", "tokenizer_config.json", "train.npy", "validation.npy")
 _CHUNK_BYTES = 4 * 2**20  # text in hand at once, besides the one document that exceeds it
-_LOG_SECONDS = 5.0
 
 
 def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, Any]:
@@ -46,20 +45,27 @@ def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, 
     given = find_tokenizer(data.tokenizer) if data.tokenizer else None
     if given:
         load_tokenizer(given, vocab_size)  # its faults show before the corpus is read
-    log(f"corpus: reading {data.source}")
-    documents = source.read()
-    found = survey(documents, data.near_duplicate_threshold)
+    log(f"corpus: reading {shown(data.source)}")
+    with source.read(work, log) as documents:
+        return _build(config, documents, given, work, log)
+
+
+def _build(
+    config: RunConfig, documents: Documents, given: Path | None, work: Path, log: Log
+) -> dict[str, Any]:
+    data, vocab_size = config.data, config.model.vocab_size
+    found = survey(documents, data.near_duplicate_threshold, log)
     _report(config, documents, found, log)
     held_out = split(found.digests, data.validation_fraction)
     rows = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
 
     file = work / "tokenizer.json"
     if given:
-        shutil.copyfile(given, file)
+        file.write_bytes(given.read_bytes())
     else:
-        train_tokenizer(lambda: _texts(documents, found, rows["train"]), vocab_size, log).save(
-            str(file)
-        )
+        trained = train_tokenizer(lambda: _texts(documents, found, rows["train"]), vocab_size, log)
+        # not with the library's save, whose error for a full disk is no OSError
+        file.write_text(trained.to_str(pretty=True), "utf-8")
     tokenizer, eot_token = load_tokenizer(given or file, vocab_size)
     kept = kept_settings(given or file, eot_token)
     (work / "tokenizer_config.json").write_text(json.dumps(kept), "utf-8")
@@ -81,6 +87,10 @@ def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, 
             **{part: len(rows[part]) for part in rows},
         },
         "files_not_utf8": documents.not_utf8,
+        "rows_unreadable": {
+            "count": documents.n_unreadable_rows,
+            "first": documents.unreadable_rows,
+        },
         "bytes": {part: sum(found.sizes[row] for row in rows[part]) for part in rows},
         "tokens": tokens,
         "dtype": dtype.name,
@@ -106,6 +116,11 @@ def _report(config: RunConfig, documents: Documents, found: Survey, log: Log) ->
     if documents.not_utf8:
         example = documents.not_utf8[0]
         log(f"corpus: left out {len(documents.not_utf8)} files that are not UTF-8, as {example}")
+    if documents.n_unreadable_rows:
+        rows = f"{documents.n_unreadable_rows:,} rows that cannot be read"
+        log(f"corpus: left out {rows}, as {documents.unreadable_rows[0]}")
+    for note in documents.notes:
+        log(f"corpus: {note}")
     dropped = f"{found.n_empty} empty, {found.n_exact} equal, {found.n_near} nearly equal to others"
     log(
         f"corpus: {len(documents):,} documents, dropped {dropped}; "
@@ -143,18 +158,18 @@ def _texts(documents: Documents, found: Survey, rows: np.ndarray) -> Iterator[st
 def _encode(chunks: Iterator[list[str]], encoder: Encoder, path: Path, log: Log) -> int:
     """Write the stream of all chunks as one array file; returns its length in tokens."""
     length = n_documents = 0
-    last = time.monotonic()
+
+    def line(done: int) -> str:
+        return f"{path.stem}: {n_documents:,} documents, {length:,} tokens so far"
+
     with open(path, "wb") as file:
         _write_header(file, 0, encoder.dtype)
         start = file.tell()
-        for chunk in chunks:
+        for chunk in reported(chunks, log, line):
             stream = encoder.encode(chunk)
             file.write(stream.data)
             length += len(stream)
             n_documents += len(chunk)
-            if time.monotonic() - last > _LOG_SECONDS:
-                last = time.monotonic()
-                log(f"{path.stem}: {n_documents:,} documents, {length:,} tokens so far")
         # numpy pads the header for a length that grows, so the true one fits over the first.
         file.seek(0)
         _write_header(file, length, encoder.dtype)

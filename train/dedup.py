@@ -8,10 +8,10 @@ agreements estimates J without bias and with standard error sqrt(J (1 - J) / K):
 0.044 at its worst (J = 0.5). A signature is 512 bytes, whatever the length of the document.
 
 Comparing all pairs is quadratic, so signatures are cut into bands of r values, and only documents
-that agree on a whole band are compared (locality-sensitive hashing; Leskovec, Rajaraman, Ullman,
-"Mining of Massive Datasets", chapter 3). A pair at J = t is overlooked with probability
-(1 - t^r)^(K/r); `band_rows` takes the longest bands that keep this under 1e-4, then the estimate
-over all K values decides.
+that agree on a whole band are compared; `train.near_index` has how, and what it does where many
+documents share lines. A pair at J = t agrees on no band with probability (1 - t^r)^(K/r);
+`band_rows` takes the longest bands that keep this under 1e-4, then the estimate over all K values
+decides.
 
 Lines are stripped, so that indentation does not matter, and lines under six characters (`else:`,
 `}`) are ignored: every program shares them. A document without a longer line can only be an
@@ -20,10 +20,13 @@ exact duplicate. Left out: shingles of words, which would also catch re-wrapped 
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from train.near_index import NearIndex
+from train.progress import reported
 
 HASHES = 128
 SHORTEST_LINE = 6
@@ -48,9 +51,13 @@ class Survey:
     n_empty: int
     n_exact: int
     n_near: int
+    n_compared: int
+    """Pairs of signatures that were compared."""
 
 
-def survey(texts: Iterable[str], threshold: float) -> Survey:
+def survey(
+    texts: Iterable[str], threshold: float, log: Callable[[str], None] = lambda line: None
+) -> Survey:
     """Read every document once and drop empty, equal and nearly equal ones.
 
     threshold: estimated Jaccard similarity from which a document is dropped; 1.0 drops exact
@@ -60,9 +67,12 @@ def survey(texts: Iterable[str], threshold: float) -> Survey:
     found: dict[bytes, int] = {}  # digest -> row in the lists below
     positions: list[int] = []
     sizes: list[int] = []
-    signatures: list[np.ndarray | None] = []
+    signatures = bytearray()
+    signature_of: dict[int, int] = {}  # row -> number of its signature
     n_empty = n_exact = 0
-    for position, text in enumerate(texts):
+    for position, text in enumerate(
+        reported(texts, log, lambda n: f"duplicates: {n:,} documents read so far")
+    ):
         if not text.strip():
             n_empty += 1
             continue
@@ -71,13 +81,17 @@ def survey(texts: Iterable[str], threshold: float) -> Survey:
         if digest in found:
             n_exact += 1
             continue
-        found[digest] = len(positions)
+        row = found[digest] = len(positions)
         positions.append(position)
         sizes.append(len(raw))
-        signatures.append(signature(raw) if threshold < 1.0 else None)
+        values = signature(raw) if threshold < 1.0 else None
+        if values is not None:
+            signature_of[row] = len(signature_of)
+            signatures += values.tobytes()
     digests = sorted(found)
     order = [found[digest] for digest in digests]
-    chosen = _drop_similar([signatures[row] for row in order], threshold)
+    table = np.frombuffer(signatures, np.uint32).reshape(-1, HASHES)
+    chosen, n_compared = _drop_similar([signature_of.get(r) for r in order], table, threshold, log)
     return Survey(
         kept=[positions[order[i]] for i in chosen],
         digests=[digests[i] for i in chosen],
@@ -85,6 +99,7 @@ def survey(texts: Iterable[str], threshold: float) -> Survey:
         n_empty=n_empty,
         n_exact=n_exact,
         n_near=len(order) - len(chosen),
+        n_compared=n_compared,
     )
 
 
@@ -117,23 +132,23 @@ def band_rows(threshold: float) -> int:
     return rows
 
 
-def _drop_similar(signatures: list[np.ndarray | None], threshold: float) -> list[int]:
-    """Indices that stay: each document is compared with those kept before it."""
-    if threshold >= 1.0:
-        return list(range(len(signatures)))
-    width = 4 * band_rows(threshold)  # bytes
-    buckets: dict[tuple[int, bytes], list[int]] = {}
+def _drop_similar(
+    rows: list[int | None], signatures: np.ndarray, threshold: float, log: Callable[[str], None]
+) -> tuple[list[int], int]:
+    """Indices of `rows` that stay, each compared with those kept before it, and the comparisons.
+
+    rows: of `signatures`, uint32 [documents with one, HASHES]; None for a document without.
+    """
+    index = NearIndex(signatures, threshold, band_rows(threshold))
     chosen: list[int] = []
-    for index, values in enumerate(signatures):
-        if values is None:
-            chosen.append(index)
-            continue
-        raw = values.tobytes()
-        keys = [(start, raw[start : start + width]) for start in range(0, len(raw), width)]
-        rivals = {rival for key in keys for rival in buckets.get(key, ())}
-        if any(np.mean(signatures[rival] == values) >= threshold for rival in rivals):
-            continue
-        chosen.append(index)
-        for key in keys:
-            buckets.setdefault(key, []).append(index)
-    return chosen
+
+    def line(done: int) -> str:
+        return f"duplicates: {done:,} of {len(rows):,} documents compared, {len(chosen):,} kept"
+
+    for i, row in enumerate(reported(rows, log, line)):
+        if row is not None:
+            if index.has_similar(row):
+                continue
+            index.add(row)
+        chosen.append(i)
+    return chosen, index.n_compared

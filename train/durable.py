@@ -1,28 +1,64 @@
 """Files that are whole or absent, whatever kills the process, and folders with one owner."""
 
+import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.rules import ConfigError
 
 _CLAIMS: list[int] = []
 """Open lock files; they stay locked as long as this process lives."""
+_WRITE_FAULTS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+)
+"""Disk or quota full, read-only, not permitted, the largest file of this account."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make errors of writing name `path`: those of an open file (disk full) name nothing, and
+    those of a copy name the file that was read first."""
+    try:
+        yield
+    except OSError as error:
+        place = str(path) if error.filename is None else error.filename
+        if error.errno in _WRITE_FAULTS and error.filename2 is not None:
+            place = error.filename2
+        raise OSError(error.errno, error.strerror or str(error), place) from None
+
+
+def write_fault(error: BaseException | None) -> OSError | None:
+    """What among an error and its causes says that a disk takes no more, or not from us."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _WRITE_FAULTS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def sync(path: Path) -> None:
     """Make a file or folder durable: what it holds survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(error.start - 40, 0) : error.end + 40]
+        raise ConfigError(f"{path}: cannot hold {near!r}: it is not UTF-8; rename it") from None
+    with naming(path):
+        partial.write_bytes(raw)
     sync(partial)
     partial.rename(path)
 
@@ -47,4 +83,7 @@ def claim(folder: Path) -> None:
     except BlockingIOError:
         os.close(handle)
         raise ConfigError(f"{folder}: another process is training in this run.dir") from None
+    except OSError as error:  # some network file systems have no locks
+        os.close(handle)
+        raise ConfigError(f"{folder / '.lock'}: cannot be locked: {error.strerror}") from None
     _CLAIMS.append(handle)

@@ -1,17 +1,19 @@
 """From `data.source` to documents: the standard library, text files, tables, Hugging Face datasets.
 
 Two steps, so that a cached corpus starts fast. `locate` looks at names, sizes and times only: it
-finds the user's mistakes and returns what identifies the source. `Source.read` opens the documents.
+finds the user's mistakes and returns what identifies the source. `Source.read` reads the documents
+(`train.rows` those of tables).
 
 What a document is:
 - standard library, or a folder: one file;
-- JSONL, Parquet, Hugging Face dataset: one row's `data.text_field`;
+- JSON lines, Parquet, Hugging Face dataset: one row's `data.text_field`;
 - in plain text, a line that is exactly `<|endoftext|>` ends a document. A single text file without
   such lines is cut at blank lines (at line ends where it has none) into pieces of about 8,192
   characters, or of a sixteenth of the file if that is less: there must be documents to hold out.
 
 Text is UTF-8. A single file that is not is an error; such files in a folder or in the standard
-library are left out and counted.
+library are left out and counted. The name of a file is only ever a name: no character of it means
+anything but a leading `~`, and no other file is read.
 """
 
 import difflib
@@ -20,80 +22,49 @@ import os
 import platform
 import re
 import sysconfig
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import Data
+from train.documents import Documents, shown
+from train.durable import write_fault
+from train.progress import reported
+from train.rows import (
+    Column,
+    Row,
+    Unreadable,
+    WrongColumn,
+    check_text,
+    json_rows,
+    parquet_rows,
+    texts_of,
+)
 
+Log = Callable[[str], None]
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .markdown .rst .tex .org .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java"
     " .js .ts .tsx .jl .lua .rb .sh .sql .toml .yaml .yml .html .css".split()
 )
-TABLE_SUFFIXES = {".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+_JSON_LINES = (".jsonl", ".jsonlines", ".ndjson", ".ldjson")
+TABLE_SUFFIXES = {suffix + gz: json_rows for suffix in _JSON_LINES for gz in ("", ".gz")} | {
+    ".parquet": parquet_rows
+}
 BINARY_SUFFIXES = frozenset(
     ".gz .zip .tar .tgz .xz .bz2 .zst .7z .json .csv .tsv .arrow .pdf .doc .docx .epub .npy .bin"
     " .pt .safetensors .png .jpg .so .pyc".split()
 )
-SUPPORTED = "text files (.txt, .md, .py, ...), .jsonl, .jsonl.gz and .parquet"
+SUPPORTED = "text files (.txt, .md, .py, ...), .jsonl or .ndjson (also .gz) and .parquet"
 PIECE_LENGTH = 8192  # characters
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_ROWS = 256
-
-
-class Table:
-    """One text column of a `datasets.Dataset`, which stays on disk."""
-
-    def __init__(self, rows: Any, column: str) -> None:
-        self.rows, self.column = rows.select_columns(column), column
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, indices: Sequence[int]) -> list[str]:
-        return [text or "" for text in self.rows[list(indices)][self.column]]
-
-
-@dataclass
-class Documents:
-    """All documents of a source by position, in memory (files) or on disk (tables)."""
-
-    texts: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    not_utf8: list[str] = field(default_factory=list)
-    """Files left out because they are not UTF-8."""
-
-    def __len__(self) -> int:
-        return len(self.texts) + sum(map(len, self.tables))
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.texts
-        for table in self.tables:
-            for start in range(0, len(table), _ROWS):
-                yield from table.take(range(start, min(start + _ROWS, len(table))))
-
-    def take(self, positions: Sequence[int]) -> list[str]:
-        """The documents at `positions`, in that order; one read per table."""
-        starts = [0, len(self.texts)]
-        for table in self.tables:
-            starts.append(starts[-1] + len(table))
-        wanted: dict[int, list[int]] = {}
-        for position in positions:
-            wanted.setdefault(bisect_right(starts, position) - 1, []).append(position)
-        found: dict[int, str] = {}
-        for part, members in wanted.items():
-            if part == 0:
-                found.update((p, self.texts[p]) for p in members)
-            else:
-                rows = self.tables[part - 1].take([p - starts[part] for p in members])
-                found.update(zip(members, rows, strict=True))
-        return [found[position] for position in positions]
+_FULL = re.compile("[Nn]o space left|disk space")  # libraries that lose the number of the error
+_BATCH = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +73,18 @@ class Source:
     """Short name for folders and logs."""
     identity: Any
     """JSON-able: changes when the documents do (for a Hugging Face dataset only its name)."""
-    read: Callable[[], Documents]
+    fill: Callable[[Documents, Log], None]
+    """Adds the documents; raises ConfigError."""
+
+    def read(self, folder: Path | None = None, log: Log = lambda line: None) -> Documents:
+        """All documents. folder: where they take their space; None: that of temporary files."""
+        documents = Documents(folder)
+        try:
+            self.fill(documents, log)
+        except BaseException:
+            documents.close()
+            raise
+        return documents
 
 
 def locate(data: Data) -> Source:
@@ -110,15 +92,21 @@ def locate(data: Data) -> Source:
     if data.source == "stdlib":
         return _stdlib(data)
     path = local_path(data.source)
-    if path.is_dir():
-        return _folder(data, path)
-    if path.is_file():
-        return _file(data, path)
+    try:
+        if path.is_dir():
+            return _folder(data, path)
+        if path.is_file():
+            return _file(data, path)
+        if path.exists():
+            raise _error(data, f"neither a file nor a folder; it takes {SUPPORTED}")
+    except OSError as error:
+        place = f"{shown(error.filename)}: " if error.filename not in (None, str(path)) else ""
+        raise _error(data, f"{place}{error.strerror}") from None
     if _HUB_NAME.fullmatch(data.source) and not _looks_like_path(data.source):
         return Source(
             label=re.sub(r"[/:]", "-", data.source),
             identity=["hub", data.source],
-            read=lambda: _read_hub(data),
+            fill=partial(_fill_from_hub, data),
         )
     raise _error(data, f"no such file or folder; {_near_paths(path)}")
 
@@ -139,28 +127,27 @@ def _stdlib(data: Data) -> Source:
     return Source(
         label="stdlib",
         identity=["stdlib", platform.python_version(), sizes],
-        read=lambda: _read_files(data, files, [], split_lines=False),
+        fill=partial(_fill_from_files, data, files, [], split_lines=False),
     )
 
 
 def _folder(data: Data, root: Path) -> Source:
     files = _walk(root, skip=())
-    texts = [file for file in files if _kind(file) == "text"]
-    tables = [file for file in files if _kind(file) in TABLE_SUFFIXES.values()]
+    texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
+    tables = [file for file in files if _reader(file)]
     if not texts and not tables:
         suffixes = Counter(file.suffix or file.name for file in files).most_common(4)
-        has = ", ".join(suffix for suffix, _ in suffixes) or "nothing"
+        has = ", ".join(shown(suffix, 100) for suffix, _ in suffixes) or "nothing"
         raise _error(data, f"no document in this folder (it has {has}); it takes {SUPPORTED}")
     return Source(
         label=root.resolve().name,
         identity=["files", [_stamp(file, root) for file in texts + tables]],
-        read=lambda: _read_files(data, texts, tables, split_lines=True),
+        fill=partial(_fill_from_files, data, texts, tables),
     )
 
 
 def _file(data: Data, path: Path) -> Source:
-    kind = _kind(path)
-    if kind in TABLE_SUFFIXES.values():
+    if _reader(path):
         texts, tables = [], [path]
     elif path.suffix.lower() in BINARY_SUFFIXES:
         hint = "; one JSON object per line? name it .jsonl" if path.suffix == ".json" else ""
@@ -169,16 +156,22 @@ def _file(data: Data, path: Path) -> Source:
         texts, tables = [path], []
     return Source(
         label=path.name.split(".")[0],
-        identity=["files", [_stamp(path, path.parent)]],
-        read=lambda: _read_files(data, texts, tables, split_lines=True, single=True),
+        identity=["rows" if tables else "files", [_stamp(path, path.parent)]],
+        fill=partial(_fill_from_files, data, texts, tables, single=True),
     )
 
 
-def _read_files(
-    data: Data, texts: list[Path], tables: list[Path], *, split_lines: bool, single: bool = False
-) -> Documents:
+def _fill_from_files(
+    data: Data,
+    texts: list[Path],
+    tables: list[Path],
+    documents: Documents,
+    log: Log,
+    *,
+    split_lines: bool = True,
+    single: bool = False,
+) -> None:
     """split_lines: `<|endoftext|>` lines end documents. single: the source is this one file."""
-    documents = Documents()
     for file in texts:
         try:
             text = file.read_bytes().decode("utf-8-sig")
@@ -187,22 +180,49 @@ def _read_files(
                 raise _error(
                     data, f"not UTF-8 text (byte {error.start}); it takes {SUPPORTED}"
                 ) from None
-            documents.not_utf8.append(str(file))
+            documents.not_utf8.append(shown(file))
             continue
         except OSError as error:
-            raise _error(data, f"{file} cannot be read: {error.strerror}") from None
+            raise _error(data, f"{shown(file)} cannot be read: {error.strerror}") from None
         parts = _SEPARATOR.split(text) if split_lines else [text]
         if len(parts) > 1:
-            documents.texts += [part for part in parts if part.strip()]
-        else:
-            documents.texts += cut(text) if single else parts
-    for builder in ("json", "parquet"):
-        chosen = [str(file.resolve()) for file in tables if _kind(file) == builder]
-        if chosen:
-            cache = str(local_path(data.cache_dir) / "datasets")
-            rows = _load(data, builder, data_files=chosen, cache_dir=cache)
-            documents.tables.append(_column(data, rows))
-    return documents
+            parts = [part for part in parts if part.strip()]
+        elif single:
+            parts = cut(text)
+        for part in parts:
+            documents.add(part)
+    columns = [_fill_from_table(data, file, documents, log, single) for file in tables]
+    if any(column.missed for column in columns) and not any(column.found for column in columns):
+        raise _no_column(data, [name for column in columns for name in column.others])
+
+
+def _fill_from_table(
+    data: Data, file: Path, documents: Documents, log: Log, single: bool
+) -> Column:
+    """Add the rows of a file; returns what was found of the column."""
+    column, reader = Column(data.text_field), _reader(file)
+    assert reader is not None
+    name, first = shown(file), len(documents)
+    place = "" if single else f"{name}, "
+    rows = reported(reader(file, column), log, lambda n: f"corpus: {n:,} rows of {name} so far")
+    try:
+        for row in rows:
+            if not isinstance(row, Unreadable):
+                documents.add(row or "")
+            elif data.unreadable_rows == "skip":
+                documents.add_unreadable(f"{name}, {row}")
+            elif row.not_utf8 and not single:
+                documents.shorten(first)
+                documents.not_utf8.append(name)
+                break
+            else:
+                hint = 'data.unreadable_rows = "skip" leaves such rows out'
+                raise _error(data, f"{place}{row}; mend it, or {hint}")
+    except WrongColumn as error:
+        raise _wrong_column(data, place, error) from None
+    if column.missed and not column.found:
+        documents.notes.append(f"{name} has no column {_column(data)}")
+    return column
 
 
 def cut(text: str) -> list[str]:
@@ -222,25 +242,51 @@ def cut(text: str) -> list[str]:
     return [text]
 
 
-def _read_hub(data: Data) -> Documents:
+def _fill_from_hub(data: Data, documents: Documents, log: Log) -> None:
     name, _, subset = data.source.partition(":")
     rows = _load(data, name, *([subset] if subset else []))
-    return Documents(tables=[_column(data, rows)])
+    schema = rows.features.arrow_schema
+    if data.text_field not in schema.names:
+        raise _no_column(data, schema.names)
+    try:
+        check_text(schema, Column(data.text_field))
+    except WrongColumn as error:
+        raise _wrong_column(data, "", error) from None
+    column = rows.select_columns(data.text_field).with_format("arrow").iter(_BATCH)
+    texts: Iterable[Row] = (
+        row for batch in column for part in batch.column(0).chunks for row in texts_of(part, 0)
+    )
+    texts = reported(texts, log, lambda n: f"corpus: {n:,} of {len(rows):,} rows so far")
+    for number, row in enumerate(texts, start=1):
+        if isinstance(row, Unreadable):
+            raise _error(data, f"row {number}: {row.why}")
+        documents.add(row or "")
 
 
-def _load(data: Data, *names: str, **options: Any) -> Any:
+def _load(data: Data, *names: str) -> Any:
     """`datasets.load_dataset` of the split `train`, with errors in one line."""
     import datasets  # takes 0.9 s to import: only for the sources that need it
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if Path(names[0]).exists() or names[0] in _PACKAGED_DATASETS_MODULES:
+        # the library would read that folder, or with a name such as "json" the current one
+        raise _error(data, f"no such file or folder; {names[0]} is no dataset of the Hub")
     datasets.disable_progress_bars()  # what goes wrong is said in one line, below
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
-        return datasets.load_dataset(*names, split="train", **options)
+        return datasets.load_dataset(*names, split="train")
     except Exception as error:  # the library raises many kinds; all mean that there is no data
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        if "data_files" in options:
-            raise _error(data, f"cannot be read as {names[0]}: {reason[0][:300]}") from None
+        fault = write_fault(error)
+        if fault or _FULL.search(reason[0]):
+            folder = (fault and fault.filename) or datasets.config.HF_CACHE_HOME
+            why = (fault and fault.strerror) or reason[0][:300]
+            raise _error(
+                data,
+                f"{shown(folder)}: the download cannot be written: {why}; HF_HOME names another "
+                "folder",
+            ) from None
         raise _error(
             data,
             f"no such file or folder ({_near_paths(Path(data.source))}), and as a Hugging Face "
@@ -248,36 +294,41 @@ def _load(data: Data, *names: str, **options: Any) -> Any:
         ) from None
 
 
-def _column(data: Data, rows: Any) -> Table:
-    key = f"data.text_field = {data.text_field!r}"
-    if data.text_field not in rows.column_names:
-        near = difflib.get_close_matches(data.text_field, rows.column_names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        columns = ", ".join(rows.column_names)
-        raise _error(data, f"no such column ({key}); it has {columns}{hint}")
-    kind = getattr(rows.features[data.text_field], "dtype", "a structure")
-    if kind not in ("string", "large_string"):
-        raise _error(data, f"this column holds {kind}, not text ({key})")
-    return Table(rows, data.text_field)
+def _column(data: Data) -> str:
+    return f"data.text_field = {shown(data.text_field, 100)!r}"
 
 
-def _kind(file: Path) -> str:
-    """`text`, a builder of the `datasets` library, or nothing for a file we do not take."""
-    for suffix, builder in TABLE_SUFFIXES.items():
-        if file.name.lower().endswith(suffix):
-            return builder
-    return "text" if file.suffix.lower() in TEXT_SUFFIXES else ""
+def _no_column(data: Data, names: Iterable[str]) -> ConfigError:
+    names = list(dict.fromkeys(shown(name, 50) for name in names))
+    near = difflib.get_close_matches(data.text_field, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    columns = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+    return _error(data, f"no such column ({_column(data)}); it has {columns or 'none'}{hint}")
+
+
+def _wrong_column(data: Data, place: str, error: WrongColumn) -> ConfigError:
+    return _error(data, f"{place}this column holds {error}, not text ({_column(data)})")
+
+
+def _reader(file: Path) -> Callable[[Path, Column], Iterator[Row]] | None:
+    """What reads the rows of a table; None for other files."""
+    name = file.name.lower()
+    return next((TABLE_SUFFIXES[s] for s in TABLE_SUFFIXES if name.endswith(s)), None)
 
 
 def _walk(root: Path, skip: tuple[str, ...]) -> list[Path]:
     """All files below root, sorted; without hidden ones and `__pycache__`."""
     files = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
         subfolders[:] = sorted(
             name for name in subfolders if name[0] != "." and name not in ("__pycache__", *skip)
         )
         files += [Path(folder, name) for name in sorted(names) if name[0] != "."]
     return [file for file in files if file.is_file()]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _stamp(file: Path, root: Path) -> list[Any]:
@@ -298,13 +349,17 @@ def _looks_like_path(source: str) -> bool:
 
 def _near_paths(path: Path) -> str:
     parent = path.parent
-    while not parent.is_dir():
-        parent = parent.parent
-    names = sorted(p.name for p in parent.iterdir() if p.name[0] != ".")
+    try:
+        while not parent.is_dir():
+            parent = parent.parent
+        names = sorted(p.name for p in parent.iterdir() if p.name[0] != ".")
+    except OSError as error:
+        return f"{shown(parent)}: {error.strerror}"
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near and parent == path.parent:
-        return "did you mean " + " or ".join(str(parent / name) for name in near) + "?"
-    return f"{parent.resolve()} has {', '.join(names[:5]) or 'nothing'}"
+        return "did you mean " + " or ".join(shown(parent / name) for name in near) + "?"
+    has = ", ".join(shown(name, 100) for name in names[:5])
+    return f"{shown(parent.resolve())} has {has or 'nothing'}"
 
 
 def _error(data: Data, problem: str) -> ConfigError:

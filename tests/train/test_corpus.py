@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +15,17 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from configs.model import Attention, Model, Moe
 from configs.rules import ConfigError
-from configs.schema import Data, Optimizer, Run, RunConfig, Train
+from tests.train.corpora import config, silent, write_texts
 from train import corpus as subject
 from train.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.corpus_build import split
-from train.tokenizer import train_tokenizer
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> RunConfig:
-    settings = {"source": str(tmp_path / "docs"), "cache_dir": str(tmp_path / "cache")} | data
-    moe = Moe(n_experts=2, top_k=1, d_expert=8)
-    sizes = {"d_model": 8, "n_layers": 1, "attention": Attention(n_heads=1, head_dim=8)}
-    return RunConfig(
-        run=Run(dir="unused"),
-        model=Model(vocab_size=vocab_size, moe=moe, **sizes),  # type: ignore[arg-type]
-        train=Train(steps=1, global_batch=1, micro_batch=1),
-        optimizer=Optimizer(lr=1e-3),
-        data=Data(**settings),
-    )
+from train.tokenizer import WORDS, train_tokenizer
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
-    """Forty different documents under `docs`, one with non-ASCII text and one with a forged eot."""
-    rng = random.Random(0)
-    made = [
-        "".join(f"value_{rng.randrange(50)} = {rng.random()}\n" for _ in range(30))
-        for _ in range(40)
-    ]
-    made[3] += "café 数\n"
-    made[4] += "x <|endoftext|> y\n"
-    (tmp_path / "docs").mkdir()
-    for number, text in enumerate(made):
-        (tmp_path / "docs" / f"{number}.py").write_text(text)
-    return made
+    return write_texts(tmp_path)
 
 
 def documents(corpus: Corpus, tokens: np.ndarray) -> list[str]:
@@ -264,6 +235,15 @@ def test_the_later_builder_uses_the_earlier_folder(
     assert second.tokenizer_file.stat().st_ino == inode[0]
 
 
+def test_an_older_corpus_is_found(tmp_path: Path, texts: list[str]) -> None:
+    """What decides the key of text files has not changed since format 2 began."""
+    files = [tmp_path / "docs" / f"{number}.py" for number in range(40)]
+    stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)]
+    parts = [2, ["files", stamps], "text", 0.02, 0.8, WORDS, 300, version("tokenizers")]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    assert prepare(config(tmp_path), silent).folder.name == f"docs-{key}"
+
+
 def test_mistakes_are_one_line(tmp_path: Path, texts: list[str]) -> None:
     def message(**change: Any) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -280,6 +260,10 @@ def test_mistakes_are_one_line(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "empty.txt").touch()
     assert "no text in it" in message(source=str(tmp_path / "empty.txt"))
     assert "data.cache_dir" in message(cache_dir=str(tmp_path / "docs" / "0.py"))
+    assert "data.cache_dir" in message(cache_dir=str(tmp_path / "a\0b"))
+    assert "data.cache_dir" in message(cache_dir=str(tmp_path / ("a" * 5000)))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert "data.cache_dir" in message(cache_dir=str(tmp_path / "dangling"))
     assert list((tmp_path / "cache").iterdir()) == []
     with pytest.raises(FileNotFoundError, match="every host"):
         open_corpus(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from configs.rules import ConfigError
 from configs.schema import Data
-from train import sources
+from train import progress, sources
 from train.sources import cut, locate
 
 
@@ -78,13 +79,14 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     cache = str(tmp_path / "cache")
     assert read(path, text_field="body", cache_dir=cache) == texts
     fails(path, "no such column", "n, body", "did you mean body", text_field="bod", cache_dir=cache)
-    fails(path, "holds int64, not text", text_field="n", cache_dir=cache)
+    kind = "int64" if suffix == "parquet" else "a number"
+    fails(path, f"holds {kind}, not text", text_field="n", cache_dir=cache)
 
 
 def test_a_broken_table_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"text": oops\n')
-    fails(path, "cannot be read as json", cache_dir=str(tmp_path / "cache"))
+    fails(path, "line 2: not JSON", cache_dir=str(tmp_path / "cache"))
 
 
 def test_one_text_is_cut_into_documents() -> None:
@@ -123,6 +125,133 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fails("corpsu.txt", "did you mean corpus.txt?")
     fails("./corpus", "no such file or folder")
+
+
+NAMES = [
+    "*.{s}", "[ab].{s}", "a?.{s}", "a::b.{s}", "~nobody.{s}", "~root", "{{a,b}}.{s}", "%41.{s}",
+    "**", "hf:x.{s}", "$HOME.{s}", "a\\b.{s}", " a.{s}", "zip::a.{s}", "two\nlines.{s}", "#a.{s}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet", "txt"])
+def test_a_name_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path / f"a.{suffix}", "decoy")
+    table(tmp_path / f"ab.{suffix}", "decoy")
+    for number, pattern in enumerate(NAMES):
+        name = pattern.format(s=suffix)
+        if "." in name:
+            folder, path = tmp_path / str(number), Path(name)
+            table(path, "this one")
+            assert read(name) == ["this one"], name
+            assert read(tmp_path / name) == ["this one"], name
+            path.unlink()
+        else:
+            folder = Path(name)
+        table(folder / f"x.{suffix}", "in the folder")  # a folder of that name, too
+        assert read(folder) == ["in the folder"], name
+    table(tmp_path / "http:" / "host" / f"a.{suffix}", "no address")
+    assert read(f"http://host/a.{suffix}") == ["no address"]
+    missing = ["*.X", "a.X\0", "\0", "~nobody/x.X", "a" * 5000, "a.X::b", "[a].X"]
+    for name in (*missing, f"file://{tmp_path}/a.X"):
+        fails(name.replace("X", suffix))
+
+
+def table(path: Path, text: str) -> None:
+    """A file of one document, of the kind that its name says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(".parquet"):
+        with open(path, "wb") as file:
+            pq.write_table(pa.table({"text": [text]}), file)
+    else:
+        raw = text.encode() if path.suffix == ".txt" else json.dumps({"text": text}).encode()
+        path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+def test_a_hub_name_never_means_a_folder_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"a.json": '{"text": "a"}', "rows/a.jsonl": '{"text": "a"}'})
+    for name in ("json", "text", "parquet", "rows:default"):
+        fails(name, "no dataset of the Hub")
+
+
+def test_neither_file_nor_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    fails(tmp_path / "pipe.jsonl", "neither a file nor a folder")
+    write(tmp_path, {"a.txt": "a"})
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    assert read(tmp_path) == ["a"]
+    fails(tmp_path / "loop.txt")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"a.txt": "a", "secret/b.txt": "b"})
+    real = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    fails(tmp_path, f"{tmp_path / 'secret'}: Permission denied")
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    for name in (b"caf\xe9.txt", b"caf\xe9.jsonl", b"line\nend.txt"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(b'{"text": "caf\xe9"}')
+    with open(os.path.join(folder, b"good\xe9.jsonl"), "wb") as file:
+        file.write(b'{"text": "good"}')
+    write(tmp_path, {"a.txt": "a"})
+    documents = locate(Data(source=str(tmp_path))).read()
+    assert list(documents) == ["a", "good"]
+    left_out = ["caf\\xe9.jsonl", "caf\\xe9.txt", "line\\nend.txt"]
+    assert sorted(documents.not_utf8) == [f"{tmp_path}/{name}" for name in left_out]
+    assert read(tmp_path / os.fsdecode(b"good\xe9.jsonl")) == ["good"]
+    fails(tmp_path / os.fsdecode(b"caf\xe9.txt"), "not UTF-8", "caf\\udce9")
+    fails(tmp_path / os.fsdecode(b"god\xe9.jsonl"), "did you mean", "good\\xe9.jsonl")
+
+
+def test_progress_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS", -1.0)
+    write(tmp_path, {"a.jsonl": '{"text": "a"}\n' * 3})
+    lines: list[str] = []
+    locate(Data(source=str(tmp_path))).read(tmp_path, lines.append)
+    assert lines == [f"corpus: {n} rows of {tmp_path}/a.jsonl so far" for n in range(3)]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "/full/blob"),
+        OSError(30, "Read-only file system"),
+        OSError("Not enough disk space. Needed: 3 GB"),
+        RuntimeError("Data processing error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_under_a_download(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, wrapped: bool
+) -> None:
+    import datasets
+
+    def load_dataset(*names: str, **options: Any) -> Any:
+        if wrapped:
+            raise ValueError("An error occurred while generating the dataset") from error
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    named = getattr(error, "filename", None) or str(datasets.config.HF_CACHE_HOME)
+    fails("org/name", f"{named}: the download cannot be written", "HF_HOME")
 
 
 def test_hugging_face_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

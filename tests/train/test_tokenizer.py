@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from configs.rules import ConfigError
 from train import tokenizer as subject
@@ -151,6 +151,83 @@ def test_a_given_tokenizer(tmp_path: Path) -> None:
     for number, eos in enumerate(("<end>", {"content": "<end>"})):
         file = save(plain("</s>", "<end>"), tmp_path / str(number), eos)
         assert load_tokenizer(file, 6)[1] == "<end>"
+
+
+def forging(kind: str) -> tuple[Tokenizer, str]:
+    """A tokenizer whose end-of-text token documents can spell, and the token."""
+    if kind == "not special":
+        tokenizer = train()
+        tokenizer.add_tokens([AddedToken("<end>", special=False)])
+        return tokenizer, "<end>"
+    if kind == "not special, normalized":
+        tokenizer = plain()
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.add_tokens([AddedToken("<end>", special=False, normalized=True, lstrip=True)])
+        return tokenizer, "<end>"
+    if kind == "word":
+        return plain("<other>"), "</s>x"
+    if kind == "word of a normalizer":
+        tokenizer = plain()
+        tokenizer.normalizer = normalizers.Lowercase()
+        return tokenizer, "</s>x"
+    if kind == "piece":  # as in T5's vocabulary
+        pieces = [("<unk>", -9.0), ("</s>", 0.0), *((c, -4.0) for c in " </s>abcend")]
+        return Tokenizer(models.Unigram(pieces, 0)), "</s>"
+    assert kind == "merged"  # cuts words as ours, and a word that is a token is that token
+    parts = json.loads(train().to_str())
+    parts["model"]["vocab"]["#!#"] = 300
+    return Tokenizer.from_str(json.dumps(parts)), "#!#"
+
+
+FORGING = [
+    "not special", "not special, normalized", "word", "word of a normalizer", "piece", "merged",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORGING)
+def test_no_document_forges_a_boundary(kind: str) -> None:
+    tokenizer, name = forging(kind)
+    eot = tokenizer.token_to_id(name)
+    assert eot is not None
+    documents = [
+        f"a {name} b", name, name * 3, f"{name} {name}", f"a\n{name}\nb é {name}", "a b", "",
+        f"a {name.upper()} b", f" {name} ", f"é {name}", f"{name[0]}{name}{name[-1]}",
+    ]  # fmt: skip
+    before = tokenizer.to_str()
+    assert any(eot in tokenizer.encode(t, add_special_tokens=False).ids for t in documents)
+    encoder = Encoder(tokenizer, eot, UINT16)
+    for chunk in (documents, documents[::-1], [f" a{text}" for text in documents]):
+        stream = encoder.encode(chunk)
+        assert (stream == eot).sum() == len(chunk)
+    assert tokenizer.to_str() == before
+    kept = Encoder(Tokenizer.from_str(before), eot, UINT16).encode(["a b", "b a"])
+    tokenizer.encode_special_tokens = True
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("a b", "b a")]
+    assert kept.tolist() == [eot, *ids[0], eot, *ids[1]]
+    if kind in ("not special", "merged"):  # bytes spell everything
+        stream = encoder.encode(documents)
+        starts = np.flatnonzero(stream == eot)
+        texts = [tokenizer.decode(part[1:].tolist()) for part in np.split(stream, starts)[1:]]
+        assert texts == documents
+
+
+def test_a_document_of_many_forged_boundaries() -> None:
+    tokenizer, name = forging("word")
+    eot = tokenizer.token_to_id(name)
+    assert eot is not None
+    encoder = Encoder(tokenizer, eot, UINT16)
+    stream = encoder.encode([f"{name} a " * 20_000])
+    assert (stream == encoder.eot).sum() == 1 and len(stream) > 40_000
+
+
+def test_text_that_is_nothing_but_the_end_of_text_token() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, "</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = Encoder(tokenizer, 0, UINT16)
+    assert encoder.encode(["a a"]).tolist() == [0, 1, 1]
+    with pytest.raises(ConfigError, match="makes its end-of-text token '</s>' of 'é'") as caught:
+        encoder.encode(["a é a"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_given_tokenizer_that_does_not_fit(tmp_path: Path) -> None:
