@@ -39,6 +39,7 @@ from models.hf.table import architecture
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
 from parallel.shards import Box, box_of
 from train import checkpoint
+from train.changes import Change, change_of
 from train.gguf_tokenizer import write_gguf_tokenizer
 from train.tokenizer import load_tokenizer
 from train.tokenizer_files import take_over
@@ -123,9 +124,17 @@ def _config(
         validation=Validation(sequences=256),
         checkpoint=Checkpoint(init_from=str(out)),
     )
+    plain = flatten(config)
     config = from_dict(asdict(config), str(out / "config.toml"), overrides)
-    if config.model != model:
-        raise ConfigError("model.*: source and recipe decide the model; leave these settings out")
+    decided = [
+        key
+        for key, value in flatten(config).items()
+        if key.startswith("model.") and value != plain[key] and change_of(key) is not Change.ALWAYS
+    ]
+    if decided:
+        raise ConfigError(
+            f"{decided[0]}: source and recipe decide the model; leave this setting out"
+        )
     (partial / "config.toml").write_text(to_toml(config))
     return config
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from configs.loader import from_dict, unflatten
+from configs.loader import from_dict, load, unflatten
 from configs.rules import ConfigError
 from models import upcycle as recipes
 from models.decoder import Decoder
@@ -339,7 +339,7 @@ def test_recipes_that_do_not_fit_are_refused(dense: Path, tmp_path: Path) -> Non
         (lambda: Recipe(score_func="tanh"), [], "score_func = 'tanh': must be one of"),  # type: ignore[arg-type]
         (lambda: Recipe(granularity=5), [], "granularity = 5: must divide"),
         (lambda: Recipe(dense_layers=4), [], "dense_layers = 4: the model has n_layers = 3"),
-        (lambda: Recipe(), ["--model.moe.top_k=1"], "model.*: source and recipe decide"),
+        (lambda: Recipe(), ["--model.moe.top_k=3"], "model.moe.top_k: source and recipe decide"),
         (lambda: Recipe(), ["--train.stepps=1"], "train.steps"),
         (lambda: Recipe(), ["nonsense"], "nonsense: an override has the form"),
     ):
@@ -382,3 +382,10 @@ def loss_of(line: str) -> float:
     found = re.search(r": (\d+\.\d+) nats per token", line)
     assert found, line
     return float(found[1])
+
+
+def test_balance_is_not_decided_by_the_source(dense: Path, tmp_path: Path) -> None:
+    changed = ["--model.moe.global_aux_loss_coef=0.01", "--model.moe.bias_update_rate=0"]
+    upcycle(str(dense / "llama"), tmp_path / "out", Recipe(), changed)
+    moe = load(tmp_path / "out" / "config.toml").model.moe
+    assert (moe.global_aux_loss_coef, moe.bias_update_rate) == (0.01, 0.0)
