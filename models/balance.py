@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from configs.model import Moe
-from kernels.topk import top_indices
+from kernels.moe.topk import top_indices
 from models.exchange import Exchange
 
 NAMES = ("sequence_balance", "global_balance", "router_z")

@@ -6,7 +6,7 @@ B sequences, L their length, T = B * L tokens, H query heads, G key/value heads,
 import torch
 from torch import Tensor
 
-from kernels.attention import document_attention
+from kernels.layers.attention import document_attention
 from models.attention import Layer
 
 

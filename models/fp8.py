@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.precision import Fp8
 from configs.rules import ConfigError
 from kernels.fp8 import Quantized, fp8_dtype
-from kernels.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
+from kernels.mlp.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
 from models.counts import flops_per_token
 from models.decoder import Decoder
 from models.linear import Fp8Linear, Fp8Module, as_matrices

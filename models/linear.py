@@ -13,9 +13,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from kernels.linear_fp8 import Fp8Weight, linears_fp8
-from kernels.mlp_fp8 import Groups
-from kernels.swiglu import Activation
+from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8
+from kernels.mlp.mlp_fp8 import Groups
+from kernels.mlp.swiglu import Activation
 
 Source = Callable[[], Fp8Weight]
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Model, Moe
-from kernels.grouped_gemm import grouped_gemm_nt
-from kernels.mlp import swiglu_mlp
-from kernels.permute import Permutation, combine_rows, gather_rows, permutation
-from kernels.quantize import dequantize_1x128
-from kernels.swiglu import swiglu
+from kernels.grouped_gemm.grouped_gemm import grouped_gemm_nt
+from kernels.mlp.mlp import swiglu_mlp
+from kernels.mlp.swiglu import swiglu
+from kernels.moe.permute import Permutation, combine_rows, gather_rows, permutation
+from kernels.quantization.quantize import dequantize_1x128
 from models.exchange import Exchange
 from models.router import Router
 
@@ -34,8 +34,8 @@ class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in 
     data: Tensor
     """`[R, D]`; FP8 where there are scales."""
     scales: Tensor | None
-    """A scale per 128 values of a row (`kernels.quantize`), or None where `data` is not
-    quantised."""
+    """A scale per 128 values of a row (`kernels.quantization.quantize`), or None where `data` is
+    not quantised."""
     weights_R: Tensor
     """Routing weight of every row, fp32."""
     ends_e: Tensor

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.norm import rms_norm
+from kernels.layers.norm import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.model import Rope
-from kernels.rope import rotate
+from kernels.layers.rope import rotate
 
 
 def rope_tables(positions_T: Tensor, rope: Rope, dim: int) -> tuple[Tensor, Tensor]:

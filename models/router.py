@@ -1,6 +1,6 @@
 """Which experts a token visits, and with what weight. The arithmetic is fp32, whatever the dtype
-of the weights, and `kernels.router` has it; here is what surrounds it: parameters, counts, what is
-decided once and replayed, and balance. (Softmax over the chosen logits, as Mixtral and GPT-OSS
+of the weights, and `kernels.moe.router` has it; here is what surrounds it: parameters, counts, what
+is decided once and replayed, and balance. (Softmax over the chosen logits, as Mixtral and GPT-OSS
 define it, is softmax over all with `norm_top_k`.)
 
 Balancing without an auxiliary loss (arXiv:2408.15664): a bias on the scores moves by a fixed step
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.model import Moe
-from kernels.router import Rule, route, scores
+from kernels.moe.router import Rule, route, scores
 from models.balance import (
     NAMES,
     Decision,

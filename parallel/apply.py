@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 from configs.model import Model
 from configs.rules import ConfigError
 from configs.schema import RunConfig
-from kernels.grouped_gemm_fp8 import row_alignment
+from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from models.block import Block
 from models.decoder import Decoder
 from models.fp8 import apply_fp8, check_device

@@ -39,8 +39,9 @@ def apply_expert_parallel(
 ) -> None:
     """Divide the experts of a model on the meta device, where `ep` or `etp` says so.
 
-    align: what an expert's rows shall start at a multiple of (`kernels.grouped_gemm_fp8`).
-    power_of_two: of the scales of rows that travel in FP8.
+    align: what an expert's rows shall start at a multiple of
+    (`kernels.grouped_gemm.grouped_gemm_fp8`). power_of_two: of the scales of rows that travel in
+    FP8.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:

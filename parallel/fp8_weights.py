@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs.rules import ConfigError
 from kernels.fp8 import BLOCK, fp8_dtype
-from kernels.linear_fp8 import Fp8Weight
-from kernels.shard_fp8 import block_maxima, quantize_piece, scales_of
+from kernels.gemm.linear_fp8 import Fp8Weight
+from kernels.quantization.shard import block_maxima, quantize_piece, scales_of
 from models.fp8 import WEIGHTS, Fp8Experts, fp8_modules
 from models.linear import Fp8Module
 from parallel.shards import local_of

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from configs.degrees import Degrees
 from configs.dispatch import Dispatch
 from configs.schema import RunConfig
-from kernels.grouped_gemm_fp8 import row_alignment
+from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from models.attention import GroupedQueryAttention, LatentAttention
 from models.block import Block
 from models.decoder import Decoder

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.rules import ConfigError
-from kernels.heap import keep_freed_memory
+from parallel.allocator import keep_freed_memory
 from parallel.gloo import one_thread_per_group
 from parallel.placement import read_placement
 from parallel.rendezvous import join, meet

@@ -28,9 +28,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import kernels.gemm_fp8
-import kernels.grouped_gemm
-import kernels.grouped_gemm_fp8  # noqa: F401  (all three for the operations that they define)
+import kernels.gemm.gemm_fp8
+import kernels.grouped_gemm.grouped_gemm
+import kernels.grouped_gemm.grouped_gemm_fp8  # noqa: F401  (all three for the operations that they define)
 from configs.schema import Parallel
 from models.decoder import Decoder
 from models.moe import Experts

@@ -20,9 +20,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from configs.degrees import Degrees
 from configs.schema import RunConfig
-from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8 import BLOCK
-from kernels.linear_fp8 import Fp8Weight
+from kernels.gemm.linear_fp8 import Fp8Weight
+from kernels.layers.cross_entropy import linear_cross_entropy
 from models.attention import GroupedQueryAttention, LatentAttention, layer_of
 from models.balance import StepScope
 from models.decoder import Decoder, Output

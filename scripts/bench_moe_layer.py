@@ -7,9 +7,9 @@ products). Before timing, every layer's output is compared with ours.
 
 Weights and tokens are random. Every call sees other tokens, which share a component, so that
 experts get unequal numbers of rows, and others in every call, as in training. On a CPU that costs
-who asks oneDNN for ever new sizes (`kernels.grouped_gemm_cpu`), so layers do not alternate with
-each other, which would make them lose each other's code. `--same-tokens` leaves all this out. The
-bare products always have the sizes of the first tokens.
+who asks oneDNN for ever new sizes (`kernels.grouped_gemm.grouped_gemm_cpu`), so layers do not
+alternate with each other, which would make them lose each other's code. `--same-tokens` leaves all
+this out. The bare products always have the sizes of the first tokens.
 
 T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import Attention, Model, Moe
-from kernels.heap import keep_freed_memory, restart_without_thread_cache
-from kernels.permute import permutation
+from kernels.moe.permute import permutation
 from models.moe import MoE
+from parallel.allocator import keep_freed_memory, restart_without_thread_cache
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.permute import combine_rows, gather_rows, permutation
+from kernels.moe.permute import combine_rows, gather_rows, permutation
 
 
 def main() -> None:

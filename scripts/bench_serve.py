@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from configs.rules import ConfigError
-from serve.engine import Engine, EngineOptions
-from serve.export import open_export
-from serve.request import SamplingParams
+from serve.engine.engine import Engine, EngineOptions
+from serve.engine.loading import open_export
+from serve.engine.request import SamplingParams
 
 
 def main() -> int:

@@ -29,10 +29,10 @@ from models.hf.folder import INDEX
 from models.hf.fp8_blocks import Fp8Plan, fp8_plan
 from models.hf.table import architecture, hf_config, hf_tensors
 from parallel.shards import Box
-from train import checkpoint
-from train.tokenizer import load_tokenizer
-from train.tokenizer_export import export_tokenizer
-from train.tokenizer_files import GENERATION, SPECIAL_IDS, imported, longest_sequence, pass_on
+from train.checkpoint import checkpoint
+from train.tokenizer.export import export_tokenizer
+from train.tokenizer.files import GENERATION, SPECIAL_IDS, imported, longest_sequence, pass_on
+from train.tokenizer.tokenizer import load_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 

@@ -35,9 +35,9 @@ from models.hf.folder import refuse_code
 from models.hf.source import PIECE_BYTES, Source
 from models.hf.table import text_config
 from parallel.shards import Box
-from train import checkpoint
-from train.tokenizer import load_tokenizer
-from train.tokenizer_files import files_for_others, longest_sequence, take_over
+from train.checkpoint import checkpoint
+from train.tokenizer.files import files_for_others, longest_sequence, take_over
+from train.tokenizer.tokenizer import load_tokenizer
 
 _LONGEST_SEQUENCE = 4096
 """What config.toml starts with, where the model can do more: its memory grows with the length."""

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train.metrics import METRICS, read_lines
+from train.report.metrics import METRICS, read_lines
 
 EXPERIMENT = "configs/demo.toml"
 ONE, NOISE, MESH = "one process", "one process, sums in another order", "dp_shard 2, tp 2, ep 4"

@@ -4,8 +4,8 @@
 
 `--llama-cpp` is a source tree of llama.cpp; its converter needs torch, transformers and numpy in
 `--python` (default: this one). A tokenizer trained here is unknown to the converter, which
-recognises tokenizers by a hash; `scripts/readers/convert_gguf.py` tells it. Given tokenizers are
-left to the converter. What llama.cpp makes of the file, `scripts.check_readers` compares.
+recognises tokenizers by a hash; `scripts/check_readers/convert_gguf.py` tells it. Given tokenizers
+are left to the converter. What llama.cpp makes of the file, `scripts.check_readers` compares.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from tokenizers import Tokenizer
 from configs.paths import local_path
 from configs.rules import ConfigError
 from models.hf.files import read_config
-from train.tokenizer import cuts_words_as_ours
+from train.tokenizer.tokenizer import cuts_words_as_ours
 
 DTYPES = ("f32", "bf16", "f16", "q8_0")
-_CONVERTER = Path(__file__).parent / "readers" / "convert_gguf.py"
+_CONVERTER = Path(__file__).parent / "check_readers" / "convert_gguf.py"
 
 
 def llama_cpp_words(folder: Path) -> str | None:

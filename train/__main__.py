@@ -19,7 +19,7 @@ from configs.degrees import Degrees, default_world, resolve
 from configs.loader import load, parse_arguments
 from configs.rules import ConfigError
 from configs.schema import RunConfig
-from kernels.heap import restart_without_thread_cache
+from parallel.allocator import restart_without_thread_cache
 from parallel.placement import read_placement, read_world
 
 if TYPE_CHECKING:

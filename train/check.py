@@ -14,10 +14,11 @@ from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
 from parallel.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
 from parallel.rehearsal import BACKWARD, MASKS
-from train import checkpoint, sources
+from train.checkpoint import checkpoint
+from train.data import sources
 from train.memory import likely_compute, predict
-from train.metrics import FORCED_BALANCE
-from train.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
+from train.report.metrics import FORCED_BALANCE
+from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
 
 
 def report(config: RunConfig, degrees: Degrees) -> str:

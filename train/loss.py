@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from kernels.layers.cross_entropy import IGNORE, linear_cross_entropy
 from models.decoder import Decoder, Output
-from train.batches import Batch
+from train.data.batches import Batch
 
 
 def loss_sum(model: Decoder, batch: Batch, z_loss_coef: float = 0.0) -> Tensor:

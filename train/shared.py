@@ -20,8 +20,8 @@ from configs.paths import local_path
 from configs.rules import ConfigError
 from configs.schema import RunConfig
 from parallel.ranks import Ranks, gather_json
-from train.manifest_content import short
-from train.retention import delete
+from train.checkpoint.manifest_content import short
+from train.checkpoint.retention import delete
 
 _PATIENCE_S = 10.0
 """How long a network file system may take to show a new name."""

@@ -2,8 +2,8 @@
 
 The objective is the model's loss, plus `mtp_weight` times the mean of the MTP modules' losses, each
 a mean over its own target tokens of the step, plus the z-loss of their logits and the routers'
-auxiliary losses, which add their gradient themselves (`kernels.cross_entropy`, `models.balance`).
-The loss that is reported is the model's cross-entropy alone.
+auxiliary losses, which add their gradient themselves (`kernels.layers.cross_entropy`,
+`models.balance`). The loss that is reported is the model's cross-entropy alone.
 
 Nothing is changed before the step is known to be good: a weight, loss or gradient that is not
 finite, or whose square is too large for fp32 (`parallel.grad_norm`), stops the run with weights,
@@ -29,7 +29,7 @@ from parallel.dispatch.overflow import exact, overflowed
 from parallel.grad_norm import LARGEST, global_grad_norm, in_range, largest_values, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
-from train.batches import Batch
+from train.data.batches import Batch
 from train.loss import count_tokens, loss_sums
 
 

@@ -1,7 +1,7 @@
 """A run from its config to its last checkpoint.
 
 `Trainer.run` is the whole story: fetch, step, report, validate, save. What a step does is in
-`train.step`, what it sees in `train.batches`, what is saved in `train.checkpoint`.
+`train.step`, what it sees in `train.data.batches`, what is saved in `train.checkpoint.checkpoint`.
 """
 
 import time
@@ -27,22 +27,23 @@ from parallel.apply import materialise, parallelize
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks
-from train import checkpoint, environment
-from train.batches import Sequences, TrainingData, validation_batches
-from train.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.checkpoint import checkpoint
+from train.checkpoint.resume import restore
+from train.checkpoint.sound import out_of_range
+from train.data.batches import Sequences, TrainingData, validation_batches
+from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.durable import claim, replace_text
-from train.fp8_report import Fp8Diagnosis
-from train.metrics import FORCED_BALANCE, ROUTER_LEARNS_NOTHING
 from train.profile import profiled
-from train.report import Reporter
-from train.resume import restore
+from train.report import environment
+from train.report.fp8_report import Fp8Diagnosis
+from train.report.metrics import FORCED_BALANCE, ROUTER_LEARNS_NOTHING
+from train.report.reporter import Reporter
 from train.schedule import learning_rate, schedule_steps
 from train.shared import check_shared
-from train.sound import out_of_range
 from train.step import NonFiniteError, train_step
 from train.stop import StopSignal
-from train.tokenizer import find_tokenizer
-from train.tokenizer_export import keep_tokenizer
+from train.tokenizer.export import keep_tokenizer
+from train.tokenizer.tokenizer import find_tokenizer
 from train.torchtitan_adapter import (
     build_optimizer,
     collect_garbage_every,

@@ -7,7 +7,7 @@ import torch
 
 from models.decoder import Decoder
 from parallel.ranks import sum_over_ranks
-from train.batches import Batch
+from train.data.batches import Batch
 from train.loss import loss_sum
 
 

@@ -25,9 +25,9 @@ from models.hf.agreement import (
     in_their_names,
 )
 from models.hf.copies import same_rows
+from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
 from models.hf.folder import RawTensor, raw_tensors, read_json, refuse_code
 from models.hf.mapped import MappedFiles
-from models.hf.qwen3 import common_sizes, gqa_of, only_full_attention
 from models.hf.rope import rope_of
 from models.hf.shown import located, named, one_line, shown
 from models.hf.tensors import HfTensor, gqa_tensors, outer_tensors, swiglu_tensors

@@ -2,7 +2,8 @@
 for each block of 128 x 128 (arXiv:2412.19437, section 3.3). `models.hf.quantised` reads it.
 
 Blocks begin anew in every tensor of the export: gate and up each have their own, though ours are
-one matrix. The numbers are those of `kernels.quantize`, which are those of training in FP8.
+one matrix. The numbers are those of `kernels.quantization.quantize`, which are those of training in
+FP8.
 
 What is quantised is what all readers hold quantised. Embeddings, head, router, norms, biases and
 MTP's `eh_proj` never are, as published. A projection of the layers is, unless its shape forbids it:
@@ -27,7 +28,7 @@ from torch import Tensor
 from configs.model import Model
 from configs.rules import ConfigError
 from kernels.fp8 import BLOCK
-from kernels.quantize import quantize_128x128
+from kernels.quantization.quantize import quantize_128x128
 from models.hf.table import architecture, hf_tensors, publishes_fused_experts
 from models.hf.tensors import HfTensor
 

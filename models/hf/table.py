@@ -18,13 +18,13 @@ from models.hf.agreement import (
     in_their_names,
     language_model,
 )
-from models.hf.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from models.hf.glm4 import GLM4
-from models.hf.gpt_oss import GPT_OSS
+from models.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from models.hf.families.glm4 import GLM4
+from models.hf.families.gpt_oss import GPT_OSS
+from models.hf.families.llama4 import LLAMA4
+from models.hf.families.mixtral import MIXTRAL
+from models.hf.families.qwen3 import QWEN3
 from models.hf.left_open import KEY, left_open, with_left_open
-from models.hf.llama4 import LLAMA4
-from models.hf.mixtral import MIXTRAL
-from models.hf.qwen3 import QWEN3
 from models.hf.rope import rope_parameters
 from models.hf.tensors import HfTensor, Layout, mtp_tensors, outer_tensors
 from models.hf.values import Family, Values, clashes

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.permute import Permutation, combine_rows, permutation
+from kernels.moe.permute import Permutation, combine_rows, permutation
 from parallel.dispatch.exchange import Link, Parcel, Wire, pack, per_choice, to_choices
 from parallel.dispatch.route import Back, Route
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.rules import ConfigError
-from kernels.permute import Permutation, combine_rows, permutation
+from kernels.moe.permute import Permutation, combine_rows, permutation
 from parallel.dispatch.exchange import Parcel, Traffic, Wire, per_choice, to_choices
 from parallel.dispatch.route import Back, Route
 

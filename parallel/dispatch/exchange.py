@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.fp8 import fp8_dtype
-from kernels.permute import Permutation, combine_rows, gather_rows
-from kernels.quantize import dequantize_1x128, quantize_1x128
+from kernels.moe.permute import Permutation, combine_rows, gather_rows
+from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
 
 Wire = Literal["compute", "fp8", "fp8_power_of_two"]
 """How values travel: in the compute dtype, or in FP8, whose scales may be powers of two."""

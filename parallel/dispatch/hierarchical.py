@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.permute import Permutation, combine_rows, count_choices, gather_rows, permutation
+from kernels.moe.permute import Permutation, combine_rows, count_choices, gather_rows, permutation
 from parallel.dispatch.all_to_all import expert_major
 from parallel.dispatch.exchange import Link, Parcel, Traffic, Wire, pack, per_choice, to_choices
 from parallel.dispatch.route import Back, Route

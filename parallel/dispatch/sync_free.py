@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.permute import Permutation, permutation
+from kernels.moe.permute import Permutation, permutation
 from parallel.dispatch.all_to_all import AllToAll, DirectRoute
 from parallel.dispatch.exchange import Link
 from parallel.dispatch.route import Route

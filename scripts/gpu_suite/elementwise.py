@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cross_entropy import (
+from kernels.layers.cross_entropy import (
     FOREIGN,
     IGNORE,
     linear_cross_entropy,
@@ -15,15 +15,15 @@ from kernels.cross_entropy import (
     token_losses_,
     token_losses_reference_,
 )
-from kernels.norm import (
+from kernels.layers.norm import (
     rms_norm,
     rms_norm_backward,
     rms_norm_backward_reference,
     rms_norm_quantized,
     rms_norm_reference,
 )
-from kernels.quantize import quantize_1x128
-from kernels.rope import rotate, rotate_reference
+from kernels.layers.rope import rotate, rotate_reference
+from kernels.quantization.quantize import quantize_1x128
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import gemm_fp8
 from kernels.fp8 import Quantized
-from kernels.quantize import (
+from kernels.gemm import gemm_fp8
+from kernels.quantization.quantize import (
     dequantize_1x128,
     dequantize_128x1,
     dequantize_128x128,

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels import device
-from kernels import grouped_gemm as bf16
-from kernels import grouped_gemm_fp8 as fp8
 from kernels.fp8 import BLOCK, Quantized
-from kernels.grouped_gemm_triton import by_rows
-from kernels.quantize import (
+from kernels.grouped_gemm import grouped_gemm as bf16
+from kernels.grouped_gemm import grouped_gemm_fp8 as fp8
+from kernels.grouped_gemm.grouped_gemm_triton import by_rows
+from kernels.quantization.quantize import (
     dequantize_1x128,
     dequantize_128x1_grouped,
     dequantize_128x128,

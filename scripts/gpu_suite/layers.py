@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference
-from kernels.quantize import quantize_1x128, quantize_1x128_128x1, quantize_128x1
-from kernels.swiglu import (
+from kernels.gemm.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference
+from kernels.mlp.swiglu import (
     Activation,
     swiglu,
     swiglu_backward,
@@ -18,6 +17,7 @@ from kernels.swiglu import (
     swiglu_quantized,
     swiglu_reference,
 )
+from kernels.quantization.quantize import quantize_1x128, quantize_1x128_128x1, quantize_128x1
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 

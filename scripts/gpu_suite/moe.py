@@ -17,9 +17,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configs.model import Attention, Model, Moe
-from kernels import permute
-from kernels.permute import Permutation
-from kernels.router import Rule, route, route_backward_reference, route_reference
+from kernels.moe import permute
+from kernels.moe.permute import Permutation
+from kernels.moe.router import Rule, route, route_backward_reference, route_reference
 from models.moe import MoE
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import quantize
 from kernels.fp8 import Quantized, fp8_dtype
+from kernels.quantization import quantize
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 

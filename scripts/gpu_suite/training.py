@@ -30,7 +30,7 @@ from parallel.apply import materialise, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import start_ranks, stop_ranks
 from scripts.gpu_suite.harness import Check, Place, Timing
-from train.batches import Batch, Sequences, TrainingData
+from train.data.batches import Batch, Sequences, TrainingData
 from train.step import train_step
 
 NAME = "training"

@@ -1,4 +1,4 @@
-"""Runs `kernels.gemm_fp8_gluon` on a CPU, as it is written: Triton's interpreter cannot.
+"""Runs `kernels.gemm.gemm_fp8_gluon` on a CPU, as it is written: Triton's interpreter cannot.
 
 The functions of the kernel are called as plain Python, with Gluon's operations replaced by what the
 PTX manual says of them. Shared memory and results start as NaN. The parts of a program run one at a
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gluon_language
 
-from kernels import gemm_fp8_gluon
+from kernels.gemm import gemm_fp8_gluon
 
 
 class Deadlock(AssertionError):

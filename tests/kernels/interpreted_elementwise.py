@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy, norm, norm_triton, rope
-from kernels.cross_entropy import FOREIGN, IGNORE, linear_cross_entropy
-from kernels.quantize import quantize_1x128_reference
+from kernels.layers import cross_entropy, norm, norm_triton, rope
+from kernels.layers.cross_entropy import FOREIGN, IGNORE, linear_cross_entropy
+from kernels.quantization.quantize import quantize_1x128_reference
 from tests.kernels.lane import bits, kernels_on_cpu, relative
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.gemm_fp8_triton as gemm_triton
-import kernels.quantize_triton as quantize_triton
-from kernels import gemm_fp8, quantize
+import kernels.gemm.gemm_fp8_triton as gemm_triton
+import kernels.quantization.quantize_triton as quantize_triton
 from kernels.fp8 import Quantized, empty_column_major
-from kernels.gemm_fp8_triton import TILES, Target, Tile
-from kernels.linear_fp8 import linear_fp8, linear_fp8_reference
+from kernels.gemm import gemm_fp8
+from kernels.gemm.gemm_fp8_triton import TILES, Target, Tile
+from kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_reference
+from kernels.quantization import quantize
 from tests.kernels.lane import (
     DESCRIPTORS,
     FP8,

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.grouped_gemm_triton as triton_form
-from kernels import grouped_gemm, grouped_gemm_fp8, quantize, quantize_triton
+import kernels.grouped_gemm.grouped_gemm_triton as triton_form
 from kernels.fp8 import empty_column_major
-from kernels.gemm_fp8_triton import TILES, Target, Tile
-from kernels.grouped_gemm_schedule import schedule
+from kernels.gemm.gemm_fp8_triton import TILES, Target, Tile
+from kernels.group_schedule import schedule
+from kernels.grouped_gemm import grouped_gemm, grouped_gemm_fp8
+from kernels.quantization import quantize, quantize_triton
 from tests.kernels.lane import (
     DESCRIPTORS,
     FP8,

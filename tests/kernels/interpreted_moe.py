@@ -6,8 +6,8 @@ from torch import Tensor
 
 from configs.model import Attention, Model, Moe
 from configs.precision import Fp8
-from kernels.grouped_gemm_fp8 import row_alignment
-from kernels.swiglu import Activation
+from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
+from kernels.mlp.swiglu import Activation
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialise

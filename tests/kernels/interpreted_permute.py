@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import permute, permute_triton
-from kernels.permute import Permutation
+from kernels.moe import permute, permute_triton
+from kernels.moe.permute import Permutation
 from tests.kernels.lane import FP8, assert_same_bits, hard_values, kernels_on_cpu
 
 CASES = [(0, 2, 3), (1, 8, 256), (5, 1, 1), (40, 2, 9), (170, 8, 256)]
@@ -93,7 +93,7 @@ def test_gather_quantized(shape: tuple[int, int], power_of_two: bool, fp8: torch
     ids = choices(tokens, 2, 5, "absent")
     to = on_kernels(ids, 5, 16, None)
     x = hard_values(tokens, width, torch.bfloat16)
-    with mock.patch("kernels.quantize.fp8_dtype", lambda place: fp8):
+    with mock.patch("kernels.quantization.quantize.fp8_dtype", lambda place: fp8):
         reference = permute.gather_rows_quantized_reference(x, to, power_of_two)
     with kernels_on_cpu(), mock.patch.object(permute, "fp8_dtype", lambda place: fp8):
         ours = permute.gather_rows_quantized(x, to, power_of_two)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import router, router_triton
-from kernels.router import Rule
+from kernels.moe import router, router_triton
+from kernels.moe.router import Rule
 from tests.kernels.lane import kernels_on_cpu, relative
 
 CASES = [

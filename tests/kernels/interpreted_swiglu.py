@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import swiglu, swiglu_fp8_triton, swiglu_triton
 from kernels.fp8 import Quantized
-from kernels.quantize import quantize_1x128_reference, quantize_128x1_reference
+from kernels.mlp import swiglu, swiglu_fp8_triton, swiglu_triton
+from kernels.quantization.quantize import quantize_1x128_reference, quantize_128x1_reference
 from tests.kernels.lane import bits, kernels_on_cpu, relative
 
 ACTIVATIONS: list[swiglu.Activation] = ["swiglu", "clamped_swiglu"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import device
 from kernels.fp8 import Quantized
-from kernels.gemm_fp8_triton import Target
+from kernels.gemm.gemm_fp8_triton import Target
 from tests.kernels import interpreter
 
 assert triton.knobs.runtime.interpret, "to be run with TRITON_INTERPRET=1"

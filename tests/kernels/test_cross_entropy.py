@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cross_entropy
-from kernels.cross_entropy import FOREIGN, IGNORE, linear_cross_entropy, token_losses_
+from kernels.layers import cross_entropy
+from kernels.layers.cross_entropy import FOREIGN, IGNORE, linear_cross_entropy, token_losses_
 
 
 def operands(tokens: int, words: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

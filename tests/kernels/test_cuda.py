@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.grouped_gemm import Implementation, grouped_gemm_nt, grouped_gemm_nt_reference
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.grouped_gemm.grouped_gemm import (
+    Implementation,
+    grouped_gemm_nt,
+    grouped_gemm_nt_reference,
+)
+from kernels.layers.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.mlp.swiglu import swiglu, swiglu_reference
 
 pytestmark = pytest.mark.gpu
 BF16 = 1e-2

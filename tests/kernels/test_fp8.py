@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear_fp8 as module
 from kernels.fp8 import Quantized, fp8_dtype
-from kernels.gemm_fp8 import (
+from kernels.gemm import linear_fp8 as module
+from kernels.gemm.gemm_fp8 import (
     gemm_fp8_nn,
     gemm_fp8_nn_reference,
     gemm_fp8_nt,
@@ -18,9 +18,9 @@ from kernels.gemm_fp8 import (
     gemm_fp8_tn,
     gemm_fp8_tn_reference,
 )
-from kernels.gemm_fp8_triton import TILES, choose_tile
-from kernels.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference, linears_fp8
-from kernels.quantize import (
+from kernels.gemm.gemm_fp8_triton import TILES, choose_tile
+from kernels.gemm.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference, linears_fp8
+from kernels.quantization.quantize import (
     dequantize_1x128,
     dequantize_128x1,
     dequantize_128x128,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import gemm_fp8, gemm_fp8_gluon
-from kernels.gemm_fp8_triton import Target
-from kernels.quantize import quantize_1x128, quantize_128x1, quantize_128x128
+from kernels.gemm import gemm_fp8, gemm_fp8_gluon
+from kernels.gemm.gemm_fp8_triton import Target
+from kernels.quantization.quantize import quantize_1x128, quantize_128x1, quantize_128x128
 from tests.kernels.gluon_executor import Barrier, Deadlock, Schedule, executed
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -156,7 +156,7 @@ def test_refusals() -> None:
 
 def test_triton_without_gluon_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = operands("nt", 10, 20, 30)
-    monkeypatch.delitem(sys.modules, "kernels.gemm_fp8_gluon")
+    monkeypatch.delitem(sys.modules, "kernels.gemm.gemm_fp8_gluon")
     shipped = builtins.__import__
 
     def without(name: str, *rest: object) -> object:

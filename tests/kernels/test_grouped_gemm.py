@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import device, gemm_fp8
-from kernels import grouped_gemm as bf16
-from kernels import grouped_gemm_fp8 as fp8
+from kernels import device
 from kernels.fp8 import MIN_SCALE
-from kernels.gemm_fp8 import gemm_fp8_nt
-from kernels.linear_fp8 import linear_fp8
-from kernels.quantize import (
+from kernels.gemm import gemm_fp8
+from kernels.gemm.gemm_fp8 import gemm_fp8_nt
+from kernels.gemm.linear_fp8 import linear_fp8
+from kernels.grouped_gemm import grouped_gemm as bf16
+from kernels.grouped_gemm import grouped_gemm_fp8 as fp8
+from kernels.quantization.quantize import (
     dequantize_128x1_grouped,
     dequantize_128x128,
     quantize_1x128,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import grouped_gemm_cpu as cpu
+from kernels.grouped_gemm import grouped_gemm_cpu as cpu
 
 N, K, BEYOND = 6, 10, 7
 SIZES = st.lists(

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from kernels import heap
+from parallel import allocator as heap
 from tests.runs import ROOT
 
 NO_GLIBC = pytest.mark.skipif(not heap._is_glibc(), reason="glibc only")
 SETTING = "glibc.malloc.tcache_count=0"
 SHOW = """
 import os, sys
-from kernels.heap import restart_without_thread_cache
+from parallel.allocator import restart_without_thread_cache
 restart_without_thread_cache()
 print(os.environ["GLIBC_TUNABLES"], os.getpid(), *sys.argv[1:])
 """

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import document_attention, document_attention_reference
-from kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.layers.attention import document_attention, document_attention_reference
+from kernels.layers.cross_entropy import (
+    IGNORE,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from kernels.mlp.swiglu import swiglu, swiglu_reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """||difference|| / ||reference||: a few roundings of the dtype (2^-24 and 2^-9)."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels.gemm_fp8_gluon import gemm as gluon_gemm
-from kernels.gemm_fp8_triton import TILES, gemm
-from kernels.offline import SHARED_BYTES, Build, offline
-from kernels.quantize_triton import quantize_groups
-from scripts.kernel_cases.case import TARGETS, TENSOR_CORES, fp8_of
-from scripts.kernel_table import build, cases
+from kernels.gemm.gemm_fp8_gluon import gemm as gluon_gemm
+from kernels.gemm.gemm_fp8_triton import TILES, gemm
+from kernels.quantization.quantize_triton import quantize_groups
+from scripts.kernel_table.__main__ import build, cases
+from scripts.kernel_table.case import TARGETS, TENSOR_CORES, fp8_of
+from scripts.kernel_table.offline import SHARED_BYTES, Build, offline
 
 REGISTERS = {"sm_90": 255, "sm_100": 255, "gfx942": 512, "gfx950": 512}
 """Per thread; on AMD vector and accumulation registers together."""
@@ -92,6 +92,7 @@ def test_a_spill_is_seen() -> None:
 
 
 def test_sm_80_has_no_fp8() -> None:
-    """What `kernels.quantize.fp8_dtype` refuses with a sentence, Triton refuses as well."""
+    """What `kernels.quantization.quantize.fp8_dtype` refuses with a sentence, Triton refuses as
+    well."""
     with pytest.raises(Exception, match="fp8e4nv not supported"), offline("cuda", 80):
         quantize_groups(torch.empty(128, 128), fp8_of("sm_80"), False, True, False)

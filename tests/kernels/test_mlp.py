@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.grouped_gemm import grouped_gemm_nt
-from kernels.mlp import swiglu_mlp
-from kernels.swiglu import Activation, swiglu
+from kernels.grouped_gemm.grouped_gemm import grouped_gemm_nt
+from kernels.mlp.mlp import swiglu_mlp
+from kernels.mlp.swiglu import Activation, swiglu
 
 SIZES, COUNTS = [70, 0, 1, 40], [66, 0, 1, 0]
 D, F = 24, 40

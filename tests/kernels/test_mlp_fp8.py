@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.mlp_fp8 as module
-from kernels.linear_fp8 import Fp8Weight
-from kernels.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
-from kernels.quantize import (
+import kernels.mlp.mlp_fp8 as module
+from kernels.gemm.linear_fp8 import Fp8Weight
+from kernels.mlp.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
+from kernels.mlp.swiglu import Activation, swiglu, swiglu_backward
+from kernels.quantization.quantize import (
     dequantize_1x128,
     dequantize_128x1,
     dequantize_128x128,
@@ -17,7 +18,6 @@ from kernels.quantize import (
     quantize_1x128_128x1_grouped,
     quantize_128x1,
 )
-from kernels.swiglu import Activation, swiglu, swiglu_backward
 
 SIZES = [(130, 120), (0, 0), (1, 1), (40, 0), (300, 300)]
 """Rows and true rows of each group."""

@@ -8,10 +8,10 @@ import torch
 
 from configs.model import Attention, Model, Moe
 from configs.precision import Fp8
-from kernels import permute
-from kernels.grouped_gemm_fp8 import row_alignment
-from kernels.permute import Permutation
-from kernels.router import Rule, route, route_backward_reference, route_reference
+from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
+from kernels.moe import permute
+from kernels.moe.permute import Permutation
+from kernels.moe.router import Rule, route, route_backward_reference, route_reference
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialise

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import norm, rope
-from kernels.norm import rms_norm, rms_norm_backward, rms_norm_quantized
-from kernels.quantize import quantize_1x128
-from kernels.rope import rotate
+from kernels.layers import norm, rope
+from kernels.layers.norm import rms_norm, rms_norm_backward, rms_norm_quantized
+from kernels.layers.rope import rotate
+from kernels.quantization.quantize import quantize_1x128
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """||difference|| / ||exact||: a few roundings of the dtype (2^-24 and 2^-9)."""

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import permute
-from kernels.permute import (
+from kernels.moe import permute
+from kernels.moe.permute import (
     Permutation,
     combine_rows,
     combine_rows_reference,

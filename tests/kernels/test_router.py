@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import router
-from kernels.router import Rule, route
+from kernels.moe import router
+from kernels.moe.router import Rule, route
 
 RULES = [
     Rule(2, True),

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.quantize import quantize_128x128
-from kernels.shard_fp8 import block_maxima, quantize_piece, scales_of
+from kernels.quantization.quantize import quantize_128x128
+from kernels.quantization.shard import block_maxima, quantize_piece, scales_of
 
 BOOLEAN = st.booleans()
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import swiglu as ops
 from kernels.fp8 import MIN_SCALE, Quantized
-from kernels.quantize import dequantize_1x128, quantize_1x128, quantize_128x1
-from kernels.swiglu import Activation, swiglu, swiglu_backward, swiglu_backward_quantized
+from kernels.mlp import swiglu as ops
+from kernels.mlp.swiglu import Activation, swiglu, swiglu_backward, swiglu_backward_quantized
+from kernels.quantization.quantize import dequantize_1x128, quantize_1x128, quantize_128x1
 
 ACTIVATIONS: list[Activation] = ["swiglu", "clamped_swiglu"]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.topk import top_indices, top_indices_reference
+from kernels.moe.topk import top_indices, top_indices_reference
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.loader import load
 from configs.model import Attention, Model
 from configs.rules import ConfigError
-from kernels.quantize import quantize_128x128
+from kernels.quantization.quantize import quantize_128x128
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import Index, read_model, write_tensors

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.model import Model
 from configs.precision import Fp8
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.grouped_gemm import true_rows
+from kernels.grouped_gemm.grouped_gemm import true_rows
+from kernels.layers.cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8, gemm_shares

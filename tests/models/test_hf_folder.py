@@ -16,7 +16,7 @@ from models.hf.dense import open_dense
 from models.hf.files import read_config, read_model
 from models.hf.folder import INDEX, read_json
 from models.hf.source import Source
-from serve.export import open_export
+from serve.engine.loading import open_export
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, write
 

@@ -11,7 +11,7 @@ import torch
 
 from models.hf.files import write_tensors
 from models.hf.table import hf_config
-from serve.export import open_export
+from serve.engine.loading import open_export
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder
 from tests.models.transformers_peer import (

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from configs.model import Attention, Model, Moe
 from configs.precision import Fp8
-from kernels.linear_fp8 import Fp8Weight
+from kernels.gemm.linear_fp8 import Fp8Weight
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialise

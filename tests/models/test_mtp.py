@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.loader import load
 from configs.model import Model
-from kernels.cross_entropy import IGNORE
+from kernels.layers.cross_entropy import IGNORE
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
@@ -23,7 +23,7 @@ from models.rope import rope_tables
 from models.router import take_counts
 from tests.models.families import DEEPSEEK_V3_MTP
 from tests.runs import ROOT, TINY
-from train.batches import Batch, Sequences
+from train.data.batches import Batch, Sequences
 from train.loss import count_tokens, look_ahead, loss_sum, loss_sums
 
 

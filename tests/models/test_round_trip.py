@@ -28,8 +28,8 @@ from scripts.import_hf import import_hf
 from tests.models.families import FAMILIES
 from tests.models.random_models import ARCHITECTURES, random_model
 from tests.models.test_hf import random_decoder, read_all
-from train import checkpoint
-from train.tokenizer import train_tokenizer
+from train.checkpoint import checkpoint
+from train.tokenizer.tokenizer import train_tokenizer
 
 VOCAB = 263
 

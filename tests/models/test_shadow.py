@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.permute import permutation
+from kernels.moe.permute import permutation
 from models.decoder import Block
 from models.documents import DocumentAttention
 from models.init import initialise

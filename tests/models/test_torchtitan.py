@@ -23,7 +23,7 @@ from models.documents import DocumentAttention
 from models.init import initialise
 from models.router import routers
 from tests.runs import run
-from train.batches import Batch
+from train.data.batches import Batch
 from train.loss import loss_sums
 
 DEBUG_MODEL = Model(

@@ -18,8 +18,8 @@ from parallel.apply import materialise, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh_run import mesh_of, random_corpus, shake, whole
-from train import checkpoint
-from train.batches import Sequences, TrainingData
+from train.checkpoint import checkpoint
+from train.data.batches import Sequences, TrainingData
 from train.step import StepResult, train_step
 from train.torchtitan_adapter import build_optimizer, optimizer_tensors
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.model import Moe
-from kernels.quantize import dequantize_1x128, quantize_1x128
+from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
 from models.moe import Experts
 
 

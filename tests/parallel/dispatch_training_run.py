@@ -22,7 +22,7 @@ from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh_run import STEPS, Recording, mesh_of, random_corpus, whole
 from tests.runs import TINY
-from train.batches import Sequences, TrainingData
+from train.data.batches import Sequences, TrainingData
 from train.step import train_step
 
 TIGHT = ["--parallel.dispatch.kind=sync_free", "--parallel.dispatch.capacity_factor=0.3"]

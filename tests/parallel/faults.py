@@ -17,7 +17,7 @@ from models.decoder import Decoder
 from models.moe import MoE
 from parallel.mesh import Mesh
 from parallel.shards import local_of
-from train.batches import Batch
+from train.data.batches import Batch
 
 Fault = Callable[[Decoder, Mesh], AbstractContextManager[None]]
 

@@ -28,8 +28,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import kernels.linear_fp8
-import kernels.mlp_fp8
+import kernels.gemm.linear_fp8
+import kernels.mlp.mlp_fp8
 import models.fp8
 from models.attention import GroupedQueryAttention, LatentAttention
 from models.decoder import Decoder
@@ -64,7 +64,7 @@ def recorded() -> Iterator[Operands]:
         return product
 
     with ExitStack() as stack:
-        for module in (kernels.linear_fp8, kernels.mlp_fp8):
+        for module in (kernels.gemm.linear_fp8, kernels.mlp.mlp_fp8):
             for name in ("gemm_fp8_nt", "gemm_fp8_nn"):
                 call = recording(name, getattr(module, name))
                 stack.enter_context(patch.object(module, name, call))
@@ -84,7 +84,7 @@ class ExpertCalls:
 
 @contextmanager
 def recorded_experts() -> Iterator[ExpertCalls]:
-    calls, mlp = ExpertCalls(), kernels.mlp_fp8
+    calls, mlp = ExpertCalls(), kernels.mlp.mlp_fp8
 
     def noting(note: Callable[..., None], call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **options: Any) -> Any:

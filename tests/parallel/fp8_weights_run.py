@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import parallel.fp8_weights
-from kernels.linear_fp8 import Fp8Weight
-from kernels.quantize import quantize_128x128
+from kernels.gemm.linear_fp8 import Fp8Weight
+from kernels.quantization.quantize import quantize_128x128
 from models.fp8 import Fp8Experts, Fp8FeedForward, fp8_modules
 from models.linear import Fp8Module, as_matrices
 from parallel.fp8_weights import WEIGHTS, GatheredWeight

@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import kernels.router
+import kernels.moe.router
 import models.balance
 from configs.degrees import resolve
 from configs.loader import from_dict
 from configs.schema import Optimizer, RunConfig
-from kernels.cross_entropy import IGNORE
+from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
@@ -41,7 +41,7 @@ from parallel.apply import materialise, parallelize
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import box_of
 from tests.parallel.faults import FAULTS
-from train.batches import Batch, Sequences, TrainingData
+from train.data.batches import Batch, Sequences, TrainingData
 from train.step import train_step
 from train.torchtitan_adapter import build_optimizer
 
@@ -182,7 +182,7 @@ def train_steadily(out: Path, settings: dict[str, Any], ranks: Ranks) -> None:
         config = from_dict(settings, out.stem)
         try:
             with (
-                patch.object(kernels.router, "choose", steady(kernels.router.choose)),
+                patch.object(kernels.moe.router, "choose", steady(kernels.moe.router.choose)),
                 patch.object(models.balance, "top_indices", steady(models.balance.top_indices)),
             ):
                 train(out, config, ranks, "none")

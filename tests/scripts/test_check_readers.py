@@ -16,14 +16,14 @@ from models.decoder import Decoder
 from models.hf.files import read_model, write_tensors
 from models.hf.table import hf_config
 from models.init import initialise
-from scripts import check_readers
-from scripts.check_readers import READERS, TEXTS, TOLERANCE, check, differences, prompts_of
+from scripts.check_readers import __main__ as check_readers
+from scripts.check_readers.__main__ import READERS, TEXTS, TOLERANCE, check, differences, prompts_of
 from scripts.to_gguf import llama_cpp_words, to_gguf
 from tests.models.families import FAMILIES
 from tests.runs import run
 from tests.train.test_tokenizer import texts
-from train.tokenizer import train_tokenizer
-from train.tokenizer_export import export_tokenizer
+from train.tokenizer.export import export_tokenizer
+from train.tokenizer.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,18 @@ from torch import Tensor
 
 from configs.model import Model
 from configs.precision import Fp8
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.layers.cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
 from models.init import initialise
-from scripts.fp8_ablations import VARIANTS, e5m2_blocks, emulated, narrow_product, one_scale
+from scripts.fp8_convergence.ablations import (
+    VARIANTS,
+    e5m2_blocks,
+    emulated,
+    narrow_product,
+    one_scale,
+)
 from scripts.fp8_products import decibels
 from tests.models.families import FAMILIES
 

@@ -11,7 +11,7 @@ import pytest
 import tomli
 import torch
 
-from kernels import gemm_fp8
+from kernels.gemm import gemm_fp8
 from scripts.gpu_suite import gemm
 from scripts.gpu_suite.__main__ import SECTIONS, main
 from scripts.gpu_suite.harness import Check, Place, Timing, measure

@@ -28,8 +28,8 @@ from scripts.import_hf import import_hf, main
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, read_all, write
 from tests.runs import run
-from train import checkpoint
-from train.tokenizer import train_tokenizer
+from train.checkpoint import checkpoint
+from train.tokenizer.tokenizer import train_tokenizer
 
 MAKE = """
 import json, sys, torch

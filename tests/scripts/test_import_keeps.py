@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from configs.rules import ConfigError
 from scripts.export import export
 from scripts.import_hf import import_hf
-from serve.export import open_export
+from serve.engine.loading import open_export
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, write
-from train.tokenizer_export import export_tokenizer, keep_tokenizer
-from train.tokenizer_files import IMPORTED
+from train.tokenizer.export import export_tokenizer, keep_tokenizer
+from train.tokenizer.files import IMPORTED
 
 TOKENS = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|tool|>", "<pad>", *map(chr, range(33, 91))]
 GENERATION = {

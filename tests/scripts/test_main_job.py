@@ -18,7 +18,7 @@ from models.decoder import Decoder
 from models.documents import DocumentAttention
 from scripts.export import export
 from tests.runs import ROOT, TINY, command, environment, free_port, run
-from train import checkpoint
+from train.checkpoint import checkpoint
 
 N_PROMPTS, N_TOKENS = 20, 64
 COMPARE = """

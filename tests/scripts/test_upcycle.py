@@ -24,7 +24,7 @@ from models.upcycle import Recipe
 from scripts.export import export
 from scripts.upcycle import upcycle
 from tests.runs import run
-from train import checkpoint
+from train.checkpoint import checkpoint
 
 MAKE = """
 import sys, torch, transformers as t

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from configs.rules import ConfigError
-from models.hf.gguf_file import open_gguf
+from models.gguf.file import open_gguf
 from models.upcycle import Recipe
 from scripts.upcycle import SMOLLM2, _packaged_smollm2, upcycle
 from tests.runs import run

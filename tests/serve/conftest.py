@@ -19,10 +19,10 @@ from models.documents import DocumentAttention
 from models.hf.files import read_model, write_tensors
 from models.hf.table import hf_config
 from models.init import initialise
-from serve.api import build_app
-from serve.engine import Engine, EngineOptions
-from serve.export import Export, open_export
-from serve.thread import EngineThread
+from serve.api.app import build_app
+from serve.api.thread import EngineThread
+from serve.engine.engine import Engine, EngineOptions
+from serve.engine.loading import Export, open_export
 
 VOCAB = 320
 MAX_LENGTH = 192

@@ -12,8 +12,8 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from serve.engine import Engine
-from serve.thread import EngineThread
+from serve.api.thread import EngineThread
+from serve.engine.engine import Engine
 
 
 class Running(Protocol):

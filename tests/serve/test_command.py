@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serve.__main__ import listen, main
-from serve.export import open_export
+from serve.engine.loading import open_export
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from models.documents import DocumentAttention
-from serve.engine import Engine
-from serve.export import Export
-from serve.request import Request, RequestError, SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.loading import Export
+from serve.engine.request import Request, RequestError, SamplingParams
 
 MakeEngine = Callable[..., Engine]
 Greedy = Callable[[Sequence[int], int], list[int]]

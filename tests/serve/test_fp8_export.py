@@ -10,9 +10,9 @@ from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.fp8_blocks import fp8_plan
 from models.init import initialise
-from serve.engine import Engine, EngineOptions
-from serve.export import open_export
-from serve.request import SamplingParams
+from serve.engine.engine import Engine, EngineOptions
+from serve.engine.loading import open_export
+from serve.engine.request import SamplingParams
 from tests.models.test_fp8_blocks import dequantised, write_fp8
 from tests.serve.conftest import CONFIG, make_tokenizer
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve.engine import Engine
-from serve.request import Request, SamplingParams
-from serve.sampler import choose, score
+from serve.engine.engine import Engine
+from serve.engine.request import Request, SamplingParams
+from serve.engine.sampler import choose, score
 
 
 def request(**params: object) -> Request:

@@ -7,10 +7,10 @@ import torch
 
 from configs.model import Attention, Model, Moe
 from configs.rules import ConfigError
-from serve.engine import EngineOptions
-from serve.kv_cache import KvCache, PageAllocator, build_cache, bytes_per_token
-from serve.request import Request, RequestError, SamplingParams
-from serve.scheduler import Chunk, Scheduler
+from serve.cache.kv_cache import KvCache, PageAllocator, build_cache, bytes_per_token
+from serve.engine.engine import EngineOptions
+from serve.engine.request import Request, RequestError, SamplingParams
+from serve.engine.scheduler import Chunk, Scheduler
 
 MODEL = Model(
     vocab_size=8,

@@ -22,7 +22,7 @@ from parallel.apply import materialise, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus
-from train.batches import Sequences, TrainingData
+from train.data.batches import Sequences, TrainingData
 from train.step import train_step
 from train.torchtitan_adapter import build_optimizer
 from train.trainer import compute_dtype

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models.attention import Layer
-from train.batches import Sequences, TrainingData, validation_batches
+from train.data.batches import Sequences, TrainingData, validation_batches
 
 
 def data(rank: int, n_ranks: int, micro_batch: int, seed: int = 3) -> TrainingData:

@@ -11,8 +11,8 @@ from configs.rules import ConfigError
 from configs.schema import RunConfig
 from tests.runs import TINY
 from tests.train.in_process import train
-from train import checkpoint
-from train.changes import (
+from train.checkpoint import checkpoint
+from train.checkpoint.changes import (
     CHANGES,
     Change,
     change_of,
@@ -21,7 +21,7 @@ from train.changes import (
     is_new,
     rate_lines,
 )
-from train.metrics import read_lines
+from train.report.metrics import read_lines
 
 CONFIG = load(TINY)
 KEYS = sorted(flatten(CONFIG))

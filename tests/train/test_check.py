@@ -18,7 +18,7 @@ from configs.model import Model
 from configs.rules import ConfigError
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
-from models.hf.deepseek import DEEPSEEK_V2
+from models.hf.families.deepseek import DEEPSEEK_V2
 from models.hf.table import architecture, hf_config
 from tests.configs.random_models import FEATURES, family_model
 from tests.runs import ROOT, TINY, run

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import Box
-from train import checkpoint
-from train.checkpoint import CheckpointError
-from train.manifest_content import crc32_of
+from train.checkpoint import checkpoint
+from train.checkpoint.checkpoint import CheckpointError
+from train.checkpoint.manifest_content import crc32_of
 
 RANKS: Ranks
 

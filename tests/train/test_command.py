@@ -11,7 +11,7 @@ import pytest
 from configs.loader import load
 from models.counts import parameter_counts
 from tests.runs import ROOT, TINY, command, environment, run
-from train.metrics import read_lines
+from train.report.metrics import read_lines
 
 
 def test_a_run_leaves_everything_behind(overrides: list[str], tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from configs.rules import ConfigError
 from tests.train.corpora import config, silent, write_texts
-from train import corpus as subject
-from train.corpus import Corpus, DamagedCache, open_corpus, prepare
-from train.corpus_build import split
-from train.tokenizer import WORDS, train_tokenizer
+from train.data import corpus as subject
+from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.data.corpus_build import split
+from train.tokenizer.tokenizer import WORDS, train_tokenizer
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ CHILD = """
 import json
 import sys
 from configs.loader import from_dict
-from train.corpus import prepare
+from train.data.corpus import prepare
 config = from_dict(json.loads(sys.argv[1]), "test")
 print("ready", flush=True)
 sys.stdin.readline()

@@ -16,7 +16,7 @@ from configs.rules import ConfigError
 from tests.runs import TINY
 from tests.train.corpora import config, silent, write_texts
 from train import __main__ as command
-from train.corpus import prepare
+from train.data.corpus import prepare
 
 
 @pytest.fixture
@@ -87,8 +87,9 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, texts: list[str], given: bool
 
 
 SITES = [
-    "train.corpus.sync", "train.documents.tempfile.TemporaryFile", "pathlib.Path.write_text",
-    "pathlib.Path.mkdir", "pathlib.Path.rename", "train.corpus_build._write_header",
+    "train.data.corpus.sync", "train.data.documents.tempfile.TemporaryFile",
+    "pathlib.Path.write_text",
+    "pathlib.Path.mkdir", "pathlib.Path.rename", "train.data.corpus_build._write_header",
 ]  # fmt: skip
 
 

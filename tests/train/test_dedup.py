@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from train import progress
-from train.dedup import HASHES, SHORTEST_LINE, band_rows, signature, survey
+from train.data import progress
+from train.data.dedup import HASHES, SHORTEST_LINE, band_rows, signature, survey
 
 
 def lines_of(text: str) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.runs import ROOT, run
-from train.metrics import EXPERT_LOAD, METRICS, read_lines
+from train.report.metrics import EXPERT_LOAD, METRICS, read_lines
 
 TIMES = {"tokens_per_s", "step_s", "data_share", "memory_gib"}
 EXPERIMENT = ROOT / "configs" / "tiny" / "deepseek_v3.toml"

@@ -8,11 +8,20 @@ from pathlib import Path
 import pytest
 
 from configs.loader import load
-from scripts import fp8_convergence
-from scripts.fp8_convergence import BF16, CONTROL, FP8, Run, _seeds, collect, table, train_all
-from scripts.fp8_pictures import draw
+from scripts.fp8_convergence import __main__ as fp8_convergence
+from scripts.fp8_convergence.__main__ import (
+    BF16,
+    CONTROL,
+    FP8,
+    Run,
+    _seeds,
+    collect,
+    table,
+    train_all,
+)
+from scripts.fp8_convergence.pictures import draw
 from tests.runs import TINY
-from train.metrics import read_lines
+from train.report.metrics import read_lines
 
 MOST = 0.5
 """Percent of the validation loss that FP8 may differ from bf16."""

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from configs.model import Model
 from configs.precision import Fp8
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.linear_fp8 import Fp8Weight
+from kernels.gemm.linear_fp8 import Fp8Weight
+from kernels.layers.cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
 from models.init import initialise
 from tests.models.families import FAMILIES, QWEN3
 from tests.runs import TINY, run
-from train.fp8_figures import MOST_DB, Figures, Weight
-from train.fp8_report import Fp8Diagnosis, warnings
-from train.metrics import METRICS, read_lines
+from train.report.fp8_figures import MOST_DB, Figures, Weight
+from train.report.fp8_report import Fp8Diagnosis, warnings
+from train.report.metrics import METRICS, read_lines
 
 Array = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import ROOT, TINY, environment, free_port
 from tests.train.in_process import train
-from train.metrics import read_lines
+from train.report.metrics import read_lines
 
 
 def start(rank: int, port: int, arguments: list[str], cwd: Path = ROOT) -> subprocess.Popen[str]:

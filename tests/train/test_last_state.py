@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import train.trainer
 from parallel.dispatch.overflow import CapacityOverflow
 from tests.train.in_process import train as run
-from train import checkpoint
-from train.metrics import read_lines
+from train.checkpoint import checkpoint
+from train.report.metrics import read_lines
 from train.step import NonFiniteError
 
 

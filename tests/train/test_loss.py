@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.loader import load
-from kernels.cross_entropy import IGNORE
+from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.init import initialise
 from tests.runs import TINY
-from train.batches import Sequences
+from train.data.batches import Sequences
 from train.loss import look_ahead, loss_sums
 from train.step import train_step
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from train import checkpoint
-from train.changes import settings_then
-from train.checkpoint import CheckpointError
+from train.checkpoint import checkpoint
+from train.checkpoint.changes import settings_then
+from train.checkpoint.checkpoint import CheckpointError
 
 RANKS: Ranks
 LONG = "x" * 5000

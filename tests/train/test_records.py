@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.train.in_process import train
-from train import environment
-from train.metrics import EXPERT_LOAD, METRICS, MetricsWriter, read_lines
-from train.plots import draw
+from train.report import environment
+from train.report.metrics import EXPERT_LOAD, METRICS, MetricsWriter, read_lines
+from train.report.plots import draw
 
 BAD = [
     b"{", b"", b"null", b"[]", b"3", b"\xff\xfe", b"\x00" * 50,

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.runs import ROOT, TINY, command, environment, run
-from train.metrics import read_lines
+from train.report.metrics import read_lines
 
 
 def losses(folder: Path) -> dict[int, float]:

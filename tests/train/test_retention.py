@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from train import checkpoint, retention
-from train.checkpoint import CheckpointError
+from train.checkpoint import checkpoint, retention
+from train.checkpoint.checkpoint import CheckpointError
 
 RANKS: Ranks
 

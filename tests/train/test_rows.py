@@ -11,9 +11,9 @@ import pytest
 
 from configs.rules import ConfigError
 from configs.schema import Data
-from train import rows as subject
-from train.documents import Documents
-from train.sources import locate
+from train.data import rows as subject
+from train.data.documents import Documents
+from train.data.sources import locate
 
 BOM = b"\xef\xbb\xbf"
 

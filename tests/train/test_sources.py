@@ -11,8 +11,8 @@ import pytest
 
 from configs.rules import ConfigError
 from configs.schema import Data
-from train import progress, sources
-from train.sources import cut, locate
+from train.data import progress, sources
+from train.data.sources import cut, locate
 
 
 def write(folder: Path, files: dict[str, str | bytes]) -> Path:

@@ -6,7 +6,7 @@ from configs.loader import load
 from configs.schema import RunConfig
 from models.hf.table import architecture
 from tests.runs import ROOT, run
-from train.metrics import read_lines
+from train.report.metrics import read_lines
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",

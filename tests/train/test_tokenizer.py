@@ -13,9 +13,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from configs.rules import ConfigError
-from train import tokenizer as subject
-from train.tokenizer import EOT, Encoder, find_tokenizer, load_tokenizer
-from train.tokenizer_export import export_tokenizer, files_beside
+from train.tokenizer import tokenizer as subject
+from train.tokenizer.export import export_tokenizer, files_beside
+from train.tokenizer.tokenizer import EOT, Encoder, find_tokenizer, load_tokenizer
 
 UINT16 = np.dtype(np.uint16)
 

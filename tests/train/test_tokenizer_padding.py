@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.train.test_tokenizer import save, texts, train
-from train.tokenizer import EOT, cuts_words_as_ours, load_tokenizer
-from train.tokenizer_export import export_tokenizer, keep_tokenizer
-from train.tokenizer_padding import PAD, with_padding
+from train.tokenizer.export import export_tokenizer, keep_tokenizer
+from train.tokenizer.padding import PAD, with_padding
+from train.tokenizer.tokenizer import EOT, cuts_words_as_ours, load_tokenizer
 
 
 def test_every_text_keeps_its_ids() -> None:

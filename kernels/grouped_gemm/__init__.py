@@ -1,0 +1,3 @@
+"""Products of rows grouped by expert, in bf16 and FP8, each with its gradients; Triton, and torch
+on a CPU.
+"""

@@ -1,0 +1,264 @@
+"""Output projection and cross-entropy in one, without ever holding all logits.
+
+For T tokens and a vocabulary of V the logits are the largest tensor of a training step (16 GiB for
+32 k tokens and 128 k words in fp32). Here a chunk of tokens at a time goes through the head; its
+loss, and in training its gradients for the hidden states and the head, are made at once, and the
+chunk's logits are dropped. The products run in the operands' dtype, log-sum-exp and softmax in
+fp32, the head's gradient is accumulated in fp32. On a GPU the gradient of the logits takes their
+place: per token one pass for maximum and sum together, one that writes (Milakov and Gimelshein,
+arXiv:1805.02867).
+
+The z-loss holds log-sum-exp, which cross-entropy leaves free, near 0: `coef * logsumexp^2` per
+token (PaLM, arXiv:2204.02311, section 5, with coef 1e-4). It adds its gradient alone, so that the
+value stays the cross-entropy, comparable between runs.
+
+Idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009;
+gradients made in the forward pass as in Liger Kernel, arXiv:2410.10989. Ranks may divide the
+vocabulary (arXiv:1909.08053, section 3): per chunk they share the maximum and the sum of
+exponentials of each token, 8 bytes.
+
+Shapes: T tokens, t of a chunk, D width, V vocabulary, v of this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import device
+
+IGNORE = -1
+"""Target of a token that has no loss."""
+FOREIGN = -2
+"""Target that another rank of a divided vocabulary holds; its loss is counted there."""
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+"""Logits per chunk. CPU: 4 MiB in fp32 stay in cache (22 ms against 36 ms with four times as many,
+for 1024 tokens of width 256 and 4096 words). CUDA: 512 MiB in bf16 fill the device."""
+
+
+def linear_cross_entropy(
+    x_TD: Tensor,
+    weight_vD: Tensor,
+    targets_T: Tensor,
+    group: dist.ProcessGroup | None = None,
+    z_loss_coef: float = 0.0,
+) -> Tensor:
+    """Sum of `-log softmax(x @ weight.T)[target]` over tokens, an fp32 scalar.
+
+    targets_T: int64 in [0, V), or IGNORE. Differentiable in x and weight.
+    group: ranks that divide the vocabulary evenly, in order; each gives the same tokens and its
+    rows of the weight, and gets the loss of the tokens whose targets are among its words. The sum
+    over ranks of these losses, and of the gradients for x, is that of the whole.
+    z_loss_coef: the gradients are those of the sum plus `z_loss_coef * logsumexp^2` of every token
+    that has a loss; the value is without.
+    """
+    wants_grad = torch.is_grad_enabled()  # within forward it always is off
+    if group is not None:
+        targets_T = _local_targets(targets_T, weight_vD.shape[0], group)
+    elif torch.compiler.is_compiling():
+        needs_grad = wants_grad and (x_TD.requires_grad or weight_vD.requires_grad)
+        loss: Tensor = _operation(x_TD, weight_vD, targets_T, z_loss_coef, needs_grad)[0]
+        return loss
+    # else in the open: what an operation holds meanwhile is hidden from who counts memory
+    return _LinearCrossEntropy.apply(x_TD, weight_vD, targets_T, wants_grad, group, z_loss_coef)
+
+
+def _local_targets(targets_T: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
+    """Targets counted from this rank's first word; FOREIGN where another rank holds them."""
+    local_T = targets_T - group.rank() * width
+    local_T = local_T.where((local_T >= 0) & (local_T < width), FOREIGN)
+    return local_T.where(targets_T != IGNORE, IGNORE)
+
+
+def linear_cross_entropy_reference(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss_coef: float = 0.0
+) -> Tensor:
+    """Plain-torch form of `linear_cross_entropy`."""
+    logits_TV = F.linear(x_TD, weight_VD).float()
+    loss = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
+    z_loss = z_loss_coef * (logits_TV.logsumexp(1).square() * (targets_T != IGNORE)).sum()
+    return loss + (z_loss - z_loss.detach())
+
+
+def token_losses_(
+    logits_tv: Tensor,
+    targets_t: Tensor,
+    logsumexp_t: Tensor | None,
+    z_loss_coef: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and loss of every token, fp32. `with_gradient`, the gradient takes the place of
+    the logits, in their dtype.
+
+    logsumexp_t: over all words, where the logits are those of some; else it is made of these.
+    """
+    found: tuple[Tensor, Tensor] = _token_losses_(
+        logits_tv, targets_t, logsumexp_t, z_loss_coef, with_gradient
+    )
+    return found
+
+
+def token_losses_reference_(
+    logits_tv: Tensor,
+    targets_t: Tensor,
+    logsumexp_t: Tensor | None,
+    z_loss_coef: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Plain-torch form of `token_losses_`."""
+    logits = logits_tv.float()
+    here_t = targets_t >= 0
+    picked_t = logits.gather(1, targets_t.clamp(min=0)[:, None])[:, 0]
+    made_t = logits.logsumexp(1) if logsumexp_t is None else logsumexp_t.clone()
+    loss_t = torch.where(here_t, made_t - picked_t, 0.0)
+    if with_gradient:
+        probs_tv = logits.sub_(made_t[:, None]).exp_()
+        if z_loss_coef:
+            probs_tv.mul_((1 + 2 * z_loss_coef * made_t)[:, None])
+        probs_tv.scatter_add_(1, targets_t.clamp(min=0)[:, None], -here_t.float()[:, None])
+        probs_tv.mul_((targets_t != IGNORE)[:, None])
+        if probs_tv is not logits_tv:
+            logits_tv.copy_(probs_tv)
+    return made_t, loss_t
+
+
+def _loss_and_gradients(
+    x_TD: Tensor,
+    weight_vD: Tensor,
+    targets_T: Tensor,
+    group: dist.ProcessGroup | None,
+    z_loss_coef: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss and, where needed, the gradients for x and weight, the latter in fp32."""
+    on_cpu = x_TD.device.type == "cpu" and not device.on_accelerator(x_TD)
+    loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+    grad_x = torch.empty_like(x_TD) if needs_grad else None
+    grad_w = torch.zeros_like(weight_vD, dtype=torch.float32) if needs_grad else None
+    chunk = max(_CHUNK_ELEMENTS["cpu" if on_cpu else "cuda"] // weight_vD.shape[0], 1)
+    for start in range(0, x_TD.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        logits_tv = F.linear(x_TD[rows], weight_vD)
+        if on_cpu:
+            logits_tv = logits_tv.float()  # a copy in cache costs little
+        logsumexp_t = None
+        if group is not None:
+            local_t, _ = token_losses_(logits_tv, targets_T[rows], None, 0.0, False)
+            logsumexp_t = _sum_over(group, local_t)
+        _, loss_t = token_losses_(
+            logits_tv, targets_T[rows], logsumexp_t, z_loss_coef, grad_x is not None
+        )
+        loss += loss_t.sum()
+        if grad_x is not None and grad_w is not None:
+            grad_logits = logits_tv.to(x_TD.dtype)
+            torch.mm(grad_logits, weight_vD, out=grad_x[rows])
+            grad_w += grad_logits.T @ x_TD[rows]
+    return loss, grad_x, grad_w
+
+
+def _sum_over(group: dist.ProcessGroup, logsumexp_t: Tensor) -> Tensor:
+    """Log-sum-exp over the words of all ranks."""
+    largest_t = logsumexp_t.clone()
+    dist.all_reduce(largest_t, dist.ReduceOp.MAX, group)
+    sum_t = (logsumexp_t - largest_t).exp_()
+    dist.all_reduce(sum_t, group=group)
+    return largest_t + sum_t.log()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_vD: Tensor,
+        targets_T: Tensor,
+        wants_grad: bool,
+        group: dist.ProcessGroup | None,
+        z_loss_coef: float,
+    ) -> Tensor:
+        needs_grad = wants_grad and any(ctx.needs_input_grad)
+        loss, grad_x, grad_w = _loss_and_gradients(
+            x_TD, weight_vD, targets_T, group, z_loss_coef, needs_grad
+        )
+        if needs_grad:
+            ctx.save_for_backward(grad_x, grad_w)
+            ctx.weight_dtype = weight_vD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_scaled(ctx, grad), None, None, None, None
+
+
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_w = ctx.saved_tensors
+    # a 0-dimensional fp32 factor multiplies in fp32 and rounds once, whatever the dtype
+    return grad_x * grad, (grad_w * grad).to(ctx.weight_dtype)
+
+
+@torch.library.custom_op("phalanx::linear_cross_entropy", mutates_args=())
+def _operation(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss_coef: float, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients for x and weight; these are empty where they are not needed."""
+    loss, grad_x, grad_w = _loss_and_gradients(
+        x_TD, weight_VD, targets_T, None, z_loss_coef, needs_grad
+    )
+    if grad_x is None or grad_w is None:
+        return loss, x_TD.new_empty(0), loss.new_empty(0)
+    return loss, grad_x, grad_w
+
+
+@_operation.register_fake
+def _(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss_coef: float, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x_TD.new_empty((), dtype=torch.float32)
+    if not needs_grad:
+        return loss, x_TD.new_empty(0), loss.new_empty(0)
+    return loss, torch.empty_like(x_TD), torch.empty_like(weight_VD, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, grad_x, grad_w = output
+    ctx.mark_non_differentiable(grad_x, grad_w)
+    ctx.save_for_backward(grad_x, grad_w)
+    ctx.weight_dtype = inputs[1].dtype
+
+
+def _gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return *_scaled(ctx, grad), None, None, None
+
+
+_operation.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("phalanx::token_losses_", mutates_args=("logits_tv",))
+def _token_losses_(
+    logits_tv: Tensor,
+    targets_t: Tensor,
+    logsumexp_t: Tensor | None,
+    z_loss_coef: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    arguments = (logits_tv, targets_t, logsumexp_t, z_loss_coef, with_gradient)
+    if device.on_accelerator(logits_tv):
+        from kernels.layers.cross_entropy_triton import token_losses_ as launch
+
+        with device.launching_on(logits_tv):
+            return launch(*arguments)
+    return token_losses_reference_(*arguments)
+
+
+@_token_losses_.register_fake
+def _(
+    logits_tv: Tensor,
+    targets_t: Tensor,
+    logsumexp_t: Tensor | None,
+    z_loss_coef: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    n_tokens = len(logits_tv)
+    return tuple(logits_tv.new_empty(n_tokens, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]

@@ -1,0 +1,154 @@
+"""RMSNorm (arXiv:1910.07467): `x / rms(x) * weight` over the last dimension.
+
+Statistics in fp32, the weight applied before the one rounding to x's dtype. Kept for backward: x,
+which is kept anyway, and the inverse root mean square, 4 bytes per row. Where the output feeds
+products in FP8 it leaves quantised (`rms_norm_quantized`), and is never written in bf16.
+
+The gradient of the weight sums over all rows: every program adds up its own rows in a fixed order,
+a second sum adds the programs. No atomics, so two runs give the same bits. On a CPU `F.rms_norm` is
+the fastest form; the operations there are for who asks for them by name.
+
+Shapes: R rows (all but the last dimension of x), D width, d = ceil(D / 128).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import device
+from kernels.fp8 import BLOCK, Quantized, empty_column_major, fp8_dtype
+from kernels.quantization.quantize import quantize_1x128_reference
+
+
+def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """`x / rms(x) * weight`, in x's shape and dtype. Differentiable in both.
+
+    x: `[..., D]`; rows may be apart (a split of something wider). weight_D: None for 1.
+    """
+    if x.device.type == "cpu" and not device.on_accelerator(x):
+        return F.rms_norm(x, x.shape[-1:], weight_D, eps)
+    y: Tensor = _rms_norm(x, weight_D, eps)[0]
+    return y
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients for x and weight (in their dtypes; empty without weight) from what was kept."""
+    found: tuple[Tensor, Tensor] = _rms_norm_backward(grad, x, weight_D, rstd)
+    return found
+
+
+def rms_norm_quantized(
+    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool = False
+) -> tuple[Quantized, Tensor]:
+    """`quantize_1x128(rms_norm(...))`, bit by bit, in one pass; and what backward needs, the
+    inverse root mean square `[R]` in fp32. Has no gradient of its own: `rms_norm_backward`."""
+    data, scales, rstd = _rms_norm_quantized(x_RD, weight_D, eps, power_of_two)
+    return Quantized(data, scales), rstd
+
+
+def rms_norm_reference(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Plain-torch form of `rms_norm`, and the inverse root mean square of every row."""
+    rstd = (x.float().square().mean(-1) + eps).rsqrt()
+    y = x.float() * rstd[..., None]
+    return (y if weight_D is None else y * weight_D.float()).to(x.dtype), rstd
+
+
+def rms_norm_backward_reference(
+    grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Plain-torch form of `rms_norm_backward`."""
+    normed, outer = x.float() * rstd[..., None], grad.float()
+    grad_weight = grad.new_empty(0)
+    if weight_D is not None:
+        grad_weight = (outer * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+        outer = outer * weight_D.float()
+    inner = (outer * normed).mean(-1, keepdim=True)
+    return ((outer - normed * inner) * rstd[..., None]).to(x.dtype), grad_weight
+
+
+def rms_norm_quantized_reference(
+    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool = False
+) -> tuple[Quantized, Tensor]:
+    """Plain-torch form of `rms_norm_quantized`."""
+    y_RD, rstd_R = rms_norm_reference(x_RD, weight_D, eps)
+    return quantize_1x128_reference(y_RD, power_of_two), rstd_R
+
+
+@torch.library.custom_op("phalanx::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    if device.on_accelerator(x):
+        from kernels.layers.norm_triton import forward
+
+        with device.launching_on(x):
+            return forward(x, weight_D, eps)
+    return rms_norm_reference(x.contiguous(), weight_D, eps)
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("phalanx::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The second is empty where there is no weight: an operation cannot return None."""
+    if device.on_accelerator(x):
+        from kernels.layers.norm_triton import backward
+
+        with device.launching_on(x):
+            return backward(grad, x, weight_D, rstd)
+    return rms_norm_backward_reference(grad.contiguous(), x.contiguous(), weight_D, rstd)
+
+
+@_rms_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    return x.new_empty(x.shape), nothing if weight_D is None else torch.empty_like(weight_D)
+
+
+def _save(
+    ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, weight_D, rstd = ctx.saved_tensors
+    grad_x, grad_weight = _rms_norm_backward(grad, x, weight_D, rstd)
+    return grad_x, None if weight_D is None else grad_weight, None
+
+
+_rms_norm.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("phalanx::rms_norm_quantized", mutates_args=())
+def _rms_norm_quantized(
+    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if device.on_accelerator(x_RD):
+        from kernels.layers.norm_triton import forward_quantized
+
+        with device.launching_on(x_RD):
+            quantized, rstd = forward_quantized(
+                x_RD, weight_D, eps, fp8_dtype(x_RD.device), power_of_two
+            )
+    else:
+        quantized, rstd = rms_norm_quantized_reference(x_RD, weight_D, eps, power_of_two)
+    return *quantized, rstd
+
+
+@_rms_norm_quantized.register_fake
+def _(
+    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (R, D), here = x_RD.shape, x_RD.device
+    data = torch.empty(R, D, dtype=fp8_dtype(here), device=here)
+    scales = empty_column_major((R, -(-D // BLOCK)), torch.float32, here)
+    return data, scales, x_RD.new_empty(R, dtype=torch.float32)

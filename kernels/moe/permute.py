@@ -1,0 +1,312 @@
+"""Rows of tokens into rows grouped by expert, and back.
+
+A token that visits K experts becomes K rows; rows of one expert lie together, in token order (a
+stable order, so the result is deterministic). Both directions are written from the token's side:
+going there a token is read once and written to its K slots, coming back its K slots are read and
+summed in the order of its choices. So neither needs atomics, no row is read twice, and the gradient
+of each is the other.
+
+Groups may start at a multiple of `align`. A slot that holds no row says so in `order_P`, and
+whoever fills the slots writes zeros there: there is no separate clearing and no list of such slots,
+whose length a host would have to wait for. For the same reason the number of slots is an upper
+bound on an accelerator; slots from the last end on belong to nobody. A CPU, which waits for nobody,
+has exactly as many as the groups take.
+
+A choice may name nobody (id E): it gets no slot, and zero comes back for it. That is how tokens
+have unequal numbers of rows, and how a buffer of fixed size is less than full.
+
+Routing weights travel the same way, as rows one wide: they are applied between the two products of
+an expert (`kernels.mlp.swiglu`), which is free there, and the way back is a plain sum.
+
+Gathering in the loads of the grouped product (`kernels.grouped_gemm.grouped_gemm_triton`) is not
+used: TMA reads neighbouring rows, and the row-grouped copy is needed for the weight gradient
+anyway.
+
+Shapes: T tokens, K experts per token, R = T * K rows, P slots, D width, d = ceil(D / 128),
+E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import device
+from kernels.fp8 import BLOCK, Quantized, empty_column_major, fp8_dtype
+from kernels.quantization.quantize import quantize_1x128, quantize_1x128_reference
+
+
+class Permutation(NamedTuple):
+    """Where the R routed rows lie in P slots."""
+
+    order_P: Tensor
+    """Flat index t * K + k of the row in every slot, int64; -1 where there is none."""
+    inverse_R: Tensor
+    """Slot of every flat index, int64; -1 where it has none."""
+    ends_E: Tensor
+    """End of every expert's slots, int64; slots from the last end on belong to nobody."""
+    counts_E: Tensor
+    """True rows of every expert, int64."""
+
+
+def count_choices(ids_TK: Tensor, n_experts: int) -> Tensor:
+    """How often each expert is named, int64 `[E]`. (`bincount` would wait for a CUDA device.)"""
+    flat_R = ids_TK.reshape(-1)
+    return flat_R.new_zeros(n_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+
+
+def permutation(
+    ids_TK: Tensor, n_experts: int, align: int = 1, n_rows: int | None = None
+) -> Permutation:
+    """Group routed rows by expert, stably.
+
+    ids_TK: expert of every (token, choice), int64, any shape; `n_experts` names nobody. n_rows: how
+    many name somebody, where the host knows it: there will be no slots for others.
+    """
+    ids_R = ids_TK.reshape(-1)
+    n_rows = len(ids_R) if n_rows is None else n_rows
+    n_slots: int | None = n_rows
+    if align > 1:
+        # whole groups of `align`, at most one of them begun in vain for each expert named
+        bound = (n_rows + min(n_experts, n_rows) * (align - 1)) // align * align
+        exact = ids_R.device.type == "cpu" and not device.on_accelerator(ids_R)
+        n_slots = None if exact else bound
+    return Permutation(*_permutation(ids_R, n_experts, align, n_slots))
+
+
+def gather_rows(x_TD: Tensor, to: Permutation) -> Tensor:
+    """`rows_PD` with `rows[p] = x[order[p] // K]`, zero in empty slots; K = R / T.
+
+    Differentiable in `x_TD`.
+    """
+    rows_PD: Tensor = _gather_rows(x_TD, to.order_P, to.inverse_R, _top_k(x_TD, to))
+    return rows_PD
+
+
+def combine_rows(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
+    """`y_TD` with `y[t] = sum_k rows[inverse[t * K + k]]`, rounded once; rows without a slot count
+    as zero. Differentiable in rows."""
+    y_TD: Tensor = _combine_rows(rows_PD, back.order_P, back.inverse_R, top_k)
+    return y_TD
+
+
+def gather_rows_quantized(x_TD: Tensor, to: Permutation, power_of_two: bool = False) -> Quantized:
+    """`gather_rows` of `quantize_1x128`: data `[P, D]` and scales `[P, d]` (column-major).
+
+    A token is quantised once, however many slots it goes to; empty slots have zero data and zero
+    scales. Not differentiable.
+    """
+    data_PD, scales_Pd = _gather_rows_quantized(x_TD, *to[:2], _top_k(x_TD, to), power_of_two)
+    return Quantized(data_PD, scales_Pd)
+
+
+def permutation_reference(
+    ids_TK: Tensor, n_experts: int, align: int = 1, n_rows: int | None = None
+) -> Permutation:
+    """Plain loops; exactly as many slots as the groups take, or with `align` 1 one per row."""
+    ids = ids_TK.reshape(-1).tolist()
+    order: list[int] = []
+    ends, counts, inverse = [], [], [-1] * len(ids)
+    for expert in range(n_experts):
+        rows = [row for row, named in enumerate(ids) if named == expert]
+        for row in rows:
+            inverse[row] = len(order)
+            order.append(row)
+        order += [-1] * (-len(order) % align)
+        ends.append(len(order))
+        counts.append(len(rows))
+    if align == 1:
+        order += [-1] * ((len(ids) if n_rows is None else n_rows) - len(order))
+    made = [torch.tensor(values, dtype=torch.int64) for values in (order, inverse, ends, counts)]
+    return Permutation(*made)
+
+
+def gather_rows_reference(x_TD: Tensor, to: Permutation) -> Tensor:
+    """Plain-torch form of `gather_rows`."""
+    source_P = torch.where(to.order_P < 0, len(x_TD), to.order_P // _top_k(x_TD, to))
+    return torch.cat([x_TD, x_TD.new_zeros(1, x_TD.shape[1])])[source_P]
+
+
+def combine_rows_reference(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
+    """Plain-torch form of `combine_rows`."""
+    padded = torch.cat([rows_PD, rows_PD.new_zeros(1, rows_PD.shape[1])]).float()
+    rows_RD = padded[torch.where(back.inverse_R < 0, len(rows_PD), back.inverse_R)]
+    return rows_RD.unflatten(0, (-1, top_k)).sum(1).to(rows_PD.dtype)
+
+
+def gather_rows_quantized_reference(
+    x_TD: Tensor, to: Permutation, power_of_two: bool = False
+) -> Quantized:
+    """Plain-torch form of `gather_rows_quantized`."""
+    data_TD, scales_Td = quantize_1x128_reference(x_TD, power_of_two)
+    data_PD = gather_rows_reference(data_TD.view(torch.uint8), to).view(data_TD.dtype)
+    scales_Pd = gather_rows_reference(scales_Td, to)
+    return Quantized(data_PD, _column_major(scales_Pd))
+
+
+def _top_k(x_TD: Tensor, to: Permutation) -> int:
+    return len(to.inverse_R) // len(x_TD) if len(x_TD) else 1
+
+
+def _column_major(x_RD: Tensor) -> Tensor:
+    return empty_column_major(x_RD.shape, x_RD.dtype, x_RD.device).copy_(x_RD)
+
+
+@torch.library.custom_op("phalanx::permutation", mutates_args=())
+def _permutation(
+    ids_R: Tensor, n_experts: int, align: int, n_slots: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n_slots: None for exactly as many as the groups take."""
+    if device.on_accelerator(ids_R):
+        from kernels.moe.permute_triton import permutation as launch
+
+        assert n_slots is not None
+        with device.launching_on(ids_R):
+            return launch(ids_R, n_experts, align, n_slots)
+    sorted_R = torch.argsort(ids_R, stable=True)  # nobody's are the last
+    counts_E = count_choices(ids_R, n_experts + 1)[:-1].clone()
+    n_named = int(counts_E.sum())
+    padded_E = (counts_E + align - 1) // align * align
+    ends_E = padded_E.cumsum(0)
+    slot_R = torch.arange(len(ids_R))
+    if align > 1:
+        shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
+        slot_R[:n_named] += shift_E.repeat_interleave(counts_E)
+    slot_R[n_named:] = -1
+    inverse_R = torch.empty_like(ids_R).scatter_(0, sorted_R, slot_R)
+    sorted_R[n_named:] = -1
+    if align == 1:
+        return sorted_R[:n_slots], inverse_R, ends_E, counts_E
+    n_slots = int(ends_E[-1]) if n_slots is None else n_slots
+    order_P = ids_R.new_full((n_slots + 1,), -1)  # nobody's rows go to the last, as index -1 says
+    order_P[slot_R] = sorted_R
+    return order_P[:-1], inverse_R, ends_E, counts_E
+
+
+@_permutation.register_fake
+def _(
+    ids_R: Tensor, n_experts: int, align: int, n_slots: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots = torch.library.get_ctx().new_dynamic_size() if n_slots is None else n_slots
+    order_P, inverse_R = ids_R.new_empty(slots), ids_R.new_empty(ids_R.shape[0])
+    return order_P, inverse_R, ids_R.new_empty(n_experts), ids_R.new_empty(n_experts)
+
+
+@torch.library.custom_op("phalanx::gather_rows", mutates_args=())
+def _gather_rows(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    if device.on_accelerator(x_TD):
+        from kernels.moe.permute_triton import gather
+
+        with device.launching_on(x_TD):
+            return gather(x_TD, order_P, inverse_R, top_k)
+    return _select(x_TD, order_P, top_k)
+
+
+@_gather_rows.register_fake
+def _(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    return x_TD.new_empty(order_P.shape[0], x_TD.shape[1])
+
+
+@torch.library.custom_op("phalanx::combine_rows", mutates_args=())
+def _combine_rows(rows_PD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    """order_P: for the gradient."""
+    if device.on_accelerator(rows_PD):
+        from kernels.moe.permute_triton import combine
+
+        with device.launching_on(rows_PD):
+            return combine(rows_PD, inverse_R, top_k)
+    return _select(rows_PD, inverse_R, 1) if top_k == 1 else _sum_rows(rows_PD, inverse_R, top_k)
+
+
+@_combine_rows.register_fake
+def _(rows_PD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    return rows_PD.new_empty(inverse_R.shape[0] // top_k, rows_PD.shape[1])
+
+
+def _select(x_ND: Tensor, index_M: Tensor, divisor: int) -> Tensor:
+    """`x[index // divisor]`, zero where the index is -1, on a CPU."""
+    if not len(x_ND):
+        return x_ND.new_zeros(len(index_M), x_ND.shape[1])
+    empty_M = index_M < 0
+    missing = bool(empty_M.any())
+    source_M = index_M.clamp(min=0) if missing else index_M
+    rows_MD = x_ND.index_select(0, source_M if divisor == 1 else source_M // divisor)
+    return rows_MD.masked_fill_(empty_M[:, None], 0) if missing else rows_MD
+
+
+_PIECE = 2**17
+"""Elements of the buffers of `_sum_rows`: they stay in cache."""
+
+
+def _sum_rows(rows_PD: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    """`combine_rows` on a CPU, some tokens at a time, in fp32 or in one addition (which rounds
+    once, too). 4096 rows of width 1024 in bf16, two per token: 0.6 ms; one gather and one sum,
+    whose rows go to memory and back, 3.9."""
+    width = rows_PD.shape[1]
+    slots_KT = inverse_R.view(-1, top_k).T.contiguous()
+    y_TD = rows_PD.new_empty(slots_KT.shape[1], width)
+    missing = bool((slots_KT < 0).any())
+    if missing and not len(rows_PD):
+        return y_TD.zero_()
+    step = min(max(_PIECE // max(width, 1), 1), max(len(y_TD), 1))
+    exact = torch.promote_types(rows_PD.dtype, torch.float32)
+    total = rows_PD.new_empty(step, width, dtype=exact)
+    buffers = rows_PD.new_empty(2, step, width).unbind(0)
+
+    def pick(slots_t: Tensor, into: Tensor) -> Tensor:
+        rows_tD = into[: len(slots_t)]
+        torch.index_select(rows_PD, 0, slots_t.clamp(min=0) if missing else slots_t, out=rows_tD)
+        return rows_tD.masked_fill_((slots_t < 0)[:, None], 0) if missing else rows_tD
+
+    for y_tD, *slots in zip(y_TD.split(step), *(s.split(step) for s in slots_KT), strict=True):
+        first, second = (pick(s, into) for s, into in zip(slots, buffers, strict=False))
+        if top_k == 2:
+            torch.add(first, second, out=y_tD)
+            continue
+        sum_tD = total[: len(y_tD)].copy_(first).add_(second)
+        for slots_t in slots[2:]:
+            sum_tD += pick(slots_t, buffers[0])
+        y_tD.copy_(sum_tD)
+    return y_TD
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+    _, order_P, inverse_R, ctx.top_k = inputs
+    ctx.save_for_backward(order_P, inverse_R)
+
+
+def _gather_gradient(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+    return _combine_rows(grad_PD, *ctx.saved_tensors, ctx.top_k), None, None, None
+
+
+def _combine_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
+    return _gather_rows(grad_TD, *ctx.saved_tensors, ctx.top_k), None, None, None
+
+
+_gather_rows.register_autograd(_gather_gradient, setup_context=_save)
+_combine_rows.register_autograd(_combine_gradient, setup_context=_save)
+
+
+@torch.library.custom_op("phalanx::gather_rows_quantized", mutates_args=())
+def _gather_rows_quantized(
+    x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    if device.on_accelerator(x_TD):
+        from kernels.moe.permute_triton import gather_quantized
+
+        with device.launching_on(x_TD):
+            dtype = fp8_dtype(x_TD.device)
+            return gather_quantized(x_TD, order_P, inverse_R, top_k, dtype, power_of_two)
+    data_TD, scales_Td = quantize_1x128(x_TD, power_of_two)
+    data_PD = _select(data_TD.view(torch.uint8), order_P, top_k).view(data_TD.dtype)
+    return data_PD, _column_major(_select(scales_Td, order_P, top_k))
+
+
+@_gather_rows_quantized.register_fake
+def _(
+    x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    n_slots, width = order_P.shape[0], x_TD.shape[1]
+    data_PD = x_TD.new_empty(n_slots, width, dtype=fp8_dtype(x_TD.device))
+    shape = (n_slots, -(-width // BLOCK))
+    return data_PD, empty_column_major(shape, torch.float32, x_TD.device)

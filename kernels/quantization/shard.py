@@ -1,0 +1,61 @@
+"""128x128 quantisation of a weight that several ranks hold in pieces.
+
+A block may lie on several ranks: its largest value is then the largest of theirs. So it is done in
+two halves: `block_maxima` of what is here, whose element-wise maximum over the ranks is that of the
+whole, and `quantize_piece` with the scales that follow from it. All ranks together make exactly
+the bits of `kernels.quantization.quantize.quantize_128x128` of the whole weight.
+
+A weight is a matrix, or one per expert; pieces are cut out of its rows and columns anyhow.
+
+R rows and C columns of the piece; n, k blocks of the whole weight along its rows (of all experts,
+one after another) and columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.fp8 import BLOCK, MIN_SCALE, fp8_dtype
+from kernels.quantization.quantize import round_up_to_power_of_two
+
+
+def block_maxima(w_RC: Tensor, block_R: Tensor, first_column: int, grid_nk: Tensor) -> None:
+    """Raise every block's entry of `grid` to the largest magnitude among its values here.
+
+    block_R: the row of blocks that each row lies in. first_column: of the piece in the whole. A
+    NaN counts as infinity, since a maximum over ranks may lose NaNs.
+    """
+    if not w_RC.numel():
+        return
+    blocks_RkB, first = _in_blocks(w_RC.abs(), first_column)
+    maxima_Rk = blocks_RkB.amax(2).nan_to_num_(nan=float("inf"), posinf=float("inf"))
+    columns = grid_nk[:, first : first + maxima_Rk.shape[1]]
+    columns.scatter_reduce_(0, block_R[:, None].expand_as(maxima_Rk), maxima_Rk, "amax")
+
+
+def scales_of(maxima: Tensor, power_of_two: bool) -> Tensor:
+    """The scales of blocks with these largest magnitudes, fp32; NaN where that is infinite."""
+    scales = (maxima / torch.finfo(fp8_dtype(maxima.device)).max).clamp_(min=MIN_SCALE)
+    scales[~maxima.isfinite()] = float("nan")
+    return round_up_to_power_of_two(scales) if power_of_two else scales
+
+
+def quantize_piece(
+    w_RC: Tensor, block_R: Tensor, first_column: int, scales_nk: Tensor, out_RC: Tensor
+) -> None:
+    """Write the piece in FP8, as its bytes (uint8), with the scales of its blocks."""
+    if not w_RC.numel():
+        return
+    blocks_RkB, first = _in_blocks(w_RC, first_column)
+    scales_Rk = scales_nk[:, first : first + blocks_RkB.shape[1]][block_R]
+    data = (blocks_RkB / scales_Rk[:, :, None]).to(fp8_dtype(w_RC.device)).flatten(1)
+    start = first_column % BLOCK
+    out_RC.copy_(data[:, start : start + w_RC.shape[1]].view(torch.uint8))
+
+
+def _in_blocks(w_RC: Tensor, first_column: int) -> tuple[Tensor, int]:
+    """`[R, blocks, 128]`, zero outside the piece, and the first block's number."""
+    before = first_column % BLOCK
+    after = -(before + w_RC.shape[1]) % BLOCK
+    padded = F.pad(w_RC.float(), (before, after)) if before or after else w_RC.float()
+    return padded.unflatten(1, (-1, BLOCK)), first_column // BLOCK

@@ -1,0 +1,1 @@
+"""Reading GGUF files: their layout, the Llama architecture, their tokenizers."""

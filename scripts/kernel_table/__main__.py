@@ -1,0 +1,68 @@
+"""`python -m scripts.kernel_table`: every Triton kernel compiled for every target, as a table.
+
+Needs no GPU: `scripts.kernel_table.offline` compiles what the launchers would launch. The table
+goes to docs/kernels.md between its two marks; `--check` compiles and prints without writing.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import triton
+
+from scripts.kernel_table import elementwise, fp8, grouped, moe, swiglu
+from scripts.kernel_table.case import TARGETS, Case, fp8_of
+from scripts.kernel_table.offline import Build, offline
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
+FAMILIES = (fp8, grouped, swiglu, elementwise, moe)
+
+
+def cases() -> list[Case]:
+    """Every kernel with every configuration that its launcher can choose."""
+    return [case for family in FAMILIES for case in family.cases()]
+
+
+def build(case: Case, target: str) -> Build:
+    """Compile one case for one target."""
+    with offline(*TARGETS[target]) as builds:
+        case.launch(fp8_of(target))
+    return builds[-1]  # a grouped product first launches the schedule of its tiles
+
+
+def table() -> list[str]:
+    """The table's lines, in Markdown."""
+    lines = [
+        "| kernel | target | registers | spilled | shared memory | instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases():
+        for target in case.targets:
+            made = build(case, target)
+            instructions = ", ".join(f"{name} {n}" for name, n in made.instructions.items() if n)
+            lines.append(
+                f"| {case.name} | {target} | {made.registers} | {made.spilled} | {made.shared:,} "
+                f"| {instructions} |"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    """Compile everything, print it, and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.kernel_table", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="print only, leave the page as it is")
+    options = parser.parse_args()
+    lines = table()
+    if options.check:
+        return
+    heading = f"{time.strftime('%Y-%m-%d')}, Triton {triton.__version__}:"
+    before, rest = PAGE.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    body = "\n".join([MARKS[0], heading, "", *lines, MARKS[1]])
+    PAGE.write_text(before + body + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI completions over the engine."""

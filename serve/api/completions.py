@@ -1,0 +1,271 @@
+"""The OpenAI completions format: a request body in, choice objects out.
+
+Everything is checked before anything is allocated for it, and every limit is a constant here or a
+range in `serve.engine.request`. Unknown fields are ignored, since routers add their own; fields
+that ask for something this server cannot do are refused unless they hold their neutral value.
+
+A choice is written piece by piece. A stream sends the pieces; an answer in one body joins the same
+pieces, so the two cannot differ. https://platform.openai.com/docs/api-reference/completions
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tokenizers import Tokenizer
+
+from serve.engine.request import Output, Request, RequestError, SamplingParams, TokenLogprob
+
+MAX_SEQUENCES = 128
+"""Prompts times `n` of one call."""
+
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "regex": (),
+    "json_schema": (),
+    "ebnf": (),
+    "stop_token_ids": ([],),
+}
+"""Fields that would change the answer, with the values (besides null) that do not."""
+
+Prompt = str | list[int]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A checked request body."""
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    n: int
+    stream: bool
+    include_usage: bool
+    token_ids: bool
+    """Add the ids of the generated tokens to every choice (`return_token_ids`)."""
+
+    def params_of(self, choice: int) -> SamplingParams:
+        """Choice i of a seeded prompt has seed + i: choices differ and can be repeated."""
+        if choice == 0 or self.params.seed is None:
+            return self.params
+        seed = (self.params.seed + choice) % (1 << 64)
+        return SamplingParams(**{**vars(self.params), "seed": seed})
+
+
+def parse_call(body: bytes, model_name: str) -> Call:
+    """Check the body of `POST /v1/completions`. RequestError: 400, or 404 for another model."""
+    fields = _parse_json(body)
+    model = fields.get("model")
+    if model is not None and model != model_name:
+        raise RequestError(
+            f"there is no such model here; this server has {model_name}",
+            "model",
+            404,
+            "model_not_found",
+        )
+    for name, neutral in _UNSUPPORTED.items():
+        if fields.get(name) is not None and fields[name] not in neutral:
+            raise RequestError(f"{name} is not supported", name, code="unsupported_parameter")
+    n = _get(fields, "n", 1)
+    if type(n) is not int:
+        raise RequestError("n must be an integer", "n", code="invalid_type")
+    prompts = _parse_prompts(fields.get("prompt"))
+    if not 1 <= n <= MAX_SEQUENCES // len(prompts):
+        raise RequestError(f"n must be at least 1, and n x prompts at most {MAX_SEQUENCES}", "n")
+    options = _get(fields, "stream_options", {})
+    if not isinstance(options, dict):
+        raise RequestError(
+            "stream_options must be an object", "stream_options", code="invalid_type"
+        )
+    return Call(
+        prompts=prompts,
+        params=_parse_params(fields),
+        n=n,
+        stream=_flag(fields, "stream"),
+        include_usage=_flag(options, "include_usage"),
+        token_ids=_flag(fields, "return_token_ids"),
+    )
+
+
+def _parse_json(body: bytes) -> Json:
+    try:
+        fields = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # ValueError: also bad UTF-8, huge integers, NaN
+        raise RequestError("the body is not valid JSON", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_type")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _get(fields: Json, name: str, default: Any) -> Any:
+    """A field; null means its default."""
+    value = fields.get(name)
+    return default if value is None else value
+
+
+def _flag(fields: Json, name: str) -> bool:
+    value = _get(fields, name, False)
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false", name, code="invalid_type")
+    return value
+
+
+def _parse_params(fields: Json) -> SamplingParams:
+    """Fields of the same name go over; `SamplingParams` checks them."""
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "ignore_eos",
+        "logprobs",
+        "echo",
+    )
+    given = {name: fields[name] for name in names if fields.get(name) is not None}
+    stop = _get(fields, "stop", [])
+    if isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop, list):
+        raise RequestError("stop must be a string or strings", "stop", code="invalid_type")
+    return SamplingParams(**given, stop=tuple(stop))
+
+
+def _parse_prompts(value: object) -> list[Prompt]:
+    """A text, texts, token ids, or lists of token ids; ids are range-checked by the engine."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return _at_most(value)
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return _at_most(value)
+    raise RequestError(
+        "prompt must be a text, a list of texts, a list of token ids, or a list of such lists",
+        "prompt",
+        code="invalid_type",
+    )
+
+
+def _are_ids(items: list[object]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+def _at_most(prompts: list[Prompt]) -> list[Prompt]:
+    if len(prompts) > MAX_SEQUENCES:
+        raise RequestError(f"at most {MAX_SEQUENCES} prompts fit in one call", "prompt")
+    return prompts
+
+
+class ChoiceWriter:
+    """Turns the outputs of one request into the pieces of its choice object."""
+
+    def __init__(
+        self, index: int, request: Request, prompt: Prompt, call: Call, tokenizer: Tokenizer | None
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.prompt = prompt
+        self.with_ids = call.token_ids or tokenizer is None
+        self.tokenizer = tokenizer
+        self.started = False
+        self.offset = 0
+
+    def piece(self, output: Output) -> Json:
+        """The part of the choice that `output` adds; the first one carries the echoed prompt."""
+        text, scores = output.text, list(output.logprobs)
+        logprobs = None
+        if self.request.params.logprobs is not None:
+            logprobs = _empty_logprobs()
+        if self.request.params.echo and not self.started:
+            text = self._prompt_text() + text
+            if logprobs is not None:
+                self._write(logprobs, self.request.prompt[0], None)
+                scores = self.request.prompt_logprobs + scores
+        self.started = True
+        if logprobs is not None:
+            for one in scores:
+                self._write(logprobs, one.token, one)
+        piece: Json = {
+            "index": self.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": output.finish_reason,
+        }
+        if self.with_ids:
+            piece["token_ids"] = output.tokens
+        return piece
+
+    def _prompt_text(self) -> str:
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "" if self.tokenizer is None else self.tokenizer.decode(self.prompt)
+
+    def _write(self, logprobs: Json, token: int, one: TokenLogprob | None) -> None:
+        """Append a token. None: the first one of the prompt, which nothing predicts."""
+        logprobs["tokens"].append(self._name(token))
+        logprobs["token_logprobs"].append(None if one is None else one.logprob)
+        top: dict[str, float] = {}
+        for candidate, logprob in [] if one is None else one.top:
+            top.setdefault(self._name(candidate), logprob)  # two half characters look the same
+        logprobs["top_logprobs"].append(None if one is None else top)
+        logprobs["text_offset"].append(self.offset)
+        if self.tokenizer is not None:
+            self.offset += len(self.tokenizer.decode([token]))
+
+    def _name(self, token: int) -> str:
+        if self.tokenizer is None:
+            return f"token_id:{token}"
+        name: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return name
+
+
+def _empty_logprobs() -> Json:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def join_pieces(pieces: Sequence[Json]) -> Json:
+    """The whole choice."""
+    whole = dict(pieces[-1])
+    whole["text"] = "".join(piece["text"] for piece in pieces)
+    if "token_ids" in whole:
+        whole["token_ids"] = [token for piece in pieces for token in piece["token_ids"]]
+    if whole["logprobs"] is not None:
+        whole["logprobs"] = {
+            key: [value for piece in pieces for value in piece["logprobs"][key]]
+            for key in whole["logprobs"]
+        }
+    return whole
+
+
+def usage(call: Call, requests: Sequence[Request]) -> Json:
+    """Token counts; a prompt counts once however many choices it has."""
+    prompt = sum(len(request.prompt) for request in requests[:: call.n])
+    completion = sum(request.n_output for request in requests)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def error_body(error: RequestError) -> Json:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }

@@ -1,0 +1,129 @@
+"""Where a run starts: anew, from another run's weights, or from its own newest checkpoint."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from configs.paths import local_path
+from configs.rules import ConfigError
+from configs.schema import RunConfig
+from parallel.ranks import Ranks
+from train.checkpoint import checkpoint, retention
+from train.checkpoint.changes import compare_for_resume, compare_for_start, is_new, settings_then
+from train.checkpoint.manifest_content import short
+
+Tensors = Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run stands when it begins."""
+
+    done: int
+    """Steps done."""
+    lines: list[str]
+    """What to tell the user."""
+    owes_validation: bool
+    """Whether a stop cut short the validation that was due after the last step."""
+
+
+def restore(
+    config: RunConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors, optimizer: Tensors
+) -> Start:
+    """Fill the live tensors and say where the run stands.
+
+    facts: what a resume must find again (`corpus`, the data's fingerprint) or tells of (`compute`,
+    the dtype). weights, optimizer: give the live tensors by name. A checkpoint of the run itself
+    comes before `checkpoint.init_from`. Raises ConfigError, on all ranks alike.
+    """
+    chosen = ranks.on_first(lambda: _choose(config, facts))
+    if chosen is None:
+        return Start(0, [], False)
+    path = Path(chosen["path"])
+    manifest: checkpoint.Manifest = ranks.on_every(lambda: checkpoint.read_manifest(path))
+    checkpoint.verify_files(manifest, ranks.rank, ranks.world)
+    live = dict(weights())
+    if chosen["own"]:
+        live |= optimizer()
+        if ranks.is_first:
+            retention.remember(path)
+    else:
+        then = settings_then(manifest)
+        live = {name: tensor for name, tensor in live.items() if not is_new(name, then)}
+    ranks.on_every(lambda: checkpoint.load(manifest, live))
+    if chosen["own"]:
+        return Start(manifest.step, chosen["lines"], manifest.state["owes_validation"])
+    return Start(0, chosen["lines"], False)
+
+
+def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
+    """Which checkpoint to start from; decided by rank 0 for all."""
+    own = checkpoint.checkpoints(local_path(config.run.dir) / "checkpoints")
+    init_from = config.checkpoint.init_from
+    if not own:
+        if not init_from:
+            return None
+        path = checkpoint.find(local_path(init_from)).absolute()
+        lines = [f"weights from {path}; optimizer and steps start anew"]
+        lines += _compare_model(checkpoint.read_manifest(path), config, facts)
+        return {"path": str(path), "own": False, "lines": lines}
+    lines = []
+    for path in reversed(own):
+        try:
+            manifest = checkpoint.read_manifest(path)
+        except checkpoint.CheckpointError as error:
+            if path == own[0]:
+                raise
+            lines.append(f"passed over: {error}")
+            continue
+        lines += [f"resuming from {path}", *_compare(manifest, config, facts)]
+        if init_from:
+            lines.append(f"checkpoint.init_from = {init_from}: not used, the run has begun already")
+        return {"path": str(path.absolute()), "own": True, "lines": lines}
+    raise AssertionError
+
+
+def _compare_model(
+    manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]
+) -> list[str]:
+    """Refuse weights of another model; say what else is different."""
+    state = _state(manifest)
+    lines = compare_for_start(settings_then(manifest), config)
+    if state["corpus"] != facts["corpus"]:
+        lines.append(
+            "those weights have seen other data; with another tokenizer they mean nothing: "
+            "data.tokenizer should name that of their run"
+        )
+    return lines
+
+
+def _compare(manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]) -> list[str]:
+    """Refuse a change of what must not change; describe what else is different."""
+    state = _state(manifest)
+    lines = compare_for_resume(settings_then(manifest), config, manifest.step)
+    if state["corpus"] != facts["corpus"]:
+        raise ConfigError(
+            f"{config.run.dir}: cannot resume: the documents of data.source = "
+            f"{config.data.source} have changed; choose another run.dir"
+        )
+    if state["compute"] != facts["compute"]:
+        was, is_ = state["compute"], facts["compute"]
+        lines.append(f"changed since that checkpoint: compute dtype (was {short(was)}, is {is_})")
+    return lines
+
+
+_STATE = {"corpus": str, "compute": str, "owes_validation": bool}
+
+
+def _state(manifest: checkpoint.Manifest) -> dict[str, Any]:
+    """The state of a run's checkpoint, with every entry a run needs."""
+    for key, kind in _STATE.items():
+        value = manifest.state.get(key)
+        if type(value) is not kind:
+            raise checkpoint.CheckpointError(
+                f"{manifest.folder}: state: {key} = {short(value)}: must be a {kind.__name__}"
+            )
+    return manifest.state

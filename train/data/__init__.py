@@ -1,0 +1,1 @@
+"""From a source of text to the microbatches of a step: reading, duplicates, tokenised corpora."""

@@ -1,0 +1,185 @@
+"""One corpus from source to files: read, drop duplicates, split, tokenise.
+
+The stream: every document is `<|endoftext|>` and then its tokens. The token starts a document, and
+is what the last token of the document before it learns to predict. Documents stand in the order of
+their content hash: a shuffle without a seed, in which neighbours have nothing in common and which
+moves no document when others are added.
+
+The split is by document, after duplicates are gone: held out is a document whose hash, read as a
+number in [0, 1), lies below `validation_fraction`. So a document keeps its side as the corpus
+grows. The tokenizer learns from training documents only.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.rules import ConfigError
+from configs.schema import RunConfig
+from train.data.dedup import Survey, survey
+from train.data.documents import Documents, shown
+from train.data.progress import reported
+from train.data.sources import Source
+from train.tokenizer.export import kept_settings
+from train.tokenizer.tokenizer import (
+    Encoder,
+    check_vocab_size,
+    find_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+Log = Callable[[str], None]
+FILES = ("tokenizer.json", "tokenizer_config.json", "train.npy", "validation.npy")
+_CHUNK_BYTES = 4 * 2**20  # text in hand at once, besides the one document that exceeds it
+
+
+def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, Any]:
+    """Write FILES into the empty folder `work`; returns what the manifest says about them."""
+    data, vocab_size = config.data, config.model.vocab_size
+    check_vocab_size(vocab_size)
+    given = find_tokenizer(data.tokenizer) if data.tokenizer else None
+    if given:
+        load_tokenizer(given, vocab_size)  # its faults show before the corpus is read
+    log(f"corpus: reading {shown(data.source)}")
+    with source.read(work, log) as documents:
+        return _build(config, documents, given, work, log)
+
+
+def _build(
+    config: RunConfig, documents: Documents, given: Path | None, work: Path, log: Log
+) -> dict[str, Any]:
+    data, vocab_size = config.data, config.model.vocab_size
+    found = survey(documents, data.near_duplicate_threshold, log)
+    _report(config, documents, found, log)
+    held_out = split(found.digests, data.validation_fraction)
+    rows = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
+
+    file = work / "tokenizer.json"
+    if given:
+        file.write_bytes(given.read_bytes())
+    else:
+        trained = train_tokenizer(lambda: _texts(documents, found, rows["train"]), vocab_size, log)
+        # not with the library's save, whose error for a full disk is no OSError
+        file.write_text(trained.to_str(pretty=True), "utf-8")
+    tokenizer, eot_token = load_tokenizer(given or file, vocab_size)
+    kept = kept_settings(given or file, eot_token)
+    (work / "tokenizer_config.json").write_text(json.dumps(kept), "utf-8")
+    eot = tokenizer.token_to_id(eot_token)
+    assert eot is not None
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    encoder = Encoder(tokenizer, eot, dtype)
+    tokens = {
+        part: _encode(_chunks(documents, found, rows[part]), encoder, work / f"{part}.npy", log)
+        for part in rows
+    }
+    return {
+        "settings": asdict(data) | {"vocab_size": vocab_size},
+        "documents": {
+            "read": len(documents),
+            "empty": found.n_empty,
+            "exact_duplicates": found.n_exact,
+            "near_duplicates": found.n_near,
+            **{part: len(rows[part]) for part in rows},
+        },
+        "files_not_utf8": documents.not_utf8,
+        "rows_unreadable": {
+            "count": documents.n_unreadable_rows,
+            "first": documents.unreadable_rows,
+        },
+        "bytes": {part: sum(found.sizes[row] for row in rows[part]) for part in rows},
+        "tokens": tokens,
+        "dtype": dtype.name,
+        "eot": eot,
+        "eot_token": eot_token,
+    }
+
+
+def split(digests: list[bytes], fraction: float) -> np.ndarray:
+    """Which documents are held out, bool `[documents]`: about `fraction` of them, at least one,
+    and at least one is not. digests: two or more, 16 bytes each."""
+    # The first half of a digest decides the order, the second the side: they are independent.
+    place = np.array([int.from_bytes(digest[8:], "big") / 2**64 for digest in digests])
+    held_out = place < fraction
+    held_out[place.argmin()] = True
+    if held_out.all():
+        held_out[place.argmax()] = False
+    return held_out
+
+
+def _report(config: RunConfig, documents: Documents, found: Survey, log: Log) -> None:
+    """Log what was read and dropped; raise ConfigError where too little is left."""
+    if documents.not_utf8:
+        example = documents.not_utf8[0]
+        log(f"corpus: left out {len(documents.not_utf8)} files that are not UTF-8, as {example}")
+    if documents.n_unreadable_rows:
+        rows = f"{documents.n_unreadable_rows:,} rows that cannot be read"
+        log(f"corpus: left out {rows}, as {documents.unreadable_rows[0]}")
+    for note in documents.notes:
+        log(f"corpus: {note}")
+    dropped = f"{found.n_empty} empty, {found.n_exact} equal, {found.n_near} nearly equal to others"
+    log(
+        f"corpus: {len(documents):,} documents, dropped {dropped}; "
+        f"{len(found.kept):,} left ({sum(found.sizes) / 1e6:.3g} MB)"
+    )
+    if len(found.kept) < 2:
+        what = "there is no text in it"
+        if found.kept:
+            what = f"1 of {len(documents)} documents left ({dropped})"
+        raise ConfigError(
+            f"data.source = {config.data.source!r}: {what}; it takes two documents or more, "
+            "one to train on and one to hold out"
+        )
+
+
+def _chunks(documents: Documents, found: Survey, rows: np.ndarray) -> Iterator[list[str]]:
+    """The documents of `rows` in order, a few MiB at a time."""
+    chunk: list[int] = []
+    size = 0
+    for row in rows:
+        chunk.append(found.kept[row])
+        size += found.sizes[row]
+        if size >= _CHUNK_BYTES:
+            yield documents.take(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield documents.take(chunk)
+
+
+def _texts(documents: Documents, found: Survey, rows: np.ndarray) -> Iterator[str]:
+    for chunk in _chunks(documents, found, rows):
+        yield from chunk
+
+
+def _encode(chunks: Iterator[list[str]], encoder: Encoder, path: Path, log: Log) -> int:
+    """Write the stream of all chunks as one array file; returns its length in tokens."""
+    length = n_documents = 0
+
+    def line(done: int) -> str:
+        return f"{path.stem}: {n_documents:,} documents, {length:,} tokens so far"
+
+    with open(path, "wb") as file:
+        _write_header(file, 0, encoder.dtype)
+        start = file.tell()
+        for chunk in reported(chunks, log, line):
+            stream = encoder.encode(chunk)
+            file.write(stream.data)
+            length += len(stream)
+            n_documents += len(chunk)
+        # numpy pads the header for a length that grows, so the true one fits over the first.
+        file.seek(0)
+        _write_header(file, length, encoder.dtype)
+        assert file.tell() == start, "the .npy header changed its size"
+    log(f"{path.stem}: {n_documents:,} documents, {length:,} tokens")
+    return length
+
+
+def _write_header(file: Any, length: int, dtype: np.dtype) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": (length,)}
+    )

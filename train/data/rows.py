@@ -1,0 +1,214 @@
+"""The rows of JSON lines and Parquet files: one text column, and nothing else of them decides.
+
+A row is the text, None where the row has none, or Unreadable, which says where and why. Other
+columns may differ from row to row and from file to file. A file is opened by its name and read in
+one pass; the memory in use is a line, or a few rows of the column.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from train.data.documents import shown
+
+LONGEST_LINE = 2**28  # bytes
+_BATCH = 64  # rows
+_BOM = b"\xef\xbb\xbf"
+_MOST_NAMES = 100
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that cannot be read, or the rest of a file."""
+
+    where: str
+    why: str
+    not_utf8: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+Row = str | None | Unreadable
+
+
+@dataclass
+class Column:
+    """The text column that is looked for, and what was found meanwhile."""
+
+    name: str
+    found: bool = False
+    """Whether any row of the file had it."""
+    missed: bool = False
+    """Whether any row of the file lacked it."""
+    others: dict[str, None] = field(default_factory=dict)
+    """Names of columns where it is missed."""
+
+    def miss(self, names: Iterable[str]) -> None:
+        """Note the columns of a row, or of a whole file, that has not this one."""
+        self.missed = True
+        for name in names:
+            if len(self.others) >= _MOST_NAMES:
+                return
+            self.others[name] = None
+
+
+class WrongColumn(Exception):
+    """A whole file whose text column is no text: its type."""
+
+
+def json_rows(path: Path, column: Column) -> Iterator[Row]:
+    """The rows of a file of JSON lines, compressed where its name ends in .gz.
+
+    Blank lines are passed over, as is a byte-order mark.
+    """
+    raw = _open(path)
+    if isinstance(raw, Unreadable):
+        yield raw
+        return
+    with raw:
+        compressed = path.name.lower().endswith(".gz")
+        file: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if compressed else raw
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = file.readline(LONGEST_LINE + 1)
+                too_long = len(line) > LONGEST_LINE
+                while too_long and not line.endswith(b"\n") and line:
+                    line = file.readline(2**20)
+            except (OSError, EOFError, zlib.error) as error:
+                why = getattr(error, "strerror", None) or str(error)
+                yield Unreadable(f"line {number} and all that follow", why)
+                return
+            if too_long:
+                yield Unreadable(f"line {number}", f"longer than {LONGEST_LINE:,} bytes")
+            elif not line:
+                return
+            elif line := line.removeprefix(_BOM).strip(b" \t\r\n"):
+                yield _json_row(line, f"line {number}", column)
+
+
+def _json_row(line: bytes, where: str, column: Column) -> Row:
+    try:
+        # numbers are not looked at: those of more than 4,300 digits are no int for Python
+        row = json.loads(line.decode(), parse_int=float)
+    except UnicodeDecodeError as error:
+        return Unreadable(where, f"not UTF-8 (byte {error.start + 1})", not_utf8=True)
+    except json.JSONDecodeError as error:
+        return Unreadable(where, f"not JSON: {error.msg} (character {error.pos + 1})")
+    except RecursionError:
+        return Unreadable(where, "nested too deep")
+    if not isinstance(row, dict):
+        return Unreadable(where, f"{_json_type(row)}, not an object")
+    if column.name not in row:
+        column.miss(row)
+        return None
+    column.found = True
+    text = row[column.name]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        return Unreadable(where, f"{shown(column.name, 100)!r} holds {_json_type(text)}, not text")
+    return _checked(text, where)
+
+
+def _json_type(value: Any) -> str:
+    names: dict[type, str] = {
+        list: "a list", dict: "an object", str: "a string", bool: "true or false", float: "a number"
+    }  # fmt: skip
+    return names.get(type(value), "null")
+
+
+def _checked(text: str, where: str) -> Row:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return Unreadable(where, f"half of a surrogate pair (character {error.start + 1})")
+    return text
+
+
+def parquet_rows(path: Path, column: Column) -> Iterator[Row]:
+    """The rows of a Parquet file. Raises WrongColumn."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number, raw = 0, _open(path)
+    if isinstance(raw, Unreadable):
+        yield raw
+        return
+    with raw:
+        try:
+            # opened here: to pyarrow, a name may be more than a name
+            file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
+            schema, n_rows = file.schema_arrow, file.metadata.num_rows
+        except (pa.ArrowException, OSError, ValueError) as error:
+            yield Unreadable("the whole file", f"not readable as Parquet: {_reason(error)}")
+            return
+        if column.name not in schema.names:
+            if n_rows:
+                column.miss(schema.names)
+            return
+        check_text(schema, column)
+        try:
+            for batch in file.iter_batches(_BATCH, columns=[column.name], use_threads=False):
+                values = batch.column(batch.schema.get_field_index(column.name))
+                for row in texts_of(values, number):
+                    yield row
+                    number += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            yield Unreadable(f"row {number + 1} and all that follow", _reason(error))
+
+
+def _open(path: Path) -> BinaryIO | Unreadable:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        return Unreadable("the whole file", error.strerror or str(error))
+
+
+def check_text(schema: Any, column: Column) -> None:
+    """Raise WrongColumn where the column of an Arrow schema holds no text."""
+    import pyarrow as pa
+
+    if schema.names.count(column.name) > 1:
+        raise WrongColumn("two columns of this name")
+    column.found = True
+    kind = schema.field(column.name).type
+    while not pa.types.is_null(kind):
+        if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+            kind = kind.value_type
+        elif isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return
+        elif pa.types.is_string_view(kind):
+            return
+        else:
+            raise WrongColumn(str(schema.field(column.name).type))
+
+
+def texts_of(values: Any, before: int) -> list[Row]:
+    """The rows of an Arrow array of text. before: rows before it, for the numbers in errors."""
+    try:
+        rows = values.to_pylist()
+    except UnicodeDecodeError:
+        rows = [_text_of(value, f"row {before + i}") for i, value in enumerate(values, start=1)]
+    return rows
+
+
+def _text_of(value: Any, where: str) -> Row:
+    try:
+        text: str | None = value.as_py()
+        return text
+    except UnicodeDecodeError as error:
+        return Unreadable(where, f"not UTF-8 (byte {error.start + 1})", not_utf8=True)
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,201 @@
+"""What a run reports: one set of scalar fields per step, to metrics.jsonl and TensorBoard alike.
+
+| field | meaning |
+|---|---|
+| loss, grad_norm, lr | mean training loss (nats per token), gradient norm before clipping, rate |
+| tokens_per_s, step_s | tokens of the step per second, seconds of the step |
+| data_share | share of the step's time spent waiting for data |
+| mfu | model FLOP/s over the device's peak (CUDA only) |
+| memory_gib | largest allocation so far on CUDA, resident memory elsewhere |
+| mtp_loss_k | mean training loss of MTP module k, which predicts the (k+1)-th next token |
+| router/sequence_balance, router/global_balance, router/router_z | the auxiliary losses in use, without their coefficients, mean over layers; 1 is a balanced load |
+| force_balance | 1 where `model.moe.force_balance` routed the tokens; else absent |
+| moe/layer_i/max_vio | (largest load - mean load) / mean load (arXiv:2408.15664) |
+| moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
+| moe/layer_i/dead_experts | experts without a single token in the step |
+| moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/account.py |
+| fp8/NAME/... | what FP8 costs a weight, at the steps that ask: see train/report/fp8_report.py |
+| validation_loss, validation_bits_per_byte | at the steps that validate |
+
+Layers are those with experts, counted from 0, MTP modules last.
+
+The load of every expert goes to expert_load.jsonl, from which experts.png is drawn.
+"""  # noqa: E501
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from train.durable import replace_text, set_aside
+from train.step import StepResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FORCED_BALANCE = "FORCED BALANCE: a benchmark, tokens go round-robin and the router learns nothing"
+ROUTER_LEARNS_NOTHING = (
+    "router: the loss teaches it nothing (model.moe.norm_top_k = true with top_k = 1: one score "
+    "divided by itself is 1 whatever the router says)"
+)
+"""What every report of a run with `model.moe.force_balance` says."""
+METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+
+
+def loss_fields(result: StepResult) -> dict[str, float]:
+    """The losses of one step, and its gradient norm."""
+    fields = {"loss": result.loss, "grad_norm": result.grad_norm}
+    fields |= {f"mtp_loss_{k}": loss for k, loss in enumerate(result.mtp_losses, start=1)}
+    return fields | {f"router/{name}": value for name, value in result.router_losses.items()}
+
+
+def balance_fields(counts_LE: Tensor) -> dict[str, float]:
+    """The moe/... fields of one step from its global choices per layer and expert."""
+    fields: dict[str, float] = {}
+    for i, load_E in enumerate(counts_LE.double()):
+        mean = load_E.mean()
+        share_E = load_E / load_E.sum()
+        entropy = -(share_E * share_E.clamp(min=1e-30).log()).sum() / math.log(max(len(load_E), 2))
+        fields[f"moe/layer_{i}/max_vio"] = float(load_E.max() / mean - 1)
+        fields[f"moe/layer_{i}/load_entropy"] = float(entropy)
+        fields[f"moe/layer_{i}/dead_experts"] = float((load_E == 0).sum())
+    return fields
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory of this process: peak allocated on CUDA, resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no /proc, as on macOS
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+class MetricsWriter:
+    """Appends to the files of a run; steps after `last_step` of an earlier attempt are removed.
+
+    The files are records, not state: what is damaged in them is set aside, and `lines` says so.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        self.lines = [
+            line
+            for name in (METRICS, EXPERT_LOAD)
+            for line in _keep_until(folder / name, last_step)
+        ]
+        board = folder / "tensorboard"
+        if os.path.lexists(board) and not board.is_dir():
+            self.lines.append(set_aside(board))
+        self._metrics = (folder / METRICS).open("a")
+        self._loads = (folder / EXPERT_LOAD).open("a")
+        self._board = _tensorboard(board, last_step)
+
+    def write(self, step: int, fields: dict[str, float], counts_LE: Tensor) -> None:
+        """Record one step."""
+        self._metrics.write(json.dumps({"step": step, **fields}) + "\n")
+        self._loads.write(json.dumps({"step": step, "load": counts_LE.long().tolist()}) + "\n")
+        for name, value in fields.items():
+            self._board.add_scalar(name, value, step)
+
+    def histograms(self, step: int, values: dict[str, Tensor]) -> None:
+        """Draw how values are distributed, in TensorBoard."""
+        for name, tensor in values.items():
+            self._board.add_histogram(name, tensor, step)
+
+    def amend(self, step: int, fields: dict[str, float]) -> None:
+        """Add fields to a step that is recorded already."""
+        self._metrics.close()
+        path = Path(self._metrics.name)
+        lines = [line | fields if line["step"] == step else line for line in read_lines(path)]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._metrics = path.open("a")
+        for name, value in fields.items():
+            self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+        self._metrics.flush()
+        self._loads.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._loads.close()
+        self._board.close()
+
+
+def _tensorboard(folder: Path, last_step: int) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=last_step + 1)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's JSONL file; damaged lines and one cut short by a kill are left out."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The records of a file, and its damaged lines."""
+    if not path.is_file():
+        return [], []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
+    records, damaged = [], []
+    for line in lines:
+        record = _record(line, path.name)
+        if record is None:
+            damaged.append(line)
+        else:
+            records.append(record)
+    return records, damaged
+
+
+def _record(line: bytes, name: str) -> dict[str, Any] | None:
+    """What a line says; None where it is not what `MetricsWriter.write` writes."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    if name == EXPERT_LOAD:
+        return record if _is_table(record.get("load")) else None
+    is_known = {"loss", "lr"} <= record.keys()
+    return record if is_known and all(map(_is_number, record.values())) else None
+
+
+def _is_table(rows: object) -> bool:
+    """Whether `rows` are lists of integers, all of one length."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    return len({len(row) for row in rows}) <= 1 and all(type(n) is int for r in rows for n in r)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _keep_until(path: Path, last_step: int) -> list[str]:
+    """Remove later steps, and move damaged lines to a file beside it; says so."""
+    said = []
+    if os.path.lexists(path) and not path.is_file():
+        said = [set_aside(path)]
+    records, damaged = _read(path)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        if os.path.lexists(aside) and not aside.is_file():
+            set_aside(aside)
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in damaged)
+        said.append(f"{path}: {len(damaged)} damaged lines, moved to {aside.name}")
+    kept = [record for record in records if record["step"] <= last_step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return said

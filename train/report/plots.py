@@ -1,0 +1,90 @@
+"""Pictures of a run, drawn from its own records: loss.png and experts.png."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.report.metrics import EXPERT_LOAD, FORCED_BALANCE, METRICS, read_lines
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw both pictures of the run in `folder`; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    loads = [record for record in read_lines(folder / EXPERT_LOAD) if record["load"]]
+    pictures = [_loss(folder)]
+    if loads:
+        shape = np.shape(loads[-1]["load"])  # a damaged line may be another
+        loads = [record for record in loads if np.shape(record["load"]) == shape]
+        pictures.append(_experts(folder, loads))
+    return pictures
+
+
+def _loss(folder: Path) -> Path:
+    from matplotlib import pyplot
+
+    records = read_lines(folder / METRICS)
+    steps = [r["step"] for r in records]
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    top.plot(steps, [r["loss"] for r in records], lw=0.8, label="training")
+    if any("force_balance" in r for r in records):
+        top.set_title(FORCED_BALANCE, fontsize=8)
+    held_out = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    if held_out:
+        top.plot(
+            *zip(*held_out, strict=True), "o-", label=f"validation, last {held_out[-1][1]:.3f}"
+        )
+    top.set_ylabel("loss (nats per token)")
+    top.grid(alpha=0.3)
+    top.legend()
+    bottom.plot(steps, [r["lr"] for r in records], color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    bottom.grid(alpha=0.3)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _experts(folder: Path, records: list[dict[str, Any]], columns: int = 200) -> Path:
+    """Load of every expert over time, one panel per layer; 1 is a fair share."""
+    from matplotlib import pyplot
+
+    load_SLE = np.array([r["load"] for r in records], dtype=float)
+    steps = [r["step"] for r in records]
+    spans = np.array_split(np.arange(len(steps)), min(columns, len(steps)))
+    mean_CLE = np.stack([load_SLE[span].mean(0) for span in spans])
+    share_CLE = mean_CLE / mean_CLE.mean(-1, keepdims=True)
+    n_layers = share_CLE.shape[1]
+    across = min(n_layers, 4)
+    down = -(-n_layers // across)
+    figure, axes = pyplot.subplots(
+        down,
+        across,
+        figsize=(3.2 * across + 1, 2.4 * down + 0.6),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for layer, axis in enumerate(axes.flat):
+        if layer >= n_layers:
+            axis.axis("off")
+            continue
+        image = axis.imshow(
+            share_CLE[:, layer].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=0, vmax=2,
+            extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, share_CLE.shape[2] - 0.5),
+        )  # fmt: skip
+        axis.set_title(f"MoE layer {layer}", fontsize=9)
+    figure.colorbar(image, ax=axes, label="load / fair share")
+    figure.supxlabel("optimizer step")
+    figure.supylabel("expert")
+    path = folder / "experts.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
