@@ -90,15 +90,18 @@ def draw(rooms: Structure, picture: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(15, 2.6 * len(LEVELS)), layout="constrained")
     top = {}
     for level, floors in enumerate(LEVELS):
-        width = 15 / len(floors)
-        for i, floor in enumerate(floors):
-            left, low = i * width + 0.2, 2.6 * (len(LEVELS) - level - 1) + 0.25
+        inside_of = {f: [name for name in rooms if name.split("/")[0] == f] for f in floors}
+        share = 15 / sum(len(inside) + 1.5 for inside in inside_of.values())
+        begin = 0.0
+        for floor, inside in inside_of.items():
+            width = share * (len(inside) + 1.5)
+            left, low = begin + 0.2, 2.6 * (len(LEVELS) - level - 1) + 0.25
+            begin += width
             top[floor] = left + width / 2 - 0.2, low, low + 2.0
             _box(axis, left, low, width - 0.4, 2.0, _PAPER)
             axis.text(left + 0.12, low + 1.86, floor, fontsize=13, weight="bold", va="top")
             below = ", ".join(_imported_floors(rooms, floor)) or "nothing of ours"
             axis.text(left + width - 0.55, low + 1.84, f"imports {below}", va="top", ha="right")
-            inside = [name for name in rooms if name.split("/")[0] == floor]
             _rooms(axis, rooms, inside, left + 0.12, low + 0.1, width - 0.64)
     for above, below_it in pairwise(LEVELS):
         for floor in above:
@@ -121,7 +124,7 @@ def _rooms(
         title = name.partition("/")[2] or "at its top"
         axis.text(left + i * step + 0.07, low + 1.36, title, fontsize=9, weight="bold", va="top")
         columns = max(int(step * 12.5), 12)
-        lines = textwrap.wrap(", ".join(files), columns)
+        lines = textwrap.wrap(", ".join(files), columns, break_long_words=False)
         if len(lines) > 7:
             lines = [*lines[:6], lines[6][: columns - 2] + " ..."]
         axis.text(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.draw_structure import PICTURE, drawn, structure
+
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "configs": set(),
@@ -16,6 +18,36 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"configs", "kernels", "models", "parallel"},
     "scripts": {"configs", "kernels", "models", "parallel", "train", "serve"},
 }
+ROOMS: dict[str, set[str]] = {
+    "kernels": set(),
+    "kernels/quantization": {"kernels"},
+    "kernels/gemm": {"kernels", "kernels/quantization"},
+    "kernels/grouped_gemm": {"kernels", "kernels/gemm", "kernels/quantization"},
+    "kernels/layers": {"kernels", "kernels/quantization"},
+    "kernels/mlp": {
+        "kernels", "kernels/gemm", "kernels/grouped_gemm", "kernels/quantization",
+    },
+    "kernels/moe": {"kernels", "kernels/quantization"},
+    "models": {"models/hf"},  # upcycling asks which architecture will express the result
+    "models/hf": {"models", "models/hf/families"},
+    "models/hf/families": {"models/hf"},
+    "models/gguf": {"models/hf"},
+    "parallel": {"parallel/dispatch"},
+    "parallel/dispatch": {"parallel"},
+    "train": {"train/checkpoint", "train/data", "train/report", "train/tokenizer"},
+    "train/checkpoint": {"train"},
+    "train/data": {"train", "train/tokenizer"},
+    "train/report": {"train"},
+    "train/tokenizer": set(),
+    "serve": {"serve/api", "serve/engine"},
+    "serve/api": {"serve/engine"},
+    "serve/engine": {"serve/cache"},
+    "serve/cache": set(),
+    "scripts": {"scripts/fp8_convergence"},
+    "scripts/check_readers": {"scripts"},
+}  # fmt: skip
+"""Which room of a floor may import which others of it; a room that is not listed, none."""
+MOST_FILES = 16
 NO_TORCH = ("configs",)
 
 
@@ -43,6 +75,28 @@ def test_no_import_runs_back_up(folder: str) -> None:
         found = {name.split(".")[0] for name in imported_modules(path)} & rooms
         extra = found - MAY_IMPORT[folder] - {folder}
         assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
+
+
+def test_rooms_import_what_the_table_says() -> None:
+    found = {
+        room: {name for name in inside["imports"] if name.split("/")[0] == room.split("/")[0]}
+        for room, inside in structure().items()
+    }
+    extra = {room: names - ROOMS.get(room, set()) for room, names in found.items()}
+    assert not {room: names for room, names in extra.items() if names}
+    unused = {room: names - found.get(room, set()) for room, names in ROOMS.items()}
+    assert not {room: names for room, names in unused.items() if names}
+
+
+def test_rooms_are_small_and_say_what_is_in_them() -> None:
+    for room, inside in structure().items():
+        assert len(inside["files"]) <= MOST_FILES, room
+        said = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
+        assert said, f"{room}/__init__.py has no docstring"
+
+
+def test_the_picture_of_the_structure_is_that_of_the_imports() -> None:
+    assert drawn(PICTURE) == structure(), "run python -m scripts.draw_structure"
 
 
 def test_no_import_circles() -> None:
