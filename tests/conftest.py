@@ -1,20 +1,95 @@
-"""A small corpus for runs of the trainer, and a guard against what a module leaves behind."""
+"""How tests are divided among processes, what they may cost, and a small corpus for runs."""
 
+import os
 import random
-from collections.abc import Iterator
+import re
+import sys
+import time
+from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+
+from tests import forks
+
+LIMIT_S = 10.0
+"""Of every test that is not marked slow, and of its fixtures, on the reference machine."""
+REFERENCE_S = 0.0155
+"""CPU time of `slowness` on that machine: a core of an AMD EPYC 9004."""
+ORDER = ("parallel", "train", "scripts", "kernels", "models", "serve", "configs", "tests")
+"""Folders with long files first: the last file to start decides when the run ends."""
 
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker per core with 4 GiB; none where tests on the GPU are asked for."""
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores or 1, memory // 2**32))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.parent.name))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """An unmarked test that takes too long fails.
+
+    Its time is the CPU time of all its processes, or the wall clock where that is less (several
+    processes); of waiting a quarter counts. So neither a busy machine nor, since it is measured, a
+    slow one makes a test fail.
+    """
+    report = yield
+    cpu, started = cpu_time(), item.stash.get(STARTED, None)
+    item.stash[STARTED] = cpu
+    exempt = any(item.get_closest_marker(name) for name in ("slow", "gpu"))
+    if started is None or exempt or item.config.option.usepdb or call.duration < LIMIT_S:
+        return report
+    spent = max(min(cpu - started, call.duration), call.duration / 4) / slowness()
+    if spent > LIMIT_S and report.outcome == "passed":
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid}: {report.when} took {spent:.0f} s of {LIMIT_S:.0f} ({call.duration:.0f}"
+            f" s on the clock): make it faster, or mark it slow and keep a part of it that is not"
+        )
+    return report
+
+
+STARTED = pytest.StashKey[float]()
+
+
+def cpu_time() -> float:
+    """Seconds of this process and of all that it has started and that have ended."""
+    own = os.times()
+    return sum(own[:4]) + forks.cpu_time()
+
+
+@cache
+def slowness() -> float:
+    """How often slower than the reference machine this one is; at least 1."""
+    shortest = float("inf")
+    for _ in range(7):
+        start, total = time.process_time(), 0
+        for i in range(300_000):
+            total += i * i % 7
+        shortest = min(shortest, time.process_time() - start)
+    return max(1.0, shortest / REFERENCE_S)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_process_group_left() -> Iterator[None]:
     """A process has one default group: who leaves it breaks a module that runs later."""
     yield
-    assert not dist.is_initialized(), "a test of this module left its process group"
+    if "torch.distributed" in sys.modules:
+        left = sys.modules["torch.distributed"].is_initialized()
+        assert not left, "a test of this module left its process group"
 
 
 @pytest.fixture(scope="session")

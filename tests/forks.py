@@ -26,10 +26,16 @@ GRACE_S = 15.0
 HERE = Path(__file__).resolve().parent
 TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 """What the trainer would start itself again to have."""
-OURS = ("tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate")
+OURS = (
+    "tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
+    # what these import when they first need it
+    "torch._dynamo", "torch.utils.tensorboard", "torchtitan.components.optimizer",
+    "torchtitan.tools.utils", "matplotlib.backends.backend_agg", "matplotlib.pyplot",
+)  # fmt: skip
 THEIRS = ("numpy", "safetensors.torch", "transformers.models.auto.modeling_auto")
 BARE = ("torch.distributed.tensor", "torch.distributed.fsdp")
 _attempts = count(1)
+_templates: list["Template"] = []
 
 
 class Template:
@@ -40,6 +46,7 @@ class Template:
             [sys.executable, "-P", HERE / "template.py", *modules], cwd=HERE.parent, env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
+        _templates.append(self)
         atexit.register(self._process.communicate)  # the end of its input ends it
 
     def start(self, words: list[str], env: dict[str, str], out: Path, err: Path) -> int:
@@ -50,6 +57,15 @@ class Template:
     def reap(self, pid: int) -> int:
         """Wait for the end of a program; its exit code, negative for a signal."""
         return int(self._ask(reap=pid)["code"])
+
+    def cpu_time(self) -> float:
+        """Seconds of the template and of the programs that have ended."""
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return 0.0
+        ticks = stat.rpartition(")")[2].split()[11:15]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
     def _ask(self, **request: Any) -> Any:
         process = self._process
@@ -71,6 +87,11 @@ def template(modules: tuple[str, ...], odd: bool) -> Template:
     })  # fmt: skip
 
 
+def cpu_time() -> float:
+    """Seconds of all templates and of the programs forked from them that have ended."""
+    return sum(one.cpu_time() for one in _templates)
+
+
 def forked(
     words: list[str], env: dict[str, str], modules: tuple[str, ...], ranks: int, timeout: float
 ) -> subprocess.CompletedProcess[str]:
@@ -81,7 +102,8 @@ def forked(
     env = env | TUNABLES
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        out.touch(), err.touch()
+        for file in (out, err):
+            file.touch()
         running: dict[int, tuple[Template, int]] = {}  # by the descriptor of a process
         for rank, more in enumerate(_environments(ranks)):
             source = template(modules, rank % 2 == 1)

@@ -41,8 +41,7 @@ def main(modules: list[str]) -> None:
     gc.collect()
     gc.freeze()  # the collector of a child leaves these pages shared
     program = serve(requests, answers)
-    if program is not None:
-        run_to_end(program)
+    run_to_end(program or (lambda: None))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> Callable[[], None] | None:
