@@ -3,10 +3,10 @@
 import os
 import random
 import re
+import statistics
 import sys
 import time
 from collections.abc import Generator, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ ORDER = ("parallel", "train", "scripts", "kernels", "models", "serve", "configs"
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker per core with 4 GiB; none where tests on the GPU are asked for."""
     if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
@@ -71,16 +72,15 @@ def cpu_time() -> float:
     return sum(own[:4]) + forks.cpu_time()
 
 
-@cache
 def slowness() -> float:
-    """How often slower than the reference machine this one is; at least 1."""
-    shortest = float("inf")
-    for _ in range(7):
+    """How often slower than the reference machine a core is at this moment; at least 1."""
+    times = []
+    for _ in range(15):
         start, total = time.process_time(), 0
         for i in range(300_000):
             total += i * i % 7
-        shortest = min(shortest, time.process_time() - start)
-    return max(1.0, shortest / REFERENCE_S)
+        times.append(time.process_time() - start)
+    return max(1.0, statistics.median(times) / REFERENCE_S)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -33,9 +33,17 @@ OURS = (
     "torchtitan.tools.utils", "matplotlib.backends.backend_agg", "matplotlib.pyplot",
 )  # fmt: skip
 THEIRS = ("numpy", "safetensors.torch", "transformers.models.auto.modeling_auto")
-BARE = ("torch.distributed.tensor", "torch.distributed.fsdp")
+TRITON = (
+    "pytest",
+    "kernels.mlp_fp8",
+    "kernels.grouped_gemm_triton",
+    "kernels.gemm_fp8_triton",
+    "triton.runtime.interpreter",
+    "torch._dynamo",
+)
+TORCH = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo")
 _attempts = count(1)
-_templates: list["Template"] = []
+_spent: list[float] = []
 
 
 class Template:
@@ -46,7 +54,6 @@ class Template:
             [sys.executable, "-P", HERE / "template.py", *modules], cwd=HERE.parent, env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        _templates.append(self)
         atexit.register(self._process.communicate)  # the end of its input ends it
 
     def start(self, words: list[str], env: dict[str, str], out: Path, err: Path) -> int:
@@ -59,11 +66,8 @@ class Template:
         return int(self._ask(reap=pid)["code"])
 
     def cpu_time(self) -> float:
-        """Seconds of the template and of the programs that have ended."""
-        try:
-            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
-        except OSError:
-            return 0.0
+        """Seconds of the template and of its programs that have ended."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
         ticks = stat.rpartition(")")[2].split()[11:15]
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
@@ -78,38 +82,48 @@ class Template:
 
 
 @cache
-def template(modules: tuple[str, ...], odd: bool) -> Template:
-    """One of each kind lives until this process ends."""
+def template(modules: tuple[str, ...], odd: bool, more: tuple[tuple[str, str], ...]) -> Template:
+    """One of each kind lives until this process ends. more: environment while it imports."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return Template(modules, os.environ | threads | TUNABLES | {
         "PYTHONPATH": str(HERE.parent), "PYTHONHASHSEED": "1" if odd else "0",
-        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_VISIBLE_DEVICES": "", **dict(more),
     })  # fmt: skip
 
 
 def cpu_time() -> float:
-    """Seconds of all templates and of the programs forked from them that have ended."""
-    return sum(one.cpu_time() for one in _templates)
+    """Seconds of the programs that have ended: of several ranks half, since two run at once."""
+    return sum(_spent)
 
 
 def forked(
-    words: list[str], env: dict[str, str], modules: tuple[str, ...], ranks: int, timeout: float
+    words: list[str],
+    env: dict[str, str],
+    modules: tuple[str, ...],
+    ranks: int,
+    timeout: float,
+    more: dict[str, str],
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end on one process or several ranks.
 
-    Like torchrun, ends all ranks when one fails, and then returns 1.
+    Like torchrun, ends all ranks when one fails, and then returns 1. more: environment, also of the
+    template.
     """
-    env = env | TUNABLES
+    env, key = env | TUNABLES | more, tuple(sorted(more.items()))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         for file in (out, err):
             file.touch()
         running: dict[int, tuple[Template, int]] = {}  # by the descriptor of a process
-        for rank, more in enumerate(_environments(ranks)):
-            source = template(modules, rank % 2 == 1)
-            pid = source.start(words, env | more, out, err)
+        for rank, place in enumerate(_environments(ranks)):
+            source = template(modules, rank % 2 == 1, key)
+            pid = source.start(words, env | place, out, err)
             running[os.pidfd_open(pid)] = source, pid
+        sources = {source for source, _ in running.values()}
+        before = sum(source.cpu_time() for source in sources)
         codes = _wait(running, timeout)
+        after = sum(source.cpu_time() for source in sources)
+        _spent.append((after - before) / min(ranks, 2))
         printed = out.read_text(errors="replace"), err.read_text(errors="replace")
     if codes is None:
         raise subprocess.TimeoutExpired(words, timeout, *printed)

@@ -38,22 +38,29 @@ def command(*arguments: object, ranks: int = 1) -> list[str]:
 
 
 def run(
-    *arguments: object, ranks: int = 1, code: int = 0, timeout: float = 600, fresh: bool = False
+    *arguments: object,
+    ranks: int = 1,
+    code: int = 0,
+    timeout: float = 600,
+    modules: tuple[str, ...] | None = None,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end and check the exit code; shows the output where it is another.
 
-    The processes are forks of one that has imported our modules (of one that has imported
-    `transformers` for `-P -c CODE`). fresh: start Python, and torchrun for several ranks.
+    The processes are forks of one that has imported `modules`: unless given, ours, or
+    `transformers` for `-P -c CODE`. env: variables beside the usual. fresh: start Python, and
+    torchrun for several ranks.
     """
     words = [str(argument) for argument in arguments]
     if forks.POSSIBLE and not fresh:
-        modules = forks.THEIRS if words[0] == "-P" else forks.OURS
-        done = forks.forked(words, environment(), modules, ranks, timeout)
+        modules = modules or (forks.THEIRS if words[0] == "-P" else forks.OURS)
+        done = forks.forked(words, environment(), modules, ranks, timeout, env or {})
     else:
         done = subprocess.run(
             command(*arguments, ranks=ranks),
             cwd=ROOT,
-            env=environment(),
+            env=environment() | (env or {}),
             capture_output=True,
             text=True,
             timeout=timeout,
