@@ -17,8 +17,8 @@ LIMIT_S = 10.0
 """Of every test that is not marked slow, and of its fixtures, on the reference machine."""
 REFERENCE_S = 0.0155
 """CPU time of `slowness` on that machine: a core of an AMD EPYC 9004."""
-ORDER = ("parallel", "train", "scripts", "kernels", "models", "serve", "configs", "tests")
-"""Folders with long files first: the last file to start decides when the run ends."""
+LONG = ("parallel", "train", "scripts", "kernels")
+"""Folders with long files come first: the last file to start decides when the run ends."""
 
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
 
@@ -33,8 +33,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return max(1, min(cores or 1, memory // 2**32))
 
 
+STARTED = pytest.StashKey[float]()
+"""CPU time when the present phase of a test began."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: ORDER.index(item.path.parent.name))
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(LONG)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[STARTED] = cpu_time()
+    return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -44,16 +55,16 @@ def pytest_runtest_makereport(
     """An unmarked test that takes too long fails.
 
     Its time is the CPU time of all its processes, or the wall clock where that is less (several
-    processes); of waiting a quarter counts. So neither a busy machine nor, since it is measured, a
+    processes); of waiting a tenth counts. So neither a busy machine nor, since it is measured, a
     slow one makes a test fail.
     """
     report = yield
-    cpu, started = cpu_time(), item.stash.get(STARTED, None)
+    cpu, started = cpu_time(), item.stash[STARTED]
     item.stash[STARTED] = cpu
     exempt = any(item.get_closest_marker(name) for name in ("slow", "gpu"))
-    if started is None or exempt or item.config.option.usepdb or call.duration < LIMIT_S:
+    if exempt or item.config.option.usepdb or call.duration < LIMIT_S:
         return report
-    spent = max(min(cpu - started, call.duration), call.duration / 4) / slowness()
+    spent = max(min(cpu - started, call.duration), call.duration / 10) / slowness()
     if spent > LIMIT_S and report.outcome == "passed":
         report.outcome = "failed"
         report.longrepr = (
@@ -61,9 +72,6 @@ def pytest_runtest_makereport(
             f" s on the clock): make it faster, or mark it slow and keep a part of it that is not"
         )
     return report
-
-
-STARTED = pytest.StashKey[float]()
 
 
 def cpu_time() -> float:
