@@ -75,23 +75,30 @@ class Recording:
     """
 
     def __init__(self, model: nn.Module, lr: float, record: dict[str, torch.Tensor]) -> None:
-        self.model, self.record = model, record
-        self.parameters = list(model.parameters())
-        self.parts = [nn.Parameter(local_of(p).detach()) for p in self.parameters]
-        if torch.get_default_dtype() == torch.float64:
-            self.inner: Any = torch.optim.AdamW(self.parts, lr=lr / 10, foreach=False)
-        else:
-            self.inner = torch.optim.SGD(self.parts, lr=lr, foreach=False)
+        self.model, self.lr, self.record = model, lr, record
+        self.parts: dict[str, nn.Parameter] = {}
 
     def step(self) -> None:
+        parameters = dict(self.model.named_parameters())
         if not self.record:
-            for name, parameter in self.model.named_parameters():
-                assert parameter.grad is not None, name
-                self.record[f"grad/{name}"] = whole(parameter.grad)
-        for part, parameter in zip(self.parts, self.parameters, strict=True):
-            assert parameter.grad is not None and part.data_ptr() == local_of(parameter).data_ptr()
+            self._start(parameters)
+        for name, parameter in parameters.items():
+            part = self.parts[name]
+            assert parameter.grad is not None, name
+            assert part.data_ptr() == local_of(parameter).data_ptr(), name
             part.grad = local_of(parameter.grad)
         self.inner.step()
+
+    def _start(self, parameters: dict[str, nn.Parameter]) -> None:
+        """FSDP2 has its parts of the weights only once the model has run."""
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            self.record[f"grad/{name}"] = whole(parameter.grad)
+            self.parts[name] = nn.Parameter(local_of(parameter).detach())
+        if torch.get_default_dtype() == torch.float64:
+            self.inner: Any = torch.optim.AdamW(self.parts.values(), lr=self.lr / 10, foreach=False)
+        else:
+            self.inner = torch.optim.SGD(self.parts.values(), lr=self.lr, foreach=False)
 
     def zero_grad(self) -> None:
         self.model.zero_grad()
