@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?=
 MARK ?= not slow and not gpu
 ARGS ?=
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 PY := .venv/bin/python
 RUNTIME := .venv/.runtime
@@ -26,7 +27,7 @@ demo: $(RUNTIME) ## install the runtime, then train, export and serve a tiny mod
 	$(PY) -m scripts.demo $(ARGS)
 
 test: $(DEV) ## run the tests that need neither a GPU nor patience
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(WORKERS) $(ARGS)
 
 check: $(DEV) ## ruff, its formatter, mypy, and the test of the layers
 	$(PY) -m ruff check

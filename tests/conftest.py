@@ -1,20 +1,106 @@
-"""A small corpus for runs of the trainer, and a guard against what a module leaves behind."""
+"""How tests are divided among processes, what they may cost, and a small corpus for runs."""
 
+import os
 import random
-from collections.abc import Iterator
+import re
+import statistics
+import sys
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+
+from tests import forks
+
+LIMIT_S = 10.0
+"""Of every test that is not marked slow, and of its fixtures, on the reference machine."""
+LONG_S = 30.0
+"""The same of those marked long."""
+REFERENCE_S = 0.0155
+"""CPU time of `slowness` on that machine: a core of an AMD EPYC 9004."""
+LONG = ("parallel", "train", "scripts", "kernels")
+"""Folders with long files come first: the last file to start decides when the run ends."""
 
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker per core with 4 GiB; none where tests on the GPU are asked for."""
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores or 1, memory // 2**32))
+
+
+STARTED = pytest.StashKey[float]()
+"""CPU time when the present phase of a test began."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(LONG)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[STARTED] = cpu_time()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """An unmarked test that takes too long fails.
+
+    Its time is the CPU time of all its processes, or the wall clock where that is less (several
+    processes); of waiting a tenth counts. So neither a busy machine nor, since it is measured, a
+    slow one makes a test fail.
+    """
+    report = yield
+    cpu, started = cpu_time(), item.stash[STARTED]
+    item.stash[STARTED] = cpu
+    exempt = any(item.get_closest_marker(name) for name in ("slow", "gpu"))
+    limit = LONG_S if item.get_closest_marker("long") else LIMIT_S
+    if exempt or item.config.option.usepdb or call.duration < limit:
+        return report
+    spent = max(min(cpu - started, call.duration), call.duration / 10) / slowness()
+    if spent > limit and report.outcome == "passed":
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid}: {report.when} took {spent:.0f} s of {limit:.0f} ({call.duration:.0f}"
+            f" s on the clock): make it faster, or mark it slow and keep a part of it that is not"
+        )
+    return report
+
+
+def cpu_time() -> float:
+    """Seconds of this process and of all that it has started and that have ended."""
+    own = os.times()
+    return sum(own[:4]) + forks.cpu_time()
+
+
+def slowness() -> float:
+    """How often slower than the reference machine a core is at this moment; at least 1."""
+    times = []
+    for _ in range(15):
+        start, total = time.process_time(), 0
+        for i in range(300_000):
+            total += i * i % 7
+        times.append(time.process_time() - start)
+    return max(1.0, statistics.median(times) / REFERENCE_S)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_process_group_left() -> Iterator[None]:
     """A process has one default group: who leaves it breaks a module that runs later."""
     yield
-    assert not dist.is_initialized(), "a test of this module left its process group"
+    if "torch.distributed" in sys.modules:
+        left = sys.modules["torch.distributed"].is_initialized()
+        assert not left, "a test of this module left its process group"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
 
@@ -36,16 +38,33 @@ def command(*arguments: object, ranks: int = 1) -> list[str]:
 
 
 def run(
-    *arguments: object, ranks: int = 1, code: int = 0, timeout: float = 300, cwd: Path = ROOT
+    *arguments: object,
+    ranks: int = 1,
+    code: int = 0,
+    timeout: float = 600,
+    modules: tuple[str, ...] | None = None,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end and check the exit code; shows the output where it is another."""
-    done = subprocess.run(
-        command(*arguments, ranks=ranks),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Run to the end and check the exit code; shows the output where it is another.
+
+    The processes are forks of one that has imported `modules`: unless given, ours, or
+    `transformers` for `-P -c CODE`. env: variables beside the usual. fresh: start Python, and
+    torchrun for several ranks.
+    """
+    words = [str(argument) for argument in arguments]
+    if forks.POSSIBLE and not fresh:
+        modules = modules or (forks.THEIRS if words[0] == "-P" else forks.OURS)
+        done = forks.forked(words, environment(), modules, ranks, timeout, env or {}, cwd)
+    else:
+        done = subprocess.run(
+            command(*arguments, ranks=ranks),
+            cwd=cwd,
+            env=environment() | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -166,7 +166,7 @@ def test_the_command_checks_without_torch() -> None:
 
 
 def test_the_command_fails_in_one_line() -> None:
-    done = run("-m", "configs", "configs/demo.toml", "--parallel.ep=3", code=2)
+    done = run("-m", "configs", "configs/demo.toml", "--parallel.ep=3", code=2, fresh=True)
     assert done.stderr.count("\n") == 1 and "parallel.ep = 3" in done.stderr
 
 

@@ -58,39 +58,53 @@ CASES = [
 
 
 @TARGETS
+@pytest.mark.parametrize("layout", ["nt", "nn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("sizes", "counts", "N", "K"), CASES, ids=str)
-def test_bf16(
-    sizes: list[int], counts: list[int], N: int, K: int, dtype: torch.dtype, target: Target
-) -> None:
+def test_bf16_by_rows(
+    sizes: list[int], counts: list[int], N: int, K: int, dtype: torch.dtype, layout: str,
+    target: Target,
+) -> None:  # fmt: skip
     ends, true = groups(sizes, counts)
     x, dy = rows_of(K, ends, true, dtype), rows_of(N, ends, true, dtype)
     w = torch.randn(len(sizes), N, K).to(dtype)
     last = int(ends[-1])
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3  # one rounding of the output
-    for a, b, reference in (
-        (x, w, grouped_gemm.grouped_gemm_nt_reference(x, w, ends, true)),
-        (dy, w.mT, grouped_gemm.grouped_gemm_nn_reference(dy, w, ends, true)),
-    ):
-        y = torch.empty(len(a), b.shape[1], dtype=dtype)
-        triton_form.by_rows(a, None, b, None, ends, true, y, target, SMALL)
-        assert last == 0 or relative(y[:last], reference[:last]) < tolerance
-        zero = torch.ones(last, dtype=torch.bool)
-        for rows in grouped_gemm.true_rows(ends, true):
-            zero[rows] = False
-        assert (y[:last][zero] == 0).all() and y[last:].isnan().all()  # beyond: not written
+    if layout == "nt":
+        a, b, reference = x, w, grouped_gemm.grouped_gemm_nt_reference(x, w, ends, true)
+    else:
+        a, b, reference = dy, w.mT, grouped_gemm.grouped_gemm_nn_reference(dy, w, ends, true)
+    y = torch.empty(len(a), b.shape[1], dtype=dtype)
+    triton_form.by_rows(a, None, b, None, ends, true, y, target, SMALL)
+    assert last == 0 or relative(y[:last], reference[:last]) < tolerance
+    zero = torch.ones(last, dtype=torch.bool)
+    for rows in grouped_gemm.true_rows(ends, true):
+        zero[rows] = False
+    assert (y[:last][zero] == 0).all() and y[last:].isnan().all()  # beyond: not written
+
+
+@TARGETS
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("sizes", "counts", "N", "K"), CASES, ids=str)
+def test_bf16_by_groups(
+    sizes: list[int], counts: list[int], N: int, K: int, dtype: torch.dtype, accumulate: bool,
+    target: Target,
+) -> None:  # fmt: skip
+    ends, true = groups(sizes, counts)
+    x, dy = rows_of(K, ends, true, dtype), rows_of(N, ends, true, dtype)
     exact = grouped_gemm.grouped_gemm_tn_reference(dy, x, ends, true, torch.float32)
-    dw, start = torch.empty_like(w, dtype=torch.float32), torch.randn(w.shape)
-    triton_form.by_groups(dy, None, x, None, ends, true, dw, False, 1, target, SMALL)
-    assert last == 0 or relative(dw, exact) < 1e-6
-    start[[e for e, n in enumerate(counts) if n == 0]] *= -0.0
-    added = start.clone()
-    triton_form.by_groups(dy, None, x, None, ends, true, added, True, 1, target, SMALL)
-    assert last == 0 or relative(added, start + exact) < 1e-6
-    for e, n in enumerate(counts):
-        if n == 0:
+    start = torch.randn(exact.shape) if accumulate else torch.empty(exact.shape)
+    empty = [e for e, n in enumerate(counts) if n == 0]
+    start[empty] *= -0.0
+    dw = start.clone()
+    triton_form.by_groups(dy, None, x, None, ends, true, dw, accumulate, 1, target, SMALL)
+    assert int(ends[-1]) == 0 or relative(dw, exact + (start if accumulate else 0)) < 1e-6
+    for e in empty:
+        if accumulate:
+            assert torch.equal(dw[e].view(torch.int32), start[e].view(torch.int32))
+        else:
             assert dw[e].abs().max() == 0
-            assert torch.equal(added[e].view(torch.int32), start[e].view(torch.int32))
 
 
 def fp8_operands(
@@ -125,24 +139,31 @@ FP8_CASES = [
 
 
 @TARGETS
+@pytest.mark.parametrize("layout", ["nt", "nn"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=str
+)
 @pytest.mark.parametrize(("sizes", "counts", "N", "K"), FP8_CASES, ids=str)
-def test_fp8_by_rows(sizes: list[int], counts: list[int], N: int, K: int, target: Target) -> None:
-    operands = fp8_operands(sizes, counts, N, K)
-    last = sum(sizes)
-    for layout in ("nt", "nn"):
-        a, scales_a, w, scales_w, ends, true = operands[layout]
-        reference = getattr(grouped_gemm_fp8, f"grouped_gemm_fp8_{layout}_reference")
-        exact = reference(*operands[layout], torch.float32)
-        b, scales_b = (w, scales_w) if layout == "nt" else (w.mT, scales_w.mT)
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
-            y = torch.empty(len(a), b.shape[1], dtype=dtype)
-            triton_form.by_rows(a, scales_a, b, scales_b, ends, true, y, target, SMALL_FP8)
-            assert relative(y[:last], exact[:last]) < tolerance and y[last:].isnan().all()
+def test_fp8_by_rows(
+    sizes: list[int], counts: list[int], N: int, K: int, dtype: torch.dtype, tolerance: float,
+    layout: str, target: Target,
+) -> None:  # fmt: skip
+    operands, last = fp8_operands(sizes, counts, N, K), sum(sizes)
+    a, scales_a, w, scales_w, ends, true = operands[layout]
+    reference = getattr(grouped_gemm_fp8, f"grouped_gemm_fp8_{layout}_reference")
+    exact = reference(*operands[layout], torch.float32)
+    b, scales_b = (w, scales_w) if layout == "nt" else (w.mT, scales_w.mT)
+    y = torch.empty(len(a), b.shape[1], dtype=dtype)
+    triton_form.by_rows(a, scales_a, b, scales_b, ends, true, y, target, SMALL_FP8)
+    assert relative(y[:last], exact[:last]) < tolerance and y[last:].isnan().all()
 
 
 @TARGETS
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(("sizes", "counts", "N", "K"), FP8_CASES, ids=str)
-def test_fp8_by_groups(sizes: list[int], counts: list[int], N: int, K: int, target: Target) -> None:
+def test_fp8_by_groups(
+    sizes: list[int], counts: list[int], N: int, K: int, accumulate: bool, target: Target
+) -> None:
     operands = fp8_operands(sizes, counts, N, K)["tn"]
     dy, scales_n, x, scales_k, ends, true = operands
     exact = grouped_gemm_fp8.grouped_gemm_fp8_tn_reference(
@@ -151,12 +172,12 @@ def test_fp8_by_groups(sizes: list[int], counts: list[int], N: int, K: int, targ
     for align in (1, 16, 128):
         if any(size % align for size in sizes):
             continue
-        dw, start = torch.empty(exact.shape), torch.randn(exact.shape)
-        for out, accumulate in ((dw, False), (start.clone(), True)):
-            triton_form.by_groups(
-                dy, scales_n, x, scales_k, ends, true, out, accumulate, align, target, TILES[1]
-            )
-            assert relative(out, exact + (start if accumulate else 0)) < 1e-6
+        start = torch.randn(exact.shape) if accumulate else torch.empty(exact.shape)
+        out = start.clone()
+        triton_form.by_groups(
+            dy, scales_n, x, scales_k, ends, true, out, accumulate, align, target, TILES[1]
+        )
+        assert relative(out, exact + (start if accumulate else 0)) < 1e-6
 
 
 def test_many_experts() -> None:

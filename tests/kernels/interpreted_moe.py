@@ -44,7 +44,7 @@ def results(moe: MoE, x: Tensor, grad: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(
     ("activation", "n_experts", "top_k", "tokens"),
-    [("swiglu", 5, 2, 19), ("clamped_swiglu", 16, 8, 3)],
+    [("swiglu", 5, 2, 19), ("clamped_swiglu", 9, 4, 2)],
 )
 def test_layer(activation: Activation, n_experts: int, top_k: int, tokens: int, fp8: bool) -> None:
     """fp32, so that every product is ours: router, permutation, gather, grouped products,

@@ -4,8 +4,10 @@ Uninitialised memory is poisoned with NaN throughout.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -27,6 +29,35 @@ DESCRIPTORS = Target(n_sm=3, shared_bytes=232448, amd=False, descriptors=True)
 FP8 = [torch.float8_e4m3fn]
 if triton.__version__ >= "3.9":  # the interpreter of 3.6 has no fnuz types
     FP8.append(torch.float8_e4m3fnuz)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pairwise", action="store_true", help="of every two parameters all values")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--pairwise`, of each function the fewest items in which all pairs of values meet."""
+    if not config.option.pairwise:
+        return
+    left: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        left.setdefault(item.originalname, []).append(item)
+    items[:] = [item for each in left.values() for item in _pairwise(each)]
+
+
+def _pairwise(items: list[pytest.Function]) -> list[pytest.Function]:
+    def pairs(item: pytest.Function) -> set[Any]:
+        spec = getattr(item, "callspec", None)
+        values = [(key, repr(spec.params[key])) for key in sorted(spec.params)] if spec else [()]
+        return set(itertools.combinations_with_replacement(values, 2))
+
+    missing, chosen = set().union(*map(pairs, items)), list[pytest.Function]()
+    while missing:
+        best = max(items, key=lambda item: len(pairs(item) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,46 @@
 """Every Triton kernel in Triton's interpreter: `interpreted_*.py` in processes of their own, since
 the interpreter is chosen when Triton is imported."""
 
-import subprocess
-import sys
+import ast
+from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, environment
+from tests import forks
+from tests.runs import ROOT, run
 
 LANE = ["-p", "tests.kernels.lane", "-p", "no:cacheprovider"]
-HERE = ROOT / "tests" / "kernels"
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+FILES = sorted((ROOT / "tests" / "kernels").glob("interpreted_*.py"))
+AT_ONCE = 2
 
 
-@pytest.mark.parametrize("file", sorted(file.name for file in HERE.glob("interpreted_*.py")))
-def test_interpreted(file: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *LANE, str(HERE / file)],
-        cwd=ROOT, env=environment() | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+def parts(file: Path) -> list[list[str]]:
+    """Its tests, some at a time: each start of the lane should take a few seconds."""
+    body = ast.parse(file.read_text()).body
+    names = [f.name for f in body if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
+    return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
+
+
+def interpret(*words: object) -> None:
+    lane = ["-m", "pytest", "-q", "-x", *LANE, *words]
+    done = run(*lane, modules=forks.TRITON, env=ENVIRONMENT)
     assert " passed" in done.stdout.splitlines()[-1], done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        pytest.param(file, names, id=f"{file.stem}-{i}")
+        for file in FILES
+        for i, names in enumerate(parts(file))
+    ],
+)
+def test_every_two_parameters(file: Path, names: list[str]) -> None:
+    interpret(*[f"{file}::{name}" for name in names], "--pairwise")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_all_parameters(file: Path) -> None:
+    interpret(file)

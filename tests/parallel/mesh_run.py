@@ -39,7 +39,7 @@ from models.router import routers
 from parallel import mesh as meshes
 from parallel.apply import materialise, parallelize
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from parallel.shards import box_of
+from parallel.shards import box_of, local_of
 from tests.parallel.faults import FAULTS
 from train.data.batches import Batch, Sequences, TrainingData
 from train.step import train_step
@@ -69,25 +69,52 @@ def with_gaps(batch: Batch) -> Batch:
 
 
 class Recording:
-    """An optimizer that keeps the gradients it was given, whole, of the first step."""
+    """An optimizer that keeps the gradients it was given, whole, of the first step.
+
+    It works on this rank's parts as plain tensors: for an addition of DTensors on a mesh of four
+    axes torch tries every placement, which took four of a case's five seconds.
+    """
 
     def __init__(self, model: nn.Module, lr: float, record: dict[str, torch.Tensor]) -> None:
-        self.model, self.record = model, record
-        if torch.get_default_dtype() == torch.float64:
-            # a tenth of what decays is gone with every step: who misses it is seen
-            self.inner: Any = build_optimizer(model, Optimizer(lr=lr / 10, weight_decay=1 / lr))
-        else:
-            self.inner = torch.optim.SGD(model.parameters(), lr=lr, foreach=False)
+        self.model, self.lr, self.record = model, lr, record
+        self.parts: dict[str, nn.Parameter] = {}
 
     def step(self) -> None:
+        parameters = dict(self.model.named_parameters())
         if not self.record:
-            for name, parameter in self.model.named_parameters():
-                assert parameter.grad is not None, name
-                self.record[f"grad/{name}"] = whole(parameter.grad)
+            self._start(parameters)
+        for name, parameter in parameters.items():
+            part = self.parts[name]
+            assert parameter.grad is not None, name
+            assert part.data_ptr() == local_of(parameter).data_ptr(), name
+            part.grad = local_of(parameter.grad)
         self.inner.step()
 
+    def _start(self, parameters: dict[str, nn.Parameter]) -> None:
+        """FSDP2 has its parts of the weights only once the model has run."""
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            self.record[f"grad/{name}"] = whole(parameter.grad)
+            self.parts[name] = nn.Parameter(local_of(parameter).detach())
+        if torch.get_default_dtype() == torch.float64:
+            self.inner: Any = torch.optim.AdamW(self._groups(parameters), foreach=False)
+        else:
+            self.inner = torch.optim.SGD(self.parts.values(), lr=self.lr, foreach=False)
+
+    def _groups(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """The product's groups. A tenth of what decays is gone with every step: who misses it is
+        seen."""
+        name_of = {parameter: name for name, parameter in parameters.items()}
+        config = Optimizer(lr=self.lr / 10, weight_decay=1 / self.lr)
+        return [
+            {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            | {"params": [self.parts[name_of[parameter]] for parameter in group["params"]]}
+            for inner in build_optimizer(self.model, config)
+            for group in inner.param_groups
+        ]
+
     def zero_grad(self) -> None:
-        self.inner.zero_grad()
+        self.model.zero_grad()
 
 
 def shake(model: Decoder) -> None:

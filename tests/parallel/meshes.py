@@ -134,16 +134,17 @@ def thirds(family: str) -> list[Case]:
 def pairwise(family: str, world: int) -> list[Case]:
     """Meshes of so many ranks in which every two values of two axes that can meet do meet."""
     left = all_meshes(family, world)
-    missing = set().union(*map(_pairs, left))
+    missing = set().union(*map(pairs, left))
     chosen = []
     while missing:
-        best = max(left, key=lambda case: len(_pairs(case) & missing))
+        best = max(left, key=lambda case: len(pairs(case) & missing))
         chosen.append(best)
-        missing -= _pairs(best)
+        missing -= pairs(best)
     return chosen
 
 
-def _pairs(case: Case) -> set[tuple[str, int, str, int]]:
+def pairs(case: Case) -> set[tuple[str, int, str, int]]:
+    """What every two axes are: 1 or more."""
     sizes = {"rep": case.dp_replicate, "shard": case.dp_shard, "tp": case.tp}
     axes = list((sizes | {"ep": case.ep, "etp": case.etp}).items())
     # 1 or more than 1 is what the code tells apart

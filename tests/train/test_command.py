@@ -101,7 +101,8 @@ def test_a_run_dir_that_is_a_file_is_one_line(overrides: list[str], tmp_path: Pa
 
 
 def test_under_torchrun_rank_0_alone_prints_the_line(overrides: list[str]) -> None:
-    done = run("-m", "train", TINY, *overrides, "--parallel.dp_shard=3", ranks=2, code=1)
+    wrong = "--parallel.dp_shard=3"
+    done = run("-m", "train", TINY, *overrides, wrong, ranks=2, code=1, fresh=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "rank"))]
     assert len(lines) == 1 and "dp_shard 3 x tp 1 = 3, but there are 2 ranks" in lines[0]
 

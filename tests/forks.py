@@ -1,0 +1,184 @@
+"""Programs in forks of templates: a run costs milliseconds instead of the seconds of its imports.
+
+`forked` is `subprocess.run` of `python ARGUMENTS`, or of torchrun: same arguments, environment,
+streams, exit code and signals. Two things differ, and the tests that are about them start real
+processes: nothing is imported anew, and torchrun itself takes no part. Even ranks and odd ranks are
+forked from two templates, whose sets of strings differ in order as those of any two processes do.
+"""
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+POSSIBLE = hasattr(os, "pidfd_open") and Path("/proc/self/task").is_dir()
+GRACE_S = 15.0
+"""From SIGTERM to SIGKILL for the ranks that are left when one has failed."""
+HERE = Path(__file__).resolve().parent
+TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""What the trainer would start itself again to have."""
+OURS = (
+    "tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
+    # what these import when they first need it
+    "torch._dynamo", "torch.utils.tensorboard", "torchtitan.components.optimizer",
+    "torchtitan.tools.utils", "matplotlib.backends.backend_agg", "matplotlib.pyplot",
+)  # fmt: skip
+THEIRS = ("numpy", "safetensors.torch", "transformers.models.auto.modeling_auto")
+TRITON = (
+    "pytest",
+    "kernels.mlp.mlp_fp8",
+    "kernels.grouped_gemm.grouped_gemm_triton",
+    "kernels.gemm.gemm_fp8_triton",
+    "triton.runtime.interpreter",
+    "torch._dynamo",
+)
+TORCH = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo")
+_attempts = count(1)
+_spent: list[float] = []
+
+
+class Template:
+    """A process of `tests/template.py`."""
+
+    def __init__(self, modules: tuple[str, ...], env: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", HERE / "template.py", *modules], cwd=HERE.parent, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        atexit.register(self._process.communicate)  # the end of its input ends it
+
+    def start(self, words: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
+        """Its process id; the program appends to the files `out` and `err`."""
+        place = {"cwd": str(cwd), "out": str(out), "err": str(err)}
+        return int(self._ask(start={"words": words, "env": env} | place)["pid"])
+
+    def reap(self, pid: int) -> int:
+        """Wait for the end of a program; its exit code, negative for a signal."""
+        return int(self._ask(reap=pid)["code"])
+
+    def cpu_time(self) -> float:
+        """Seconds of the template and of its programs that have ended."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        ticks = stat.rpartition(")")[2].split()[11:15]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+    def _ask(self, **request: Any) -> Any:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, f"the template has ended: {process.wait()}"
+        return json.loads(answer)
+
+
+@cache
+def template(modules: tuple[str, ...], odd: bool, more: tuple[tuple[str, str], ...]) -> Template:
+    """One of each kind lives until this process ends. more: environment while it imports."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return Template(modules, os.environ | threads | TUNABLES | {
+        "PYTHONPATH": str(HERE.parent), "PYTHONHASHSEED": "1" if odd else "0",
+        "CUDA_VISIBLE_DEVICES": "", **dict(more),
+    })  # fmt: skip
+
+
+def cpu_time() -> float:
+    """Seconds of the programs that have ended: of several ranks half, since two run at once."""
+    return sum(_spent)
+
+
+def forked(
+    words: list[str],
+    env: dict[str, str],
+    modules: tuple[str, ...],
+    ranks: int,
+    timeout: float,
+    more: dict[str, str],
+    cwd: Path = HERE.parent,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end on one process or several ranks.
+
+    Like torchrun, ends all ranks when one fails, and then returns 1. more: environment, also of the
+    template.
+    """
+    env, key = env | TUNABLES | more, tuple(sorted(more.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        for file in (out, err):
+            file.touch()
+        running: dict[int, tuple[Template, int]] = {}  # by the descriptor of a process
+        for rank, place in enumerate(_environments(ranks)):
+            source = template(modules, rank % 2 == 1, key)
+            pid = source.start(words, env | place, cwd, out, err)
+            running[os.pidfd_open(pid)] = source, pid
+        sources = {source for source, _ in running.values()}
+        before = sum(source.cpu_time() for source in sources)
+        codes = _wait(running, timeout)
+        after = sum(source.cpu_time() for source in sources)
+        _spent.append((after - before) / min(ranks, 2))
+        printed = out.read_text(errors="replace"), err.read_text(errors="replace")
+    if codes is None:
+        raise subprocess.TimeoutExpired(words, timeout, *printed)
+    code = codes[0] if ranks == 1 else int(any(codes))
+    return subprocess.CompletedProcess(words, code, *printed)
+
+
+def _wait(running: dict[int, tuple[Template, int]], timeout: float) -> list[int] | None:
+    """Exit codes in the order in which the processes ended; None when the time was over."""
+    end, limit, codes = time.monotonic() + timeout, float("inf"), list[int]()
+    poll = select.poll()
+    for descriptor in running:
+        poll.register(descriptor, select.POLLIN)
+    late = False
+    while running:
+        left = min(end, limit) - time.monotonic()
+        ended = poll.poll(1000 * left) if left > 0 else []
+        for descriptor, _ in ended:
+            source, pid = running.pop(descriptor)
+            poll.unregister(descriptor)
+            os.close(descriptor)
+            codes.append(source.reap(pid))
+        if not ended:
+            late = late or time.monotonic() >= end
+            _signal(running, signal.SIGKILL)
+            end = limit = time.monotonic() + 60
+        elif any(codes) and limit == float("inf"):
+            limit = time.monotonic() + GRACE_S
+            _signal(running, signal.SIGTERM)
+    return None if late else codes
+
+
+def _signal(running: dict[int, tuple[Template, int]], number: signal.Signals) -> None:
+    for descriptor in running:
+        signal.pidfd_send_signal(descriptor, number)
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """What torchrun would add for every rank."""
+    if ranks == 1:
+        return [{}]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_store().port)}
+    # the store serves all runs, as torchrun's serves all attempts of one
+    attempt = {"TORCHELASTIC_USE_AGENT_STORE": "True",
+               "TORCHELASTIC_RESTART_COUNT": str(next(_attempts))}  # fmt: skip
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [
+        address | attempt | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank in range(ranks)
+    ]
+
+
+@cache
+def _store() -> Any:
+    from torch.distributed import TCPStore  # not every test needs torch
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
