@@ -15,6 +15,8 @@ from tests import forks
 
 LIMIT_S = 10.0
 """Of every test that is not marked slow, and of its fixtures, on the reference machine."""
+LONG_S = 30.0
+"""The same of those marked long."""
 REFERENCE_S = 0.0155
 """CPU time of `slowness` on that machine: a core of an AMD EPYC 9004."""
 LONG = ("parallel", "train", "scripts", "kernels")
@@ -62,13 +64,14 @@ def pytest_runtest_makereport(
     cpu, started = cpu_time(), item.stash[STARTED]
     item.stash[STARTED] = cpu
     exempt = any(item.get_closest_marker(name) for name in ("slow", "gpu"))
-    if exempt or item.config.option.usepdb or call.duration < LIMIT_S:
+    limit = LONG_S if item.get_closest_marker("long") else LIMIT_S
+    if exempt or item.config.option.usepdb or call.duration < limit:
         return report
     spent = max(min(cpu - started, call.duration), call.duration / 10) / slowness()
-    if spent > LIMIT_S and report.outcome == "passed":
+    if spent > limit and report.outcome == "passed":
         report.outcome = "failed"
         report.longrepr = (
-            f"{item.nodeid}: {report.when} took {spent:.0f} s of {LIMIT_S:.0f} ({call.duration:.0f}"
+            f"{item.nodeid}: {report.when} took {spent:.0f} s of {limit:.0f} ({call.duration:.0f}"
             f" s on the clock): make it faster, or mark it slow and keep a part of it that is not"
         )
     return report

@@ -82,7 +82,7 @@ def bf16_moments(case: fp8_models.Case, ranks: Ranks) -> list[str]:
 if __name__ == "__main__":
     the_ranks = start_ranks(threads=1)
     faults = []
-    for one in fp8_models.STEPS[the_ranks.world]:
+    for one in fp8_models.STEPS[the_ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
         found = changed(one, the_ranks) + bf16_moments(one, the_ranks)
         for rank, listed in enumerate(gather_json(found)):
             faults += [f"{one.name}: rank {rank}: {each}" for each in listed]

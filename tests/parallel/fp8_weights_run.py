@@ -136,7 +136,7 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
 if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     faults = []
-    for case in fp8_models.WEIGHTS[ranks.world]:
+    for case in fp8_models.WEIGHTS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
         found = check(case, Run(case.settings(), case.name, ranks))
         for rank, one in enumerate(gather_json(found)):
             faults += [f"{case.name}: rank {rank}: {each}" for each in one]

@@ -18,25 +18,23 @@ from tests.runs import ROOT, run
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))
 
 
-@pytest.fixture(scope="module")
-def held() -> dict[str, Any]:
-    """What the first and the last rank of every experiment hold."""
-    first, last = (
-        # two processes: torch remembers a mesh's coordinates by its shape
-        json.loads(run("-m", "tests.parallel.true_mesh_run", which, *EXPERIMENTS).stdout)
-        for which in (0, -1)
+def held(which: int, path: Path) -> dict[str, Any]:
+    """What the first or last rank holds, in a process of its own: torch remembers a mesh's
+    coordinates by its shape."""
+    found: dict[str, Any] = json.loads(
+        run("-m", "tests.parallel.true_mesh_run", which, path).stdout
     )
-    return {name: (first[name], last[name]) for name in first}
+    return found[path.stem]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_rank_holds_its_share(path: Path, held: dict[str, Any]) -> None:
+def test_every_rank_holds_its_share(path: Path) -> None:
     config = load(path)
     degrees = resolve(config, default_world(config))
     counts = parameter_counts(config.model)
     share = (counts.total + counts.mtp - counts.experts) / (degrees.dp_shard * degrees.tp)
     share += counts.experts / (degrees.efsdp * degrees.ep * degrees.etp)
-    first, last = held[path.stem]
+    first, last = (held(which, path) for which in (0, -1))
     # vectors that the ranks cannot divide evenly are rounded up on the first
     assert first["elements"] == pytest.approx(share, rel=0.01)
     assert last["elements"] <= first["elements"]

@@ -18,7 +18,7 @@ MOST = 0.5
 """Percent of the validation loss that FP8 may differ from bf16."""
 
 
-def small(overrides: list[str]) -> list[str]:
+def small(overrides: list[str], sequences: int) -> list[str]:
     """An experiment of tests/tiny.toml whose products have whole blocks and some partial ones.
 
     Its learning rate is one at which bf16 repeats itself: controls of four seeds ended within 0.11
@@ -27,18 +27,22 @@ def small(overrides: list[str]) -> list[str]:
     """
     rest = [option for option in overrides if not option.startswith("--run.dir")]
     return [*rest, "--model.d_model=144", "--model.moe.d_expert=128", "--model.d_ff=160",
-            "--model.attention.head_dim=32", "--validation.sequences=256",
+            "--model.attention.head_dim=32", f"--validation.sequences={sequences}",
             "--schedule.warmup_steps=10", "--train.micro_batch=8",
             "--optimizer.lr=5e-4"]  # fmt: skip
 
 
-def test_a_pair_of_100_steps_ends_at_the_same_loss(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("steps", "sequences"), [(30, 64), pytest.param(100, 256, marks=pytest.mark.slow)]
+)
+def test_a_pair_ends_at_the_same_loss(
+    steps: int, sequences: int, overrides: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setitem(fp8_convergence.MODELS, "demo", str(TINY))
-    options = small(overrides)
-    runs = [Run("demo", variant, 0, 100, tmp_path) for variant in (BF16, FP8)]
+    options = small(overrides, sequences)
+    runs = [Run("demo", variant, 0, steps, tmp_path) for variant in (BF16, FP8)]
     train_all(runs, 2, options)
     results = collect(runs, options)["demo"]
     base, losses = results["losses"][BF16]["0"], read_lines(runs[0].folder / "metrics.jsonl")

@@ -39,6 +39,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
+@pytest.mark.long
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, "--train.steps=60", "--checkpoint.every=5"]
     killed, whole = tmp_path / "run", tmp_path / "whole"
@@ -55,6 +56,7 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
     assert len(environments) == 2
 
 
+@pytest.mark.long
 def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, "--train.steps=40", "--checkpoint.every=10"]
     whole = tmp_path / "whole"
@@ -73,6 +75,7 @@ def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_pa
     assert final_weights(tmp_path / "run") == final_weights(whole)
 
 
+@pytest.mark.long
 def test_under_torchrun_a_stop_saves_too(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, "--schedule.decay_fraction=0", "--checkpoint.every=5"]
     process = start([*arguments, "--train.steps=3000"], ranks=2)
@@ -103,6 +106,7 @@ def test_resume_on_another_mesh(
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
 
 
+@pytest.mark.long
 def test_a_validation_that_a_stop_cut_short_is_made_up(
     overrides: list[str], tmp_path: Path
 ) -> None:
