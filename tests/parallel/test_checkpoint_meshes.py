@@ -34,7 +34,7 @@ def run_cases(folder: Path, world: int, cases: list[tuple[str, Case, str]]) -> N
 SOME = [
     (Case("gpt-oss", 1, 1, 1, 1, 1), Case("gpt-oss", 1, 2, 2, 2, 2)),
     (Case("glm4", 1, 2, 2, 4, 1), Case("glm4", 1, 1, 2, 1, 2)),
-    (Case("glm4", 2, 1, 1, 2, 1), Case("glm4", 2, 1, 2, 2, 1)),
+    (Case("glm4", 2, 1, 1, 1, 1), Case("glm4", 2, 1, 2, 2, 1)),
     (Case("gpt-oss", 2, 1, 2, 1, 2), Case("gpt-oss", 1, 4, 1, 2, 1)),
     (Case("glm4", 1, 2, 1, 2, 1), Case("glm4", 1, 1, 1, 1, 1)),
 ]
