@@ -46,15 +46,17 @@ PAIR = (BF16, CONTROL, FP8)
 ABLATIONS = tuple(name for name in ARITHMETIC if name != "blockwise")
 VARIANTS = (*PAIR, FP32_SCALES, *ARITHMETIC)
 STEADY = {
-    "demo": (
-        "--optimizer.lr=2e-4", "--schedule.warmup_steps=30", "--model.moe.bias_update_rate=0.002",
-    ),
-    "deepseek_v3": ("--optimizer.lr=5e-4", "--schedule.warmup_steps=10"),
-    "qwen3": ("--optimizer.lr=5e-4", "--schedule.warmup_steps=10"),
-}  # fmt: skip
+    "demo": ("--optimizer.lr=2e-4", "--model.moe.bias_update_rate=0.002"),
+    "deepseek_v3": ("--optimizer.lr=5e-4",),
+    "qwen3": ("--optimizer.lr=5e-4",),
+}
 """What the experiments of a comparison change in MODELS. At learning rates for short trainings any
 rounding decides when a model learns something; balancing biases that move in large steps move
 tokens to other experts for a rounding, too."""
+
+
+WARMUP = {"demo": 30, "deepseek_v3": 10, "qwen3": 10}
+"""Steps, whatever the length of the run."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Run:
         words = [
             f"--run.dir={self.folder}", f"--run.seed={self.seed}", f"--train.steps={self.steps}",
             "--train.threads=1", f"--validation.every={max(self.steps // 10, 1)}",
+            f"--schedule.warmup_steps={min(WARMUP[self.model], self.steps)}",
             "--checkpoint.every=250", "--checkpoint.keep=1", *STEADY[self.model], *overrides,
         ]  # fmt: skip
         if self.variant in (BF16, CONTROL):

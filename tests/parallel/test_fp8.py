@@ -54,8 +54,10 @@ def test_layers_multiply_the_same_on_every_mesh(ranks: int, part: str, tmp_path:
     assert not faults("fp8_layers_run", ranks, part, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("ranks", "part"), [(2, "0/2"), (2, "1/2"), pytest.param(4, "0/1", marks=SLOW)]
+    ("ranks", "part"),
+    [*((2, f"{i}/3") for i in range(3)), pytest.param(4, "0/1", marks=SLOW)],
 )
 def test_recomputation_and_resharding_change_no_bit(ranks: int, part: str, tmp_path: Path) -> None:
     assert not faults("fp8_steps_run", ranks, part, tmp_path)

@@ -32,20 +32,29 @@ DISPATCHERS: list[Options] = [
     (("chunks", 3),),
     (),
 ]
-# keeping nothing, all, and what is kept by default meet every dispatcher, the others one
-FEW = [(policy, REDONE) for policy in SELECTIVE + OTHERS] + [
-    (policy, dispatch) for policy in (SELECTIVE[0], SELECTIVE[4], SELECTIVE[7])
-    for dispatch in DISPATCHERS[1:]
+# each dispatcher once, with what is kept of nothing, by default and of everything
+FEW = [
+    (SELECTIVE[0], REDONE), (SELECTIVE[4], REDONE), (SELECTIVE[7], DISPATCHERS[2]),
+    (OTHERS[0], DISPATCHERS[1]), (OTHERS[2], DISPATCHERS[3]), (OTHERS[3], DISPATCHERS[4]),
 ]  # fmt: skip
 ALL = list(product(SELECTIVE + OTHERS, DISPATCHERS))
 
 
-@pytest.mark.parametrize("pairs", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=len)
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    train(folder, [alone(GLM4)], folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "pairs", [FEW[:2], FEW[2:4], FEW[4:], pytest.param(ALL, marks=pytest.mark.slow)],
+    ids=["redone", "sync_free", "others", "all"],
+)  # fmt: skip
 def test_recomputation_with_every_dispatcher(
-    pairs: list[tuple[Options, Options]], tmp_path: Path
+    pairs: list[tuple[Options, Options]], reference: Path, tmp_path: Path
 ) -> None:
-    train(tmp_path, [alone(GLM4)], tmp_path)
     cases = [Case(GLM4, 1, 2, 1, 2, 1, policy, dispatch) for policy, dispatch in pairs]
-    train(tmp_path, cases, tmp_path)
-    found = [error for case in cases for error in errors(case, tmp_path, tmp_path)]
+    train(tmp_path, cases, reference)
+    found = [error for case in cases for error in errors(case, tmp_path, reference)]
     assert not found, "\n".join(found)

@@ -14,7 +14,7 @@ def silent(line: str) -> None:
 
 def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> RunConfig:
     settings = {"source": str(tmp_path / "docs"), "cache_dir": str(tmp_path / "cache")} | data
-    moe = Moe(n_experts=2, top_k=1, d_expert=8)
+    moe = Moe(n_experts=2, top_k=1, d_expert=8, norm_top_k=False)
     sizes = {"d_model": 8, "n_layers": 1, "attention": Attention(n_heads=1, head_dim=8)}
     return RunConfig(
         run=Run(dir="unused"),

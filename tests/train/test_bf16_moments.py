@@ -104,7 +104,7 @@ def settings() -> Callable[..., dict[str, object]]:
             "run": {"dir": "unused"},
             "model": {"vocab_size": 8, "d_model": 8, "n_layers": 1,
                       "attention": {"n_heads": 1, "head_dim": 8},
-                      "moe": {"n_experts": 2, "top_k": 1, "d_expert": 8}},
+                      "moe": {"n_experts": 2, "top_k": 2, "d_expert": 8}},
             "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
             "optimizer": {"lr": 1e-3, key: beta},
             "precision": {"moments": moments},
