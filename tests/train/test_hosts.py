@@ -62,6 +62,7 @@ def test_what_hosts_must_share_is_checked_at_the_start(
     assert not list(tmp_path.rglob(".shared-*")), "no token is left"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_rank_is_named_and_the_same_command_resumes(
     lost: int, overrides: list[str], tmp_path: Path

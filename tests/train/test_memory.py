@@ -157,6 +157,7 @@ NOTICED = {"recomputed": "none", "activations": "full", "partly recomputed": "no
 """A wrong policy of recomputation, with which the comparison of a case must fail."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_prediction_is_what_the_tracker_counts(case: Case, tmp_path: Path) -> None:
     found = measured(tmp_path, case)
