@@ -111,8 +111,8 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
     overrides: list[str], tmp_path: Path
 ) -> None:
     arguments = [
-        *overrides, "--train.steps=6", "--validation.every=3", "--train.micro_batch=1",
-        "--data.validation_fraction=0.5", "--data.seq_len=8", "--checkpoint.every=0",
+        *overrides, "--train.steps=6", "--validation.every=3", "--train.micro_batch=2",
+        "--data.validation_fraction=0.5", "--data.seq_len=16", "--checkpoint.every=0",
     ]  # fmt: skip
     whole = tmp_path / "whole"
     run("-m", "train", TINY, *arguments, f"--run.dir={whole}")
