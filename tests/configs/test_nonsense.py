@@ -89,7 +89,7 @@ def test_rope_that_means_nothing_is_refused(overrides: list[str], expected: str)
         ("--data.text_field=  ", "data.text_field is empty"),
         ("--data.source= ", "data.source is empty"),
         *((f"--run.dir={root}", "root of the file system") for root in
-          ("/", "//", "/.", "/tmp/..", "///")),
+          ("/", "//", "/.", "/any/..", "///")),
         ('--run.dir="a\\u0000b"', "NUL"),
         ("--run.dir=a\0b", "NUL"),
         ("--run.dir=\udcff", "UTF-8"),

@@ -28,6 +28,7 @@ def interpret(*words: object) -> None:
     assert " passed" in done.stdout.splitlines()[-1], done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file", "names"),
     [

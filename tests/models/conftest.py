@@ -19,7 +19,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[name] = tmp_path_factory.mktemp(name)
         model = FAMILIES[name]
         plain = replace(model.rope, scaling="none", factor=1.0, original_length=0, mscale=0.0,
-                        mscale_all_dim=0.0)  # fmt: skip
+                        mscale_all_dim=0.0, truncate=True)  # fmt: skip
         write(random_decoder(replace(model, rope=plain)), made[name], 10**9)
     for name in DENSE:
         made[name] = tmp_path_factory.mktemp(name)

@@ -148,10 +148,13 @@ def _moe(family: str, rng: Random) -> Moe:
     if family == "llama4":
         more |= {"score_func": "sigmoid", "n_shared_experts": 1, "weight_on": "input"}
     free = family in ("qwen3", "glm4", "deepseek-v3")
+    norm_top_k = rng.random() < 0.5 if free else family in ("mixtral", "gpt-oss")
+    if norm_top_k:  # one normalised score teaches a router nothing
+        top_k = min(max(top_k, 2), n_experts)
     return Moe(
         n_experts=n_experts,
         top_k=top_k,
         d_expert=rng.randint(1, 19),
-        norm_top_k=rng.random() < 0.5 if free else family in ("mixtral", "gpt-oss"),
+        norm_top_k=norm_top_k,
         **more,
     )

@@ -132,10 +132,8 @@ def with_moe(model: Model, **changes: Any) -> Model:
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        ("qwen3", {"rope": {"theta": 1e13}}, "rope_theta"),
         ("glm4", {"moe": {"route_scale": 1e8}}, "routed_scaling_factor"),
         ("llama4", {"attention": {"temperature_floor": 2**30}}, "floor_scale"),
-        ("llama4", {"attention": {"temperature_scale": 1e5}}, "attn_scale"),
         ("qwen3", {"n_layers": 9_000, "moe": {"n_experts": 999}}, "more than 1048576 experts"),
         ("glm4-mtp", {"n_dense_layers": 3}, "model.mtp_depth"),
     ],

@@ -20,6 +20,7 @@ from scripts.export import export
 from tests.runs import ROOT, TINY, command, environment, free_port, run
 from train.checkpoint import checkpoint
 
+pytestmark = pytest.mark.long  # the first test trains
 N_PROMPTS, N_TOKENS = 20, 64
 COMPARE = """
 import json, sys, torch
@@ -53,7 +54,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main-job") / "run"
     run(
         "-m", "train", TINY, f"--data.source={corpus}", f"--run.dir={folder}",
-        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=300",
+        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=180",
         "--optimizer.lr=1e-2", "--checkpoint.every=0", ranks=2,
     )  # fmt: skip
     assert f"exported {folder / 'export'}" in run("-m", "scripts.export", folder).stdout
