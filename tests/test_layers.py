@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "models/gguf": {"models/hf"},
     "parallel": {"parallel/dispatch"},
     "parallel/dispatch": {"parallel"},
+    "parallel/memory": {"parallel", "parallel/dispatch"},
     "train": {"train/checkpoint", "train/data", "train/report", "train/tokenizer"},
     "train/checkpoint": {"train"},
     "train/data": {"train", "train/tokenizer"},

@@ -12,8 +12,8 @@ from configs.rules import ConfigError, shown
 from configs.schema import RunConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
-from parallel.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
-from parallel.rehearsal import BACKWARD, MASKS
+from parallel.memory.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
+from parallel.memory.rehearsal import BACKWARD, MASKS
 from train.checkpoint import checkpoint
 from train.data import sources
 from train.memory import likely_compute, predict

@@ -1,10 +1,10 @@
 """The memory that a rank will need at the worst moment of a step, and the bytes it exchanges.
 
 A step is gone through in time: states, then for a microbatch embedding, blocks, loss, and back,
-with what each block keeps and needs for the moment (`parallel.rehearsal`) and what FSDP2 gathers
-and reduces around it (`parallel.fsdp_memory`). The second step is meant, when AdamW has its
-moments; of several microbatches the last, when there are gradients to add to. The largest sum on
-the way is the answer, with what it consists of.
+with what each block keeps and needs for the moment (`parallel.memory.rehearsal`) and what FSDP2
+gathers and reduces around it (`parallel.memory.fsdp_memory`). The second step is meant, when AdamW
+has its moments; of several microbatches the last, when there are gradients to add to. The largest
+sum on the way is the answer, with what it consists of.
 
 Counted is what tensors hold. Not counted: rounding and fragmentation of the allocator, workspaces
 of libraries, buffers of NCCL, Python and torch themselves.
@@ -21,9 +21,8 @@ import torch
 from configs.degrees import Degrees
 from configs.schema import RunConfig
 from kernels.device import bf16_is_fast
-from models.shadow import Bytes, Ledger, Segment, Trace
-from parallel.fsdp_memory import FP8_SHARDS, BlockGroups, Group, Groups, Sharding, groups_of
-from parallel.rehearsal import (
+from parallel.memory.fsdp_memory import FP8_SHARDS, BlockGroups, Group, Groups, Sharding, groups_of
+from parallel.memory.rehearsal import (
     EXPERTS,
     EXPERTS_BACK,
     EXPERTS_DONE,
@@ -34,6 +33,7 @@ from parallel.rehearsal import (
     Rehearsal,
     Traces,
 )
+from parallel.memory.shadow import Bytes, Ledger, Segment, Trace
 
 
 @dataclass(frozen=True)

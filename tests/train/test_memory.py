@@ -21,7 +21,7 @@ from configs.loader import from_dict, load
 from configs.model import Model
 from configs.schema import RunConfig
 from models.counts import parameter_counts
-from parallel import rehearsal
+from parallel.memory import rehearsal
 from tests.models.families import FAMILIES
 from tests.runs import ROOT, run
 from train.check import report

@@ -13,7 +13,7 @@ from models.decoder import Block
 from models.documents import DocumentAttention
 from models.init import initialise
 from models.rope import rope_tables
-from models.shadow import Ledger, Segment, Shadow, Shadows, extrapolate
+from parallel.memory.shadow import Ledger, Segment, Shadow, Shadows, extrapolate
 from tests.models.families import FAMILIES
 
 SEQUENCES, LENGTH = 2, 40

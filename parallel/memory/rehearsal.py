@@ -1,4 +1,4 @@
-"""One rank's part of a model, rehearsed on tensors without data (`models.shadow`).
+"""One rank's part of a model, rehearsed on tensors without data (`parallel.memory.shadow`).
 
 Blocks of one kind (dense or experts, full or local attention, recomputed or not) behave alike, so
 one of each runs, forward and backward; what it holds in between and at most is recorded in traces,
@@ -28,16 +28,16 @@ from models.balance import StepScope
 from models.decoder import Decoder, Output
 from models.documents import DocumentAttention
 from models.fp8 import WEIGHTS
-from models.fused_shadows import FusedKernels
 from models.linear import Fp8Module, as_matrices
 from models.moe import Experts, FeedForward, MoE, Rows
 from models.mtp import MtpModule
 from models.rope import rope_tables
 from models.router import routers
-from models.shadow import Shadows, Trace, extrapolate
 from parallel.dispatch.overflow import exact
-from parallel.local_model import local_decoder
-from parallel.stand_ins import Behind, Documents, GivenChoice, Handed
+from parallel.memory.fused_shadows import FusedKernels
+from parallel.memory.local_model import local_decoder
+from parallel.memory.shadow import Shadows, Trace, extrapolate
+from parallel.memory.stand_ins import Behind, Documents, GivenChoice, Handed
 
 EXPERTS, EXPERTS_DONE, EXPERTS_BACK = "experts", "experts done", "experts backward"
 """Marks where the experts of a block begin and end, and where their backward begins."""

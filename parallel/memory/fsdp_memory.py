@@ -29,9 +29,9 @@ from models.decoder import Decoder
 from models.fp8 import WEIGHTS
 from models.linear import Fp8Module
 from models.moe import Experts
-from models.shadow import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Ledger
 from parallel.apply import placement
 from parallel.fp8_weights import kept_bytes, n_blocks
+from parallel.memory.shadow import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Ledger
 
 GATHERED, REDUCTION = "gathered weights", "gradient reduction"
 FP8_SHARDS = "shards in FP8"

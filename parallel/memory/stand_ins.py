@@ -1,4 +1,4 @@
-"""What stands in for parts of a training step in a rehearsal (`parallel.rehearsal`)."""
+"""What stands in for parts of a training step in a rehearsal (`parallel.memory.rehearsal`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.documents import DocumentAttention
 from models.router import Router
-from models.shadow import Ledger
+from parallel.memory.shadow import Ledger
 
 
 class GivenChoice(Router):

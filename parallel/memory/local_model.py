@@ -25,7 +25,6 @@ from models.exchange import Exchange
 from models.fp8 import apply_fp8
 from models.moe import Dispatcher, Experts, FeedForward, LocalDispatcher, MoE
 from models.mtp import MtpModule
-from models.shadow import ALL_GATHER, ALL_REDUCE
 from parallel.dispatch.all_to_all import AllToAll
 from parallel.dispatch.exchange import Link, Traffic
 from parallel.dispatch.gathering import GatheringDispatcher
@@ -34,6 +33,7 @@ from parallel.dispatch.route import Planner, RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 from parallel.expert import DIMS
 from parallel.fp8_weights import check_divided
+from parallel.memory.shadow import ALL_GATHER, ALL_REDUCE
 from parallel.recompute import apply_recompute
 from parallel.tensor import HEADS, TensorExchange, VocabularyEmbedding
 
