@@ -177,6 +177,7 @@ def test_the_cover_leaves_nothing_out() -> None:
         assert not missing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [Case("gpt-oss", 1, 2, 2, 2, 2), *(
