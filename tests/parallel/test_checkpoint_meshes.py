@@ -41,6 +41,7 @@ SOME = [
 """Saver and loader: 1 to 4 ranks, 4 to 2, 2 to 4, 4 to 4, 2 to 1; every axis divided by both."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "pair", SOME, ids=lambda pair: " to ".join(case.name for case in pair)
 )  # fmt: skip

@@ -12,6 +12,7 @@ from tests.parallel.decay_run import DECAYS, decays
 from tests.runs import run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_decay_is_that_of_every_parameters_class(ranks: int, tmp_path: Path) -> None:
     run("tests/parallel/decay_run.py", tmp_path, ranks=ranks)

@@ -36,6 +36,7 @@ def faults_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, i
     return faults
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "name", "seeds"),
     [

@@ -144,6 +144,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cases", [cases for listed in COVER.values() for cases in listed],
     ids=lambda cases: ", ".join(case.name for case in cases),
@@ -196,6 +197,7 @@ def test_adamw_in_double_precision(case: Case, tmp_path: Path) -> None:
     assert plain and all(".experts.w" in error for error in plain), plain
 
 
+@pytest.mark.long
 def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
     train(tmp_path, FAULTY, references)
     for case, where in FAULTY.items():

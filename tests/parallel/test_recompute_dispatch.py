@@ -47,6 +47,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "pairs", [FEW[:2], FEW[2:4], FEW[4:], pytest.param(ALL, marks=pytest.mark.slow)],
     ids=["redone", "sync_free", "others", "all"],

@@ -222,6 +222,7 @@ def settings_of(case: Case) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cases", [CASES[:4], CASES[4:], FP8_CASES[:3], FP8_CASES[3:]],
     ids=lambda cases: ", ".join(case.name for case in cases),
