@@ -79,7 +79,8 @@ def test_differences_are_percent_of_the_pair_with_the_same_seed(
     runs = [Run("demo", variant, seed, 7, tmp_path) for variant, seed in losses]
     for run in runs:
         run.folder.mkdir()
-        record = {"step": 7, "loss": 1.0, "validation_loss": losses[run.variant, run.seed]}
+        record = {"step": 7, "loss": 1.0, "lr": 0.1}
+        record["validation_loss"] = losses[run.variant, run.seed]
         (run.folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     results = collect(runs, [])
     found = results["demo"]["difference_percent"][FP8]
