@@ -22,7 +22,7 @@ from configs.rules import ConfigError
 
 EXPERIMENT = "configs/demo.toml"
 REFERENCE: dict[str, Any] = {
-    "machine": "2 cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-28",
+    "machine": "2 cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-20",
     "tokens_per_s": 7400,
     "validation_loss": 4.72,
 }
