@@ -6,9 +6,9 @@ default and documentation as Markdown instead (docs/config.md is that output).
 
 import sys
 
-from configs.degrees import default_world, resolve
+from configs.errors import ConfigError
 from configs.loader import load, parse_arguments
-from configs.rules import ConfigError
+from configs.parallel_dims import default_world, resolve
 
 
 def main(arguments: list[str]) -> int:
@@ -21,12 +21,12 @@ def main(arguments: list[str]) -> int:
     try:
         file, overrides, ranks = parse_arguments(arguments)
         config = load(file, overrides)
-        degrees = resolve(config, ranks or default_world(config))
+        parallel_dims = resolve(config, ranks or default_world(config))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{file}: all keys and types are right; the mesh for {degrees.world} ranks:")
-    for axis, size, meaning in degrees.table():
+    print(f"{file}: all keys and types are right; the mesh for {parallel_dims.world} ranks:")
+    for axis, size, meaning in parallel_dims.table():
         print(f"  {axis:<13} {size:>5}   {meaning}")
     return 0
 

@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.rules import ConfigError, between
+from configs.errors import ConfigError
+from configs.rules import between
 
 Wire = Literal["compute", "fp8"]
 """What rows travel as: the compute dtype, or FP8 with an fp32 scale per 128 values."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dispatch:
+class DispatchConfig:
     kind: Literal["all_to_all", "sync_free", "hierarchical", "deepep"] = "all_to_all"
     """How rows travel between the ranks of `ep`; one rank alone sends nothing.
     `all_to_all`: exact, one row per token and expert. `sync_free`: the same into buffers of
@@ -51,7 +52,7 @@ class Dispatch:
                 raise ConfigError(f"chunks = {self.chunks}: kind = deepep takes all tokens at once")
 
 
-def check_nodes(dispatch: Dispatch, ep: int) -> None:
+def check_nodes(dispatch: DispatchConfig, ep: int) -> None:
     """Raise ConfigError where `ep` ranks do not make several nodes of the wanted size."""
     size = dispatch.node_size
     if dispatch.kind == "hierarchical" and ep > 1 and size and (ep % size or ep == size):

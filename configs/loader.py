@@ -1,4 +1,4 @@
-"""From a TOML file and `--section.key=value` overrides to one frozen `RunConfig`, and back.
+"""From a TOML file and `--section.key=value` overrides to one frozen `JobConfig`, and back.
 
 Strict on purpose: an unknown key names its nearest neighbour, a wrong type says which was
 expected, and every message begins with where the value came from (the file or the override).
@@ -9,15 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.rules import ConfigError, shown
-from configs.schema import RunConfig
+from configs.errors import ConfigError
+from configs.rules import shown
+from configs.schema import JobConfig
 from configs.tree import build
 from configs.values import apply_override, read_toml
 
 _MOST_RANKS = 2**20
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read an experiment.
 
     path: TOML file. overrides: strings of the form `--section.key=value`, the value in TOML
@@ -53,7 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | Non
     return files[0], overrides, ranks
 
 
-def from_dict(tree: dict[str, Any], place: str, overrides: Sequence[str] = ()) -> RunConfig:
+def from_dict(tree: dict[str, Any], place: str, overrides: Sequence[str] = ()) -> JobConfig:
     """The config that `asdict` made `tree` of, changed by overrides as in `load`.
 
     place: what an error calls its origin.
@@ -64,14 +65,14 @@ def from_dict(tree: dict[str, Any], place: str, overrides: Sequence[str] = ()) -
     return build(tree, place, places)
 
 
-def to_toml(config: RunConfig) -> str:
+def to_toml(config: JobConfig) -> str:
     """The complete experiment as TOML, defaults included; `load` reads it back unchanged."""
     import tomli_w
 
     return tomli_w.dumps(asdict(config))
 
 
-def flatten(config: RunConfig) -> dict[str, Any]:
+def flatten(config: JobConfig) -> dict[str, Any]:
     """Every setting by its dotted key, as `{"train.steps": 100, ...}`; JSON types only."""
     flat: dict[str, Any] = {}
 

@@ -13,11 +13,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.rules import ConfigError, at_least, at_most, belongs_to, between
+from configs.errors import ConfigError
+from configs.rules import at_least, at_most, belongs_to, between
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attention:
+class AttentionConfig:
     n_heads: int
     """Query heads."""
     kind: Literal["gqa", "mla"] = "gqa"
@@ -127,7 +128,7 @@ _LLAMA3_BOUNDS = ("low_freq_factor", "high_freq_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
+class RopeConfig:
     theta: float = 10000.0
     """Base of the wavelengths, above 1."""
     interleaved: bool = False
@@ -181,7 +182,7 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moe:
+class MoEConfig:
     n_experts: int
     """Routed experts per MoE layer."""
     top_k: int
@@ -257,16 +258,16 @@ class Moe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     vocab_size: int
     """Rows of the embedding. A tokenizer trained here gets exactly as many tokens."""
     d_model: int
     """Width of the residual stream."""
     n_layers: int
     """Transformer blocks."""
-    attention: Attention
-    moe: Moe
-    rope: Rope = field(default_factory=Rope)
+    attention: AttentionConfig
+    moe: MoEConfig
+    rope: RopeConfig = field(default_factory=RopeConfig)
     n_dense_layers: int = 0
     """The first layers that use a dense feed-forward instead of experts."""
     moe_every: int = 1

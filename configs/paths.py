@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from configs.rules import ConfigError, shown
+from configs.errors import ConfigError
+from configs.rules import shown
 
 
 def local_path(setting: str | Path) -> Path:

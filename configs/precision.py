@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.rules import ConfigError, between
+from configs.errors import ConfigError
+from configs.rules import between
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8:
+class FP8Config:
     keep: tuple[str, ...] = ()
     """Modules to leave in bf16: shell patterns of their names, for example `layers.0.*` or
     `*.attention.wo`. Every pattern must match one. What is never quantised needs none: embeddings,
@@ -30,7 +31,7 @@ class Fp8:
         between(self, 0, 10_016, "first_bf16", "last_bf16")
         between(self, 0, 2**31, "diagnose_every")
         between(self, -1000, 1000, "warn_below_db")
-        if not self.diagnose_every and self.warn_below_db != Fp8.warn_below_db:
+        if not self.diagnose_every and self.warn_below_db != FP8Config.warn_below_db:
             raise ConfigError(
                 f"warn_below_db = {self.warn_below_db}: nothing is reported with "
                 "diagnose_every = 0; set it to a number of steps"
@@ -38,20 +39,20 @@ class Fp8:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
+class PrecisionConfig:
     recipe: Literal["auto", "bf16", "fp32", "fp8_blockwise"] = "auto"
     """Compute dtype; master weights are fp32, and gradients from their sum over ranks on. `auto`:
     bf16 where the device multiplies it faster than fp32 (CUDA; CPUs with AVX512-BF16 or AMX).
     `fp8_blockwise`: the products of projections and experts in FP8 with a scale per block
     (DeepSeek-V3), the rest as `auto`. A device without FP8 is refused; on a CPU the arithmetic is
     emulated exactly."""
-    fp8: Fp8 = field(default_factory=Fp8)
+    fp8: FP8Config = field(default_factory=FP8Config)
     """Details of `fp8_blockwise`."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the optimizer's two moments; bf16 saves 4 bytes per parameter."""
 
     def __post_init__(self) -> None:
-        if self.recipe != "fp8_blockwise" and self.fp8 != Fp8():
+        if self.recipe != "fp8_blockwise" and self.fp8 != FP8Config():
             raise ConfigError(
                 f"fp8 is set, but recipe = {self.recipe!r} computes nothing in FP8; use "
                 "recipe = 'fp8_blockwise'"

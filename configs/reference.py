@@ -16,7 +16,7 @@ def reference() -> str:
         "Made by `python -m configs --reference > docs/config.md`; edit `configs/schema.py`.",
         "Every key can be set in the TOML file or as `--section.key=value`.",
     ]
-    for section, kind in _sections(schema.RunConfig, ""):
+    for section, kind in _sections(schema.JobConfig, ""):
         lines += [
             "",
             f"## [{section}]",

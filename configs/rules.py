@@ -1,35 +1,9 @@
-"""The user's error, and the checks that every section of the schema shares."""
+"""Checks that every section of the schema shares, and how their messages quote a value."""
 
-import re
 from dataclasses import fields
 from typing import Any
 
-_LONGEST = 1000
-"""Characters of a message; an experiment's own values are shown much shorter."""
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message is one line for the user: key, fault, remedy.
-
-    Whatever it quotes stays within that line: control characters and halves of surrogate pairs are
-    escaped, and of a message that is too long the middle is left out, since the remedy is last.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shortened(_CONTROL.sub(_escaped, message), _LONGEST))
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return repr(found[0])[1:-1]
-
-
-def shortened(text: str, length: int) -> str:
-    """`text`, without its middle where it has more than `length` characters."""
-    if len(text) <= length:
-        return text
-    end = length // 3
-    return f"{text[: length - end - 5]} ... {text[-end:]}"
+from configs.errors import ConfigError, shortened
 
 
 def shown(value: Any) -> str:

@@ -3,21 +3,22 @@
 The schema imports the standard library only, so a login node can check an experiment. The string
 under a field is its documentation (`python -m configs --reference` prints them all). A value that
 is wrong is refused here, in `__post_init__`; what depends on the number of ranks is checked in
-`configs.degrees`.
+`configs.parallel_dims`.
 """
 
 import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.dispatch import Dispatch
-from configs.model import Model
-from configs.precision import Precision
-from configs.rules import ConfigError, at_most, between, not_empty, shown
+from configs.dispatch import DispatchConfig
+from configs.errors import ConfigError
+from configs.model import ModelConfig
+from configs.precision import PrecisionConfig
+from configs.rules import at_most, between, not_empty, shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunConfig:
     dir: str
     """Folder of the run: checkpoints, metrics, plots, export. The same folder resumes."""
     seed: int = 0
@@ -33,7 +34,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     source: str = "stdlib"
     """`stdlib`: the source code of Python's standard library (no download). Otherwise a path to a
     text, JSONL or Parquet file or a folder of them, or the name of a Hugging Face dataset."""
@@ -66,7 +67,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainConfig:
     steps: int
     """Optimizer steps of the whole run."""
     global_batch: int
@@ -100,7 +101,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerConfig:
     lr: float
     """Peak learning rate of AdamW, which moves a weight by about as much per step: usual are 1e-5
     to 1e-2. At most 1e38, about the largest that fp32 holds."""
@@ -121,7 +122,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ScheduleConfig:
     kind: Literal["wsd", "cosine", "linear"] = "wsd"
     """`wsd`: warmup, stable, then linear decay over the last `decay_fraction` of the steps
     (arXiv:2404.06395). `cosine`, `linear`: decay from the end of the warmup to the last step."""
@@ -144,7 +145,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelConfig:
     dp_replicate: int = 1
     """Replicas of the sharded model (HSDP)."""
     dp_shard: int = -1
@@ -180,7 +181,7 @@ class Parallel:
     with biases; in FP8 it is always so."""
     compile: bool = False
     """Compile each block with `torch.compile`; pays on CUDA, seldom on a CPU."""
-    dispatch: Dispatch = field(default_factory=Dispatch)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
 
     def __post_init__(self) -> None:
         between(self, 1, _MOST_RANKS, "dp_replicate", "tp", "etp")
@@ -199,7 +200,7 @@ class Parallel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationConfig:
     every: int = 0
     """Steps between validations; the last step validates too. 0: only the last step."""
     sequences: int = 0
@@ -210,7 +211,7 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointConfig:
     every: int = 0
     """Steps between checkpoints; the last step and a stop save too. 0: only those."""
     keep: int = 2
@@ -225,19 +226,19 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class JobConfig:
     """One experiment, complete and immutable."""
 
-    run: Run
-    model: Model
-    train: Train
-    optimizer: Optimizer
-    data: Data = field(default_factory=Data)
-    schedule: Schedule = field(default_factory=Schedule)
-    parallel: Parallel = field(default_factory=Parallel)
-    precision: Precision = field(default_factory=Precision)
-    validation: Validation = field(default_factory=Validation)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    run: RunConfig
+    model: ModelConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -1,4 +1,4 @@
-"""From a tree of values to a `RunConfig`: names, types and ranges of types.
+"""From a tree of values to a `JobConfig`: names, types and ranges of types.
 
 Every message begins with where the value came from: the file and the key, or the override.
 """
@@ -10,21 +10,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from configs.rules import ConfigError, shortened, shown
-from configs.schema import RunConfig
+from configs.errors import ConfigError, shortened
+from configs.rules import shown
+from configs.schema import JobConfig
 
 _LONGEST_STRING = 4096
 """Characters: more than the paths that Linux takes."""
 _BARE = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 
-def build(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> RunConfig:
+def build(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> JobConfig:
     """The config of a tree.
 
     source: what an error calls the tree's origin. places: keys (or sections) that an override set,
     and that override. Raises ConfigError.
     """
-    config: RunConfig = _Builder(shortened(source, 200), places).section(RunConfig, tree, "")
+    config: JobConfig = _Builder(shortened(source, 200), places).section(JobConfig, tree, "")
     return config
 
 
@@ -33,7 +34,7 @@ def nearest(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5) if len(key) < 100 else []
     if near:
         return f"did you mean {prefix}{near[0]}?"
-    elsewhere = [dotted for dotted in _all_keys(RunConfig, "") if dotted.endswith(f".{key}")]
+    elsewhere = [dotted for dotted in _all_keys(JobConfig, "") if dotted.endswith(f".{key}")]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"known here: {', '.join(hints)}"

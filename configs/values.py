@@ -11,8 +11,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from configs.rules import ConfigError, shortened, shown
-from configs.schema import RunConfig
+from configs.errors import ConfigError, shortened
+from configs.rules import shown
+from configs.schema import JobConfig
 from configs.tree import nearest
 
 _LARGEST_FILE = 2**20
@@ -103,7 +104,7 @@ def apply_override(tree: dict[str, Any], override: str, places: dict[str, str]) 
 
 def _check_key(dotted: str, place: str) -> Any:
     """The annotated type at a dotted key. Raises ConfigError where there is none."""
-    kind: Any = RunConfig
+    kind: Any = JobConfig
     *sections, leaf = dotted.split(".")
     for depth, part in enumerate([*sections, leaf]):
         hints = get_type_hints(kind)

@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from configs.model import Attention, Model
-from models.exchange import Exchange
+from configs.model import AttentionConfig, ModelConfig
 from models.linear import project
 from models.norm import RMSNorm, l2_norm
 from models.rope import apply_rope, logit_scale
+from models.tp_comm import TPComm
 
 Tables = tuple[Tensor, Tensor]
 """cos and sin of every token, from `models.rope.rope_tables`."""
@@ -48,7 +48,7 @@ class AttentionCore(Protocol):
         ...
 
 
-def layer_of(model: Model, index: int) -> Layer:
+def layer_of(model: ModelConfig, index: int) -> Layer:
     """The facts of layer `index` for its core."""
     attention = model.attention
     local = 0 if attention.is_full(index) else attention.local_size
@@ -63,7 +63,7 @@ def layer_of(model: Model, index: int) -> Layer:
 class GroupedQueryAttention(nn.Module):
     """Projections, QK-norm, RoPE, core, output projection."""
 
-    def __init__(self, config: Model, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         a = config.attention
         self.config, self.layer = a, layer_of(config, index)
@@ -77,12 +77,12 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
         self.k_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
         self.sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
-        self.exchange = Exchange()
+        self.tp_comm = TPComm()
 
     def forward(
         self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
     ) -> Tensor:
-        x_TD = self.exchange.gather(x_TD)
+        x_TD = self.tp_comm.gather(x_TD)
         heads = (x_TD.shape[0], -1, self.config.head_dim)
         projected = project(x_TD, self.wq, self.wk, self.wv)
         q_THC, k_TGC, v_TGC = (each.view(heads) for each in projected)
@@ -96,10 +96,10 @@ class GroupedQueryAttention(nn.Module):
         elif self.config.temperature_floor:
             q_THC = q_THC * _temperature(positions_T, self.config).to(q_THC.dtype)
         o_THC = core(self.layer, q_THC, k_TGC, v_TGC, self.sinks)
-        return self.exchange.reduce_scatter(self.wo(o_THC.reshape(x_TD.shape[0], -1)))
+        return self.tp_comm.reduce_scatter(self.wo(o_THC.reshape(x_TD.shape[0], -1)))
 
 
-def _temperature(positions_T: Tensor, config: Attention) -> Tensor:
+def _temperature(positions_T: Tensor, config: AttentionConfig) -> Tensor:
     """Factor on the queries of layers without RoPE, `[T, 1, 1]` (arXiv:2501.19399)."""
     steps = torch.floor((positions_T.float() + 1) / config.temperature_floor)
     return (torch.log1p(steps) * config.temperature_scale + 1)[:, None, None]
@@ -113,7 +113,7 @@ class LatentAttention(nn.Module):
     compressed likewise. Here the keys and values are expanded before the core.
     """
 
-    def __init__(self, config: Model, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         a = config.attention
         self.config, self.layer = a, layer_of(config, index)
@@ -131,7 +131,7 @@ class LatentAttention(nn.Module):
         kv_width = a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
         self.wkv_b = nn.Linear(a.kv_lora_rank, kv_width, bias=False)
         self.wo = nn.Linear(a.n_heads * a.v_head_dim, config.d_model, bias=False)
-        self.exchange = Exchange()
+        self.tp_comm = TPComm()
 
     def forward(
         self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
@@ -143,7 +143,7 @@ class LatentAttention(nn.Module):
         else:
             (kv_a,) = project(x_TD, self.wkv_a)
         # what all heads share is exchanged while it is narrow
-        compressed, kv_a = self.exchange.gather(compressed), self.exchange.gather(kv_a)
+        compressed, kv_a = self.tp_comm.gather(compressed), self.tp_comm.gather(kv_a)
         latent, k_rope = kv_a.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
         n_tokens = compressed.shape[0]
         q_THC = self.wq(compressed).view(n_tokens, -1, a.qk_dim)
@@ -157,7 +157,7 @@ class LatentAttention(nn.Module):
         q_THC = torch.cat([q_plain, q_rope], dim=-1)
         k_THC = torch.cat([k_plain, k_rope.expand(-1, k_plain.shape[1], -1)], dim=-1)
         o_THV = core(self.layer, q_THC, k_THC, v_THV, None)
-        return self.exchange.reduce_scatter(self.wo(o_THV.reshape(n_tokens, -1)))
+        return self.tp_comm.reduce_scatter(self.wo(o_THV.reshape(n_tokens, -1)))
 
 
 _LATENT_EPS = 1e-6

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.model import Moe
+from configs.model import MoEConfig
 from kernels.moe.topk import top_indices
-from models.exchange import Exchange
+from models.tp_comm import TPComm
 
 NAMES = ("sequence_balance", "global_balance", "router_z")
 """The losses, in the order of every tensor that holds one value of each."""
@@ -52,7 +52,7 @@ class StepScope:
 
 
 @dataclass(frozen=True)
-class Decision:
+class RoutingDecision:
     """What a router decides once per microbatch, recomputed or not."""
 
     ids_TK: Tensor
@@ -63,18 +63,18 @@ class Decision:
     """f_i of every sequence, where the sequence loss needs them."""
 
 
-def coefficients(config: Moe) -> tuple[float, float, float]:
+def coefficients(config: MoEConfig) -> tuple[float, float, float]:
     """Factors of the losses, in the order of `NAMES`; 0: the loss is not computed."""
     return config.seq_aux_loss_coef, config.global_aux_loss_coef, config.router_z_loss_coef
 
 
 def auxiliary_losses(
-    config: Moe,
+    config: MoEConfig,
     scope: StepScope,
     logits_TE: Tensor,
     scores_TE: Tensor,
-    made: Decision,
-    exchange: Exchange,
+    made: RoutingDecision,
+    tp_comm: TPComm,
 ) -> Tensor:
     """These tokens' part of each loss of one layer, without coefficients, fp32 `[3]`."""
     sequence, over_all, z = coefficients(config)
@@ -87,7 +87,7 @@ def auxiliary_losses(
             # a sequence's P is a mean over its tokens, the step's loss a mean over its sequences:
             # together a sum over tokens, divided by the tokens of the step
             share_NE = torch.zeros_like(made.frequency_NE)
-            share_NE = share_NE.index_add(0, _sequences(shares_TE, scope, exchange), shares_TE)
+            share_NE = share_NE.index_add(0, _sequences(shares_TE, scope, tp_comm), shares_TE)
             parts[0] = (made.frequency_NE * share_NE).sum() / scope.tokens
         if over_all:
             assert made.load_E is not None
@@ -98,26 +98,24 @@ def auxiliary_losses(
     return torch.stack(parts)
 
 
-def sequence_frequency(
-    scores_TE: Tensor, top_k: int, scope: StepScope, exchange: Exchange
-) -> Tensor:
+def sequence_frequency(scores_TE: Tensor, top_k: int, scope: StepScope, tp_comm: TPComm) -> Tensor:
     """f_i of every sequence of the microbatch, `[N, E]`; a sequence may lie on several ranks."""
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, top_indices(scores_TE, top_k), 1.0)
-    n_ranks = 1 if exchange.group is None else exchange.group.size()
+    n_ranks = 1 if tp_comm.group is None else tp_comm.group.size()
     n_sequences = scores_TE.shape[0] * n_ranks // scope.seq_len
     counts_NE = chosen_TE.new_zeros(n_sequences, scores_TE.shape[1])
-    counts_NE.index_add_(0, _sequences(scores_TE, scope, exchange), chosen_TE)
-    return exchange.sum(counts_NE) * (scores_TE.shape[1] / (top_k * scope.seq_len))
+    counts_NE.index_add_(0, _sequences(scores_TE, scope, tp_comm), chosen_TE)
+    return tp_comm.sum(counts_NE) * (scores_TE.shape[1] / (top_k * scope.seq_len))
 
 
-def _sequences(scores_TE: Tensor, scope: StepScope, exchange: Exchange) -> Tensor:
+def _sequences(scores_TE: Tensor, scope: StepScope, tp_comm: TPComm) -> Tensor:
     """The sequence of each of this rank's tokens, `[T]`."""
     n_tokens = scores_TE.shape[0]
-    index_T = torch.arange(n_tokens, device=scores_TE.device) + exchange.place * n_tokens
+    index_T = torch.arange(n_tokens, device=scores_TE.device) + tp_comm.place * n_tokens
     return index_T // scope.seq_len
 
 
-def attach(weights_TK: Tensor, losses_3: Tensor, config: Moe, values_3: Tensor) -> Tensor:
+def attach(weights_TK: Tensor, losses_3: Tensor, config: MoEConfig, values_3: Tensor) -> Tensor:
     """`weights_TK`, unchanged; in backward the losses get their gradient, coefficients included,
     and their values are added to `values_3`."""
     pairs = zip(coefficients(config), losses_3.unbind(), strict=True)

@@ -5,7 +5,7 @@ T tokens, D model width.
 
 from torch import Tensor, nn
 
-from configs.model import Model
+from configs.model import ModelConfig
 from models.attention import AttentionCore, GroupedQueryAttention, LatentAttention, Tables
 from models.moe import FeedForward, MoE
 from models.norm import RMSNorm
@@ -14,7 +14,7 @@ from models.norm import RMSNorm
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual."""
 
-    def __init__(self, config: Model, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         latent = config.attention.kind == "mla"
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)

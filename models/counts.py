@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from configs.model import Model
+from configs.model import ModelConfig
 from models.block import Block
 from models.decoder import Decoder
 from models.mtp import MtpModule
@@ -29,7 +29,7 @@ class ParameterCounts:
     """(all parameters, those of routed experts) of every block, MTP modules last."""
 
 
-def parameter_counts(model: Model) -> ParameterCounts:
+def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Counted on the meta device, so the counts are those of the model that trains; of blocks that
     are alike one is counted."""
     outer = {name: p.numel() for name, p in _outer(model).items()}
@@ -54,7 +54,7 @@ def parameter_counts(model: Model) -> ParameterCounts:
     )
 
 
-def _outer(model: Model) -> dict[str, nn.Parameter]:
+def _outer(model: ModelConfig) -> dict[str, nn.Parameter]:
     """The parameters outside of the blocks, by name."""
     least = replace(model, n_layers=1, n_dense_layers=0, moe_every=1, mtp_depth=0)
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def _outer(model: Model) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named if not name.startswith("layers.")}
 
 
-def _blocks(model: Model) -> Iterator[dict[str, nn.Parameter]]:
+def _blocks(model: ModelConfig) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters of every block, MTP modules last; those of like blocks are one object."""
     known = dict[tuple[bool, bool], dict[str, nn.Parameter]]()
     for i in range(model.n_layers + model.mtp_depth):
@@ -74,7 +74,7 @@ def _blocks(model: Model) -> Iterator[dict[str, nn.Parameter]]:
         yield known[kind]
 
 
-def flops_per_token(model: Model, seq_len: int) -> float:
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs (forward and backward) per token of full sequences.
 
     6 per active matrix parameter (2 forward, 4 backward), the head and the router included, the
@@ -96,7 +96,7 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     return 6 * matrices + per_key * keys
 
 
-def _multiplied(model: Model, parameters: dict[str, nn.Parameter]) -> float:
+def _multiplied(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> float:
     """Parameters of a block's matrices that a token multiplies with."""
     share, found = model.moe.top_k / model.moe.n_experts, 0.0
     for name, p in parameters.items():
@@ -106,7 +106,7 @@ def _multiplied(model: Model, parameters: dict[str, nn.Parameter]) -> float:
     return found
 
 
-def _keys_seen(model: Model, index: int, seq_len: int) -> float:
+def _keys_seen(model: ModelConfig, index: int, seq_len: int) -> float:
     """Keys that a query of layer `index` sees, averaged over a sequence."""
     attention = model.attention
     size = min(attention.local_size, seq_len)

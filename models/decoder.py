@@ -13,13 +13,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.model import Model
+from configs.model import ModelConfig
 from models.attention import AttentionCore
 from models.block import Block
-from models.exchange import Exchange
 from models.mtp import MtpModule
 from models.norm import RMSNorm
 from models.rope import rope_tables
+from models.tp_comm import TPComm
 
 Output = Callable[[Tensor, Tensor], Any]
 """What to make of the final hidden states `x_TD` and the head's weight `[V, D]`."""
@@ -28,7 +28,7 @@ Output = Callable[[Tensor, Tensor], Any]
 class Decoder(nn.Module):
     """The whole language model. Built on any device, the meta device included."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         self.head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.exchange = Exchange()
+        self.tp_comm = TPComm()
 
     def blocks(self) -> list[Block]:
         """Every block, those of the MTP modules last: what is sharded one by one."""
@@ -50,13 +50,14 @@ class Decoder(nn.Module):
         positions_T: Tensor,
         core: AttentionCore,
         output: Output = F.linear,
-        ahead: Sequence[tuple[Tensor, Output]] = (),
+        mtp_outputs: Sequence[tuple[Tensor, Output]] = (),
     ) -> Any:
         """`output(x_TD, head_weight_VD)`; with the default, logits `[T, V]`.
 
         tokens_T, positions_T: integers; a position counts from the start of its document.
-        ahead: for each MTP module to run, the tokens it reads (`[T]`, module k: the k-th successor
-        of every token) and what to make of its hidden states; a tuple of all outputs is returned.
+        mtp_outputs: for each MTP module to run, the tokens it reads (`[T]`, module k: the k-th
+        successor of every token) and what to make of its hidden states; a tuple of all outputs is
+        returned.
         """
         x_TD = self.embed(tokens_T)
         tables = rope_tables(positions_T, self.config.rope, self.config.attention.rope_dim)
@@ -64,11 +65,11 @@ class Decoder(nn.Module):
             x_TD = block(x_TD, positions_T, tables, core)
         head = self.embed if self.head is None else self.head
         x_TD = self.norm(x_TD)
-        main = output(self.exchange.gather(x_TD), head.weight)
-        if not ahead:
+        main = output(self.tp_comm.gather(x_TD), head.weight)
+        if not mtp_outputs:
             return main
         outputs = [main]
-        for module, (successors_T, module_output) in zip(self.mtp, ahead, strict=True):
+        for module, (successors_T, module_output) in zip(self.mtp, mtp_outputs, strict=True):
             x_TD = module(x_TD, self.embed(successors_T), positions_T, tables, core)
-            outputs.append(module_output(self.exchange.gather(x_TD), head.weight))
+            outputs.append(module_output(self.tp_comm.gather(x_TD), head.weight))
         return tuple(outputs)

@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from configs.precision import Fp8
-from configs.rules import ConfigError
+from configs.errors import ConfigError
+from configs.precision import FP8Config
 from kernels.fp8 import Quantized, fp8_dtype
 from kernels.mlp.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
 from models.counts import flops_per_token
@@ -30,14 +30,14 @@ class Fp8FeedForward(FeedForward, Fp8Module):
     """A dense SwiGLU in FP8."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        x_TD = self.exchange.gather(x_TD)
+        x_TD = self.tp_comm.gather(x_TD)
         y_TD = swiglu_mlp_fp8(
             x_TD, as_matrices("w13", self.w13), self.w2,
             self.fp8_weight("w13"), self.fp8_weight("w2"), power_of_two=self.power_of_two,
         )  # fmt: skip
         if self.observer is not None:
             self.observer.mlp(self, x_TD, y_TD, None, None, "swiglu")
-        return self.exchange.reduce_scatter(y_TD)
+        return self.tp_comm.reduce_scatter(y_TD)
 
 
 class Fp8Experts(Experts, Fp8Module):
@@ -83,7 +83,7 @@ _CLASSES: dict[type[nn.Module], type[Fp8Module]] = {
 }  # fmt: skip
 
 
-def apply_fp8(model: Decoder, options: Fp8) -> list[str]:
+def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
     """Turn the eligible modules of a model, before anything else is done to it; their names.
 
     Raises ConfigError for a pattern that matches no module, or where nothing would be left.

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from configs.model import Model
+from configs.model import ModelConfig
 
 _RESIDUAL = ("wo.weight", "w2")
 """Endings of the parameters that write into the residual stream."""
@@ -20,7 +20,7 @@ _ZERO = (".bias", ".b13", ".b2", ".sinks")
 
 
 def initial_value(
-    config: Model,
+    config: ModelConfig,
     seed: int,
     name: str,
     shape: tuple[int, ...],
@@ -45,7 +45,7 @@ def initial_value(
     return torch.stack([draw(seed, f"{name}/{e}", shape[1:], std) for e in wanted])
 
 
-def initialise(model: nn.Module, config: Model, seed: int) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill an unsharded model in place; buffers become zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

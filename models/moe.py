@@ -2,9 +2,9 @@
 
 A token's path: the router chooses `top_k` experts; the *dispatcher* brings the token's row to each
 of them and sums what comes back. The dispatcher is the seam where expert parallelism enters:
-`run(x_TD, expert_ids_TK, weights_TK, experts, beside)`; the default here communicates nothing.
-`experts` is a callable on `Rows`, so a dispatcher may feed it any number of chunks; `beside` is
-work that does not depend on the exchange (shared experts).
+`run(x_TD, expert_ids_TK, weights_TK, experts, shared_experts)`; the default here communicates
+nothing. `experts` is a callable on `Rows`, so a dispatcher may feed it any number of chunks;
+`shared_experts` is work that does not depend on the exchange (shared experts).
 
 T tokens, K experts per token, R rows, D model width, F expert width, E experts, e local experts.
 """
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.model import Model, Moe
+from configs.model import ModelConfig, MoEConfig
 from kernels.grouped_gemm.grouped_gemm import grouped_gemm_nt
 from kernels.mlp.mlp import swiglu_mlp
 from kernels.mlp.swiglu import swiglu
 from kernels.moe.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.quantization.quantize import dequantize_1x128
-from models.exchange import Exchange
 from models.router import Router
+from models.tp_comm import TPComm
 
 
 class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in pytrees only
@@ -54,10 +54,10 @@ def row_values(rows: Rows) -> Tensor:
     """`[R, D]` in the compute dtype; the gradient passes the quantisation as it is."""
     if rows.scales is None:
         return rows.data
-    return _Dequantised.apply(rows.stand_in, rows.data, rows.scales)
+    return _Dequantize.apply(rows.stand_in, rows.data, rows.scales)
 
 
-class _Dequantised(torch.autograd.Function):
+class _Dequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stand_in: Tensor, data_RD: Tensor, scales_Rd: Tensor) -> Tensor:
         return dequantize_1x128(data_RD, scales_Rd, stand_in.dtype)
@@ -88,9 +88,9 @@ class Dispatcher(Protocol):
         expert_ids_TK: Tensor,
         weights_TK: Tensor,
         experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
+        shared_experts: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """`y_TD`: the sum of each token's weighted expert outputs, plus `beside()`."""
+        """`y_TD`: the sum of each token's weighted expert outputs, plus `shared_experts()`."""
         ...
 
 
@@ -106,12 +106,12 @@ class LocalDispatcher:
         expert_ids_TK: Tensor,
         weights_TK: Tensor,
         experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
+        shared_experts: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         to = permutation(expert_ids_TK, self.n_experts, self.align)
         rows = rows_for(x_TD, weights_TK, to, self.align)
         y_TD = combine_rows(experts(rows), to, expert_ids_TK.shape[1])
-        return y_TD if beside is None else y_TD + beside()
+        return y_TD if shared_experts is None else y_TD + shared_experts()
 
 
 class Experts(nn.Module):
@@ -120,7 +120,7 @@ class Experts(nn.Module):
     recompute_h: bool = False
     """Keep gate and up only, and compute the activation again in backward (without biases)."""
 
-    def __init__(self, d_model: int, config: Moe) -> None:
+    def __init__(self, d_model: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
         n, width = config.n_experts, config.d_expert
@@ -172,17 +172,17 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(2, width, d_model))
         self.w2 = nn.Parameter(torch.empty(d_model, width))
-        self.exchange = Exchange()
+        self.tp_comm = TPComm()
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_up = F.linear(self.exchange.gather(x_TD), self.w13.flatten(0, 1))
-        return self.exchange.reduce_scatter(F.linear(swiglu(gate_up), self.w2))
+        gate_up = F.linear(self.tp_comm.gather(x_TD), self.w13.flatten(0, 1))
+        return self.tp_comm.reduce_scatter(F.linear(swiglu(gate_up), self.w2))
 
 
 class MoE(nn.Module):
     """Router, routed experts and shared experts of one layer."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         moe = config.moe
         self.router = Router(config.d_model, moe)
@@ -195,5 +195,5 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         ids_TK, weights_TK = self.router(x_TD)
         shared = self.shared_experts
-        beside = None if shared is None else lambda: shared(x_TD)
-        return self.dispatcher.run(x_TD, ids_TK, weights_TK, self.experts, beside)
+        shared_experts = None if shared is None else lambda: shared(x_TD)
+        return self.dispatcher.run(x_TD, ids_TK, weights_TK, self.experts, shared_experts)

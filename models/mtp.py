@@ -16,7 +16,7 @@ T tokens, D model width.
 import torch
 from torch import Tensor, nn
 
-from configs.model import Model
+from configs.model import ModelConfig
 from models.attention import AttentionCore, Tables
 from models.block import Block
 from models.norm import RMSNorm
@@ -25,7 +25,7 @@ from models.norm import RMSNorm
 class MtpModule(Block):
     """Two norms, a projection of both inputs to one, a block like the model's last, a norm."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, config.n_layers - 1)
         self.enorm = RMSNorm(config.d_model, config.norm_eps)
         self.hnorm = RMSNorm(config.d_model, config.norm_eps)

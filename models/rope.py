@@ -18,11 +18,11 @@ import math
 import torch
 from torch import Tensor
 
-from configs.model import Rope
+from configs.model import RopeConfig
 from kernels.layers.rope import rotate
 
 
-def rope_tables(positions_T: Tensor, rope: Rope, dim: int) -> tuple[Tensor, Tensor]:
+def rope_tables(positions_T: Tensor, rope: RopeConfig, dim: int) -> tuple[Tensor, Tensor]:
     """`cos` and `sin`, each fp32 `[T, dim / 2]`, for integer positions."""
     frequencies = inverse_frequencies(rope, dim, positions_T.device)
     angles = positions_T.float()[:, None] * frequencies
@@ -35,7 +35,7 @@ def apply_rope(x_THC: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) 
     return rotate(x_THC, *tables, interleaved)
 
 
-def inverse_frequencies(rope: Rope, dim: int, device: torch.device) -> Tensor:
+def inverse_frequencies(rope: RopeConfig, dim: int, device: torch.device) -> Tensor:
     """Radians per position of every pair, fp32 `[dim / 2]`."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     plain = 1.0 / rope.theta**exponents
@@ -46,7 +46,7 @@ def inverse_frequencies(rope: Rope, dim: int, device: torch.device) -> Tensor:
     return plain
 
 
-def table_scale(rope: Rope) -> float:
+def table_scale(rope: RopeConfig) -> float:
     """Factor on cos and sin."""
     if rope.scaling != "yarn":
         return 1.0
@@ -55,7 +55,7 @@ def table_scale(rope: Rope) -> float:
     return yarn_mscale(rope.factor, 1.0)
 
 
-def logit_scale(rope: Rope) -> float:
+def logit_scale(rope: RopeConfig) -> float:
     """Factor on the attention logits; DeepSeek puts YaRN's scale there, squared for q and k."""
     if rope.scaling != "yarn" or not rope.mscale_all_dim:
         return 1.0
@@ -67,7 +67,7 @@ def yarn_mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _yarn(rope: Rope, dim: int, plain: Tensor) -> Tensor:
+def _yarn(rope: RopeConfig, dim: int, plain: Tensor) -> Tensor:
     def pair_that_turns(rotations: float) -> float:
         turns = rope.original_length / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope.theta))
@@ -83,7 +83,7 @@ def _yarn(rope: Rope, dim: int, plain: Tensor) -> Tensor:
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 
-def _llama3(rope: Rope, plain: Tensor) -> Tensor:
+def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:
     turns = rope.original_length * plain / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     # Llama 4 Scout sets both to 1: a step instead of a ramp

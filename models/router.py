@@ -16,24 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.model import Moe
-from kernels.moe.router import Rule, route, scores
+from configs.model import MoEConfig
+from kernels.moe.router import RouterOptions, route, scores
 from models.balance import (
     NAMES,
-    Decision,
+    RoutingDecision,
     StepScope,
     attach,
     auxiliary_losses,
     coefficients,
     sequence_frequency,
 )
-from models.exchange import Exchange
+from models.tp_comm import TPComm
 
 
 class Tape:
     """What a router decided in one pass, for passes that must decide alike."""
 
-    decision: Decision | None = None
+    decision: RoutingDecision | None = None
 
 
 class Router(nn.Module):
@@ -46,10 +46,10 @@ class Router(nn.Module):
     tokens_per_expert_E: Tensor
     loss_values_3: Tensor
 
-    def __init__(self, d_model: int, config: Moe) -> None:
+    def __init__(self, d_model: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.rule = Rule(
+        self.rule = RouterOptions(
             config.top_k,
             config.score_func == "softmax",
             config.n_groups,
@@ -66,7 +66,7 @@ class Router(nn.Module):
         self.register_buffer("tokens_per_expert_E", counts, persistent=False)
         # auxiliary losses since the last `take_losses`
         self.register_buffer("loss_values_3", torch.zeros(len(NAMES)), persistent=False)
-        self.exchange = Exchange()
+        self.tp_comm = TPComm()
         # of the running optimizer step; without one the auxiliary losses are not trained
         self.scope: StepScope | None = None
 
@@ -86,12 +86,14 @@ class Router(nn.Module):
         if scores_TE is not None:
             assert self.scope is not None
             losses_3 = auxiliary_losses(
-                config, self.scope, logits_TE, scores_TE, made, self.exchange
+                config, self.scope, logits_TE, scores_TE, made, self.tp_comm
             )
             weights_TK = attach(weights_TK, losses_3, config, self.loss_values_3)
         return made.ids_TK, weights_TK
 
-    def _decide(self, logits_TE: Tensor, scores_TE: Tensor | None) -> tuple[Decision, Tensor]:
+    def _decide(
+        self, logits_TE: Tensor, scores_TE: Tensor | None
+    ) -> tuple[RoutingDecision, Tensor]:
         """What is decided once per microbatch, from the tape where that holds it already; else
         the choice is counted, what the balance losses need is collected, and all is recorded. And
         the weights, which are always computed anew. scores_TE: where the losses need them."""
@@ -110,9 +112,9 @@ class Router(nn.Module):
             if self.scope is not None and config.seq_aux_loss_coef:
                 assert scores_TE is not None
                 frequency_NE = sequence_frequency(
-                    scores_TE.detach(), config.top_k, self.scope, self.exchange
+                    scores_TE.detach(), config.top_k, self.scope, self.tp_comm
                 )
-        made = Decision(ids_TK, load_E, frequency_NE)
+        made = RoutingDecision(ids_TK, load_E, frequency_NE)
         if self.tape is not None:
             self.tape.decision = made
         return made, weights_TK

@@ -24,8 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from configs.model import Model, Moe
-from configs.rules import ConfigError, between
+from configs.errors import UserError
+from configs.model import ModelConfig, MoEConfig
+from configs.rules import between
 from models.hf.table import architecture
 from models.init import draw
 from models.moe import FeedForward, MoE
@@ -62,11 +63,11 @@ class Recipe:
         between(self, 0, 10_000, "dense_layers")
         between(self, 0, 10, "noise", "router_std")
         if self.score_func not in ("auto", "softmax", "sigmoid"):
-            raise ConfigError(
+            raise UserError(
                 f"score_func = {self.score_func!r}: must be one of auto, softmax, sigmoid"
             )
         if not self.router_std:
-            raise ConfigError(
+            raise UserError(
                 "router_std = 0: all tokens would visit the same experts, and equal copies that "
                 "see the same tokens never differ"
             )
@@ -90,7 +91,7 @@ class Recipe:
         """Whether a token visits whole copies."""
         return self.visited % self.routed == 0
 
-    def changes(self, moe: Moe) -> list[str]:
+    def changes(self, moe: MoEConfig) -> list[str]:
         """Why the MoE does not compute what the dense model does; empty: it does."""
         complete = moe.score_func == "softmax" and moe.top_k == moe.n_experts
         reasons = {
@@ -103,21 +104,21 @@ class Recipe:
         return [reason for reason, holds in reasons.items() if holds]
 
 
-def upcycled_model(dense: Model, recipe: Recipe) -> Model:
-    """The MoE's model for a dense one. Raises ConfigError where the recipe does not fit."""
+def upcycled_model(dense: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The MoE's model for a dense one. Raises UserError where the recipe does not fit."""
     if recipe.dense_layers > dense.n_layers:
-        raise ConfigError(
+        raise UserError(
             f"dense_layers = {recipe.dense_layers}: the model has n_layers = {dense.n_layers}"
         )
     if dense.d_ff % recipe.granularity:
-        raise ConfigError(
+        raise UserError(
             f"granularity = {recipe.granularity}: must divide the feed-forward's width {dense.d_ff}"
         )
     models = []
     for score_func in ("softmax", "sigmoid"):
         if recipe.score_func not in ("auto", score_func):
             continue
-        moe = Moe(
+        moe = MoEConfig(
             n_experts=recipe.n_experts,
             top_k=recipe.visited,
             d_expert=dense.d_ff // recipe.granularity,
@@ -131,16 +132,16 @@ def upcycled_model(dense: Model, recipe: Recipe) -> Model:
     return next(filter(_is_exportable, models), models[0])
 
 
-def _is_exportable(model: Model) -> bool:
+def _is_exportable(model: ModelConfig) -> bool:
     try:
         architecture(model)
-    except ConfigError:
+    except UserError:
         return False
     return True
 
 
 def upcycled_layer(
-    ffn: dict[str, Tensor], model: Model, recipe: Recipe, seed: int, name: str
+    ffn: dict[str, Tensor], model: ModelConfig, recipe: Recipe, seed: int, name: str
 ) -> dict[str, Tensor]:
     """The MoE of one layer, by the names of `models.moe.MoE`.
 
@@ -170,7 +171,7 @@ def upcycled_layer(
     return layer
 
 
-def _routed_scale(recipe: Recipe, moe: Moe) -> float:
+def _routed_scale(recipe: Recipe, moe: MoEConfig) -> float:
     """What the down projections are multiplied by, so that the routed experts add up.
 
     Without normalisation the sum of the weights is only known for a router that says nothing:
@@ -182,7 +183,7 @@ def _routed_scale(recipe: Recipe, moe: Moe) -> float:
     return recipe.routed / total
 
 
-def _router(model: Model, recipe: Recipe, seed: int, name: str) -> Tensor:
+def _router(model: ModelConfig, recipe: Recipe, seed: int, name: str) -> Tensor:
     """`[E, D]`: one row per copy, or per expert where tokens do not visit whole copies."""
     rows = recipe.copies if recipe.covers else recipe.n_experts
     weight = draw(seed, f"{name}.router.weight", (rows, model.d_model), recipe.router_std)
@@ -190,7 +191,7 @@ def _router(model: Model, recipe: Recipe, seed: int, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def layer_difference(ffn: dict[str, Tensor], layer: dict[str, Tensor], model: Model) -> float:
+def layer_difference(ffn: dict[str, Tensor], layer: dict[str, Tensor], model: ModelConfig) -> float:
     """||MoE(x) - FFN(x)|| / ||FFN(x)|| on 64 random rows, fp32: what the recipe really did."""
     with torch.device("meta"):
         dense, sparse = FeedForward(model.d_model, ffn["w13"].shape[1]), MoE(model)

@@ -29,9 +29,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from configs.model import Model
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.errors import ConfigError
+from configs.model import ModelConfig
+from configs.schema import JobConfig
 from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from models.block import Block
 from models.decoder import Decoder
@@ -49,7 +49,7 @@ GRAPHS = 64
 """Graphs that torch may compile of one function."""
 
 
-def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dtype) -> None:
+def parallelize(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dtype) -> None:
     """Turn a model on the meta device into this rank's part of it, still on the meta device.
 
     compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
@@ -77,14 +77,14 @@ def parallelize(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dt
     _apply_fsdp(model, mesh, config, compute)
 
 
-def _apply_fsdp(model: Decoder, mesh: Mesh, config: RunConfig, compute: torch.dtype) -> None:
+def _apply_fsdp(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dtype) -> None:
     shard = _Fsdp(config, compute, mesh.dense.device_type)
     dense, whole = mesh.fsdp(mesh.dense, "dp_shard"), mesh.fsdp(mesh.whole, "dp_shard_tp")
     expert = mesh.fsdp(mesh.expert, "efsdp")
-    divided = mesh.degrees.tp > 1
+    divided = mesh.parallel_dims.tp > 1
     blocks = model.blocks()
     for block in blocks:
-        if isinstance(block.ffn, MoE) and (divided or mesh.degrees.ep > 1):
+        if isinstance(block.ffn, MoE) and (divided or mesh.parallel_dims.ep > 1):
             shard([block.ffn.experts], expert)
         if divided:
             shard(_undivided(block), whole)
@@ -125,7 +125,7 @@ def _groups(blocks: list[Block]) -> list[FSDPModule]:
 class _Fsdp:
     """FSDP2 as this run wants it."""
 
-    def __init__(self, config: RunConfig, compute: torch.dtype, device_type: str) -> None:
+    def __init__(self, config: JobConfig, compute: torch.dtype, device_type: str) -> None:
         self.reshard = config.parallel.reshard_after_forward
         self.policy = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -174,8 +174,8 @@ def placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
     return Shard(even[0] if even else 0)
 
 
-def materialise(
-    model: Decoder, config: Model, seed: int, device: torch.device, offload: bool = False
+def materialize(
+    model: Decoder, config: ModelConfig, seed: int, device: torch.device, offload: bool = False
 ) -> None:
     """Allocate this rank's shards and draw their initial values; identical for every mesh.
 

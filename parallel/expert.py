@@ -18,13 +18,13 @@ T * K ids (int64) and weights (fp32), reduce-scatter T * D. Backward: reduce-sca
 T * K weights, gather T * D.
 """
 
-from configs.dispatch import Dispatch
+from configs.dispatch import DispatchConfig
 from models.decoder import Decoder
 from models.moe import LocalDispatcher, MoE
 from parallel.dispatch.factory import dispatcher_maker
 from parallel.dispatch.gathering import GatheringDispatcher
-from parallel.local import divide, pad_local
 from parallel.mesh import Mesh
+from parallel.sharded_parameters import pad_local, shard_parameters
 
 DIMS: dict[str, dict[str, int]] = {
     "w13": {"ep": 0, "etp": 2},
@@ -35,7 +35,7 @@ DIMS: dict[str, dict[str, int]] = {
 
 
 def apply_expert_parallel(
-    model: Decoder, mesh: Mesh, options: Dispatch, align: int = 1, power_of_two: bool = False
+    model: Decoder, mesh: Mesh, options: DispatchConfig, align: int = 1, power_of_two: bool = False
 ) -> None:
     """Divide the experts of a model on the meta device, where `ep` or `etp` says so.
 
@@ -56,7 +56,7 @@ def apply_expert_parallel(
     for moe in layers:
         names = [name for name, _ in moe.experts.named_parameters()]
         dims = {name: tuple(DIMS[name][axis] for axis in axes) for name in names}
-        divide(moe.experts, mesh.expert[tuple(axes)], dims)
+        shard_parameters(moe.experts, mesh.expert[tuple(axes)], dims)
         if "ep" in axes:
             moe.dispatcher = make_dispatcher()
         if "etp" in axes:

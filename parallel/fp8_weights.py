@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from configs.rules import ConfigError
+from configs.errors import ConfigError
 from kernels.fp8 import BLOCK, fp8_dtype
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.quantization.shard import block_maxima, quantize_piece, scales_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.ranks import sum_over_ranks
-from parallel.shards import local_of, speaks_for
+from parallel.shards import is_primary_replica, local_of
 
 LARGEST = torch.finfo(torch.float32).max ** 0.5
 """1.8e19: the square of more overflows in fp32."""
@@ -44,7 +44,7 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], rank: int) -> Tensor:
     4e-9; norms on CUDA are too.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    spoken = [local_of(g) for g in grads if speaks_for(g, rank)]
+    spoken = [local_of(g) for g in grads if is_primary_replica(g, rank)]
     device = local_of(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     if spoken:

@@ -15,28 +15,28 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from configs.degrees import Degrees
+from configs.parallel_dims import ParallelDims
 
 
 @dataclass(frozen=True)
 class Mesh:
     """The views of all ranks."""
 
-    degrees: Degrees
+    parallel_dims: ParallelDims
     dense: DeviceMesh
     whole: DeviceMesh
     expert: DeviceMesh
 
     def fsdp(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
         """The part of a mesh over which FSDP2 shards (two-dimensional for HSDP)."""
-        return mesh["dp_replicate", shard] if self.degrees.dp_replicate > 1 else mesh[shard]
+        return mesh["dp_replicate", shard] if self.parallel_dims.dp_replicate > 1 else mesh[shard]
 
 
-def build(degrees: Degrees, device_type: str) -> Mesh:
+def build(parallel_dims: ParallelDims, device_type: str) -> Mesh:
     """Make the meshes; all ranks call this together, `degrees.world` of them."""
-    d = degrees
+    d = parallel_dims
     return Mesh(
-        degrees,
+        parallel_dims,
         _mesh(device_type, dp_replicate=d.dp_replicate, dp_shard=d.dp_shard, tp=d.tp),
         _mesh(device_type, dp_replicate=d.dp_replicate, dp_shard_tp=d.dp_shard * d.tp),
         _mesh(device_type, dp_replicate=d.dp_replicate, efsdp=d.efsdp, ep=d.ep, etp=d.etp),

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from parallel.allocator import keep_freed_memory
 from parallel.gloo import one_thread_per_group
-from parallel.placement import read_placement
+from parallel.launch_environment import read_launch_environment
+from parallel.rank_monitor import RankMonitor
 from parallel.rendezvous import join, meet
-from parallel.rollcall import RollCall
 
-_ROLL_CALLS: list[RollCall] = []
+_ROLL_CALLS: list[RankMonitor] = []
 """That of this process, from `start_ranks` to `stop_ranks`."""
 
 
@@ -37,7 +37,7 @@ class Ranks:
     world: int
     device: torch.device
     store: dist.Store
-    rollcall: RollCall | None = None
+    rank_monitor: RankMonitor | None = None
     """Tells who is still there; None for one rank."""
     _decisions: "count[int]" = field(default_factory=count)
 
@@ -46,7 +46,7 @@ class Ranks:
         return self.rank == 0
 
     def on_first(self, function: Callable[[], Any]) -> Any:
-        """Run `function` on rank 0; all ranks get its result (JSON), or its error as ConfigError.
+        """Run `function` on rank 0; all ranks get its result (JSON), or its error as UserError.
 
         The others wait on the store, without a limit: preparing a corpus may take hours, and a
         collective would time out. Whatever reads or writes shared files and decides what all ranks
@@ -56,7 +56,7 @@ class Ranks:
         if self.is_first:
             try:
                 answer = {"result": function()}
-            except ConfigError as error:
+            except UserError as error:
                 answer = {"error": str(error)}
             except OSError as error:
                 answer = {"error": one_line(error)}
@@ -65,7 +65,7 @@ class Ranks:
             self.store.wait([key], timedelta(days=30))
         answer = json.loads(self.store.get(key))
         if "error" in answer:
-            raise ConfigError(answer["error"])
+            raise UserError(answer["error"])
         return answer["result"]
 
     def on_every(self, function: Callable[[], Any]) -> Any:
@@ -74,13 +74,13 @@ class Ranks:
         result, failed = None, ""
         try:
             result = function()
-        except ConfigError as error:
+        except UserError as error:
             failed = str(error)
         except OSError as error:
             failed = one_line(error)
         for rank, text in enumerate(gather_json(failed)):
             if text:
-                raise ConfigError(f"rank {rank}: {text}" if rank else text)
+                raise UserError(f"rank {rank}: {text}" if rank else text)
         return result
 
 
@@ -94,10 +94,10 @@ def start_ranks(threads: int = 0) -> Ranks:
     """Join the process group that the launcher describes, or make a group of one.
 
     threads: CPU threads of this process; 0: OMP_NUM_THREADS where somebody set it, else the cores
-    it may use, divided among the ranks of this host. Raises ConfigError where the launcher's
+    it may use, divided among the ranks of this host. Raises UserError where the launcher's
     variables cannot be right, or the ranks do not find each other.
     """
-    placement = read_placement()
+    placement = read_launch_environment()
     # torchrun sets OMP_NUM_THREADS to 1 where nobody did, so there 1 says nothing
     given = os.environ.get("OMP_NUM_THREADS", "")
     if threads or not given or (placement.is_launched and given == "1"):
@@ -105,7 +105,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         if placement.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
+            raise UserError(
                 f"LOCAL_RANK = {placement.local_rank}: this host has "
                 f"{torch.cuda.device_count()} CUDA devices, one for each of its ranks"
             )
@@ -118,7 +118,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     join(store, backend, placement)
     if placement.world == 1:
         return Ranks(0, 1, device, store)
-    _ROLL_CALLS.append(RollCall(store, placement))
+    _ROLL_CALLS.append(RankMonitor(store, placement))
     return Ranks(placement.rank, placement.world, device, store, _ROLL_CALLS[-1])
 
 

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import (
 import kernels.gemm.gemm_fp8
 import kernels.grouped_gemm.grouped_gemm
 import kernels.grouped_gemm.grouped_gemm_fp8  # noqa: F401  (all three for the operations that they define)
-from configs.schema import Parallel
+from configs.schema import ParallelConfig
 from models.decoder import Decoder
 from models.moe import Experts
 from models.router import Router, Tape, routers
@@ -68,7 +68,7 @@ SAC_IGNORED_OPS.update(
 )
 
 
-def apply_recompute(model: Decoder, config: Parallel) -> None:
+def apply_recompute(model: Decoder, config: ParallelConfig) -> None:
     """Wrap the forward of every `recompute_every`-th block; names of parameters do not change."""
     for module in model.modules():
         if isinstance(module, Experts):

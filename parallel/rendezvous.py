@@ -14,8 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from configs.rules import ConfigError
-from parallel.placement import Placement
+from configs.errors import UserError
+from parallel.launch_environment import LaunchEnvironment
 
 _BRIEF_S = 10.0
 """How long a host name may be unknown: in a cluster it may appear after its process. Also how long
@@ -26,8 +26,8 @@ _BACKLOG = 2048
 """Connections that may wait to be accepted; all ranks come at once."""
 
 
-def meet(placement: Placement) -> dist.Store:
-    """The store that all ranks share. Raises ConfigError, one line, where they do not meet.
+def meet(placement: LaunchEnvironment) -> dist.Store:
+    """The store that all ranks share. Raises UserError, one line, where they do not meet.
 
     Keys are kept apart by attempt: torchrun reuses its store when it restarts the workers, which
     would otherwise find the addresses of the processes before them.
@@ -43,23 +43,23 @@ def meet(placement: Placement) -> dist.Store:
     try:
         _gather(attempt, placement)
     except RuntimeError as error:
-        raise ConfigError(f"{_place(placement)}: rank 0 has gone: {_first(error)}") from None
+        raise UserError(f"{_place(placement)}: rank 0 has gone: {_first(error)}") from None
     return attempt
 
 
-def join(store: dist.Store, backend: str, placement: Placement) -> None:
-    """Make the default process group. Raises ConfigError where the ranks do not find each other."""
+def join(store: dist.Store, backend: str, placement: LaunchEnvironment) -> None:
+    """Make the default process group. Raises UserError where the ranks do not find each other."""
     try:
         dist.init_process_group(
             backend, store=store, rank=placement.rank, world_size=placement.world
         )
     except RuntimeError as error:  # an interface that does not exist, a rank that never comes
-        raise ConfigError(
+        raise UserError(
             f"rank {placement.rank}: cannot join the {placement.world} ranks: {_first(error)}"
         ) from None
 
 
-def _listen(placement: Placement) -> socket.socket:
+def _listen(placement: LaunchEnvironment) -> socket.socket:
     """The port of the store, open on every interface."""
     address = ("", placement.port)
     try:
@@ -73,14 +73,14 @@ def _listen(placement: Placement) -> socket.socket:
                     raise  # else IPv6 is switched off on this host
         return socket.create_server(address, backlog=_BACKLOG)
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"MASTER_PORT = {placement.port}: cannot be opened on this host: "
             f"{os.strerror(error.errno or 0)}; choose a free one, the same for all ranks "
             "(torchrun: --master-port)"
         ) from None
 
 
-def _reach(placement: Placement, patience: float) -> None:
+def _reach(placement: LaunchEnvironment, patience: float) -> None:
     """Wait until rank 0's port answers, at most `patience` seconds."""
     start, told = time.monotonic(), False
     while True:
@@ -90,13 +90,13 @@ def _reach(placement: Placement, patience: float) -> None:
             return
         except socket.gaierror as error:
             if passed > _BRIEF_S:
-                raise ConfigError(
+                raise UserError(
                     f"MASTER_ADDR = {placement.address}: {error.strerror}; it must be the host "
                     "name of rank 0"
                 ) from None
         except OSError as error:
             if passed > patience:
-                raise ConfigError(
+                raise UserError(
                     f"{_place(placement)}: rank {placement.rank} does not reach rank 0: "
                     f"{error.strerror or error}; is it running, and are both variables right?"
                 ) from None
@@ -110,7 +110,9 @@ def _reach(placement: Placement, patience: float) -> None:
         time.sleep(0.2)
 
 
-def _connect(placement: Placement, hosts: bool, listener: socket.socket | None) -> dist.Store:
+def _connect(
+    placement: LaunchEnvironment, hosts: bool, listener: socket.socket | None
+) -> dist.Store:
     """The store of rank 0. In a thread: torch waits without a limit for an answer from a port that
     belongs to another program."""
     made: list[dist.Store | str] = []
@@ -136,11 +138,11 @@ def _connect(placement: Placement, hosts: bool, listener: socket.socket | None) 
     thread.join(_PATIENCE_S)
     found = made[0] if made else "who answers there is not rank 0 of a training"
     if isinstance(found, str):
-        raise ConfigError(f"{_place(placement)}: rank {placement.rank} cannot join: {found}")
+        raise UserError(f"{_place(placement)}: rank {placement.rank} cannot join: {found}")
     return found
 
 
-def _gather(store: dist.Store, placement: Placement) -> None:
+def _gather(store: dist.Store, placement: LaunchEnvironment) -> None:
     """Wait for all: every rank once, and each with the same number of ranks. Whoever finds a fault
     tells the others. Asked for again and again, since torch logs a wait that ends in vain."""
     fault = ""
@@ -166,10 +168,10 @@ def _gather(store: dist.Store, placement: Placement) -> None:
     store.set("fault", fault)
     if not placement.rank:
         time.sleep(1)  # the store ends with this process; the others read it first
-    raise ConfigError(fault)
+    raise UserError(fault)
 
 
-def _place(placement: Placement) -> str:
+def _place(placement: LaunchEnvironment) -> str:
     return f"MASTER_ADDR, MASTER_PORT = {placement.address}:{placement.port}"
 
 

@@ -63,7 +63,7 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def speaks_for(tensor: Tensor, rank: int) -> bool:
+def is_primary_replica(tensor: Tensor, rank: int) -> bool:
     """Whether this rank, of all that hold the same box, is the one that counts."""
     if not isinstance(tensor, DTensor):
         return rank == 0

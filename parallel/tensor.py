@@ -9,7 +9,7 @@
 | wo's bias | model width D | its slice of the bias, so that the sum over ranks counts it once |
 
 Norms, the router and MLA's compressions are not divided: between the divided layers each rank has
-its own tokens (`models.exchange`), so to them the ranks of `tp` are so many data ranks, and FSDP2
+its own tokens (`models.tp_comm`), so to them the ranks of `tp` are so many data ranks, and FSDP2
 shards them over `dp_shard * tp` and sums their gradients there.
 
 Communication of one forward pass per rank, in elements of the compute dtype, t = T / tp tokens:
@@ -30,9 +30,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from models.attention import GroupedQueryAttention, LatentAttention
 from models.decoder import Decoder
-from models.exchange import Exchange
 from models.moe import FeedForward
-from parallel.local import divide, pad_local
+from models.tp_comm import TPComm
+from parallel.sharded_parameters import pad_local, shard_parameters
 
 _c10d = torch.ops._c10d_functional  # each returns a new tensor, so recomputation can keep it
 HEADS = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
@@ -44,19 +44,19 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     logical. Nothing happens where the axis has one rank."""
     if mesh.size() == 1:
         return
-    exchange = TensorExchange(mesh.get_group())
+    tp_comm = TPGroupComm(mesh.get_group())
     for module in model.modules():
-        if isinstance(getattr(module, "exchange", None), Exchange):
-            setattr(module, "exchange", exchange)  # noqa: B010 (Module's own attribute types)
+        if isinstance(getattr(module, "tp_comm", None), TPComm):
+            setattr(module, "tp_comm", tp_comm)  # noqa: B010 (Module's own attribute types)
         if isinstance(module, GroupedQueryAttention | LatentAttention):
             _divide_attention(module, mesh)
         elif isinstance(module, FeedForward):
-            divide(module, mesh, {"w13": (1,), "w2": (1,)})
-    divide(model.embed, mesh, {"weight": (0,)}, base=VocabularyEmbedding)
+            shard_parameters(module, mesh, {"w13": (1,), "w2": (1,)})
+    shard_parameters(model.embed, mesh, {"weight": (0,)}, base=VocabularyEmbedding)
     assert isinstance(model.embed, VocabularyEmbedding)
-    model.embed.exchange = exchange
+    model.embed.tp_comm = tp_comm
     if model.head is not None:
-        divide(model.head, mesh, {"weight": (0,)})
+        shard_parameters(model.head, mesh, {"weight": (0,)})
 
 
 def _divide_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
@@ -65,14 +65,14 @@ def _divide_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
         if projection is None:
             continue
         dims = {"weight": (dim,)} | ({"bias": (0,)} if projection.bias is not None else {})
-        divide(projection, mesh, dims)
+        shard_parameters(projection, mesh, dims)
         if name == "wo" and projection.bias is not None:
             pad_local(projection, "bias", 0, mesh)
     if getattr(attention, "sinks", None) is not None:
-        divide(attention, mesh, {"sinks": (0,)})
+        shard_parameters(attention, mesh, {"sinks": (0,)})
 
 
-class TensorExchange(Exchange):
+class TPGroupComm(TPComm):
     """The exchange between the ranks of one tensor-parallel group."""
 
     group: dist.ProcessGroup
@@ -96,16 +96,16 @@ class TensorExchange(Exchange):
 class VocabularyEmbedding(nn.Embedding):
     """An embedding that holds the rows of some words; all ranks look up all tokens together."""
 
-    exchange: TensorExchange
+    tp_comm: TPGroupComm
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """The embeddings of this rank's tokens, `[t, D]`."""
         weight_vD = self.weight
-        first = self.exchange.place * weight_vD.shape[0]
+        first = self.tp_comm.place * weight_vD.shape[0]
         index_T = tokens_T - first
         mine_T = (index_T >= 0) & (index_T < weight_vD.shape[0])
         rows_TD = F.embedding(index_T.where(mine_T, 0), weight_vD)
-        return self.exchange.reduce_scatter(rows_TD * mine_T[:, None])
+        return self.tp_comm.reduce_scatter(rows_TD * mine_T[:, None])
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:

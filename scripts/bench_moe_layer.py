@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from configs.model import Attention, Model, Moe
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
 from kernels.moe.permute import permutation
 from models.moe import MoE
 from parallel.allocator import keep_freed_memory, restart_without_thread_cache
@@ -162,12 +162,14 @@ def call(layer: Layer, tokens: Tokens, backward: bool) -> Step:
 
 def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
     """Qwen3's kind of layer: softmax scores, normalised weights, no shared expert."""
-    moe = Moe(
+    moe = MoEConfig(
         n_experts=shape.n_experts, top_k=shape.top_k, d_expert=shape.d_expert,
         score_func="softmax", norm_top_k=True,
     )  # fmt: skip
-    attention = Attention(n_heads=1, head_dim=64)  # not part of the layer
-    model = Model(vocab_size=1, d_model=shape.d_model, n_layers=1, attention=attention, moe=moe)
+    attention = AttentionConfig(n_heads=1, head_dim=64)  # not part of the layer
+    model = ModelConfig(
+        vocab_size=1, d_model=shape.d_model, n_layers=1, attention=attention, moe=moe
+    )
     layer = MoE(model).to(dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

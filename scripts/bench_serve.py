@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from serve.engine.engine import Engine, EngineOptions
 from serve.engine.loading import open_export
 from serve.engine.request import SamplingParams
@@ -29,7 +29,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     try:
         engine = Engine(open_export(options.export, dtype=options.dtype), EngineOptions())
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     length = min(192, engine.export.max_length)

@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.loader import load
-from configs.rules import ConfigError
 
 EXPERIMENT = "configs/demo.toml"
 REFERENCE: dict[str, Any] = {
@@ -41,7 +41,7 @@ def main() -> int:
     _, overrides = parser.parse_known_args()
     try:
         folder = Path(load(EXPERIMENT, overrides).run.dir)
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     began = time.monotonic()

@@ -6,17 +6,17 @@ One column per rank, one row per kind of thing; equal colours in a row are equal
 import sys
 from pathlib import Path
 
-from configs.degrees import Degrees, default_world, resolve
+from configs.errors import UserError
 from configs.loader import load, parse_arguments
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.parallel_dims import ParallelDims, default_world, resolve
+from configs.schema import JobConfig
 
 _MOST_RANKS = 64
 
 
-def parts(config: RunConfig, degrees: Degrees) -> list[tuple[str, list[int], list[str]]]:
+def parts(config: JobConfig, parallel_dims: ParallelDims) -> list[tuple[str, list[int], list[str]]]:
     """Rows (title, part of every rank, what that part is)."""
-    d, n = degrees, config.model.moe.n_experts // degrees.ep
+    d, n = parallel_dims, config.model.moe.n_experts // parallel_dims.ep
     heads = config.model.attention.n_heads // d.tp
     ranks = range(d.world)
     tp, ep = [r % d.tp for r in ranks], [r // d.etp % d.ep for r in ranks]
@@ -33,20 +33,20 @@ def parts(config: RunConfig, degrees: Degrees) -> list[tuple[str, list[int], lis
     ]
 
 
-def draw(config: RunConfig, degrees: Degrees, picture: Path) -> None:
-    """Draw the ranks of a mesh. Raises ConfigError where they are too many for a picture."""
-    if degrees.world > _MOST_RANKS:
-        raise ConfigError(f"{degrees.world} ranks: a picture shows at most {_MOST_RANKS}")
+def draw(config: JobConfig, parallel_dims: ParallelDims, picture: Path) -> None:
+    """Draw the ranks of a mesh. Raises UserError where they are too many for a picture."""
+    if parallel_dims.world > _MOST_RANKS:
+        raise UserError(f"{parallel_dims.world} ranks: a picture shows at most {_MOST_RANKS}")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
-    rows = parts(config, degrees)
-    width = max(1.3, 10 / degrees.world)
+    rows = parts(config, parallel_dims)
+    width = max(1.3, 10 / parallel_dims.world)
     figure, axis = pyplot.subplots(
-        figsize=(width * degrees.world + 2.5, 0.6 * len(rows) + 1), layout="constrained"
+        figsize=(width * parallel_dims.world + 2.5, 0.6 * len(rows) + 1), layout="constrained"
     )
     colours = pyplot.get_cmap("Set3")
     for y, (_, numbers, texts) in enumerate(rows):
@@ -54,10 +54,10 @@ def draw(config: RunConfig, degrees: Degrees, picture: Path) -> None:
             colour = colours(number % colours.N)
             axis.add_patch(Rectangle((rank + 0.03, y + 0.06), 0.94, 0.88, color=colour))
             axis.text(rank + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8)
-    axis.set_xlim(0, degrees.world)
+    axis.set_xlim(0, parallel_dims.world)
     axis.set_ylim(len(rows), 0)
-    axis.set_xticks([r + 0.5 for r in range(degrees.world)])
-    axis.set_xticklabels([f"rank {r}" for r in range(degrees.world)])
+    axis.set_xticks([r + 0.5 for r in range(parallel_dims.world)])
+    axis.set_xticklabels([f"rank {r}" for r in range(parallel_dims.world)])
     axis.set_yticks([y + 0.5 for y in range(len(rows))], [title for title, _, _ in rows])
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
@@ -72,11 +72,11 @@ def main(arguments: list[str]) -> int:
     try:
         pictures = [a for a in arguments if a.endswith(".png") and not a.startswith("--")]
         if len(pictures) != 1:
-            raise ConfigError("name one picture, such as mesh.png")
+            raise UserError("name one picture, such as mesh.png")
         file, overrides, world = parse_arguments([a for a in arguments if a not in pictures])
         config = load(file, overrides)
         draw(config, resolve(config, world or default_world(config)), Path(pictures[0]))
-    except ConfigError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.loader import from_dict, unflatten
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.model import ModelConfig
 from models.hf.files import Index, read_config, write_tensors
 from models.hf.folder import INDEX
 from models.hf.fp8_blocks import Fp8Plan, fp8_plan
@@ -42,7 +42,7 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
 
     dtype: with float8_e4m3fn, what readers do not hold quantised is bf16 (`models.hf.fp8_blocks`).
     out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
-    Raises ConfigError if the model has no Hugging Face form or the checkpoint is damaged.
+    Raises UserError if the model has no Hugging Face form or the checkpoint is damaged.
     """
     folder = checkpoint.find(source).resolve()
     manifest = checkpoint.read_manifest(folder)
@@ -51,11 +51,11 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     run = folder.parent.parent
     out = (out or run / "export").resolve()
     if out.exists() and not (out / INDEX).is_file():
-        raise ConfigError(f"--out {out}: exists and is not an export; choose another folder")
+        raise UserError(f"--out {out}: exists and is not an export; choose another folder")
     tokenizer = run / "tokenizer" / "tokenizer.json"
     came_with = imported(tokenizer.parent)
     if came_with is None and not tokenizer.is_file():
-        raise ConfigError(f"{tokenizer}: missing; an export needs the tokenizer of its run")
+        raise UserError(f"{tokenizer}: missing; an export needs the tokenizer of its run")
     if tokenizer.is_file():
         load_tokenizer(tokenizer, config.model.vocab_size)
     is_fp8 = dtype == torch.float8_e4m3fn
@@ -101,14 +101,14 @@ def _write_beside(
     _write_json(folder / "config.json", others | ids)
 
 
-def _refuse_lost(reader: checkpoint.Reader, model: Model) -> None:
-    """Raise ConfigError where a tensor of the checkpoint is not zero and has no place in the
+def _refuse_lost(reader: checkpoint.Reader, model: ModelConfig) -> None:
+    """Raise UserError where a tensor of the checkpoint is not zero and has no place in the
     architecture, such as a balancing bias that an earlier run has moved."""
     has_place = {f"model.{t.ours}" for t in hf_tensors(model)}
     for name in reader.manifest.boxes:
         if name.startswith("model.") and name not in has_place:
             if reader.read(name, reader.whole(name)).any():
-                raise ConfigError(
+                raise UserError(
                     f"{reader.manifest.folder}: {name} is not zero, and {architecture(model)} has "
                     "no place for it; with model.moe.bias_update_rate > 0 another may have"
                 )
@@ -140,9 +140,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.dtype not in _DTYPES:
-            raise ConfigError(f"--dtype {arguments.dtype}: must be one of {names}")
+            raise UserError(f"--dtype {arguments.dtype}: must be one of {names}")
         out = export(arguments.source, arguments.out, _DTYPES[arguments.dtype])
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"exported {out}")

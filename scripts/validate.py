@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from configs.errors import UserError
 from configs.loader import from_dict, unflatten
 from configs.paths import local_path
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from models.decoder import Decoder
 from models.fp8 import WEIGHTS, apply_fp8, check_device, fp8_modules
 from models.router import routers
@@ -36,7 +36,7 @@ def validate(source: Path, overrides: list[str]) -> tuple[float, float]:
         corpus = prepare(config, lambda line: print(line, file=sys.stderr, flush=True))
         held_out = Sequences(corpus.validation, config.data.seq_len, corpus.eot)
         if not held_out.count:
-            raise ConfigError(f"data.seq_len = {config.data.seq_len}: not one held-out sequence")
+            raise UserError(f"data.seq_len = {config.data.seq_len}: not one held-out sequence")
         micro, limit = config.train.micro_batch, config.validation.sequences
         batches = validation_batches(held_out, limit, micro, rank=0, n_ranks=1)
         model = _load(manifest, config, ranks.device)
@@ -47,7 +47,7 @@ def validate(source: Path, overrides: list[str]) -> tuple[float, float]:
         stop_ranks()
 
 
-def _load(manifest: checkpoint.Manifest, config: RunConfig, device: torch.device) -> Decoder:
+def _load(manifest: checkpoint.Manifest, config: JobConfig, device: torch.device) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config.model)
     if config.precision.recipe == "fp8_blockwise":
@@ -77,9 +77,9 @@ def main(arguments: list[str]) -> int:
     """Print one line; returns the exit code."""
     try:
         if not arguments or arguments[0].startswith("-"):
-            raise ConfigError("python -m scripts.validate CHECKPOINT [--section.key=value ...]")
+            raise UserError("python -m scripts.validate CHECKPOINT [--section.key=value ...]")
         loss, bits = validate(local_path(arguments[0]), arguments[1:])
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{arguments[0]}: {loss:.5f} nats per token, {bits:.5f} bits per byte")

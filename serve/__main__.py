@@ -17,7 +17,7 @@ import uvicorn
 # read when torch is loaded: OpenMP threads that wait by spinning stall on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from serve.api.app import MAX_HEADER_BYTES, build_app
 from serve.api.thread import EngineThread
 from serve.engine.engine import Engine, EngineOptions
@@ -29,7 +29,7 @@ MAX_CONNECTIONS = 2048
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise UserError(message)
 
 
 class _Server(uvicorn.Server):
@@ -54,7 +54,7 @@ def _stop_later(thread: EngineThread, seconds: float) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. ConfigError where it makes no sense."""
+    """The command line. UserError where it makes no sense."""
     sizes = EngineOptions()
     parser = _Parser(
         prog="python -m serve",
@@ -101,9 +101,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
-        raise ConfigError(f"--port {options.port}: must lie between 0 and 65535")
+        raise UserError(f"--port {options.port}: must lie between 0 and 65535")
     if not 0 <= options.grace <= 3600:
-        raise ConfigError(f"--grace {options.grace}: must lie between 0 and 3600 seconds")
+        raise UserError(f"--grace {options.grace}: must lie between 0 and 3600 seconds")
     return options
 
 
@@ -113,7 +113,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"cannot listen on {host} port {port}: {error.strerror or error}; try another --port"
         ) from None
     # connections inherit it; without it the first token of a stream waits 40 ms behind the
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 after a stop, 2 with one line on stderr where something cannot work."""
     try:
         serve(parse(arguments))
-    except ConfigError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.degrees import Degrees, default_world, resolve
+from configs.errors import ConfigError, UserError
 from configs.loader import load, parse_arguments
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.parallel_dims import ParallelDims, default_world, resolve
+from configs.schema import JobConfig
 from parallel.allocator import restart_without_thread_cache
-from parallel.placement import read_placement, read_world
+from parallel.launch_environment import read_launch_environment, read_world
 
 if TYPE_CHECKING:
     from parallel.ranks import Ranks
@@ -48,10 +48,10 @@ def main(arguments: list[str]) -> int:
         config = load(file, overrides)
         if check:
             return _check(config, ranks)
-        placement = read_placement()
+        placement = read_launch_environment()
         rank = placement.rank
         return _train(config, resolve(config, placement.world))
-    except ConfigError as error:
+    except UserError as error:
         return _fail(rank, f"error: {error}", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def _check(config: RunConfig, ranks: int | None) -> int:
+def _check(config: JobConfig, ranks: int | None) -> int:
     from train.check import missing_inputs, report
 
     world = ranks or read_world() or default_world(config)
@@ -71,17 +71,17 @@ def _check(config: RunConfig, ranks: int | None) -> int:
     return 0
 
 
-def _train(config: RunConfig, degrees: Degrees) -> int:
+def _train(config: JobConfig, parallel_dims: ParallelDims) -> int:
     from parallel.dispatch.overflow import CapacityOverflow
     from parallel.ranks import start_ranks, stop_ranks
-    from train.durable import naming
+    from train.atomic_files import naming
     from train.step import NonFiniteError
     from train.trainer import Trainer
 
     ranks = start_ranks(config.train.threads)
     try:
         with naming(Path(config.run.dir)):
-            code = Trainer(config, degrees, ranks).run()
+            code = Trainer(config, parallel_dims, ranks).run()
         stop_ranks()
         return code or 0
     except (NonFiniteError, CapacityOverflow) as error:
@@ -90,13 +90,13 @@ def _train(config: RunConfig, degrees: Degrees) -> int:
         return _lost(config, ranks, error)
 
 
-def _lost(config: RunConfig, ranks: "Ranks", error: RuntimeError) -> int:
+def _lost(config: JobConfig, ranks: "Ranks", error: RuntimeError) -> int:
     """End a run whose collective failed because ranks are gone; raises where all are there."""
-    absent = ranks.rollcall.absent() if ranks.rollcall is not None else None
+    absent = ranks.rank_monitor.absent() if ranks.rank_monitor is not None else None
     if absent is None:
         raise error
-    assert ranks.rollcall is not None
-    if ranks.rollcall.is_first_to_tell():
+    assert ranks.rank_monitor is not None
+    if ranks.rank_monitor.is_first_to_tell():
         print(
             f"error: {config.run.dir}: {absent} does not answer any more: it failed (its own line "
             "is above then), was killed, ran out of memory, or its host is lost; the other ranks "

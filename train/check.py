@@ -4,12 +4,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from configs.degrees import Degrees
+from configs.config_warnings import config_warnings
+from configs.errors import ConfigError, UserError
 from configs.loader import to_toml
+from configs.parallel_dims import ParallelDims
 from configs.paths import local_path
-from configs.remarks import remarks
-from configs.rules import ConfigError, shown
-from configs.schema import RunConfig
+from configs.rules import shown
+from configs.schema import JobConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
 from parallel.memory.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
@@ -21,20 +22,20 @@ from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
 
 
-def report(config: RunConfig, degrees: Degrees) -> str:
+def report(config: JobConfig, parallel_dims: ParallelDims) -> str:
     """The resolved experiment and its sizes as text; ConfigError where something cannot work."""
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.seq_len)
     tokens = config.train.global_batch * config.data.seq_len
-    passes = config.train.global_batch // (config.train.micro_batch * degrees.data_ranks)
-    said = remarks(config)
+    passes = config.train.global_batch // (config.train.micro_batch * parallel_dims.data_ranks)
+    said = config_warnings(config)
     lines = [
         to_toml(config),
         *["remarks"] * bool(said),
         *(f"  {line}" for line in said),
         "mesh",
-        *(f"  {axis:<13} {size:>5}   {meaning}" for axis, size, meaning in degrees.table()),
-        f"  {'ranks':<13} {degrees.world:>5}",
+        *(f"  {axis:<13} {size:>5}   {meaning}" for axis, size, meaning in parallel_dims.table()),
+        f"  {'ranks':<13} {parallel_dims.world:>5}",
         "model",
         f"  parameters    {counts.total:>15,}",
         f"  active        {counts.active:>15,}   per token; {counts.active - counts.embedding:,} "
@@ -50,7 +51,7 @@ def report(config: RunConfig, degrees: Degrees) -> str:
         f"  whole run     {tokens * config.train.steps:>15,} tokens, "
         f"{tokens * config.train.steps * flops:.2e} FLOPs",
         "bytes per rank",
-        *_bytes_per_rank(config, degrees),
+        *_bytes_per_rank(config, parallel_dims),
     ]
     return "\n".join(lines)
 
@@ -59,7 +60,7 @@ def _mtp_lines(mtp: int) -> list[str]:
     return [f"  MTP modules   {mtp:>15,}   in neither count; embedding and head shared"] * bool(mtp)
 
 
-def missing_inputs(config: RunConfig) -> list[str]:
+def missing_inputs(config: JobConfig) -> list[str]:
     """A line for each input that is not found: data, tokenizer, initial weights.
 
     Sizes need none of them, and who asks for sizes may not have them here. What is there and cannot
@@ -71,7 +72,7 @@ def missing_inputs(config: RunConfig) -> list[str]:
     def look(key: str, setting: str, find: Callable[[], Any]) -> None:
         try:
             find()
-        except ConfigError as error:
+        except UserError as error:
             if os.path.lexists(local_path(setting)):
                 raise
             line = str(error)
@@ -98,20 +99,22 @@ def _hub_line(source: sources.Source) -> list[str]:
     ]
 
 
-def _check_tokenizer(config: RunConfig) -> None:
+def _check_tokenizer(config: JobConfig) -> None:
     load_tokenizer(find_tokenizer(config.data.tokenizer), config.model.vocab_size)
 
 
-def _export_name(config: RunConfig) -> str:
+def _export_name(config: JobConfig) -> str:
     try:
         return architecture(config.model)
-    except ConfigError as error:
+    except UserError as error:
         return f"not possible: {error}"
 
 
-def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
+def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]:
     """What a rank holds and exchanges, by kind of device, and holds under the worst routing."""
-    found = {d: predict(config, degrees, d, likely_compute(config, d)) for d in ("cpu", "cuda")}
+    found = {
+        d: predict(config, parallel_dims, d, likely_compute(config, d)) for d in ("cpu", "cuda")
+    }
     even = [needs[0].peak for needs in found.values()]
     worst = [needs[1].peak for needs in found.values()]
     host = [needs[0].host for needs in found.values()]
@@ -127,7 +130,7 @@ def _bytes_per_rank(config: RunConfig, degrees: Degrees) -> list[str]:
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in _ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]
-    if degrees.world > 1:
+    if parallel_dims.world > 1:
         lines += ["exchanged per rank in a step (of a gather the result, of others the input)"]
         lines += [_row(kind, [n[kind] for n in exchanged]) for kind in sorted({*exchanged[0]})]
         lines += [_row("sum", [n.total() for n in exchanged])]

@@ -23,7 +23,7 @@ from train.data.batches import Batch
 
 def loss_sum(model: Decoder, batch: Batch, z_loss_coef: float = 0.0) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of a batch's targets, an fp32 scalar."""
-    output = _cross_entropy(batch.targets_T, model.exchange.group, z_loss_coef)
+    output = _cross_entropy(batch.targets_T, model.tp_comm.group, z_loss_coef)
     total: Tensor = model(batch.tokens_T, batch.positions_T, batch.core, output)
     return total
 
@@ -35,7 +35,7 @@ def loss_sums(model: Decoder, batch: Batch, mtp_depth: int, z_loss_coef: float =
     """
     if not mtp_depth:
         return loss_sum(model, batch, z_loss_coef)[None]
-    ahead, group = [], model.exchange.group
+    ahead, group = [], model.tp_comm.group
     for depth in range(1, mtp_depth + 1):
         successors_T, targets_T = look_ahead(batch, depth)
         ahead.append((successors_T, _cross_entropy(targets_T, group, z_loss_coef)))

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.degrees import Degrees
-from configs.schema import RunConfig
+from configs.parallel_dims import ParallelDims
+from configs.schema import JobConfig
 from kernels.device import bf16_is_fast
 from parallel.memory.fsdp_memory import FP8_SHARDS, BlockGroups, Group, Groups, Sharding, groups_of
 from parallel.memory.rehearsal import (
@@ -49,24 +49,25 @@ class Needs:
 
 
 def predict(
-    config: RunConfig, degrees: Degrees, device: str, compute: torch.dtype
+    config: JobConfig, parallel_dims: ParallelDims, device: str, compute: torch.dtype
 ) -> tuple[Needs, Needs]:
     """What a step needs of a rank, for loads of the experts that are even, and the worst: all
     tokens of all ranks choose the same experts, and this rank has them.
 
     device: `cpu` or `cuda`. compute: dtype of forward and backward.
     """
-    rehearsal = Rehearsal(config, degrees, device, compute)
+    rehearsal = Rehearsal(config, parallel_dims, device, compute)
     groups = groups_of(
-        rehearsal.model, rehearsal.divided, degrees, config.parallel.reshard_after_forward
+        rehearsal.model, rehearsal.divided, parallel_dims, config.parallel.reshard_after_forward
     )
     even, worst = (
-        _Step(config, degrees, device, compute, groups, traces).run() for traces in rehearsal.run()
+        _Step(config, parallel_dims, device, compute, groups, traces).run()
+        for traces in rehearsal.run()
     )
     return even, worst
 
 
-def likely_compute(config: RunConfig, device: str) -> torch.dtype:
+def likely_compute(config: JobConfig, device: str) -> torch.dtype:
     """The dtype that `precision.recipe` means on a device that need not be here: a CUDA device is
     taken to be fast in bf16."""
     recipe = config.precision.recipe
@@ -81,20 +82,26 @@ class _Step:
 
     def __init__(
         self,
-        config: RunConfig,
-        degrees: Degrees,
+        config: JobConfig,
+        parallel_dims: ParallelDims,
         device: str,
         compute: torch.dtype,
         groups: Groups,
         traces: Traces,
     ) -> None:
         self.config, self.device, self.groups, self.traces = config, device, groups, traces
-        self.passes = config.train.global_batch // (config.train.micro_batch * degrees.data_ranks)
+        self.passes = config.train.global_batch // (
+            config.train.micro_batch * parallel_dims.data_ranks
+        )
         self.ledger = self.home = Ledger()
         if config.parallel.cpu_offload and device != "cpu":
             self.home = Ledger()
         self.fsdp = Sharding(
-            self.ledger, self.home, compute.itemsize, degrees.dp_replicate, gloo=device == "cpu"
+            self.ledger,
+            self.home,
+            compute.itemsize,
+            parallel_dims.dp_replicate,
+            gloo=device == "cpu",
         )
 
     def run(self) -> Needs:

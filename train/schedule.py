@@ -2,15 +2,15 @@
 
 import math
 
-from configs.schema import RunConfig, Schedule
+from configs.schema import JobConfig, ScheduleConfig
 
 
-def schedule_steps(config: RunConfig) -> int:
+def schedule_steps(config: JobConfig) -> int:
     """The step at which the schedule of a run ends."""
     return config.schedule.steps or config.train.steps
 
 
-def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> float:
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) -> float:
     """Learning rate of optimizer step `step` (from 1) of a schedule of `steps`.
 
     Linear warmup reaches the peak at its last step; the decay reaches `min_lr_fraction * peak` at

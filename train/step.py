@@ -24,8 +24,8 @@ from torch import Tensor
 from models.balance import StepScope
 from models.decoder import Decoder
 from models.router import open_step, routers, take_counts, take_losses, update_biases
-from parallel.dispatch.account import Account
 from parallel.dispatch.overflow import exact, overflowed
+from parallel.dispatch.stats import DispatchStats
 from parallel.grad_norm import LARGEST, global_grad_norm, in_range, largest_values, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
@@ -78,7 +78,7 @@ def train_step(
     *,
     step: int,
     rank: int,
-    copies: int = 1,
+    tp_size: int = 1,
     clip_norm: float,
     mtp_weight: float,
     z_loss_coef: float = 0.0,
@@ -87,12 +87,12 @@ def train_step(
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
 
-    copies: ranks that are given the same tokens (tensor parallelism); each counts its share of
+    tp_size: ranks that are given the same tokens (tensor parallelism); each counts its share of
     their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
     step is abandoned without a trace and None returned. updated: called once the weights have
     changed. Raises NonFiniteError and CapacityOverflow.
     """
-    account = Account(model)
+    account = DispatchStats(model)
     microbatches = list(batches)
     depth = model.config.mtp_depth
     counts = count_tokens(microbatches, depth)
@@ -100,7 +100,7 @@ def train_step(
     *summed, damaged_ranks = sum_over_ranks(torch.stack([*counts, damaged])).unbind()
     if damaged_ranks:
         raise _out_of_range(step, [_named("the weight", _state(model))], weights_are_good=False)
-    tokens, *of_modules = (count // copies for count in summed)
+    tokens, *of_modules = (count // tp_size for count in summed)
     targets = torch.stack(of_modules)
     open_step(model, StepScope(microbatches[0].core.length, tokens, sum_over_ranks))
     weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)

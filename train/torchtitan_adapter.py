@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from configs.schema import Optimizer
+from configs.schema import OptimizerConfig
 from train.bf16_moments import Bf16MomentsAdamW
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _NO_DECAY = re.compile(r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$")
 
 
 def build_optimizer(
-    model: nn.Module, config: Optimizer, moments: Literal["fp32", "bf16"] = "fp32"
+    model: nn.Module, config: OptimizerConfig, moments: Literal["fp32", "bf16"] = "fp32"
 ) -> "OptimizersContainer[Any]":
     """AdamW over the parameters of a parallelised model. moments: dtype they are stored in."""
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig

@@ -12,34 +12,34 @@ from typing import Any
 
 import torch
 
-from configs.degrees import Degrees
+from configs.config_warnings import config_warnings
+from configs.errors import ConfigError, UserError
 from configs.loader import flatten, to_toml
+from configs.parallel_dims import ParallelDims
 from configs.paths import local_path
-from configs.remarks import remarks
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from kernels.device import bf16_is_fast
 from models.counts import flops_per_token
 from models.decoder import Decoder
 from models.fp8 import gemm_shares
 from parallel import mesh as meshes
-from parallel.apply import materialise, parallelize
+from parallel.apply import materialize, parallelize
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks
+from train.atomic_files import claim, replace_text
 from train.checkpoint import checkpoint
 from train.checkpoint.resume import restore
-from train.checkpoint.sound import out_of_range
+from train.checkpoint.value_range import values_out_of_range
 from train.data.batches import Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
-from train.durable import claim, replace_text
 from train.profile import profiled
 from train.report import environment
 from train.report.fp8_report import Fp8Diagnosis
 from train.report.metrics import FORCED_BALANCE, ROUTER_LEARNS_NOTHING
 from train.report.reporter import Reporter
 from train.schedule import learning_rate, schedule_steps
-from train.shared import check_shared
+from train.shared_storage import check_shared
 from train.step import NonFiniteError, train_step
 from train.stop import StopSignal
 from train.tokenizer.export import keep_tokenizer
@@ -54,7 +54,7 @@ from train.torchtitan_adapter import (
 from train.validation import bits_per_byte, validation_loss
 
 
-def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
     """The dtype of forward and backward that `precision.recipe` means on this device."""
     recipe = config.precision.recipe
     if recipe == "bf16" or (recipe != "fp32" and bf16_is_fast(device)):
@@ -65,20 +65,20 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 class Trainer:
     """Everything a run consists of, built for this rank; `run` trains to the last step."""
 
-    def __init__(self, config: RunConfig, degrees: Degrees, ranks: Ranks) -> None:
-        self.config, self.degrees, self.ranks = config, degrees, ranks
+    def __init__(self, config: JobConfig, parallel_dims: ParallelDims, ranks: Ranks) -> None:
+        self.config, self.parallel_dims, self.ranks = config, parallel_dims, ranks
         self.folder = local_path(config.run.dir)
         ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
         check_shared(config, ranks)
         self.compute = compute_dtype(config, ranks.device)
-        mesh = meshes.build(degrees, ranks.device.type)
+        mesh = meshes.build(parallel_dims, ranks.device.type)
         with torch.device("meta"):
             self.model = Decoder(config.model)
         parallelize(self.model, mesh, config, self.compute)  # refuses what cannot work: early
         self.corpus = self._open_corpus()
         self.training, self.held_out = self._open_data()
         offload = config.parallel.cpu_offload
-        materialise(self.model, config.model, config.run.seed, ranks.device, offload)
+        materialize(self.model, config.model, config.run.seed, ranks.device, offload)
         self.model.train()
         self.fp8_weights = gather_in_fp8(self.model)
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
@@ -108,7 +108,7 @@ class Trainer:
                 with self._profile(step), self.fp8.watching(step):
                     result = train_step(
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
-                        copies=self.degrees.tp, clip_norm=train.clip_norm,
+                        tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
                         mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
                         stop=stop.agreed, updated=self.fp8_weights.refresh,
                     )  # fmt: skip
@@ -136,11 +136,11 @@ class Trainer:
         corpus, micro = self.corpus, self.config.train.micro_batch
         batches = validation_batches(
             self.held_out, self.config.validation.sequences, micro,
-            self.degrees.data_rank(self.ranks.rank), self.degrees.data_ranks,
+            self.parallel_dims.data_rank(self.ranks.rank), self.parallel_dims.data_ranks,
         )  # fmt: skip
         filler = self.held_out.first()
         loss = validation_loss(
-            self.model, batches, filler, self.ranks.device, stop.agreed, self.degrees.tp
+            self.model, batches, filler, self.ranks.device, stop.agreed, self.parallel_dims.tp
         )
         self.owes_validation = loss is None
         if loss is None:
@@ -156,7 +156,7 @@ class Trainer:
         if self.done == self.saved:
             return
         weights, others = self._weights(), self._optimizer_state()
-        if bad := out_of_range(weights, others):
+        if bad := values_out_of_range(weights, others):
             raise NonFiniteError(
                 f"step {self.done}: {bad} afterwards; not saved, stopped before the optimizer step "
                 f"of step {self.done + 1}",
@@ -187,7 +187,7 @@ class Trainer:
             try:
                 if not isinstance(error, NonFiniteError) or error.weights_are_good:
                     self._save(report, keep_all=True)
-            except (NonFiniteError, ConfigError) as unsaved:
+            except (NonFiniteError, UserError) as unsaved:
                 report.say(f"not saved: {unsaved}")
             error.args = (f"{error}; {self._newest()}",)
             raise
@@ -238,8 +238,8 @@ class Trainer:
             seed=config.run.seed,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
-            rank=self.degrees.data_rank(self.ranks.rank),
-            n_ranks=self.degrees.data_ranks,
+            rank=self.parallel_dims.data_rank(self.ranks.rank),
+            n_ranks=self.parallel_dims.data_ranks,
         )
         return data, held_out
 
@@ -254,14 +254,14 @@ class Trainer:
             data.seq_len,
             trains_on=bool(self.config.checkpoint.init_from),
         )
-        described = environment.describe(self.ranks, self.degrees, self.compute)
+        described = environment.describe(self.ranks, self.parallel_dims, self.compute)
         lines = [*start, *environment.record(self.folder, described)]
         moe = self.config.model.moe
         forced = [FORCED_BALANCE] if moe.force_balance else []
         frozen = [] if moe.router_learns else [ROUTER_LEARNS_NOTHING]
         shares = gemm_shares(self.model, self.config.data.seq_len)
         fp8 = [str(shares)] if shares.fp8 else []
-        mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.degrees.table())
+        mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.parallel_dims.table())
         print(
             f"{self.folder}: {self.ranks.world} ranks ({mesh}), {self.ranks.device.type}, "
             f"{str(self.compute).removeprefix('torch.')}, "
@@ -269,7 +269,7 @@ class Trainer:
             *fp8,
             *forced,
             *frozen,
-            *remarks(self.config),
+            *config_warnings(self.config),
             *lines,
             sep="\n",
             flush=True,

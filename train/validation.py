@@ -17,13 +17,13 @@ def validation_loss(
     filler: Batch,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
-    copies: int = 1,
+    tp_size: int = 1,
 ) -> float | None:
     """Mean loss per target token, nats. All ranks call it together.
 
     batches: this rank's share; None where it has nothing left and runs `filler`, uncounted, so
     that the collectives of the forward pass stay matched. None is returned when `stop` says so
-    (asked before every batch, with the same answer on all ranks). copies: ranks that are given the
+    (asked before every batch, with the same answer on all ranks). tp_size: ranks that are given the
     same tokens; each counts its share of their loss.
     """
     model.eval()
@@ -35,7 +35,7 @@ def validation_loss(
                     return None
                 loss = float(loss_sum(model, (batch or filler).to(device)))
                 if batch is not None:
-                    sums += torch.tensor([loss, batch.n_targets / copies])
+                    sums += torch.tensor([loss, batch.n_targets / tp_size])
         total, tokens = sum_over_ranks(sums).tolist()
         return total / tokens
     finally:

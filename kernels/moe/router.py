@@ -34,7 +34,7 @@ _NARROW = 16
 against 0.05 for 2,048 tokens)."""
 
 
-class Rule(NamedTuple):
+class RouterOptions(NamedTuple):
     """How experts are chosen and weighted."""
 
     top_k: int
@@ -44,14 +44,14 @@ class Rule(NamedTuple):
     """Groups of neighbouring experts."""
     top_groups: int = 1
     """Groups that a token may choose from."""
-    normalise: bool = True
+    normalize: bool = True
     """Divide the chosen scores by their sum."""
     scale: float = 1.0
     """Factor on the weights."""
 
 
 def route(
-    logits_TE: Tensor, bias_E: Tensor, rule: Rule, given_TK: Tensor | None = None
+    logits_TE: Tensor, bias_E: Tensor, rule: RouterOptions, given_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Expert ids `[T, K]` (int64), best first; their weights `[T, K]` (fp32); and how often every
     expert was chosen, `[E]` (int64). The weights are differentiable in the logits.
@@ -64,24 +64,24 @@ def route(
 
 
 def route_reference(
-    logits_TE: Tensor, bias_E: Tensor, rule: Rule, given_TK: Tensor | None = None
+    logits_TE: Tensor, bias_E: Tensor, rule: RouterOptions, given_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch form of `route`."""
     scores_TE = scores(logits_TE, rule.softmax)
     ids_TK = choose(scores_TE.detach() + bias_E, rule) if given_TK is None else given_TK.clone()
     weights_TK = scores_TE.gather(1, ids_TK)
-    if rule.normalise:
+    if rule.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return ids_TK, weights_TK * rule.scale, count_choices(ids_TK, logits_TE.shape[1])
 
 
 def route_backward_reference(
-    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, rule: Rule
+    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, rule: RouterOptions
 ) -> Tensor:
     """Gradient of the weights of `route` for the logits."""
     scores_TE = scores(logits_TE, rule.softmax)
     chosen_TK, grad_TK = scores_TE.gather(1, ids_TK), grad_TK * rule.scale
-    if rule.normalise:
+    if rule.normalize:
         total_T1 = chosen_TK.sum(-1, keepdim=True) + 1e-20
         grad_TK = (grad_TK - (grad_TK * chosen_TK).sum(-1, keepdim=True) / total_T1) / total_T1
     if not rule.softmax:
@@ -104,7 +104,7 @@ def scores(logits_TE: Tensor, softmax: bool) -> Tensor:
     return powers_TE / powers_TE.sum(-1, keepdim=True)
 
 
-def choose(biased_TE: Tensor, rule: Rule) -> Tensor:
+def choose(biased_TE: Tensor, rule: RouterOptions) -> Tensor:
     """Ids `[T, K]` of the experts with the best biased scores, within the best groups, best first;
     of equals the lowest index."""
     if rule.top_groups < rule.n_groups:
@@ -120,10 +120,10 @@ def choose(biased_TE: Tensor, rule: Rule) -> Tensor:
 @torch.library.custom_op("phalanx::route", mutates_args=())
 def _route(
     logits_TE: Tensor, bias_E: Tensor, given_TK: Tensor | None, top_k: int, softmax: bool,
-    n_groups: int, top_groups: int, normalise: bool, scale: float,
+    n_groups: int, top_groups: int, normalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights, ids and counts: what has a gradient comes first, as `opcheck` wants it."""
-    rule = Rule(top_k, softmax, n_groups, top_groups, normalise, scale)
+    rule = RouterOptions(top_k, softmax, n_groups, top_groups, normalize, scale)
     if device.on_accelerator(logits_TE):
         from kernels.moe.router_triton import route as launch
 
@@ -137,7 +137,7 @@ def _route(
 @_route.register_fake
 def _(
     logits_TE: Tensor, bias_E: Tensor, given_TK: Tensor | None, top_k: int, softmax: bool,
-    n_groups: int, top_groups: int, normalise: bool, scale: float,
+    n_groups: int, top_groups: int, normalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n_tokens, n_experts = logits_TE.shape
     return (
@@ -149,28 +149,28 @@ def _(
 
 @torch.library.custom_op("phalanx::route_backward", mutates_args=())
 def _backward(
-    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, softmax: bool, normalise: bool, scale: float
+    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, softmax: bool, normalize: bool, scale: float
 ) -> Tensor:
     if device.on_accelerator(logits_TE):
         from kernels.moe.router_triton import backward as launch
 
         with device.launching_on(logits_TE):
-            return launch(grad_TK, logits_TE, ids_TK, softmax, normalise, scale)
-    rule = Rule(ids_TK.shape[1], softmax, normalise=normalise, scale=scale)
+            return launch(grad_TK, logits_TE, ids_TK, softmax, normalize, scale)
+    rule = RouterOptions(ids_TK.shape[1], softmax, normalize=normalize, scale=scale)
     return route_backward_reference(grad_TK, logits_TE, ids_TK, rule)
 
 
 @_backward.register_fake
 def _(
-    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, softmax: bool, normalise: bool, scale: float
+    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, softmax: bool, normalize: bool, scale: float
 ) -> Tensor:
     return logits_TE.new_empty(logits_TE.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits_TE, _, given_TK, _, softmax, _, _, normalise, scale = inputs
+    logits_TE, _, given_TK, _, softmax, _, _, normalize, scale = inputs
     ctx.save_for_backward(logits_TE, output[1] if given_TK is None else given_TK)
-    ctx.how = softmax, normalise, scale
+    ctx.how = softmax, normalize, scale
 
 
 def _gradients(ctx: Any, grad_TK: Tensor, ids: None, counts: None) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ _ENOUGH = 4096
 
 def route(
     logits_TE: Tensor, bias_E: Tensor, given_TK: Tensor | None, top_k: int, softmax: bool,
-    n_groups: int, top_groups: int, normalise: bool, scale: float,
+    n_groups: int, top_groups: int, normalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Ids, weights and counts; the arguments after the tensors are those of `router.Rule`."""
     logits_TE = logits_TE.contiguous()
@@ -34,7 +34,7 @@ def route(
         per_program = min(_TOKENS, triton.cdiv(n_tokens, _ENOUGH))
         _forward[(triton.cdiv(n_tokens, per_program),)](
             logits_TE, bias_E, ids_TK, weights_TK, counts_E, n_tokens, per_program,
-            n_experts, n_groups, scale, SOFTMAX=softmax, NORMALISE=normalise,
+            n_experts, n_groups, scale, SOFTMAX=softmax, NORMALISE=normalize,
             GIVEN=given_TK is not None, TOP_GROUPS=top_groups if top_groups < n_groups else 0,
             **_tile(n_experts, top_k, n_groups),
         )  # fmt: skip
@@ -42,7 +42,7 @@ def route(
 
 
 def backward(
-    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, softmax: bool, normalise: bool, scale: float
+    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, softmax: bool, normalize: bool, scale: float
 ) -> Tensor:
     """`kernels.moe.router.route_backward_reference` in one launch."""
     logits_TE = logits_TE.contiguous()
@@ -52,7 +52,7 @@ def backward(
         tile = _tile(n_experts, top_k, 1)
         _backward[(n_tokens,)](
             grad_TK.contiguous(), logits_TE, ids_TK.contiguous(), grad_TE, n_experts, scale,
-            SOFTMAX=softmax, NORMALISE=normalise, TOP_K=top_k, K=tile["K"],
+            SOFTMAX=softmax, NORMALISE=normalize, TOP_K=top_k, K=tile["K"],
             E=tile["S"], num_warps=tile["num_warps"],
         )  # fmt: skip
     return grad_TE
@@ -68,7 +68,7 @@ def _tile(n_experts: int, top_k: int, n_groups: int) -> dict[str, int]:
 
 
 @triton.jit
-def _normalised(score, scale, NORMALISE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normalized(score, scale, NORMALISE: tl.constexpr):  # type: ignore[no-untyped-def]
     if NORMALISE:
         score = score / (tl.sum(score, 0) + 1e-20)
     return score * scale
@@ -140,7 +140,7 @@ def _forward(  # type: ignore[no-untyped-def]
             tl.store(at, chosen, mask=choices < TOP_K)
         score = tl.load(row + chosen, mask=choices < TOP_K, other=float("-inf"))
         score = tl.exp(score - largest) / total if SOFTMAX else tl.sigmoid(score)
-        weight = _normalised(score, scale, NORMALISE)
+        weight = _normalized(score, scale, NORMALISE)
         tl.store(weights_ptr + token * TOP_K + choices, weight, mask=choices < TOP_K)
     tl.atomic_add(counts_ptr + expert, count.to(tl.int64), mask=count > 0)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 
 _SCALARS = "BbHhIif?"
 """Struct codes of value types 0 to 7; 10 to 12 are Q, q and d."""
@@ -48,7 +48,7 @@ class GgufFile:
         """Metadata `key`, which must be there and of that type."""
         value = self.metadata.get(key)
         if type(value) is not kind:
-            raise ConfigError(f"{self.path}: {key} = {value!r}: must be {kind.__name__}")
+            raise UserError(f"{self.path}: {key} = {value!r}: must be {kind.__name__}")
         return value
 
     def read(self, name: str) -> Tensor:
@@ -62,20 +62,20 @@ class GgufFile:
         try:
             value = dequantize(raw.reshape(*t.shape[:-1], -1), kind)
         except NotImplementedError:
-            raise ConfigError(f"{self.path}: {name}: type {kind.name} is not read") from None
+            raise UserError(f"{self.path}: {name}: type {kind.name} is not read") from None
         return torch.from_numpy(np.array(value, dtype=np.float32))
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read the header of `path`. Raises ConfigError where it is damaged or `gguf` is missing."""
+    """Read the header of `path`. Raises UserError where it is damaged or `gguf` is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise ConfigError(f"{path}: GGUF files need the package gguf: pip install gguf") from None
+        raise UserError(f"{path}: GGUF files need the package gguf: pip install gguf") from None
     try:
         return _Header(path).parse()
     except (struct.error, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable GGUF file: {error}") from None
+        raise UserError(f"{path}: not a readable GGUF file: {error}") from None
 
 
 class _Header:

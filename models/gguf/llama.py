@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.gguf.file import GgufFile, open_gguf
 from models.hf.dense import DenseCheckpoint, dense_model, dense_tensors
 
@@ -35,7 +35,7 @@ _OF_LAYER = {
 def open_llama_gguf(path: Path) -> tuple[DenseCheckpoint, GgufFile]:
     """The checkpoint in a GGUF file, and the file, which holds the tokenizer too.
 
-    Raises ConfigError where it is no Llama, or a name or shape is not what its metadata says.
+    Raises UserError where it is no Llama, or a name or shape is not what its metadata says.
     """
     file = open_gguf(path)
     raw = _config(file)
@@ -46,10 +46,10 @@ def open_llama_gguf(path: Path) -> tuple[DenseCheckpoint, GgufFile]:
         ("unexpected", file.tensors.keys() - shapes.keys()),
     ):
         if names:
-            raise ConfigError(f"{path}: {len(names)} tensors {kind}, the first is {min(names)}")
+            raise UserError(f"{path}: {len(names)} tensors {kind}, the first is {min(names)}")
     for name, shape in shapes.items():
         if file.tensors[name].shape != shape:
-            raise ConfigError(
+            raise UserError(
                 f"{path}: {name} has shape {list(file.tensors[name].shape)}, "
                 f"the metadata ask for {list(shape)}"
             )
@@ -87,18 +87,18 @@ def _config(file: GgufFile) -> dict[str, Any]:
     """The `config.json` that the metadata stand for."""
     if file.metadata.get("general.architecture") != "llama":
         given = file.metadata.get("general.architecture")
-        raise ConfigError(f"{file.path}: general.architecture = {given!r}: only llama is read")
+        raise UserError(f"{file.path}: general.architecture = {given!r}: only llama is read")
     scaling = file.metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise ConfigError(f"{file.path}: llama.rope.scaling.type = {scaling!r}: only none is read")
+        raise UserError(f"{file.path}: llama.rope.scaling.type = {scaling!r}: only none is read")
     if "token_embd.weight" not in file.tensors:
-        raise ConfigError(f"{file.path}: 1 tensors missing, the first is token_embd.weight")
+        raise UserError(f"{file.path}: 1 tensors missing, the first is token_embd.weight")
     width = file.get("llama.embedding_length", int)
     heads = file.get("llama.attention.head_count", int)
     head_dim = file.metadata.get("llama.attention.key_length", width // max(heads, 1))
     rotated = file.metadata.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise ConfigError(
+        raise UserError(
             f"{file.path}: llama.rope.dimension_count = {rotated}: only {head_dim}, the whole head"
         )
     return {

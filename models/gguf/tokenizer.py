@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.gguf.file import GgufFile
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -31,18 +31,18 @@ _CUTS: dict[str, Callable[[], Any]] = {
 def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` (end of text, chat template).
 
-    vocab_size: rows of the embedding. Raises ConfigError where the file has another kind of
+    vocab_size: rows of the embedding. Raises UserError where the file has another kind of
     tokenizer.
     """
     tokens, kinds = _strings(file, "tokenizer.ggml.tokens"), _kinds(file)
     if len(tokens) != vocab_size or len(set(tokens)) != len(tokens):
-        raise ConfigError(
+        raise UserError(
             f"{file.path}: tokenizer.ggml.tokens: {len(set(tokens))} different tokens of "
             f"{len(tokens)}, the embedding has {vocab_size} rows"
         )
     eos = file.get("tokenizer.ggml.eos_token_id", int)
     if not 0 <= eos < len(tokens):
-        raise ConfigError(f"{file.path}: tokenizer.ggml.eos_token_id = {eos}: no such token")
+        raise UserError(f"{file.path}: tokenizer.ggml.eos_token_id = {eos}: no such token")
     folder.mkdir(parents=True, exist_ok=True)
     _build(file, tokens, kinds).save(str(folder / "tokenizer.json"))
     settings = {"eos_token": tokens[eos]}
@@ -55,7 +55,7 @@ def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> None:
 def _build(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:
     cut = file.metadata.get("tokenizer.ggml.pre")
     if file.metadata.get("tokenizer.ggml.model") != "gpt2" or cut not in _CUTS:
-        raise ConfigError(
+        raise UserError(
             f"{file.path}: tokenizer.ggml.model = {file.metadata.get('tokenizer.ggml.model')!r}, "
             f"tokenizer.ggml.pre = {cut!r}: read are gpt2 with {' or '.join(_CUTS)}"
         )
@@ -64,7 +64,7 @@ def _build(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:
     try:
         bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{file.path}: tokenizer.ggml.merges: {error}") from None
+        raise UserError(f"{file.path}: tokenizer.ggml.merges: {error}") from None
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer, tokenizer.decoder = _CUTS[cut](), decoders.ByteLevel()
     whole = ((t, kind) for t, kind in zip(tokens, kinds, strict=True) if kind != _NORMAL)
@@ -77,7 +77,7 @@ def _build(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:
 def _strings(file: GgufFile, key: str) -> list[str]:
     values: list[str] = file.get(key, list)
     if not all(type(value) is str for value in values):
-        raise ConfigError(f"{file.path}: {key}: must be a list of strings")
+        raise UserError(f"{file.path}: {key}: must be a list of strings")
     return values
 
 
@@ -85,7 +85,7 @@ def _kinds(file: GgufFile) -> list[int]:
     kinds: list[int] = file.get("tokenizer.ggml.token_type", list)
     unknown = {kind for kind in kinds if kind not in (_NORMAL, _CONTROL, _USER_DEFINED)}
     if unknown or len(kinds) != len(file.get("tokenizer.ggml.tokens", list)):
-        raise ConfigError(
+        raise UserError(
             f"{file.path}: tokenizer.ggml.token_type: one per token, normal (1), control (3) or "
             f"user-defined (4); found {sorted(unknown) or len(kinds)}"
         )

@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.model import Model, Moe
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig, MoEConfig
 from models.decoder import Decoder
-from models.hf.agreement import (
+from models.hf.config_reader import HFConfigReader
+from models.hf.copies import same_rows
+from models.hf.duplicate_keys import (
     architecture_of,
     check_second_spellings,
     check_shared_keys,
     in_their_names,
 )
-from models.hf.copies import same_rows
 from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
 from models.hf.folder import RawTensor, raw_tensors, read_json, refuse_code
 from models.hf.mapped import MappedFiles
+from models.hf.messages import located, named, one_line, shown
 from models.hf.rope import rope_of
-from models.hf.shown import located, named, one_line, shown
 from models.hf.tensors import HfTensor, gqa_tensors, outer_tensors, swiglu_tensors
-from models.hf.values import Values
 
 _QK_NORM = {"LlamaForCausalLM": "none", "MistralForCausalLM": "none", "Qwen3ForCausalLM": "rms"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -46,7 +46,7 @@ class DenseCheckpoint:
     place: str
     """What errors call it."""
     architecture: str
-    model: Model
+    model: ModelConfig
     """Our decoder with all layers dense."""
     max_positions: int
     """Longest sequence it was made for, tokens."""
@@ -66,25 +66,25 @@ class DenseCheckpoint:
                 ours = part.setdefault(t.ours, torch.empty(shapes[t.ours]))
                 value = self.read(t.name)
                 if value.dtype not in _FLOATS:
-                    raise ConfigError(
+                    raise UserError(
                         f"{self.place}: {t.name} is {value.dtype}: quantised weights are not read"
                     )
                 if not value.isfinite().all():
-                    raise ConfigError(f"{self.place}: {t.name} holds values that are not finite")
+                    raise UserError(f"{self.place}: {t.name} holds values that are not finite")
                 ours[t.index].copy_(t.from_hf(value, ours[t.index].shape))
             yield part
 
 
 def open_dense(folder: Path) -> DenseCheckpoint:
-    """The checkpoint in a Hugging Face folder (`config.json`, safetensors). Raises ConfigError."""
+    """The checkpoint in a Hugging Face folder (`config.json`, safetensors). Raises UserError."""
     place = folder / "config.json"
     wanted = "name a folder with config.json and *.safetensors"
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; {wanted}")
+        raise UserError(f"{folder}: no such folder; {wanted}")
     try:
         raw = read_json(place)
     except FileNotFoundError:
-        raise ConfigError(f"{place}: no such file; {wanted}") from None
+        raise UserError(f"{place}: no such file; {wanted}") from None
     model, architecture = dense_model(raw, str(place)), raw["architectures"][0]
     expected = {t.name: t for t in dense_tensors(model)}
     files = MappedFiles()
@@ -96,18 +96,20 @@ def open_dense(folder: Path) -> DenseCheckpoint:
         place=str(folder),
         architecture=architecture,
         model=model,
-        max_positions=Values(raw, str(place), architecture).integer("max_position_embeddings"),
+        max_positions=HFConfigReader(raw, str(place), architecture).integer(
+            "max_position_embeddings"
+        ),
         read=lambda name: _rows(files, found[name]),
         left_out=tuple(left_out),
     )
 
 
 def _check_tied(place: Path, found: dict[str, RawTensor], files: MappedFiles) -> None:
-    """A head beside a tied embedding is the embedding. Raises ConfigError."""
+    """A head beside a tied embedding is the embedding. Raises UserError."""
     head, embedding = found[_HEAD], found[_EMBEDDING]
     read = [partial(_rows, files, tensor) for tensor in (head, embedding)]
     if not same_rows((head.shape, embedding.shape), (read[0], read[1]), _PIECE_BYTES):
-        raise ConfigError(
+        raise UserError(
             f"{place}: tie_word_embeddings is true, but {_HEAD} is another matrix than "
             f"{_EMBEDDING}; set it to false"
         )
@@ -123,7 +125,7 @@ def _rows(
         return files.slice(tensor.path, tensor.name, index)
     except (SafetensorError, OSError) as error:
         place = f"{located(tensor.path)}: {named(tensor.name)}"
-        raise ConfigError(f"{place}: unreadable: {one_line(error)}") from None
+        raise UserError(f"{place}: unreadable: {one_line(error)}") from None
 
 
 def _check(
@@ -132,30 +134,30 @@ def _check(
     expected: dict[str, HfTensor],
     ignored: re.Pattern[str],
 ) -> None:
-    """Compare names and shapes with what the model needs. Raises ConfigError."""
+    """Compare names and shapes with what the model needs. Raises UserError."""
     missing = expected.keys() - found.keys()
     extra = {n for n in found.keys() - expected.keys() if not ignored.fullmatch(n)}
     for kind, names in (("missing", missing), ("unexpected", extra)):
         if names:
-            raise ConfigError(
+            raise UserError(
                 f"{folder}: {len(names)} tensors {kind}, the first is {named(min(names))}"
             )
     for name, t in expected.items():
         if found[name].shape != t.shape:
-            raise ConfigError(
+            raise UserError(
                 f"{located(found[name].path)}: {name} has shape {shown(list(found[name].shape))}, "
                 f"config.json asks for {list(t.shape)}"
             )
 
 
-def dense_model(raw: dict[str, Any], place: str) -> Model:
-    """Our model for the `config.json` of a dense checkpoint; ConfigError names the key at fault."""
-    values = Values(raw, place, architecture_of(raw, place, list(_QK_NORM)))
+def dense_model(raw: dict[str, Any], place: str) -> ModelConfig:
+    """Our model for the `config.json` of a dense checkpoint; UserError names the key at fault."""
+    values = HFConfigReader(raw, place, architecture_of(raw, place, list(_QK_NORM)))
     refuse_code(raw, place)
-    quantised = raw.get("quantization_config")
-    if quantised is not None:
-        raise ConfigError(
-            f"{place}: quantization_config = {shown(quantised)}: quantised weights are not read; "
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        raise UserError(
+            f"{place}: quantization_config = {shown(quantized)}: quantised weights are not read; "
             "save them in bf16 or fp32"
         )
     values.refuse("hidden_act", "silu")
@@ -170,29 +172,29 @@ def dense_model(raw: dict[str, Any], place: str) -> Model:
     d_ff = values.integer("intermediate_size")
     n_layers = values.integer("num_hidden_layers", high=10_000)
     try:
-        model = Model(
+        model = ModelConfig(
             **common_sizes(values),
             attention=gqa_of(values, qk_norm=_QK_NORM[values.architecture]),
             rope=rope_of(values, interleaved=False),
             n_dense_layers=n_layers,
             d_ff=d_ff,
-            moe=Moe(n_experts=1, top_k=1, d_expert=d_ff),  # stands in no layer
+            moe=MoEConfig(n_experts=1, top_k=1, d_expert=d_ff),  # stands in no layer
         )
         if model.rope.mscale or model.rope.mscale_all_dim:
-            raise ConfigError("only DeepSeek's attention has RoPE's mscale")
+            raise UserError("only DeepSeek's attention has RoPE's mscale")
         check_second_spellings(values, model)
         return model
-    except ConfigError as error:
+    except UserError as error:
         raise in_their_names(error, values) from None
 
 
-def dense_tensors(model: Model) -> Iterator[HfTensor]:
+def dense_tensors(model: ModelConfig) -> Iterator[HfTensor]:
     """Every tensor of a dense checkpoint."""
     for part in _parts(model):
         yield from part
 
 
-def _parts(model: Model) -> Iterator[list[HfTensor]]:
+def _parts(model: ModelConfig) -> Iterator[list[HfTensor]]:
     """The tensors of every layer, and last those outside of the layers."""
     for layer in range(model.n_layers):
         names = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn."
@@ -202,7 +204,7 @@ def _parts(model: Model) -> Iterator[list[HfTensor]]:
     yield [*before, *after]
 
 
-def _leftovers(model: Model) -> re.Pattern[str]:
+def _leftovers(model: ModelConfig) -> re.Pattern[str]:
     """Tensors that carry nothing: RoPE tables of old writers, and the head where it is tied."""
     tables = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     return re.compile(rf"{tables}|lm_head\.weight" if model.tie_embeddings else tables)

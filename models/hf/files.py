@@ -2,7 +2,7 @@
 
 Writing goes shard by shard, and within a shard by pieces of rows: what is held is one shard and one
 piece (in FP8: of whole blocks). Reading checks every name and shape against the model before it
-makes anything of their size (`models.hf.source`).
+makes anything of their size (`models.hf.checkpoint`).
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 from kernels.fp8 import BLOCK
 from models.decoder import Decoder
+from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.folder import INDEX, read_json
-from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantise
-from models.hf.source import PIECE_BYTES, Source
+from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantize
 from models.hf.table import from_hf_config, hf_tensors
 from models.hf.tensors import HfTensor
 from models.router import routers
@@ -34,7 +34,7 @@ Index = tuple[int | slice, ...]
 
 def write_tensors(
     folder: Path,
-    model: Model,
+    model: ModelConfig,
     read: Callable[[str, Index], Tensor],
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
@@ -46,17 +46,17 @@ def write_tensors(
     """
     from safetensors.torch import save_file
 
-    quantised: frozenset[str] = frozenset()
+    quantized: frozenset[str] = frozenset()
     if dtype == torch.float8_e4m3fn:
-        quantised, dtype = fp8_plan(model).quantised, torch.bfloat16
-    shards = _split(list(hf_tensors(model)), dtype, quantised, shard_bytes)
+        quantized, dtype = fp8_plan(model).quantized, torch.bfloat16
+    shards = _split(list(hf_tensors(model)), dtype, quantized, shard_bytes)
     weight_map: dict[str, str] = {}
     total_size, files = 0, []
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for t in shard:
-            if t.name in quantised:
+            if t.name in quantized:
                 tensors |= _gather_fp8(t, read, shard_bytes)
             else:
                 tensors[t.name] = _gather(t, read, dtype, shard_bytes)
@@ -80,7 +80,7 @@ def _gather(
             out[rows] = t.to_hf(read(t.ours, (*t.index, rows)))
             if not out[rows].isfinite().all():  # no reader could use it, our import included
                 kind = str(out.dtype).removeprefix("torch.")
-                raise ConfigError(f"{t.name} holds inf or NaN as {kind}")
+                raise UserError(f"{t.name} holds inf or NaN as {kind}")
     return out
 
 
@@ -94,9 +94,9 @@ def _gather_fp8(
         if t.ours is not None:
             value = t.to_hf(read(t.ours, (*t.index, rows)))
         blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
-        data[rows], scales[blocks] = quantise(value)
+        data[rows], scales[blocks] = quantize(value)
     if not scales.isfinite().all():
-        raise ConfigError(f"{t.name} holds inf or NaN: FP8 would spread them over whole blocks")
+        raise UserError(f"{t.name} holds inf or NaN: FP8 would spread them over whole blocks")
     return {t.name: data, f"{t.name}{SCALE}": scales}
 
 
@@ -108,19 +108,19 @@ def _pieces(t: HfTensor, shard_bytes: int, step: int = 1) -> Iterator[slice]:
         yield slice(a, min(a + rows, t.shape[0]))
 
 
-def _n_bytes(t: HfTensor, dtype: torch.dtype, quantised: Container[str]) -> int:
-    if t.name in quantised:
+def _n_bytes(t: HfTensor, dtype: torch.dtype, quantized: Container[str]) -> int:
+    if t.name in quantized:
         return math.prod(t.shape) + 4 * math.prod(grid(t.shape))
     return math.prod(t.shape) * (4 if t.keep_fp32 else dtype.itemsize)
 
 
 def _split(
-    tensors: list[HfTensor], dtype: torch.dtype, quantised: Container[str], shard_bytes: int
+    tensors: list[HfTensor], dtype: torch.dtype, quantized: Container[str], shard_bytes: int
 ) -> list[list[HfTensor]]:
     shards: list[list[HfTensor]] = [[]]
     size = 0
     for t in tensors:
-        n_bytes = _n_bytes(t, dtype, quantised)
+        n_bytes = _n_bytes(t, dtype, quantized)
         if shards[-1] and size + n_bytes > shard_bytes:
             shards.append([])
             size = 0
@@ -129,15 +129,15 @@ def _split(
     return shards
 
 
-def read_config(folder: Path) -> tuple[Model, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The model and the raw `config.json` of a Hugging Face folder."""
     place = folder / "config.json"
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name an export such as runs/demo/export")
+        raise UserError(f"{folder}: no such folder; name an export such as runs/demo/export")
     try:
         raw = read_json(place)
     except FileNotFoundError:
-        raise ConfigError(f"{place}: no such file; is {folder} an export?") from None
+        raise UserError(f"{place}: no such file; is {folder} an export?") from None
     return from_hf_config(raw, str(place)), raw
 
 
@@ -149,7 +149,7 @@ def read_model(
     mtp: with its MTP modules, where the folder has any; they serve training only.
     """
     described, raw = read_config(folder)
-    source = Source(folder, described if mtp else replace(described, mtp_depth=0), raw)
+    source = HFCheckpoint(folder, described if mtp else replace(described, mtp_depth=0), raw)
     model = source.model
     with torch.device("meta"):
         decoder = Decoder(model).to(dtype)

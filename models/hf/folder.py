@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.hf.mapped import MappedFiles
-from models.hf.shown import located, named, one_line, shown
+from models.hf.messages import located, named, one_line, shown
 
 INDEX = "model.safetensors.index.json"
 JSON_BYTES = 2**24
@@ -42,7 +42,7 @@ class RawTensor:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` (a relative path) of `folder`; ConfigError where it lies elsewhere or is no
+    """The file `name` (a relative path) of `folder`; UserError where it lies elsewhere or is no
     plain file.
 
     A snapshot in the cache of the Hugging Face hub is a folder of links into `blobs` beside it.
@@ -59,43 +59,41 @@ def inside(folder: Path, name: str) -> Path:
     except FileNotFoundError:
         mode = stat.S_IFREG  # who opens it says so
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a zero byte
-        raise ConfigError(f"{folder}: {named(name)} cannot be opened: {one_line(error)}") from None
+        raise UserError(f"{folder}: {named(name)} cannot be opened: {one_line(error)}") from None
     if not within:
-        raise ConfigError(
+        raise UserError(
             f"{folder}: {named(name)} leads out of the folder; only files inside it are read "
             "(copy what a link points to)"
         )
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, device or socket"
-        raise ConfigError(f"{folder}: {named(name)} is {kind}: must be a file")
+        raise UserError(f"{folder}: {named(name)} is {kind}: must be a file")
     return path
 
 
 def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object of a file. FileNotFoundError where there is none, else ConfigError."""
+    """The JSON object of a file. FileNotFoundError where there is none, else UserError."""
     inside(path.parent, path.name)
     try:
         with path.open("rb") as file:
             text = file.read(most_bytes + 1)
         if len(text) > most_bytes:
-            raise ConfigError(
-                f"{path}: has more than {most_bytes} bytes: no such file is that long"
-            )
+            raise UserError(f"{path}: has more than {most_bytes} bytes: no such file is that long")
         content = json.loads(text.decode("utf-8"))
-    except (FileNotFoundError, ConfigError):
+    except (FileNotFoundError, UserError):
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {one_line(error)}") from None
+        raise UserError(f"{path}: not valid JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold one JSON object")
+        raise UserError(f"{path}: must hold one JSON object")
     return content
 
 
 def refuse_code(raw: dict[str, Any], place: str) -> None:
-    """Raise ConfigError where `config.json` asks for Python code of the folder."""
+    """Raise UserError where `config.json` asks for Python code of the folder."""
     for key in ("auto_map", "custom_pipelines"):
         if raw.get(key):
-            raise ConfigError(
+            raise UserError(
                 f"{place}: {key} = {shown(raw[key])}: asks for code that comes with the weights; "
                 "it is never run here, and may be why they mean something else than the "
                 "architecture says"
@@ -106,13 +104,13 @@ def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor],
     """Every tensor of the folder by its name, from the headers alone, and what was left out: whole
     files, in words.
 
-    ConfigError: no safetensors, a missing index or shard, an index that contradicts its files, a
+    UserError: no safetensors, a missing index or shard, an index that contradicts its files, a
     tensor in two files, a file that is cut off or whose header is wrong.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be listed: {one_line(error)}") from None
+        raise UserError(f"{folder}: cannot be listed: {one_line(error)}") from None
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
     weight_map = _weight_map(folder)
     found = [name for name in names if name.endswith(".safetensors")]
@@ -120,7 +118,7 @@ def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor],
     for name in listed:
         if not inside(folder, name).is_file():
             lost = [t for t, file in (weight_map or {}).items() if file == name]
-            raise ConfigError(
+            raise UserError(
                 f"{located(folder / name)}: this shard is missing; {INDEX} lists it: "
                 f"{len(lost)} tensors missing, the first is {named(min(lost))}"
             )
@@ -131,16 +129,16 @@ def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor],
             f"; {named(pickles[0])} may hold pickles, which are never opened: convert it "
         )
         hint = f"{found_instead}to safetensors where you trust it" if pickles else ""
-        raise ConfigError(f"{folder}: has no *.safetensors{hint}")
+        raise UserError(f"{folder}: has no *.safetensors{hint}")
     if weight_map is None and (len(used) > 1 or _is_part(used[0])):
-        raise ConfigError(
+        raise UserError(
             f"{folder / INDEX}: missing, but the weights are in shards: {named(used[0])}"
         )
     tensors: dict[str, RawTensor] = {}
     for name in used:
         for tensor in _header(inside(folder, name), files):
             if tensor.name in tensors:
-                raise ConfigError(
+                raise UserError(
                     f"{located(folder / name)}: {named(tensor.name)} is also in "
                     f"{named(tensors[tensor.name].path.name)}"
                 )
@@ -155,14 +153,14 @@ def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor],
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, RawTensor]) -> None:
-    """The index lists every tensor where it lies. Raises ConfigError."""
+    """The index lists every tensor where it lies. Raises UserError."""
     place = f"{folder / INDEX}: weight_map"
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
-            raise ConfigError(f"{place}: {named(name)} is not in {file}")
+            raise UserError(f"{place}: {named(name)} is not in {file}")
     omitted = sorted(tensors.keys() - weight_map.keys())
     if omitted:
-        raise ConfigError(
+        raise UserError(
             f"{place}: omits {len(omitted)} tensors, the first is {named(omitted[0])} of "
             f"{named(tensors[omitted[0]].path.name)}"
         )
@@ -175,17 +173,17 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{path}: weight_map: must name the file of every tensor")
+        raise UserError(f"{path}: weight_map: must name the file of every tensor")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise ConfigError(
+            raise UserError(
                 f"{path}: weight_map: {named(name)} = {shown(file)}: must be a *.safetensors file"
             )
     for file, name in {file: name for name, file in weight_map.items()}.items():
         try:
             inside(folder, file)
-        except ConfigError:
-            raise ConfigError(
+        except UserError:
+            raise UserError(
                 f"{path}: weight_map: {named(name)} = {shown(file)}: must be a file in this folder"
             ) from None
     return weight_map
@@ -207,6 +205,6 @@ def _header(path: Path, files: MappedFiles) -> list[RawTensor]:
             for name, part in slices.items()
         ]
     except (SafetensorError, OSError, struct.error, ValueError) as error:
-        raise ConfigError(
+        raise UserError(
             f"{located(path)}: unreadable safetensors file: {one_line(error)}"
         ) from None

@@ -1,5 +1,5 @@
 """Weights in DeepSeek-V3's FP8: `weight` as E4M3 and beside it `weight_scale_inv`, an fp32 factor
-for each block of 128 x 128 (arXiv:2412.19437, section 3.3). `models.hf.quantised` reads it.
+for each block of 128 x 128 (arXiv:2412.19437, section 3.3). `models.hf.quantized` reads it.
 
 Blocks begin anew in every tensor of the export: gate and up each have their own, though ours are
 one matrix. The numbers are those of `kernels.quantization.quantize`, which are those of training in
@@ -25,8 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 from kernels.fp8 import BLOCK
 from kernels.quantization.quantize import quantize_128x128
 from models.hf.table import architecture, hf_tensors, publishes_fused_experts
@@ -48,7 +48,7 @@ _EXPERT_UPS = ("gate_proj", "up_proj", "w1", "w3")
 class Fp8Plan:
     """Which tensors of an export are quantised."""
 
-    quantised: frozenset[str]
+    quantized: frozenset[str]
     """Names of the tensors that are; each has factors of name + SCALE."""
     plain: tuple[str, ...]
     """Modules whose matrices are not, by all names that readers have for them."""
@@ -69,11 +69,11 @@ class Fp8Plan:
         }
 
 
-def fp8_plan(model: Model) -> Fp8Plan:
-    """What an export of `model` quantises. ConfigError where it can be nothing."""
+def fp8_plan(model: ModelConfig) -> Fp8Plan:
+    """What an export of `model` quantises. UserError where it can be nothing."""
     name = architecture(model)
     if publishes_fused_experts(model):
-        raise ConfigError(
+        raise UserError(
             f"--dtype fp8: {name}: no reader has FP8 blocks for its fused experts; take bf16"
         )
     units: dict[str, list[HfTensor]] = {}
@@ -94,20 +94,20 @@ def fp8_plan(model: Model) -> Fp8Plan:
             plain |= dict.fromkeys(_names(unit, tensors))
     chosen = [t for unit, tensors in units.items() if fits[unit] for t in tensors]
     if not chosen:
-        raise ConfigError(
+        raise UserError(
             f"--dtype fp8: {name}: no projection of this model has a shape that readers hold in "
             f"blocks of {BLOCK} (model.d_model = {model.d_model}, model.moe.d_expert = "
             f"{model.moe.d_expert}): take multiples of {BLOCK}, or export bf16"
         )
     return Fp8Plan(
-        quantised=frozenset(t.name for t in chosen),
+        quantized=frozenset(t.name for t in chosen),
         plain=(*plain, *(() if "lm_head" in plain else ("lm_head",))),
         unfit=tuple(unit for unit, fit in fits.items() if not fit),
         share=sum(math.prod(t.shape) for t in chosen) / elements,
     )
 
 
-def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 data and fp32 factors of a matrix, or of rows of it that begin with a block."""
     (data, scales), _ = quantize_128x128(rows)
     return data, scales

@@ -9,11 +9,11 @@ else both are named.
 
 from typing import Any
 
-from configs.model import Rope
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import RopeConfig
+from models.hf.config_reader import HFConfigReader, number_of
 from models.hf.defaults import STRETCHED
-from models.hf.shown import shown
-from models.hf.values import Values, number_of
+from models.hf.messages import shown
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")
 """Keys that stand in `rope_parameters`, or beside it in older files."""
@@ -41,8 +41,8 @@ _KNOWN = {"rope_type", "type", "truncate", *_BESIDE} | {
 }
 
 
-def rope_of(values: Values, interleaved: bool) -> Rope:
-    """The RoPE that transformers takes from a config.json. ConfigError where it cannot be ours, or
+def rope_of(values: HFConfigReader, interleaved: bool) -> RopeConfig:
+    """The RoPE that transformers takes from a config.json. UserError where it cannot be ours, or
     where two keys contradict each other."""
     new, old = (_object(values, key) for key in ("rope_parameters", "rope_scaling"))
     if new is None and not old:
@@ -52,59 +52,61 @@ def rope_of(values: Values, interleaved: bool) -> Rope:
     rope = _parse(values, "rope_scaling", old, interleaved)
     if new:
         replaced = _parse(values, "rope_parameters", new, interleaved)
-        plain = Rope(theta=rope.theta, interleaved=interleaved)  # stretched by rope_scaling
+        plain = RopeConfig(theta=rope.theta, interleaved=interleaved)  # stretched by rope_scaling
         if replaced not in (rope, plain):
-            raise ConfigError(
+            raise UserError(
                 f"{values.place}: rope_parameters = {shown(new)}, but rope_scaling = {shown(old)} "
                 f"(rope_theta {rope.theta}) takes its place: make them agree, or remove one"
             )
     return rope
 
 
-def _object(values: Values, key: str) -> dict[str, Any] | None:
+def _object(values: HFConfigReader, key: str) -> dict[str, Any] | None:
     given = values.raw.get(key)
     if given is not None and not isinstance(given, dict):
-        raise ConfigError(f"{values.place}: {key} = {shown(given)}: must be an object")
+        raise UserError(f"{values.place}: {key} = {shown(given)}: must be an object")
     return given
 
 
-def _parse(values: Values, source: str, given: dict[str, Any], interleaved: bool) -> Rope:
+def _parse(
+    values: HFConfigReader, source: str, given: dict[str, Any], interleaved: bool
+) -> RopeConfig:
     place = f"{values.place}: {source}"
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "yarn", "llama3"):
-        raise ConfigError(f"{place}: rope_type = {shown(kind)}: must be default, yarn or llama3")
+        raise UserError(f"{place}: rope_type = {shown(kind)}: must be default, yarn or llama3")
     if given.get("type", kind) != kind:
-        raise ConfigError(f"{place}: rope_type = {shown(kind)}, but type = {shown(given['type'])}")
+        raise UserError(f"{place}: rope_type = {shown(kind)}, but type = {shown(given['type'])}")
     unknown = sorted(k for k in given if k not in _KNOWN and given[k] is not None)
     if unknown:  # left out, it would change what the weights compute
-        raise ConfigError(f"{place}.{shown(unknown[0])[1:-1]}: this key is not supported")
+        raise UserError(f"{place}.{shown(unknown[0])[1:-1]}: this key is not supported")
     beside = {key: _beside(values, source, given, key) for key in _BESIDE}
     rotated = beside["partial_rotary_factor"]
     if (
         rotated is not None
         and number_of(rotated, f"{place}: partial_rotary_factor", float, 0, 1) != 1
     ):
-        raise ConfigError(
-            f"{place}: partial_rotary_factor = {shown(rotated)}: only 1.0 is supported"
-        )
+        raise UserError(f"{place}: partial_rotary_factor = {shown(rotated)}: only 1.0 is supported")
     theta = number_of(beside["rope_theta"], f"{place}: rope_theta", float, 1, 1e12)
     scaled = {} if kind == "default" else _scaled(values, source, given, kind)
-    return Rope(theta=theta, interleaved=interleaved, **scaled)
+    return RopeConfig(theta=theta, interleaved=interleaved, **scaled)
 
 
-def _beside(values: Values, source: str, given: dict[str, Any], key: str) -> Any:
+def _beside(values: HFConfigReader, source: str, given: dict[str, Any], key: str) -> Any:
     """The key in `rope_parameters` or `rope_scaling`, else beside them, else its default."""
     inner, outer = given.get(key), values.raw.get(key)
     if key in given and inner is None:
-        raise ConfigError(f"{values.place}: {source}.{key} = None: must be a number")
+        raise UserError(f"{values.place}: {source}.{key} = None: must be a number")
     if inner is not None and outer is not None and inner != outer:
-        raise ConfigError(
+        raise UserError(
             f"{values.place}: {key} = {shown(outer)}, but {source}.{key} = {shown(inner)}"
         )
     return values.get(key) if inner is None else inner
 
 
-def _scaled(values: Values, source: str, given: dict[str, Any], kind: str) -> dict[str, Any]:
+def _scaled(
+    values: HFConfigReader, source: str, given: dict[str, Any], kind: str
+) -> dict[str, Any]:
     place = f"{values.place}: {source}"
     scaled: dict[str, Any] = {"scaling": kind}
     for key, ours, default in _SCALING[kind]:
@@ -113,22 +115,22 @@ def _scaled(values: Values, source: str, given: dict[str, Any], kind: str) -> di
             value = default
         low = 1 if key in ("factor", _ORIGINAL) else 1e-6 if kind == "llama3" else 0
         if value is None and key not in given:
-            raise ConfigError(f"{place}: key {key!r} is missing")
+            raise UserError(f"{place}: key {key!r} is missing")
         number = number_of(value, f"{place}: {key}", float, low, 2**31)
         scaled[ours] = number or default or 0.0
     length = scaled["original_length"]
     if length != int(length):
-        raise ConfigError(f"{place}: {_ORIGINAL} = {length}: must be an integer")
+        raise UserError(f"{place}: {_ORIGINAL} = {length}: must be an integer")
     scaled["original_length"] = int(length)
     if kind == "yarn":
         truncate = given.get("truncate", True)
         if type(truncate) is not bool:
-            raise ConfigError(f"{place}: truncate = {shown(truncate)}: must be true or false")
+            raise UserError(f"{place}: truncate = {shown(truncate)}: must be true or false")
         scaled["truncate"] = truncate
     return scaled
 
 
-def _original(values: Values, source: str, given: dict[str, Any]) -> Any:
+def _original(values: HFConfigReader, source: str, given: dict[str, Any]) -> Any:
     """The length before the stretch: transformers looks beside `rope_parameters` first, and takes
     the longest sequence where no key says."""
     both = {
@@ -140,7 +142,7 @@ def _original(values: Values, source: str, given: dict[str, Any]) -> Any:
     return next(iter(both.values())) if both else values.get("max_position_embeddings")
 
 
-def rope_parameters(rope: Rope) -> dict[str, Any]:
+def rope_parameters(rope: RopeConfig) -> dict[str, Any]:
     """`rope_parameters` for config.json."""
     if rope.scaling == "none":
         return {"rope_type": "default", "rope_theta": rope.theta}

@@ -8,9 +8,10 @@ from collections.abc import Container, Iterator
 from functools import lru_cache
 from typing import Any
 
-from configs.model import Model
-from configs.rules import ConfigError
-from models.hf.agreement import (
+from configs.errors import UserError
+from configs.model import ModelConfig
+from models.hf.config_reader import Family, HFConfigReader, clashes
+from models.hf.duplicate_keys import (
     architecture_of,
     check_model_type,
     check_second_spellings,
@@ -24,10 +25,9 @@ from models.hf.families.gpt_oss import GPT_OSS
 from models.hf.families.llama4 import LLAMA4
 from models.hf.families.mixtral import MIXTRAL
 from models.hf.families.qwen3 import QWEN3
-from models.hf.left_open import KEY, left_open, with_left_open
 from models.hf.rope import rope_parameters
 from models.hf.tensors import HfTensor, Layout, mtp_tensors, outer_tensors
-from models.hf.values import Family, Values, clashes
+from models.hf.undetermined_settings import KEY, undetermined_settings, with_undetermined_settings
 
 _MOST_EXPERTS = 2**20
 """More tensor names than any real model has; checked before they are listed."""
@@ -39,21 +39,21 @@ _NEVER_TIED = (GLM4, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS)
 its GLM-4 computed with a head of zeros, in silence. llama.cpp wants GPT-OSS's head."""
 
 
-def architecture(model: Model) -> str:
-    """The Hugging Face architecture that expresses `model`. ConfigError where none does."""
+def architecture(model: ModelConfig) -> str:
+    """The Hugging Face architecture that expresses `model`. UserError where none does."""
     return _family(model).architecture
 
 
-def publishes_fused_experts(model: Model) -> bool:
+def publishes_fused_experts(model: ModelConfig) -> bool:
     """Whether the published checkpoints of its family have the experts of a layer in one tensor."""
     return _family(model).layout == "fused"
 
 
 @lru_cache(maxsize=64)
-def _family(model: Model) -> Family:
+def _family(model: ModelConfig) -> Family:
     """The first family that can express `model`, and whose config.json gives it again."""
     if model.moe.force_balance:
-        raise ConfigError(
+        raise UserError(
             "model.moe.force_balance = true: no other program routes so; for benchmarks"
         )
     refusals = [(_refusals(family, model), family) for family in FAMILIES]
@@ -63,13 +63,13 @@ def _family(model: Model) -> Family:
             return family
     refused, nearest = min(refusals, key=lambda pair: len(pair[0]))
     keys = ", ".join(f"model.{key}" for key in refused or nearest.unloadable(model))
-    raise ConfigError(
+    raise UserError(
         f"no Hugging Face architecture expresses this model; the nearest, {nearest.architecture}, "
         f"needs another {keys}"
     )
 
 
-def _refusals(family: Family, model: Model) -> list[str]:
+def _refusals(family: Family, model: ModelConfig) -> list[str]:
     """Settings of `model` that `family` cannot express. A layer beyond the last has experts for
     its readers, wherever the dense layers end."""
     has_mtp = family.has_mtp and model.is_moe(model.n_layers - 1)
@@ -78,22 +78,24 @@ def _refusals(family: Family, model: Model) -> list[str]:
     )
 
 
-def _check_readable(family: Family, model: Model) -> None:
-    """Raise ConfigError where the model's config.json would not give the model again."""
+def _check_readable(family: Family, model: ModelConfig) -> None:
+    """Raise UserError where the model's config.json would not give the model again."""
     described, name = _keys(family, model), family.architecture
     try:
         as_read = _parse(family, described, f"its config.json as {name}")
-    except ConfigError as error:
-        raise ConfigError(f"no Hugging Face architecture expresses this model: {error}") from None
+    except UserError as error:
+        raise UserError(f"no Hugging Face architecture expresses this model: {error}") from None
     if _keys(family, as_read) != described:
-        keys = ", ".join(f"model.{key}" for key in left_open(model, as_read))
-        raise ConfigError(
+        keys = ", ".join(f"model.{key}" for key in undetermined_settings(model, as_read))
+        raise UserError(
             f"no Hugging Face architecture expresses this model; {name} would be read with another "
             f"value of one of {keys}"
         )
 
 
-def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, *, max_positions: int, eos_token_id: int, dtype: str
+) -> dict[str, Any]:
     """The export's `config.json`; `from_hf_config` makes `model` of it.
 
     Old and new spellings stand side by side where readers disagree (`rope_theta` and
@@ -108,11 +110,11 @@ def hf_config(model: Model, *, max_positions: int, eos_token_id: int, dtype: str
         "torch_dtype": dtype,
         "use_cache": True,
     }
-    open_settings = left_open(model, _parse(family, described, "config.json"))
+    open_settings = undetermined_settings(model, _parse(family, described, "config.json"))
     return described | ({KEY: open_settings} if open_settings else {})
 
 
-def _keys(family: Family, model: Model) -> dict[str, Any]:
+def _keys(family: Family, model: ModelConfig) -> dict[str, Any]:
     """What `config.json` says of the model itself; the same for models that compute the same."""
     a, rope = model.attention, rope_parameters(model.rope)
     common: dict[str, Any] = {
@@ -145,10 +147,10 @@ def text_config(config: dict[str, Any], place: str) -> dict[str, Any]:
     return language_model(config, place, LLAMA4.architecture)
 
 
-def from_hf_config(config: dict[str, Any], place: str) -> Model:
+def from_hf_config(config: dict[str, Any], place: str) -> ModelConfig:
     """Our model for a `config.json`.
 
-    place: what errors call the file. Raises ConfigError naming the key that is missing, has the
+    place: what errors call the file. Raises UserError naming the key that is missing, has the
     wrong type or size, contradicts another, or asks for something this decoder does not have.
     """
     config = text_config(config, place)
@@ -156,7 +158,7 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
     family = families[architecture_of(config, place, [*families, LLAMA4_WITH_IMAGES])]
     model = _parse(family, config, place)
     described = _keys(family, model)
-    return with_left_open(
+    return with_undetermined_settings(
         model,
         config,
         place,
@@ -164,25 +166,25 @@ def from_hf_config(config: dict[str, Any], place: str) -> Model:
     )
 
 
-def _parse(family: Family, config: dict[str, Any], place: str) -> Model:
-    values = Values(config, place, family.architecture)
+def _parse(family: Family, config: dict[str, Any], place: str) -> ModelConfig:
+    values = HFConfigReader(config, place, family.architecture)
     values.refuse("hidden_act", "silu")
     values.refuse("attention_bias", family is GPT_OSS)
     check_shared_keys(values)
     try:
         model = family.parse(values)
         if (model.n_layers + model.mtp_depth) * model.moe.n_experts > _MOST_EXPERTS:
-            raise ConfigError(f"more than {_MOST_EXPERTS} experts in all layers together")
+            raise UserError(f"more than {_MOST_EXPERTS} experts in all layers together")
         refused = family.refusals(model)
         if refused:
-            raise ConfigError(f"{family.architecture} has no model with this model.{refused[0]}")
+            raise UserError(f"{family.architecture} has no model with this model.{refused[0]}")
         check_second_spellings(values, model)
         return model
-    except ConfigError as error:  # our own rules, in our names: say whose file broke them
+    except UserError as error:  # our own rules, in our names: say whose file broke them
         raise in_their_names(error, values) from None
 
 
-def hf_tensors(model: Model, given: Container[str] | None = None) -> Iterator[HfTensor]:
+def hf_tensors(model: ModelConfig, given: Container[str] | None = None) -> Iterator[HfTensor]:
     """Every tensor of `model` in Hugging Face form, layer by layer; MTP modules are layers beyond
     the last.
 

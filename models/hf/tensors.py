@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from configs.model import Model
+from configs.model import ModelConfig
 
 Layout = Literal["per_expert", "fused"]
 """How the routed experts of a layer lie."""
@@ -53,7 +53,7 @@ class HfTensor:
         return theirs.reshape([part_shape[i] for i in self.permute]).permute(inverse)
 
 
-def outer_tensors(model: Model) -> tuple[list[HfTensor], list[HfTensor]]:
+def outer_tensors(model: ModelConfig) -> tuple[list[HfTensor], list[HfTensor]]:
     """What comes before and after the layers; the same in all families."""
     before = [plain("model.embed_tokens.weight", "embed.weight", model.vocab_size, model.d_model)]
     after = [plain("model.norm.weight", "norm.weight", model.d_model)]
@@ -62,7 +62,7 @@ def outer_tensors(model: Model) -> tuple[list[HfTensor], list[HfTensor]]:
     return before, after
 
 
-def mtp_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+def mtp_tensors(model: ModelConfig, layer: int) -> Iterator[HfTensor]:
     """What an MTP module has beyond a layer, in the names of DeepSeek-V3's published weights; these
     repeat embedding and head in every module."""
     theirs, ours, d_model = f"model.layers.{layer}.", prefix(model, layer), model.d_model
@@ -75,7 +75,7 @@ def mtp_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
         yield HfTensor(f"{theirs}{their_name}.weight", shared, (), shape, is_copy=True)
 
 
-def prefix(model: Model, layer: int) -> str:
+def prefix(model: ModelConfig, layer: int) -> str:
     """Our name of their layer `layer`: those beyond the last are MTP modules."""
     beyond = layer - model.n_layers
     return f"layers.{layer}." if beyond < 0 else f"mtp.{beyond}."
@@ -86,7 +86,7 @@ def plain(theirs: str, ours: str, *shape: int) -> HfTensor:
     return HfTensor(theirs, ours, (), shape)
 
 
-def gqa_tensors(model: Model, layer: int) -> Iterator[HfTensor]:
+def gqa_tensors(model: ModelConfig, layer: int) -> Iterator[HfTensor]:
     """Norms and attention of a block with grouped-query attention."""
     theirs, ours, a = f"model.layers.{layer}.", prefix(model, layer), model.attention
     query, kv, d_model = a.n_heads * a.head_dim, a.kv_heads * a.head_dim, model.d_model
@@ -126,7 +126,7 @@ def swiglu_tensors(
     yield HfTensor(down, w2, index, (d_model, width))
 
 
-def deepseek_moe_tensors(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def deepseek_moe_tensors(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     """Router, balancing bias, shared and routed experts, in DeepSeek's and GLM's names.
 
     Their architectures always have a shared expert; where ours has none it is written as zeros,
@@ -145,7 +145,7 @@ def deepseek_moe_tensors(model: Model, layer: int, layout: Layout) -> Iterator[H
 
 
 def expert_tensors(
-    model: Model,
+    model: ModelConfig,
     theirs: str,
     ours: str,
     layout: Layout,

@@ -18,28 +18,35 @@ import torch
 from torch import Tensor
 
 from kernels.moe.permute import Permutation, combine_rows, permutation
-from parallel.dispatch.exchange import Link, Parcel, Wire, pack, per_choice, to_choices
-from parallel.dispatch.route import Back, Route
+from parallel.dispatch.packed_rows import (
+    PackedRows,
+    RowAllToAll,
+    WireFormat,
+    pack,
+    per_choice,
+    to_choices,
+)
+from parallel.dispatch.plan import CombinedRows, DispatchPlan
 
 
 class AllToAll:
     """`Planner` over the expert-parallel group."""
 
-    def __init__(self, n_experts: int, link: Link, align: int = 1) -> None:
+    def __init__(self, n_experts: int, link: RowAllToAll, align: int = 1) -> None:
         self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
         self.align = align
 
-    def plan(self, ids: list[Tensor]) -> list[Route]:
+    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
         ep, me = self.link.size, self.link.group.rank()
         to = [permutation(ids_TK, self.n_experts) for ids_TK in ids]
         sent_rCe = torch.stack([each.counts_E.view(ep, -1) for each in to], 1)
         got_rCe = self.link.exchange_counts(sent_rCe)
         splits = torch.stack([sent_rCe.sum(2).T, got_rCe.sum(2).T], 1)
-        routes: list[Route] = []
+        routes: list[DispatchPlan] = []
         top_k = ids[0].shape[1]
         for c, (sent, got) in enumerate(splits.tolist()):  # the one wait for the device
             by_expert = expert_major(got_rCe[:, c], sum(got), self.align)
-            routes.append(DirectRoute(self.link, to[c], by_expert, sent, got, top_k))
+            routes.append(DirectPlan(self.link, to[c], by_expert, sent, got, top_k))
             self.traffic.rows_sent += sum(sent) - sent[me]
             self.traffic.rows_received += sum(got)
         return routes
@@ -57,10 +64,10 @@ def expert_major(received_re: Tensor, n_rows: int, align: int) -> Permutation:
 
 
 @dataclass
-class DirectRoute:
+class DirectPlan:
     """One exchange: tokens into R rows by rank, S rows received, those by expert."""
 
-    link: Link
+    link: RowAllToAll
     to: Permutation
     by_expert: Permutation
     sent: list[int] | None
@@ -72,27 +79,27 @@ class DirectRoute:
         self.ends_e, self.counts_e = self.by_expert.ends_E, self.by_expert.counts_E
 
     def to_experts(
-        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
-    ) -> Callable[[], Parcel]:
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
+    ) -> Callable[[], PackedRows]:
         leaving = pack(x_TD, wire).gathered(self.to, per_choice(weights_TK, self.to))
         arrive = self.link.start(leaving, self.sent, self.got)
 
-        def end() -> Parcel:
+        def end() -> PackedRows:
             parcel = arrive()
             return parcel.gathered(self.by_expert, per_choice(parcel.extra, self.by_expert))
 
         return end
 
     def to_tokens(
-        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
-    ) -> Callable[[], Back]:
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
+    ) -> Callable[[], CombinedRows]:
         rows_SD = combine_rows(rows_PD, self.by_expert, 1)
         leaving = pack(rows_SD, wire, to_choices(weights_P, self.by_expert, 1))
         arrive = self.link.start(leaving, self.got, self.sent)
 
-        def end() -> Back:
+        def end() -> CombinedRows:
             parcel = arrive()
             y_TD = combine_rows(parcel.values(rows_PD.dtype), self.to, self.top_k)
-            return Back(y_TD, to_choices(parcel.extra, self.to, self.top_k))
+            return CombinedRows(y_TD, to_choices(parcel.extra, self.to, self.top_k))
 
         return end

@@ -19,10 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import ConfigError
 from kernels.moe.permute import Permutation, combine_rows, permutation
-from parallel.dispatch.exchange import Parcel, Traffic, Wire, per_choice, to_choices
-from parallel.dispatch.route import Back, Route
+from parallel.dispatch.packed_rows import (
+    DispatchCounters,
+    PackedRows,
+    WireFormat,
+    per_choice,
+    to_choices,
+)
+from parallel.dispatch.plan import CombinedRows, DispatchPlan
 
 
 def elastic_buffer() -> Any:
@@ -50,10 +56,10 @@ class DeepEP:
     ) -> None:
         self.n_experts, self.group, self.buffers, self.align = n_experts, group, buffers, align
         self.make = elastic_buffer()
-        self.traffic = Traffic()
+        self.traffic = DispatchCounters()
 
-    def plan(self, ids: list[Tensor]) -> list[Route]:
-        return [DeepEPRoute(self, ids_TK) for ids_TK in ids]
+    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
+        return [DeepEPPlan(self, ids_TK) for ids_TK in ids]
 
     def buffer(self, n_tokens: int, width: int, top_k: int) -> Any:
         """The common buffer, made anew where a batch is larger than all before it."""
@@ -68,7 +74,7 @@ class DeepEP:
 
 
 @dataclass
-class DeepEPRoute:
+class DeepEPPlan:
     """DeepEP's exchange, then a row for each of a token's experts here; and back."""
 
     planner: DeepEP
@@ -78,8 +84,8 @@ class DeepEPRoute:
     """From the U tokens here to the rows of experts; known once they have come."""
 
     def to_experts(
-        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
-    ) -> Callable[[], Parcel]:
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
+    ) -> Callable[[], PackedRows]:
         assert wire == "compute", "refused by the schema"
         if x_TD.dtype != torch.bfloat16:
             raise ValueError(
@@ -96,7 +102,7 @@ class DeepEPRoute:
                 num_experts=self.planner.n_experts, **how,
             )  # fmt: skip
 
-        def end() -> Parcel:
+        def end() -> PackedRows:
             event.current_stream_wait()
             extra = None
             if weights_TK is not None:
@@ -104,13 +110,13 @@ class DeepEPRoute:
                 assert self.here is not None
                 extra = per_choice(weights_UK, self.here)
             assert self.here is not None
-            return Parcel(data_UD, None, None).gathered(self.here, extra)
+            return PackedRows(data_UD, None, None).gathered(self.here, extra)
 
         return end
 
     def to_tokens(
-        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
-    ) -> Callable[[], Back]:
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
+    ) -> Callable[[], CombinedRows]:
         assert wire == "compute" and self.here is not None
         top_k = self.ids_TK.shape[1]
         tokens_UD = combine_rows(rows_PD, self.here, top_k)
@@ -120,9 +126,9 @@ class DeepEPRoute:
             tokens_UD, handle=self.handle, topk_weights=weights_UK, async_with_compute_stream=True
         )
 
-        def end() -> Back:
+        def end() -> CombinedRows:
             event.current_stream_wait()
-            return Back(y_TD, weights_TK)
+            return CombinedRows(y_TD, weights_TK)
 
         return end
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs.dispatch import Dispatch
-from configs.rules import ConfigError
+from configs.dispatch import DispatchConfig
+from configs.errors import ConfigError
 from models.moe import Dispatcher
 from parallel.dispatch.all_to_all import AllToAll
 from parallel.dispatch.deepep import DeepEP
-from parallel.dispatch.exchange import Link, Traffic
 from parallel.dispatch.hierarchical import Hierarchical
-from parallel.dispatch.route import Planner, RoutedDispatcher
+from parallel.dispatch.packed_rows import DispatchCounters, RowAllToAll
+from parallel.dispatch.plan import Planner, RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 
 
 def dispatcher_maker(
-    n_experts: int, group: dist.ProcessGroup, options: Dispatch, align: int = 1,
+    n_experts: int, group: dist.ProcessGroup, options: DispatchConfig, align: int = 1,
     power_of_two: bool = False,
 ) -> Callable[[], Dispatcher]:  # fmt: skip
     """A function that makes one layer's dispatcher; layers share process groups and buffers.
@@ -36,15 +36,19 @@ def dispatcher_maker(
     def planner() -> Planner:
         if groups is not None:
             across, within = groups
-            traffic, m = Traffic(), nodes.count(nodes[me])
+            traffic, m = DispatchCounters(), nodes.count(nodes[me])
             far = [node != me // m for node in range(len(nodes) // m)]
             return Hierarchical(
-                n_experts, group, Link(across, far, traffic), Link(within, [False] * m, traffic),
-                traffic, align,
-            )  # fmt: skip
+                n_experts,
+                group,
+                RowAllToAll(across, far, traffic),
+                RowAllToAll(within, [False] * m, traffic),
+                traffic,
+                align,
+            )
         if options.kind == "deepep":
             return DeepEP(n_experts, group, buffers, align)
-        link = Link(group, crosses)
+        link = RowAllToAll(group, crosses)
         if options.kind == "sync_free":
             return SyncFree(n_experts, link, options.capacity_factor, align)
         return AllToAll(n_experts, link, align)

@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.moe import Dispatcher, ExpertsFn, MoE
-from parallel.dispatch.route import RoutedDispatcher
-from parallel.tensor import TensorExchange
+from parallel.dispatch.plan import RoutedDispatcher
+from parallel.tensor import TPGroupComm
 
 
 class GatheringDispatcher:
     """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums what they give."""
 
     def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
-        self.inner, self.exchange = inner, TensorExchange(group)
+        self.inner, self.tp_comm = inner, TPGroupComm(group)
 
     def run(
         self,
@@ -25,12 +25,12 @@ class GatheringDispatcher:
         expert_ids_TK: Tensor,
         weights_TK: Tensor,
         experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
+        shared_experts: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        gather = self.exchange.gather
+        gather = self.tp_comm.gather
         partial = self.inner.run(gather(x_TD), gather(expert_ids_TK), gather(weights_TK), experts)
-        y_TD = self.exchange.reduce_scatter(partial)
-        return y_TD if beside is None else y_TD + beside()
+        y_TD = self.tp_comm.reduce_scatter(partial)
+        return y_TD if shared_experts is None else y_TD + shared_experts()
 
 
 def routed_dispatchers(model: nn.Module) -> list[tuple[str, RoutedDispatcher]]:

@@ -30,8 +30,16 @@ from torch import Tensor
 
 from kernels.moe.permute import Permutation, combine_rows, count_choices, gather_rows, permutation
 from parallel.dispatch.all_to_all import expert_major
-from parallel.dispatch.exchange import Link, Parcel, Traffic, Wire, pack, per_choice, to_choices
-from parallel.dispatch.route import Back, Route
+from parallel.dispatch.packed_rows import (
+    DispatchCounters,
+    PackedRows,
+    RowAllToAll,
+    WireFormat,
+    pack,
+    per_choice,
+    to_choices,
+)
+from parallel.dispatch.plan import CombinedRows, DispatchPlan
 
 
 class Splits(NamedTuple):
@@ -47,12 +55,12 @@ class Hierarchical:
 
     n_experts: int
     group: dist.ProcessGroup
-    across: Link
-    within: Link
-    traffic: Traffic
+    across: RowAllToAll
+    within: RowAllToAll
+    traffic: DispatchCounters
     align: int = 1
 
-    def plan(self, ids: list[Tensor]) -> list[Route]:
+    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
         n_nodes, m, me = self.across.size, self.within.size, self.group.rank()
         node, place = divmod(me, m)
         nodes = [_nodes_of(ids_TK, self.n_experts, n_nodes) for ids_TK in ids]
@@ -68,14 +76,14 @@ class Hierarchical:
         fan = here_mCme[place].sum(-1), here_mCme[:, :, place].sum(-1).T
         own = rows_NmCE[node, place].unflatten(-1, (n_nodes * m, -1))[:, me].sum(-1, keepdim=True)
         widths = [n_nodes, n_nodes, m, m, 1]
-        routes: list[Route] = []
+        routes: list[DispatchPlan] = []
         for c, row in enumerate(torch.cat([*to_all, *fan, own], 1).tolist()):  # the one wait
             ends = list(accumulate(widths))
             *splits, (at_home,) = (row[b - w : b] for b, w in zip(ends, widths, strict=True))
             level_1, level_2 = Splits(*splits[:2]), Splits(*splits[2:])
             to_nodes = permutation(nodes[c], n_nodes, n_rows=sum(level_1.sent))
             by_expert = expert_major(here_mCme[:, c, place], sum(level_2.got), self.align)
-            routes.append(TwoLevelRoute(self, ids[c], to_nodes, level_1, level_2, by_expert))
+            routes.append(TwoLevelPlan(self, ids[c], to_nodes, level_1, level_2, by_expert))
             self.traffic.rows_sent += ids[c].numel() - at_home
             self.traffic.rows_received += sum(level_2.got)
         return routes
@@ -88,7 +96,7 @@ class Hierarchical:
 
 
 @dataclass
-class TwoLevelRoute:
+class TwoLevelPlan:
     """To nodes, there to the ranks of experts, there by expert; and back."""
 
     planner: Hierarchical
@@ -106,8 +114,8 @@ class TwoLevelRoute:
         self.nodes_per_token = min(self.planner.across.size, self.top_k)
 
     def to_experts(
-        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
-    ) -> Callable[[], Parcel]:
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
+    ) -> Callable[[], PackedRows]:
         extra = None
         if weights_TK is not None:  # not in backward, when the ids have come already
             extra_TJ = torch.cat([weights_TK, self.ids_TK.to(weights_TK.dtype)], 1)
@@ -115,7 +123,7 @@ class TwoLevelRoute:
         leaving = pack(x_TD, wire).gathered(self.to_nodes, extra)
         arrive = self.planner.across.start(leaving, *self.level_1)
 
-        def end() -> Parcel:
+        def end() -> PackedRows:
             parcel, weights_UK = arrive(), None
             if parcel.extra is not None:
                 weights_UK, ids_UK = parcel.extra.split(self.top_k, 1)
@@ -130,26 +138,28 @@ class TwoLevelRoute:
         return end
 
     def to_tokens(
-        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
-    ) -> Callable[[], Back]:
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
+    ) -> Callable[[], CombinedRows]:
         assert self.to_ranks is not None
         rows_SD = combine_rows(rows_PD, self.by_expert, 1)
         extra_S = to_choices(weights_P, self.by_expert, 1)
         sent, got = self.level_2
-        back = self.planner.within.start(Parcel(rows_SD, None, extra_S), got, sent)()
+        back = self.planner.within.start(PackedRows(rows_SD, None, extra_S), got, sent)()
         tokens_UD = combine_rows(back.data, self.to_ranks, self.top_k)
         weights_UK = to_choices(back.extra, self.to_ranks, self.top_k)
         sent, got = self.level_1
         arrive = self.planner.across.start(pack(tokens_UD, wire, weights_UK), got, sent)
 
-        def end() -> Back:
+        def end() -> CombinedRows:
             parcel = arrive()
             values = parcel.values(rows_PD.dtype)
             y_TD = combine_rows(values, self.to_nodes, self.nodes_per_token)
             if parcel.extra is None:
-                return Back(y_TD, None)
+                return CombinedRows(y_TD, None)
             # each choice has its number in one node's row and zero in the others
-            return Back(y_TD, combine_rows(parcel.extra, self.to_nodes, self.nodes_per_token))
+            return CombinedRows(
+                y_TD, combine_rows(parcel.extra, self.to_nodes, self.nodes_per_token)
+            )
 
         return end
 

@@ -1,8 +1,8 @@
 """Rows that found no room: asked for once per step, before anything has changed.
 
-The dispatchers add up on the device what did not fit (`Traffic.lost`). One sum over ranks and one
-read per step tell whether the step counts; if not, it is redone on the exact path, or the run
-stops.
+The dispatchers add up on the device what did not fit (`DispatchCounters.lost`). One sum over ranks
+and one read per step tell whether the step counts; if not, it is redone on the exact path, or the
+run stops.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from parallel.dispatch.gathering import routed_dispatchers
-from parallel.dispatch.route import RoutedDispatcher
+from parallel.dispatch.plan import RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 from parallel.ranks import sum_over_ranks
 

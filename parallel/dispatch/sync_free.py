@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 
 from kernels.moe.permute import Permutation, permutation
-from parallel.dispatch.all_to_all import AllToAll, DirectRoute
-from parallel.dispatch.exchange import Link
-from parallel.dispatch.route import Route
+from parallel.dispatch.all_to_all import AllToAll, DirectPlan
+from parallel.dispatch.packed_rows import RowAllToAll
+from parallel.dispatch.plan import DispatchPlan
 
 
 class SyncFree:
     """`Planner` with buffers of fixed size."""
 
-    def __init__(self, n_experts: int, link: Link, capacity_factor: float, align: int = 1) -> None:
+    def __init__(
+        self, n_experts: int, link: RowAllToAll, capacity_factor: float, align: int = 1
+    ) -> None:
         self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
         self.capacity_factor, self.align = capacity_factor, align
         self.uneven = AllToAll(n_experts, link, align)
@@ -43,12 +45,12 @@ class SyncFree:
         most = n_rows // top_k * min(top_k, self.n_experts // self.link.size)
         return min(math.ceil(self.capacity_factor * even), most)
 
-    def plan(self, ids: list[Tensor]) -> list[Route]:
+    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
         if self.exact or not torch.is_grad_enabled():
             return self.uneven.plan(ids)
         return [self._plan(ids_TK) for ids_TK in ids]
 
-    def _plan(self, ids_TK: Tensor) -> Route:
+    def _plan(self, ids_TK: Tensor) -> DispatchPlan:
         ep, top_k = self.link.size, ids_TK.shape[1]
         room = self.capacity(ids_TK.numel(), top_k)
         every = permutation(ids_TK, self.n_experts)
@@ -58,7 +60,7 @@ class SyncFree:
         self._account(wanted_re, kept_re, got_re, room)
         to = _into_buffers(every, wanted_re.sum(1), room)
         by_expert = permutation(_expert_of_slot(got_re, room), got_re.shape[1], self.align)
-        return DirectRoute(self.link, to, by_expert, None, None, top_k)
+        return DirectPlan(self.link, to, by_expert, None, None, top_k)
 
     def _account(self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int) -> None:
         traffic, own = self.traffic, kept_re[self.link.group.rank()]

@@ -24,7 +24,7 @@ from functools import cached_property
 
 from torch import nn
 
-from configs.degrees import Degrees
+from configs.parallel_dims import ParallelDims
 from models.decoder import Decoder
 from models.fp8 import WEIGHTS
 from models.linear import Fp8Module
@@ -123,12 +123,14 @@ class Groups:
         return ends + [group for block in self.blocks for group in block.all()]
 
 
-def groups_of(model: Decoder, divided: set[nn.Module], degrees: Degrees, reshard: bool) -> Groups:
+def groups_of(
+    model: Decoder, divided: set[nn.Module], parallel_dims: ParallelDims, reshard: bool
+) -> Groups:
     """The groups that `parallel.apply` makes of a rank's part of a model.
 
     divided: modules whose own weights the ranks of `tp` divide. reshard: after forward.
     """
-    d = degrees
+    d = parallel_dims
     blocks, taken = [], set[nn.Parameter]()
     axes = {"dp_shard": d.dp_shard, "dp_shard_tp": d.dp_shard * d.tp, "efsdp": d.efsdp}
     shards_of = dict[nn.Module, dict[str, list[Shard]]]()
@@ -202,7 +204,7 @@ class Sharding:
             return
         group.gathering = True
         if group.ranks > 1:
-            self.ledger.exchange(group.axis, ALL_GATHER, group.gathered_bytes(self.item))
+            self.ledger.tp_comm(group.axis, ALL_GATHER, group.gathered_bytes(self.item))
             casts = sum(group.cast_bytes(self.item))
             self._add(GATHERED, casts)
             self._add(GATHERED, group.gathered_bytes(self.item))
@@ -271,9 +273,9 @@ class Sharding:
         """The gradients were given up."""
         part = group.own * 4
         if group.ranks > 1:
-            self.ledger.exchange(group.axis, REDUCE_SCATTER, group.whole * 4)
+            self.ledger.tp_comm(group.axis, REDUCE_SCATTER, group.whole * 4)
         if self.replicas > 1:
-            self.ledger.exchange("dp_replicate", ALL_REDUCE, part)
+            self.ledger.tp_comm("dp_replicate", ALL_REDUCE, part)
         # torch's loop over the gradients still has its hands on the last one; gloo copies its
         # input, and torch does where it divides by a factor itself
         copies = self.gloo if group.ranks > 1 else self.replicas > 1
@@ -310,7 +312,7 @@ class Sharding:
         for group in groups:
             if group.ranks > 1:
                 n_bytes = 4 * sum(shard.blocks for shard in group.shards)
-                self.ledger.exchange(group.axis, ALL_REDUCE, n_bytes)
+                self.ledger.tp_comm(group.axis, ALL_REDUCE, n_bytes)
 
     def _release_held(self) -> None:
         self._add(GATHERED, -self.held)

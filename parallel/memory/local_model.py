@@ -14,28 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from configs.degrees import Degrees
-from configs.dispatch import Dispatch
-from configs.schema import RunConfig
+from configs.dispatch import DispatchConfig
+from configs.parallel_dims import ParallelDims
+from configs.schema import JobConfig
 from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from models.attention import GroupedQueryAttention, LatentAttention
 from models.block import Block
 from models.decoder import Decoder
-from models.exchange import Exchange
 from models.fp8 import apply_fp8
 from models.moe import Dispatcher, Experts, FeedForward, LocalDispatcher, MoE
 from models.mtp import MtpModule
+from models.tp_comm import TPComm
 from parallel.dispatch.all_to_all import AllToAll
-from parallel.dispatch.exchange import Link, Traffic
 from parallel.dispatch.gathering import GatheringDispatcher
 from parallel.dispatch.hierarchical import Hierarchical
-from parallel.dispatch.route import Planner, RoutedDispatcher
+from parallel.dispatch.packed_rows import DispatchCounters, RowAllToAll
+from parallel.dispatch.plan import Planner, RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 from parallel.expert import DIMS
 from parallel.fp8_weights import check_divided
 from parallel.memory.shadow import ALL_GATHER, ALL_REDUCE
 from parallel.recompute import apply_recompute
-from parallel.tensor import HEADS, TensorExchange, VocabularyEmbedding
+from parallel.tensor import HEADS, TPGroupComm, VocabularyEmbedding
 
 NODES, NODE = "ep between nodes", "ep in a node"
 """The groups of `hierarchical` dispatch."""
@@ -58,12 +58,12 @@ class SizedGroup:
     def allreduce(self, tensors: Any, *_: Any) -> None:
         """In place: nothing changes."""
         for tensor in tensors:
-            tensor.entry.mode.ledger.exchange(self.group_name, ALL_REDUCE, tensor.nbytes)
+            tensor.entry.mode.ledger.tp_comm(self.group_name, ALL_REDUCE, tensor.nbytes)
 
     def allgather(self, got: Any, mine: Any, *_: Any) -> None:
         """Counts arrive as every rank alike would send them; data does not exist."""
         for outputs, own in zip(got, mine, strict=True):
-            own.entry.mode.ledger.exchange(self.group_name, ALL_GATHER, own.nbytes * self._size)
+            own.entry.mode.ledger.tp_comm(self.group_name, ALL_GATHER, own.nbytes * self._size)
             for output in outputs:
                 if not output.content.is_meta:
                     output.content.copy_(own.content)
@@ -72,7 +72,7 @@ class SizedGroup:
 
 
 def local_decoder(
-    config: RunConfig, degrees: Degrees, device: str
+    config: JobConfig, parallel_dims: ParallelDims, device: str
 ) -> tuple[Decoder, set[nn.Module]]:
     """A rank's part of the model on the meta device, and the modules whose own weights the ranks of
     `tp` divide. device: type of the one it is meant for. One block stands for all that are alike,
@@ -85,23 +85,23 @@ def local_decoder(
         apply_fp8(model, config.precision.fp8)
         align = row_alignment(device)
     divided: set[nn.Module] = set()
-    exchange = TensorExchange(_group("tp", degrees.tp)) if degrees.tp > 1 else None
+    tp_comm = TPGroupComm(_group("tp", parallel_dims.tp)) if parallel_dims.tp > 1 else None
     for module in list(model.modules()):
         if isinstance(module, Experts):
-            _divide_experts(module, degrees)
+            _divide_experts(module, parallel_dims)
         elif isinstance(module, MoE):
-            module.dispatcher = _dispatcher(module, degrees, config.parallel.dispatch, align)
-        if exchange is not None:
-            if isinstance(getattr(module, "exchange", None), Exchange):
-                setattr(module, "exchange", exchange)  # noqa: B010
-            divided |= _divide_over_tp(module, degrees.tp)
-    if exchange is not None:
-        _narrow(model.embed, "weight", 0, degrees.tp)
+            module.dispatcher = _dispatcher(module, parallel_dims, config.parallel.dispatch, align)
+        if tp_comm is not None:
+            if isinstance(getattr(module, "tp_comm", None), TPComm):
+                setattr(module, "tp_comm", tp_comm)  # noqa: B010
+            divided |= _divide_over_tp(module, parallel_dims.tp)
+    if tp_comm is not None:
+        _narrow(model.embed, "weight", 0, parallel_dims.tp)
         model.embed.__class__ = VocabularyEmbedding
-        setattr(model.embed, "exchange", exchange)  # noqa: B010
+        setattr(model.embed, "tp_comm", tp_comm)  # noqa: B010
         divided.add(model.embed)
         if model.head is not None:
-            _narrow(model.head, "weight", 0, degrees.tp)
+            _narrow(model.head, "weight", 0, parallel_dims.tp)
             divided.add(model.head)
     if fp8:
         check_divided(model, shapes)
@@ -109,7 +109,7 @@ def local_decoder(
     return model, divided
 
 
-def _decoder_of_few(config: RunConfig) -> Decoder:
+def _decoder_of_few(config: JobConfig) -> Decoder:
     """The model on the meta device, with one block for each kind of block."""
     whole = config.model
     least = replace(whole, n_layers=1, n_dense_layers=0, moe_every=1, mtp_depth=0)
@@ -129,7 +129,7 @@ def _decoder_of_few(config: RunConfig) -> Decoder:
     return model
 
 
-def _kind(config: RunConfig, index: int) -> tuple[Any, ...]:
+def _kind(config: JobConfig, index: int) -> tuple[Any, ...]:
     """What a block depends on: two of one kind are alike in everything."""
     model, a, fp8 = config.model, config.model.attention, config.precision.fp8
     n_blocks, at = model.n_layers + model.mtp_depth, min(index, model.n_layers - 1)
@@ -141,36 +141,38 @@ def _kind(config: RunConfig, index: int) -> tuple[Any, ...]:
     return (*kind, index) if fp8.keep else kind  # patterns tell blocks apart by their names
 
 
-def _divide_experts(experts: Experts, degrees: Degrees) -> None:
+def _divide_experts(experts: Experts, parallel_dims: ParallelDims) -> None:
     for name, parameter in list(experts._parameters.items()):
         if parameter is not None:
-            _narrow(experts, name, DIMS[name]["ep"], degrees.ep)
-            _narrow(experts, name, DIMS[name]["etp"], degrees.etp)
-            if name == "b2" and degrees.etp > 1:
+            _narrow(experts, name, DIMS[name]["ep"], parallel_dims.ep)
+            _narrow(experts, name, DIMS[name]["etp"], parallel_dims.etp)
+            if name == "b2" and parallel_dims.etp > 1:
                 _pad_when_read(experts, name, parameter.shape[-1])
 
 
-def _dispatcher(moe: MoE, degrees: Degrees, options: Dispatch, align: int) -> Dispatcher:
+def _dispatcher(
+    moe: MoE, parallel_dims: ParallelDims, options: DispatchConfig, align: int
+) -> Dispatcher:
     n_experts = moe.router.config.n_experts
     dispatcher: Dispatcher = LocalDispatcher(n_experts, align)
-    if degrees.ep > 1:
-        planner = _planner(n_experts, degrees.ep, options, align)
+    if parallel_dims.ep > 1:
+        planner = _planner(n_experts, parallel_dims.ep, options, align)
         dispatcher = RoutedDispatcher(planner, options)
-    if degrees.etp > 1:
-        dispatcher = GatheringDispatcher(dispatcher, _group("etp", degrees.etp))
+    if parallel_dims.etp > 1:
+        dispatcher = GatheringDispatcher(dispatcher, _group("etp", parallel_dims.etp))
     return dispatcher
 
 
-def _planner(n_experts: int, ep: int, options: Dispatch, align: int) -> Planner:
+def _planner(n_experts: int, ep: int, options: DispatchConfig, align: int) -> Planner:
     """What `parallel.dispatch.factory` would make. The buffers of DeepEP are its own: its rows
     are counted as those of the exact exchange."""
     if options.kind == "hierarchical":
         size = options.node_size or math.gcd(ep, _RANKS_PER_NODE)
-        traffic = Traffic()
-        across = Link(_group(NODES, ep // size), [False] * (ep // size), traffic)
-        within = Link(_group(NODE, size), [False] * size, traffic)
+        traffic = DispatchCounters()
+        across = RowAllToAll(_group(NODES, ep // size), [False] * (ep // size), traffic)
+        within = RowAllToAll(_group(NODE, size), [False] * size, traffic)
         return Hierarchical(n_experts, _group("ep", ep), across, within, traffic, align)
-    link = Link(_group("ep", ep), [False] * ep)
+    link = RowAllToAll(_group("ep", ep), [False] * ep)
     if options.kind == "sync_free":
         return SyncFree(n_experts, link, options.capacity_factor, align)
     return AllToAll(n_experts, link, align)
@@ -208,7 +210,7 @@ def _narrow(module: nn.Module, name: str, dim: int, size: int) -> None:
 
 
 def _pad_when_read(module: nn.Module, name: str, width: int) -> None:
-    """As `parallel.local.pad_local` does, for the first rank."""
+    """As `parallel.sharded_parameters.pad_local` does, for the first rank."""
 
     def read(module: nn.Module) -> Tensor:
         part = module._parameters[name]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from configs.degrees import Degrees
-from configs.schema import RunConfig
+from configs.parallel_dims import ParallelDims
+from configs.schema import JobConfig
 from kernels.fp8 import BLOCK
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.layers.cross_entropy import linear_cross_entropy
@@ -71,11 +71,11 @@ class Rehearsal:
     """Runs the parts of a model on shadows."""
 
     def __init__(
-        self, config: RunConfig, degrees: Degrees, device: str, compute: torch.dtype
+        self, config: JobConfig, parallel_dims: ParallelDims, device: str, compute: torch.dtype
     ) -> None:
         """device: `cpu`, or anything else for an accelerator with torch's fused kernels."""
-        self.config, self.degrees, self.compute = config, degrees, compute
-        self.model, self.divided = local_decoder(config, degrees, device)
+        self.config, self.parallel_dims, self.compute = config, parallel_dims, compute
+        self.model, self.divided = local_decoder(config, parallel_dims, device)
         self.blocks = self.model.blocks()
         self.shadows = Shadows("cpu" if device == "cpu" else "meta")
         self.fused = device != "cpu"
@@ -84,7 +84,7 @@ class Rehearsal:
         """Parts of a block's rows that went through its experts in forward, and of those the ones
         whose gradients have yet to come."""
         self.n_tokens = config.train.micro_batch * config.data.seq_len
-        self.own_tokens = self.n_tokens // degrees.tp
+        self.own_tokens = self.n_tokens // parallel_dims.tp
         self._watch(self.model)
 
     def run(self) -> tuple[Traces, Traces]:
@@ -107,7 +107,11 @@ class Rehearsal:
     def _may_redo(self) -> bool:
         """Whether a step whose rows found no room is redone on the exact path."""
         options = self.config.parallel.dispatch
-        return options.kind == "sync_free" and options.on_overflow == "redo" and self.degrees.ep > 1
+        return (
+            options.kind == "sync_free"
+            and options.on_overflow == "redo"
+            and self.parallel_dims.ep > 1
+        )
 
     def _masks(self, kinds: list[int], core: DocumentAttention) -> dict[int, Trace]:
         found: dict[int, Trace] = {}
@@ -171,7 +175,7 @@ class Rehearsal:
     def _uneven(self, index: int, *arguments: Any) -> tuple[Trace, Trace]:
         """A block whose first experts get all tokens of all ranks. So many rows may come that
         their numbers alone would fill this machine: then it is run at two smaller loads."""
-        moe, d = self.config.model.moe, self.degrees
+        moe, d = self.config.model.moe, self.parallel_dims
         sent = self.own_tokens * d.etp * min(moe.top_k, moe.n_experts // d.ep)
         small, worst = max(_FEW_ROWS, sent), sent * d.ep
         if worst <= 2 * small:
@@ -187,7 +191,7 @@ class Rehearsal:
         model = self.model
         model.layers = nn.ModuleList([_Place(self, LAYERS)])
         model.mtp = nn.ModuleList(_Place(self, MTP) for _ in model.mtp)
-        few = self.degrees.tp * max(_FEW_LOGITS // model.config.vocab_size, 1)
+        few = self.parallel_dims.tp * max(_FEW_LOGITS // model.config.vocab_size, 1)
         if self.fused or self.n_tokens <= 2 * few:
             return self._ends_of(self.n_tokens, core)
         low, high = self._ends_of(few, core), self._ends_of(2 * few, core)
@@ -204,12 +208,12 @@ class Rehearsal:
 
         def output(x_TD: Tensor, head_VD: Tensor) -> Tensor:
             self.shadows.ledger.kinds[-1] = "logits and loss"
-            return linear_cross_entropy(x_TD, head_VD, targets_T, model.exchange.group)
+            return linear_cross_entropy(x_TD, head_VD, targets_T, model.tp_comm.group)
 
         def run() -> None:
-            ahead: list[tuple[Tensor, Output]] = [(tokens_T, output) for _ in model.mtp]
-            found = model(tokens_T, positions_T, core, output, ahead)
-            losses.append(torch.stack(found).sum() if ahead else found)
+            mtp_outputs: list[tuple[Tensor, Output]] = [(tokens_T, output) for _ in model.mtp]
+            found = model(tokens_T, positions_T, core, output, mtp_outputs)
+            losses.append(torch.stack(found).sum() if mtp_outputs else found)
 
         def back() -> None:
             losses.pop().backward()
@@ -265,7 +269,7 @@ class Rehearsal:
         """
         moe = self.config.model.moe
         n_rows, experts = self.own_tokens * moe.top_k, torch.arange(moe.n_experts)
-        n_local = moe.n_experts // self.degrees.ep
+        n_local = moe.n_experts // self.parallel_dims.ep
         pair_E = experts % n_local // 2
         more_E = (pair_E * 13 % 16 + 1) * (1 - 2 * (experts % n_local % 2))
         more_E[pair_E == n_local // 2] = 0  # the last of an odd number
@@ -289,7 +293,7 @@ class Rehearsal:
             if kind is not None:
                 module.register_forward_pre_hook(lambda *_, kind=kind: ledger.kinds.append(kind))
                 module.register_forward_hook(lambda *_: _pop(ledger.kinds), always_call=True)
-            if isinstance(module, Experts) and self.degrees.tp * self.degrees.ep > 1:
+            if isinstance(module, Experts) and self.parallel_dims.tp * self.parallel_dims.ep > 1:
                 module.register_forward_pre_hook(self._before_experts)
                 module.register_forward_hook(self._after_experts)
 

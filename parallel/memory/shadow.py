@@ -67,7 +67,7 @@ class Ledger:
         if self.total > self.most:
             self.most, self.peak = self.total, Counter(self.now)
 
-    def exchange(self, group: str, kind: str, n_bytes: int) -> None:
+    def tp_comm(self, group: str, kind: str, n_bytes: int) -> None:
         """The larger side of an exchange: what a gather gives, else what this rank puts in."""
         self.exchanged[f"{group} {kind}"] += n_bytes
 
@@ -226,7 +226,7 @@ class Shadows(TorchDispatchMode):
             if operation in _KINDS:
                 kind = _KINDS[operation]
                 larger = results if kind == ALL_GATHER else args[0]
-                self.ledger.exchange(args[-1], kind, larger.nbytes)
+                self.ledger.tp_comm(args[-1], kind, larger.nbytes)
         elif tensors:
             if "device" in kwargs:
                 kwargs["device"] = "meta" if any(map(_is_meta, tensors)) else "cpu"

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from configs.dispatch import Dispatch
-from configs.model import Moe
+from configs.dispatch import DispatchConfig
+from configs.model import MoEConfig
 from models.moe import Dispatcher, Experts, ExpertsFn, LocalDispatcher, Rows, row_values
 from parallel.dispatch.factory import dispatcher_maker
-from parallel.dispatch.route import RoutedDispatcher
+from parallel.dispatch.plan import RoutedDispatcher
 from parallel.ranks import start_ranks, stop_ranks
 
 
@@ -62,14 +62,14 @@ def dispatchers(setting: dict[str, Any]) -> dict[str, Dispatcher]:
     world, n_experts = dist.get_world_size(), setting["experts"]
     node_size = 0 if setting["link"] else world // 2
     options = {
-        "all_to_all": Dispatch(node_size=node_size),
-        "all_to_all, FP8": Dispatch(
+        "all_to_all": DispatchConfig(node_size=node_size),
+        "all_to_all, FP8": DispatchConfig(
             node_size=node_size, dispatch_dtype="fp8", combine_grad_dtype="fp8"
         ),
-        "overlapped": Dispatch(node_size=node_size, chunks=setting["chunks"]),
-        "sync_free": Dispatch(kind="sync_free", node_size=node_size, capacity_factor=1.25),
-        "hierarchical": Dispatch(kind="hierarchical", node_size=node_size),
-        "hierarchical, overlapped": Dispatch(
+        "overlapped": DispatchConfig(node_size=node_size, chunks=setting["chunks"]),
+        "sync_free": DispatchConfig(kind="sync_free", node_size=node_size, capacity_factor=1.25),
+        "hierarchical": DispatchConfig(kind="hierarchical", node_size=node_size),
+        "hierarchical, overlapped": DispatchConfig(
             kind="hierarchical", node_size=node_size, chunks=setting["chunks"]
         ),
     }
@@ -104,7 +104,7 @@ class Layer:
         torch.manual_seed(dist.get_rank())
         tokens, width = setting["tokens"], setting["width"]
         local = n_experts // world
-        moe = Moe(n_experts=local, top_k=1, d_expert=setting["d_expert"])
+        moe = MoEConfig(n_experts=local, top_k=1, d_expert=setting["d_expert"])
         experts = Experts(width, moe).bfloat16()
         for parameter in experts.parameters():
             torch.nn.init.normal_(parameter, std=0.02)

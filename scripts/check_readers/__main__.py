@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_config, read_model
@@ -81,11 +81,11 @@ READERS = (
 def prompts_of(tokenizer: Tokenizer, max_positions: int, n_tokens: int) -> list[list[int]]:
     """The texts as token ids, and a long prompt; all leave room for `n_tokens`.
 
-    Raises ConfigError where there is none.
+    Raises UserError where there is none.
     """
     room = min(max_positions - n_tokens, _LONGEST_PROMPT)
     if room < 1:
-        raise ConfigError(
+        raise UserError(
             f"config.json: max_position_embeddings = {max_positions}: must be more than {n_tokens}"
         )
     texts = [tokenizer.encode(text).ids for text in TEXTS]
@@ -154,7 +154,7 @@ def in_common(first: list[int], second: list[int]) -> int:
 def ask(
     reader: Reader, python: str, folder: Path, llama_cpp: Path | None, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """A reader's answer. Raises ConfigError with its error where it fails."""
+    """A reader's answer. Raises UserError with its error where it fails."""
     with tempfile.TemporaryDirectory() as name:
         work, source = Path(name), folder.resolve()
         if llama_cpp is not None:
@@ -174,9 +174,9 @@ def ask(
                 timeout=_SECONDS,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigError(str(error)) from None
+            raise UserError(str(error)) from None
         if done.returncode or not answer.is_file():
-            raise ConfigError(f"{last_error(done.stderr)} (exit code {done.returncode})")
+            raise UserError(f"{last_error(done.stderr)} (exit code {done.returncode})")
         result: dict[str, Any] = json.loads(answer.read_text())
         return result
 
@@ -187,7 +187,7 @@ def check(
     """Ask every reader that has a Python, print the outcome line by line, and return it.
 
     pythons: by the reader's name. The outcome: None where a reader was not tried, else what went
-    wrong. Raises ConfigError where the export itself cannot be read.
+    wrong. Raises UserError where the export itself cannot be read.
     """
     _, raw = read_config(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -211,7 +211,7 @@ def check(
             continue
         try:
             answer = ask(reader, pythons[reader.name], folder, source, request)
-        except ConfigError as error:
+        except UserError as error:
             outcome[reader.name] = [f"failed: {error}"]
             print(f"{reader.name}: failed: {error}", flush=True)
             continue
@@ -238,7 +238,7 @@ def main() -> int:
         outcome = check(
             arguments["export"], pythons, arguments["llama_cpp_source"], arguments["tolerance"]
         )
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if any(outcome.values()):

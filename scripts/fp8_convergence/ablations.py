@@ -206,10 +206,10 @@ class _Products:
         ]
         return torch.stack(made).view(like.shape).to(like.dtype)
 
-    def _by_rows(self, x: Tensor, w: Tensor, quantise: Quantise) -> Tensor:
+    def _by_rows(self, x: Tensor, w: Tensor, quantize: Quantise) -> Tensor:
         y = x.new_zeros(len(x), w.shape[-1])
         for part, matrix in zip(self.parts, w if w.dim() == 3 else w[None], strict=True):
-            y[part] = self._multiply(quantise(x[part], 1, x), matrix)
+            y[part] = self._multiply(quantize(x[part], 1, x), matrix)
         return y
 
     def _multiply(self, a: Tensor, b: Tensor) -> Tensor:

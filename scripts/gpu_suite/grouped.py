@@ -55,7 +55,7 @@ def check(place: Place) -> Iterator[Check]:
         outputs = _bf16(x, dy, w, ends, counts)
         exact = tuple(t.double() for t in (x, dy, w, x, dy))
         yield from _check(f"{shape}, bf16", outputs, exact, ends, counts)
-        operands = _quantised(x, dy, w, ends, counts)
+        operands = _quantized(x, dy, w, ends, counts)
         outputs = _fp8(operands, ends, counts, align)
         yield from _check(f"{shape}, fp8", outputs, _exact(operands, ends, counts), ends, counts)
 
@@ -90,7 +90,7 @@ def _bf16(x: Tensor, dy: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> dic
     return found
 
 
-def _quantised(x: Tensor, dy: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Operands:
+def _quantized(x: Tensor, dy: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Operands:
     """Rows and columns of x and dy, and w in both memory orders."""
     rows = [quantize_1x128(t) for t in (x, dy)]
     columns = [quantize_128x1_grouped(t, ends, counts) for t in (x, dy)]
@@ -187,7 +187,7 @@ def _measure_fp8(
 ) -> Iterator[Timing]:
     ends, counts = _groups(sizes, BLOCK, place)
     x, dy = (_rows(width, ends, counts, 0, place) for width in (w.shape[2], w.shape[1]))
-    rows, columns, weight, turned = _quantised(x, dy, w, ends, counts)
+    rows, columns, weight, turned = _quantized(x, dy, w, ends, counts)
     both = *columns[1], *columns[0], ends, counts
     into, offsets = torch.zeros(w.shape, device=w.device), ends.to(torch.int32)
     operands = {"nt": (rows[0], weight), "nn": (rows[1], (turned.mT, weight.scales.mT))}

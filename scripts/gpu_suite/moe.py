@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from configs.model import Attention, Model, Moe
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
 from kernels.moe import permute
 from kernels.moe.permute import Permutation
-from kernels.moe.router import Rule, route, route_backward_reference, route_reference
+from kernels.moe.router import RouterOptions, route, route_backward_reference, route_reference
 from models.moe import MoE
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
@@ -67,7 +67,11 @@ def check(place: Place) -> Iterator[Check]:
         ids[: tokens // 3] = 0
         for align in (1, 128):
             yield from _check_rows(place, ids, experts, align)
-    rules = (128, Rule(8, True)), (256, Rule(8, False, 8, 4, True, 2.5)), (8, Rule(2, True))
+    rules = (
+        (128, RouterOptions(8, True)),
+        (256, RouterOptions(8, False, 8, 4, True, 2.5)),
+        (8, RouterOptions(2, True)),
+    )
     for experts, rule in rules:
         yield from _check_router(place, experts, rule)
     yield from _check_layer(place)
@@ -107,7 +111,7 @@ def _check_rows(place: Place, ids: Tensor, experts: int, align: int) -> Iterator
     )
 
 
-def _check_router(place: Place, experts: int, rule: Rule) -> Iterator[Check]:
+def _check_router(place: Place, experts: int, rule: RouterOptions) -> Iterator[Check]:
     case = f"router {experts} experts, {'softmax' if rule.softmax else 'sigmoid'}"
     logits, bias = torch.randn(1000, experts), torch.randn(experts) * 0.01
     logits[:, 1] = logits[:, 0]  # equals
@@ -237,7 +241,7 @@ def _measure_rows(
 
 def _measure_router(place: Place, tokens: int, experts: int, top_k: int) -> Iterator[Timing]:
     logits = torch.randn(tokens, experts, device=place.device, requires_grad=True)
-    bias, rule = torch.zeros(experts, device=place.device), Rule(top_k, True)
+    bias, rule = torch.zeros(experts, device=place.device), RouterOptions(top_k, True)
     grad = torch.randn(tokens, top_k, device=place.device)
 
     def step(run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -318,11 +322,11 @@ def liger(layer: MoE, x_TD: Tensor) -> Tensor:
 def _layer(
     width: int, hidden: int, experts: int, top_k: int, balanced: bool, device: torch.device
 ) -> MoE:
-    moe = Moe(n_experts=experts, top_k=top_k, d_expert=hidden, force_balance=balanced)
-    attention = Attention(n_heads=1, head_dim=2)
-    layer = MoE(Model(vocab_size=2, d_model=width, n_layers=1, attention=attention, moe=moe)).to(
-        device, torch.bfloat16
-    )
+    moe = MoEConfig(n_experts=experts, top_k=top_k, d_expert=hidden, force_balance=balanced)
+    attention = AttentionConfig(n_heads=1, head_dim=2)
+    layer = MoE(
+        ModelConfig(vocab_size=2, d_model=width, n_layers=1, attention=attention, moe=moe)
+    ).to(device, torch.bfloat16)
     layer.router.float_bias()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

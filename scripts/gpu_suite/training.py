@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from configs.degrees import resolve
 from configs.loader import from_dict
-from configs.schema import RunConfig
+from configs.parallel_dims import resolve
+from configs.schema import JobConfig
 from models.decoder import Decoder
 from parallel import mesh as meshes
-from parallel.apply import materialise, parallelize
+from parallel.apply import materialize, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import start_ranks, stop_ranks
 from scripts.gpu_suite.harness import Check, Place, Timing
@@ -65,13 +65,13 @@ class Training:
     """A model on one device, and steps of it."""
 
     def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
-        config: RunConfig = from_dict(settings, "gpu_suite")
-        degrees = resolve(config, 1)
+        config: JobConfig = from_dict(settings, "gpu_suite")
+        parallel_dims = resolve(config, 1)
         with torch.device("meta"):
             self.model = Decoder(config.model)
         compute = torch.float32 if config.precision.recipe == "fp32" else torch.bfloat16
-        parallelize(self.model, meshes.build(degrees, device.type), config, compute)
-        materialise(self.model, config.model, config.run.seed, device)
+        parallelize(self.model, meshes.build(parallel_dims, device.type), config, compute)
+        materialize(self.model, config.model, config.run.seed, device)
         self.weights = gather_in_fp8(self.model)
         self.weights.refresh()
         self.optimizer = torch.optim.AdamW(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.moe import permute_triton, router_triton
-from kernels.moe.router import Rule
+from kernels.moe.router import RouterOptions
 from scripts.kernel_table.case import SIZE, Case
 
 TOKENS, TOP_K = 4096, 8
@@ -64,9 +64,9 @@ def _rows() -> list[Case]:
 
 def _routers() -> list[Case]:
     families = {
-        "softmax, 8 experts": (8, Rule(2, True)),
-        "softmax, 128 experts": (128, Rule(8, True)),
-        "sigmoid, 256 experts in 8 groups": (256, Rule(8, False, 8, 4, True, 2.5)),
+        "softmax, 8 experts": (8, RouterOptions(2, True)),
+        "softmax, 128 experts": (128, RouterOptions(8, True)),
+        "sigmoid, 256 experts in 8 groups": (256, RouterOptions(8, False, 8, 4, True, 2.5)),
     }
     found = []
     for name, (experts, rule) in families.items():
@@ -74,18 +74,21 @@ def _routers() -> list[Case]:
         ids = torch.zeros(TOKENS, rule.top_k, dtype=torch.int64)
 
         def forward(
-            fp8: torch.dtype, logits: Tensor = logits, bias: Tensor = bias, rule: Rule = rule
+            fp8: torch.dtype,
+            logits: Tensor = logits,
+            bias: Tensor = bias,
+            rule: RouterOptions = rule,
         ) -> object:
             return router_triton.route(logits, bias, None, *rule)
 
         def given(
             fp8: torch.dtype, logits: Tensor = logits, bias: Tensor = bias, ids: Tensor = ids,
-            rule: Rule = rule,
+            rule: RouterOptions = rule,
         ) -> object:  # fmt: skip
             return router_triton.route(logits, bias, ids, *rule)
 
         def backward(
-            fp8: torch.dtype, logits: Tensor = logits, ids: Tensor = ids, rule: Rule = rule
+            fp8: torch.dtype, logits: Tensor = logits, ids: Tensor = ids, rule: RouterOptions = rule
         ) -> object:
             grad = logits.new_empty(ids.shape)
             return router_triton.backward(grad, logits, ids, rule.softmax, True, rule.scale)

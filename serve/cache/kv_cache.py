@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """Of what is free after the weights are loaded; on a CPU other programs live in it too."""
@@ -54,7 +54,12 @@ class KvCache:
     """The pool on its device, and the allocator of its pages."""
 
     def __init__(
-        self, model: Model, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: ModelConfig,
+        n_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.page_size = page_size
         self.allocator = PageAllocator(n_pages)
@@ -95,13 +100,13 @@ class KvCache:
         return self.slots_LS[layer, 1]
 
 
-def bytes_per_token(model: Model, dtype: torch.dtype) -> int:
+def bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers."""
     return model.n_layers * 2 * model.attention.kv_heads * model.attention.head_dim * dtype.itemsize
 
 
 def build_cache(
-    model: Model,
+    model: ModelConfig,
     *,
     kv_tokens: int,
     page_size: int,
@@ -112,7 +117,7 @@ def build_cache(
     """The cache of a server.
 
     kv_tokens: capacity in tokens, rounded up to pages; 0 means `wanted` tokens, or what a share of
-    the free memory holds where that is less. ConfigError where it does not fit.
+    the free memory holds where that is less. UserError where it does not fit.
     """
     free = free_memory(device)
     each = bytes_per_token(model, dtype)
@@ -120,11 +125,11 @@ def build_cache(
         share = _SHARE_OF_FREE_MEMORY.get(device.type, 0.25)
         kv_tokens = min(wanted, int(free * share) // each)
         if kv_tokens < page_size:
-            raise ConfigError(f"no memory for a KV cache: {free / 2**20:.0f} MiB are free")
+            raise UserError(f"no memory for a KV cache: {free / 2**20:.0f} MiB are free")
     n_pages = -(-kv_tokens // page_size) + 1
     size = n_pages * page_size * each
     if size > free:
-        raise ConfigError(
+        raise UserError(
             f"--kv-tokens {kv_tokens}: needs {size / 2**20:.0f} MiB, "
             f"{free / 2**20:.0f} MiB are free; at most {free // each} tokens fit"
         )

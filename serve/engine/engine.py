@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from serve.cache.kv_cache import build_cache
 from serve.engine.detokenizer import TextStream
 from serve.engine.loading import Export
@@ -54,7 +54,7 @@ class EngineOptions:
         _check("max_batch_tokens", self.max_batch_tokens, 1, 1 << 20)
         _check("kv_tokens", self.kv_tokens, 0, 1 << 40)
         if self.max_batch_tokens < self.max_running:
-            raise ConfigError(
+            raise UserError(
                 f"--max-batch-tokens {self.max_batch_tokens}: must be at least "
                 f"--max-running {self.max_running}, for every running request needs one per step"
             )
@@ -63,7 +63,7 @@ class EngineOptions:
 def _check(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         option = "--" + name.replace("_", "-")
-        raise ConfigError(f"{option} {value}: must lie between {low} and {high}")
+        raise UserError(f"{option} {value}: must lie between {low} and {high}")
 
 
 @dataclass

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 from models.decoder import Decoder
 from models.hf.files import read_config, read_model
 from models.hf.folder import inside, read_json
-from models.hf.shown import one_line, shown
+from models.hf.messages import one_line, shown
 
 DTYPES = {
     "fp32": torch.float32,
@@ -43,13 +43,13 @@ def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Expo
     """Read an export.
 
     dtype: `auto` (that of the export), `fp32` or `bf16`. device: `auto`, `cpu`, `cuda`, `cuda:1`.
-    ConfigError: one line that names the file and what is wrong with it.
+    UserError: one line that names the file and what is wrong with it.
     """
     model_config, raw = read_config(folder)
     place = folder / "config.json"
     max_length = raw.get("max_position_embeddings")
     if type(max_length) is not int or max_length < 2:
-        raise ConfigError(f"{place}: max_position_embeddings must be an integer of at least 2")
+        raise UserError(f"{place}: max_position_embeddings must be an integer of at least 2")
     _refuse_unserved(model_config, place)
     tokenizer = _open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
     kind = _dtype(dtype, raw, place)
@@ -65,7 +65,7 @@ def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Expo
     )
 
 
-def _refuse_unserved(model: Model, place: Path) -> None:
+def _refuse_unserved(model: ModelConfig, place: Path) -> None:
     """The paged core knows full attention over grouped heads; training knows more."""
     a = model.attention
     for unserved, name in (
@@ -74,13 +74,13 @@ def _refuse_unserved(model: Model, place: Path) -> None:
         (a.sinks, "attention sinks"),
     ):
         if unserved:
-            raise ConfigError(f"{place}: {name} is not served yet; transformers and vLLM load it")
+            raise UserError(f"{place}: {name} is not served yet; transformers and vLLM load it")
 
 
 def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:
     name = raw.get("dtype") or raw.get("torch_dtype") if dtype == "auto" else dtype
     if name not in DTYPES:
-        raise ConfigError(f"{place}: dtype = {shown(name)}: choose one with --dtype fp32 or bf16")
+        raise UserError(f"{place}: dtype = {shown(name)}: choose one with --dtype fp32 or bf16")
     return DTYPES[name]
 
 
@@ -93,7 +93,7 @@ def _device(device: str) -> torch.device:
     except (RuntimeError, AssertionError):
         usable = False
     if not usable:
-        raise ConfigError(f"--device {device}: must be auto, cpu, or a cuda device that is here")
+        raise UserError(f"--device {device}: must be auto, cpu, or a cuda device that is here")
     return found
 
 
@@ -103,9 +103,9 @@ def _open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{path}: not a tokenizer: {one_line(error)}") from None
+        raise UserError(f"{path}: not a tokenizer: {one_line(error)}") from None
     if tokenizer.get_vocab_size() > vocab_size:
-        raise ConfigError(
+        raise UserError(
             f"{path}: has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: "
             "is it the tokenizer of another model?"
         )
@@ -128,5 +128,5 @@ def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
         return frozenset()
     tokens = found if isinstance(found, list) else [found]
     if not all(type(token) is int for token in tokens):
-        raise ConfigError(f"{place}: eos_token_id = {shown(found)}: must be an integer or integers")
+        raise UserError(f"{place}: eos_token_id = {shown(found)}: must be an integer or integers")
     return frozenset(tokens)

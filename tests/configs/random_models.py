@@ -5,17 +5,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from configs.model import Attention, Model, Moe, Rope
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 
 
-def random_models(seeds: Iterable[int]) -> Iterator[Model]:
+def random_models(seeds: Iterable[int]) -> Iterator[ModelConfig]:
     """One model per seed; most settings of every section vary together."""
     for seed in seeds:
         yield _model(random.Random(seed))
 
 
-def family_model(family: str, seed: int) -> Model:
+def family_model(family: str, seed: int) -> ModelConfig:
     """A random model with the features of `family`, one of `FEATURES`."""
     rng = random.Random(f"{family} {seed}")
     model, kind = _model(rng), FEATURES[family]
@@ -33,7 +33,7 @@ def family_model(family: str, seed: int) -> Model:
     return replace(
         model,
         **{"moe_every": 1, "mtp_depth": 0} | changed,
-        attention=Attention(**attention),
+        attention=AttentionConfig(**attention),
         rope=replace(model.rope, interleaved=_pick(rng, kind.get("interleaved", False)), **scales),
         moe=replace(model.moe, **moe),
     )
@@ -79,11 +79,11 @@ FEATURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _model(rng: random.Random) -> Model:
+def _model(rng: random.Random) -> ModelConfig:
     while True:
         try:
             n_layers = rng.randint(1, 4)
-            return Model(
+            return ModelConfig(
                 vocab_size=rng.randint(1, 40),
                 d_model=rng.randint(1, 17),
                 n_layers=n_layers,
@@ -93,11 +93,11 @@ def _model(rng: random.Random) -> Model:
                 norm_eps=rng.choice([1e-6, 1e-5]),
                 tie_embeddings=rng.random() < 0.5,
                 mtp_depth=rng.choice([0, 0, 1, 2]),
-                attention=Attention(**_attention(rng)),
-                rope=Rope(**_rope(rng)),
-                moe=Moe(**_moe(rng)),
+                attention=AttentionConfig(**_attention(rng)),
+                rope=RopeConfig(**_rope(rng)),
+                moe=MoEConfig(**_moe(rng)),
             )
-        except ConfigError:
+        except UserError:
             continue
 
 

@@ -10,8 +10,8 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from configs.errors import ConfigError, UserError
 from configs.loader import flatten, load, parse_arguments, to_toml
-from configs.rules import ConfigError
 from tests.runs import TINY
 
 KEYS = sorted(flatten(load(TINY)))
@@ -33,7 +33,7 @@ def outcome(path: Path, overrides: list[str], key: str, again: Path) -> None:
         text = to_toml(config)
         again.write_text(text, "utf-8")
         assert load(again) == config
-    except ConfigError as error:
+    except UserError as error:
         line = str(error)
         assert len(line.splitlines()) == 1 and len(line) <= 700, line
         assert key in line or "TOML" in line or "UTF-8" in line, line

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.degrees import default_world, resolve
+from configs.errors import ConfigError
 from configs.loader import flatten, from_dict, load, to_toml, unflatten
+from configs.parallel_dims import default_world, resolve
 from configs.reference import reference
-from configs.rules import ConfigError
-from configs.schema import Parallel
+from configs.schema import ParallelConfig
 from tests.runs import ROOT, TINY, run
 
 EXPERIMENTS = [*sorted((ROOT / "configs").rglob("*.toml")), TINY]
@@ -20,9 +20,12 @@ EXPERIMENTS = [*sorted((ROOT / "configs").rglob("*.toml")), TINY]
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.name)
 def test_every_experiment_loads_and_its_mesh_divides(path: Path) -> None:
     config = load(path)
-    degrees = resolve(config, default_world(config))
-    assert degrees.dp_shard * degrees.tp == degrees.efsdp * degrees.ep * degrees.etp
-    assert degrees.world == default_world(config)
+    parallel_dims = resolve(config, default_world(config))
+    assert (
+        parallel_dims.dp_shard * parallel_dims.tp
+        == parallel_dims.efsdp * parallel_dims.ep * parallel_dims.etp
+    )
+    assert parallel_dims.world == default_world(config)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.name)
@@ -127,19 +130,27 @@ def test_strings_go_without_quotes_and_later_overrides_win() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world", "expected"),
     [
-        (Parallel(dp_shard=2), 3, "dp_replicate 1 x dp_shard 2 x tp 1 = 2, but there are 3 ranks"),
-        (Parallel(dp_replicate=2), 3, "start a multiple of 2 ranks"),
-        (Parallel(dp_replicate=2, dp_shard=1), 4, "set parallel.dp_shard = 2"),
-        (Parallel(ep=3), 3, "parallel.ep = 3: must divide model.moe.n_experts = 8; use one of 1"),
-        (Parallel(ep=4), 2, "dp_shard 2 x tp 1 = 2 has no whole solution; use one of 1, 2"),
-        (Parallel(tp=2, ep=8), 4, "efsdp x ep x etp 1 = dp_shard 2 x tp 2 = 4 has no whole"),
-        (Parallel(tp=4), 4, "parallel.tp = 4: must divide model.attention.n_kv_heads = 2"),
-        (Parallel(tp=3), 3, "parallel.tp = 3: must divide model.attention.n_heads = 4"),
-        (Parallel(ep=1), 3, "micro_batch 2 x 3 data ranks = 6; the nearest is 6"),
+        (
+            ParallelConfig(dp_shard=2),
+            3,
+            "dp_replicate 1 x dp_shard 2 x tp 1 = 2, but there are 3 ranks",
+        ),
+        (ParallelConfig(dp_replicate=2), 3, "start a multiple of 2 ranks"),
+        (ParallelConfig(dp_replicate=2, dp_shard=1), 4, "set parallel.dp_shard = 2"),
+        (
+            ParallelConfig(ep=3),
+            3,
+            "parallel.ep = 3: must divide model.moe.n_experts = 8; use one of 1",
+        ),
+        (ParallelConfig(ep=4), 2, "dp_shard 2 x tp 1 = 2 has no whole solution; use one of 1, 2"),
+        (ParallelConfig(tp=2, ep=8), 4, "efsdp x ep x etp 1 = dp_shard 2 x tp 2 = 4 has no whole"),
+        (ParallelConfig(tp=4), 4, "parallel.tp = 4: must divide model.attention.n_kv_heads = 2"),
+        (ParallelConfig(tp=3), 3, "parallel.tp = 3: must divide model.attention.n_heads = 4"),
+        (ParallelConfig(ep=1), 3, "micro_batch 2 x 3 data ranks = 6; the nearest is 6"),
     ],
 )
 def test_an_impossible_mesh_shows_its_product(
-    parallel: Parallel, world: int, expected: str
+    parallel: ParallelConfig, world: int, expected: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(replace(load(TINY), parallel=parallel), world)
@@ -148,8 +159,8 @@ def test_an_impossible_mesh_shows_its_product(
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 4)])
 def test_minus_one_takes_what_fits(world: int, ep: int) -> None:
-    degrees = resolve(load(TINY), world)
-    assert (degrees.dp_shard, degrees.ep, degrees.efsdp) == (world, ep, 1)
+    parallel_dims = resolve(load(TINY), world)
+    assert (parallel_dims.dp_shard, parallel_dims.ep, parallel_dims.efsdp) == (world, ep, 1)
 
 
 def test_the_command_checks_without_torch() -> None:

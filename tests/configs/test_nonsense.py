@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configs.config_warnings import config_warnings
+from configs.errors import ConfigError
 from configs.loader import load
-from configs.model import Model, Rope
-from configs.remarks import remarks
-from configs.rules import ConfigError
+from configs.model import ModelConfig, RopeConfig
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.rope import inverse_frequencies, logit_scale, table_scale
 from tests.configs.random_models import random_models
 from tests.runs import ROOT, TINY
@@ -148,13 +148,13 @@ def test_sizes_beyond_counting_are_refused(overrides: list[str], expected: str) 
     ],
 )
 def test_what_has_no_effect_is_said(overrides: list[str], expected: str) -> None:
-    (line,) = remarks(load(TINY, overrides))
+    (line,) = config_warnings(load(TINY, overrides))
     assert expected in line and "\n" not in line
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda p: p.name)
 def test_nothing_is_said_of_the_shipped_experiments(path: Path) -> None:
-    assert remarks(load(path)) == []
+    assert config_warnings(load(path)) == []
 
 
 @pytest.mark.parametrize("theta", [1.0001, 1.5, 1e4, 1e12])
@@ -168,13 +168,15 @@ def test_every_rope_that_loads_has_finite_frequencies(
     for low in bounds:
         for high in (value for value in bounds if value >= low):
             for truncate in (True, False):
-                yarn = Rope(**common, scaling="yarn", beta_slow=low, beta_fast=high,
+                yarn = RopeConfig(**common, scaling="yarn", beta_slow=low, beta_fast=high,
                             truncate=truncate, mscale=1000.0, mscale_all_dim=1000.0)  # fmt: skip
                 check_rope(yarn)
-            check_rope(Rope(**common, scaling="llama3", low_freq_factor=low, high_freq_factor=high))
+            check_rope(
+                RopeConfig(**common, scaling="llama3", low_freq_factor=low, high_freq_factor=high)
+            )
 
 
-def check_rope(rope: Rope) -> None:
+def check_rope(rope: RopeConfig) -> None:
     for dim in (2, 64):
         frequencies = inverse_frequencies(rope, dim, torch.device("cpu"))
         assert frequencies.isfinite().all() and (frequencies >= 0).all(), rope
@@ -190,7 +192,7 @@ def test_whatever_loads_can_be_built_and_run(start: int) -> None:
             raise AssertionError(model) from error
 
 
-def run_once(model: Model) -> None:
+def run_once(model: ModelConfig) -> None:
     decoder = Decoder(model)
     counted = sum(
         p.numel()
@@ -201,12 +203,12 @@ def run_once(model: Model) -> None:
     counts = parameter_counts(model)
     assert counts.total + counts.mtp == sum(p.numel() for p in decoder.parameters())
     assert flops_per_token(model, 12) > 0
-    initialise(decoder, model, seed=0)
+    initialize(decoder, model, seed=0)
     tokens = torch.randint(0, model.vocab_size, (24,), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(12).repeat(2, 1)
     positions[0, 5:] -= 5
     ahead = [(tokens, F.linear)] * model.mtp_depth
-    found = decoder(tokens, positions.flatten(), DocumentAttention(positions), ahead=ahead)
+    found = decoder(tokens, positions.flatten(), DocumentAttention(positions), mtp_outputs=ahead)
     outputs = found if isinstance(found, tuple) else (found,)
     torch.stack([output.square().mean() for output in outputs]).sum().backward()
     assert all(output.isfinite().all() for output in outputs)

@@ -4,30 +4,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.model import Attention, Model, Moe
-from configs.precision import Fp8
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
+from configs.precision import FP8Config
 from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from kernels.mlp.swiglu import Activation
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
-from models.init import initialise
+from models.init import initialize
 from models.moe import LocalDispatcher, MoE
 from tests.kernels.lane import kernels_on_cpu, relative
 
 
 def layer(activation: Activation, n_experts: int, top_k: int, fp8: bool) -> MoE:
-    moe = Moe(
+    moe = MoEConfig(
         n_experts=n_experts, top_k=top_k, d_expert=40, n_shared_experts=1, activation=activation,
         score_func="sigmoid",
     )  # fmt: skip
-    attention = Attention(n_heads=1, head_dim=16)
-    config = Model(
+    attention = AttentionConfig(n_heads=1, head_dim=16)
+    config = ModelConfig(
         vocab_size=4, d_model=48, n_layers=1, init_std=0.2, attention=attention, moe=moe
     )  # fmt: skip
     model = Decoder(config)
-    initialise(model, config, seed=1)
+    initialize(model, config, seed=1)
     if fp8:
-        apply_fp8(model, Fp8())
+        apply_fp8(model, FP8Config())
     (block,) = model.blocks()
     assert isinstance(block.ffn, MoE)
     return block.ffn

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 
 from kernels.moe import router, router_triton
-from kernels.moe.router import Rule
+from kernels.moe.router import RouterOptions
 from tests.kernels.lane import kernels_on_cpu, relative
 
 CASES = [
-    (9, 256, Rule(8, False, 8, 4, True, 2.5)),  # DeepSeek-V3
-    (9, 128, Rule(8, True)),  # Qwen3
-    (1, 8, Rule(2, True)),  # Mixtral
-    (5, 160, Rule(6, True, 8, 3, False, 16.0)),  # DeepSeek-V2: groups of 20
-    (5, 12, Rule(3, False, 12, 4)),  # groups of one
-    (3, 1, Rule(1, False, normalise=False)),
-    (0, 8, Rule(2, True)),
+    (9, 256, RouterOptions(8, False, 8, 4, True, 2.5)),  # DeepSeek-V3
+    (9, 128, RouterOptions(8, True)),  # Qwen3
+    (1, 8, RouterOptions(2, True)),  # Mixtral
+    (5, 160, RouterOptions(6, True, 8, 3, False, 16.0)),  # DeepSeek-V2: groups of 20
+    (5, 12, RouterOptions(3, False, 12, 4)),  # groups of one
+    (3, 1, RouterOptions(1, False, normalize=False)),
+    (0, 8, RouterOptions(2, True)),
 ]
 
 
 @pytest.mark.parametrize("kind", ["plain", "skewed", "equal"])
 @pytest.mark.parametrize(("tokens", "experts", "rule"), CASES, ids=str)
 def test_route(
-    tokens: int, experts: int, rule: Rule, kind: str, monkeypatch: pytest.MonkeyPatch
+    tokens: int, experts: int, rule: RouterOptions, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(router_triton, "_ENOUGH", 2)  # several tokens in a program
     logits, bias = torch.randn(tokens, experts), torch.randn(experts) * 0.2
@@ -53,5 +53,5 @@ def test_route(
 def test_not_a_number_stays_inside() -> None:
     logits = torch.full((2, 6), float("nan"))
     with kernels_on_cpu():
-        ids, weights, _ = router.route(logits, torch.zeros(6), Rule(2, True))
+        ids, weights, _ = router.route(logits, torch.zeros(6), RouterOptions(2, True))
     assert ((ids >= 0) & (ids < 6)).all() and weights.isnan().all()

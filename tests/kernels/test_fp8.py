@@ -45,9 +45,9 @@ def test_quantize_against_plain_loops(
     shape: tuple[int, int], form: int, power_of_two: bool
 ) -> None:
     torch.manual_seed(0)
-    (height, width), quantise, dequantise = FORMS[form]
+    (height, width), quantize, dequantise = FORMS[form]
     x = torch.randn(shape) * 2.0 ** torch.randint(-20, 20, shape)
-    data, scales = quantise(x, power_of_two)
+    data, scales = quantize(x, power_of_two)
     assert data.shape == x.shape and data.dtype == torch.float8_e4m3fn
     assert scales.shape == (math.ceil(shape[0] / height), math.ceil(shape[1] / width))
     for i in range(scales.shape[0]):

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from configs.model import Attention, Model, Moe
-from configs.precision import Fp8
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
+from configs.precision import FP8Config
 from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from kernels.moe import permute
 from kernels.moe.permute import Permutation
-from kernels.moe.router import Rule, route, route_backward_reference, route_reference
+from kernels.moe.router import RouterOptions, route, route_backward_reference, route_reference
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
-from models.init import initialise
+from models.init import initialize
 from models.moe import LocalDispatcher, MoE
 
 pytestmark = pytest.mark.gpu
@@ -59,8 +59,10 @@ def test_rows(absent: float, align: int) -> None:
     assert torch.equal(gradient.cpu().float(), named.expand(x.shape))
 
 
-@pytest.mark.parametrize("rule", [Rule(8, True), Rule(8, False, 8, 4, True, 2.5)], ids=str)
-def test_route(rule: Rule) -> None:
+@pytest.mark.parametrize(
+    "rule", [RouterOptions(8, True), RouterOptions(8, False, 8, 4, True, 2.5)], ids=str
+)
+def test_route(rule: RouterOptions) -> None:
     logits, bias = torch.randn(1000, 256), torch.randn(256) * 0.01
     there, bias_there = logits.cuda().requires_grad_(), bias.cuda()
     grad = torch.randn(1000, 8)
@@ -87,13 +89,13 @@ def test_route(rule: Rule) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_layer_does_not_wait(fp8: bool) -> None:
     """Forward and backward of a whole layer, as sharded training runs it, against the CPU."""
-    moe = Moe(n_experts=16, top_k=4, d_expert=256, n_shared_experts=1)
-    attention = Attention(n_heads=1, head_dim=64)
-    config = Model(vocab_size=4, d_model=256, n_layers=1, attention=attention, moe=moe)
+    moe = MoEConfig(n_experts=16, top_k=4, d_expert=256, n_shared_experts=1)
+    attention = AttentionConfig(n_heads=1, head_dim=64)
+    config = ModelConfig(vocab_size=4, d_model=256, n_layers=1, attention=attention, moe=moe)
     model = Decoder(config)
-    initialise(model, config, seed=1)
+    initialize(model, config, seed=1)
     if fp8:
-        apply_fp8(model, Fp8())
+        apply_fp8(model, FP8Config())
     (block,) = model.blocks()
     layer = block.ffn
     assert isinstance(layer, MoE)

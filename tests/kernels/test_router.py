@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.moe import router
-from kernels.moe.router import Rule, route
+from kernels.moe.router import RouterOptions, route
 
 RULES = [
-    Rule(2, True),
-    Rule(1, False, normalise=False, scale=2.5),
-    Rule(4, False, n_groups=4, top_groups=2, scale=2.5),
-    Rule(3, True, n_groups=3, top_groups=2, normalise=False),
+    RouterOptions(2, True),
+    RouterOptions(1, False, normalize=False, scale=2.5),
+    RouterOptions(4, False, n_groups=4, top_groups=2, scale=2.5),
+    RouterOptions(3, True, n_groups=3, top_groups=2, normalize=False),
 ]
 
 
-def loop(logits: list[float], bias: list[float], rule: Rule) -> tuple[list[int], list[float]]:
+def loop(
+    logits: list[float], bias: list[float], rule: RouterOptions
+) -> tuple[list[int], list[float]]:
     """Ids and weights of one token, from the definition, in fp64."""
     n = len(logits)
     if rule.softmax:
@@ -35,7 +37,7 @@ def loop(logits: list[float], bias: list[float], rule: Rule) -> tuple[list[int],
     kept = sorted(range(rule.n_groups), key=lambda g: (-best[g], g))[: rule.top_groups]
     within = [e for g in kept for e in groups[g]]
     ids = sorted(within, key=lambda e: (-value[e], e))[: rule.top_k]
-    total = sum(score[e] for e in ids) if rule.normalise else 1.0
+    total = sum(score[e] for e in ids) if rule.normalize else 1.0
     return ids, [score[e] / total * rule.scale for e in ids]
 
 
@@ -44,7 +46,9 @@ def loop(logits: list[float], bias: list[float], rule: Rule) -> tuple[list[int],
     st.integers(0, 12), st.sampled_from([4, 12, 36]), st.sampled_from(RULES), st.integers(0, 2**31),
     st.booleans(),
 )  # fmt: skip
-def test_against_loops(tokens: int, experts: int, rule: Rule, seed: int, ties: bool) -> None:
+def test_against_loops(
+    tokens: int, experts: int, rule: RouterOptions, seed: int, ties: bool
+) -> None:
     if experts // rule.n_groups * rule.top_groups < rule.top_k or experts % rule.n_groups:
         return
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +72,7 @@ def test_against_loops(tokens: int, experts: int, rule: Rule, seed: int, ties: b
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("replayed", [False, True])
-def test_gradient(rule: Rule, replayed: bool) -> None:
+def test_gradient(rule: RouterOptions, replayed: bool) -> None:
     torch.manual_seed(0)
     logits = torch.randn(9, 12, requires_grad=True)
     ids, weights, _ = route(logits, torch.zeros(12), rule)
@@ -86,7 +90,7 @@ def test_gradient(rule: Rule, replayed: bool) -> None:
 def test_given_twice() -> None:
     """A choice that names an expert twice gets both gradients."""
     logits = torch.randn(1, 3, requires_grad=True)
-    ids, rule = torch.tensor([[1, 1]]), Rule(2, True, normalise=False)
+    ids, rule = torch.tensor([[1, 1]]), RouterOptions(2, True, normalize=False)
     (ours,) = torch.autograd.grad(route(logits, torch.zeros(3), rule, ids)[1].sum(), logits)
     (expected,) = torch.autograd.grad(2 * logits.softmax(-1)[0, 1], logits)
     torch.testing.assert_close(ours, expected)

@@ -3,8 +3,8 @@
 from random import Random
 from typing import Any
 
-from configs.model import Attention, Model, Moe, Rope
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 
 ARCHITECTURES = {
     "qwen3": "Qwen3MoeForCausalLM",
@@ -17,16 +17,16 @@ ARCHITECTURES = {
 }
 
 
-def random_model(family: str, rng: Random, vocab_size: int) -> Model:
+def random_model(family: str, rng: Random, vocab_size: int) -> ModelConfig:
     """A model of the family that our own rules allow."""
     while True:
         try:
             return _draw(family, rng, vocab_size)
-        except ConfigError:
+        except UserError:
             continue  # settings that do not go together
 
 
-def _draw(family: str, rng: Random, vocab_size: int) -> Model:
+def _draw(family: str, rng: Random, vocab_size: int) -> ModelConfig:
     n_layers = rng.randint(1, 5)
     mla = family.startswith("deepseek")
     attention = _mla(family, rng) if mla else _gqa(family, rng)
@@ -36,7 +36,7 @@ def _draw(family: str, rng: Random, vocab_size: int) -> Model:
     n_dense = 0 if family in ("mixtral", "gpt-oss", "llama4") else rng.randint(0, n_layers)
     moe_every = rng.randint(1, 3) if family == "llama4" else 1
     has_mtp = family in ("glm4", "deepseek-v3") and n_dense < n_layers
-    return Model(
+    return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         n_layers=n_layers,
@@ -53,7 +53,7 @@ def _draw(family: str, rng: Random, vocab_size: int) -> Model:
     )
 
 
-def _gqa(family: str, rng: Random) -> Attention:
+def _gqa(family: str, rng: Random) -> AttentionConfig:
     n_heads = rng.choice([1, 2, 3, 4, 6])
     norms: dict[str, list[Any]] = {
         "qwen3": ["rms"],
@@ -69,7 +69,7 @@ def _gqa(family: str, rng: Random) -> Attention:
         more = {"local": "chunk", "local_size": rng.randint(1, 9), "rope_on_full": False}
         if rng.random() < 0.5:
             more |= {"temperature_floor": rng.randint(1, 9), "temperature_scale": 0.3}
-    return Attention(
+    return AttentionConfig(
         n_heads=n_heads,
         n_kv_heads=rng.choice([0, *(n for n in range(1, n_heads + 1) if n_heads % n == 0)]),
         head_dim=rng.choice([2, 4, 6, 10, 16]),
@@ -79,9 +79,9 @@ def _gqa(family: str, rng: Random) -> Attention:
     )
 
 
-def _mla(family: str, rng: Random) -> Attention:
+def _mla(family: str, rng: Random) -> AttentionConfig:
     step = 2 if family == "deepseek-v2" else 1
-    return Attention(
+    return AttentionConfig(
         kind="mla",
         n_heads=rng.randint(1, 5),
         q_lora_rank=rng.choice([0, step * rng.randint(1, 9)]),
@@ -93,14 +93,14 @@ def _mla(family: str, rng: Random) -> Attention:
     )
 
 
-def _rope(family: str, rng: Random) -> Rope:
+def _rope(family: str, rng: Random) -> RopeConfig:
     interleaved = family in ("llama4", "deepseek-v2")
     if family == "deepseek-v3":
         interleaved = rng.random() < 0.5
     theta = rng.choice([10000.0, 500000.0, 12345.5])
     scaling = rng.choice(["none", "yarn", "llama3"])
     if scaling == "none":
-        return Rope(theta=theta, interleaved=interleaved)
+        return RopeConfig(theta=theta, interleaved=interleaved)
     common: dict[str, Any] = {
         "theta": theta,
         "interleaved": interleaved,
@@ -109,11 +109,11 @@ def _rope(family: str, rng: Random) -> Rope:
     }
     if scaling == "llama3":
         low, high = sorted([rng.choice([1.0, 1.5]), rng.choice([1.0, 4.0])])
-        return Rope(scaling="llama3", low_freq_factor=low, high_freq_factor=high, **common)
+        return RopeConfig(scaling="llama3", low_freq_factor=low, high_freq_factor=high, **common)
     if family.startswith("deepseek"):
         common["mscale"] = rng.choice([0.0, 0.7, 1.0])
         common["mscale_all_dim"] = rng.choice([0.0, 0.7, 1.3])
-    return Rope(
+    return RopeConfig(
         scaling="yarn",
         beta_fast=rng.choice([32.0, 8.0]),
         beta_slow=rng.choice([1.0, 0.5]),
@@ -122,7 +122,7 @@ def _rope(family: str, rng: Random) -> Rope:
     )
 
 
-def _moe(family: str, rng: Random) -> Moe:
+def _moe(family: str, rng: Random) -> MoEConfig:
     n_experts = rng.randint(1, 7) * (1 if family not in ("glm4", "deepseek-v3") else 2)
     top_k = rng.randint(1, n_experts)
     more: dict[str, Any] = {
@@ -151,7 +151,7 @@ def _moe(family: str, rng: Random) -> Moe:
     norm_top_k = rng.random() < 0.5 if free else family in ("mixtral", "gpt-oss")
     if norm_top_k:  # one normalised score teaches a router nothing
         top_k = min(max(top_k, 2), n_experts)
-    return Moe(
+    return MoEConfig(
         n_experts=n_experts,
         top_k=top_k,
         d_expert=rng.randint(1, 19),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configs.loader import load
-from configs.model import Moe
+from configs.model import MoEConfig
 from models.balance import NAMES, StepScope
 from models.router import Router, open_step, take_counts, take_losses
 from tests.runs import TINY
@@ -230,7 +230,9 @@ def test_the_losses_even_the_load() -> None:
 
 
 def test_a_config_without_coefficients_computes_no_loss() -> None:
-    assert not any(getattr(Moe(n_experts=4, top_k=2, d_expert=8), key) for key in KEYS.values())
+    assert not any(
+        getattr(MoEConfig(n_experts=4, top_k=2, d_expert=8), key) for key in KEYS.values()
+    )
     made = router()
     open_step(made, scope(LENGTH))
     made(tokens(0, 1))[1].sum().backward()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.model import Model
+from configs.model import ModelConfig
 from models.balance import StepScope
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.router import open_step, routers
 from tests.models.families import FAMILIES
 
@@ -23,12 +23,12 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def build(config: Model) -> Decoder:
+def build(config: ModelConfig) -> Decoder:
     moe = replace(
         config.moe, seq_aux_loss_coef=0.1, global_aux_loss_coef=0.1, router_z_loss_coef=0.1
     )
     model = Decoder(replace(config, moe=moe, init_std=0.1))
-    initialise(model, model.config, seed=3)
+    initialize(model, model.config, seed=3)
     return model
 
 

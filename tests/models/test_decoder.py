@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from configs.loader import load
-from configs.model import Model, Rope
+from configs.model import ModelConfig, RopeConfig
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.rope import apply_rope, rope_tables
 from tests.runs import ROOT, TINY
 
 
-def build(model: Model) -> Decoder:
+def build(model: ModelConfig) -> Decoder:
     decoder = Decoder(replace(model, init_std=0.3))
-    initialise(decoder, decoder.config, seed=1)
+    initialize(decoder, decoder.config, seed=1)
     return decoder.eval()
 
 
@@ -61,7 +61,7 @@ def test_rope_depends_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 16)
     products = []
     for shift in (0, 5, 1000):
-        tables = [rope_tables(torch.tensor([p + shift]), Rope(), 16) for p in (7, 3)]
+        tables = [rope_tables(torch.tensor([p + shift]), RopeConfig(), 16) for p in (7, 3)]
         rotated = [apply_rope(x, t, False) for x, t in zip((q, k), tables, strict=True)]
         products.append((rotated[0] * rotated[1]).sum())
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-3, atol=1e-4)

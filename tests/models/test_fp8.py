@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.precision import Fp8
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.precision import FP8Config
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8, fp8_modules
-from models.init import initialise
+from models.init import initialize
 from tests.models.families import FAMILIES
 
 NEVER = re.compile(r"embed|head|router|norm|sinks|bias|\.b13|\.b2")
@@ -21,7 +21,7 @@ NEVER = re.compile(r"embed|head|router|norm|sinks|bias|\.b13|\.b2")
 
 def build(family: str) -> Decoder:
     model = Decoder(replace(FAMILIES[family], init_std=0.1))
-    initialise(model, model.config, seed=1)
+    initialize(model, model.config, seed=1)
     return model
 
 
@@ -43,7 +43,7 @@ def test_near_the_model(family: str) -> None:
     product that is wrong, or a gradient that goes to another weight, gives cosines near zero."""
     exact = build(family)
     fp8 = copy.deepcopy(exact)
-    names = apply_fp8(fp8, Fp8())
+    names = apply_fp8(fp8, FP8Config())
     assert names == list(fp8_modules(fp8))
     assert [n for n, _ in fp8.named_parameters()] == [n for n, _ in exact.named_parameters()]
     expected, expected_grads = losses_and_gradients(exact)
@@ -59,7 +59,7 @@ def test_near_the_model(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_projection_and_expert_is_turned(family: str) -> None:
     model = build(family)
-    apply_fp8(model, Fp8())
+    apply_fp8(model, FP8Config())
     turned = {
         f"{name}.{key}"
         for name, module in fp8_modules(model).items()
@@ -74,7 +74,7 @@ def test_every_projection_and_expert_is_turned(family: str) -> None:
 
 def test_what_is_kept() -> None:
     def turned(**options: object) -> set[str]:
-        return set(apply_fp8(build("deepseek-v3-mtp"), Fp8(**options)))  # type: ignore[arg-type]
+        return set(apply_fp8(build("deepseek-v3-mtp"), FP8Config(**options)))  # type: ignore[arg-type]
 
     every = turned()
     assert {name.split(".")[0] for name in every} == {"layers", "mtp"}
@@ -91,11 +91,14 @@ def test_what_is_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Fp8(keep=("layers.9.*",)), r"no module is called 'layers\.9\.\*'.*such as layers\.0\."),
-        (Fp8(keep=("*",)), "leaves every module in bf16"),
-        (Fp8(first_bf16=2, last_bf16=2), "leaves every module in bf16"),
+        (
+            FP8Config(keep=("layers.9.*",)),
+            r"no module is called 'layers\.9\.\*'.*such as layers\.0\.",
+        ),
+        (FP8Config(keep=("*",)), "leaves every module in bf16"),
+        (FP8Config(first_bf16=2, last_bf16=2), "leaves every module in bf16"),
     ],
 )
-def test_nothing_is_skipped_in_silence(options: Fp8, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_nothing_is_skipped_in_silence(options: FP8Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         apply_fp8(build("qwen3"), options)

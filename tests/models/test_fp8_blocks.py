@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.loader import load
-from configs.model import Attention, Model
-from configs.rules import ConfigError
+from configs.model import AttentionConfig, ModelConfig
 from kernels.quantization.quantize import quantize_128x128
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import Index, read_model, write_tensors
 from models.hf.fp8_blocks import fp8_plan
-from models.hf.quantised import dequantise_fp8
+from models.hf.quantized import dequantize_fp8
 from models.hf.table import hf_config, hf_tensors
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, read_all, relative
@@ -49,11 +49,11 @@ print(json.dumps(results))
 """
 
 
-def wide(name: str) -> Model:
+def wide(name: str) -> ModelConfig:
     """A family's model in sizes that readers hold: blocks whole, one cut off, and several."""
     model = FAMILIES[name]
     if model.attention.kind == "mla":
-        attention = Attention(
+        attention = AttentionConfig(
             kind="mla", n_heads=4, q_lora_rank=128 if model.attention.q_lora_rank else 0,
             kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32,
         )  # fmt: skip
@@ -66,14 +66,14 @@ def wide(name: str) -> Model:
     )  # fmt: skip
 
 
-def ragged() -> Model:
+def ragged() -> ModelConfig:
     """Blocks cut off behind whole ones: 304 rows, 272 and 320 columns."""
     model = wide("deepseek-v3")
     attention = replace(model.attention, kv_lora_rank=272, v_head_dim=80)
     return replace(model, attention=attention)
 
 
-def unfit() -> Model:
+def unfit() -> ModelConfig:
     """Experts and attention in sizes that some reader does not hold."""
     model = wide("qwen3")
     attention = replace(model.attention, head_dim=40)
@@ -116,7 +116,7 @@ def dequantised(decoder: Decoder) -> Decoder:
         if t.ours is None or t.is_copy:
             continue
         theirs = t.to_hf(given[t.ours][t.index])
-        if t.name in plan.quantised:
+        if t.name in plan.quantized:
             theirs = by_loops(theirs)[2]
         elif not t.keep_fp32:
             theirs = theirs.bfloat16().float()
@@ -155,7 +155,7 @@ def test_every_tensor_is_that_of_plain_loops(name: str, tmp_path: Path) -> None:
     for t in hf_tensors(decoder.config):
         theirs = torch.zeros(t.shape) if t.ours is None else t.to_hf(state[t.ours][t.index])
         value = stored.pop(t.name)
-        if t.name in plan.quantised:
+        if t.name in plan.quantized:
             data, factors, _ = by_loops(theirs)
             assert value.dtype == FP8
             assert torch.equal(value.view(torch.uint8), data.view(torch.uint8)), t.name
@@ -177,9 +177,9 @@ def test_only_projections_are_quantised(name: str) -> None:
     matrices = [t.name for t in hf_tensors(model) if len(t.shape) == 2]
     for matrix in matrices:
         module = matrix.removesuffix(".weight")
-        assert (matrix in plan.quantised) != (module in alone)
+        assert (matrix in plan.quantized) != (module in alone)
         assert (module.rpartition(".")[2] in kinds) == (module in alone), module
-    assert plan.quantised < set(matrices) and plan.unfit == ()
+    assert plan.quantized < set(matrices) and plan.unfit == ()
     for tied in (True, False):  # readers have a head in either case
         assert "lm_head" in fp8_plan(replace(model, tie_embeddings=tied)).plain
 
@@ -233,7 +233,7 @@ def test_quantising_a_dequantised_weight_changes_no_bit() -> None:
         weight = torch.randn(shape) * torch.logspace(-40, 3, shape[1])
         weight[:, :3] = 0
         (data, scales), _ = quantize_128x128(weight)
-        imported = dequantise_fp8(data, scales, (128, 128))
+        imported = dequantize_fp8(data, scales, (128, 128))
         (again, scales_again), _ = quantize_128x128(imported)
         assert torch.equal(scales_again, scales)
         assert torch.equal(again.float(), data.float())
@@ -249,17 +249,17 @@ def test_quantising_an_imported_weight_in_other_ways() -> None:
     torch.manual_seed(0)
     weight = torch.randn(512, 384) * torch.logspace(-3, 3, 384)
     (data, scales), _ = quantize_128x128(weight)
-    (again, others), _ = quantize_128x128(dequantise_fp8(data, scales, (128, 128)).bfloat16())
+    (again, others), _ = quantize_128x128(dequantize_fp8(data, scales, (128, 128)).bfloat16())
     assert torch.equal(again.float(), data.float())
     assert 0 < float((others / scales - 1).abs().max()) <= 2**-8
 
     weight[:128, :128].clamp_(-1, 1)[0, 0] = 1.001  # rounds down to a power of two: 224 * scale
     (data, scales), _ = quantize_128x128(weight, power_of_two=True)
-    imported = dequantise_fp8(data, scales, (128, 128))
+    imported = dequantize_fp8(data, scales, (128, 128))
     (again, others), _ = quantize_128x128(imported, power_of_two=True)
-    assert torch.equal(dequantise_fp8(again, others, (128, 128)), imported)
+    assert torch.equal(dequantize_fp8(again, others, (128, 128)), imported)
     (again, others), _ = quantize_128x128(imported)
-    assert not torch.equal(dequantise_fp8(again, others, (128, 128)), imported)
+    assert not torch.equal(dequantize_fp8(again, others, (128, 128)), imported)
 
 
 @pytest.mark.parametrize("rows", [96, 128, 192, 300, 320, 384, 576])
@@ -330,15 +330,15 @@ def test_pieces_are_small_and_begin_with_a_block(tmp_path: Path) -> None:
 
 def test_refusals_are_one_line(tmp_path: Path) -> None:
     for name, expected in (("gpt-oss", "GptOss"), ("llama4", "Llama4")):
-        with pytest.raises(ConfigError, match=rf"--dtype fp8: {expected}.*no reader has") as error:
+        with pytest.raises(UserError, match=rf"--dtype fp8: {expected}.*no reader has") as error:
             fp8_plan(FAMILIES[name])
         assert "\n" not in str(error.value)
     narrow = replace(wide("mixtral"), d_model=192)
     narrow = replace(narrow, moe=replace(narrow.moe, d_expert=64))
-    with pytest.raises(ConfigError, match=r"model\.d_model = 192, model\.moe\.d_expert = 64"):
+    with pytest.raises(UserError, match=r"model\.d_model = 192, model\.moe\.d_expert = 64"):
         fp8_plan(narrow)
     decoder = random_decoder(wide("mixtral"))
     with torch.no_grad():
         decoder.state_dict()["layers.1.ffn.experts.w2"][3, 5, 7] = float("inf")
-    with pytest.raises(ConfigError, match=r"1\..*experts\.3\.w2\.weight holds inf or NaN"):
+    with pytest.raises(UserError, match=r"1\..*experts\.3\.w2\.weight holds inf or NaN"):
         write_fp8(decoder, tmp_path)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.model import Model
-from configs.precision import Fp8
+from configs.model import ModelConfig
+from configs.precision import FP8Config
 from kernels.grouped_gemm.grouped_gemm import true_rows
 from kernels.layers.cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8, gemm_shares
-from models.init import initialise
+from models.init import initialize
 from tests.models.families import FAMILIES, QWEN3
 
 TOKENS = 64
@@ -61,15 +61,15 @@ def flops_that_ran(model: Decoder) -> int:
     return counter.total
 
 
-def decoder(model: Model) -> Decoder:
+def decoder(model: ModelConfig) -> Decoder:
     made = Decoder(replace(model, init_std=0.3))
-    initialise(made, made.config, seed=1)
+    initialize(made, made.config, seed=1)
     return made.train()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [Fp8(), Fp8(keep=("*.wo",), first_bf16=1)])
-def test_the_share_is_what_runs(family: str, options: Fp8) -> None:
+@pytest.mark.parametrize("options", [FP8Config(), FP8Config(keep=("*.wo",), first_bf16=1)])
+def test_the_share_is_what_runs(family: str, options: FP8Config) -> None:
     model = decoder(FAMILIES[family])
     assert gemm_shares(model, TOKENS).fp8 == 0 == flops_that_ran(model)
     apply_fp8(model, options)
@@ -81,7 +81,7 @@ def test_the_share_is_what_runs(family: str, options: Fp8) -> None:
 
 def test_the_line_says_both() -> None:
     model = decoder(QWEN3)
-    apply_fp8(model, Fp8(keep=("*.experts",)))
+    apply_fp8(model, FP8Config(keep=("*.experts",)))
     shares = gemm_shares(model, TOKENS)
     said = str(shares)
     assert f"{shares.fp8 / shares.eligible:.1%}" in said

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_model, write_tensors
 from models.hf.table import architecture, from_hf_config, hf_config, hf_tensors
-from models.init import initialise
+from models.init import initialize
 from models.router import routers
 from tests.models.families import FAMILIES
 from tests.runs import run
@@ -52,9 +52,9 @@ print(json.dumps({
 """
 
 
-def random_decoder(model: Model) -> Decoder:
+def random_decoder(model: ModelConfig) -> Decoder:
     decoder = Decoder(replace(model, init_std=0.2))
-    initialise(decoder, decoder.config, seed=2)
+    initialize(decoder, decoder.config, seed=2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -79,7 +79,7 @@ def read_all(folder: Path) -> dict[str, Tensor]:
     return {k: v for p in sorted(folder.glob("*.safetensors")) for k, v in load_file(p).items()}
 
 
-def main_names(model: Model) -> list[str]:
+def main_names(model: ModelConfig) -> list[str]:
     """Names in the export of everything but MTP modules."""
     return [t.name for t in hf_tensors(replace(model, mtp_depth=0))]
 
@@ -172,10 +172,10 @@ def test_config_round_trip(name: str) -> None:
 def test_what_cannot_be_exported_says_why() -> None:
     qwen3 = FAMILIES["qwen3"]
     shared = replace(qwen3, moe=replace(qwen3.moe, n_shared_experts=1))
-    with pytest.raises(ConfigError, match=r"Qwen3Moe.*needs another model\.moe\.n_shared_experts"):
+    with pytest.raises(UserError, match=r"Qwen3Moe.*needs another model\.moe\.n_shared_experts"):
         architecture(shared)
     sinks = replace(qwen3, attention=replace(qwen3.attention, sinks=True))
-    with pytest.raises(ConfigError, match=r"model\.attention\.sinks"):
+    with pytest.raises(UserError, match=r"model\.attention\.sinks"):
         architecture(sinks)
 
 
@@ -212,7 +212,7 @@ def test_a_config_we_cannot_run_is_refused(change: dict[str, Any], expected: str
             del described[key]
         else:
             described[key] = value
-    with pytest.raises(ConfigError, match=re.escape(expected)):
+    with pytest.raises(UserError, match=re.escape(expected)):
         from_hf_config(described, "config.json")
 
 
@@ -230,21 +230,21 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
         ),
     ]:
         damage()
-        with pytest.raises(ConfigError, match=re.escape(expected)):
+        with pytest.raises(UserError, match=re.escape(expected)):
             read_model(tmp_path, torch.float32)
         shards[0].write_bytes(content)
     (tmp_path / "z.safetensors").unlink()
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"vocab_size": 321}))
-    with pytest.raises(ConfigError, match="has shape"):
+    with pytest.raises(UserError, match="has shape"):
         read_model(tmp_path, torch.float32)
     for shard in shards:
         shard.unlink()
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"; pytorch_model\.bin .* convert it to safetensors"):
+    with pytest.raises(UserError, match=r"; pytorch_model\.bin .* convert it to safetensors"):
         read_model(tmp_path, torch.float32)
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         read_model(tmp_path / "absent", torch.float32)
 
 
@@ -282,10 +282,10 @@ def test_a_folder_without_its_mtp_modules_is_a_model_without_them(tmp_path: Path
     assert read_model(tmp_path, torch.float32, mtp=True).config.mtp_depth == 0
     some = kept | {"model.layers.3.enorm.weight": norm}
     save_file(some, file)
-    with pytest.raises(ConfigError, match=r"tensors missing, the first is model\.layers\.3\."):
+    with pytest.raises(UserError, match=r"tensors missing, the first is model\.layers\.3\."):
         read_model(tmp_path, torch.float32, mtp=True)
 
 
 def test_other_families_refuse_mtp() -> None:
-    with pytest.raises(ConfigError, match=r"model\.mtp_depth"):
+    with pytest.raises(UserError, match=r"model\.mtp_depth"):
         architecture(replace(FAMILIES["qwen3"], mtp_depth=1))

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.hf.defaults import DEFAULTS, MODEL_TYPES, STRETCHED, UNUSED, OrNull
 from models.hf.dense import dense_model
 from models.hf.table import from_hf_config
@@ -101,7 +101,7 @@ class Reading:
         """Our refusal; "" where both readers see the network as before, or logits agree."""
         try:
             model = self.ours(changed, "config.json")
-        except ConfigError as error:
+        except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 700, error
             return str(error)
         if model == self.model and network(changed) == self.network:

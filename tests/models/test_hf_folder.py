@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
+from models.hf.checkpoint import HFCheckpoint
 from models.hf.dense import open_dense
 from models.hf.files import read_config, read_model
 from models.hf.folder import INDEX, read_json
-from models.hf.source import Source
 from serve.engine.loading import open_export
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, write
@@ -65,7 +65,7 @@ def dense(dense_source: Path, tmp_path: Path) -> Path:
 
 
 def refusal(read: Callable[[], object]) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read()
     assert "\n" not in str(error.value) and len(str(error.value)) < 800
     return str(error.value)
@@ -96,7 +96,7 @@ def test_files_beside_the_weights_are_left_where_they_lie(folder: Path, dense: P
         for place in (folder, dense):
             (place / name).write_bytes(b"\x80\x04cos\nabort\n.")
     model, raw = read_config(folder)
-    (line,) = Source(folder, model, raw).left_out
+    (line,) = HFCheckpoint(folder, model, raw).left_out
     assert line == "file a.PKL and 4 more: may hold pickles, never opened"
     assert open_dense(dense).left_out == (line,)
     read(folder)
@@ -308,5 +308,5 @@ def test_a_snapshot_of_the_hub_cache_is_a_folder_of_links(tmp_path: Path) -> Non
     (snapshot / "config.json").symlink_to("../../blobs/a1")
     (snapshot / "other.json").symlink_to("../../refs")
     assert read_json(snapshot / "config.json") == {"x": 1}
-    with pytest.raises(ConfigError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         read_json(snapshot / "other.json")

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.loader import load
-from configs.model import Model, Moe
-from models.init import initial_value, initialise
+from configs.model import ModelConfig, MoEConfig
+from models.init import initial_value, initialize
 from models.moe import MoE
 from models.router import Router, routers, take_counts, update_biases
 from tests.runs import TINY
 
 
-def tiny_model(**moe: object) -> Model:
+def tiny_model(**moe: object) -> ModelConfig:
     model = load(TINY).model
     return replace(model, moe=replace(model.moe, **moe))  # type: ignore[arg-type]
 
 
-def layer(model: Model, seed: int = 0) -> MoE:
+def layer(model: ModelConfig, seed: int = 0) -> MoE:
     torch.manual_seed(seed)
     moe = MoE(model)
     for parameter in moe.parameters():
@@ -128,7 +128,7 @@ def test_no_bias_stays_zero_and_forced_balance_is_even() -> None:
 def test_the_loss_teaches_a_router_that_can_learn(
     n_experts: int, top_k: int, norm_top_k: bool, score_func: Literal["softmax", "sigmoid"]
 ) -> None:
-    moe = Moe(
+    moe = MoEConfig(
         n_experts=n_experts, top_k=top_k, d_expert=4, norm_top_k=norm_top_k,
         score_func=score_func, route_scale=2.5,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def test_initial_weights_do_not_depend_on_which_part_is_drawn() -> None:
 
 def test_initialise_gives_every_parameter_its_own_values() -> None:
     moe = layer(tiny_model())
-    initialise(moe, tiny_model(), seed=0)
+    initialize(moe, tiny_model(), seed=0)
     values = [p for p in moe.parameters()]
     assert len({float(p.detach().sum()) for p in values}) == len(values)
     assert isinstance(routers(moe)[0], Router)

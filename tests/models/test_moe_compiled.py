@@ -9,28 +9,28 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from configs.model import Attention, Model, Moe
-from configs.precision import Fp8
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
+from configs.precision import FP8Config
 from kernels.gemm.linear_fp8 import Fp8Weight
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
-from models.init import initialise
+from models.init import initialize
 from models.linear import Fp8Linear, project
 from models.moe import MoE
 
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=8, d_model=64, n_layers=1, init_std=0.2,
-    attention=Attention(n_heads=1, head_dim=64),
-    moe=Moe(n_experts=8, top_k=2, d_expert=32, n_shared_experts=1, n_groups=4, top_groups=2,
+    attention=AttentionConfig(n_heads=1, head_dim=64),
+    moe=MoEConfig(n_experts=8, top_k=2, d_expert=32, n_shared_experts=1, n_groups=4, top_groups=2,
             score_func="sigmoid"),
 )  # fmt: skip
 
 
 def layer(fp8: bool) -> MoE:
     model = Decoder(MODEL)
-    initialise(model, MODEL, seed=0)
+    initialize(model, MODEL, seed=0)
     if fp8:
-        apply_fp8(model, Fp8())
+        apply_fp8(model, FP8Config())
     (block,) = model.blocks()
     assert isinstance(block.ffn, MoE)
     return block.ffn

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.loader import load
-from configs.model import Model
+from configs.model import ModelConfig
 from kernels.layers.cross_entropy import IGNORE
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.mtp import MtpModule
 from models.rope import rope_tables
 from models.router import take_counts
@@ -27,9 +27,9 @@ from train.data.batches import Batch, Sequences
 from train.loss import count_tokens, look_ahead, loss_sum, loss_sums
 
 
-def build(model: Model) -> Decoder:
+def build(model: ModelConfig) -> Decoder:
     decoder = Decoder(replace(model, init_std=0.2))
-    initialise(decoder, decoder.config, seed=1)
+    initialize(decoder, decoder.config, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -38,11 +38,11 @@ def build(model: Model) -> Decoder:
     return decoder
 
 
-def tiny(depth: int) -> Model:
+def tiny(depth: int) -> ModelConfig:
     return replace(load(TINY).model, mtp_depth=depth)
 
 
-def packed(model: Model, lengths: list[list[int]]) -> tuple[Batch, list[Tensor]]:
+def packed(model: ModelConfig, lengths: list[list[int]]) -> tuple[Batch, list[Tensor]]:
     """Sequences of documents of such lengths; the batch, and every document with the token that
     follows it (which the last of a sequence has as its last target, too)."""
     rng, rows, documents = np.random.default_rng(0), [], []
@@ -85,7 +85,7 @@ def document_losses(decoder: Decoder, document: Tensor, depth: int) -> list[Tens
 
 
 @pytest.mark.parametrize("model", [tiny(2), DEEPSEEK_V3_MTP, tiny(1)], ids=["gqa", "mla", "one"])
-def test_packed_losses_and_gradients_equal_documents_alone(model: Model) -> None:
+def test_packed_losses_and_gradients_equal_documents_alone(model: ModelConfig) -> None:
     decoder, depth = build(model), model.mtp_depth
     batch, documents = packed(model, [[5, 1, 9, 2, 4], [21], [1, 1, 2, 3, 14]])
     ours = loss_sums(decoder, batch, depth)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.hf.files import read_model
-from models.hf.quantised import dequantise_fp8, dequantise_mxfp4, scale_shape
+from models.hf.quantized import dequantize_fp8, dequantize_mxfp4, scale_shape
 from tests.models.families import DEEPSEEK_V3, GPT_OSS
 from tests.models.test_hf import random_decoder, write
 from tests.runs import run
@@ -59,16 +59,16 @@ def test_dequantisation_equals_that_of_transformers_bit_for_bit(tmp_path: Path) 
     run("-P", "-c", THEIRS, tmp_path)
     theirs = load_file(tmp_path / "theirs.check")
     for name in "abc":
-        ours = dequantise_fp8(given[name], given[f"{name}s"], (128, 128))
+        ours = dequantize_fp8(given[name], given[f"{name}s"], (128, 128))
         assert torch.equal(ours, theirs[name]), name
-    assert torch.equal(dequantise_mxfp4(given["blocks"], given["scales"]), theirs["mx"])
+    assert torch.equal(dequantize_mxfp4(given["blocks"], given["scales"]), theirs["mx"])
 
 
 def test_mxfp4_by_hand() -> None:
     torch.manual_seed(1)
     blocks = torch.randint(0, 256, (2, 3, 2, 16), dtype=torch.uint8)
     scales = torch.randint(0, 255, (2, 3, 2), dtype=torch.uint8)
-    ours = dequantise_mxfp4(blocks, scales)
+    ours = dequantize_mxfp4(blocks, scales)
     assert ours.shape == (2, 64, 3)
     for e, r, g, b in torch.cartesian_prod(*map(torch.arange, blocks.shape)).tolist():
         byte, power = int(blocks[e, r, g, b]), 2.0 ** (int(scales[e, r, g]) - 127)
@@ -83,7 +83,7 @@ def test_fp8_rows_from_the_middle(first: int) -> None:
     """A piece may begin within a block; block sizes that divide nothing."""
     torch.manual_seed(2)
     data, scale, meaning = quantise_fp8(torch.randn(23, 19), (8, 6))
-    part = dequantise_fp8(data[first:22], scale[first // 8 : -(-22 // 8)], (8, 6), first)
+    part = dequantize_fp8(data[first:22], scale[first // 8 : -(-22 // 8)], (8, 6), first)
     assert torch.equal(part, meaning[first:22])
 
 
@@ -157,7 +157,7 @@ def test_a_folder_in_mxfp4(tmp_path: Path) -> None:
     tensors = {k: v for p in tmp_path.glob("*.safetensors") for k, v in load_file(p).items()}
     state = read_model(tmp_path, torch.float32).state_dict()
     at = "model.layers.3.mlp.experts.gate_up_proj"
-    gate_up = dequantise_mxfp4(tensors[f"{at}_blocks"], tensors[f"{at}_scales"])
+    gate_up = dequantize_mxfp4(tensors[f"{at}_blocks"], tensors[f"{at}_scales"])
     w13 = state["layers.3.ffn.experts.w13"]
     for e in range(6):  # gate and up in turns along the output dimension
         assert torch.equal(w13[e, 0], gate_up[e].T[0::2])
@@ -189,7 +189,7 @@ def test_a_quantisation_we_do_not_know_is_refused(
     else:
         config["quantization_config"] = change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_model(tmp_path, torch.float32)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
@@ -202,5 +202,5 @@ def test_scales_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     name = next(k for k in tensors if k.endswith("down_proj_scales"))
     tensors[name].view(-1)[5] = 255
     save_file(tensors, path)
-    with pytest.raises(ConfigError, match=r"down_proj holds inf or NaN"):
+    with pytest.raises(UserError, match=r"down_proj holds inf or NaN"):
         read_model(tmp_path, torch.float32)

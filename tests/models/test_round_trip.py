@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.loader import flatten, from_dict, unflatten
-from configs.model import Model
-from configs.rules import ConfigError
-from configs.schema import Data, Optimizer, Run, RunConfig, Train
+from configs.model import ModelConfig
+from configs.schema import DataConfig, JobConfig, OptimizerConfig, RunConfig, TrainConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_model
-from models.hf.left_open import KEY
 from models.hf.table import architecture, from_hf_config, hf_config, hf_tensors
+from models.hf.undetermined_settings import KEY
 from models.router import routers
 from parallel.shards import box_of
 from scripts.export import export
@@ -44,9 +44,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(decoder: Decoder, folder: Path, tokenizer: Path) -> Path:
     """A run folder with one checkpoint of `decoder`."""
-    config = RunConfig(
-        run=Run(dir="x"), model=decoder.config, data=Data(seq_len=64), optimizer=Optimizer(lr=1.0),
-        train=Train(steps=1, global_batch=1, micro_batch=1),
+    config = JobConfig(
+        run=RunConfig(dir="x"), model=decoder.config, data=DataConfig(seq_len=64),
+        optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(steps=1, global_batch=1,
+        micro_batch=1),
     )  # fmt: skip
     boxes = {f"model.{k}": (box_of(v), v.float()) for k, v in decoder.state_dict().items()}
     state = {"step": 3, "owes_validation": False, "corpus": "", "compute": ""}
@@ -56,7 +57,7 @@ def run_of(decoder: Decoder, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def contents(path: Path) -> tuple[Model, dict[str, Tensor]]:
+def contents(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model of a checkpoint and its tensors, put together."""
     manifest = checkpoint.read_manifest(path)
     reader = checkpoint.Reader(manifest)
@@ -64,13 +65,13 @@ def contents(path: Path) -> tuple[Model, dict[str, Tensor]]:
     return from_dict(unflatten(manifest.config), "manifest").model, tensors
 
 
-def drawn(family: str, n: int) -> Iterator[Model]:
+def drawn(family: str, n: int) -> Iterator[ModelConfig]:
     rng = Random(f"{family} round trip")
     for _ in range(n):
         yield random_model(family, rng, VOCAB)
 
 
-def described(model: Model) -> dict[str, Any]:
+def described(model: ModelConfig) -> dict[str, Any]:
     given = hf_config(model, max_positions=64, eos_token_id=0, dtype="float32")
     return dict(json.loads(json.dumps(given)))
 
@@ -125,7 +126,7 @@ def test_tensors_and_files_are_the_same_again(family: str, tmp_path: Path, token
         assert error < 1e-5, (model, error)
 
 
-def with_moe(model: Model, **changes: Any) -> Model:
+def with_moe(model: ModelConfig, **changes: Any) -> ModelConfig:
     return replace(model, moe=replace(model.moe, **changes))
 
 
@@ -148,7 +149,7 @@ def test_what_could_not_be_read_again_is_refused(
         key: replace(getattr(model, key), **value) if isinstance(value, dict) else value
         for key, value in change.items()
     }
-    with pytest.raises(ConfigError, match=expected) as refused:
+    with pytest.raises(UserError, match=expected) as refused:
         architecture(replace(model, **parts))
     assert "\n" not in str(refused.value)
 
@@ -178,7 +179,7 @@ def test_what_could_not_be_read_again_is_refused(
 )
 def test_our_key_says_only_what_the_others_leave_open(given: Any, expected: str) -> None:
     written = described(FAMILIES["glm4"])
-    with pytest.raises(ConfigError, match=expected) as refused:
+    with pytest.raises(UserError, match=expected) as refused:
         from_hf_config(written | {KEY: given}, "config.json")
     assert str(refused.value).startswith(f"config.json: {KEY}: ")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
@@ -196,7 +197,7 @@ def test_a_shared_expert_that_is_there_after_all(tmp_path: Path, tokenizer: Path
     tensors["model.layers.1.mlp.shared_experts.up_proj.weight"][3, 4] = 1e-30
     save_file(tensors, file)
     for read in (lambda: read_model(out, torch.float32), lambda: import_hf(out, tmp_path / "ours")):
-        with pytest.raises(ConfigError, match=r"shared_experts\.up_proj\.weight is not zero"):
+        with pytest.raises(UserError, match=r"shared_experts\.up_proj\.weight is not zero"):
             read()
     config = json.loads((out / "config.json").read_text())
     del config[KEY]["moe.n_shared_experts"]
@@ -209,9 +210,7 @@ def test_a_tensor_without_a_place_is_not_lost(tmp_path: Path, tokenizer: Path) -
     decoder = random_decoder(replace(FAMILIES["qwen3"], vocab_size=VOCAB))
     next(iter(routers(decoder))).bias_E[2] = 0.1
     run = run_of(decoder, tmp_path / "run", tokenizer)
-    with pytest.raises(
-        ConfigError, match=r"router\.bias_E is not zero, and Qwen3MoeForCausalLM has"
-    ):
+    with pytest.raises(UserError, match=r"router\.bias_E is not zero, and Qwen3MoeForCausalLM has"):
         export(run, None, torch.float32)
     assert not (run / "export").exists() and not list(run.glob(".export*"))
 
@@ -224,6 +223,6 @@ def test_no_export_holds_what_an_import_refuses(
     with torch.no_grad():
         decoder.norm.weight[3] = value
     run = run_of(decoder, tmp_path / "run", tokenizer)
-    with pytest.raises(ConfigError, match=rf"model\.norm\.weight holds inf or NaN as {dtype}"):
+    with pytest.raises(UserError, match=rf"model\.norm\.weight holds inf or NaN as {dtype}"):
         export(run, None, getattr(torch, dtype))
     assert not list(run.glob("*export*"))

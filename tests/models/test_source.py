@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from configs.errors import UserError
 from configs.loader import load
-from configs.model import Model, Rope
-from configs.rules import ConfigError
+from configs.model import ModelConfig, RopeConfig
+from models.hf.checkpoint import HFCheckpoint
 from models.hf.files import read_config, read_model
 from models.hf.folder import INDEX
-from models.hf.source import Source
 from models.hf.table import architecture, from_hf_config, hf_config
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, read_all, write
@@ -105,10 +105,10 @@ def test_published_configs_are_the_shipped_experiments(name: str) -> None:
     shipped = load(ROOT / "configs" / f"{name}.toml").model
     kv = found.attention.n_kv_heads
     shipped = replace(shipped, attention=replace(shipped.attention, n_kv_heads=kv))
-    plain = Rope(theta=found.rope.theta, interleaved=found.rope.interleaved)
+    plain = RopeConfig(theta=found.rope.theta, interleaved=found.rope.interleaved)
     # DeepSeek-V2-Lite was drawn with 0.006 (its paper), its config.json says 0.02
 
-    def bare(model: Model) -> Model:
+    def bare(model: ModelConfig) -> ModelConfig:
         moe = replace(model.moe, seq_aux_loss_coef=0.0, global_aux_loss_coef=0.0)
         return replace(model, rope=plain, init_std=1, moe=moe)
 
@@ -140,9 +140,9 @@ def test_old_keys_alone_and_new_keys_alone_give_the_same_model(name: str) -> Non
             given = {k: v for k, v in config.items() if k not in counts - {spelling}}
             assert from_hf_config(given, "config.json") == model, spelling
     first, second = sorted(counts)
-    with pytest.raises(ConfigError, match=rf"{first} = .* and {second} = |{second} = .* and"):
+    with pytest.raises(UserError, match=rf"{first} = .* and {second} = |{second} = .* and"):
         from_hf_config(both | {first: 4096}, "config.json")
-    with pytest.raises(ConfigError, match=r"rope_theta = 5, but rope_\w+\.rope_theta = "):
+    with pytest.raises(UserError, match=r"rope_theta = 5, but rope_\w+\.rope_theta = "):
         from_hf_config(both | {"rope_theta": 5}, "config.json")
 
 
@@ -162,7 +162,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def refused(folder: Path, *expected: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         read_model(folder, torch.float32)
     for part in expected:
         assert part in str(error.value)
@@ -250,7 +250,7 @@ def test_index_and_files(folder: Path, tmp_path: Path) -> None:
     refused(folder, str(twice), "model.norm.weight is also in")
     twice.rename(folder / "consolidated.safetensors")  # Mistral's own copy: left alone
     model, raw = read_config(folder)
-    assert list(Source(folder, model, raw).left_out) == ["file consolidated.safetensors"]
+    assert list(HFCheckpoint(folder, model, raw).left_out) == ["file consolidated.safetensors"]
 
 
 def test_files_that_are_cut_off_or_lie(folder: Path) -> None:
@@ -295,7 +295,7 @@ def test_what_may_be_left_out(folder: Path) -> None:
         edit_json(folder / "config.json", lambda c: c.pop("num_nextn_predict_layers", None))
         edit_json(folder / "config.json", lambda c, key=key: c.update({key: 1}))  # type: ignore[misc]
         model, raw = read_config(folder)
-        left_out = Source(folder, replace(model, mtp_depth=0), raw).left_out
+        left_out = HFCheckpoint(folder, replace(model, mtp_depth=0), raw).left_out
         assert left_out["multi-token prediction"] == 1 and left_out.total() == 2
         edit_json(folder / "config.json", lambda c: c.pop("num_mtp_layers", None))
 
@@ -326,7 +326,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     ids=str,
 )
 def test_configs_we_cannot_run(change: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(expected)):
+    with pytest.raises(UserError, match=re.escape(expected)):
         from_hf_config(PUBLISHED["deepseek_v3_671b"] | change, "config.json")
 
 
@@ -359,7 +359,7 @@ def test_llama4_with_images(tmp_path: Path) -> None:
     run("-P", "-c", WITH_IMAGES, tmp_path)
     model, raw = read_config(tmp_path / "hf")
     assert architecture(model) == "Llama4ForCausalLM"
-    source = Source(tmp_path / "hf", model, raw)
+    source = HFCheckpoint(tmp_path / "hf", model, raw)
     assert source.left_out["vision model"] > 5 and len(source.left_out) == 1
     theirs = load_file(tmp_path / "theirs.check")
     state = read_model(tmp_path / "hf", torch.float32).state_dict()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.decoder import Decoder
 from models.hf.files import INDEX, read_model
 from models.hf.table import hf_tensors
@@ -48,8 +48,8 @@ def test_reading_with_another_head_or_none(tmp_path: Path) -> None:
     rewrite(tmp_path, None)  # as transformers saves it
     assert torch.equal(read_model(tmp_path, torch.float32).embed.weight, decoder.embed.weight)
     rewrite(tmp_path, decoder.embed.weight.detach() + 1)
-    with pytest.raises(ConfigError, match=r"tie_word_embeddings = true, but lm_head\.weight"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings = true, but lm_head\.weight"):
         read_model(tmp_path, torch.float32)
     rewrite(tmp_path, torch.zeros(3, 4))
-    with pytest.raises(ConfigError, match=r"tie_word_embeddings = true, but lm_head\.weight"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings = true, but lm_head\.weight"):
         read_model(tmp_path, torch.float32)

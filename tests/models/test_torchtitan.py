@@ -17,23 +17,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.model import Attention, Model, Moe, Rope
+from configs.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.router import routers
 from tests.runs import run
 from train.data.batches import Batch
 from train.loss import loss_sums
 
-DEBUG_MODEL = Model(
+DEBUG_MODEL = ModelConfig(
     vocab_size=2048, d_model=256, n_layers=6, n_dense_layers=1, d_ff=1024, tie_embeddings=False,
     norm_eps=1e-6, init_std=0.05, mtp_depth=1,
-    attention=Attention(kind="mla", n_heads=16, kv_lora_rank=512, qk_nope_head_dim=128,
+    attention=AttentionConfig(kind="mla", n_heads=16, kv_lora_rank=512, qk_nope_head_dim=128,
                         qk_rope_head_dim=64, v_head_dim=128),
-    rope=Rope(interleaved=True, scaling="yarn", factor=40.0, original_length=4096, mscale=0.7,
+    rope=RopeConfig(interleaved=True, scaling="yarn", factor=40.0, original_length=4096, mscale=0.7,
               mscale_all_dim=0.7),
-    moe=Moe(n_experts=8, top_k=3, d_expert=256, n_shared_experts=2, norm_top_k=False),
+    moe=MoEConfig(n_experts=8, top_k=3, d_expert=256, n_shared_experts=2, norm_top_k=False),
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Tensor, dic
     """Our model, its loss sums (with gradients taken), and what torchtitan found."""
     folder = tmp_path_factory.mktemp("titan")
     decoder = Decoder(DEBUG_MODEL)
-    initialise(decoder, DEBUG_MODEL, seed=5)
+    initialize(decoder, DEBUG_MODEL, seed=5)
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.dense import open_dense
@@ -96,7 +96,7 @@ def follow_or_refuse(folder: Path, raw: dict[str, Any], target: Path) -> str:
     dense = raw["model_type"] in ("llama", "mistral", "qwen3")
     try:
         ours = our_dense_logits(target) if dense else our_logits(target)
-    except ConfigError as error:
+    except UserError as error:
         assert str(target) in str(error), error
         told = str(error).replace(str(target), "")
         assert "\n" not in told and len(told) < 700, error

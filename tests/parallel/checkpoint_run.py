@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from configs.loader import flatten, from_dict
 from models.decoder import Decoder
-from parallel.apply import materialise, parallelize
+from parallel.apply import materialize, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh_run import mesh_of, random_corpus, shake, whole
@@ -39,7 +39,7 @@ class Run:
         with torch.device("meta"):
             self.model = Decoder(self.config.model)
         parallelize(self.model, self.mesh, self.config, compute)
-        materialise(self.model, self.config.model, self.config.run.seed, ranks.device)
+        materialize(self.model, self.config.model, self.config.run.seed, ranks.device)
         shake(self.model)
         self.fp8_weights = gather_in_fp8(self.model)
         self.fp8_weights.refresh()
@@ -51,14 +51,14 @@ class Run:
             seed=0,
             global_batch=self.config.train.global_batch,
             micro_batch=self.config.train.micro_batch,
-            rank=self.mesh.degrees.data_rank(ranks.rank),
-            n_ranks=self.mesh.degrees.data_ranks,
+            rank=self.mesh.parallel_dims.data_rank(ranks.rank),
+            n_ranks=self.mesh.parallel_dims.data_ranks,
         )
 
     def step(self, step: int) -> StepResult:
         done = train_step(
             self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
-            copies=self.mesh.degrees.tp, clip_norm=1.0, mtp_weight=0.3,
+            tp_size=self.mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=0.3,
             updated=self.fp8_weights.refresh,
         )  # fmt: skip
         assert done is not None

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from configs.schema import Optimizer
+from configs.schema import OptimizerConfig
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import local_of
 from tests.models.families import FAMILIES
@@ -57,7 +57,7 @@ def decays(name: str) -> bool:
 
 def faults(case: Case, moments: Literal["fp32", "bf16"], ranks: Ranks) -> list[str]:
     model = Run(case.settings(), case.name, ranks).model
-    optimizer = build_optimizer(model, Optimizer(lr=1.0, weight_decay=4.0), moments)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=4.0), moments)
     parameters = dict(model.named_parameters())
     before = {name: local_of(p).detach().clone() for name, p in parameters.items()}
     for parameter in parameters.values():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.model import Moe
+from configs.model import MoEConfig
 from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
 from models.moe import Experts
 
@@ -47,7 +47,7 @@ class Fp8:
 
 def expert_output(experts: Experts, e: int, x: Tensor, weight: Tensor) -> Tensor:
     """One token's weighted output of one expert."""
-    config: Moe = experts.config
+    config: MoEConfig = experts.config
     if config.weight_on == "input":
         x, weight = x * weight, torch.ones_like(weight)
     gate, up = experts.w13[e, 0] @ x, experts.w13[e, 1] @ x

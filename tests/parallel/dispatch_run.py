@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.dispatch import Dispatch
-from configs.model import Moe
+from configs.dispatch import DispatchConfig
+from configs.model import MoEConfig
 from models.moe import Experts
-from parallel.dispatch.exchange import Traffic
 from parallel.dispatch.factory import dispatcher_maker
-from parallel.dispatch.route import RoutedDispatcher
+from parallel.dispatch.packed_rows import DispatchCounters
+from parallel.dispatch.plan import RoutedDispatcher
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from tests.parallel import deep_ep_stand_in
 from tests.parallel.dispatch_oracle import Fp8, reference_dispatch
@@ -48,7 +48,7 @@ class Case:
     seed: int
     tokens: tuple[int, ...]
     top_k: int
-    moe: Moe
+    moe: MoEConfig
     width: int
     router: str
 
@@ -68,7 +68,7 @@ def draw(seed: int, ranks: int, even: bool) -> Case:
     counts = [rng.choice([0, 1, 2, 7, 13, 31]) for _ in range(ranks)]
     if even:
         counts = [rng.choice([1, 2, 7, 13])] * ranks
-    moe = Moe(
+    moe = MoEConfig(
         n_experts=n_experts,
         top_k=min(top_k, n_experts),
         d_expert=rng.choice([1, 8, 17]),
@@ -153,8 +153,8 @@ def reference(
 
 
 def distributed(
-    batch: Batch, rank: int, ranks: int, options: Dispatch
-) -> tuple[dict[str, Tensor], Traffic]:
+    batch: Batch, rank: int, ranks: int, options: DispatchConfig
+) -> tuple[dict[str, Tensor], DispatchCounters]:
     """The same through a dispatcher."""
     assert dist.group.WORLD is not None
     dispatcher = dispatcher_maker(batch.case.moe.n_experts, dist.group.WORLD, options)()
@@ -175,7 +175,7 @@ def distributed(
 
 
 def check(
-    case: Case, options: Dispatch, tolerance: float, dtype: torch.dtype = torch.float32
+    case: Case, options: DispatchConfig, tolerance: float, dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """Faults of one dispatcher in one case, on this rank."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -196,7 +196,7 @@ def check(
     return [f"rank {rank}: {case}: {fault}" for fault in faults]
 
 
-def account(batch: Batch, options: Dispatch, traffic: Traffic) -> list[str]:
+def account(batch: Batch, options: DispatchConfig, traffic: DispatchCounters) -> list[str]:
     """Faults in the numbers of rows and bytes, which are counted here by hand."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     local, m = batch.case.moe.n_experts // ranks, options.node_size or ranks
@@ -227,30 +227,30 @@ def account(batch: Batch, options: Dispatch, traffic: Traffic) -> list[str]:
     return [f"{name} is {found[name]}, not {n}" for name, n in want.items() if found[name] != n]
 
 
-def in_fp8(options: Dispatch, both_ways: bool = False) -> Dispatch:
+def in_fp8(options: DispatchConfig, both_ways: bool = False) -> DispatchConfig:
     """With FP8 for what goes to experts, or for everything."""
     out = replace(options, dispatch_dtype="fp8", combine_grad_dtype="fp8")
     return replace(out, combine_dtype="fp8", dispatch_grad_dtype="fp8") if both_ways else out
 
 
-def variants(ranks: int) -> dict[str, tuple[Dispatch, float, torch.dtype]]:
+def variants(ranks: int) -> dict[str, tuple[DispatchConfig, float, torch.dtype]]:
     """Every dispatcher that these ranks can try, with its tolerance and the compute dtype."""
-    fp32, exact = torch.float32, Dispatch()
-    no_overflow = Dispatch(kind="sync_free", capacity_factor=float(ranks))
-    found: dict[str, tuple[Dispatch, float, torch.dtype]] = {
+    fp32, exact = torch.float32, DispatchConfig()
+    no_overflow = DispatchConfig(kind="sync_free", capacity_factor=float(ranks))
+    found: dict[str, tuple[DispatchConfig, float, torch.dtype]] = {
         "all_to_all": (replace(exact, node_size=1), TOLERANCE, fp32),
         "all_to_all-bf16": (exact, BF16, torch.bfloat16),
         "all_to_all-fp8": (in_fp8(exact), TOLERANCE, fp32),
         "all_to_all-fp8-both-ways": (in_fp8(exact, True), ROUNDED, fp32),
-        "overlapped": (Dispatch(chunks=3), TOLERANCE, fp32),
+        "overlapped": (DispatchConfig(chunks=3), TOLERANCE, fp32),
         "sync_free": (no_overflow, TOLERANCE, fp32),
         "sync_free-overlapped": (replace(no_overflow, chunks=2), TOLERANCE, fp32),
         "sync_free-fp8-both-ways": (in_fp8(no_overflow, True), ROUNDED, fp32),
-        "deepep": (Dispatch(kind="deepep"), BF16, torch.bfloat16),
+        "deepep": (DispatchConfig(kind="deepep"), BF16, torch.bfloat16),
     }
     for m in (1, 2):
         if ranks % m == 0 and ranks // m > 1:
-            two_levels, name = Dispatch(kind="hierarchical", node_size=m), f"hierarchical-{m}"
+            two_levels, name = DispatchConfig(kind="hierarchical", node_size=m), f"hierarchical-{m}"
             found[name] = two_levels, TOLERANCE, fp32
             found[f"{name}-fp8"] = in_fp8(two_levels), TOLERANCE, fp32
             found[f"{name}-fp8-both-ways"] = in_fp8(two_levels, True), ROUNDED, fp32
@@ -260,7 +260,7 @@ def variants(ranks: int) -> dict[str, tuple[Dispatch, float, torch.dtype]]:
     return found
 
 
-def sweep(seeds: int, options: Dispatch, tolerance: float, dtype: torch.dtype) -> list[str]:
+def sweep(seeds: int, options: DispatchConfig, tolerance: float, dtype: torch.dtype) -> list[str]:
     """Faults of one dispatcher in so many cases."""
     ranks, faults = dist.get_world_size(), []
     for seed in range(seeds):

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import models.moe
-from configs.dispatch import Dispatch
-from configs.model import Moe
-from configs.rules import ConfigError
+from configs.dispatch import DispatchConfig
+from configs.errors import UserError
+from configs.model import MoEConfig
 from models.moe import Experts, ExpertsFn, Rows
 from parallel.dispatch.factory import dispatcher_maker
-from parallel.dispatch.route import RoutedDispatcher
+from parallel.dispatch.plan import RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 from tests.parallel.live_memory import LiveMemory
 from tests.parallel.no_host_copies import HostCopy, no_host_copies
@@ -26,14 +26,14 @@ from tests.parallel.no_host_copies import HostCopy, no_host_copies
 T, D, K = 24, 32, 2
 
 
-def layer(options: Dispatch, **moe: object) -> tuple[RoutedDispatcher, Experts]:
+def layer(options: DispatchConfig, **moe: object) -> tuple[RoutedDispatcher, Experts]:
     """A dispatcher and this rank's experts, two per rank."""
     ranks = dist.get_world_size()
     assert dist.group.WORLD is not None
     dispatcher = dispatcher_maker(2 * ranks, dist.group.WORLD, options)()
     assert isinstance(dispatcher, RoutedDispatcher)
     torch.manual_seed(dist.get_rank())
-    experts = Experts(D, Moe(n_experts=2, top_k=1, d_expert=16, **moe))  # type: ignore[arg-type]
+    experts = Experts(D, MoEConfig(n_experts=2, top_k=1, d_expert=16, **moe))  # type: ignore[arg-type]
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return dispatcher, experts
@@ -54,7 +54,7 @@ def device_gemm(x: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
     return torch._grouped_mm(x, w.transpose(-2, -1), offs=ends.to(torch.int32))
 
 
-def forward_and_backward(options: Dispatch, **moe: object) -> None:
+def forward_and_backward(options: DispatchConfig, **moe: object) -> None:
     dispatcher, experts = layer(options, **moe)
     x, ids, weights = batch()
     seed, beside = torch.randn(T, D), torch.nn.Linear(D, D)
@@ -66,9 +66,9 @@ def forward_and_backward(options: Dispatch, **moe: object) -> None:
 
 def sync_free_never_reads() -> list[str]:
     for options in (
-        Dispatch(kind="sync_free"),
-        Dispatch(kind="sync_free", chunks=2, capacity_factor=0.4),
-        Dispatch(kind="sync_free", dispatch_dtype="fp8", combine_dtype="fp8"),
+        DispatchConfig(kind="sync_free"),
+        DispatchConfig(kind="sync_free", chunks=2, capacity_factor=0.4),
+        DispatchConfig(kind="sync_free", dispatch_dtype="fp8", combine_dtype="fp8"),
     ):
         forward_and_backward(options)
         forward_and_backward(options, expert_bias=True, activation="clamped_swiglu")
@@ -78,14 +78,14 @@ def sync_free_never_reads() -> list[str]:
 
 def the_guard_notices_the_exact_path() -> list[str]:
     try:
-        forward_and_backward(Dispatch())
+        forward_and_backward(DispatchConfig())
     except HostCopy:
         return []
     return ["the guard let the exact dispatcher read its splits"]
 
 
 def overflow_is_counted() -> list[str]:
-    dispatcher, experts = layer(Dispatch(kind="sync_free", capacity_factor=0.5))
+    dispatcher, experts = layer(DispatchConfig(kind="sync_free", capacity_factor=0.5))
     x, ids, weights = batch(skewed=True)
     dispatcher.run(x, ids, weights, experts)
     planner = dispatcher.planner
@@ -103,8 +103,8 @@ def overflow_is_counted() -> list[str]:
 
 
 def without_gradients_nothing_overflows() -> list[str]:
-    dispatcher, experts = layer(Dispatch(kind="sync_free", capacity_factor=0.1))
-    exact, _ = layer(Dispatch())
+    dispatcher, experts = layer(DispatchConfig(kind="sync_free", capacity_factor=0.1))
+    exact, _ = layer(DispatchConfig())
     x, ids, weights = batch(skewed=True)
     with torch.no_grad():
         difference = dispatcher.run(x, ids, weights, experts) - exact.run(x, ids, weights, experts)
@@ -150,7 +150,7 @@ def exchanges_enclose_the_experts() -> list[str]:
             events.append("experts")
             return grad
 
-    dispatcher, experts = layer(Dispatch(chunks=3))
+    dispatcher, experts = layer(DispatchConfig(chunks=3))
     x, ids, weights = batch()
     with exchanges:
         y = dispatcher.run(x, ids, weights, lambda rows: Mark.apply(experts(rows)))
@@ -171,7 +171,11 @@ def exchanges_enclose_the_experts() -> list[str]:
 def graphs_hold_no_circles() -> list[str]:
     """Without Python's garbage collector everything is freed once the output is gone."""
     faults = []
-    ways = [Dispatch(), Dispatch(chunks=2, dispatch_dtype="fp8"), Dispatch(kind="sync_free")]
+    ways = [
+        DispatchConfig(),
+        DispatchConfig(chunks=2, dispatch_dtype="fp8"),
+        DispatchConfig(kind="sync_free"),
+    ]
     for options in fitting([*ways, TWO_LEVELS]):
         dispatcher, experts = layer(options)
         x, ids, weights = batch()
@@ -188,7 +192,9 @@ def graphs_hold_no_circles() -> list[str]:
                         torch.autograd.grad(y, inputs, torch.ones_like(y))
                     del y
                 end = time.monotonic() + 5  # gloo's threads drop their tensors a little later
-                while memory.now > 64 and time.monotonic() < end:  # 64: the numbers of `Traffic`
+                while (
+                    memory.now > 64 and time.monotonic() < end
+                ):  # 64: the numbers of `DispatchCounters`
                     time.sleep(0.01)
                 if memory.now > 64:
                     faults.append(f"{options}: {memory.now} bytes left, backward {backward}")
@@ -199,11 +205,16 @@ def graphs_hold_no_circles() -> list[str]:
 
 def recomputation_is_right_and_experts_alone_do_not_travel() -> list[str]:
     """The whole layer recomputed: the same gradients. Only experts: no exchange more, either."""
-    ways = [Dispatch(), Dispatch(chunks=2), Dispatch(kind="sync_free"), TWO_LEVELS]
+    ways = [
+        DispatchConfig(),
+        DispatchConfig(chunks=2),
+        DispatchConfig(kind="sync_free"),
+        TWO_LEVELS,
+    ]
     return [fault for options in fitting(ways) for fault in recomputed(options)]
 
 
-def recomputed(options: Dispatch) -> list[str]:
+def recomputed(options: DispatchConfig) -> list[str]:
     dispatcher, experts = layer(options)
     x, ids, weights = batch()
     seed, faults = torch.randn(T, D), []
@@ -234,7 +245,7 @@ def recomputed(options: Dispatch) -> list[str]:
     return faults
 
 
-def fitting(ways: list[Dispatch]) -> list[Dispatch]:
+def fitting(ways: list[DispatchConfig]) -> list[DispatchConfig]:
     """Those that this number of ranks can run."""
     return [way for way in ways if way.kind != "hierarchical" or dist.get_world_size() > 1]
 
@@ -242,15 +253,15 @@ def fitting(ways: list[Dispatch]) -> list[Dispatch]:
 def one_node_has_no_two_levels() -> list[str]:
     """All ranks are on this host, and so it is found; the error tells what would do."""
     try:
-        layer(Dispatch(kind="hierarchical"))
-    except ConfigError as error:
+        layer(DispatchConfig(kind="hierarchical"))
+    except UserError as error:
         text, ranks = str(error), dist.get_world_size()
         good = f"lie on nodes as {ranks};" in text and "parallel.dispatch.node_size" in text
         return [] if good and "\n" not in text else [text]
     return ["two levels on one node were accepted"]
 
 
-TWO_LEVELS = Dispatch(kind="hierarchical", node_size=1)
+TWO_LEVELS = DispatchConfig(kind="hierarchical", node_size=1)
 SPECIAL: dict[str, Callable[[], list[str]]] = {
     function.__name__: function
     for function in (

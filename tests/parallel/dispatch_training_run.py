@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from configs.loader import load
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from models.decoder import Decoder
 from models.router import routers
-from parallel.apply import materialise, parallelize
+from parallel.apply import materialize, parallelize
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh_run import STEPS, Recording, mesh_of, random_corpus, whole
@@ -47,24 +47,24 @@ def settings(ep: int) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def start(config: RunConfig, ranks: Ranks) -> tuple[Decoder, TrainingData]:
+def start(config: JobConfig, ranks: Ranks) -> tuple[Decoder, TrainingData]:
     mesh = mesh_of(config, ranks)
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.float32)
-    materialise(model, config.model, config.run.seed, ranks.device)
+    materialize(model, config.model, config.run.seed, ranks.device)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=ranks.rank,
-        n_ranks=mesh.degrees.data_ranks,
+        n_ranks=mesh.parallel_dims.data_ranks,
     )
     return model, data
 
 
-def train(config: RunConfig, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train(config: JobConfig, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gradients of the first step, weights, counts and curve; what else is to be told."""
     model, data = start(config, ranks)
     tensors: dict[str, Tensor] = {}

@@ -30,7 +30,7 @@ def expert_gradient_over_ep(model: Decoder, mesh: Mesh) -> Iterator[None]:
     def divided(parameters: list[nn.Parameter], rank: int) -> torch.Tensor:
         last = _moe(model).experts.get_parameter("w13")
         assert last.grad is not None
-        local_of(last.grad).div_(mesh.degrees.ep)
+        local_of(last.grad).div_(mesh.parallel_dims.ep)
         return norm(parameters, rank)
 
     with patch.object(train.step, "global_grad_norm", divided):
@@ -57,7 +57,7 @@ def down_bias_twice(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Every etp rank adds the whole bias of the down projection."""
     kind = type(_moe(model).experts)
     once = getattr_static(kind, "b2")
-    twice = property(lambda module: mesh.degrees.etp * once.fget(module))
+    twice = property(lambda module: mesh.parallel_dims.etp * once.fget(module))
     with patch.object(kind, "b2", twice):
         yield
 

@@ -136,7 +136,7 @@ class Bench:
         self.x_TD = torch.randn(shape, generator=generator) * spread
         self.grad_TD = torch.randn(shape, generator=generator) * 1e-3
         self.positions_T = torch.arange(LENGTH).repeat(SEQUENCES) % 33
-        d, place = run.mesh.degrees, run.mesh.dense["tp"].get_local_rank()
+        d, place = run.mesh.parallel_dims, run.mesh.dense["tp"].get_local_rank()
         self.group = self.split(d.data_ranks)[d.data_rank(run.ranks.rank)]
         self.own = self.split(d.data_ranks * d.tp)[d.data_rank(run.ranks.rank) * d.tp + place]
 
@@ -190,7 +190,7 @@ class Bench:
     def rows_are_quantised_once(self, name: str) -> list[str]:
         """Rows that come in FP8 are the first operand as they are; others are quantised both ways,
         once. Backward quantises the gradient both ways."""
-        config, d = self.run.config.parallel.dispatch, self.run.mesh.degrees
+        config, d = self.run.config.parallel.dispatch, self.run.mesh.parallel_dims
         fp8 = config.dispatch_dtype == "fp8" and d.ep > 1
         with recorded_experts() as calls:
             self.run_layer(self.model, name, self.own, self.group)
@@ -203,7 +203,7 @@ class Bench:
 
     def _weights(self, name: str, got: Result) -> list[str]:
         """Against one process that is given the same groups of tokens, one after another."""
-        d, found, dispatch = self.run.mesh.degrees, [], self.run.config.parallel.dispatch
+        d, found, dispatch = self.run.mesh.parallel_dims, [], self.run.config.parallel.dispatch
         # an expert's rows in another order; or what is quantised twice has other scales
         ordered = dispatch.chunks == 1 and dispatch.kind != "hierarchical"
         twice = dispatch.dispatch_dtype == "fp8" and not self.run.config.precision.fp8.power_of_two

@@ -3,23 +3,23 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from configs.model import Attention, Model, Moe
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
 
-GQA = Model(
+GQA = ModelConfig(
     vocab_size=96, d_model=256, n_layers=2, n_dense_layers=1, d_ff=256,
-    attention=Attention(n_heads=4, n_kv_heads=4, head_dim=64, qk_norm="rms"),
-    moe=Moe(n_experts=4, top_k=2, d_expert=256, n_shared_experts=1, score_func="sigmoid"),
+    attention=AttentionConfig(n_heads=4, n_kv_heads=4, head_dim=64, qk_norm="rms"),
+    moe=MoEConfig(n_experts=4, top_k=2, d_expert=256, n_shared_experts=1, score_func="sigmoid"),
 )  # fmt: skip
 """Divisible by two everywhere, into parts of whole blocks."""
 MLA = replace(
     GQA,
-    attention=Attention(kind="mla", n_heads=4, q_lora_rank=128, kv_lora_rank=128,
+    attention=AttentionConfig(kind="mla", n_heads=4, q_lora_rank=128, kv_lora_rank=128,
                         qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64),
 )  # fmt: skip
-ODD = Model(
+ODD = ModelConfig(
     vocab_size=96, d_model=258, n_layers=2, n_dense_layers=1, d_ff=130,
-    attention=Attention(n_heads=6, n_kv_heads=3, head_dim=42, bias=True),
-    moe=Moe(n_experts=6, top_k=2, d_expert=67, n_shared_experts=1),
+    attention=AttentionConfig(n_heads=6, n_kv_heads=3, head_dim=42, bias=True),
+    moe=MoEConfig(n_experts=6, top_k=2, d_expert=67, n_shared_experts=1),
 )  # fmt: skip
 """No width is a multiple of blocks, and few are of ranks."""
 BIASED = replace(

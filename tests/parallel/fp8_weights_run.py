@@ -119,7 +119,7 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
     n = len(run.fp8_weights.weights)
     if n != len(list(weights_of(run.model))):
         found.append(f"{n} weights are gathered in FP8")
-    passes = run.config.train.global_batch // run.mesh.degrees.data_ranks
+    passes = run.config.train.global_batch // run.mesh.parallel_dims.data_ranks
     with counted() as counts:
         run.step(1)
     if (counts["shards"], counts["wholes"]) != (n, 0) or counts["uses"] != passes * n:

@@ -30,14 +30,14 @@ from torch.distributed.tensor import DTensor
 
 import kernels.moe.router
 import models.balance
-from configs.degrees import resolve
 from configs.loader import from_dict
-from configs.schema import Optimizer, RunConfig
+from configs.parallel_dims import resolve
+from configs.schema import JobConfig, OptimizerConfig
 from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
-from parallel.apply import materialise, parallelize
+from parallel.apply import materialize, parallelize
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel.faults import FAULTS
@@ -105,7 +105,7 @@ class Recording:
         """The product's groups. A tenth of what decays is gone with every step: who misses it is
         seen."""
         name_of = {parameter: name for name, parameter in parameters.items()}
-        config = Optimizer(lr=self.lr / 10, weight_decay=1 / self.lr)
+        config = OptimizerConfig(lr=self.lr / 10, weight_decay=1 / self.lr)
         return [
             {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             | {"params": [self.parts[name_of[parameter]] for parameter in group["params"]]}
@@ -133,7 +133,7 @@ def shake(model: Decoder) -> None:
 _made = cache(meshes._mesh)
 
 
-def mesh_of(config: RunConfig, ranks: Ranks) -> meshes.Mesh:
+def mesh_of(config: JobConfig, ranks: Ranks) -> meshes.Mesh:
     """The mesh of an experiment; in one process, equal meshes share their groups.
 
     Every group has threads, one of which wakes all the time, and tests run many experiments in one
@@ -143,21 +143,21 @@ def mesh_of(config: RunConfig, ranks: Ranks) -> meshes.Mesh:
         return meshes.build(resolve(config, ranks.world), ranks.device.type)
 
 
-def train(out: Path, config: RunConfig, ranks: Ranks, fault: str) -> None:
+def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
     """STEPS steps of one experiment; rank 0 writes `out`."""
     mesh = mesh_of(config, ranks)
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.float32)
-    materialise(model, config.model, config.run.seed, ranks.device)
+    materialize(model, config.model, config.run.seed, ranks.device)
     shake(model)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        rank=mesh.degrees.data_rank(ranks.rank),
-        n_ranks=mesh.degrees.data_ranks,
+        rank=mesh.parallel_dims.data_rank(ranks.rank),
+        n_ranks=mesh.parallel_dims.data_ranks,
     )
     result: dict[str, torch.Tensor] = {}  # filled by `optimizer` as well
     curve = []
@@ -166,7 +166,7 @@ def train(out: Path, config: RunConfig, ranks: Ranks, fault: str) -> None:
         for step in range(1, STEPS + 1):
             done = train_step(
                 model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,
-                copies=mesh.degrees.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
+                tp_size=mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
                 z_loss_coef=config.train.z_loss_coef,
             )  # fmt: skip
             assert done is not None

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from configs.model import Model
+from configs.model import ModelConfig
 from tests.models.families import FAMILIES
 
 SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 32, 2
@@ -65,7 +65,7 @@ class Case:
         }
 
 
-def wide(model: Model) -> Model:
+def wide(model: ModelConfig) -> ModelConfig:
     """A family's small model with sizes that 8 ranks can divide, and with every auxiliary loss."""
     attention = replace(model.attention, n_heads=8)
     if attention.kind == "gqa":
@@ -77,7 +77,7 @@ def wide(model: Model) -> Model:
     return replace(model, attention=attention, moe=moe, d_ff=model.d_ff and 48)
 
 
-def odd(model: Model) -> Model:
+def odd(model: ModelConfig) -> ModelConfig:
     """The same with sizes that 3 and 6 ranks can divide."""
     attention = replace(model.attention, n_heads=12)
     if attention.kind == "gqa":
@@ -87,7 +87,7 @@ def odd(model: Model) -> Model:
     return replace(model, attention=attention, moe=moe, d_model=42, d_ff=model.d_ff and 48)
 
 
-def model_of(family: str) -> Model:
+def model_of(family: str) -> ModelConfig:
     """The model of a case."""
     if family.startswith(ODD):
         return odd(FAMILIES[family.removeprefix(ODD)])

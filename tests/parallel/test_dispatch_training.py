@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from configs.degrees import resolve
+from configs.errors import UserError
 from configs.loader import load
-from configs.rules import ConfigError
+from configs.parallel_dims import resolve
 from parallel.dispatch.deepep import elastic_buffer
 from tests.runs import TINY, run
 
@@ -67,7 +67,7 @@ def check_fields(results: dict[str, Any], ranks: int) -> None:
     ],
 )
 def test_refusals_are_one_line(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load(TINY, [f"--parallel.dispatch.{override}"])
     assert message in str(error.value) and "\n" not in str(error.value)
     assert f"parallel.dispatch.{override.split('=')[0]}" in str(error.value)
@@ -77,16 +77,16 @@ def test_nodes_must_divide_the_ranks() -> None:
     config = load(
         TINY, ["--parallel.dispatch.kind=hierarchical", "--parallel.dispatch.node_size=3"]
     )
-    with pytest.raises(ConfigError, match=r"node_size = 3: must divide parallel.ep = 4.* 1, 2$"):
+    with pytest.raises(UserError, match=r"node_size = 3: must divide parallel.ep = 4.* 1, 2$"):
         resolve(config, 4)
 
 
 def test_deepep_is_missing_here() -> None:
-    with pytest.raises(ConfigError, match='kind = "deepep": DeepEP is not installed here'):
+    with pytest.raises(UserError, match='kind = "deepep": DeepEP is not installed here'):
         elastic_buffer()
 
 
 def test_deepep_refuses_what_it_cannot() -> None:
     for override in ("chunks=2", "dispatch_dtype=fp8"):
-        with pytest.raises(ConfigError, match="kind = deepep"):
+        with pytest.raises(UserError, match="kind = deepep"):
             load(TINY, ["--parallel.dispatch.kind=deepep", f"--parallel.dispatch.{override}"])

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from configs.degrees import resolve
+from configs.errors import UserError
 from configs.loader import from_dict
-from configs.precision import Fp8
-from configs.rules import ConfigError
+from configs.parallel_dims import resolve
+from configs.precision import FP8Config
 from models.attention import GroupedQueryAttention
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
@@ -74,11 +74,11 @@ def test_what_computes_in_fp8() -> None:
     first = [f"layers.0.{name}" for name in [*attention, "ffn"]]
     second = [f"layers.1.{name}" for name in moe]
     for options, expected in (
-        (Fp8(), first + second),
-        (Fp8(first_bf16=1), second),
-        (Fp8(last_bf16=1), first),
-        (Fp8(keep=("layers.1",)), first),
-        (Fp8(keep=("layers.0.attention", "*.experts", "layers.0.ffn")),
+        (FP8Config(), first + second),
+        (FP8Config(first_bf16=1), second),
+        (FP8Config(last_bf16=1), first),
+        (FP8Config(keep=("layers.1",)), first),
+        (FP8Config(keep=("layers.0.attention", "*.experts", "layers.0.ffn")),
          [name for name in second if "experts" not in name or "shared" in name]),
     ):  # fmt: skip
         assert apply_fp8(decoder(), options) == expected
@@ -87,14 +87,14 @@ def test_what_computes_in_fp8() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Fp8(keep=("layers.0.attention", "layers.7.*")),
+        (FP8Config(keep=("layers.0.attention", "layers.7.*")),
          r"keep: no module is called 'layers\.7\.\*'; names are such as layers\.0\.attention\.wq$"),
-        (Fp8(keep=("layers.*",)), "leaves every module in bf16"),
-        (Fp8(first_bf16=1, last_bf16=1), "leaves every module in bf16"),
+        (FP8Config(keep=("layers.*",)), "leaves every module in bf16"),
+        (FP8Config(first_bf16=1, last_bf16=1), "leaves every module in bf16"),
     ],
 )  # fmt: skip
-def test_a_pattern_that_matches_nothing_or_all_is_refused(options: Fp8, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as refused:
+def test_a_pattern_that_matches_nothing_or_all_is_refused(options: FP8Config, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
         apply_fp8(decoder(), options)
     assert "\n" not in str(refused.value)
 
@@ -105,7 +105,7 @@ def test_a_device_without_fp8_is_refused_with_the_first_layer() -> None:
     with (
         patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
         patch.object(torch.version, "hip", None),
-        pytest.raises(ConfigError, match=r"fp8_blockwise': layers\.0\.ffn: .* 8\.0: train in bf16"),
+        pytest.raises(UserError, match=r"fp8_blockwise': layers\.0\.ffn: .* 8\.0: train in bf16"),
     ):
         parallelize(decoder(), mesh, config, torch.bfloat16)
 
@@ -141,7 +141,7 @@ def test_check_refuses_parts_that_cut_blocks(
         return
     key = "etp" if "etp" in parallel else "tp"
     message = f"{name} is divided into {cut}.*multiples of 128; use a smaller parallel.{key}, or"
-    with pytest.raises(ConfigError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         report(config, resolve(config, 2))
     assert "\n" not in str(refused.value)
 
@@ -149,7 +149,7 @@ def test_check_refuses_parts_that_cut_blocks(
 def test_layers_that_share_an_input_are_called_each() -> None:
     """By their hooks FSDP2 knows when the weights of a group may be freed."""
     model = Decoder(GQA)
-    apply_fp8(model, Fp8())
+    apply_fp8(model, FP8Config())
     attention = model.layers[0].get_submodule("attention")
     assert isinstance(attention, GroupedQueryAttention)
     layers, called = [attention.wq, attention.wk, attention.wv], list[nn.Module]()
@@ -165,7 +165,7 @@ def test_layers_that_share_an_input_are_called_each() -> None:
 
 def test_weights_on_the_host_are_refused() -> None:
     case = Case("gqa", {"cpu_offload": True})
-    with pytest.raises(ConfigError, match=r"cpu_offload = true: .*'bf16' or cpu_offload = false"):
+    with pytest.raises(UserError, match=r"cpu_offload = true: .*'bf16' or cpu_offload = false"):
         from_dict(case.settings(), "here")
     bf16 = replace(case, fp8={}).settings() | {"precision": {"recipe": "bf16"}}
     assert from_dict(bf16, "here").parallel.cpu_offload

@@ -2,8 +2,8 @@
 
 import pytest
 
-from configs.rules import ConfigError
-from parallel.placement import Placement, read_placement, read_world
+from configs.errors import UserError
+from parallel.launch_environment import LaunchEnvironment, read_launch_environment, read_world
 
 TORCHRUN = {
     "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -12,15 +12,20 @@ TORCHRUN = {
 
 
 def test_what_torchrun_sets() -> None:
-    assert read_placement(TORCHRUN) == Placement(1, 4, 1, 2, "node-1.cluster", 29500)
+    assert read_launch_environment(TORCHRUN) == LaunchEnvironment(
+        1, 4, 1, 2, "node-1.cluster", 29500
+    )
     for address in ("localhost", "10.0.0.1", "fe80::1%eth0"):
-        assert read_placement({**TORCHRUN, "MASTER_ADDR": address}).is_launched
+        assert read_launch_environment({**TORCHRUN, "MASTER_ADDR": address}).is_launched
 
 
 def test_no_launcher() -> None:
     for env in ({}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "0", "MASTER_PORT": "29500"}):
-        assert read_placement(env) == Placement() and not read_placement(env).is_launched
-    alone = read_placement({"RANK": "0", "WORLD_SIZE": "1"})
+        assert (
+            read_launch_environment(env) == LaunchEnvironment()
+            and not read_launch_environment(env).is_launched
+        )
+    alone = read_launch_environment({"RANK": "0", "WORLD_SIZE": "1"})
     assert alone.world == 1 and alone.is_launched
 
 
@@ -56,13 +61,13 @@ def without(name: str) -> dict[str, str]:
     ],
 )
 def test_what_cannot_be_right_is_one_line(env: dict[str, str], expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_placement(env)
+    with pytest.raises(UserError) as caught:
+        read_launch_environment(env)
     line = str(caught.value)
     assert expected in line and "\n" not in line and len(line) < 300
 
 
 def test_the_number_of_ranks_alone() -> None:
     assert read_world({}) is None and read_world({"WORLD_SIZE": "8"}) == 8
-    with pytest.raises(ConfigError, match="WORLD_SIZE = 'x'"):
+    with pytest.raises(UserError, match="WORLD_SIZE = 'x'"):
         read_world({"WORLD_SIZE": "x"})

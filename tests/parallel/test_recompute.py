@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.model import Model
-from configs.schema import Parallel
+from configs.model import ModelConfig
+from configs.schema import ParallelConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.moe import LocalDispatcher
 from models.router import routers
 from parallel.recompute import apply_recompute
@@ -21,9 +21,9 @@ from tests.models.families import FAMILIES, GLM4
 BATCH, LENGTH = 2, 21
 
 
-def build(config: Model, parallel: Parallel) -> Decoder:
+def build(config: ModelConfig, parallel: ParallelConfig) -> Decoder:
     model = Decoder(config)
-    initialise(model, config, seed=3)
+    initialize(model, config, seed=3)
     apply_recompute(model, parallel)
     return model
 
@@ -57,17 +57,17 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 
 POLICIES = [
-    Parallel(recompute="full"),
-    Parallel(recompute="selective"),
-    Parallel(recompute="selective", recompute_keep=("attention",)),
-    Parallel(recompute="full", recompute_every=2),
+    ParallelConfig(recompute="full"),
+    ParallelConfig(recompute="selective"),
+    ParallelConfig(recompute="selective", recompute_keep=("attention",)),
+    ParallelConfig(recompute="full", recompute_every=2),
 ]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.recompute}-{p.recompute_every}")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_without_recomputation(family: str, policy: Parallel) -> None:
-    expected = gradients(build(FAMILIES[family], Parallel()))
+def test_gradients_are_those_without_recomputation(family: str, policy: ParallelConfig) -> None:
+    expected = gradients(build(FAMILIES[family], ParallelConfig()))
     got = gradients(build(FAMILIES[family], policy))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -88,7 +88,7 @@ class Disturbance(nn.Module):
 
 
 def disturbed() -> Decoder:
-    model = build(GLM4, Parallel(recompute="full"))
+    model = build(GLM4, ParallelConfig(recompute="full"))
     for block in model.layers[GLM4.n_dense_layers :]:
         block.ffn_norm = Disturbance(block.get_submodule("ffn_norm"))
     return model
@@ -113,7 +113,7 @@ def test_without_the_tape_it_would_not(
 
 
 def test_evaluation_keeps_nothing_and_counts_nothing(choices: list[Tensor]) -> None:
-    model = build(GLM4, Parallel(recompute="full")).eval()
+    model = build(GLM4, ParallelConfig(recompute="full")).eval()
     with torch.no_grad():
         loss(model)
     assert len(choices) == 2
@@ -138,9 +138,9 @@ def test_kept_products_are_not_computed_again() -> None:
             run()
         return operations.count
 
-    keeping = Parallel(recompute="selective", recompute_keep=("matmul",))
+    keeping = ParallelConfig(recompute="selective", recompute_keep=("matmul",))
     counts = {}
-    for name, policy in (("none", Parallel()), ("full", POLICIES[0]), ("keeping", keeping)):
+    for name, policy in (("none", ParallelConfig()), ("full", POLICIES[0]), ("keeping", keeping)):
         model = build(GLM4, policy)
         counts[name] = products(lambda model=model: loss(model).backward())  # type: ignore[misc]
     assert counts["keeping"] == counts["none"] < counts["full"]

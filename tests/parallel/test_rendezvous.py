@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from parallel import rendezvous
-from parallel.placement import Placement
+from parallel.launch_environment import LaunchEnvironment
 from tests.runs import free_port
 
 
@@ -19,12 +19,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_PATIENCE_S", 2.0)
 
 
-def placement(rank: int, world: int, port: int, address: str = "127.0.0.1") -> Placement:
-    return Placement(rank, world, rank, world, address, port)
+def placement(rank: int, world: int, port: int, address: str = "127.0.0.1") -> LaunchEnvironment:
+    return LaunchEnvironment(rank, world, rank, world, address, port)
 
 
 def fault(function: Callable[[], object]) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         function()
     line = str(caught.value)
     assert "\n" not in line and len(line) < 400
@@ -61,7 +61,7 @@ def test_a_rank_that_does_not_come() -> None:
     assert "WORLD_SIZE = 3: rank 1, 2 did not come" in line
 
 
-def together(*placements: Placement) -> list[str]:
+def together(*placements: LaunchEnvironment) -> list[str]:
     """What each is told; empty for one who met the others."""
     told = [""] * len(placements)
     stores = []  # that of rank 0 is the one of all
@@ -69,7 +69,7 @@ def together(*placements: Placement) -> list[str]:
     def meet(i: int) -> None:
         try:
             stores.append(rendezvous.meet(placements[i]))
-        except ConfigError as error:
+        except UserError as error:
             told[i] = str(error)
 
     threads = [threading.Thread(target=meet, args=(i,)) for i in range(len(placements))]

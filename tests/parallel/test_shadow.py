@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels.moe.permute import permutation
 from models.decoder import Block
 from models.documents import DocumentAttention
-from models.init import initialise
+from models.init import initialize
 from models.rope import rope_tables
 from parallel.memory.shadow import Ledger, Segment, Shadow, Shadows, extrapolate
 from tests.models.families import FAMILIES
@@ -50,7 +50,7 @@ def test_autograd_saves_as_much_of_a_shadow(family: str, dtype: torch.dtype) -> 
     positions_BL = torch.arange(LENGTH).repeat(SEQUENCES, 1) % 25  # two documents each
     for index in range(config.n_layers):
         block = Block(config, index)
-        initialise(block, config, 0)
+        initialize(block, config, 0)
         block = block.to(dtype)
         core = DocumentAttention(positions_BL)
         x_TD = torch.randn(SEQUENCES * LENGTH, config.d_model, generator=rng).to(dtype)

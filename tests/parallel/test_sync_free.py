@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import models.moe
-from configs.dispatch import Dispatch
-from configs.model import Moe
+from configs.dispatch import DispatchConfig
+from configs.model import MoEConfig
 from models.moe import Experts
 from parallel.dispatch.factory import dispatcher_maker
 from tests.parallel.dispatch_special import device_gemm
@@ -38,13 +38,13 @@ def ranks() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-def forward_and_backward(group: dist.ProcessGroup, options: Dispatch) -> None:
+def forward_and_backward(group: dist.ProcessGroup, options: DispatchConfig) -> None:
     # bf16, as `torch._grouped_mm` wants it on a device
     with FakeTensorMode(), patch.object(models.moe, "grouped_gemm_nt", device_gemm):
         dispatcher = dispatcher_maker(2 * RANKS, group, options)()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            experts = Experts(WIDTH, Moe(n_experts=2, top_k=1, d_expert=32, expert_bias=True))
+            experts = Experts(WIDTH, MoEConfig(n_experts=2, top_k=1, d_expert=32, expert_bias=True))
         finally:
             torch.set_default_dtype(torch.float32)
         x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
@@ -57,16 +57,16 @@ def forward_and_backward(group: dist.ProcessGroup, options: Dispatch) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        Dispatch(kind="sync_free"),
-        Dispatch(kind="sync_free", chunks=3, capacity_factor=0.7),
-        Dispatch(kind="sync_free", dispatch_dtype="fp8", combine_grad_dtype="fp8"),
+        DispatchConfig(kind="sync_free"),
+        DispatchConfig(kind="sync_free", chunks=3, capacity_factor=0.7),
+        DispatchConfig(kind="sync_free", dispatch_dtype="fp8", combine_grad_dtype="fp8"),
     ],
     ids=["plain", "chunks", "fp8"],
 )
-def test_nothing_depends_on_data(ranks: dist.ProcessGroup, options: Dispatch) -> None:
+def test_nothing_depends_on_data(ranks: dist.ProcessGroup, options: DispatchConfig) -> None:
     forward_and_backward(ranks, options)
 
 
 def test_the_exact_path_does(ranks: dist.ProcessGroup) -> None:
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        forward_and_backward(ranks, Dispatch())
+        forward_and_backward(ranks, DispatchConfig())

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from configs.dispatch import Dispatch
-from configs.model import Moe
+from configs.dispatch import DispatchConfig
+from configs.model import MoEConfig
 from models.moe import Experts
 from parallel.dispatch.factory import dispatcher_maker
 
@@ -25,8 +25,8 @@ def ranks() -> Iterator[dist.ProcessGroup]:
 
 def test_no_copy_to_the_host(ranks: dist.ProcessGroup) -> None:
     torch.manual_seed(0)
-    dispatcher = dispatcher_maker(16, ranks, Dispatch(kind="sync_free"))()
-    experts = Experts(256, Moe(n_experts=16, top_k=1, d_expert=128)).cuda().bfloat16()
+    dispatcher = dispatcher_maker(16, ranks, DispatchConfig(kind="sync_free"))()
+    experts = Experts(256, MoEConfig(n_experts=16, top_k=1, d_expert=128)).cuda().bfloat16()
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from configs.degrees import resolve
 from configs.loader import from_dict
-from configs.model import Model
-from configs.precision import Fp8
+from configs.model import ModelConfig
+from configs.parallel_dims import resolve
+from configs.precision import FP8Config
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.linear import as_matrices
@@ -48,7 +48,7 @@ FP8_MODEL = replace(
 )
 FP8_MODELS = {"fp8": FP8_MODEL, "fp8-mla": replace(FP8_MODEL, attention=MLA.attention)}
 FLOAT, INT = 4, 8
-Traffic = dict[str, dict[str, list[int]]]
+DispatchCounters = dict[str, dict[str, list[int]]]
 
 
 class Formula:
@@ -61,7 +61,7 @@ class Formula:
         self.maxima: dict[str, int] = defaultdict(int)
         self.ranks = case.world
         self.tokens = GLOBAL_BATCH // PASSES // (case.dp_replicate * case.dp_shard) * SEQ_LEN
-        self.traffic: Traffic = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+        self.traffic: DispatchCounters = defaultdict(lambda: defaultdict(lambda: [0, 0]))
         self.sizes = sizes_of(self.model)
         self.moe_layers = [i for i in range(self.model.n_layers) if self.model.is_moe(i)]
         self._tensor_parallel()
@@ -189,12 +189,12 @@ class Part:
         )
 
 
-def grids_of(model: Model) -> dict[str, int]:
+def grids_of(model: ModelConfig) -> dict[str, int]:
     """Blocks of 128x128 of every parameter that is quantised."""
     with torch.device("meta"):
         decoder = Decoder(model)
     found = {}
-    for name in apply_fp8(decoder, Fp8()):
+    for name in apply_fp8(decoder, FP8Config()):
         for key, parameter in decoder.get_submodule(name).named_parameters(recurse=False):
             matrices = as_matrices(key, parameter)
             rows, columns = matrices.shape[-2:]
@@ -204,7 +204,7 @@ def grids_of(model: Model) -> dict[str, int]:
     return found
 
 
-def sizes_of(model: Model) -> dict[str, tuple[int, bool]]:
+def sizes_of(model: ModelConfig) -> dict[str, tuple[int, bool]]:
     """Elements of every parameter and whether tensor parallelism divides it."""
     with torch.device("meta"):
         parameters = dict(Decoder(model).named_parameters())
@@ -231,7 +231,7 @@ def test_a_step_communicates_what_the_formulas_say(cases: list[Case], tmp_path: 
     reports = counted(tmp_path, {case.name: settings_of(case) for case in cases}, "float32")
     for case in cases:
         report = reports[case.name]
-        expected: Traffic = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+        expected: DispatchCounters = defaultdict(lambda: defaultdict(lambda: [0, 0]))
         formula, maxima = Formula(case), defaultdict[str, int](int)
         for axis, size in formula.maxima.items():  # once per step and group of ranks
             maxima[report["same"].get(axis, axis)] += size
@@ -286,7 +286,7 @@ def predicted(
     return found
 
 
-def bytes_of(traffic: Traffic, same: dict[str, str]) -> dict[str, int]:
+def bytes_of(traffic: DispatchCounters, same: dict[str, str]) -> dict[str, int]:
     """The same of what was counted or computed, but for the numbers that all ranks add up."""
     found: dict[str, int] = defaultdict(int)
     for axis, kinds in traffic.items():

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from configs.degrees import default_world, resolve
 from configs.loader import load
+from configs.parallel_dims import default_world, resolve
 from models.counts import parameter_counts
 from tests.runs import ROOT, run
 
@@ -30,16 +30,23 @@ def held(which: int, path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_rank_holds_its_share(path: Path) -> None:
     config = load(path)
-    degrees = resolve(config, default_world(config))
+    parallel_dims = resolve(config, default_world(config))
     counts = parameter_counts(config.model)
-    share = (counts.total + counts.mtp - counts.experts) / (degrees.dp_shard * degrees.tp)
-    share += counts.experts / (degrees.efsdp * degrees.ep * degrees.etp)
+    share = (counts.total + counts.mtp - counts.experts) / (
+        parallel_dims.dp_shard * parallel_dims.tp
+    )
+    share += counts.experts / (parallel_dims.efsdp * parallel_dims.ep * parallel_dims.etp)
     first, last = (held(which, path) for which in (0, -1))
     # vectors that the ranks cannot divide evenly are rounded up on the first
     assert first["elements"] == pytest.approx(share, rel=0.01)
     assert last["elements"] <= first["elements"]
     assert first["meshes"] == {
-        "dense": [degrees.dp_replicate, degrees.dp_shard, degrees.tp],
-        "whole": [degrees.dp_replicate, degrees.dp_shard * degrees.tp],
-        "expert": [degrees.dp_replicate, degrees.efsdp, degrees.ep, degrees.etp],
+        "dense": [parallel_dims.dp_replicate, parallel_dims.dp_shard, parallel_dims.tp],
+        "whole": [parallel_dims.dp_replicate, parallel_dims.dp_shard * parallel_dims.tp],
+        "expert": [
+            parallel_dims.dp_replicate,
+            parallel_dims.efsdp,
+            parallel_dims.ep,
+            parallel_dims.etp,
+        ],
     }

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models.decoder import Decoder
-from models.init import initialise
+from models.init import initialize
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
@@ -28,7 +28,7 @@ def main(out: Path) -> None:
     batch = next(run.data.step(1))
     parameters = dict(run.model.named_parameters())
     one = Decoder(run.config.model)
-    initialise(one, run.config.model, run.config.run.seed)
+    initialize(one, run.config.model, run.config.run.seed)
     found: dict[str, float] = {}
     same = [torch.empty_like(local_of(parameters[EXPERT])) for _ in range(2)]
     dist.all_gather(same, local_of(parameters[EXPERT]).detach())

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from configs.degrees import default_world, resolve
 from configs.loader import load
+from configs.parallel_dims import default_world, resolve
 from models.decoder import Decoder
 from parallel import mesh as meshes
 from parallel.apply import parallelize
@@ -20,10 +20,10 @@ from parallel.shards import box_of, local_of
 def held(file: str, which: int) -> dict[str, Any]:
     """What rank `which` (negative: from the end) holds, in elements, and the meshes' shapes."""
     config = load(file)
-    degrees = resolve(config, default_world(config))
-    rank = which % degrees.world
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world)
-    mesh = meshes.build(degrees, "cpu")
+    parallel_dims = resolve(config, default_world(config))
+    rank = which % parallel_dims.world
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel_dims.world)
+    mesh = meshes.build(parallel_dims, "cpu")
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, torch.bfloat16)

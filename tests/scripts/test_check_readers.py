@@ -11,11 +11,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.decoder import Decoder
 from models.hf.files import read_model, write_tensors
 from models.hf.table import hf_config
-from models.init import initialise
+from models.init import initialize
 from scripts.check_readers import __main__ as check_readers
 from scripts.check_readers.__main__ import READERS, TEXTS, TOLERANCE, check, differences, prompts_of
 from scripts.to_gguf import llama_cpp_words, to_gguf
@@ -31,7 +31,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GLM-4 MoE with tied embeddings, as the demo exports it, with random weights."""
     folder = tmp_path_factory.mktemp("export")
     decoder = Decoder(replace(FAMILIES["glm4"], vocab_size=300, init_std=0.2))
-    initialise(decoder, decoder.config, seed=0)
+    initialize(decoder, decoder.config, seed=0)
     state = decoder.state_dict()
     write_tensors(folder, decoder.config, lambda name, i: state[name][i], torch.float32)
     described = hf_config(decoder.config, max_positions=64, eos_token_id=0, dtype="float32")
@@ -114,7 +114,7 @@ def test_prompts_leave_room() -> None:
     prompts = prompts_of(tokenizer, 50, 20)
     assert max(map(len, prompts)) == 30 and min(map(len, prompts)) == 1
     assert len(prompts_of(tokenizer, 4096, 20)) == len(TEXTS) + 1
-    with pytest.raises(ConfigError, match="max_position_embeddings = 20: must be more than 20"):
+    with pytest.raises(UserError, match="max_position_embeddings = 20: must be more than 20"):
         prompts_of(tokenizer, 20, 20)
 
 
@@ -158,8 +158,8 @@ def test_the_converter_is_told_how_words_are_cut(export: Path, tmp_path: Path) -
     for file in export.iterdir():
         (given / file.name).write_bytes(file.read_bytes())
     Tokenizer(models.BPE()).save(str(given / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"convert_hf_to_gguf.py: KeyError: '\[gMASK\]'"):
+    with pytest.raises(UserError, match=r"convert_hf_to_gguf.py: KeyError: '\[gMASK\]'"):
         to_gguf(given, out, "f32", tmp_path, sys.executable)
-    with pytest.raises(ConfigError, match="name a source tree"):
+    with pytest.raises(UserError, match="name a source tree"):
         to_gguf(export, out, "f32", export, sys.executable)
     assert {path.name for path in tmp_path.glob("*.partial")} == set() and not out.exists()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.model import Model
+from configs.model import ModelConfig
 from models.hf.files import write_tensors
 from models.hf.fp8_blocks import fp8_plan
 from scripts import export as export_script
@@ -28,7 +28,7 @@ def exported(source: Path, *arguments: object) -> int:
         return export_script.main()
 
 
-def imported(model: Model, folder: Path, tokenizer: Path) -> Path:  # noqa: F811
+def imported(model: ModelConfig, folder: Path, tokenizer: Path) -> Path:  # noqa: F811
     """A run that holds random weights."""
     (folder / "hf").mkdir()
     write(random_decoder(model), folder / "hf")

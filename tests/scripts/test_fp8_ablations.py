@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.model import Model
-from configs.precision import Fp8
+from configs.model import ModelConfig
+from configs.precision import FP8Config
 from kernels.layers.cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
-from models.init import initialise
+from models.init import initialize
 from scripts.fp8_convergence.ablations import (
     VARIANTS,
     e5m2_blocks,
@@ -42,10 +42,10 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
     return found
 
 
-def decoder(model: Model) -> Decoder:
+def decoder(model: ModelConfig) -> Decoder:
     made = Decoder(replace(model, init_std=0.3))
-    initialise(made, made.config, seed=1)
-    apply_fp8(made, Fp8(power_of_two=True))
+    initialize(made, made.config, seed=1)
+    apply_fp8(made, FP8Config(power_of_two=True))
     return made.train()
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.errors import UserError
 from configs.loader import flatten, from_dict, load, unflatten
-from configs.model import Model
-from configs.rules import ConfigError
-from configs.schema import Data, Optimizer, Run, RunConfig, Train
+from configs.model import ModelConfig
+from configs.schema import DataConfig, JobConfig, OptimizerConfig, RunConfig, TrainConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import write_tensors
@@ -64,12 +64,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def with_vocabulary(name: str) -> Model:
+def with_vocabulary(name: str) -> ModelConfig:
     """A family's small model with room for a byte-level vocabulary, as an export needs one."""
     return replace(FAMILIES[name], vocab_size=263)
 
 
-def hf_folder(model: Model, folder: Path, tokenizer: Path) -> Path:
+def hf_folder(model: ModelConfig, folder: Path, tokenizer: Path) -> Path:
     folder.mkdir(exist_ok=True)
     write(random_decoder(model), folder)
     shutil.copy(tokenizer / "tokenizer.json", folder)
@@ -102,9 +102,10 @@ def test_import_of_an_export_is_the_checkpoint(name: str, tmp_path: Path, tokeni
     model = with_vocabulary(name)
     decoder = random_decoder(model)
     x = {f"model.{k}": v.float() for k, v in decoder.state_dict().items()}
-    config = RunConfig(
-        run=Run(dir="x"), model=model, data=Data(seq_len=64), optimizer=Optimizer(lr=1.0),
-        train=Train(steps=1, global_batch=1, micro_batch=1),
+    config = JobConfig(
+        run=RunConfig(dir="x"), model=model, data=DataConfig(seq_len=64),
+        optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(steps=1, global_batch=1,
+        micro_batch=1),
     )  # fmt: skip
     state = {"step": 3, "owes_validation": False, "corpus": "", "compute": ""}
     boxes = {k: (box_of(v), v) for k, v in x.items()}
@@ -315,7 +316,7 @@ def test_the_command_refuses_in_one_line(
     (folder / "tokenizer.json").unlink()
     done = run("-m", "scripts.import_hf", folder, tmp_path / "ours", "--ignore-auto-map")
     assert "no tokenizer.json" in done.stdout and "set data.tokenizer" in done.stdout
-    with pytest.raises(ConfigError, match="exists; an import makes a new folder"):
+    with pytest.raises(UserError, match="exists; an import makes a new folder"):
         import_hf(folder, tmp_path / "ours", ignore_auto_map=True)
 
 
@@ -323,13 +324,13 @@ def test_the_worst_moment_fails_clean(tmp_path: Path, monkeypatch: pytest.Monkey
     write(random_decoder(FAMILIES["mixtral"]), tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match=r"the checkpoint needs .* GiB"):
+    with pytest.raises(UserError, match=r"the checkpoint needs .* GiB"):
         import_hf(tmp_path, tmp_path / "ours")
     monkeypatch.undo()
     shard = max(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     damaged = load_file(shard)
     next(iter(damaged.values())).view(-1)[3] = float("nan")
     save_file(damaged, shard)
-    with pytest.raises(ConfigError, match="holds inf or NaN"):
+    with pytest.raises(UserError, match="holds inf or NaN"):
         import_hf(tmp_path, tmp_path / "ours")
     assert not list(tmp_path.glob("*ours*")) and not list(tmp_path.glob(".ours*"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from scripts.export import export
 from scripts.import_hf import import_hf
 from serve.engine.loading import open_export
@@ -170,12 +170,12 @@ def test_special_ids_that_are_none(file: str, wrong: object, tmp_path: Path) -> 
     content = json.loads((folder / file).read_text()) | {"eos_token_id": wrong}
     (folder / file).write_text(json.dumps(content))
     with pytest.raises(
-        ConfigError, match=rf"hf/{file}: eos_token_id = .*must be (an integer|integers)"
+        UserError, match=rf"hf/{file}: eos_token_id = .*must be (an integer|integers)"
     ):
         import_hf(folder, tmp_path / "ours")
     assert not list(tmp_path.glob("*ours*"))
     if file == "generation_config.json":
-        with pytest.raises(ConfigError, match="eos_token_id"):
+        with pytest.raises(UserError, match="eos_token_id"):
             open_export(folder)
 
 
@@ -185,12 +185,12 @@ def test_files_that_lead_out_of_the_folder(tmp_path: Path) -> None:
     for name in ("generation_config.json", "merges.txt", "additional_chat_templates/x.jinja"):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(secret)
-        with pytest.raises(ConfigError, match="leads out of the folder"):
+        with pytest.raises(UserError, match="leads out of the folder"):
             import_hf(folder, tmp_path / "ours")
         (folder / name).unlink()
     shutil.rmtree(folder / "additional_chat_templates")
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "x.jinja").write_text("x")
     (folder / "additional_chat_templates").symlink_to(tmp_path / "far")
-    with pytest.raises(ConfigError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         import_hf(folder, tmp_path / "ours")

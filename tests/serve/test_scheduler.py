@@ -5,19 +5,19 @@ import random
 import pytest
 import torch
 
-from configs.model import Attention, Model, Moe
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
 from serve.cache.kv_cache import KvCache, PageAllocator, build_cache, bytes_per_token
 from serve.engine.engine import EngineOptions
 from serve.engine.request import Request, RequestError, SamplingParams
 from serve.engine.scheduler import Chunk, Scheduler
 
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=8,
     d_model=8,
     n_layers=1,
-    attention=Attention(n_heads=1, n_kv_heads=1, head_dim=2),
-    moe=Moe(n_experts=1, top_k=1, d_expert=8),
+    attention=AttentionConfig(n_heads=1, n_kv_heads=1, head_dim=2),
+    moe=MoEConfig(n_experts=1, top_k=1, d_expert=8),
 )
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_cache_size() -> None:
     cache = build_cache(MODEL, kv_tokens=9, **size)  # type: ignore[arg-type]
     assert cache.capacity == 12
     assert cache.pool.shape == (1, 2, 4, 4, 1, 2)
-    with pytest.raises(ConfigError, match="--kv-tokens 1099511627776: needs"):
+    with pytest.raises(UserError, match="--kv-tokens 1099511627776: needs"):
         build_cache(MODEL, kv_tokens=1 << 40, **size)  # type: ignore[arg-type]
 
 
@@ -156,5 +156,5 @@ def test_cache_size() -> None:
     ],
 )
 def test_impossible_options(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         EngineOptions(**options)

@@ -4,24 +4,24 @@ import random
 from pathlib import Path
 from typing import Any
 
-from configs.model import Attention, Model, Moe
-from configs.schema import Data, Optimizer, Run, RunConfig, Train
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
+from configs.schema import DataConfig, JobConfig, OptimizerConfig, RunConfig, TrainConfig
 
 
 def silent(line: str) -> None:
     pass
 
 
-def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> RunConfig:
+def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> JobConfig:
     settings = {"source": str(tmp_path / "docs"), "cache_dir": str(tmp_path / "cache")} | data
-    moe = Moe(n_experts=2, top_k=1, d_expert=8, norm_top_k=False)
-    sizes = {"d_model": 8, "n_layers": 1, "attention": Attention(n_heads=1, head_dim=8)}
-    return RunConfig(
-        run=Run(dir="unused"),
-        model=Model(vocab_size=vocab_size, moe=moe, **sizes),  # type: ignore[arg-type]
-        train=Train(steps=1, global_batch=1, micro_batch=1),
-        optimizer=Optimizer(lr=1e-3),
-        data=Data(**settings),
+    moe = MoEConfig(n_experts=2, top_k=1, d_expert=8, norm_top_k=False)
+    sizes = {"d_model": 8, "n_layers": 1, "attention": AttentionConfig(n_heads=1, head_dim=8)}
+    return JobConfig(
+        run=RunConfig(dir="unused"),
+        model=ModelConfig(vocab_size=vocab_size, moe=moe, **sizes),  # type: ignore[arg-type]
+        train=TrainConfig(steps=1, global_batch=1, micro_batch=1),
+        optimizer=OptimizerConfig(lr=1e-3),
+        data=DataConfig(**settings),
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from tests.runs import TINY
-from train import durable
+from train import atomic_files
 from train.__main__ import main
 
 
@@ -21,8 +21,8 @@ def _process_restored() -> Iterator[None]:
     finally:
         for number, handler in signals.items():
             signal.signal(number, handler)
-        while durable._CLAIMS:
-            os.close(durable._CLAIMS.pop())
+        while atomic_files._CLAIMS:
+            os.close(atomic_files._CLAIMS.pop())
         if dist.is_initialized():
             dist.destroy_process_group()
 

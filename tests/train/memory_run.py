@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-from configs.degrees import resolve
 from configs.loader import from_dict
-from configs.schema import RunConfig
+from configs.parallel_dims import resolve
+from configs.schema import JobConfig
 from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
-from parallel.apply import materialise, parallelize
+from parallel.apply import materialize, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus
@@ -38,17 +38,17 @@ class Tracker(FSDPMemTracker):
             module._forward_hooks_always_called.clear()
 
 
-def largest(config: RunConfig, ranks: Ranks, one_choice: bool) -> int:
+def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
     """Bytes held at the worst moment of two steps.
 
     one_choice: all tokens choose the same experts.
     """
-    degrees = resolve(config, ranks.world)
-    mesh = meshes.build(degrees, ranks.device.type)
+    parallel_dims = resolve(config, ranks.world)
+    mesh = meshes.build(parallel_dims, ranks.device.type)
     with torch.device("meta"):
         model = Decoder(config.model)
     parallelize(model, mesh, config, compute_dtype(config, ranks.device))
-    materialise(model, config.model, config.run.seed, ranks.device)
+    materialize(model, config.model, config.run.seed, ranks.device)
     for router in routers(model):
         if one_choice:
             router.bias_E[: router.config.top_k] = 100.0  # scores are at most 1
@@ -60,8 +60,8 @@ def largest(config: RunConfig, ranks: Ranks, one_choice: bool) -> int:
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        rank=degrees.data_rank(ranks.rank),
-        n_ranks=degrees.data_ranks,
+        rank=parallel_dims.data_rank(ranks.rank),
+        n_ranks=parallel_dims.data_ranks,
     )
     tracker = Tracker(model, next(iter(optimizer)))
 
@@ -74,8 +74,8 @@ def largest(config: RunConfig, ranks: Ranks, one_choice: bool) -> int:
         for step in (1, 2):
             train_step(
                 model, optimizer, data.step(step), step=step, rank=ranks.rank,
-                copies=degrees.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight, stop=forget,
-                updated=fp8_weights.refresh,
+                tp_size=parallel_dims.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
+                stop=forget, updated=fp8_weights.refresh,
             )  # fmt: skip
     snapshot = tracker.get_tracker_snapshot("peak")
     return sum(device["Total"] for device in snapshot.values())

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from configs.errors import UserError
 from configs.loader import from_dict
-from configs.rules import ConfigError
-from configs.schema import Optimizer
+from configs.schema import OptimizerConfig
 from train.bf16_moments import Bf16MomentsAdamW
 from train.torchtitan_adapter import build_optimizer, optimizer_tensors
 
@@ -77,7 +77,7 @@ def test_it_follows_fp32_moments() -> None:
 def test_the_adapter_builds_it_and_names_its_state() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     masters = [p.detach().clone() for p in model.parameters()]
-    optimizer = build_optimizer(model, Optimizer(lr=1e-3), "bf16")
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3), "bf16")
     dtypes = {name: tensor.dtype for name, tensor in optimizer_tensors(optimizer).items()}
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_a_mean_too_slow_for_bf16_is_refused(
 ) -> None:
     from_dict(settings(beta=0.999, key=key, moments="fp32"), "here")
     from_dict(settings(beta=0.98, key=key, moments="bf16"), "here")
-    with pytest.raises(ConfigError, match=f"moments = 'bf16'.*{key} = 0.999.*at most 0.98"):
+    with pytest.raises(UserError, match=f"moments = 'bf16'.*{key} = 0.999.*at most 0.98"):
         from_dict(settings(beta=0.999, key=key, moments="bf16"), "here")
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
+from configs.errors import UserError
 from configs.loader import flatten, load
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from tests.runs import TINY
 from tests.train.in_process import train
 from train.checkpoint import checkpoint
-from train.checkpoint.changes import (
+from train.checkpoint.config_changes import (
     CHANGES,
-    Change,
+    ConfigChange,
     change_of,
     compare_for_resume,
     compare_for_start,
@@ -29,7 +29,7 @@ KEYS = sorted(flatten(CONFIG))
 
 def test_every_key_is_classified_and_none_that_is_not_there() -> None:
     for key in KEYS:
-        assert isinstance(change_of(key), Change)
+        assert isinstance(change_of(key), ConfigChange)
     sections = {key[:i] for key in KEYS for i, c in enumerate(key) if c == "."}
     assert CHANGES.keys() <= {*KEYS, *sections}
     with pytest.raises(KeyError):
@@ -83,12 +83,12 @@ def test_what_decides_weights_or_data_is_refused(
     overrides: list[str], key: str, with_new_run: bool
 ) -> None:
     config = load(TINY, overrides)
-    with pytest.raises(ConfigError, match=f"cannot resume with another {key}"):
+    with pytest.raises(UserError, match=f"cannot resume with another {key}"):
         compare_for_resume(CONFIG, config, 4)
     if with_new_run:
         compare_for_start(CONFIG, config)
     else:
-        with pytest.raises(ConfigError, match=f"belong to another {key}"):
+        with pytest.raises(UserError, match=f"belong to another {key}"):
             compare_for_start(CONFIG, config)
 
 
@@ -101,7 +101,7 @@ def test_mtp_modules_that_come_or_go_are_named() -> None:
     assert [is_new(name, one) for name in names] == [False, True, False]
 
 
-def lasting(config: RunConfig, train_steps: int, **schedule: Any) -> RunConfig:
+def lasting(config: JobConfig, train_steps: int, **schedule: Any) -> JobConfig:
     made = replace(config.schedule, **schedule)
     return replace(config, train=replace(config.train, steps=train_steps), schedule=made)
 
@@ -129,11 +129,11 @@ def test_another_learning_rate_is_said_with_what_keeps_it() -> None:
 
 def test_a_schedule_that_ends_early_at_0_is_refused() -> None:
     arguments = ["--schedule.steps=6", "--train.steps=12"]
-    with pytest.raises(ConfigError, match=r"schedule\.steps = 6: the learning rate is 0 from"):
+    with pytest.raises(UserError, match=r"schedule\.steps = 6: the learning rate is 0 from"):
         load(TINY, arguments)
     for more in ("--schedule.min_lr_fraction=0.1", "--schedule.decay_fraction=0"):
         load(TINY, [*arguments, more])
-    with pytest.raises(ConfigError, match=r"schedule\.steps = -1"):
+    with pytest.raises(UserError, match=r"schedule\.steps = -1"):
         load(TINY, ["--schedule.steps=-1"])
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from configs.__main__ import main as check_keys
-from configs.degrees import default_world
+from configs.errors import UserError
 from configs.loader import load
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.model import ModelConfig
+from configs.parallel_dims import default_world
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.hf.families.deepseek import DEEPSEEK_V2
@@ -143,15 +143,15 @@ print(json.dumps(errors))
 def test_what_check_promises_transformers_loads_and_runs(tmp_path: Path) -> None:
     """Twelve random models of every family, odd sizes preferred; and those of DeepSeek-V2 that are
     refused do fail there."""
-    promised: list[Model] = []
-    refused: list[tuple[Model, str]] = []
+    promised: list[ModelConfig] = []
+    refused: list[tuple[ModelConfig, str]] = []
     for family in FEATURES:
         for seed in range(12):
             model = family_model(family, seed)
             try:
                 assert architecture(model)
                 promised.append(model)
-            except ConfigError as error:
+            except UserError as error:
                 assert "\n" not in str(error) and "the nearest, " in str(error)
                 if family == "deepseek_v2":
                     refused.append((model, str(error)))
@@ -166,7 +166,7 @@ def test_what_check_promises_transformers_loads_and_runs(tmp_path: Path) -> None
     assert refused and all(errors[len(promised) :]), "refused without a need"
 
 
-def _sizes_of(model: Model) -> dict[str, object]:
+def _sizes_of(model: ModelConfig) -> dict[str, object]:
     a = model.attention
     return {
         "hidden_size": model.d_model, "num_attention_heads": a.n_heads,
@@ -177,7 +177,7 @@ def _sizes_of(model: Model) -> dict[str, object]:
     }  # fmt: skip
 
 
-def describe(model: Model) -> dict[str, object]:
+def describe(model: ModelConfig) -> dict[str, object]:
     return hf_config(model, max_positions=64, eos_token_id=0, dtype="float32")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from tests.train.corpora import config, silent, write_texts
 from train.data import corpus as subject
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
@@ -246,7 +246,7 @@ def test_an_older_corpus_is_found(tmp_path: Path, texts: list[str]) -> None:
 
 def test_mistakes_are_one_line(tmp_path: Path, texts: list[str]) -> None:
     def message(**change: Any) -> str:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             prepare(config(tmp_path, **change), silent)
         assert "\n" not in str(caught.value)
         return str(caught.value)

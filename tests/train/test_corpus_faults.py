@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from tests.runs import TINY
 from tests.train.corpora import config, silent, write_texts
 from train import __main__ as command
@@ -44,7 +44,7 @@ def test_names_that_are_not_utf8_are_listed(tmp_path: Path, texts: list[str]) ->
 def test_rows_left_out_are_counted_and_part_of_the_key(tmp_path: Path, texts: list[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"text": text}) for text in texts] + ['{"text": "cut']))
-    with pytest.raises(ConfigError, match="line 41: not JSON"):
+    with pytest.raises(UserError, match="line 41: not JSON"):
         prepare(config(tmp_path, source=str(rows)), silent)
     lines: list[str] = []
     settings: dict[str, Any] = {"source": str(rows), "unreadable_rows": "skip"}
@@ -54,7 +54,7 @@ def test_rows_left_out_are_counted_and_part_of_the_key(tmp_path: Path, texts: li
     )
     manifest = json.loads((corpus.folder / "manifest.json").read_text())
     assert manifest["rows_unreadable"]["count"] == len(manifest["rows_unreadable"]["first"]) == 1
-    with pytest.raises(ConfigError, match="line 41: not JSON"):  # the cached one is not taken
+    with pytest.raises(UserError, match="line 41: not JSON"):  # the cached one is not taken
         prepare(config(tmp_path, source=str(rows)), silent)
     same = prepare(config(tmp_path), silent)  # the folder of the same texts
     assert same.fingerprint == corpus.fingerprint
@@ -78,7 +78,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, texts: list[str], given: bool
     spool = sum(len(text.encode()) for text in texts)
     tokenizer: dict[str, Any] = {"tokenizer": str(whole.folder)} if given else {}
     for size in sorted({0, spool - 1, *(size - 1 for size in sizes)}):
-        with largest_file(size), pytest.raises(ConfigError) as caught:
+        with largest_file(size), pytest.raises(UserError) as caught:
             prepare(config(tmp_path, **tokenizer), silent)
         message = str(caught.value)
         assert f"data.cache_dir = '{tmp_path}/cache': cannot be used" in message, message
@@ -102,7 +102,7 @@ def test_every_place_that_writes_names_the_folder(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(site, refuse)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(config(tmp_path), silent)
     assert str(caught.value) == (
         f"data.cache_dir = '{tmp_path}/cache': cannot be used: {os.strerror(code)}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.data import progress
-from train.data.dedup import HASHES, SHORTEST_LINE, band_rows, signature, survey
+from train.data.dedup import HASHES, SHORTEST_LINE, band_rows, find_duplicates, signature
 
 
 def lines_of(text: str) -> set[str]:
@@ -68,8 +68,8 @@ def test_survey_keeps_what_plain_loops_keep(threshold: float) -> None:
             if all(clear(jaccard(other, text), threshold) for text in family):
                 family.append(other)
         texts += family
-    found = survey(texts, threshold)
-    everything = survey(texts, 1.0)
+    found = find_duplicates(texts, threshold)
+    everything = find_duplicates(texts, 1.0)
     expected: list[int] = []
     for i in everything.kept:  # content-hash order
         if all(jaccard(texts[i], texts[j]) < threshold for j in expected):
@@ -83,11 +83,11 @@ def test_survey_does_not_depend_on_the_order_of_reading() -> None:
     rng = random.Random(2)
     texts = [document(rng, 30) for _ in range(20)]
     texts += [relative(text, 1, rng) for text in texts[:10]] + texts[:5] + ["", " \n\t"]
-    first = survey(texts, 0.8)
+    first = find_duplicates(texts, 0.8)
     assert (first.n_empty, first.n_exact, first.n_near) == (2, 5, 10)
     shuffled = texts[:]
     rng.shuffle(shuffled)
-    second = survey(shuffled, 0.8)
+    second = find_duplicates(shuffled, 0.8)
     assert first.digests == second.digests == sorted(first.digests)
     assert [texts[i] for i in first.kept] == [shuffled[i] for i in second.kept]
     assert first.sizes == [len(texts[i].encode()) for i in first.kept]
@@ -116,7 +116,7 @@ def sharing(kind: str, count: int) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["licence", "long licence", "licences", "form", "one line"])
 def test_comparisons_do_not_grow_with_shared_lines(kind: str) -> None:
-    few, many = (survey(sharing(kind, count), 0.8) for count in (500, 4000))
+    few, many = (find_duplicates(sharing(kind, count), 0.8) for count in (500, 4000))
     assert many.n_near <= 4  # of 8 million pairs whose estimate may err
     # per document: 8 times the documents are 8 times the rivals where every pair is compared
     assert many.n_compared / 4000 < 4 * max(few.n_compared / 500, 20)
@@ -129,11 +129,11 @@ def test_near_duplicates_among_documents_that_share_lines(kind: str) -> None:
     base = sharing(kind, 1500)
     planted = [text + f"\none more line {rng.random()}" for text in base[:700]]
     texts = base + planted
-    found = survey(texts, 0.8)
+    found = find_duplicates(texts, 0.8)
     signatures = [signature(text.encode()) for text in texts]
     table = np.array(signatures)
     expected: list[int] = []
-    for i in survey(texts, 1.0).kept:  # every pair is compared
+    for i in find_duplicates(texts, 1.0).kept:  # every pair is compared
         if not (np.mean(table[expected] == table[i], axis=1) >= 0.8).any():
             expected.append(i)
     assert found.kept == expected
@@ -143,9 +143,9 @@ def test_near_duplicates_among_documents_that_share_lines(kind: str) -> None:
 def test_a_family_is_compared_with_the_one_that_stays() -> None:
     common = [f"a line of the template {i}" for i in range(60)]
     texts = ["\n".join([*common, f"number {i} of many"]) for i in range(3000)]
-    found = survey(texts, 0.8)
+    found = find_duplicates(texts, 0.8)
     assert len(found.kept) == 1 and found.n_compared == 2999
-    short = survey([f"a\nb\n{i}" for i in range(3000)], 0.8)
+    short = find_duplicates([f"a\nb\n{i}" for i in range(3000)], 0.8)
     assert len(short.kept) == 3000 and short.n_compared == 0
 
 
@@ -154,17 +154,17 @@ def test_every_threshold_divides_crowded_buckets(threshold: float) -> None:
     texts = sharing("licences", 1000)
     table = np.array([signature(text.encode()) for text in texts])
     expected: list[int] = []
-    for i in survey(texts, 1.0).kept:
+    for i in find_duplicates(texts, 1.0).kept:
         if not (np.mean(table[expected] == table[i], axis=1) >= threshold).any():
             expected.append(i)
     # where the crowd itself lies at the threshold, one pair in a thousand may be overlooked
-    assert len(set(survey(texts, threshold).kept) ^ set(expected)) <= 10
+    assert len(set(find_duplicates(texts, threshold).kept) ^ set(expected)) <= 10
 
 
 def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS", -1.0)
     lines: list[str] = []
-    survey(sharing("one line", 2), 0.8, lines.append)
+    find_duplicates(sharing("one line", 2), 0.8, lines.append)
     assert lines == [
         "duplicates: 0 documents read so far",
         "duplicates: 1 documents read so far",
@@ -176,8 +176,8 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_lines_count_for_nothing() -> None:
     assert signature(b"if a:\n  b\n\n)") is None
     short = ["a\nb\n", "a\nb\nc\n", "a\nb\nc\n"]
-    assert survey(short, 0.5).n_near == 0
-    assert survey(short, 0.5).n_exact == 1
+    assert find_duplicates(short, 0.5).n_near == 0
+    assert find_duplicates(short, 0.5).n_exact == 1
     padded = "a = 1\n}\n".join(f"a long line {i}\n" for i in range(30))
     assert estimate(padded, padded.replace("}", "{")) == 1.0
 

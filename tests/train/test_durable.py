@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from configs.errors import UserError
 from configs.paths import local_path
-from configs.rules import ConfigError
-from train.durable import claim, naming, replace_text, sync, write_fault
+from train.atomic_files import claim, naming, replace_text, sync, write_fault
 
 
 def test_replace_text_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_replace_text_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert path.read_text() == "old"
     replace_text(path, "new é")
     assert path.read_text("utf-8") == "new é"
-    with pytest.raises(ConfigError, match=r"a.json: cannot hold .*udce9.*: it is not UTF-8"):
+    with pytest.raises(UserError, match=r"a.json: cannot hold .*udce9.*: it is not UTF-8"):
         replace_text(path, "source = caf\udce9")
 
 
@@ -60,7 +60,7 @@ def test_a_claim_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ConfigError, match=r"run/.lock: cannot be locked: No locks available"):
+    with pytest.raises(UserError, match=r"run/.lock: cannot be locked: No locks available"):
         claim(tmp_path / "run")
     assert len(os.listdir("/proc/self/fd")) == before
 

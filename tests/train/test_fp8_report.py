@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.model import Model
-from configs.precision import Fp8
+from configs.model import ModelConfig
+from configs.precision import FP8Config
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.layers.cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
-from models.init import initialise
+from models.init import initialize
 from tests.models.families import FAMILIES, QWEN3
 from tests.runs import TINY, run
 from train.report.fp8_figures import MOST_DB, Figures, Weight
@@ -133,10 +133,10 @@ def test_work_that_did_not_happen_has_no_figures() -> None:
     assert "forward_db" in found and "dgrad_db" not in found and "wgrad_db" not in found
 
 
-def decoder(model: Model, **options: object) -> Decoder:
+def decoder(model: ModelConfig, **options: object) -> Decoder:
     made = Decoder(replace(model, init_std=0.3))
-    initialise(made, made.config, seed=1)
-    apply_fp8(made, Fp8(**options))  # type: ignore[arg-type]
+    initialize(made, made.config, seed=1)
+    apply_fp8(made, FP8Config(**options))  # type: ignore[arg-type]
     return made.train()
 
 
@@ -161,7 +161,7 @@ def backward(model: Decoder, seed: int = 0) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_of_every_family_is_reported_and_no_gradient_changes(family: str) -> None:
-    options = Fp8(diagnose_every=2)
+    options = FP8Config(diagnose_every=2)
     model = decoder(FAMILIES[family])
     before = backward(model)
     diagnosis = Fp8Diagnosis(model, options)
@@ -195,7 +195,7 @@ def test_steps_that_are_not_due_are_not_watched(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Fp8Diagnosis, "mlp", refuse)
     for every, step in ((0, 4), (3, 4)):
         model = decoder(QWEN3)
-        diagnosis = Fp8Diagnosis(model, Fp8(diagnose_every=every))
+        diagnosis = Fp8Diagnosis(model, FP8Config(diagnose_every=every))
         with diagnosis.watching(step):
             backward(model)
         assert diagnosis.report(step) is None
@@ -209,7 +209,7 @@ def test_a_warning_names_the_layer_and_the_product() -> None:
         weights["layers.1.attention_norm.weight"][3] = 1e6
         for name in ("wq", "wk", "wv"):
             weights[f"layers.1.attention.{name}.weight"][:, 3] = 0
-    diagnosis = Fp8Diagnosis(model, Fp8(diagnose_every=1))
+    diagnosis = Fp8Diagnosis(model, FP8Config(diagnose_every=1))
     with diagnosis.watching(1):
         backward(model)
     report = diagnosis.report(1)

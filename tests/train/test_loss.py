@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.loader import load
 from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
-from models.init import initialise
+from models.init import initialize
 from tests.runs import TINY
 from train.data.batches import Sequences
 from train.loss import look_ahead, loss_sums
@@ -45,7 +45,7 @@ def group_of_one() -> Iterator[None]:
 
 def build(depth: int) -> Decoder:
     model = Decoder(replace(load(TINY).model, mtp_depth=depth, init_std=0.2))
-    initialise(model, model.config, seed=1)
+    initialize(model, model.config, seed=1)
     return model
 
 

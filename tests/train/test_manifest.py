@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from train.checkpoint import checkpoint
-from train.checkpoint.changes import settings_then
 from train.checkpoint.checkpoint import CheckpointError
+from train.checkpoint.config_changes import settings_then
 
 RANKS: Ranks
 LONG = "x" * 5000

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from configs.degrees import default_world, resolve
 from configs.loader import from_dict, load
-from configs.model import Model
-from configs.schema import RunConfig
+from configs.model import ModelConfig
+from configs.parallel_dims import default_world, resolve
+from configs.schema import JobConfig
 from models.counts import parameter_counts
 from parallel.memory import rehearsal
 from tests.models.families import FAMILIES
@@ -47,7 +47,7 @@ class Case:
     moe: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
 
-    def config(self) -> RunConfig:
+    def config(self) -> JobConfig:
         tp = self.parallel.get("tp", 1)
         model = replace(wide(FAMILIES[self.family]), **self.model)
         balance = self.parallel.get("ep", 1) > 1 and not self.one_choice
@@ -66,7 +66,7 @@ class Case:
         return from_dict(settings, self.name)
 
 
-def wide(model: Model) -> Model:
+def wide(model: ModelConfig) -> ModelConfig:
     """A family's small model with sizes that count."""
     attention = replace(model.attention, n_heads=8, local_size=model.attention.local_size and 64)
     if attention.kind == "gqa":
@@ -189,13 +189,15 @@ def test_each_part_dominates_once() -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)
 def test_true_sizes_take_seconds(file: Path) -> None:
     config = load(str(file), [])
-    degrees = resolve(config, default_world(config))
+    parallel_dims = resolve(config, default_world(config))
     start = time.process_time()
-    even, worst = predict(config, degrees, "cuda", torch.bfloat16)
+    even, worst = predict(config, parallel_dims, "cuda", torch.bfloat16)
     assert time.process_time() - start < 10
     counts = parameter_counts(config.model)
-    dense = (counts.total + counts.mtp - counts.experts) / (degrees.dp_shard * degrees.tp)
-    held = dense + counts.experts / (degrees.efsdp * degrees.ep * degrees.etp)
+    dense = (counts.total + counts.mtp - counts.experts) / (
+        parallel_dims.dp_shard * parallel_dims.tp
+    )
+    held = dense + counts.experts / (parallel_dims.efsdp * parallel_dims.ep * parallel_dims.etp)
     # up to padding where shards are uneven
     assert even.peak["AdamW moments"] == pytest.approx(8 * held, rel=0.01)
     assert worst.peak.total() >= even.peak.total() * 0.99

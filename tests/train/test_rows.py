@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs.rules import ConfigError
-from configs.schema import Data
+from configs.errors import UserError
+from configs.schema import DataConfig
 from train.data import rows as subject
 from train.data.documents import Documents
 from train.data.sources import locate
@@ -19,11 +19,11 @@ BOM = b"\xef\xbb\xbf"
 
 
 def read(source: Path, **settings: Any) -> Documents:
-    return locate(Data(source=str(source), **settings)).read()
+    return locate(DataConfig(source=str(source), **settings)).read()
 
 
 def refusal(source: Path, **settings: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read(source, **settings)
     assert "\n" not in str(caught.value) and "data.source" in str(caught.value)
     return str(caught.value)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from configs.rules import ConfigError
-from configs.schema import Data
+from configs.errors import UserError
+from configs.schema import DataConfig
 from train.data import progress, sources
 from train.data.sources import cut, locate
 
@@ -24,11 +24,11 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def read(source: Path | str, **settings: Any) -> list[str]:
-    return list(locate(Data(source=str(source), **settings)).read())
+    return list(locate(DataConfig(source=str(source), **settings)).read())
 
 
 def fails(source: Path | str, *parts: str, **settings: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read(source, **settings)
     message = str(caught.value)
     assert "\n" not in message
@@ -41,23 +41,23 @@ def test_stdlib_is_all_its_python_files(tmp_path: Path, monkeypatch: pytest.Monk
     skipped = {"site-packages/c.py": "c", "dist-packages/d.py": "d", "x/__pycache__/e.py": "e"}
     root = write(tmp_path, files | skipped | {"latin.py": b"# caf\xe9"})
     monkeypatch.setattr(sources, "stdlib_root", lambda: root)
-    source = locate(Data())
+    source = locate(DataConfig())
     documents = source.read()
     assert list(documents) == ["a = 1\n", "b\r\n"]
     assert [Path(file).name for file in documents.not_utf8] == ["latin.py"]
     write(root, {"a.py": "a = 12\n"})
-    assert locate(Data()).identity != source.identity
+    assert locate(DataConfig()).identity != source.identity
 
 
 def test_the_real_stdlib_is_found() -> None:
-    assert len(locate(Data()).identity[2]) > 100
+    assert len(locate(DataConfig()).identity[2]) > 100
 
 
 def test_a_folder_takes_what_it_knows(tmp_path: Path) -> None:
     write(tmp_path, {"b.md": "# b", "sub/a.txt": "first\n<|endoftext|>\nsecond\n<|endoftext|>\n"})
     write(tmp_path, {"x.pdf": b"%PDF", ".git/c.txt": "c", "bom.txt": b"\xef\xbb\xbfbom"})
     write(tmp_path, {"rows.jsonl": '{"text": "row"}\n{"text": null}\n', "bad.txt": b"\xff"})
-    source = locate(Data(source=str(tmp_path), cache_dir=str(tmp_path / "cache")))
+    source = locate(DataConfig(source=str(tmp_path), cache_dir=str(tmp_path / "cache")))
     documents = source.read()
     assert list(documents) == ["# b", "bom", "first\n", "second\n", "row", ""]
     assert documents.not_utf8 == [str(tmp_path / "bad.txt")]
@@ -211,7 +211,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     with open(os.path.join(folder, b"good\xe9.jsonl"), "wb") as file:
         file.write(b'{"text": "good"}')
     write(tmp_path, {"a.txt": "a"})
-    documents = locate(Data(source=str(tmp_path))).read()
+    documents = locate(DataConfig(source=str(tmp_path))).read()
     assert list(documents) == ["a", "good"]
     left_out = ["caf\\xe9.jsonl", "caf\\xe9.txt", "line\\nend.txt"]
     assert sorted(documents.not_utf8) == [f"{tmp_path}/{name}" for name in left_out]
@@ -224,7 +224,7 @@ def test_progress_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(progress, "SECONDS", -1.0)
     write(tmp_path, {"a.jsonl": '{"text": "a"}\n' * 3})
     lines: list[str] = []
-    locate(Data(source=str(tmp_path))).read(tmp_path, lines.append)
+    locate(DataConfig(source=str(tmp_path))).read(tmp_path, lines.append)
     assert lines == [f"corpus: {n} rows of {tmp_path}/a.jsonl so far" for n in range(3)]
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl"}
 
@@ -267,7 +267,7 @@ def test_hugging_face_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("org/name:subset") == ["a", "b", ""]
     assert read("name") == ["a", "b", ""]
     assert asked == [(("org/name", "subset"), {"split": "train"}), (("name",), {"split": "train"})]
-    assert locate(Data(source="org/name:subset")).label == "org-name-subset"
+    assert locate(DataConfig(source="org/name:subset")).label == "org-name-subset"
 
     def unreachable(*names: str, **options: Any) -> Any:
         raise ConnectionError("Couldn't reach 'name' on the Hub\nwith details")

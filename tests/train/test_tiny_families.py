@@ -3,7 +3,7 @@
 import pytest
 
 from configs.loader import load
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from models.hf.table import architecture
 from tests.runs import ROOT, run
 from train.report.metrics import read_lines
@@ -27,7 +27,7 @@ TRUE_SIZES = {
 }
 
 
-def tiny(family: str) -> RunConfig:
+def tiny(family: str) -> JobConfig:
     return load(ROOT / "configs" / "tiny" / f"{family}.toml")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from train.tokenizer import tokenizer as subject
 from train.tokenizer.export import export_tokenizer, files_beside
 from train.tokenizer.tokenizer import EOT, Encoder, find_tokenizer, load_tokenizer
@@ -57,9 +57,9 @@ def test_training_takes_a_sample_and_more_where_it_must(monkeypatch: pytest.Monk
 
 
 def test_a_vocabulary_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="at least 257"):
+    with pytest.raises(UserError, match="at least 257"):
         train(256)
-    with pytest.raises(ConfigError, match=r"set model.vocab_size to \d+ or") as caught:
+    with pytest.raises(UserError, match=r"set model.vocab_size to \d+ or") as caught:
         train(1000, ["hello hello world"])
     works = int(str(caught.value).split("set model.vocab_size to ")[1].split()[0])
     assert train(works, ["hello hello world"]).get_vocab_size() == works
@@ -225,25 +225,25 @@ def test_text_that_is_nothing_but_the_end_of_text_token() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     encoder = Encoder(tokenizer, 0, UINT16)
     assert encoder.encode(["a a"]).tolist() == [0, 1, 1]
-    with pytest.raises(ConfigError, match="makes its end-of-text token '</s>' of 'é'") as caught:
+    with pytest.raises(UserError, match="makes its end-of-text token '</s>' of 'é'") as caught:
         encoder.encode(["a é a"])
     assert "\n" not in str(caught.value)
 
 
 def test_a_given_tokenizer_that_does_not_fit(tmp_path: Path) -> None:
     file = save(plain("</s>"), tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"has 5 tokens, but model.vocab_size = 4"):
+    with pytest.raises(UserError, match=r"has 5 tokens, but model.vocab_size = 4"):
         load_tokenizer(file, 4)
-    with pytest.raises(ConfigError, match="no end-of-text token"):
+    with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(save(plain("<end>"), tmp_path / "b"), 100)
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         find_tokenizer(str(tmp_path / "c"))
     (tmp_path / "d").mkdir()
-    with pytest.raises(ConfigError, match=r"has no tokenizer.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer.json"):
         find_tokenizer(str(tmp_path / "d"))
     broken = tmp_path / "tokenizer.json"
     broken.write_text("{}")
-    with pytest.raises(ConfigError, match=r"not a tokenizer.json"):
+    with pytest.raises(UserError, match=r"not a tokenizer.json"):
         load_tokenizer(broken, 100)
 
 
@@ -348,8 +348,8 @@ def test_a_chat_template_that_is_none(template: object, tmp_path: Path) -> None:
     file = save(plain("</s>"), tmp_path / "a", "</s>")
     beside = tmp_path / "a" / "tokenizer_config.json"
     beside.write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(ConfigError, match=r"tokenizer_config.json: chat_template must be"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: chat_template must be"):
         export_tokenizer(file, tmp_path / "out", 512)
     beside.write_text("{")
-    with pytest.raises(ConfigError, match=r"tokenizer_config.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: not valid JSON"):
         load_tokenizer(file, 100)

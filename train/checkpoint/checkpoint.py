@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.hf.mapped import MappedFiles
 from parallel.ranks import Ranks, gather_json
-from parallel.shards import Box, box_of, local_of, speaks_for
+from parallel.shards import Box, box_of, is_primary_replica, local_of
+from train.atomic_files import replace_text, sync
 from train.checkpoint import retention
 from train.checkpoint.manifest import (
     FORMAT,
@@ -38,7 +39,6 @@ from train.checkpoint.manifest import (
     verify_files,
 )
 from train.checkpoint.manifest_content import crc32_of, short
-from train.durable import replace_text, sync
 
 __all__ = [
     "CheckpointError",
@@ -68,7 +68,7 @@ def save(
 
     tensors: live tensors by name, the same names on all ranks. keep: afterwards older checkpoints
     are removed once so many verified ones stay, this one included (`train.checkpoint.retention`);
-    None removes nothing. say: hears on rank 0 of what could not be removed. Raises ConfigError on
+    None removes nothing. say: hears on rank 0 of what could not be removed. Raises UserError on
     every rank if one of them cannot write.
     """
     final = path_of(root, state["step"])
@@ -82,7 +82,7 @@ def save(
                 retention.delete(partial)  # a full disk needs its room back
             raise CheckpointError(failed[0])
         ranks.on_first(lambda: _commit(partial, final, reports, state, config))
-    except ConfigError as error:
+    except UserError as error:
         raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
     if keep is not None:
         retention.prune(root, final, keep, ranks, say)
@@ -141,7 +141,7 @@ def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[st
     mine = {
         name: (boxes[name], local_of(tensor).detach().cpu().contiguous())
         for name, tensor in tensors.items()
-        if speaks_for(tensor, rank) and boxes[name].numel
+        if is_primary_replica(tensor, rank) and boxes[name].numel
     }
     if not mine:
         return {}

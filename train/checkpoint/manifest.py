@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from parallel.ranks import gather_json
 from parallel.shards import Box
 from train.checkpoint.manifest_content import (
@@ -36,7 +36,7 @@ _MOST_BYTES = 2**30
 """Largest manifest that is read. 150 bytes a box: seven million of them."""
 
 
-class CheckpointError(ConfigError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; the message names the file."""
 
 

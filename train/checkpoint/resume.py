@@ -7,19 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.paths import local_path
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from parallel.ranks import Ranks
 from train.checkpoint import checkpoint, retention
-from train.checkpoint.changes import compare_for_resume, compare_for_start, is_new, settings_then
+from train.checkpoint.config_changes import (
+    compare_for_resume,
+    compare_for_start,
+    is_new,
+    settings_then,
+)
 from train.checkpoint.manifest_content import short
 
 Tensors = Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumeState:
     """Where a run stands when it begins."""
 
     done: int
@@ -31,17 +36,17 @@ class Start:
 
 
 def restore(
-    config: RunConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors, optimizer: Tensors
-) -> Start:
+    config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors, optimizer: Tensors
+) -> ResumeState:
     """Fill the live tensors and say where the run stands.
 
     facts: what a resume must find again (`corpus`, the data's fingerprint) or tells of (`compute`,
     the dtype). weights, optimizer: give the live tensors by name. A checkpoint of the run itself
-    comes before `checkpoint.init_from`. Raises ConfigError, on all ranks alike.
+    comes before `checkpoint.init_from`. Raises UserError, on all ranks alike.
     """
     chosen = ranks.on_first(lambda: _choose(config, facts))
     if chosen is None:
-        return Start(0, [], False)
+        return ResumeState(0, [], False)
     path = Path(chosen["path"])
     manifest: checkpoint.Manifest = ranks.on_every(lambda: checkpoint.read_manifest(path))
     checkpoint.verify_files(manifest, ranks.rank, ranks.world)
@@ -55,11 +60,11 @@ def restore(
         live = {name: tensor for name, tensor in live.items() if not is_new(name, then)}
     ranks.on_every(lambda: checkpoint.load(manifest, live))
     if chosen["own"]:
-        return Start(manifest.step, chosen["lines"], manifest.state["owes_validation"])
-    return Start(0, chosen["lines"], False)
+        return ResumeState(manifest.step, chosen["lines"], manifest.state["owes_validation"])
+    return ResumeState(0, chosen["lines"], False)
 
 
-def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
+def _choose(config: JobConfig, facts: dict[str, str]) -> dict[str, Any] | None:
     """Which checkpoint to start from; decided by rank 0 for all."""
     own = checkpoint.checkpoints(local_path(config.run.dir) / "checkpoints")
     init_from = config.checkpoint.init_from
@@ -87,7 +92,7 @@ def _choose(config: RunConfig, facts: dict[str, str]) -> dict[str, Any] | None:
 
 
 def _compare_model(
-    manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]
+    manifest: checkpoint.Manifest, config: JobConfig, facts: dict[str, str]
 ) -> list[str]:
     """Refuse weights of another model; say what else is different."""
     state = _state(manifest)
@@ -100,12 +105,12 @@ def _compare_model(
     return lines
 
 
-def _compare(manifest: checkpoint.Manifest, config: RunConfig, facts: dict[str, str]) -> list[str]:
+def _compare(manifest: checkpoint.Manifest, config: JobConfig, facts: dict[str, str]) -> list[str]:
     """Refuse a change of what must not change; describe what else is different."""
     state = _state(manifest)
     lines = compare_for_resume(settings_then(manifest), config, manifest.step)
     if state["corpus"] != facts["corpus"]:
-        raise ConfigError(
+        raise UserError(
             f"{config.run.dir}: cannot resume: the documents of data.source = "
             f"{config.data.source} have changed; choose another run.dir"
         )

@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
 from configs.paths import local_path
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
+from train.atomic_files import naming, sync
 from train.data import sources
 from train.data.corpus_build import FILES, build
 from train.data.documents import shown
-from train.durable import naming, sync
 from train.tokenizer.export import files_beside
 from train.tokenizer.tokenizer import BOUNDARIES, WORDS, find_tokenizer
 
@@ -66,11 +66,11 @@ class Corpus:
     """Hash of the tokens and the tokenizer: equal means the same data."""
 
 
-def prepare(config: RunConfig, log: Callable[[str], None]) -> Corpus:
+def prepare(config: JobConfig, log: Callable[[str], None]) -> Corpus:
     """The corpus of `config.data`, built where the cache does not have it.
 
     Meant for one process; the others call `open_corpus` afterwards. log: gets progress, line by
-    line. Raises ConfigError, one line for the user, where source or settings cannot work.
+    line. Raises UserError, one line for the user, where source or settings cannot work.
     """
     source = sources.locate(config.data)
     cache = local_path(config.data.cache_dir)
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, log: Callable[[str], None]) -> Corpus:
 
 
 def _find_or_build(
-    config: RunConfig, source: sources.Source, folder: Path, log: Callable[[str], None]
+    config: JobConfig, source: sources.Source, folder: Path, log: Callable[[str], None]
 ) -> Corpus:
     try:
         corpus = open_corpus(folder)
@@ -105,7 +105,7 @@ def _find_or_build(
 
 @contextmanager
 def _blaming(cache: Path) -> Iterator[None]:
-    """Make errors of writing below `cache` ConfigErrors that name it."""
+    """Make errors of writing below `cache` UserErrors that name it."""
     try:
         with naming(cache):
             yield
@@ -114,13 +114,13 @@ def _blaming(cache: Path) -> Iterator[None]:
         if not (file.is_relative_to(cache) or cache.is_relative_to(file)):
             raise  # a given tokenizer that cannot be read
         place = "" if file == cache else f"{shown(file)}: "
-        raise ConfigError(
+        raise UserError(
             f"data.cache_dir = {str(cache)!r}: cannot be used: {place}{error.strerror}"
         ) from None
     except ValueError as error:
         if "\0" not in str(cache):
             raise
-        raise ConfigError(f"data.cache_dir = {str(cache)!r}: {error}") from None
+        raise UserError(f"data.cache_dir = {str(cache)!r}: {error}") from None
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -160,7 +160,7 @@ def open_corpus(folder: Path) -> Corpus:
         raise DamagedCache(f"{folder}: {type(error).__name__}: {error}") from None
 
 
-def _key(config: RunConfig, source: sources.Source) -> str:
+def _key(config: JobConfig, source: sources.Source) -> str:
     """Hash of all that decides the content of the corpus folder."""
     data = config.data
     tokenizer = WORDS

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from configs.rules import ConfigError
-from configs.schema import RunConfig
-from train.data.dedup import Survey, survey
+from configs.errors import UserError
+from configs.schema import JobConfig
+from train.data.dedup import DedupResult, find_duplicates
 from train.data.documents import Documents, shown
 from train.data.progress import reported
 from train.data.sources import Source
@@ -38,7 +38,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "train.npy", "validation.npy
 _CHUNK_BYTES = 4 * 2**20  # text in hand at once, besides the one document that exceeds it
 
 
-def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, Any]:
+def build(config: JobConfig, source: Source, work: Path, log: Log) -> dict[str, Any]:
     """Write FILES into the empty folder `work`; returns what the manifest says about them."""
     data, vocab_size = config.data, config.model.vocab_size
     check_vocab_size(vocab_size)
@@ -51,10 +51,10 @@ def build(config: RunConfig, source: Source, work: Path, log: Log) -> dict[str, 
 
 
 def _build(
-    config: RunConfig, documents: Documents, given: Path | None, work: Path, log: Log
+    config: JobConfig, documents: Documents, given: Path | None, work: Path, log: Log
 ) -> dict[str, Any]:
     data, vocab_size = config.data, config.model.vocab_size
-    found = survey(documents, data.near_duplicate_threshold, log)
+    found = find_duplicates(documents, data.near_duplicate_threshold, log)
     _report(config, documents, found, log)
     held_out = split(found.digests, data.validation_fraction)
     rows = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
@@ -111,8 +111,8 @@ def split(digests: list[bytes], fraction: float) -> np.ndarray:
     return held_out
 
 
-def _report(config: RunConfig, documents: Documents, found: Survey, log: Log) -> None:
-    """Log what was read and dropped; raise ConfigError where too little is left."""
+def _report(config: JobConfig, documents: Documents, found: DedupResult, log: Log) -> None:
+    """Log what was read and dropped; raise UserError where too little is left."""
     if documents.not_utf8:
         example = documents.not_utf8[0]
         log(f"corpus: left out {len(documents.not_utf8)} files that are not UTF-8, as {example}")
@@ -130,13 +130,13 @@ def _report(config: RunConfig, documents: Documents, found: Survey, log: Log) ->
         what = "there is no text in it"
         if found.kept:
             what = f"1 of {len(documents)} documents left ({dropped})"
-        raise ConfigError(
+        raise UserError(
             f"data.source = {config.data.source!r}: {what}; it takes two documents or more, "
             "one to train on and one to hold out"
         )
 
 
-def _chunks(documents: Documents, found: Survey, rows: np.ndarray) -> Iterator[list[str]]:
+def _chunks(documents: Documents, found: DedupResult, rows: np.ndarray) -> Iterator[list[str]]:
     """The documents of `rows` in order, a few MiB at a time."""
     chunk: list[int] = []
     size = 0
@@ -150,7 +150,7 @@ def _chunks(documents: Documents, found: Survey, rows: np.ndarray) -> Iterator[l
         yield documents.take(chunk)
 
 
-def _texts(documents: Documents, found: Survey, rows: np.ndarray) -> Iterator[str]:
+def _texts(documents: Documents, found: DedupResult, rows: np.ndarray) -> Iterator[str]:
     for chunk in _chunks(documents, found, rows):
         yield from chunk
 

@@ -8,10 +8,10 @@ agreements estimates J without bias and with standard error sqrt(J (1 - J) / K):
 0.044 at its worst (J = 0.5). A signature is 512 bytes, whatever the length of the document.
 
 Comparing all pairs is quadratic, so signatures are cut into bands of r values, and only documents
-that agree on a whole band are compared; `train.data.near_index` has how, and what it does where
-many documents share lines. A pair at J = t agrees on no band with probability (1 - t^r)^(K/r);
-`band_rows` takes the longest bands that keep this under 1e-4, then the estimate over all K values
-decides.
+that agree on a whole band are compared; `train.data.near_duplicates` has how, and what it does
+where many documents share lines. A pair at J = t agrees on no band with probability (1 -
+t^r)^(K/r); `band_rows` takes the longest bands that keep this under 1e-4, then the estimate over
+all K values decides.
 
 Lines are stripped, so that indentation does not matter, and lines under six characters (`else:`,
 `}`) are ignored: every program shares them. A document without a longer line can only be an
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.data.near_index import NearIndex
+from train.data.near_duplicates import NearDuplicateIndex
 from train.data.progress import reported
 
 HASHES = 128
@@ -39,7 +39,7 @@ _OFFSETS = _CONSTANTS[HASHES:, None]
 
 
 @dataclass(frozen=True)
-class Survey:
+class DedupResult:
     """What is worth keeping of a corpus, in content-hash order (which is also the shuffle)."""
 
     kept: list[int]
@@ -55,9 +55,9 @@ class Survey:
     """Pairs of signatures that were compared."""
 
 
-def survey(
+def find_duplicates(
     texts: Iterable[str], threshold: float, log: Callable[[str], None] = lambda line: None
-) -> Survey:
+) -> DedupResult:
     """Read every document once and drop empty, equal and nearly equal ones.
 
     threshold: estimated Jaccard similarity from which a document is dropped; 1.0 drops exact
@@ -92,7 +92,7 @@ def survey(
     order = [found[digest] for digest in digests]
     table = np.frombuffer(signatures, np.uint32).reshape(-1, HASHES)
     chosen, n_compared = _drop_similar([signature_of.get(r) for r in order], table, threshold, log)
-    return Survey(
+    return DedupResult(
         kept=[positions[order[i]] for i in chosen],
         digests=[digests[i] for i in chosen],
         sizes=[sizes[order[i]] for i in chosen],
@@ -139,7 +139,7 @@ def _drop_similar(
 
     rows: of `signatures`, uint32 [documents with one, HASHES]; None for a document without.
     """
-    index = NearIndex(signatures, threshold, band_rows(threshold))
+    index = NearDuplicateIndex(signatures, threshold, band_rows(threshold))
     chosen: list[int] = []
 
     def line(done: int) -> str:

@@ -29,9 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.paths import local_path
-from configs.rules import ConfigError
-from configs.schema import Data
+from configs.schema import DataConfig
+from train.atomic_files import write_fault
 from train.data.documents import Documents, shown
 from train.data.progress import reported
 from train.data.rows import (
@@ -44,7 +45,6 @@ from train.data.rows import (
     parquet_rows,
     texts_of,
 )
-from train.durable import write_fault
 
 Log = Callable[[str], None]
 TEXT_SUFFIXES = frozenset(
@@ -74,7 +74,7 @@ class Source:
     identity: Any
     """JSON-able: changes when the documents do (for a Hugging Face dataset only its name)."""
     fill: Callable[[Documents, Log], None]
-    """Adds the documents; raises ConfigError."""
+    """Adds the documents; raises UserError."""
 
     def read(self, folder: Path | None = None, log: Log = lambda line: None) -> Documents:
         """All documents. folder: where they take their space; None: that of temporary files."""
@@ -87,8 +87,8 @@ class Source:
         return documents
 
 
-def locate(data: Data) -> Source:
-    """Find `data.source` without reading it. Raises ConfigError."""
+def locate(data: DataConfig) -> Source:
+    """Find `data.source` without reading it. Raises UserError."""
     if data.source == "stdlib":
         return _stdlib(data)
     path = local_path(data.source)
@@ -116,7 +116,7 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _stdlib(data: Data) -> Source:
+def _stdlib(data: DataConfig) -> Source:
     root = stdlib_root()
     files = [
         file
@@ -131,7 +131,7 @@ def _stdlib(data: Data) -> Source:
     )
 
 
-def _folder(data: Data, root: Path) -> Source:
+def _folder(data: DataConfig, root: Path) -> Source:
     files = _walk(root, skip=())
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     tables = [file for file in files if _reader(file)]
@@ -146,7 +146,7 @@ def _folder(data: Data, root: Path) -> Source:
     )
 
 
-def _file(data: Data, path: Path) -> Source:
+def _file(data: DataConfig, path: Path) -> Source:
     if _reader(path):
         texts, tables = [], [path]
     elif path.suffix.lower() in BINARY_SUFFIXES:
@@ -162,7 +162,7 @@ def _file(data: Data, path: Path) -> Source:
 
 
 def _fill_from_files(
-    data: Data,
+    data: DataConfig,
     texts: list[Path],
     tables: list[Path],
     documents: Documents,
@@ -197,7 +197,7 @@ def _fill_from_files(
 
 
 def _fill_from_table(
-    data: Data, file: Path, documents: Documents, log: Log, single: bool
+    data: DataConfig, file: Path, documents: Documents, log: Log, single: bool
 ) -> Column:
     """Add the rows of a file; returns what was found of the column."""
     column, reader = Column(data.text_field), _reader(file)
@@ -242,7 +242,7 @@ def cut(text: str) -> list[str]:
     return [text]
 
 
-def _fill_from_hub(data: Data, documents: Documents, log: Log) -> None:
+def _fill_from_hub(data: DataConfig, documents: Documents, log: Log) -> None:
     name, _, subset = data.source.partition(":")
     rows = _load(data, name, *([subset] if subset else []))
     schema = rows.features.arrow_schema
@@ -263,7 +263,7 @@ def _fill_from_hub(data: Data, documents: Documents, log: Log) -> None:
         documents.add(row or "")
 
 
-def _load(data: Data, *names: str) -> Any:
+def _load(data: DataConfig, *names: str) -> Any:
     """`datasets.load_dataset` of the split `train`, with errors in one line."""
     import datasets  # takes 0.9 s to import: only for the sources that need it
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
@@ -294,11 +294,11 @@ def _load(data: Data, *names: str) -> Any:
         ) from None
 
 
-def _column(data: Data) -> str:
+def _column(data: DataConfig) -> str:
     return f"data.text_field = {shown(data.text_field, 100)!r}"
 
 
-def _no_column(data: Data, names: Iterable[str]) -> ConfigError:
+def _no_column(data: DataConfig, names: Iterable[str]) -> UserError:
     names = list(dict.fromkeys(shown(name, 50) for name in names))
     near = difflib.get_close_matches(data.text_field, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -306,7 +306,7 @@ def _no_column(data: Data, names: Iterable[str]) -> ConfigError:
     return _error(data, f"no such column ({_column(data)}); it has {columns or 'none'}{hint}")
 
 
-def _wrong_column(data: Data, place: str, error: WrongColumn) -> ConfigError:
+def _wrong_column(data: DataConfig, place: str, error: WrongColumn) -> UserError:
     return _error(data, f"{place}this column holds {error}, not text ({_column(data)})")
 
 
@@ -362,5 +362,5 @@ def _near_paths(path: Path) -> str:
     return f"{shown(parent.resolve())} has {has or 'nothing'}"
 
 
-def _error(data: Data, problem: str) -> ConfigError:
-    return ConfigError(f"data.source = {data.source!r}: {problem}")
+def _error(data: DataConfig, problem: str) -> UserError:
+    return UserError(f"data.source = {data.source!r}: {problem}")

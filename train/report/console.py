@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.text import Text
 
 
-class Progressing:
+class ProgressPrinter:
     """Shows steps out of a total, with an estimate of the time left. Used by rank 0 only."""
 
     def __init__(self, done: int, total: int) -> None:
@@ -38,7 +38,7 @@ class Progressing:
             self._status = Text(no_wrap=True, overflow="ellipsis")
             self._live = Live(Group(self._bar, self._status), console=self._console)
 
-    def __enter__(self) -> "Progressing":
+    def __enter__(self) -> "ProgressPrinter":
         if self._live is not None:
             self._live.start()
         return self

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from configs.degrees import Degrees
+from configs.parallel_dims import ParallelDims
 from parallel.ranks import Ranks
-from train.durable import replace_text, set_aside
+from train.atomic_files import replace_text, set_aside
 
 _PACKAGES = ("torch", "triton", "torchtitan", "numpy", "tokenizers", "safetensors", "datasets")
 
 
-def describe(ranks: Ranks, degrees: Degrees, compute: torch.dtype) -> dict[str, Any]:
+def describe(ranks: Ranks, parallel_dims: ParallelDims, compute: torch.dtype) -> dict[str, Any]:
     """Versions, commit, host, device and mesh of this attempt."""
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else _cpu_name()
     return {
@@ -35,7 +35,7 @@ def describe(ranks: Ranks, degrees: Degrees, compute: torch.dtype) -> dict[str, 
         "threads_per_rank": torch.get_num_threads(),
         "compute_dtype": str(compute).removeprefix("torch."),
         "ranks": ranks.world,
-        "mesh": {axis: size for axis, size, _ in degrees.table()},
+        "mesh": {axis: size for axis, size, _ in parallel_dims.table()},
     }
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.precision import Fp8
+from configs.precision import FP8Config
 from kernels.grouped_gemm.grouped_gemm import true_rows
 from kernels.mlp.mlp_fp8 import Groups
 from kernels.mlp.swiglu import Activation
@@ -60,7 +60,7 @@ class Fp8Diagnosis:
     """Watches the FP8 modules of a model on the steps that are due; every rank has one."""
 
     model: nn.Module
-    options: Fp8
+    options: FP8Config
     _found: dict[str, Figures] = field(default_factory=dict, init=False)
     _seen: set[str] = field(default_factory=set, init=False)
 

@@ -13,7 +13,7 @@
 | moe/layer_i/max_vio | (largest load - mean load) / mean load (arXiv:2408.15664) |
 | moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
 | moe/layer_i/dead_experts | experts without a single token in the step |
-| moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/account.py |
+| moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/stats.py |
 | fp8/NAME/... | what FP8 costs a weight, at the steps that ask: see train/report/fp8_report.py |
 | validation_loss, validation_bits_per_byte | at the steps that validate |
 
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from train.durable import replace_text, set_aside
+from train.atomic_files import replace_text, set_aside
 from train.step import StepResult
 
 if TYPE_CHECKING:

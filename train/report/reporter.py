@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any
 
 from parallel.ranks import Ranks
-from train.report.console import Progressing
+from train.report.console import ProgressPrinter
 from train.report.fp8_report import Fp8Report
 from train.report.metrics import (
     FORCED_BALANCE,
@@ -41,7 +41,7 @@ class Reporter:
     def __enter__(self) -> "Reporter":
         if self.active:
             self._writer = MetricsWriter(self.folder, self.done)
-            self._progress = Progressing(self.done, self.total).__enter__()
+            self._progress = ProgressPrinter(self.done, self.total).__enter__()
             for line in self._writer.lines:
                 self.say(line)
         return self

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from train.tokenizer.files import SPECIAL_IDS, TEMPLATES, imported, pass_on
 from train.tokenizer.padding import PAD, with_padding
 from train.tokenizer.tokenizer import SPECIAL_FILE, load_tokenizer, settings_beside, token_name
@@ -61,7 +61,7 @@ def files_beside(file: Path) -> list[Path]:
 def kept_settings(file: Path, eot: str) -> dict[str, Any]:
     """What of a tokenizer's settings is kept, for the tokenizer_config.json of a copy.
 
-    file: a tokenizer.json. eot: its end-of-text token. Raises ConfigError.
+    file: a tokenizer.json. eot: its end-of-text token. Raises UserError.
     """
     settings, older = settings_beside(file), settings_beside(file, SPECIAL_FILE)
     # as in transformers, the older file outweighs settings that do not list the added tokens
@@ -83,7 +83,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[st
         and isinstance(entry.get("template"), str)
         for entry in entries
     ):
-        raise ConfigError(
+        raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a string, or a list of "
             'objects with the strings "name" and "template"'
         )
@@ -101,7 +101,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not valid UTF-8") from None
+        raise UserError(f"{path}: not valid UTF-8") from None
 
 
 def _further_templates(folder: Path) -> list[Path]:

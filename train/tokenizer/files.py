@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 from models.hf.folder import inside, read_json
 
 IMPORTED = "imported.json"
@@ -43,7 +43,7 @@ def files_for_others(folder: Path) -> list[Path]:
 def take_over(folder: Path, target: Path, config: dict[str, Any]) -> None:
     """Copy what comes with the weights in `folder` into the new folder `target`.
 
-    config: of the language model. Raises ConfigError where a file lies outside of the folder, or a
+    config: of the language model. Raises UserError where a file lies outside of the folder, or a
     special id is none.
     """
     target.mkdir(parents=True)
@@ -95,6 +95,6 @@ def _check_ids(given: dict[str, Any], place: Path) -> None:
         ids = given.get(key)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(token) is int for token in listed):
-            raise ConfigError(
+            raise UserError(
                 f"{place}: {key} = {str(ids)[:80]!r}: must be an integer or a list of integers"
             )

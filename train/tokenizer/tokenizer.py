@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from configs.errors import UserError
 from configs.paths import local_path
-from configs.rules import ConfigError
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")  # noqa: RUF001
@@ -51,9 +51,9 @@ _MOST_WORDS = 1_000_000  # then the table of words starts anew: it must not grow
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise ConfigError where `model.vocab_size` cannot hold a byte-level vocabulary."""
+    """Raise UserError where `model.vocab_size` cannot hold a byte-level vocabulary."""
     if vocab_size < SMALLEST_VOCAB:
-        raise ConfigError(
+        raise UserError(
             f"model.vocab_size = {vocab_size}: a byte-level tokenizer needs at least "
             f"{SMALLEST_VOCAB} (256 bytes and {EOT})"
         )
@@ -65,7 +65,7 @@ def train_tokenizer(
     """Train a tokenizer of exactly `vocab_size` tokens; `<|endoftext|>` is id 0.
 
     texts: gives the training documents afresh. It learns from the first SAMPLE_BYTES of them, and
-    from all only where those do not fill the vocabulary. Deterministic. Raises ConfigError.
+    from all only where those do not fill the vocabulary. Deterministic. Raises UserError.
     """
     check_vocab_size(vocab_size)
     size = 0
@@ -88,7 +88,7 @@ def train_tokenizer(
             return tokenizer
         if limit is not None and used[1] < limit:
             break  # that was all there is
-    raise ConfigError(
+    raise UserError(
         f"model.vocab_size = {vocab_size}: the training documents of data.source support "
         f"{size} tokens; set model.vocab_size to {size} or bring more text"
     )
@@ -122,7 +122,7 @@ def find_tokenizer(setting: str) -> Path:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         problem = "the folder has no tokenizer.json" if path.is_dir() else "no such file or folder"
-        raise ConfigError(
+        raise UserError(
             f"data.tokenizer = {setting!r}: {problem}; name a tokenizer.json or its folder"
         )
     return file
@@ -134,22 +134,22 @@ def load_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, str]:
     try:
         raw = file.read_bytes()  # the library takes no name that is not UTF-8
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     try:
         tokenizer = Tokenizer.from_buffer(raw)
     except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{where}: not a tokenizer.json: {one_line(error)}") from None
+        raise UserError(f"{where}: not a tokenizer.json: {one_line(error)}") from None
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     rows = max(vocab.values(), default=-1) + 1
     if rows > vocab_size:
-        raise ConfigError(
+        raise UserError(
             f"{where}: it has {rows} tokens, but model.vocab_size = {vocab_size}; "
             f"set model.vocab_size to {rows} or more"
         )
     for name in (_named_end(file), *EOT_NAMES):
         if name in vocab:
             return tokenizer, name
-    raise ConfigError(
+    raise UserError(
         f"{where}: has no end-of-text token; documents need one of {', '.join(EOT_NAMES)}, "
         "or name yours as eos_token in a tokenizer_config.json beside it"
     )
@@ -171,9 +171,9 @@ def settings_beside(file: Path, name: str = "tokenizer_config.json") -> dict[str
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ConfigError(f"{place}: not valid JSON: {one_line(error)}") from None
+        raise UserError(f"{place}: not valid JSON: {one_line(error)}") from None
     if not isinstance(settings, dict):
-        raise ConfigError(f"{place}: must hold one JSON object")
+        raise UserError(f"{place}: must hold one JSON object")
     return settings
 
 
@@ -204,7 +204,7 @@ class Encoder:
     def encode(self, texts: list[str]) -> np.ndarray:
         """The stream of `texts`, `[T]`: for each document `eot`, then its tokens.
 
-        Raises ConfigError where the tokenizer has no tokens but `eot` for a text.
+        Raises UserError where the tokenizer has no tokens but `eot` for a text.
         """
         segments = [self._segments(text) for text in texts]
         words = [_ASCII_WORDS.findall(s) if ascii else None for s, ascii in chain(*segments)]
@@ -267,7 +267,7 @@ class Encoder:
             if not all(parts):
                 shown = part[slice(*spans[0])][:20] or part[:20]
                 name = self.tokenizer.id_to_token(self.eot)
-                raise ConfigError(
+                raise UserError(
                     f"data.tokenizer: it makes its end-of-text token {name!r} of {shown!r} in a "
                     "document, which would end it there; name another eos_token in the "
                     "tokenizer_config.json beside it"

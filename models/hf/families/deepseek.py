@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from configs.model import Attention, Model, Moe
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
+from models.hf.config_reader import Family, HFConfigReader, clashes
 from models.hf.families.glm4 import deepseek_moe_config, mtp_depth_of, sigmoid_moe_of
 from models.hf.families.qwen3 import common_sizes, only_full_attention
 from models.hf.rope import rope_of
@@ -16,10 +17,9 @@ from models.hf.tensors import (
     prefix,
     swiglu_tensors,
 )
-from models.hf.values import Family, Values, clashes
 
 
-def _common_refusals(model: Model) -> list[str]:
+def _common_refusals(model: ModelConfig) -> list[str]:
     a, moe = model.attention, model.moe
     return clashes(
         attention__kind=a.kind != "mla",
@@ -33,7 +33,7 @@ def _common_refusals(model: Model) -> list[str]:
     )
 
 
-def _v3_refusals(model: Model) -> list[str]:
+def _v3_refusals(model: ModelConfig) -> list[str]:
     moe = model.moe
     return _common_refusals(model) + clashes(
         moe__score_func=moe.score_func != "sigmoid",
@@ -42,7 +42,7 @@ def _v3_refusals(model: Model) -> list[str]:
     )
 
 
-def _v2_refusals(model: Model) -> list[str]:
+def _v2_refusals(model: ModelConfig) -> list[str]:
     moe = model.moe
     return _common_refusals(model) + clashes(
         rope__interleaved=not model.rope.interleaved,
@@ -52,7 +52,7 @@ def _v2_refusals(model: Model) -> list[str]:
     )
 
 
-def _v2_unloadable(model: Model) -> list[str]:
+def _v2_unloadable(model: ModelConfig) -> list[str]:
     """Sizes that transformers' own code of this family cannot have, and why: it refuses the config,
     or fails in the first forward pass, where it views halves of a row as complex numbers."""
     a, found = model.attention, []
@@ -64,7 +64,7 @@ def _v2_unloadable(model: Model) -> list[str]:
     return found
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: ModelConfig) -> dict[str, Any]:
     a = model.attention
     return deepseek_moe_config(model) | {
         "num_key_value_heads": a.n_heads,
@@ -78,13 +78,13 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _v3_config(model: Model) -> dict[str, Any]:
+def _v3_config(model: ModelConfig) -> dict[str, Any]:
     more = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     names = {"model_type": "deepseek_v3", "rope_interleave": model.rope.interleaved}
     return _config(model) | more | names
 
 
-def _v2_config(model: Model) -> dict[str, Any]:
+def _v2_config(model: ModelConfig) -> dict[str, Any]:
     grouped = model.moe.n_groups > 1
     return _config(model) | {
         "model_type": "deepseek_v2",
@@ -93,7 +93,7 @@ def _v2_config(model: Model) -> dict[str, Any]:
     }
 
 
-def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
+def _model(values: HFConfigReader, moe: MoEConfig, interleaved: bool) -> ModelConfig:
     values.refuse("moe_layer_freq", 1)
     values.refuse("mlp_bias", False)
     only_full_attention(values)
@@ -107,12 +107,12 @@ def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
     ):
         given = values.integer_or_none(key)
         if given not in (None, expected):
-            raise ConfigError(
+            raise UserError(
                 f"{values.place}: {key} = {given}, but {same} = {expected}: must be the same"
             )
-    return Model(
+    return ModelConfig(
         **common_sizes(values),
-        attention=Attention(
+        attention=AttentionConfig(
             kind="mla",
             n_heads=n_heads,
             q_lora_rank=values.integer_or_none("q_lora_rank") or 0,
@@ -129,20 +129,20 @@ def _model(values: Values, moe: Moe, interleaved: bool) -> Model:
     )
 
 
-def _v3_parse(values: Values) -> Model:
+def _v3_parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("scoring_func", "sigmoid")
     values.refuse("topk_method", "noaux_tc")
     return _model(values, sigmoid_moe_of(values), values.flag("rope_interleave"))
 
 
-def _v2_parse(values: Values) -> Model:
+def _v2_parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("scoring_func", "softmax")
     values.refuse("norm_topk_prob", False)
     values.refuse("topk_method", "greedy", "group_limited_greedy")
     grouped = values.get("topk_method") == "group_limited_greedy"
     for key in ("n_group", "topk_group"):  # looked at where grouped only
         values.integer_or_none(key, high=2**16)
-    moe = Moe(
+    moe = MoEConfig(
         n_experts=values.integer("n_routed_experts", "num_experts", high=2**16),
         top_k=values.integer("num_experts_per_tok", high=2**16),
         d_expert=values.integer("moe_intermediate_size"),
@@ -156,7 +156,7 @@ def _v2_parse(values: Values) -> Model:
     return _model(values, moe, interleaved=True)
 
 
-def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     theirs, ours = f"model.layers.{layer}.", prefix(model, layer)
     a, d_model = model.attention, model.d_model
     query = a.n_heads * a.qk_dim

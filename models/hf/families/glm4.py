@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from configs.model import Model, Moe
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig, MoEConfig
+from models.hf.config_reader import Family, HFConfigReader, clashes, plain_gqa_clashes
 from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
 from models.hf.rope import rope_of, rope_parameters
 from models.hf.tensors import (
@@ -15,10 +16,9 @@ from models.hf.tensors import (
     prefix,
     swiglu_tensors,
 )
-from models.hf.values import Family, Values, clashes, plain_gqa_clashes
 
 
-def _refusals(model: Model) -> list[str]:
+def _refusals(model: ModelConfig) -> list[str]:
     a, moe = model.attention, model.moe
     return plain_gqa_clashes(model) + clashes(
         attention__qk_norm=a.qk_norm == "l2",
@@ -28,7 +28,7 @@ def _refusals(model: Model) -> list[str]:
     )
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: ModelConfig) -> dict[str, Any]:
     rope = rope_parameters(model.rope) | {"partial_rotary_factor": 1.0}  # its default is 0.5
     return deepseek_moe_config(model) | {
         "model_type": "glm4_moe",
@@ -38,10 +38,10 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _parse(values: Values) -> Model:
+def _parse(values: HFConfigReader) -> ModelConfig:
     only_full_attention(values)
     dense = values.integer("first_k_dense_replace", low=0, high=10_000)
-    return Model(
+    return ModelConfig(
         **common_sizes(values),
         attention=gqa_of(values, qk_norm="rms" if values.flag("use_qk_norm") else "none"),
         rope=rope_of(values, interleaved=False),
@@ -52,7 +52,7 @@ def _parse(values: Values) -> Model:
     )
 
 
-def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     if model.is_moe(layer):
         yield from deepseek_moe_tensors(model, layer, layout)
@@ -61,7 +61,7 @@ def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
         yield from swiglu_tensors(*names, model.d_ff, model.d_model)
 
 
-def deepseek_moe_config(model: Model) -> dict[str, Any]:
+def deepseek_moe_config(model: ModelConfig) -> dict[str, Any]:
     """The experts in DeepSeek's keys."""
     moe = model.moe
     return {
@@ -81,23 +81,23 @@ def deepseek_moe_config(model: Model) -> dict[str, Any]:
     }
 
 
-def mtp_depth_of(values: Values) -> int:
+def mtp_depth_of(values: HFConfigReader) -> int:
     """How many MTP modules follow the layers."""
     key, also = "num_nextn_predict_layers", "num_mtp_layers"
     given = key in values.raw or also in values.raw
     return values.integer(key, also, low=0, high=16) if given else 0
 
 
-def sigmoid_moe_of(values: Values) -> Moe:
+def sigmoid_moe_of(values: HFConfigReader) -> MoEConfig:
     """Experts with sigmoid scores and a balancing bias, from DeepSeek's keys."""
     n_experts = values.integer("n_routed_experts", "num_local_experts", high=2**16)
     n_groups = values.integer("n_group", high=2**16)
     if n_experts < 2 * n_groups:  # a group's score is the sum of its two best
-        raise ConfigError(
+        raise UserError(
             f"{values.place}: n_group = {n_groups} (the default, where it is left out): "
             f"n_routed_experts = {n_experts} must be at least two for each group"
         )
-    return Moe(
+    return MoEConfig(
         n_experts=n_experts,
         top_k=values.integer("num_experts_per_tok", high=2**16),
         d_expert=values.integer("moe_intermediate_size"),

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from configs.model import Model, Moe
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig, MoEConfig
+from models.hf.config_reader import Family, HFConfigReader, clashes, plain_softmax_clashes
 from models.hf.families.qwen3 import common_sizes, gqa_of
+from models.hf.messages import shown
 from models.hf.rope import rope_of
-from models.hf.shown import shown
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
-from models.hf.values import Family, Values, clashes, plain_softmax_clashes
 
 
-def _refusals(model: Model) -> list[str]:
+def _refusals(model: ModelConfig) -> list[str]:
     a, moe, rope = model.attention, model.moe, model.rope
     return plain_softmax_clashes(model) + clashes(
         attention__kind=a.kind != "gqa",
@@ -32,7 +32,7 @@ def _refusals(model: Model) -> list[str]:
     )
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: ModelConfig) -> dict[str, Any]:
     a = model.attention
     kinds = ("sliding_attention", "full_attention")
     layer_types = [kinds[a.is_full(i)] for i in range(model.n_layers)]
@@ -52,7 +52,7 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _parse(values: Values) -> Model:
+def _parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("swiglu_alpha", 1.702)
     values.refuse("swiglu_limit", 7.0)
     sizes = common_sizes(values)
@@ -68,11 +68,11 @@ def _parse(values: Values) -> Model:
             "local_size": values.integer("sliding_window"),
             "full_every": _full_every(kinds, sizes["n_layers"], values.place),
         }
-    return Model(
+    return ModelConfig(
         **sizes,
         attention=gqa_of(values, bias=True, sinks=True, **local),
         rope=rope_of(values, interleaved=False),
-        moe=Moe(
+        moe=MoEConfig(
             n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
@@ -94,13 +94,13 @@ def _full_every(kinds: list[str], n_layers: int, place: str) -> int:
         full = [(i + 1) % every == 0 for i in range(n_layers)]
         if kinds == [("sliding_attention", "full_attention")[f] for f in full]:
             return every
-    raise ConfigError(
+    raise UserError(
         f"{place}: layer_types = {shown(kinds)}: must have full_attention on every n-th layer and "
         "sliding_attention elsewhere"
     )
 
 
-def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     theirs, ours, moe = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn.", model.moe
     yield plain(f"{theirs}router.weight", f"{ours}router.weight", moe.n_experts, model.d_model)

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from configs.model import Model, Moe
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig, MoEConfig
+from models.hf.config_reader import Family, HFConfigReader, clashes
 from models.hf.families.qwen3 import common_sizes, gqa_of
+from models.hf.messages import shown
 from models.hf.rope import rope_of
-from models.hf.shown import shown
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
-from models.hf.values import Family, Values, clashes
 
 
-def _refusals(model: Model) -> list[str]:
+def _refusals(model: ModelConfig) -> list[str]:
     a, moe = model.attention, model.moe
     return clashes(
         attention__kind=a.kind != "gqa",
@@ -37,7 +37,7 @@ def _refusals(model: Model) -> list[str]:
     )
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: ModelConfig) -> dict[str, Any]:
     a, layers = model.attention, range(model.n_layers)
     kinds = ("chunked_attention", "full_attention")
     return {
@@ -62,7 +62,7 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _parse(values: Values) -> Model:
+def _parse(values: HFConfigReader) -> ModelConfig:
     sizes = common_sizes(values)
     layers = range(sizes["n_layers"])
     every = values.integer("no_rope_layer_interval", high=2**16)
@@ -80,7 +80,7 @@ def _parse(values: Values) -> Model:
          f"every layer that interleave_moe_layer_step = {moe_every} ends"),
     ):  # fmt: skip
         if given not in (None, expected):
-            raise ConfigError(f"{values.place}: {key} = {shown(given)}: must be {rule}")
+            raise UserError(f"{values.place}: {key} = {shown(given)}: must be {rule}")
     given = values.get("attn_temperature_tuning")
     # the first release wrote a 4 for true
     tuned = (type(given) is int and given == 4) or values.flag("attn_temperature_tuning")
@@ -94,13 +94,13 @@ def _parse(values: Values) -> Model:
         temperature_floor=values.integer("floor_scale") if tuned else 0,
         temperature_scale=values.number("attn_scale", high=1e3),
     )
-    return Model(
+    return ModelConfig(
         **sizes,
         attention=attention,
         rope=rope_of(values, interleaved=True),
         moe_every=moe_every,
         d_ff=values.integer("intermediate_size_mlp") if moe_every > 1 else 0,
-        moe=Moe(
+        moe=MoEConfig(
             n_experts=values.integer("num_local_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
@@ -113,7 +113,7 @@ def _parse(values: Values) -> Model:
     )
 
 
-def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     theirs, ours = f"model.layers.{layer}.feed_forward.", f"layers.{layer}.ffn."
     if not model.is_moe(layer):

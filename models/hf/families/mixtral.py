@@ -3,20 +3,20 @@
 from collections.abc import Iterator
 from typing import Any
 
-from configs.model import Model, Moe
-from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
-from models.hf.rope import rope_of
-from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
-from models.hf.values import (
+from configs.model import ModelConfig, MoEConfig
+from models.hf.config_reader import (
     Family,
-    Values,
+    HFConfigReader,
     clashes,
     plain_gqa_clashes,
     plain_softmax_clashes,
 )
+from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
+from models.hf.rope import rope_of
+from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
 
 
-def _refusals(model: Model) -> list[str]:
+def _refusals(model: ModelConfig) -> list[str]:
     return (
         plain_gqa_clashes(model)
         + plain_softmax_clashes(model)
@@ -28,7 +28,7 @@ def _refusals(model: Model) -> list[str]:
     )
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": "mixtral",
         "num_local_experts": model.moe.n_experts,
@@ -40,14 +40,14 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _parse(values: Values) -> Model:
+def _parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("sliding_window", None)
     only_full_attention(values)
-    return Model(
+    return ModelConfig(
         **common_sizes(values),
         attention=gqa_of(values),
         rope=rope_of(values, interleaved=False),
-        moe=Moe(
+        moe=MoEConfig(
             n_experts=values.integer("num_local_experts", "num_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("intermediate_size"),
@@ -56,7 +56,7 @@ def _parse(values: Values) -> Model:
     )
 
 
-def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     # transformers 5 calls the block as in the other families once its experts are fused
     block = "mlp" if layout == "fused" else "block_sparse_moe"

@@ -3,26 +3,26 @@
 from collections.abc import Iterator
 from typing import Any
 
-from configs.model import Attention, Model, Moe
-from configs.rules import ConfigError
-from models.hf.rope import rope_of
-from models.hf.shown import shown
-from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
-from models.hf.values import (
+from configs.errors import UserError
+from configs.model import AttentionConfig, ModelConfig, MoEConfig
+from models.hf.config_reader import (
     Family,
-    Values,
+    HFConfigReader,
     clashes,
     plain_gqa_clashes,
     plain_softmax_clashes,
 )
+from models.hf.messages import shown
+from models.hf.rope import rope_of
+from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
 
 
-def _refusals(model: Model) -> list[str]:
+def _refusals(model: ModelConfig) -> list[str]:
     common = plain_gqa_clashes(model) + plain_softmax_clashes(model)
     return common + clashes(attention__qk_norm=model.attention.qk_norm != "rms")
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": "qwen3_moe",
         "num_experts": model.moe.n_experts,
@@ -39,23 +39,23 @@ def _config(model: Model) -> dict[str, Any]:
     }
 
 
-def _parse(values: Values) -> Model:
+def _parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("decoder_sparse_step", 1)
     values.refuse("use_sliding_window", False)
     values.integer_or_none("sliding_window", low=0)  # not looked at then
     only_full_attention(values)
     dense = values.listed("mlp_only_layers", int) or []
     if dense != list(range(len(dense))):
-        raise ConfigError(
+        raise UserError(
             f"{values.place}: mlp_only_layers = {shown(dense)}: must be the first layers"
         )
-    return Model(
+    return ModelConfig(
         **common_sizes(values),
         attention=gqa_of(values, qk_norm="rms"),
         rope=rope_of(values, interleaved=False),
         n_dense_layers=len(dense),
         d_ff=values.integer("intermediate_size") if dense else 0,
-        moe=Moe(
+        moe=MoEConfig(
             n_experts=values.integer("num_experts", "num_local_experts", high=2**16),
             top_k=values.integer("num_experts_per_tok", high=2**16),
             d_expert=values.integer("moe_intermediate_size"),
@@ -65,7 +65,7 @@ def _parse(values: Values) -> Model:
     )
 
 
-def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
+def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
     theirs, ours, moe = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn.", model.moe
     if not model.is_moe(layer):
@@ -75,7 +75,7 @@ def _layer(model: Model, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from expert_tensors(model, f"{theirs}experts.", f"{ours}experts.", layout)
 
 
-def common_sizes(values: Values) -> dict[str, Any]:
+def common_sizes(values: HFConfigReader) -> dict[str, Any]:
     """Keyword arguments of `Model` that every family spells alike."""
     return {
         "vocab_size": values.integer("vocab_size"),
@@ -87,17 +87,17 @@ def common_sizes(values: Values) -> dict[str, Any]:
     }
 
 
-def gqa_of(values: Values, **more: Any) -> Attention:
+def gqa_of(values: HFConfigReader, **more: Any) -> AttentionConfig:
     """Grouped-query attention in the keys that most families share."""
     n_heads, width = values.integer("num_attention_heads"), values.integer("hidden_size")
     head_dim = values.integer_or_none("head_dim")  # Mixtral's published config leaves it out
     kv_heads = values.integer_or_none("num_key_value_heads") or n_heads
     if n_heads % kv_heads:
-        raise ConfigError(
+        raise UserError(
             f"{values.place}: num_key_value_heads = {kv_heads} (the default, where it is left out) "
             f"must divide num_attention_heads = {n_heads}"
         )
-    return Attention(
+    return AttentionConfig(
         n_heads=n_heads,
         n_kv_heads=kv_heads,
         head_dim=width // n_heads if head_dim is None else head_dim,
@@ -105,11 +105,11 @@ def gqa_of(values: Values, **more: Any) -> Attention:
     )
 
 
-def only_full_attention(values: Values) -> None:
-    """Raise ConfigError where `layer_types` gives a family that has no windows any."""
+def only_full_attention(values: HFConfigReader) -> None:
+    """Raise UserError where `layer_types` gives a family that has no windows any."""
     kinds = values.listed("layer_types", str) or []
     if any(kind != "full_attention" for kind in kinds):
-        raise ConfigError(
+        raise UserError(
             f"{values.place}: layer_types = {shown(kinds)}, but {values.architecture} has "
             "full_attention in every layer"
         )

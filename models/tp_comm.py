@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-class Exchange:
+class TPComm:
     """Nothing is divided."""
 
     group: ProcessGroup | None = None

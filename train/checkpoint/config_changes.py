@@ -7,15 +7,15 @@ others are the user's to change, and are told.
 
 from enum import Enum
 
+from configs.errors import UserError
 from configs.loader import flatten, from_dict, unflatten
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from train.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from train.checkpoint.manifest_content import short
 from train.schedule import learning_rate, schedule_steps
 
 
-class Change(Enum):
+class ConfigChange(Enum):
     """When a key may have another value than the checkpoint."""
 
     NEVER = "it decides the tensors or what they compute"
@@ -23,8 +23,8 @@ class Change(Enum):
     ALWAYS = "training only: no function of the network"
 
 
-_NEVER, _NEW, _ALWAYS = Change.NEVER, Change.WITH_NEW_RUN, Change.ALWAYS
-CHANGES: dict[str, Change] = {
+_NEVER, _NEW, _ALWAYS = ConfigChange.NEVER, ConfigChange.WITH_NEW_RUN, ConfigChange.ALWAYS
+CHANGES: dict[str, ConfigChange] = {
     "run.dir": _ALWAYS,
     "run.seed": _NEW,
     "model.vocab_size": _NEVER,
@@ -72,38 +72,38 @@ CHANGES: dict[str, Change] = {
 """A key, or a section for those of its keys that are not listed themselves."""
 
 
-def change_of(key: str) -> Change:
+def change_of(key: str) -> ConfigChange:
     """When a dotted key may change. KeyError where nobody has decided it."""
     parts = key.split(".")
     prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return CHANGES[next((prefix for prefix in prefixes if prefix in CHANGES), key)]
 
 
-def settings_then(manifest: Manifest) -> RunConfig:
+def settings_then(manifest: Manifest) -> JobConfig:
     """The settings of a checkpoint; keys that did not exist then have their default."""
     place = str(manifest.folder / MANIFEST)
     try:
         return from_dict(unflatten(manifest.config), place)
-    except ConfigError as error:
+    except UserError as error:
         raise CheckpointError(short(str(error), len(place) + 300)) from None
     except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{place}: config: {short(str(error))}") from None
 
 
-def compare_for_resume(then: RunConfig, config: RunConfig, done: int) -> list[str]:
+def compare_for_resume(then: JobConfig, config: JobConfig, done: int) -> list[str]:
     """Refuse a change that a run cannot make when it resumes; describe what else is different.
 
     done: steps of the checkpoint.
     """
     told = _changed(then, config)
-    fixed = [line for key, line in told.items() if change_of(key) is not Change.ALWAYS]
+    fixed = [line for key, line in told.items() if change_of(key) is not ConfigChange.ALWAYS]
     if fixed:
-        raise ConfigError(
+        raise UserError(
             f"{config.run.dir}: cannot resume with another {', '.join(fixed)}; "
             "set it back, or choose another run.dir"
         )
     if done > config.train.steps:
-        raise ConfigError(
+        raise UserError(
             f"{config.run.dir}: has done {done} steps, more than "
             f"train.steps = {config.train.steps}; raise it or choose another run.dir"
         )
@@ -111,12 +111,12 @@ def compare_for_resume(then: RunConfig, config: RunConfig, done: int) -> list[st
     return lines + rate_lines(then, config, done)
 
 
-def compare_for_start(then: RunConfig, config: RunConfig) -> list[str]:
+def compare_for_start(then: JobConfig, config: JobConfig) -> list[str]:
     """Refuse weights of another model; say what else of the model and its training is different."""
     told = _changed(then, config)
-    other = [line for key, line in told.items() if change_of(key) is Change.NEVER]
+    other = [line for key, line in told.items() if change_of(key) is ConfigChange.NEVER]
     if other:
-        raise ConfigError(
+        raise UserError(
             f"checkpoint.init_from = {config.checkpoint.init_from}: its weights belong to another "
             f"{', '.join(other)}"
         )
@@ -133,13 +133,13 @@ def mtp_lines(then: int, now: int) -> list[str]:
     return [f"{modules}: left out, this run has {now}"] if now < then else []
 
 
-def is_new(name: str, then: RunConfig) -> bool:
+def is_new(name: str, then: JobConfig) -> bool:
     """Whether a weight belongs to an MTP module that the checkpoint does not have."""
     section, _, rest = name.removeprefix("model.").partition(".")
     return section == "mtp" and int(rest.split(".")[0]) >= then.model.mtp_depth
 
 
-def rate_lines(then: RunConfig, config: RunConfig, done: int) -> list[str]:
+def rate_lines(then: JobConfig, config: JobConfig, done: int) -> list[str]:
     """One line where the next step gets another learning rate than it would have got."""
     step, was, now = done + 1, schedule_steps(then), schedule_steps(config)
     if not 1 < step <= config.train.steps:
@@ -161,7 +161,7 @@ def rate_lines(then: RunConfig, config: RunConfig, done: int) -> list[str]:
     ]
 
 
-def _changed(then: RunConfig, config: RunConfig) -> dict[str, str]:
+def _changed(then: JobConfig, config: JobConfig) -> dict[str, str]:
     """The keys that differ, each with both values in words."""
     old, new = flatten(then), flatten(config)
     return {

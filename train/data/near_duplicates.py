@@ -42,7 +42,7 @@ class _Divided:
         self.children: list[dict[Any, Any]] = [{} for _ in getters]
 
 
-class NearIndex:
+class NearDuplicateIndex:
     """Finds whether an added signature agrees with a given one on a share of its values.
 
     N documents, H values each.

@@ -15,10 +15,10 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from configs.errors import UserError
 from configs.loader import flatten
 from configs.paths import local_path
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 from parallel.ranks import Ranks, gather_json
 from train.checkpoint.manifest_content import short
 from train.checkpoint.retention import delete
@@ -27,8 +27,8 @@ _PATIENCE_S = 10.0
 """How long a network file system may take to show a new name."""
 
 
-def check_shared(config: RunConfig, ranks: Ranks) -> None:
-    """Raise ConfigError, on all ranks alike, where one has other settings or other folders."""
+def check_shared(config: JobConfig, ranks: Ranks) -> None:
+    """Raise UserError, on all ranks alike, where one has other settings or other folders."""
     if ranks.world == 1:
         return
     _check_settings(config)
@@ -36,7 +36,7 @@ def check_shared(config: RunConfig, ranks: Ranks) -> None:
     _check_folder("data.cache_dir", config.data.cache_dir, ranks, writes=False)
 
 
-def _check_settings(config: RunConfig) -> None:
+def _check_settings(config: JobConfig) -> None:
     settings = flatten(config)
     crcs = {key: zlib.crc32(json.dumps(value).encode()) for key, value in settings.items()}
     found = gather_json(zlib.crc32(json.dumps(crcs).encode()))
@@ -46,7 +46,7 @@ def _check_settings(config: RunConfig) -> None:
     for rank, other in enumerate(others, start=1):
         keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
         if keys:
-            raise ConfigError(
+            raise UserError(
                 f"rank {rank} was started with other settings than rank 0: "
                 f"{short(', '.join(keys), 300)}; every host needs the same file and arguments"
             )
@@ -67,7 +67,7 @@ def _check_folder(key: str, setting: str, ranks: Ranks, writes: bool) -> None:
         ranks.on_first(lambda: delete(token))
     for rank, there in enumerate(found):
         if there["fault"]:
-            raise ConfigError(
+            raise UserError(
                 f"{key} = {short(setting)!r}: rank {rank} on {there['host']} {there['fault']}: "
                 f"{short(there['folder'], 200)} there, {short(found[0]['folder'], 200)} on "
                 f"{found[0]['host']}; it must be one folder that all hosts share: give an absolute "

@@ -6,17 +6,17 @@ from dataclasses import fields
 from typing import Any
 
 from configs.rules import shown
-from configs.schema import RunConfig
+from configs.schema import JobConfig
 
 _USUAL_LR = 1.0
 
 
-def remarks(config: RunConfig) -> list[str]:
+def config_warnings(config: JobConfig) -> list[str]:
     """A line for each of them, beginning with the key."""
     return [*_of_model(config), *_of_training(config)]
 
 
-def _of_model(config: RunConfig) -> Iterator[str]:
+def _of_model(config: JobConfig) -> Iterator[str]:
     model, a, rope = config.model, config.model.attention, config.model.rope
     n_moe = sum(map(model.is_moe, range(model.n_layers)))
     if not n_moe:
@@ -44,7 +44,7 @@ def _of_model(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _of_training(config: RunConfig) -> Iterator[str]:
+def _of_training(config: JobConfig) -> Iterator[str]:
     if not config.model.mtp_depth:
         yield from _unused(config.train, "train", "model.mtp_depth = 0", "mtp_weight")
     if config.schedule.kind != "wsd":

@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 
 _ALONE = "unset it to train in one process, or start the ranks with torchrun"
 
 
 @dataclass(frozen=True)
-class Placement:
+class LaunchEnvironment:
     """Where this process stands among the others."""
 
     rank: int = 0
@@ -33,20 +33,20 @@ class Placement:
         return bool(self.address)
 
 
-def read_placement(env: Mapping[str, str] = os.environ) -> Placement:
-    """The placement that the environment describes. Raises ConfigError, one line."""
+def read_launch_environment(env: Mapping[str, str] = os.environ) -> LaunchEnvironment:
+    """The placement that the environment describes. Raises UserError, one line."""
     world = read_world(env)
     if "RANK" not in env:
         if world is not None and world > 1:
-            raise ConfigError(f"WORLD_SIZE = {world}, but RANK is not set; {_ALONE}")
-        return Placement()
+            raise UserError(f"WORLD_SIZE = {world}, but RANK is not set; {_ALONE}")
+        return LaunchEnvironment()
     if world is None:
-        raise ConfigError("RANK is set, but WORLD_SIZE is not; start the ranks with torchrun")
+        raise UserError("RANK is set, but WORLD_SIZE is not; start the ranks with torchrun")
     rank = _number(env, "RANK", 0, world - 1, f"WORLD_SIZE = {world}")
     if world > 1:
         for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in env:
-                raise ConfigError(
+                raise UserError(
                     f"{name} is not set, but WORLD_SIZE = {world}; start the ranks with torchrun"
                 )
     local_world = 1
@@ -58,13 +58,13 @@ def read_placement(env: Mapping[str, str] = os.environ) -> Placement:
         local_rank = _number(env, "LOCAL_RANK", 0, limit - 1, f"{limit} ranks on this host")
     address = env.get("MASTER_ADDR", "127.0.0.1")
     if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", address):
-        raise ConfigError(f"MASTER_ADDR = {address[:80]!r}: must be the host name of rank 0")
+        raise UserError(f"MASTER_ADDR = {address[:80]!r}: must be the host name of rank 0")
     port = _number(env, "MASTER_PORT", 1, 65535, "a TCP port") if "MASTER_PORT" in env else 0
-    return Placement(rank, world, local_rank, local_world, address, port)
+    return LaunchEnvironment(rank, world, local_rank, local_world, address, port)
 
 
 def read_world(env: Mapping[str, str] = os.environ) -> int | None:
-    """WORLD_SIZE, the number of ranks; None where it is not set. Raises ConfigError."""
+    """WORLD_SIZE, the number of ranks; None where it is not set. Raises UserError."""
     if "WORLD_SIZE" not in env:
         return None
     return _number(env, "WORLD_SIZE", 1, 2**20, "the number of ranks")
@@ -73,7 +73,7 @@ def read_world(env: Mapping[str, str] = os.environ) -> int | None:
 def _number(env: Mapping[str, str], name: str, low: int, high: int, why: str) -> int:
     text = env[name]
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or not low <= int(text) <= high:
-        raise ConfigError(
+        raise UserError(
             f"{name} = {text[:80]!r}: must be an integer from {low} to {high} ({why}); torchrun "
             "sets it"
         )

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 
-def divide(
+def shard_parameters(
     module: nn.Module,
     mesh: DeviceMesh,
     dims: Mapping[str, tuple[int, ...]],

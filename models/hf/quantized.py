@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from configs.rules import ConfigError
-from models.hf.shown import shown
+from configs.errors import UserError
+from models.hf.messages import shown
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUP = 32
@@ -28,7 +28,7 @@ GROUP = 32
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """What `quantization_config` says of a folder."""
 
     method: Literal["none", "fp8", "mxfp4"] = "none"
@@ -36,36 +36,36 @@ class Quantisation:
     """fp8: rows and columns that share a factor."""
 
 
-def quantisation_of(raw: dict[str, Any], place: str) -> Quantisation:
-    """The quantisation of a `config.json`; ConfigError where it is none that we read."""
+def quantization_of(raw: dict[str, Any], place: str) -> Quantization:
+    """The quantisation of a `config.json`; UserError where it is none that we read."""
     given = raw.get("quantization_config")
     if given is None:
-        return Quantisation()
+        return Quantization()
     key = f"{place}: quantization_config"
     if not isinstance(given, dict):
-        raise ConfigError(f"{key} = {shown(given)}: must be an object")
+        raise UserError(f"{key} = {shown(given)}: must be an object")
     method = given.get("quant_method")
     if method == "mxfp4":
-        return Quantisation("mxfp4")
+        return Quantization("mxfp4")
     if method != "fp8":
-        raise ConfigError(
+        raise UserError(
             f"{key}.quant_method = {shown(method)}: only fp8 (in blocks) and mxfp4 are read; "
             "take the checkpoint that is not quantised"
         )
     for name, allowed in _FP8_ALLOWED.items():
         if given.get(name) not in (None, *allowed):
             only = " or ".join(map(repr, allowed))
-            raise ConfigError(f"{key}.{name} = {shown(given[name])}: only {only} is supported")
+            raise UserError(f"{key}.{name} = {shown(given[name])}: only {only} is supported")
     block = given.get("weight_block_size")
     if (
         not isinstance(block, list | tuple)
         or len(block) != 2
         or not all(type(n) is int and 1 <= n <= 2**16 for n in block)
     ):
-        raise ConfigError(
+        raise UserError(
             f"{key}.weight_block_size = {shown(block)}: must be two integers, [128, 128]"
         )
-    return Quantisation("fp8", (block[0], block[1]))
+    return Quantization("fp8", (block[0], block[1]))
 
 
 _FP8_ALLOWED = {
@@ -82,7 +82,7 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
     return (*leading, -(-rows // block[0]), -(-columns // block[1]))
 
 
-def dequantise_fp8(
+def dequantize_fp8(
     weight: Tensor, scale: Tensor, block: tuple[int, int], first_row: int = 0
 ) -> Tensor:
     """fp32 `weight * scale`, each factor for its block.
@@ -96,7 +96,7 @@ def dequantise_fp8(
     return weight.float() * by_row.repeat_interleave(block[1], dim=-1)[..., :columns]
 
 
-def dequantise_mxfp4(blocks_ERGB: Tensor, scales_ERG: Tensor) -> Tensor:
+def dequantize_mxfp4(blocks_ERGB: Tensor, scales_ERG: Tensor) -> Tensor:
     """fp32 `[E, 32 * G, R]`, the input dimension first, for the packed form with it last."""
     half = torch.tensor((*_E2M1, *(-x for x in _E2M1)))
     byte = torch.arange(256)

@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass
 
 from configs.dispatch import check_nodes
-from configs.rules import ConfigError
-from configs.schema import RunConfig
+from configs.errors import ConfigError
+from configs.schema import JobConfig
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """Sizes of all mesh axes; every value is at least 1 and the products agree."""
 
     dp_replicate: int
@@ -49,8 +49,8 @@ class Degrees:
         ]
 
 
-def resolve(config: RunConfig, world: int) -> Degrees:
-    """Degrees for `world` ranks. Raises ConfigError that shows the product that failed."""
+def resolve(config: JobConfig, world: int) -> ParallelDims:
+    """ParallelDims for `world` ranks. Raises ConfigError that shows the product that failed."""
     parallel, n_experts = config.parallel, config.model.moe.n_experts
     replicate, shard, tp, etp = parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.etp
     if shard == -1:
@@ -76,19 +76,19 @@ def resolve(config: RunConfig, world: int) -> Degrees:
             f"use one of {_divisors(math.gcd(ranks, n_experts))}"
         )
     check_nodes(parallel.dispatch, ep)
-    degrees = Degrees(replicate, shard, tp, ranks // ep, ep, etp)
-    per_pass = config.train.micro_batch * degrees.data_ranks
+    parallel_dims = ParallelDims(replicate, shard, tp, ranks // ep, ep, etp)
+    per_pass = config.train.micro_batch * parallel_dims.data_ranks
     if config.train.global_batch % per_pass:
         nearest = max(round(config.train.global_batch / per_pass), 1) * per_pass
         raise ConfigError(
             f"train.global_batch = {config.train.global_batch}: must be a multiple of "
-            f"train.micro_batch {config.train.micro_batch} x {degrees.data_ranks} data ranks = "
-            f"{per_pass}; the nearest is {nearest}"
+            f"train.micro_batch {config.train.micro_batch} x {parallel_dims.data_ranks} data "
+            f"ranks = {per_pass}; the nearest is {nearest}"
         )
-    return degrees
+    return parallel_dims
 
 
-def _check_tensor_parallel(config: RunConfig) -> None:
+def _check_tensor_parallel(config: JobConfig) -> None:
     """Raise ConfigError where tp or etp does not divide what it has to."""
     tp, etp, model = config.parallel.tp, config.parallel.etp, config.model
     attention, moe = model.attention, model.moe
@@ -112,7 +112,7 @@ def _check_tensor_parallel(config: RunConfig) -> None:
             raise ConfigError(f"parallel.etp = {etp}: must divide {key} = {size}")
 
 
-def default_world(config: RunConfig) -> int:
+def default_world(config: JobConfig) -> int:
     """The ranks an experiment names itself: the product of its degrees, with -1 counted as
     the smallest size that works."""
     parallel = config.parallel

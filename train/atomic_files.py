@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.rules import ConfigError
+from configs.errors import UserError
 
 _CLAIMS: list[int] = []
 """Open lock files; they stay locked as long as this process lives."""
@@ -56,7 +56,7 @@ def replace_text(path: Path, text: str) -> None:
         raw = text.encode()
     except UnicodeEncodeError as error:
         near = text[max(error.start - 40, 0) : error.end + 40]
-        raise ConfigError(f"{path}: cannot hold {near!r}: it is not UTF-8; rename it") from None
+        raise UserError(f"{path}: cannot hold {near!r}: it is not UTF-8; rename it") from None
     with naming(path):
         partial.write_bytes(raw)
     sync(partial)
@@ -75,15 +75,15 @@ def set_aside(path: Path) -> str:
 
 
 def claim(folder: Path) -> None:
-    """Make `folder` and be its only writer until this process ends; ConfigError if another is."""
+    """Make `folder` and be its only writer until this process ends; UserError if another is."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ConfigError(f"{folder}: another process is training in this run.dir") from None
+        raise UserError(f"{folder}: another process is training in this run.dir") from None
     except OSError as error:  # some network file systems have no locks
         os.close(handle)
-        raise ConfigError(f"{folder / '.lock'}: cannot be locked: {error.strerror}") from None
+        raise UserError(f"{folder / '.lock'}: cannot be locked: {error.strerror}") from None
     _CLAIMS.append(handle)

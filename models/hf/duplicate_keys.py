@@ -7,11 +7,11 @@ not, the error names both.
 import re
 from typing import Any
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
+from models.hf.config_reader import HFConfigReader
 from models.hf.defaults import DTYPES, EXPERTS, MODEL_TYPES, UNUSED
-from models.hf.shown import one_line, shown
-from models.hf.values import Values
+from models.hf.messages import one_line, shown
 
 _ELSEWHERE = {
     "per_layer_config": "layers that differ from each other are not supported",
@@ -51,10 +51,10 @@ _OUTSIDE_TOO = ("tie_word_embeddings", "quantization_config")
 
 
 def architecture_of(raw: dict[str, Any], place: str, known: list[str]) -> str:
-    """The one architecture that config.json names, if it is one of `known`. Raises ConfigError."""
+    """The one architecture that config.json names, if it is one of `known`. Raises UserError."""
     given = raw.get("architectures")
     if not isinstance(given, list) or len(given) != 1 or given[0] not in known:
-        raise ConfigError(
+        raise UserError(
             f"{place}: architectures = {shown(given)}: must be one of {', '.join(known)}, in a list"
         )
     architecture: str = given[0]
@@ -63,27 +63,27 @@ def architecture_of(raw: dict[str, Any], place: str, known: list[str]) -> str:
 
 
 def check_model_type(raw: dict[str, Any], place: str, architecture: str) -> None:
-    """transformers chooses by `model_type`, others by `architectures`. Raises ConfigError."""
+    """transformers chooses by `model_type`, others by `architectures`. Raises UserError."""
     expected = MODEL_TYPES[architecture]
     if raw.get("model_type", expected) != expected:
-        raise ConfigError(
+        raise UserError(
             f"{place}: model_type = {shown(raw['model_type'])}, but architectures = "
             f"['{architecture}'], whose model_type is {expected!r}"
         )
 
 
 def language_model(raw: dict[str, Any], place: str, architecture: str) -> dict[str, Any]:
-    """The config of the language model within one of a model with images. Raises ConfigError."""
+    """The config of the language model within one of a model with images. Raises UserError."""
     text = raw.get("text_config")
     if not isinstance(text, dict):
-        raise ConfigError(f"{place}: text_config = {shown(text)}: must be an object")
+        raise UserError(f"{place}: text_config = {shown(text)}: must be an object")
     check_model_type(text, f"{place}: text_config", architecture)
     outside = {key: raw[key] for key in _OUTSIDE_TOO if key in raw}
     for key, value in outside.items():
         # without the key, the language model is not tied
         inner = text.get(key, False if key == "tie_word_embeddings" else value)
         if type(inner) is not type(value) or inner != value:
-            raise ConfigError(
+            raise UserError(
                 f"{place}: {key} = {shown(value)}, but text_config.{key} = {shown(inner)}: "
                 "they must agree"
             )
@@ -92,49 +92,47 @@ def language_model(raw: dict[str, Any], place: str, architecture: str) -> dict[s
     )
 
 
-def check_shared_keys(values: Values) -> None:
-    """What is the same in all architectures. Raises ConfigError."""
+def check_shared_keys(values: HFConfigReader) -> None:
+    """What is the same in all architectures. Raises UserError."""
     raw, place = values.raw, values.place
     for key, why in _ELSEWHERE.items():
         if raw.get(key) is not None:
-            raise ConfigError(f"{place}: {key} = {shown(raw[key])}: {why}")
+            raise UserError(f"{place}: {key} = {shown(raw[key])}: {why}")
     for key, types in UNUSED.items():
         if key in raw and type(raw[key]) not in types:
             wanted = " or ".join(_TYPE_NAMES[kind] for kind in types)
-            raise ConfigError(f"{place}: {key} = {shown(raw[key])}: wrong type, must be {wanted}")
+            raise UserError(f"{place}: {key} = {shown(raw[key])}: wrong type, must be {wanted}")
     ends = raw.get("eos_token_id")
     if isinstance(ends, list) and not all(type(end) is int for end in ends):
-        raise ConfigError(f"{place}: eos_token_id = {shown(ends)}: wrong type, must be integers")
+        raise UserError(f"{place}: eos_token_id = {shown(ends)}: wrong type, must be integers")
     precision = {key: raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
     for key, value in precision.items():
         if value not in DTYPES:
-            raise ConfigError(
-                f"{place}: {key} = {shown(value)}: must be one of {', '.join(DTYPES)}"
-            )
+            raise UserError(f"{place}: {key} = {shown(value)}: must be one of {', '.join(DTYPES)}")
     values.agree(precision)
 
 
-def in_their_names(error: ConfigError, values: Values) -> ConfigError:
+def in_their_names(error: UserError, values: HFConfigReader) -> UserError:
     """An error of our own rules, which speak of our settings, in the keys of config.json."""
     prefix, text = f"{values.place}: ", one_line(error)
     if text.startswith(prefix):
-        return ConfigError(text)  # it speaks of them already
+        return UserError(text)  # it speaks of them already
     theirs = _THEIR_NAMES | {"n_experts": next((k for k in EXPERTS if k in values.raw), EXPERTS[0])}
     for expert_width in ("moe_intermediate_size", "intermediate_size"):
         if expert_width in values.raw:
             theirs["d_expert"] = expert_width
             break
     words = re.sub(r"[a-z]\w*", lambda word: theirs.get(word[0], word[0]), text)
-    return ConfigError(prefix + words)
+    return UserError(prefix + words)
 
 
-def check_second_spellings(values: Values, model: Model) -> None:
-    """What was read is what keys say that are spelled another way. Raises ConfigError."""
+def check_second_spellings(values: HFConfigReader, model: ModelConfig) -> None:
+    """What was read is what keys say that are spelled another way. Raises UserError."""
     values.agree({key: values.raw[key] for key in EXPERTS if key in values.raw})
     kinds = values.listed("mlp_layer_types", str)
     expected = ["sparse" if model.is_moe(i) else "dense" for i in range(model.n_layers)]
     if kinds not in (None, expected):
-        raise ConfigError(
+        raise UserError(
             f"{values.place}: mlp_layer_types = {shown(kinds)}, but the other keys make dense the "
             f"layers {shown([i for i, kind in enumerate(expected) if kind == 'dense'])}"
         )

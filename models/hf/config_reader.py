@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 from models.hf.defaults import DEFAULTS, OrNull
-from models.hf.shown import shown
+from models.hf.messages import shown
 from models.hf.tensors import HfTensor, Layout
 
 
@@ -16,25 +16,25 @@ class Family:
     """One Hugging Face architecture and what of ours it can express."""
 
     architecture: str
-    refusals: Callable[[Model], list[str]]
+    refusals: Callable[[ModelConfig], list[str]]
     """Settings of a model that the architecture cannot express; empty: it can."""
-    config: Callable[[Model], dict[str, Any]]
+    config: Callable[[ModelConfig], dict[str, Any]]
     """The keys of config.json that are this family's own."""
-    parse: Callable[["Values"], Model]
+    parse: Callable[["HFConfigReader"], ModelConfig]
     """The model of a config.json."""
-    layer: Callable[[Model, int, Layout], Iterator[HfTensor]]
+    layer: Callable[[ModelConfig, int, Layout], Iterator[HfTensor]]
     """The tensors of a layer, its routed experts in the given layout."""
     layout: Layout
     """The layout of the family's published checkpoints: what an export has."""
     has_mtp: bool = False
     """Whether the checkpoints may hold MTP modules, as layers beyond the last."""
-    unloadable: Callable[[Model], list[str]] = lambda model: []
+    unloadable: Callable[[ModelConfig], list[str]] = lambda model: []
     """Sizes of a model, with what they would have to be, that the architecture's code in
     transformers cannot have, though it expresses the features."""
 
 
 @dataclass(frozen=True)
-class Values:
+class HFConfigReader:
     """A config.json and the name that errors call it by.
 
     A key that is left out has transformers' default where the architecture gives it one; null is a
@@ -89,7 +89,7 @@ class Values:
         """`raw[key]`, true or false."""
         value = self.get(key)
         if type(value) is not bool:
-            raise ConfigError(f"{self.place}: {key} = {shown(value)}: must be true or false")
+            raise UserError(f"{self.place}: {key} = {shown(value)}: must be true or false")
         return value
 
     def listed(self, key: str, kind: type) -> list[Any] | None:
@@ -99,26 +99,26 @@ class Values:
             return None
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
             wanted = f"a list of {'integers' if kind is int else 'strings'}"
-            raise ConfigError(f"{self.place}: {key} = {shown(value)}: must be {wanted}")
+            raise UserError(f"{self.place}: {key} = {shown(value)}: must be {wanted}")
         return value
 
     def refuse(self, key: str, *allowed: Any) -> None:
-        """Raise ConfigError where `key`, or its default, is none of the supported values."""
+        """Raise UserError where `key`, or its default, is none of the supported values."""
         if key not in self.raw and key not in self.defaults:
             return
         value = self.get(key)
         if not any(type(value) is type(a) and value == a for a in allowed):
             only = " or ".join(map(repr, allowed))
             left_out = "" if key in self.raw else " (its default, for it is left out)"
-            raise ConfigError(
+            raise UserError(
                 f"{self.place}: {key} = {shown(value)}{left_out}: only {only} is supported"
             )
 
     def agree(self, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError where keys that say the same thing say different things."""
+        """Raise UserError where keys that say the same thing say different things."""
         if any(value != other for value in values.values() for other in values.values()):
             pairs = " and ".join(f"{key} = {shown(value)}" for key, value in values.items())
-            raise ConfigError(f"{self.place}: {pairs}: two spellings of one key must agree")
+            raise UserError(f"{self.place}: {pairs}: two spellings of one key must agree")
 
     def _may_be_null(self, key: str) -> bool:
         return isinstance(self.defaults.get(key), OrNull)
@@ -134,7 +134,7 @@ class Values:
     ) -> Any:
         value = tree.get(key)
         if value is None and not null and key not in self.raw:
-            raise ConfigError(f"{self.place}: key {key!r} is missing")
+            raise UserError(f"{self.place}: key {key!r} is missing")
         return number_of(value, f"{self.place}: {key}", kind, low, high)
 
 
@@ -142,9 +142,9 @@ def number_of(value: Any, place: str, kind: type, low: float, high: float) -> An
     """`value`, an int or (kind float) any number in [low, high]; place: file and key."""
     if type(value) is not int and not (kind is float and type(value) is float):
         wanted = "an integer" if kind is int else "a number"
-        raise ConfigError(f"{place} = {shown(value)}: wrong type, must be {wanted}")
+        raise UserError(f"{place} = {shown(value)}: wrong type, must be {wanted}")
     if not low <= value <= high:
-        raise ConfigError(f"{place} = {shown(value)}: must lie between {low} and {high}")
+        raise UserError(f"{place} = {shown(value)}: must lie between {low} and {high}")
     return kind(value)
 
 
@@ -153,7 +153,7 @@ def clashes(**settings: bool) -> list[str]:
     return [name.replace("__", ".") for name, wrong in settings.items() if wrong]
 
 
-def plain_gqa_clashes(model: Model) -> list[str]:
+def plain_gqa_clashes(model: ModelConfig) -> list[str]:
     """What Qwen3, GLM-4 and Mixtral all lack."""
     a, moe, rope = model.attention, model.moe, model.rope
     return clashes(
@@ -173,7 +173,7 @@ def plain_gqa_clashes(model: Model) -> list[str]:
     )
 
 
-def plain_softmax_clashes(model: Model) -> list[str]:
+def plain_softmax_clashes(model: ModelConfig) -> list[str]:
     """What the routers of Qwen3, Mixtral and GPT-OSS all lack."""
     moe = model.moe
     return clashes(

@@ -12,25 +12,28 @@ from collections.abc import Callable
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 
 KEY = "phalanx_model"
 
 
-def left_open(model: Model, as_read: Model) -> dict[str, Any]:
+def undetermined_settings(model: ModelConfig, as_read: ModelConfig) -> dict[str, Any]:
     """Settings of `model` that the same keys without `KEY` would give another value."""
     ours, theirs = _flat(asdict(model)), _flat(asdict(as_read))
     return {key: value for key, value in ours.items() if value != theirs[key]}
 
 
-def with_left_open(
-    model: Model, config: dict[str, Any], place: str, says_the_same: Callable[[Model], bool]
-) -> Model:
+def with_undetermined_settings(
+    model: ModelConfig,
+    config: dict[str, Any],
+    place: str,
+    says_the_same: Callable[[ModelConfig], bool],
+) -> ModelConfig:
     """`model` with what `config[KEY]` says.
 
     says_the_same: whether the architecture's own keys say the same of another model as of `model`.
-    Raises ConfigError where they do not: what those keys say cannot be said again. Settings of RoPE
+    Raises UserError where they do not: what those keys say cannot be said again. Settings of RoPE
     are then left out instead: its keys are edited by hand (YaRN for longer contexts, as model cards
     advise), and decide what the exported model left open.
     """
@@ -38,7 +41,7 @@ def with_left_open(
     if given is None:
         return model
     if not isinstance(given, dict):
-        raise ConfigError(f"{place}: {KEY}: must be an object")
+        raise UserError(f"{place}: {KEY}: must be an object")
     sections: dict[str, dict[str, Any]] = {}
     for key, value in given.items():
         section, _, leaf = key.rpartition(".")
@@ -49,18 +52,18 @@ def with_left_open(
     if says_the_same(with_rope := _replaced(changed, {"rope": rope}, place)):
         return with_rope
     if not says_the_same(changed):
-        raise ConfigError(
+        raise UserError(
             f"{place}: {KEY}: contradicts the other keys, and may only say what they leave open"
         )
     return changed
 
 
-def _replaced(model: Model, sections: dict[str, dict[str, Any]], place: str) -> Model:
+def _replaced(model: ModelConfig, sections: dict[str, dict[str, Any]], place: str) -> ModelConfig:
     try:
         parts = {s: replace(getattr(model, s), **new) for s, new in sections.items() if s}
         return replace(model, **sections.get("", {}), **parts)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {KEY}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{place}: {KEY}: {error}") from None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -70,15 +73,15 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _checked(model: Model, section: str, leaf: str, value: Any, where: str) -> Any:
+def _checked(model: ModelConfig, section: str, leaf: str, value: Any, where: str) -> Any:
     """A value for the key `leaf` of a section of `model`, of the key's type."""
     part = getattr(model, section, None) if section else model
     kind = get_type_hints(type(part)).get(leaf) if is_dataclass(part) else None
     if kind is None or is_dataclass(kind):
-        raise ConfigError(f"{where}: no such setting of a model")
+        raise UserError(f"{where}: no such setting of a model")
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     fits = value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
     if not fits or (kind is float and not math.isfinite(value)):
-        raise ConfigError(f"{where}: has a value that the setting cannot have")
+        raise UserError(f"{where}: has a value that the setting cannot have")
     return value

@@ -10,7 +10,7 @@ from parallel.ranks import gather_json
 from parallel.shards import local_of
 
 
-def out_of_range(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
+def values_out_of_range(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
     """Which tensors cannot be trained on, and on which ranks, in words; empty where all can.
 
     weights: as a step wants them (`parallel.grad_norm.LARGEST`). others: finite is enough; moments

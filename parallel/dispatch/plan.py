@@ -25,14 +25,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from configs.dispatch import Dispatch
+from configs.dispatch import DispatchConfig
 from models.moe import ExpertsFn, Rows
-from parallel.dispatch.exchange import Parcel, Traffic, Wire
+from parallel.dispatch.packed_rows import DispatchCounters, PackedRows, WireFormat
 
 Tensors = tuple[Tensor | None, ...]
 
 
-class Back(NamedTuple):
+class CombinedRows(NamedTuple):
     """What the transpose of a route gives."""
 
     y_TD: Tensor
@@ -40,21 +40,21 @@ class Back(NamedTuple):
     """Sums of what `weights_P` held, where it was given."""
 
 
-class Route(Protocol):
+class DispatchPlan(Protocol):
     """Where the rows of one batch go. Both maps begin at once; the result waits for the end."""
 
     ends_e: Tensor
     counts_e: Tensor
 
     def to_experts(
-        self, x_TD: Tensor, weights_TK: Tensor | None, wire: Wire
-    ) -> Callable[[], Parcel]:
+        self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
+    ) -> Callable[[], PackedRows]:
         """Rows in the order of experts; their weights `[P, 1]` are the parcel's `extra`."""
         ...
 
     def to_tokens(
-        self, rows_PD: Tensor, weights_P: Tensor | None, wire: Wire
-    ) -> Callable[[], Back]:
+        self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
+    ) -> Callable[[], CombinedRows]:
         """The sum of each token's rows."""
         ...
 
@@ -62,41 +62,43 @@ class Route(Protocol):
 class Planner(Protocol):
     """A strategy: it knows the ranks and turns choices of experts into routes."""
 
-    traffic: Traffic
+    traffic: DispatchCounters
     align: int
     """What an expert's rows start at a multiple of."""
 
-    def plan(self, ids: list[Tensor]) -> list[Route]:
+    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
         """The routes of several batches of choices `[T, K]`; all ranks call it together."""
         ...
 
 
 @dataclass(frozen=True)
-class Wires:
+class WireFormats:
     """What every kind of rows travels as."""
 
-    dispatch: Wire
-    dispatch_grad: Wire
-    combine: Wire
-    combine_grad: Wire
+    dispatch: WireFormat
+    dispatch_grad: WireFormat
+    combine: WireFormat
+    combine_grad: WireFormat
 
     @staticmethod
-    def of(options: Dispatch, power_of_two: bool) -> "Wires":
-        fp8: Wire = "fp8_power_of_two" if power_of_two else "fp8"
+    def of(options: DispatchConfig, power_of_two: bool) -> "WireFormats":
+        fp8: WireFormat = "fp8_power_of_two" if power_of_two else "fp8"
         dtypes = (
             options.dispatch_dtype, options.dispatch_grad_dtype, options.combine_dtype,
             options.combine_grad_dtype,
         )  # fmt: skip
-        return Wires(*(fp8 if dtype == "fp8" else "compute" for dtype in dtypes))
+        return WireFormats(*(fp8 if dtype == "fp8" else "compute" for dtype in dtypes))
 
 
 class RoutedDispatcher:
     """`models.moe.Dispatcher` over routes, a chunk of tokens after another."""
 
-    def __init__(self, planner: Planner, options: Dispatch, power_of_two: bool = False) -> None:
+    def __init__(
+        self, planner: Planner, options: DispatchConfig, power_of_two: bool = False
+    ) -> None:
         """power_of_two: of the scales of rows that travel in FP8."""
         self.planner, self.options = planner, options
-        self.wires = Wires.of(options, power_of_two)
+        self.wires = WireFormats.of(options, power_of_two)
 
     @torch.compiler.disable  # splits are read on the host, and every layer's closures are others
     def run(
@@ -105,7 +107,7 @@ class RoutedDispatcher:
         expert_ids_TK: Tensor,
         weights_TK: Tensor,
         experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
+        shared_experts: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         n = self.options.chunks  # the same on all ranks, however many tokens each has
         sizes = [len(x_TD) // n + (i < len(x_TD) % n) for i in range(n)]
@@ -120,8 +122,8 @@ class RoutedDispatcher:
         for i in range(n):
             if i + 1 < n:
                 arriving.append(send(i + 1))
-            if i == 0 and beside is not None:
-                shared_TD = beside()
+            if i == 0 and shared_experts is not None:
+                shared_TD = shared_experts()
             returning.append(_to_tokens(routes[i], self.wires, experts(arriving[i]())))
         done = [returned() for returned in returning]
         y_TD = done[0] if n == 1 else torch.cat(done)
@@ -129,10 +131,10 @@ class RoutedDispatcher:
 
 
 def _to_experts(
-    route: Route, wires: Wires, x_TD: Tensor, weights_TK: Tensor, align: int
+    route: DispatchPlan, wires: WireFormats, x_TD: Tensor, weights_TK: Tensor, align: int
 ) -> Callable[[], Rows]:
     """Send tokens to experts; the result waits for the rows that came."""
-    arrived: list[Parcel] = []
+    arrived: list[PackedRows] = []
 
     def start(x_TD: Tensor, weights_TK: Tensor) -> Callable[[], Tensors]:
         arrive = route.to_experts(x_TD, weights_TK, wires.dispatch)
@@ -164,7 +166,7 @@ def _to_experts(
     return rows
 
 
-def _to_tokens(route: Route, wires: Wires, rows_PD: Tensor) -> Callable[[], Tensor]:
+def _to_tokens(route: DispatchPlan, wires: WireFormats, rows_PD: Tensor) -> Callable[[], Tensor]:
     """Send expert outputs back; the result waits for the sum of each token's."""
 
     def start(rows_PD: Tensor) -> Callable[[], Tensors]:

@@ -13,17 +13,17 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from parallel.placement import Placement
+from parallel.launch_environment import LaunchEnvironment
 
 _EVERY_S = 1.0
 _PATIENCE_S = 6.0
 """How long an answer may take: the pause between two looks, and a busy interpreter."""
 
 
-class RollCall:
+class RankMonitor:
     """Answers the calls of other ranks until `stop`, and makes them."""
 
-    def __init__(self, store: dist.Store, placement: Placement) -> None:
+    def __init__(self, store: dist.Store, placement: LaunchEnvironment) -> None:
         self.rank, self.world = placement.rank, placement.world
         # a connection of its own: in another one a rank may be waiting
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]

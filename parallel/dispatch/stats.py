@@ -30,7 +30,7 @@ _SUMS = ("rows_sent", "bytes", "bytes_between_nodes")
 _COLUMNS = ("rows_received", "fullest")
 
 
-class Account:
+class DispatchStats:
     """Numbers of the step that begins when this is made."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -16,23 +16,23 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.model import Model
-from configs.rules import ConfigError
+from configs.errors import UserError
+from configs.model import ModelConfig
 from models.hf.copies import same_rows
 from models.hf.folder import RawTensor, raw_tensors
-from models.hf.left_open import KEY
 from models.hf.mapped import MappedFiles
-from models.hf.quantised import (
+from models.hf.messages import located, named, one_line, shown
+from models.hf.quantized import (
     GROUP,
-    Quantisation,
-    dequantise_fp8,
-    dequantise_mxfp4,
-    quantisation_of,
+    Quantization,
+    dequantize_fp8,
+    dequantize_mxfp4,
+    quantization_of,
     scale_shape,
 )
-from models.hf.shown import located, named, one_line, shown
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
+from models.hf.undetermined_settings import KEY
 
 PIECE_BYTES = 2**26
 """Most bytes, in fp32, that are taken from a file at a time (one row at least)."""
@@ -49,15 +49,15 @@ class _Stored:
     shape: tuple[int, ...]
 
 
-class Source:
+class HFCheckpoint:
     """An opened folder. `fill` copies rows of one of our tensors out of it."""
 
-    def __init__(self, folder: Path, model: Model, raw: dict[str, Any]) -> None:
-        """model, raw: from `models.hf.files.read_config`. ConfigError: one line, what is wrong."""
+    def __init__(self, folder: Path, model: ModelConfig, raw: dict[str, Any]) -> None:
+        """model, raw: from `models.hf.files.read_config`. UserError: one line, what is wrong."""
         self.folder = folder
         self._files = MappedFiles()
         text = text_config(raw, str(folder / "config.json"))
-        self._quantisation = quantisation_of(text, str(folder / "config.json"))
+        self._quantisation = quantization_of(text, str(folder / "config.json"))
         found, left_out = raw_tensors(folder, self._files)
         self.left_out: Counter[str] = Counter(dict.fromkeys(left_out, 1))
         """What the folder holds beyond the model, and how many tensors of it."""
@@ -111,7 +111,7 @@ class Source:
         rows = max(1, PIECE_BYTES // max(4 * math.prod(t.shape[1:]), 1))
         for a in range(0, t.shape[0], rows):
             if self._rows(self._stored[t.name], a, min(a + rows, t.shape[0])).any():
-                raise ConfigError(
+                raise UserError(
                     f"{self._stored[t.name].data.path}: {t.name} is not zero, though {KEY} in "
                     "config.json says that the model has no such expert; remove it there"
                 )
@@ -123,7 +123,7 @@ class Source:
             theirs = self._rows(self._stored[t.name], first + a, first + a + len(piece))
             piece.copy_(t.from_hf(theirs, piece.shape))
             if not piece.isfinite().all():
-                raise ConfigError(
+                raise UserError(
                     f"{located(self._stored[t.name].data.path)}: {t.name} holds inf or NaN"
                 )
             self._taken[t.name] += piece.numel()
@@ -133,12 +133,12 @@ class Source:
         if stored.scale is None:
             return data
         if self._quantisation.method == "mxfp4":
-            return dequantise_mxfp4(data, self._slice(stored.scale, start, stop))
+            return dequantize_mxfp4(data, self._slice(stored.scale, start, stop))
         block = self._quantisation.block
         if data.dim() > 2:  # whole matrices
-            return dequantise_fp8(data, self._slice(stored.scale, start, stop), block)
+            return dequantize_fp8(data, self._slice(stored.scale, start, stop), block)
         scale = self._slice(stored.scale, start // block[0], -(-stop // block[0]))
-        return dequantise_fp8(data, scale, block, start)
+        return dequantize_fp8(data, scale, block, start)
 
     def _slice(self, raw: RawTensor, start: int, stop: int) -> Tensor:
         from safetensors import SafetensorError
@@ -146,7 +146,7 @@ class Source:
         try:
             return self._files.slice(raw.path, raw.name, (slice(start, stop),))
         except (SafetensorError, OSError) as error:
-            raise ConfigError(
+            raise UserError(
                 f"{located(raw.path)}: {named(raw.name)}: unreadable: {one_line(error)}"
             ) from None
 
@@ -162,7 +162,7 @@ class Source:
         return inner
 
     def _refuse_twice(self, name: str, other: str, tensor: RawTensor) -> None:
-        raise ConfigError(
+        raise UserError(
             f"{located(tensor.path)}: {named(name)} and {named(other)} are both there: two forms "
             "of one tensor; remove one"
         )
@@ -178,7 +178,7 @@ class Source:
                 name = scale_name.removesuffix(scale_end)
                 if name + data_end in found:
                     data, scale = found[name + data_end], found[scale_name]
-                    stored[name] = _quantised(data, scale, self._quantisation)
+                    stored[name] = _quantized(data, scale, self._quantisation)
                     used |= {name + data_end, scale_name}
         for name, tensor in found.items():
             if name not in used:
@@ -187,11 +187,11 @@ class Source:
                 stored[name] = _Stored(tensor, None, tensor.shape)
         return stored
 
-    def _check_names(self, model: Model, raw: dict[str, Any]) -> None:
+    def _check_names(self, model: ModelConfig, raw: dict[str, Any]) -> None:
         expected = {t.name for t in self.tensors}
         missing = expected - self._stored.keys()
         if "lm_head.weight" in missing:
-            raise ConfigError(
+            raise UserError(
                 f"{self.folder}: lm_head.weight is missing, though tie_word_embeddings in "
                 "config.json is false or not given"
             )
@@ -208,11 +208,9 @@ class Source:
                 )
                 hint = "; config.json has no quantization_config for them" if packed else ""
                 first = f"{named(min(names))}{hint}"
-                raise ConfigError(
-                    f"{self.folder}: {len(names)} tensors {kind}, the first is {first}"
-                )
+                raise UserError(f"{self.folder}: {len(names)} tensors {kind}, the first is {first}")
 
-    def _may_leave_out(self, name: str, model: Model, raw: dict[str, Any]) -> bool:
+    def _may_leave_out(self, name: str, model: ModelConfig, raw: dict[str, Any]) -> bool:
         """Whether the model is the same without the tensor; noted in `left_out`."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         given = (raw.get(key) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
@@ -233,18 +231,18 @@ class Source:
         return True
 
     def _check_copy(self, name: str, of: str) -> None:
-        """A tensor that is left out is the one that is read. Raises ConfigError."""
+        """A tensor that is left out is the one that is read. Raises UserError."""
         copy, main = self._stored[name], self._stored[of]
         read = (partial(self._rows, copy), partial(self._rows, main))
         plain = copy.scale is not None or copy.data.dtype in _PLAIN
         if plain and same_rows((copy.shape, main.shape), read, PIECE_BYTES):
             return
         if name == "lm_head.weight":
-            raise ConfigError(
+            raise UserError(
                 f"{self.folder / 'config.json'}: tie_word_embeddings = true, but lm_head.weight "
                 f"is another matrix than {of}; set it to false"
             )
-        raise ConfigError(
+        raise UserError(
             f"{located(copy.data.path)}: {named(name)} is another matrix than {of}: modules for "
             "multi-token prediction with an embedding or head of their own are not supported"
         )
@@ -253,21 +251,21 @@ class Source:
         stored = self._stored[t.name]
         data, place = stored.data, f"{located(stored.data.path)}: {named(stored.data.name)}"
         if stored.shape != t.shape:
-            raise ConfigError(
+            raise UserError(
                 f"{place} has shape {shown(list(stored.shape))}, "
                 f"config.json asks for {list(t.shape)}"
             )
         if stored.scale is not None:
             return
         if data.dtype not in _PLAIN:
-            raise ConfigError(
+            raise UserError(
                 f"{place} has dtype {data.dtype} and no factors that quantization_config of "
                 f"config.json announces: must be one of {', '.join(_PLAIN)}"
             )
 
 
-def _quantised(data: RawTensor, scale: RawTensor, how: Quantisation) -> _Stored:
-    """ConfigError where data and factors do not fit each other."""
+def _quantized(data: RawTensor, scale: RawTensor, how: Quantization) -> _Stored:
+    """UserError where data and factors do not fit each other."""
     if how.method == "fp8":
         dtypes, wanted = ["F8_E4M3"], _SCALE_DTYPES
         fits = len(data.shape) > 1 and scale.shape == scale_shape(data.shape, how.block)
@@ -278,12 +276,12 @@ def _quantised(data: RawTensor, scale: RawTensor, how: Quantisation) -> _Stored:
         shape = (data.shape[0], data.shape[2] * GROUP, data.shape[1]) if fits else data.shape
     for tensor, allowed in ((data, dtypes), (scale, wanted)):
         if tensor.dtype not in allowed:
-            raise ConfigError(
+            raise UserError(
                 f"{located(tensor.path)}: {named(tensor.name)} has dtype {named(tensor.dtype)}: "
                 f"{how.method} has {' or '.join(allowed)} there"
             )
     if not fits:
-        raise ConfigError(
+        raise UserError(
             f"{located(scale.path)}: {named(scale.name)} has shape {shown(list(scale.shape))}, "
             f"which does not fit {named(data.name)} of {shown(list(data.shape))}"
         )

@@ -20,12 +20,12 @@ from kernels.fp8 import fp8_dtype
 from kernels.moe.permute import Permutation, combine_rows, gather_rows
 from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
 
-Wire = Literal["compute", "fp8", "fp8_power_of_two"]
+WireFormat = Literal["compute", "fp8", "fp8_power_of_two"]
 """How values travel: in the compute dtype, or in FP8, whose scales may be powers of two."""
 _c10d = torch.ops._c10d_functional  # each gives a new tensor, which recomputation can keep
 
 
-class Parcel(NamedTuple):
+class PackedRows(NamedTuple):
     """Rows as they travel."""
 
     data: Tensor
@@ -44,18 +44,18 @@ class Parcel(NamedTuple):
     def fp8(self) -> Tensor:
         return self.data.view(fp8_dtype(self.data.device))
 
-    def gathered(self, to: Permutation, extra: Tensor | None) -> "Parcel":
+    def gathered(self, to: Permutation, extra: Tensor | None) -> "PackedRows":
         """The rows of these tokens in the slots of `to`; `extra` is per row already."""
         scales = None if self.scales is None else gather_rows(self.scales, to)
-        return Parcel(gather_rows(self.data, to), scales, extra)
+        return PackedRows(gather_rows(self.data, to), scales, extra)
 
 
-def pack(x_RD: Tensor, wire: Wire, extra: Tensor | None = None) -> Parcel:
+def pack(x_RD: Tensor, wire: WireFormat, extra: Tensor | None = None) -> PackedRows:
     """Rows in a wire format."""
     if wire == "compute":
-        return Parcel(x_RD, None, extra)
+        return PackedRows(x_RD, None, extra)
     data, scales = quantize_1x128(x_RD, power_of_two=wire == "fp8_power_of_two")
-    return Parcel(data.view(torch.uint8), scales.contiguous(), extra)
+    return PackedRows(data.view(torch.uint8), scales.contiguous(), extra)
 
 
 def per_choice(values_TK: Tensor | None, to: Permutation) -> Tensor | None:
@@ -69,7 +69,7 @@ def to_choices(column: Tensor | None, back: Permutation, top_k: int) -> Tensor |
 
 
 @dataclass
-class Traffic:
+class DispatchCounters:
     """What one MoE layer sent and received on this rank since the last `take`."""
 
     rows_sent: int | Tensor = 0
@@ -98,29 +98,29 @@ class Traffic:
             if not isinstance(total, Tensor):
                 setattr(self, name, like.new_full((), total))
 
-    def take(self) -> "Traffic":
+    def take(self) -> "DispatchCounters":
         """The numbers so far; counting starts anew."""
         taken = replace(self)
-        vars(self).update(vars(Traffic()))
+        vars(self).update(vars(DispatchCounters()))
         return taken
 
 
 @dataclass
-class Link:
+class RowAllToAll:
     """A process group, with the account of what goes through it."""
 
     group: dist.ProcessGroup
     crosses: list[bool]
     """For every rank of the group, whether it is on another node."""
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: DispatchCounters = field(default_factory=DispatchCounters)
 
     @property
     def size(self) -> int:
         return len(self.crosses)
 
     def start(
-        self, parcel: Parcel, sent: list[int] | None, got: list[int] | None
-    ) -> Callable[[], Parcel]:
+        self, parcel: PackedRows, sent: list[int] | None, got: list[int] | None
+    ) -> Callable[[], PackedRows]:
         """Begin to exchange rows; the result waits for them.
 
         sent, got: rows to and from every rank. None: evenly many.
@@ -131,10 +131,12 @@ class Link:
             waits.append(self._start(torch.cat(parts, 1), sent, got))
         n_scales = 0 if parcel.scales is None else parcel.scales.shape[1]
 
-        def arrive() -> Parcel:
+        def arrive() -> PackedRows:
             data, *rest = (wait() for wait in waits)
             scales = rest[0][:, :n_scales] if n_scales else None
-            return Parcel(data, scales, rest[0][:, n_scales:] if parcel.extra is not None else None)
+            return PackedRows(
+                data, scales, rest[0][:, n_scales:] if parcel.extra is not None else None
+            )
 
         return arrive
 
