@@ -1,11 +1,13 @@
 """`python -m configs FILE.toml [--ranks N] [--section.key=value ...]`: check without torch.
 
-Checks keys, types and mesh, as a login node can. `--reference` prints every key with its type,
-default and documentation as Markdown instead (docs/config.md is that output).
+Checks keys, types and mesh, as a login node can, and says which settings have no effect.
+`--reference` prints every key with its type, default and documentation as Markdown instead
+(docs/config.md is that output).
 """
 
 import sys
 
+from configs.config_warnings import config_warnings
 from configs.errors import ConfigError
 from configs.loader import load, parse_arguments
 from configs.parallel_dims import default_world, resolve
@@ -13,6 +15,9 @@ from configs.parallel_dims import default_world, resolve
 
 def main(arguments: list[str]) -> int:
     """Check the experiment; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     if arguments == ["--reference"]:
         from configs.reference import reference
 
@@ -28,6 +33,8 @@ def main(arguments: list[str]) -> int:
     print(f"{file}: all keys and types are right; the mesh for {parallel_dims.world} ranks:")
     for axis, size, meaning in parallel_dims.table():
         print(f"  {axis:<13} {size:>5}   {meaning}")
+    for line in config_warnings(config):
+        print(line)
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.paths import check_folder
 from configs.rules import shown
 from configs.schema import JobConfig
 from configs.tree import build
@@ -24,7 +25,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     path: TOML file. overrides: strings of the form `--section.key=value`, the value in TOML
     syntax (strings may go without quotes). Raises ConfigError: one line with place and remedy.
     """
-    return from_dict(read_toml(Path(path)), str(path), overrides)
+    config = from_dict(read_toml(Path(path)), str(path), overrides)
+    check_folder("run.dir", config.run.dir)
+    check_folder("data.cache_dir", config.data.cache_dir)
+    return config
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | None]:

@@ -7,6 +7,15 @@ from configs.errors import ConfigError
 from configs.rules import shown
 
 
+def check_folder(key: str, setting: str) -> None:
+    """Raise ConfigError where a folder to write in is the root of the file system, be it by `~`,
+    `..` or a link."""
+    if os.path.realpath(local_path(setting)) == "/":
+        raise ConfigError(
+            f"{key} = {shown(setting)}: leads to the root of the file system; name a folder in it"
+        )
+
+
 def local_path(setting: str | Path) -> Path:
     """The path a setting means: `~` alone or before a slash is the user's home folder, and nothing
     else is interpreted (`~name` is a file of that name). Raises ConfigError without a home."""

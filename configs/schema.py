@@ -6,7 +6,6 @@ is wrong is refused here, in `__post_init__`; what depends on the number of rank
 `configs.parallel_dims`.
 """
 
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,10 +26,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         between(self, 0, 2**63 - 1, "seed")
         not_empty(self, "name a folder, for example runs/demo", "dir")
-        if os.path.normpath(self.dir) in ("/", "//"):
-            raise ConfigError(
-                f"dir = {self.dir!r}: this is the root of the file system; name a folder in it"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

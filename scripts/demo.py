@@ -19,6 +19,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.loader import load
+from configs.paths import local_path
 
 EXPERIMENT = "configs/demo.toml"
 REFERENCE: dict[str, Any] = {
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="--section.key=value of the experiment")
     _, overrides = parser.parse_known_args()
     try:
-        folder = Path(load(EXPERIMENT, overrides).run.dir)
+        folder = local_path(load(EXPERIMENT, overrides).run.dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

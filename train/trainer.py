@@ -69,6 +69,7 @@ class Trainer:
         self.config, self.parallel_dims, self.ranks = config, parallel_dims, ranks
         self.folder = local_path(config.run.dir)
         ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
+        ranks.on_first(lambda: checkpoint.check_folder(self.folder / "checkpoints"))
         check_shared(config, ranks)
         self.compute = compute_dtype(config, ranks.device)
         mesh = meshes.build(parallel_dims, ranks.device.type)

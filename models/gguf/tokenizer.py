@@ -3,7 +3,8 @@
 GGUF keeps the tokens and merges of a byte-level BPE, and the *name* of the rule that cuts text into
 words; the rule itself lies in llama.cpp's source (`llama-vocab.cpp`). Only rules known here are
 taken: another cut gives other tokens, silently. Tokens that llama.cpp calls control or user-defined
-are matched whole, before the cut.
+matched whole, before the cut. Special tokens, what opens and ends a text, chat templates and stop
+tokens come along.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from configs.errors import UserError
 from models.gguf.file import GgufFile
@@ -28,11 +29,21 @@ _CUTS: dict[str, Callable[[], Any]] = {
 """llama.cpp's name of a rule -> the rule."""
 
 
-def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` (end of text, chat template).
+_SPECIAL = {
+    "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator",
+    "pad_token": "padding", "mask_token": "mask",
+}  # fmt: skip
+"""Setting of tokenizer_config.json -> `tokenizer.ggml.<word>_token_id` (its own spelling)."""
+_STOPS = ("eos", "eot", "eom")
+"""Ends of a text, a turn, a message: llama.cpp stops at each."""
+_TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 
-    vocab_size: rows of the embedding. Raises UserError where the file has another kind of
-    tokenizer.
+
+def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
+
+    vocab_size: rows of the embedding. Returns the special ids as a config.json has them. Raises
+    UserError where the file has another kind of tokenizer, or names a token it does not have.
     """
     tokens, kinds = _strings(file, "tokenizer.ggml.tokens"), _kinds(file)
     if len(tokens) != vocab_size or len(set(tokens)) != len(tokens):
@@ -40,16 +51,79 @@ def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> None:
             f"{file.path}: tokenizer.ggml.tokens: {len(set(tokens))} different tokens of "
             f"{len(tokens)}, the embedding has {vocab_size} rows"
         )
-    eos = file.get("tokenizer.ggml.eos_token_id", int)
-    if not 0 <= eos < len(tokens):
-        raise UserError(f"{file.path}: tokenizer.ggml.eos_token_id = {eos}: no such token")
+    file.get("tokenizer.ggml.eos_token_id", int)
+    ids = {key: _id(file, word, len(tokens)) for key, word in _SPECIAL.items()}
+    stops = [_id(file, word, len(tokens)) for word in _STOPS]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    special = {key: tokens[number] for key, number in ids.items() if number is not None}
+    adds = {
+        key: file.get(f"tokenizer.ggml.{key}", bool)
+        for key in ("add_bos_token", "add_eos_token")
+        if f"tokenizer.ggml.{key}" in file.metadata
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    _build(file, tokens, kinds).save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": tokens[eos]}
-    if "tokenizer.chat_template" in file.metadata:
-        settings["chat_template"] = file.get("tokenizer.chat_template", str)
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, "utf-8")
+    tokenizer = _build(file, tokens, kinds)
+    _open_and_end(tokenizer, file.path, special, adds)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **adds}
+    _write_json(folder / "tokenizer_config.json", settings | _templates(file))
+    said = {f"{key}_id": ids[key] for key in ("bos_token", "eos_token", "pad_token")}
+    said = {key: number for key, number in said.items() if number is not None}
+    said |= {"eos_token_id": stops} if len(stops) > 1 else {}
+    _write_json(folder / "generation_config.json", said)
+    return said
+
+
+def _id(file: GgufFile, word: str, n_tokens: int) -> int | None:
+    """The id of a special token; None where the file names none."""
+    key = f"tokenizer.ggml.{word}_token_id"
+    if key not in file.metadata:
+        return None
+    number: int = file.get(key, int)
+    if not 0 <= number < n_tokens:
+        raise UserError(f"{file.path}: {key} = {number}: no such token")
+    return number
+
+
+def _open_and_end(
+    tokenizer: Tokenizer, path: Path, special: dict[str, str], adds: dict[str, bool]
+) -> None:
+    """Let a text begin and end with the tokens that llama.cpp adds. Raises UserError."""
+    wanted = [key for key, added in adds.items() if added]
+    for key in wanted:
+        if key.removeprefix("add_") not in special:
+            raise UserError(
+                f"{path}: tokenizer.ggml.{key} = true, but the file names no such token"
+            )
+    first, last = (
+        special[key.removeprefix("add_")] if key in wanted else ""
+        for key in ("add_bos_token", "add_eos_token")
+    )
+    if first or last:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[part for part in (first, "$A", last) if part],
+            pair=[part for part in (first, "$A", last, first, "$B:1", last) if part],
+            special_tokens=[(t, tokenizer.token_to_id(t)) for t in {first, last} if t],
+        )
+
+
+def _templates(file: GgufFile) -> dict[str, Any]:
+    """The chat template, or several by name."""
+    named = {}
+    if _TEMPLATE in file.metadata:
+        named["default"] = file.get(_TEMPLATE, str)
+    if _TEMPLATES in file.metadata:
+        names = _strings(file, _TEMPLATES)
+        named |= {name: file.get(f"{_TEMPLATE}.{name}", str) for name in names}
+    if not named:
+        return {}
+    if named.keys() == {"default"}:
+        return {"chat_template": named["default"]}
+    return {"chat_template": [{"name": name, "template": t} for name, t in named.items()]}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _build(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:

@@ -17,8 +17,15 @@ _ELSEWHERE = {
     "per_layer_config": "layers that differ from each other are not supported",
     "configuration_files": "another file would take the place of this one",
     "compression_config": "only fp8 (in blocks) and mxfp4 in quantization_config are read",
+    "transformers_weights": "weights are read from model.safetensors or its index alone",
+    "fusion_config": "modules that are joined when they are loaded are not supported",
 }
 """Keys that change the model and that nothing here reads."""
+_FLAGS = {
+    "is_causal": (True, "tokens that see what follows them are not supported"),
+    "mtp_hidden_states_first": (False, "another order of inputs is not supported"),
+}
+"""Keys that any class of transformers looks at: the value that is ours, and of it null is none."""
 _THEIR_NAMES = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -98,6 +105,10 @@ def check_shared_keys(values: HFConfigReader) -> None:
     for key, why in _ELSEWHERE.items():
         if raw.get(key) is not None:
             raise UserError(f"{place}: {key} = {shown(raw[key])}: {why}")
+    for key, (ours, why) in _FLAGS.items():
+        if raw.get(key, ours) is not ours:
+            wanted = str(ours).lower()
+            raise UserError(f"{place}: {key} = {shown(raw[key])}: must be {wanted}: {why}")
     for key, types in UNUSED.items():
         if key in raw and type(raw[key]) not in types:
             wanted = " or ".join(_TYPE_NAMES[kind] for kind in types)

@@ -22,6 +22,7 @@ from models.decoder import Decoder
 from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.folder import INDEX, read_json
 from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantize
+from models.hf.saving import save_tensors
 from models.hf.table import from_hf_config, hf_tensors
 from models.hf.tensors import HfTensor
 from models.router import routers
@@ -44,8 +45,6 @@ def write_tensors(
     read: gives `ours[index]` for one of our names, in fp32. The index ends with a slice of rows.
     dtype: float8_e4m3fn quantises what `fp8_plan` says and rounds the rest to bf16.
     """
-    from safetensors.torch import save_file
-
     quantized: frozenset[str] = frozenset()
     if dtype == torch.float8_e4m3fn:
         quantized, dtype = fp8_plan(model).quantized, torch.bfloat16
@@ -60,7 +59,7 @@ def write_tensors(
                 tensors |= _gather_fp8(t, read, shard_bytes)
             else:
                 tensors[t.name] = _gather(t, read, dtype, shard_bytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, {"format": "pt"})
         total_size += sum(value.nbytes for value in tensors.values())
         weight_map |= dict.fromkeys(tensors, file)
         del tensors  # before the next shard is gathered

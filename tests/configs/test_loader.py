@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.__main__ import main as command
 from configs.errors import ConfigError
 from configs.loader import flatten, from_dict, load, to_toml, unflatten
 from configs.parallel_dims import default_world, resolve
@@ -174,6 +175,15 @@ def test_the_command_checks_without_torch() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "ep                2" in done.stdout
+
+
+def test_the_command_says_what_has_no_effect_and_how_it_is_used(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command([str(TINY), "--model.n_dense_layers=3"]) == 0
+    assert "none of the 3 layers has experts" in capsys.readouterr().out
+    assert command(["--help"]) == 0
+    assert "FILE.toml [--ranks N]" in capsys.readouterr().out
 
 
 def test_the_command_fails_in_one_line() -> None:

@@ -112,6 +112,22 @@ def test_nonsense_is_refused_with_its_key(override: str, expected: str) -> None:
     assert expected in refusal(TINY, override)
 
 
+@pytest.mark.parametrize("key", ["run.dir", "data.cache_dir"])
+def test_the_root_of_the_file_system_by_any_way(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("/")
+    up = "/".join([".."] * len(tmp_path.parts))
+    for way in (up, "link", f"link/tmp/{up}", f"~/{up}", f"{tmp_path}/{up}"):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        expected = f"{key} = {way!r}: leads to the root of the file system"
+        assert expected in refusal(TINY, f"--{key}={way}"), way
+    monkeypatch.setenv("HOME", "/")
+    assert "root of the file system" in refusal(TINY, f"--{key}=~")
+    load(TINY, [f"--{key}=~/runs"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

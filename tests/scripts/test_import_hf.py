@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import weakref
 from dataclasses import replace
@@ -24,10 +25,11 @@ from models.hf.files import write_tensors
 from models.hf.table import hf_tensors
 from parallel.shards import box_of
 from scripts.export import export
+from scripts.export import main as export_main
 from scripts.import_hf import import_hf, main
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, read_all, write
-from tests.runs import run
+from tests.runs import largest_file, run
 from train.checkpoint import checkpoint
 from train.tokenizer.tokenizer import train_tokenizer
 
@@ -320,11 +322,49 @@ def test_the_command_refuses_in_one_line(
         import_hf(folder, tmp_path / "ours", ignore_auto_map=True)
 
 
+def test_a_disk_that_takes_no_more_is_named(
+    tmp_path: Path,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Import and export, whichever file is the one that no longer fits."""
+    folder, ours, back = (tmp_path / name for name in ("hf", "ours", "back"))
+    hf_folder(with_vocabulary("mixtral"), folder, tokenizer)
+    saved, _ = import_hf(folder, tmp_path / "whole")
+    for command, words, written in (
+        (main, [folder, ours], [*saved.iterdir(), *(tmp_path / "whole" / "tokenizer").iterdir()]),
+        (export_main, [tmp_path / "whole", "--out", back], folder.iterdir()),
+    ):
+        for size in sorted({0, 1, *(path.stat().st_size - 1 for path in written)}):
+            monkeypatch.setattr("sys.argv", ["command", *map(str, words)])
+            with largest_file(size):
+                code = command()
+            errors = capsys.readouterr().err
+            assert code == 2 and errors.count("\n") == 1, errors
+            assert "File too large" in errors and "Errno" not in errors, errors
+            assert any(place in errors for place in (".ours.", "/ours", ".back.", "/back")), errors
+            assert not list(tmp_path.glob("*ours*")) + list(tmp_path.glob("*back*"))
+
+
+def test_written_weights_are_for_whom_the_umask_lets_read(tmp_path: Path, tokenizer: Path) -> None:
+    folder = hf_folder(with_vocabulary("mixtral"), tmp_path / "hf", tokenizer)
+    for mask in (0o027, 0o077):
+        before = os.umask(mask)
+        try:
+            saved, _ = import_hf(folder, tmp_path / f"{mask}")
+            exported = export(tmp_path / f"{mask}", None, torch.float32)
+        finally:
+            os.umask(before)
+        for path in (*saved.glob("*.safetensors"), *exported.glob("*.safetensors")):
+            assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+
+
 def test_the_worst_moment_fails_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(random_decoder(FAMILIES["mixtral"]), tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"the checkpoint needs .* GiB"):
+    with pytest.raises(UserError, match=r"the checkpoint needs .* MiB"):
         import_hf(tmp_path, tmp_path / "ours")
     monkeypatch.undo()
     shard = max(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_size)

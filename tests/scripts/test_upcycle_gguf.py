@@ -17,6 +17,7 @@ from torch import Tensor
 from configs.errors import UserError
 from models.gguf.file import open_gguf
 from models.upcycle import Recipe
+from scripts.export import export
 from scripts.upcycle import SMOLLM2, _packaged_smollm2, upcycle
 from tests.runs import run
 from tests.scripts.test_upcycle import logits_of, relative
@@ -88,7 +89,8 @@ def write_gguf(path: Path, weights: dict[str, Tensor], **more: Any) -> None:
     writer.add_token_merges(["l l"])
     writer.add_eos_token_id(1)
     for key, value in more.items():
-        writer.add_string(key, value)
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        add.get(type(value), writer.add_array)(key, value)
     for name, weight in weights.items():
         for theirs, heads in (("q_proj", 4), ("k_proj", 2)):
             weight = permuted(weight, heads) if theirs in name else weight
@@ -133,7 +135,71 @@ def test_logits_are_those_of_the_model_before_conversion(made: Path, tmp_path: P
     assert len(ids) == len(TEXT.encode()), "one more and one less"
     assert tokenizer.decode(ids, skip_special_tokens=True) == TEXT
     settings = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer_config.json").read_text())
-    assert settings == {"eos_token": "<|im_end|>"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert settings == kind | {"eos_token": "<|im_end|>"}, "no other token is made up"
+
+
+SPECIAL = {
+    "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.padding_token_id": 3, "tokenizer.ggml.eot_token_id": 4,
+    "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
+    "tokenizer.chat_template": "{{ bos_token }}{{ messages[0]['content'] }}",
+    "tokenizer.chat_templates": ["tools"], "tokenizer.chat_template.tools": "T",
+}  # fmt: skip
+READ = """
+import json, sys
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+folder = sys.argv[1]
+tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+names = "bos_token", "eos_token", "unk_token", "pad_token"
+chat = [{"role": "user", "content": "Hi"}]
+print(json.dumps({
+    "special": {name: getattr(tokenizer, name) for name in names},
+    "ids": tokenizer("Hi")["input_ids"],
+    "bare": tokenizer("Hi", add_special_tokens=False)["input_ids"],
+    "chat": tokenizer.apply_chat_template(chat, tokenize=False),
+    "tools": tokenizer.apply_chat_template(chat, tokenize=False, chat_template="tools"),
+    "config": [config.bos_token_id, config.eos_token_id, config.pad_token_id],
+    "positions": config.max_position_embeddings,
+    "stops": GenerationConfig.from_pretrained(folder).eos_token_id,
+}))
+"""
+
+
+def test_special_tokens_come_along_to_the_export(made: Path, tmp_path: Path) -> None:
+    """What transformers makes of the export is what the metadata of the file say."""
+    path = tmp_path / "special.gguf"
+    write_gguf(path, load_file(made / "weights.check"), **SPECIAL)
+    upcycle(str(path), tmp_path / "out", Recipe(), [])
+    export(tmp_path / "out", tmp_path / "export", torch.float32)
+    said = json.loads(run("-P", "-c", READ, tmp_path / "export").stdout)
+    assert said["special"] == {
+        "bos_token": TOKENS[0], "eos_token": TOKENS[1], "unk_token": TOKENS[0],
+        "pad_token": TOKENS[3],
+    }  # fmt: skip
+    assert said["ids"] == [0, *said["bare"]] and len(said["bare"]) == 2
+    assert (said["chat"], said["tools"]) == (f"{TOKENS[0]}Hi", "T")
+    assert said["config"] == [0, [1, 4], 3] and said["stops"] == [1, 4]
+    assert said["positions"] == 64, "the file's, not the shorter one of the run"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("tokenizer.ggml.bos_token_id", 300, "= 300: no such token"),
+        ("tokenizer.ggml.padding_token_id", "x", "= 'x': must be int"),
+        ("tokenizer.ggml.add_bos_token", True, "= true, but the file names no such token"),
+        ("tokenizer.ggml.add_eos_token", 1, "= 1: must be bool"),
+        ("tokenizer.chat_templates", ["lost"], "must be str"),
+    ],
+)
+def test_special_tokens_that_are_none(
+    key: str, value: object, expected: str, made: Path, tmp_path: Path
+) -> None:
+    write_gguf(tmp_path / "x.gguf", load_file(made / "weights.check"), **{key: value})
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
+        upcycle(str(tmp_path / "x.gguf"), tmp_path / "out", Recipe(), [])
+    assert "tokenizer." in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])

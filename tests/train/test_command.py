@@ -1,16 +1,20 @@
 """`python -m train`: what it leaves behind, what it refuses, what --check says."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.loader import load
 from models.counts import parameter_counts
 from tests.runs import ROOT, TINY, command, environment, run
+from tests.train.in_process import train
 from train.report.metrics import read_lines
 
 
@@ -95,9 +99,43 @@ def test_a_run_dir_that_is_a_file_is_one_line(overrides: list[str], tmp_path: Pa
     (tmp_path / "file").write_text("")
     done = run("-m", "train", TINY, *overrides, f"--run.dir={tmp_path / 'file'}", code=2)
     assert done.stderr.count("\n") == 1 and "file" in done.stderr
+    done = run("-m", "train", TINY, *overrides, "--checkpoint.init_from=/absent", code=2)
+    assert done.stderr == (
+        "error: checkpoint.init_from: /absent: no such folder; name a run folder or one of its "
+        "checkpoints\n"
+    )
     done = run("-m", "train", TINY, *overrides, "--data.source=/absent", ranks=2, code=1)
     assert 'Traceback (most recent call last):\n  File "/' not in done.stdout
     assert done.stderr.count("error: data.source") == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "full"])
+def test_checkpoints_that_cannot_be_written_stop_a_run_before_it_trains(
+    kind: str,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    place = tmp_path / "run" / "checkpoints"
+    place.parent.mkdir()
+    expected = "this is no folder; move it away"
+    if kind == "file":
+        place.write_text("")
+    elif kind == "link":
+        place.symlink_to(tmp_path / "nowhere")
+    else:
+        place.mkdir()
+        expected, real = "cannot be written: No space left on device", os.mkdir
+
+        def refuse(path: Any, *rest: Any) -> None:
+            if Path(path).parent == place:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            real(path, *rest)
+
+        monkeypatch.setattr(os, "mkdir", refuse)
+    assert train(*overrides) == 2
+    assert capfd.readouterr().err == f"error: {place}: {expected}\n"
 
 
 def test_under_torchrun_rank_0_alone_prints_the_line(overrides: list[str]) -> None:

@@ -3,9 +3,6 @@
 import errno
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
-from tests.runs import TINY
+from tests.runs import TINY, largest_file
 from tests.train.corpora import config, silent, write_texts
 from train import __main__ as command
 from train.data.corpus import prepare
@@ -58,17 +55,6 @@ def test_rows_left_out_are_counted_and_part_of_the_key(tmp_path: Path, texts: li
         prepare(config(tmp_path, source=str(rows)), silent)
     same = prepare(config(tmp_path), silent)  # the folder of the same texts
     assert same.fingerprint == corpus.fingerprint
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse what this process writes beyond `size` bytes of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -10,7 +10,7 @@ import torch
 
 from tests.train.in_process import train
 from train.report import environment
-from train.report.metrics import EXPERT_LOAD, METRICS, MetricsWriter, read_lines
+from train.report.metrics import EXPERT_LOAD, METRICS, PICTURES, MetricsWriter, read_lines
 from train.report.plots import draw
 
 BAD = [
@@ -75,7 +75,7 @@ def test_pictures_need_no_agreeing_records(tmp_path: Path) -> None:
     assert len(draw(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("name", [METRICS, EXPERT_LOAD, "tensorboard"])
+@pytest.mark.parametrize("name", [METRICS, EXPERT_LOAD, "tensorboard", *PICTURES])
 def test_what_is_no_file_or_folder_gives_way(name: str, tmp_path: Path) -> None:
     for attempt in range(2):
         path = tmp_path / name
@@ -89,6 +89,7 @@ def test_what_is_no_file_or_folder_gives_way(name: str, tmp_path: Path) -> None:
         (line,) = write(tmp_path, 1, 2, 0)
         assert f"{path}: damaged, renamed to {name}.damaged" in line
         assert len(read_lines(tmp_path / METRICS)) == 2
+        draw(tmp_path)
 
 
 @pytest.mark.parametrize(

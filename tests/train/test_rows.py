@@ -130,6 +130,21 @@ def test_blank_lines_marks_and_line_ends(tmp_path: Path) -> None:
         BOM + a + b"\n" + b + b"\n" + c,
         b"\n\n" + a + b"\n \t\n" + b + b"\r\n\r\n" + c + b"\r\n\n\n",
         a + b"\n" + BOM + b + b"\n" + BOM + c,  # files put one behind the other
+        BOM
+        + BOM
+        + a
+        + b"\n"
+        + BOM
+        + b"\n"
+        + BOM
+        + b"  "
+        + BOM
+        + b
+        + b"\r\n \t"
+        + BOM
+        + c
+        + b"\n"
+        + BOM,
     ]
     for number, content in enumerate(contents):
         for compress in (bytes, gzip.compress):
@@ -235,7 +250,13 @@ def test_parquet_columns_that_are_no_text(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": values}), path)
         assert f"holds {kind}, not text (data.text_field = 'text')" in refusal(path)
     pq.write_table(pa.table([pa.array(["a"])] * 2, names=["text"] * 2), path)
-    assert "two columns of this name" in refusal(path)
+    assert "there are two columns of this name (data.text_field = 'text')" in refusal(path)
+    assert "two columns" in refusal(path, unreadable_rows="skip"), "nothing else is there"
+    (tmp_path / "b.jsonl").write_bytes(GOOD)
+    assert f"{path}, there are two columns" in refusal(tmp_path)
+    documents = read(tmp_path, unreadable_rows="skip")
+    assert list(documents) == ["good"] and documents.n_unreadable_rows == 1
+    assert documents.unreadable_rows[0].startswith(f"{path}, the whole file: there are two columns")
 
 
 def test_files_that_are_not_utf8_are_left_out_whole(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def test_a_folder_takes_what_it_knows(tmp_path: Path) -> None:
     assert list(documents) == ["# b", "bom", "first\n", "second\n", "row", ""]
     assert documents.not_utf8 == [str(tmp_path / "bad.txt")]
     assert documents.take([4, 0, 5, 3, 4]) == ["row", "# b", "", "second\n", "row"]
+    assert documents.notes == ["passed over 1 files of other kinds (1 .pdf)"]
+    names = ["a.jsonl.zst", "b.ZST", "Makefile", "c.csv", "d.json", "e.bin", "sub/f.csv"]
+    write(tmp_path, dict.fromkeys(names, b"x"))
+    (note,) = locate(DataConfig(source=str(tmp_path))).read().notes
+    assert note.startswith("passed over 8 files of other kinds (2 .csv, ") and ", ...)" in note
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
@@ -187,7 +192,8 @@ def test_neither_file_nor_folder(tmp_path: Path) -> None:
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     assert read(tmp_path) == ["a"]
-    fails(tmp_path / "loop.txt")
+    fails(tmp_path / "loop.txt", f"a link to {tmp_path / 'loop.txt'}: no such file or folder")
+    fails(tmp_path / "gone.jsonl", f"a link to {tmp_path / 'nowhere'}: no such file or folder")
 
 
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

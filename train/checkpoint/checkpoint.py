@@ -21,7 +21,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from models.hf.mapped import MappedFiles
-from parallel.ranks import Ranks, gather_json
+from models.hf.saving import save_tensors
+from parallel.ranks import Ranks, gather_json, one_line
 from parallel.shards import Box, box_of, is_primary_replica, local_of
 from train.atomic_files import replace_text, sync
 from train.checkpoint import retention
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "Manifest",
     "Reader",
+    "check_folder",
     "checkpoints",
     "find",
     "load",
@@ -53,6 +55,21 @@ __all__ = [
     "verify_files",
     "write",
 ]
+
+
+def check_folder(root: Path) -> None:
+    """Raise UserError where no checkpoint can be written under `root`: before a run trains."""
+    why = "this is no folder; move it away"
+    try:
+        if root.is_dir() or not os.path.lexists(root):
+            root.mkdir(parents=True, exist_ok=True)
+            probe = retention.free_name(root / ".step-probe")
+            probe.mkdir()
+            probe.rmdir()
+            return
+    except OSError as error:
+        why = f"cannot be written: {error.strerror}"
+    raise CheckpointError(f"{root}: {why}")
 
 
 def save(
@@ -100,16 +117,14 @@ def write(
     parts: each makes the boxes of one file when its turn comes, so that only one file's are held.
     Together they must cover every tensor.
     """
-    from safetensors import SafetensorError
-
     final = path_of(root, state["step"])
     try:
         partial = _begin(root, final)
         files = [partial / f"part-{i:05d}.safetensors" for i in range(len(parts))]
         reports = [_write_file(file, part()) for file, part in zip(files, parts, strict=True)]
         _commit(partial, final, reports, state, config)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot write the checkpoint: {one_line(error)}") from None
     return final
 
 
@@ -147,16 +162,16 @@ def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[st
         return {}
     try:
         return _write_file(path, mine)
-    except Exception as error:  # safetensors raises its own type; all ranks must hear of it
-        return {"error": f"rank {rank}: {error}"}
+    except Exception as error:  # all ranks must hear of it
+        why = one_line(error) if isinstance(error, OSError) else str(error)
+        return {"error": f"rank {rank}: {why}"}
 
 
 def _write_file(path: Path, boxes: dict[str, tuple[Box, Tensor]]) -> dict[str, Any]:
     """Write one file; returns what the manifest says of it."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    save_file({name: tensor for name, (_, tensor) in boxes.items()}, path)
+    save_tensors({name: tensor for name, (_, tensor) in boxes.items()}, path)
     sync(path)
     with safe_open(path, framework="pt") as file:
         dtypes = {name: file.get_slice(name).get_dtype() for name in boxes}

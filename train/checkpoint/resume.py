@@ -71,7 +71,10 @@ def _choose(config: JobConfig, facts: dict[str, str]) -> dict[str, Any] | None:
     if not own:
         if not init_from:
             return None
-        path = checkpoint.find(local_path(init_from)).absolute()
+        try:
+            path = checkpoint.find(local_path(init_from)).absolute()
+        except checkpoint.CheckpointError as error:
+            raise UserError(f"checkpoint.init_from: {error}") from None
         lines = [f"weights from {path}; optimizer and steps start anew"]
         lines += _compare_model(checkpoint.read_manifest(path), config, facts)
         return {"path": str(path), "own": False, "lines": lines}

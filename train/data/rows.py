@@ -7,6 +7,7 @@ one pass; the memory in use is a line, or a few rows of the column.
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from train.data.documents import shown
 
 LONGEST_LINE = 2**28  # bytes
 _BATCH = 64  # rows
-_BOM = b"\xef\xbb\xbf"
+_BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
+"""White space of JSON and byte-order marks, of which files put together have several."""
 _MOST_NAMES = 100
 
 
@@ -58,7 +60,7 @@ class Column:
 
 
 class WrongColumn(Exception):
-    """A whole file whose text column is no text: its type."""
+    """A whole file whose text column is no text: what is wrong with it."""
 
 
 def json_rows(path: Path, column: Column) -> Iterator[Row]:
@@ -89,8 +91,13 @@ def json_rows(path: Path, column: Column) -> Iterator[Row]:
                 yield Unreadable(f"line {number}", f"longer than {LONGEST_LINE:,} bytes")
             elif not line:
                 return
-            elif line := line.removeprefix(_BOM).strip(b" \t\r\n"):
+            elif line := line[_end_of_blank(line) :]:
                 yield _json_row(line, f"line {number}", column)
+
+
+def _end_of_blank(line: bytes) -> int:
+    blank = _BLANK.match(line)
+    return blank.end() if blank else 0
 
 
 def _json_row(line: bytes, where: str, column: Column) -> Row:
@@ -176,7 +183,7 @@ def check_text(schema: Any, column: Column) -> None:
     import pyarrow as pa
 
     if schema.names.count(column.name) > 1:
-        raise WrongColumn("two columns of this name")
+        raise WrongColumn("there are two columns of this name")
     column.found = True
     kind = schema.field(column.name).type
     while not pa.types.is_null(kind):
@@ -189,7 +196,7 @@ def check_text(schema: Any, column: Column) -> None:
         elif pa.types.is_string_view(kind):
             return
         else:
-            raise WrongColumn(str(schema.field(column.name).type))
+            raise WrongColumn(f"this column holds {schema.field(column.name).type}, not text")
 
 
 def texts_of(values: Any, before: int) -> list[Row]:

@@ -99,6 +99,8 @@ def locate(data: DataConfig) -> Source:
             return _file(data, path)
         if path.exists():
             raise _error(data, f"neither a file nor a folder; it takes {SUPPORTED}")
+        if path.is_symlink():
+            raise _error(data, f"a link to {shown(os.readlink(path), 200)}: no such file or folder")
     except OSError as error:
         place = f"{shown(error.filename)}: " if error.filename not in (None, str(path)) else ""
         raise _error(data, f"{place}{error.strerror}") from None
@@ -135,15 +137,23 @@ def _folder(data: DataConfig, root: Path) -> Source:
     files = _walk(root, skip=())
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     tables = [file for file in files if _reader(file)]
+    others = Counter(f.suffix or f.name for f in sorted({*files} - {*texts, *tables}))
+    kinds = [(shown(suffix, 100), count) for suffix, count in others.most_common(4)]
     if not texts and not tables:
-        suffixes = Counter(file.suffix or file.name for file in files).most_common(4)
-        has = ", ".join(shown(suffix, 100) for suffix, _ in suffixes) or "nothing"
+        has = ", ".join(suffix for suffix, _ in kinds) or "nothing"
         raise _error(data, f"no document in this folder (it has {has}); it takes {SUPPORTED}")
     return Source(
         label=root.resolve().name,
         identity=["files", [_stamp(file, root) for file in texts + tables]],
-        fill=partial(_fill_from_files, data, texts, tables),
+        fill=partial(_fill_from_files, data, texts, tables, note=_passed_over(others, kinds)),
     )
+
+
+def _passed_over(others: Counter[str], kinds: list[tuple[str, int]]) -> str:
+    """What of a folder is not read; kinds: the most frequent of `others`. Empty: nothing."""
+    listed = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds)
+    more = ", ..." * (len(others) > len(kinds))
+    return f"passed over {others.total():,} files of other kinds ({listed}{more})" if kinds else ""
 
 
 def _file(data: DataConfig, path: Path) -> Source:
@@ -170,8 +180,11 @@ def _fill_from_files(
     *,
     split_lines: bool = True,
     single: bool = False,
+    note: str = "",
 ) -> None:
-    """split_lines: `<|endoftext|>` lines end documents. single: the source is this one file."""
+    """split_lines: `<|endoftext|>` lines end documents. single: the source is this one file. note:
+    what the user should know of the source."""
+    documents.notes += [note] if note else []
     for file in texts:
         try:
             text = file.read_bytes().decode("utf-8-sig")
@@ -219,7 +232,9 @@ def _fill_from_table(
                 hint = 'data.unreadable_rows = "skip" leaves such rows out'
                 raise _error(data, f"{place}{row}; mend it, or {hint}")
     except WrongColumn as error:
-        raise _wrong_column(data, place, error) from None
+        if single or data.unreadable_rows == "refuse":
+            raise _wrong_column(data, place, error) from None
+        documents.add_unreadable(f"{name}, the whole file: {error}")
     if column.missed and not column.found:
         documents.notes.append(f"{name} has no column {_column(data)}")
     return column
@@ -307,7 +322,7 @@ def _no_column(data: DataConfig, names: Iterable[str]) -> UserError:
 
 
 def _wrong_column(data: DataConfig, place: str, error: WrongColumn) -> UserError:
-    return _error(data, f"{place}this column holds {error}, not text ({_column(data)})")
+    return _error(data, f"{place}{error} ({_column(data)})")
 
 
 def _reader(file: Path) -> Callable[[Path, Column], Iterator[Row]] | None:

@@ -44,6 +44,7 @@ ROUTER_LEARNS_NOTHING = (
 )
 """What every report of a run with `model.moe.force_balance` says."""
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
+PICTURES = LOSS_PICTURE, EXPERTS_PICTURE = "loss.png", "experts.png"
 
 
 def loss_fields(result: StepResult) -> dict[str, float]:
@@ -94,6 +95,9 @@ class MetricsWriter:
         board = folder / "tensorboard"
         if os.path.lexists(board) and not board.is_dir():
             self.lines.append(set_aside(board))
+        for picture in (folder / name for name in PICTURES):  # drawn over at the end
+            if os.path.lexists(picture) and not picture.is_file():
+                self.lines.append(set_aside(picture))
         self._metrics = (folder / METRICS).open("a")
         self._loads = (folder / EXPERT_LOAD).open("a")
         self._board = _tensorboard(board, last_step)

@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from train.report.metrics import EXPERT_LOAD, FORCED_BALANCE, METRICS, read_lines
+from train.report.metrics import (
+    EXPERT_LOAD,
+    EXPERTS_PICTURE,
+    FORCED_BALANCE,
+    LOSS_PICTURE,
+    METRICS,
+    read_lines,
+)
 
 
 def draw(folder: Path) -> list[Path]:
@@ -45,7 +52,7 @@ def _loss(folder: Path) -> Path:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.grid(alpha=0.3)
-    path = folder / "loss.png"
+    path = folder / LOSS_PICTURE
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -84,7 +91,7 @@ def _experts(folder: Path, records: list[dict[str, Any]], columns: int = 200) ->
     figure.colorbar(image, ax=axes, label="load / fair share")
     figure.supxlabel("optimizer step")
     figure.supylabel("expert")
-    path = folder / "experts.png"
+    path = folder / EXPERTS_PICTURE
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

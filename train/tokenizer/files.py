@@ -55,7 +55,12 @@ def take_over(folder: Path, target: Path, config: dict[str, Any]) -> None:
         shutil.copyfile(place, target / path)
     if (target / GENERATION).is_file():
         _check_ids(read_json(target / GENERATION), folder / GENERATION)
-    (target / IMPORTED).write_text(json.dumps(given, indent=2) + "\n", "utf-8")
+    note_imported(target, given)
+
+
+def note_imported(target: Path, said: dict[str, Any]) -> None:
+    """Write down in `target` what came with the weights besides the model (see `imported`)."""
+    (target / IMPORTED).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 def imported(folder: Path) -> dict[str, Any] | None:
