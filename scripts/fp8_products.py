@@ -1,7 +1,7 @@
 """`python -m scripts.fp8_products`: signal to noise of single products under each arithmetic.
 
 Loss curves of small models hide much: their sums are short and their activations tame. Here each
-arithmetic of `scripts.fp8_convergence.ablations` multiplies data of known kinds, against fp64.
+arithmetic of `train.fp8_emulation` multiplies data of known kinds, against fp64.
 Given is the signal to noise in decibels that nine of ten rows surpass, since a sum of squares over
 all rows would be that of the largest.
 
@@ -16,7 +16,7 @@ all rows would be that of the largest.
 import torch
 from torch import Tensor
 
-from scripts.fp8_convergence.ablations import VARIANTS, Arithmetic
+from train.fp8_emulation import VARIANTS, Arithmetic
 
 M, K, N = 256, 4096, 128
 

@@ -33,24 +33,20 @@ from train.checkpoint.resume import restore
 from train.checkpoint.value_range import values_out_of_range
 from train.data.batches import Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.garbage_collection import GarbageCollection
+from train.optim.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from train.optim.schedule import learning_rate, schedule_steps
 from train.profile import profiled
 from train.report import environment
 from train.report.fp8_report import Fp8Diagnosis
 from train.report.metrics import FORCED_BALANCE, ROUTER_LEARNS_NOTHING
+from train.report.peak_flops import peak_flops
 from train.report.reporter import Reporter
-from train.schedule import learning_rate, schedule_steps
 from train.shared_storage import check_shared
 from train.step import NonFiniteError, train_step
 from train.stop import StopSignal
-from train.tokenizer.export import keep_tokenizer
+from train.tokenizer.hf_files import keep_tokenizer
 from train.tokenizer.tokenizer import find_tokenizer
-from train.torchtitan_adapter import (
-    build_optimizer,
-    collect_garbage_every,
-    optimizer_tensors,
-    peak_flops,
-    set_learning_rate,
-)
 from train.validation import bits_per_byte, validation_loss
 
 
@@ -96,7 +92,7 @@ class Trainer:
         """Train up to the last step; returns the exit code of a stop, None when complete."""
         train, total = self.config.train, self.config.train.steps
         schedule, peak = self.config.schedule, self.config.optimizer.lr
-        stop, garbage = StopSignal(), collect_garbage_every(train.gc_every)
+        stop, garbage = StopSignal(), GarbageCollection(train.gc_every)
         with self._reporter() as report, self._saved_where_a_step_fails(report):
             if self.owes_validation:
                 report.amend(self.done, self._validate(stop))

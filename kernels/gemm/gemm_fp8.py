@@ -43,71 +43,66 @@ OUT_DTYPES = (torch.bfloat16, torch.float32)
 
 def gemm_fp8_nt(
     a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_nk: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
-    implementation: Implementation = "triton",
+    out_dtype: torch.dtype = torch.bfloat16, implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
-    """`a @ b.T`: `[M, N]` in `out_dtype`, or `accumulate_into` (fp32) with the product added."""
-    _check("nt", a_MK, b_NK, out_dtype, accumulate_into, implementation)
+    """`a @ b.T`: `[M, N]` in `out_dtype` (bf16 or fp32)."""
+    _check("nt", a_MK, b_NK, out_dtype, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_nk, b_NK, (BLOCK, BLOCK))
     operands = a_MK, scales_a_Mk, b_NK, scales_b_nk
-    return _run("nt", operands, out_dtype, accumulate_into, implementation)
+    return _run("nt", operands, out_dtype, implementation)
 
 
 def gemm_fp8_nn(
     a_MK: Tensor, scales_a_Mk: Tensor, b_KN: Tensor, scales_b_kn: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
-    implementation: Implementation = "triton",
+    out_dtype: torch.dtype = torch.bfloat16, implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`a @ b`, otherwise as `gemm_fp8_nt`. b: the column-major form that `quantize_128x128` makes
     besides; row-major data is copied on CUDA."""
-    _check("nn", a_MK, b_KN.T, out_dtype, accumulate_into, implementation)
+    _check("nn", a_MK, b_KN.T, out_dtype, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_kn, b_KN, (BLOCK, BLOCK))
     operands = a_MK, scales_a_Mk, b_KN, scales_b_kn
-    return _run("nn", operands, out_dtype, accumulate_into, implementation)
+    return _run("nn", operands, out_dtype, implementation)
 
 
 def gemm_fp8_tn(
     a_KM: Tensor, scales_a_kM: Tensor, b_KN: Tensor, scales_b_kN: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
-    implementation: Implementation = "triton",
+    out_dtype: torch.dtype = torch.bfloat16, implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`a.T @ b` of operands from `quantize_128x1`, otherwise as `gemm_fp8_nt`."""
-    _check("tn", a_KM.T, b_KN.T, out_dtype, accumulate_into, implementation)
+    _check("tn", a_KM.T, b_KN.T, out_dtype, implementation)
     _check_scales("a", scales_a_kM, a_KM, (BLOCK, 1))
     _check_scales("b", scales_b_kN, b_KN, (BLOCK, 1))
     operands = a_KM, scales_a_kM, b_KN, scales_b_kN
-    return _run("tn", operands, out_dtype, accumulate_into, implementation)
+    return _run("tn", operands, out_dtype, implementation)
 
 
 def gemm_fp8_nt_reference(
     a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_nk: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
     """Plain loop over the blocks of K, in the kernel's order."""
     scales_b_Nk = scales_b_nk.repeat_interleave(BLOCK, 0)[: b_NK.shape[0]]
     total = _blockwise(a_MK, scales_a_Mk, b_NK, scales_b_Nk)
-    return total.to(out_dtype) if accumulate_into is None else accumulate_into.add_(total)
+    return total.to(out_dtype)
 
 
 def gemm_fp8_nn_reference(
     a_MK: Tensor, scales_a_Mk: Tensor, b_KN: Tensor, scales_b_kn: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
     """Plain loop over the blocks of K, in the kernel's order."""
-    return gemm_fp8_nt_reference(
-        a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype, accumulate_into
-    )
+    return gemm_fp8_nt_reference(a_MK, scales_a_Mk, b_KN.T, scales_b_kn.T, out_dtype)
 
 
 def gemm_fp8_tn_reference(
     a_KM: Tensor, scales_a_kM: Tensor, b_KN: Tensor, scales_b_kN: Tensor,
-    out_dtype: torch.dtype = torch.bfloat16, accumulate_into: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
     """Plain loop over the blocks of K, in the kernel's order."""
     total = _blockwise(a_KM.T, scales_a_kM.T, b_KN.T, scales_b_kN.T)
-    return total.to(out_dtype) if accumulate_into is None else accumulate_into.add_(total)
+    return total.to(out_dtype)
 
 
 def _blockwise(a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_Nk: Tensor) -> Tensor:
@@ -119,9 +114,9 @@ def _blockwise(a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_Nk: Ten
     return total
 
 
-def factors(scales: tuple[Tensor, ...], out_dtype: torch.dtype, accumulates: bool) -> torch.dtype:
+def factors(scales: tuple[Tensor, ...], out_dtype: torch.dtype) -> torch.dtype:
     """In which dtype a CPU holds data x scale for a product: bf16 where that is exact and fast."""
-    if out_dtype != torch.bfloat16 or accumulates or not device.bf16_is_fast(scales[0].device):
+    if out_dtype != torch.bfloat16 or not device.bf16_is_fast(scales[0].device):
         return torch.float32
     exact = all(not (s.contiguous().view(torch.int32) & 0x7FFFFF).any() for s in scales)
     return torch.bfloat16 if exact else torch.float32
@@ -154,13 +149,10 @@ def operand(
 
 def _run(
     layout: str, operands: tuple[Tensor, Tensor, Tensor, Tensor], out_dtype: torch.dtype,
-    accumulate_into: Tensor | None, implementation: Implementation,
+    implementation: Implementation,
 ) -> Tensor:  # fmt: skip
-    if accumulate_into is None:
-        c_MN: Tensor = _product(layout, *operands, out_dtype, implementation)
-        return c_MN
-    _accumulate(accumulate_into, layout, *operands, implementation)
-    return accumulate_into
+    c_MN: Tensor = _product(layout, *operands, out_dtype, implementation)
+    return c_MN
 
 
 @torch.library.custom_op("phalanx::gemm_fp8", mutates_args=())
@@ -169,7 +161,7 @@ def _product(
     out_dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
     c_MN = a.new_empty(_shape(layout, a, b), dtype=out_dtype)
-    _compute(layout, a, scales_a, b, scales_b, c_MN, False, implementation)
+    _compute(layout, a, scales_a, b, scales_b, c_MN, implementation)
     return c_MN
 
 
@@ -181,28 +173,20 @@ def _(
     return a.new_empty(_shape(layout, a, b), dtype=out_dtype)
 
 
-@torch.library.custom_op("phalanx::gemm_fp8_accumulate", mutates_args=("c_MN",))
-def _accumulate(
-    c_MN: Tensor, layout: str, a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor,
-    implementation: str,
-) -> None:  # fmt: skip
-    _compute(layout, a, scales_a, b, scales_b, c_MN, True, implementation)
-
-
 def _shape(layout: str, a: Tensor, b: Tensor) -> tuple[int, int]:
     return a.shape[1 if layout == "tn" else 0], b.shape[0 if layout == "nt" else 1]
 
 
 def _compute(
     layout: str, a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, c_MN: Tensor,
-    accumulate: bool, implementation: str,
+    implementation: str,
 ) -> None:  # fmt: skip
     if not device.on_accelerator(a):
-        dtype = factors((scales_a, scales_b), c_MN.dtype, accumulate)
+        dtype = factors((scales_a, scales_b), c_MN.dtype)
         by_columns = layout == "tn"
         a = operand(a, scales_a, (BLOCK, 1) if by_columns else (1, BLOCK), dtype)
         b = operand(b, scales_b, (BLOCK, 1 if by_columns else BLOCK), dtype)
-        _matmul(a.T if by_columns else a, b.T if layout == "nt" else b, c_MN, accumulate)
+        _matmul(a.T if by_columns else a, b.T if layout == "nt" else b, c_MN)
         return
     gemm = _kernel(implementation)
     fp8_dtype(a.device)  # refuses devices without FP8
@@ -212,16 +196,14 @@ def _compute(
         b, scales_b = b.T, scales_b.T
     if c_MN.numel() and a.shape[1]:
         with device.launching_on(a):
-            gemm(a, scales_a, b, scales_b, c_MN, accumulate)
-    elif not accumulate:
+            gemm(a, scales_a, b, scales_b, c_MN)
+    else:
         c_MN.zero_()
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """`out = a @ b` or `out += a @ b`."""
-    if accumulate:
-        out.addmm_(a, b)
-    elif a.dtype == out.dtype:
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`."""
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         out.copy_(torch.mm(a, b))
@@ -243,26 +225,15 @@ def _kernel(implementation: str) -> Callable[..., None]:
 
 
 def _check(
-    name: str, a_MK: Tensor, b_NK: Tensor, out_dtype: torch.dtype, accumulate_into: Tensor | None,
-    implementation: Implementation,
-) -> None:  # fmt: skip
+    name: str, a_MK: Tensor, b_NK: Tensor, out_dtype: torch.dtype, implementation: Implementation
+) -> None:
     problem = None
-    shape = (a_MK.shape[0], b_NK.shape[0])
     if a_MK.dim() != 2 or b_NK.dim() != 2 or a_MK.shape[1] != b_NK.shape[1]:
         problem = f"cannot sum over {list(a_MK.shape)[1:]} of a and {list(b_NK.shape)[1:]} of b"
     elif a_MK.dtype != b_NK.dtype or a_MK.dtype not in FP8_DTYPES:
         problem = f"operands are {a_MK.dtype} and {b_NK.dtype}, must both be e4m3"
     elif out_dtype not in OUT_DTYPES:
         problem = f"out_dtype is {out_dtype}, must be bf16 or fp32"
-    elif accumulate_into is not None and (
-        accumulate_into.shape != shape
-        or accumulate_into.dtype != torch.float32
-        or accumulate_into.stride(1) != 1
-    ):
-        problem = (
-            f"accumulate_into is {list(accumulate_into.shape)} in {accumulate_into.dtype} with "
-            f"strides {accumulate_into.stride()}, must be {list(shape)} in fp32 with whole rows"
-        )
     elif implementation not in get_args(Implementation):
         problem = f"implementation is {implementation!r}, must be 'triton' or 'gluon'"
     elif implementation == "gluon" and not device.on_accelerator(a_MK):

@@ -48,7 +48,7 @@ _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 def gemm(
     a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b: Tensor, c_MN: Tensor,
-    accumulate: bool, target: Target | None = None,
+    target: Target | None = None,
 ) -> None:  # fmt: skip
     """As `kernels.gemm.gemm_fp8_triton.gemm`. Raises ValueError on anything but Hopper."""
     target = target or Target.current()
@@ -64,7 +64,7 @@ def gemm(
     _gemm[(min(n_tiles, target.n_sm),)](
         _descriptor(a_MK), scales_a_Mk, _descriptor(b_NK), scales_b, c_MN, M, N, a_MK.shape[1],
         scales_a_Mk.stride(1), *scales_b.stride(), c_MN.stride(0),
-        SCALE_PER_ROW_OF_B=scale_per_row_of_b, ACCUMULATE=accumulate,
+        SCALE_PER_ROW_OF_B=scale_per_row_of_b,
         SLOTS=SLOTS, BLOCK=BLOCK, GROUP=GROUP,
         GROUP_REGISTERS=_REGISTERS[0], LOADER_REGISTERS=_REGISTERS[1], num_warps=4,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def _descriptor(x_RK: Tensor) -> Any:
 def _gemm(  # type: ignore[no-untyped-def]
     a, scales_a_ptr, b, scales_b_ptr, c_ptr, M, N, K,
     scales_a_stride_k, scales_b_stride_n, scales_b_stride_k, c_stride_m,
-    SCALE_PER_ROW_OF_B: gl.constexpr, ACCUMULATE: gl.constexpr, SLOTS: gl.constexpr,
+    SCALE_PER_ROW_OF_B: gl.constexpr, SLOTS: gl.constexpr,
     BLOCK: gl.constexpr, GROUP: gl.constexpr,
     GROUP_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -95,9 +95,9 @@ def _gemm(  # type: ignore[no-untyped-def]
     gl.warp_specialize(
         [
             (_multiply, (0, ring, scales, c_ptr, c_stride_m, M, N, K,
-                         SCALE_PER_ROW_OF_B, ACCUMULATE, SLOTS, BLOCK, GROUP)),
+                         SCALE_PER_ROW_OF_B, SLOTS, BLOCK, GROUP)),
             (_multiply, (1, ring, scales, c_ptr, c_stride_m, M, N, K,
-                         SCALE_PER_ROW_OF_B, ACCUMULATE, SLOTS, BLOCK, GROUP)),
+                         SCALE_PER_ROW_OF_B, SLOTS, BLOCK, GROUP)),
             (_fill, (a, b, ring, M, N, K, SLOTS, BLOCK, GROUP)),
         ],
         [4, 1], [GROUP_REGISTERS, LOADER_REGISTERS],
@@ -135,7 +135,7 @@ def _fill(a, b, ring, M, N, K, SLOTS: gl.constexpr, BLOCK: gl.constexpr, GROUP: 
 @gluon.jit
 def _multiply(  # type: ignore[no-untyped-def]
     HALF: gl.constexpr, ring, scales, c_ptr, c_stride_m, M, N, K,
-    SCALE_PER_ROW_OF_B: gl.constexpr, ACCUMULATE: gl.constexpr, SLOTS: gl.constexpr,
+    SCALE_PER_ROW_OF_B: gl.constexpr, SLOTS: gl.constexpr,
     BLOCK: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A group of 4 warps: upper (0) or lower (1) half of the rows of every tile."""
@@ -179,23 +179,19 @@ def _multiply(  # type: ignore[no-untyped-def]
             scales_a += scales_a_stride_k
             scales_b += scales_b_stride_k
             used += 1
-        _store(c_ptr, total, row, column, M, N, c_stride_m, ACCUMULATE, HEIGHT, BLOCK)
+        _store(c_ptr, total, row, column, M, N, c_stride_m, HEIGHT, BLOCK)
 
 
 @gluon.jit
 def _store(  # type: ignore[no-untyped-def]
     c_ptr, total, row, column, M, N, stride_m,
-    ACCUMULATE: gl.constexpr, HEIGHT: gl.constexpr, WIDTH: gl.constexpr,
+    HEIGHT: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Turned into whole rows per warp first: the layout of products has 2 elements per thread."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    if not ACCUMULATE:
-        total = total.to(c_ptr.dtype.element_ty)
-    total = gl.convert_layout(total, layout)
+    total = gl.convert_layout(total.to(c_ptr.dtype.element_ty), layout)
     rows = row + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     at = c_ptr + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(columns, 0)
     inside = gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < N, 0)
-    if ACCUMULATE:
-        total += gl.load(at, mask=inside, other=0.0)
     gl.store(at, total, mask=inside)

@@ -82,9 +82,9 @@ def _target_of(device: Any) -> Target:
 
 def gemm(
     a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b: Tensor, c_MN: Tensor,
-    accumulate: bool, target: Target | None = None, tile: Tile | None = None,
+    target: Target | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """`c = a @ b.T` or `c += a @ b.T`; scales_b is `[n, k]` or, a scale per row of b, `[N, k]`.
+    """`c = a @ b.T`; scales_b is `[n, k]` or, a scale per row of b, `[N, k]`.
 
     Any strides are right; what the tensor cores cannot read as it lies is copied first. No
     dimension may be 0.
@@ -106,7 +106,7 @@ def gemm(
     _gemm[(min(n_tiles, target.n_sm * tile.programs_per_sm),)](
         a, scales_a_Mk, b, scales_b, c_MN, M, N, a_MK.shape[1], a_MK.stride(0), b_NK.stride(0),
         scales_a_Mk.stride(1), *scales_b.stride(), c_MN.stride(0),
-        SCALE_PER_ROW_OF_B=scale_per_row_of_b, ACCUMULATE=accumulate,
+        SCALE_PER_ROW_OF_B=scale_per_row_of_b,
         DESCRIPTORS=target.descriptors, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=BLOCK_K,
         GROUP=8, num_warps=tile.warps, num_stages=stages(tile, target, c_MN.element_size()),
     )  # fmt: skip
@@ -155,7 +155,7 @@ def rows_contiguous(scales_Rk: Tensor) -> Tensor:
 def _gemm(  # type: ignore[no-untyped-def]
     a, scales_a_ptr, b, scales_b_ptr, c_ptr, M, N, K, a_stride_m, b_stride_n,
     scales_a_stride_k, scales_b_stride_n, scales_b_stride_k, c_stride_m,
-    SCALE_PER_ROW_OF_B: tl.constexpr, ACCUMULATE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SCALE_PER_ROW_OF_B: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -178,7 +178,7 @@ def _gemm(  # type: ignore[no-untyped-def]
             else:
                 scale = scale_a * tl.load(scales_b + column // 128 * scales_b_stride_n)
                 total += product * scale[:, None]
-        store(c_ptr, total, row, column, M, N, c_stride_m, ACCUMULATE)
+        store(c_ptr, total, row, column, M, N, c_stride_m)
 
 
 @triton.jit
@@ -207,11 +207,9 @@ def load(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store(c_ptr, total, row, column, M, N, stride_m, ACCUMULATE: tl.constexpr):  # type: ignore[no-untyped-def]
+def store(c_ptr, total, row, column, M, N, stride_m):  # type: ignore[no-untyped-def]
     rows = row + tl.arange(0, total.shape[0]).to(tl.int64)
     columns = column + tl.arange(0, total.shape[1])
     at = c_ptr + rows[:, None] * stride_m + columns[None, :]
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    if ACCUMULATE:
-        total += tl.load(at, mask=inside, other=0.0)
     tl.store(at, total.to(c_ptr.dtype.element_ty), mask=inside)

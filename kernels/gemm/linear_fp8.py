@@ -51,28 +51,17 @@ class Fp8Weight(NamedTuple):
         return Fp8Weight(data, transposed, scales)
 
 
-def linear_fp8(
-    x_TD: Tensor, weight_ND: Tensor, fp8_weight: Fp8Weight | None = None,
-    power_of_two: bool = False, main_grad_ND: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`x @ weight.T` in x's dtype; leading dimensions of x are free. Differentiable in x, weight.
-
-    fp8_weight: the quantised weight, where it exists already. power_of_two: of all scales.
-    main_grad_ND: fp32; the weight's gradient is added to it, and autograd gets none.
-    """
-    fp8_weight = fp8_weight or Fp8Weight.of(weight_ND, power_of_two)
-    (y,) = linears_fp8(x_TD, [weight_ND], [fp8_weight], power_of_two, main_grad_ND)
-    return y
-
-
 def linears_fp8(
     x_TD: Tensor, weights: Sequence[Tensor], fp8_weights: Sequence[Fp8Weight],
-    power_of_two: bool = False, main_grad_ND: Tensor | None = None,
+    power_of_two: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`x @ weight.T` for each of several weights. Differentiable in x and the weights."""
+    """`x @ weight.T` in x's dtype for each of several weights `[N, D]`.
+
+    Leading dimensions of x are free. power_of_two: of all scales. Differentiable in x and the
+    weights.
+    """
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"linear_fp8 takes bf16 or fp32, got {x_TD.dtype}")
-    assert main_grad_ND is None or len(weights) == 1
+        raise ValueError(f"linears_fp8 takes bf16 or fp32, got {x_TD.dtype}")
     keep_x = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     # Dynamo takes no tensor twice: data stands for itself where it is not stored transposed too
     turned = tuple(weight.transposed is not weight.data for weight in fp8_weights)
@@ -80,20 +69,22 @@ def linears_fp8(
     parts += [w.transposed for w, other in zip(fp8_weights, turned, strict=True) if other]
     flat = x_TD.reshape(-1, x_TD.shape[-1])
     outputs: tuple[Tensor, ...] = _LinearsFp8.apply(
-        flat, power_of_two, main_grad_ND, keep_x, turned, *weights, *parts
+        flat, power_of_two, keep_x, turned, *weights, *parts
     )
     return tuple(y.view(*x_TD.shape[:-1], y.shape[1]) for y in outputs)
 
 
-def linear_fp8_reference(
-    x_TD: Tensor, weight_ND: Tensor, fp8_weight: Fp8Weight | None = None,
-    power_of_two: bool = False, main_grad_ND: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Plain-torch form of `linear_fp8`: dequantised operands, fp32 products."""
-    fp8_weight = fp8_weight or Fp8Weight.of(weight_ND, power_of_two)
+def linears_fp8_reference(
+    x_TD: Tensor, weights: Sequence[Tensor], fp8_weights: Sequence[Fp8Weight],
+    power_of_two: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Plain-torch form of `linears_fp8`: dequantised operands, fp32 products."""
     flat = x_TD.reshape(-1, x_TD.shape[-1])
-    y: Tensor = _Reference.apply(flat, weight_ND, fp8_weight, power_of_two, main_grad_ND)
-    return y.view(*x_TD.shape[:-1], weight_ND.shape[0])
+    outputs = (
+        _Reference.apply(flat, weight, fp8_weight, power_of_two)
+        for weight, fp8_weight in zip(weights, fp8_weights, strict=True)
+    )
+    return tuple(y.view(*x_TD.shape[:-1], y.shape[1]) for y in outputs)
 
 
 def _forms(
@@ -111,8 +102,8 @@ def _forms(
 class _LinearsFp8(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, power_of_two: bool, main_grad_ND: Tensor | None, keep_x: bool,
-        turned: tuple[bool, ...], *weights_and_parts: Tensor,
+        ctx: Any, x_TD: Tensor, power_of_two: bool, keep_x: bool, turned: tuple[bool, ...],
+        *weights_and_parts: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         n, others = len(turned), iter(weights_and_parts[3 * len(turned) :])
         weights, parts = weights_and_parts[:n], weights_and_parts[n : 3 * n]
@@ -124,7 +115,7 @@ class _LinearsFp8(torch.autograd.Function):
         ]
         kept = [part for weight in fp8_weights for part in (weight.transposed, weight.scales)]
         ctx.save_for_backward(*kept, *(by_column or ()))
-        ctx.n, ctx.power_of_two, ctx.main_grad_ND = n, power_of_two, main_grad_ND
+        ctx.n, ctx.power_of_two = n, power_of_two
         ctx.weight_dtypes = [weight.dtype for weight in weights]
         return tuple(
             gemm_fp8_nt(*by_row, weight.data, weight.scales, x_TD.dtype) for weight in fp8_weights
@@ -132,7 +123,7 @@ class _LinearsFp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         saved = ctx.saved_tensors  # once: a recomputed block hands each out one time
         grad_x, grad_weights = None, []
         for i, grad_TN in enumerate(grads):
@@ -144,37 +135,28 @@ class _LinearsFp8(torch.autograd.Function):
             grad_weight = None
             if by_column is not None:
                 x_by_column = Quantized(*saved[2 * n :])
-                if ctx.main_grad_ND is None:
-                    dtype = ctx.weight_dtypes[i]
-                    grad_weight = gemm_fp8_tn(*by_column, *x_by_column, out_dtype=dtype)
-                else:
-                    gemm_fp8_tn(*by_column, *x_by_column, accumulate_into=ctx.main_grad_ND)
+                grad_weight = gemm_fp8_tn(*by_column, *x_by_column, ctx.weight_dtypes[i])
             grad_weights.append(grad_weight)
-        rest = len(ctx.needs_input_grad) - 5 - n
-        return grad_x, None, None, None, None, *grad_weights, *[None] * rest
+        rest = len(ctx.needs_input_grad) - 4 - n
+        return grad_x, None, None, None, *grad_weights, *[None] * rest
 
 
 class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_ND: Tensor, weight: Fp8Weight, power_of_two: bool,
-        main_grad_ND: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, x_TD: Tensor, weight_ND: Tensor, weight: Fp8Weight, power_of_two: bool
+    ) -> Tensor:
         w_ND = dequantize_128x128(weight.data, weight.scales)
         x_columns_TD = dequantize_128x1(*quantize_128x1_reference(x_TD, power_of_two))
         ctx.save_for_backward(w_ND, x_columns_TD)
-        ctx.power_of_two, ctx.main_grad_ND = power_of_two, main_grad_ND
-        ctx.weight_dtype = weight_ND.dtype
+        ctx.power_of_two, ctx.weight_dtype = power_of_two, weight_ND.dtype
         x_rows_TD = dequantize_1x128(*quantize_1x128_reference(x_TD, power_of_two))
         return (x_rows_TD @ w_ND.T).to(x_TD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_TN: Tensor) -> tuple[Tensor, Tensor, None, None]:
         w_ND, x_columns_TD = ctx.saved_tensors
         rows_TN = dequantize_1x128(*quantize_1x128_reference(grad_TN, ctx.power_of_two))
         columns_TN = dequantize_128x1(*quantize_128x1_reference(grad_TN, ctx.power_of_two))
         grad_x, grad_weight = rows_TN @ w_ND, columns_TN.T @ x_columns_TD
-        if ctx.main_grad_ND is not None:
-            ctx.main_grad_ND.add_(grad_weight)
-            return grad_x.to(grad_TN.dtype), None, None, None, None
-        return grad_x.to(grad_TN.dtype), grad_weight.to(ctx.weight_dtype), None, None, None
+        return grad_x.to(grad_TN.dtype), grad_weight.to(ctx.weight_dtype), None, None

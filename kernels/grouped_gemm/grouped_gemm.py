@@ -11,8 +11,8 @@ group's last true row and its end there may be zero rows (alignment), whose outp
 past the last end belong to nobody: they are neither read nor defined in the output. A group without
 rows has the weight gradient zero.
 
-Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients in the same dtype, or
-added to an fp32 main gradient. On CUDA bf16 goes to torch's own `_grouped_mm` where that takes it,
+Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients of weights in fp32 on
+request. On CUDA bf16 goes to torch's own `_grouped_mm` where that takes it,
 until `kernels.grouped_gemm.grouped_gemm_triton` has been measured, which does the rest. On a CPU it
 is a loop of `mm` with rounded sizes (`kernels.grouped_gemm.grouped_gemm_cpu`). `_grouped_mm` is a
 loop there, too, as fast once there is code for every size; until then the forward of 4096 rows in 8
@@ -59,14 +59,12 @@ def grouped_gemm_nn(
 
 def grouped_gemm_tn(
     dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor,
-    out_dtype: torch.dtype | None = None, accumulate_into: Tensor | None = None,
-    implementation: Implementation | None = None,
+    out_dtype: torch.dtype | None = None, implementation: Implementation | None = None,
 ) -> Tensor:  # fmt: skip
     """`dw_ENK`, with `dw[e]` the sum of `dy[r].T @ x[r]` over the rows of group e; not
     differentiable.
 
-    out_dtype: fp32 or, by default, the operands'. accumulate_into: fp32 `[E, N, K]` that the
-    products are added to, and that is returned.
+    out_dtype: fp32 or, by default, the operands'.
     """
     _check("tn", dy_RN, x_RK, len(dy_RN), len(x_RK), ends_E, counts_E)
     out_dtype = dy_RN.dtype if out_dtype is None else out_dtype
@@ -74,13 +72,8 @@ def grouped_gemm_tn(
         raise ValueError(
             f"grouped_gemm_tn: out_dtype is {out_dtype}, must be {dy_RN.dtype} or fp32"
         )
-    if accumulate_into is None:
-        dw_ENK: Tensor = _tn(dy_RN, x_RK, ends_E, counts_E, out_dtype, _named(implementation))
-        return dw_ENK
-    shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
-    check_accumulator("grouped_gemm_tn", accumulate_into, shape)
-    _tn_accumulate(accumulate_into, dy_RN, x_RK, ends_E, counts_E, _named(implementation))
-    return accumulate_into
+    dw_ENK: Tensor = _tn(dy_RN, x_RK, ends_E, counts_E, out_dtype, _named(implementation))
+    return dw_ENK
 
 
 def grouped_gemm_nt_reference(
@@ -103,15 +96,13 @@ def grouped_gemm_nn_reference(
 
 def grouped_gemm_tn_reference(
     dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor,
-    out_dtype: torch.dtype | None = None, accumulate_into: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Plain loop over the groups, fp32 products."""
     shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
     total = torch.zeros(shape, device=x_RK.device)
     for e, rows in enumerate(true_rows(ends_E, counts_E)):
         total[e] = dy_RN[rows].float().T @ x_RK[rows].float()
-    if accumulate_into is not None:
-        return accumulate_into.add_(total)
     return total.to(dy_RN.dtype if out_dtype is None else out_dtype)
 
 
@@ -119,15 +110,6 @@ def true_rows(ends_E: Tensor, counts_E: Tensor) -> list[slice]:
     """Every group's rows without the zero rows behind them; waits for the device."""
     starts = [0, *ends_E.tolist()][:-1]
     return [slice(s, s + n) for s, n in zip(starts, counts_E.tolist(), strict=True)]
-
-
-def check_accumulator(name: str, into: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless products of this shape can be added to it."""
-    if into.shape != shape or into.dtype != torch.float32 or into.stride(2) != 1:
-        raise ValueError(
-            f"{name}: accumulate_into is {list(into.shape)} in {into.dtype} with strides "
-            f"{into.stride()}, must be {list(shape)} in fp32 with whole rows"
-        )
 
 
 @torch.library.custom_op("phalanx::grouped_gemm_nt", mutates_args=())
@@ -165,7 +147,7 @@ def _tn(
         return torch._grouped_mm(dy_RN.T, x_RK, offs=ends_E.to(torch.int32))
     dw_ENK = x_RK.new_empty(len(ends_E), dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
     if device.on_accelerator(x_RK):
-        _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=False)
+        _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK)
         return dw_ENK
     for e, rows in enumerate(true_rows(ends_E, counts_E)):
         if out_dtype == x_RK.dtype:
@@ -181,21 +163,6 @@ def _(
     implementation: str,
 ) -> Tensor:  # fmt: skip
     return x_RK.new_empty(ends_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
-
-
-@torch.library.custom_op("phalanx::grouped_gemm_tn_accumulate", mutates_args=("dw_ENK",))
-def _tn_accumulate(
-    dw_ENK: Tensor, dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor,
-    implementation: str,
-) -> None:  # fmt: skip
-    if device.on_accelerator(x_RK):
-        if implementation == "torch":
-            raise ValueError("grouped_gemm_tn: implementation 'torch' cannot accumulate")
-        _launch_by_groups(dy_RN, x_RK, ends_E, counts_E, dw_ENK, accumulate=True)
-        return
-    for e, rows in enumerate(true_rows(ends_E, counts_E)):
-        if rows.stop > rows.start:
-            dw_ENK[e].addmm_(dy_RN[rows].float().T, x_RK[rows].float())
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -253,14 +220,14 @@ def _launch_by_rows(a_RK: Tensor, b_ENK: Tensor, ends_E: Tensor, counts_E: Tenso
 
 
 def _launch_by_groups(
-    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor, accumulate: bool
+    dy_RN: Tensor, x_RK: Tensor, ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor
 ) -> None:
     from kernels.grouped_gemm.grouped_gemm_triton import by_groups
 
     if dw_ENK.numel() and len(x_RK):
         with device.launching_on(x_RK):
-            by_groups(dy_RN, None, x_RK, None, ends_E, counts_E, dw_ENK, accumulate)
-    elif not accumulate:
+            by_groups(dy_RN, None, x_RK, None, ends_E, counts_E, dw_ENK)
+    else:
         dw_ENK.zero_()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import device
 from kernels.fp8 import BLOCK, fp8_dtype
 from kernels.gemm.gemm_fp8 import FP8_DTYPES, OUT_DTYPES, factors, operand
-from kernels.grouped_gemm.grouped_gemm import check_accumulator, true_rows, zeros_outside
+from kernels.grouped_gemm.grouped_gemm import true_rows, zeros_outside
 from kernels.grouped_gemm.grouped_gemm_cpu import multiply, sum_over_rows
 from kernels.quantization.quantize import (
     dequantize_1x128,
@@ -61,12 +61,11 @@ def grouped_gemm_fp8_nn(
 def grouped_gemm_fp8_tn(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
-    accumulate_into: Tensor | None = None, align: int = 1,
+    align: int = 1,
 ) -> Tensor:  # fmt: skip
     """`dw_ENK`: `dy_e.T @ x_e` over the rows of group e, zero for an empty one. Operands from
     `quantize_128x1_grouped` with the same ends and counts.
 
-    accumulate_into: fp32 `[E, N, K]` that the products are added to, and that is returned.
     align: what all ends are a multiple of. 128 is fastest; below 16 TMA cannot be used.
     """
     n_blocks = len(x_RK) // BLOCK + len(ends_E)
@@ -81,14 +80,8 @@ def grouped_gemm_fp8_tn(
             )
     if problem:
         raise ValueError(f"grouped_gemm_fp8_tn: {problem}")
-    operands = dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E
-    if accumulate_into is None:
-        dw_ENK: Tensor = _tn(*operands, out_dtype, align)
-        return dw_ENK
-    shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
-    check_accumulator("grouped_gemm_fp8_tn", accumulate_into, shape)
-    _tn_accumulate(accumulate_into, *operands, align)
-    return accumulate_into
+    dw_ENK: Tensor = _tn(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, out_dtype, align)
+    return dw_ENK
 
 
 def row_alignment(device_type: str) -> int:
@@ -122,7 +115,7 @@ def grouped_gemm_fp8_nn_reference(
 def grouped_gemm_fp8_tn_reference(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
-    accumulate_into: Tensor | None = None, align: int = 1,
+    align: int = 1,
 ) -> Tensor:  # fmt: skip
     """Plain loop over the groups, fp32 products."""
     dy = dequantize_128x1_grouped(dy_RN, scales_gN, ends_E, counts_E)
@@ -130,7 +123,7 @@ def grouped_gemm_fp8_tn_reference(
     total = torch.zeros(len(ends_E), dy.shape[1], x.shape[1], device=x.device)
     for e, rows in enumerate(true_rows(ends_E, counts_E)):
         total[e] = dy[rows].T @ x[rows]
-    return total.to(out_dtype) if accumulate_into is None else accumulate_into.add_(total)
+    return total.to(out_dtype)
 
 
 @torch.library.custom_op("phalanx::grouped_gemm_fp8_nt", mutates_args=())
@@ -172,7 +165,7 @@ def _tn(
 ) -> Tensor:  # fmt: skip
     shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
     dw_ENK = x_RK.new_empty(shape, dtype=out_dtype)
-    _by_groups(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, dw_ENK, False, align)
+    _by_groups(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, dw_ENK, align)
     return dw_ENK
 
 
@@ -183,14 +176,6 @@ def _(
 ) -> Tensor:  # fmt: skip
     shape = (ends_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     return x_RK.new_empty(shape, dtype=out_dtype)
-
-
-@torch.library.custom_op("phalanx::grouped_gemm_fp8_tn_accumulate", mutates_args=("dw_ENK",))
-def _tn_accumulate(
-    dw_ENK: Tensor, dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
-    ends_E: Tensor, counts_E: Tensor, align: int,
-) -> None:  # fmt: skip
-    _by_groups(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, dw_ENK, True, align)
 
 
 def _by_rows(
@@ -205,7 +190,7 @@ def _by_rows(
         for e, rows in enumerate(groups):
             if rows.stop > rows.start:
                 scales = scales_Rk[rows], scales_Enk[e]
-                dtype = factors(scales, out_dtype, accumulates=False)
+                dtype = factors(scales, out_dtype)
                 a = operand(a_RK[rows], scales[0], (1, BLOCK), dtype)
                 multiply(a, operand(b_ENK[e], scales[1], (BLOCK, BLOCK), dtype).T, c_RN[rows])
         return c_RN
@@ -223,7 +208,7 @@ def _by_rows(
 
 def _by_groups(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
-    ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor, accumulate: bool, align: int,
+    ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor, align: int,
 ) -> None:  # fmt: skip
     if device.on_accelerator(x_RK):
         from kernels.grouped_gemm.grouped_gemm_triton import by_groups
@@ -232,22 +217,19 @@ def _by_groups(
         if dw_ENK.numel() and len(x_RK):
             operands = dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E
             with device.launching_on(x_RK):
-                by_groups(*operands, dw_ENK, accumulate, align)
-        elif not accumulate:
+                by_groups(*operands, dw_ENK, align)
+        else:
             dw_ENK.zero_()
         return
     for e, (whole, n_true, blocks) in enumerate(group_blocks(ends_E, counts_E)):
         rows = slice(whole.start, whole.start + n_true)
         if n_true:
             blocks = slice(blocks.start, blocks.start + -(-n_true // BLOCK))
-            dtype = factors((scales_gN[blocks], scales_gK[blocks]), dw_ENK.dtype, accumulate)
+            dtype = factors((scales_gN[blocks], scales_gK[blocks]), dw_ENK.dtype)
             dy = operand(dy_RN[rows], scales_gN[blocks], (BLOCK, 1), dtype)
             x = operand(x_RK[rows], scales_gK[blocks], (BLOCK, 1), dtype)
-            if accumulate:
-                dw_ENK[e].addmm_(dy.T, x)
-            else:
-                sum_over_rows(dy, x, dw_ENK[e])
-        elif not accumulate:
+            sum_over_rows(dy, x, dw_ENK[e])
+        else:
             dw_ENK[e].zero_()
 
 

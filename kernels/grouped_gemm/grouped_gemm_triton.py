@@ -12,7 +12,7 @@ For outputs by experts (TN) the length of the sum differs from tile to tile, as 
 do: there a program makes one tile, and the device hands the next tile to whoever is free. A group's
 last, partial step of the sum is masked, in both operands, because what follows the group may be
 another's rows or NaN; where the caller promises zero rows up to whole steps it is a step like the
-others. Empty groups write zeros, or add nothing.
+others. Empty groups write zeros.
 
 Where the target has TMA and the operands' strides allow it, operands come through descriptors:
 rows of another group may then be loaded, but are never stored; a weight's descriptor has a
@@ -52,17 +52,14 @@ FP32_TILE = Tile(rows=64, columns=32, warps=8, programs_per_sm=2, cost=1.0)
 def by_rows(
     a_RK: Tensor, scales_a_Rk: Tensor | None, b_ENK: Tensor, scales_b_Enk: Tensor | None,
     ends_E: Tensor, counts_E: Tensor, c_RN: Tensor,
-    target: Target | None = None, tile: Tile | None = None, source_R: Tensor | None = None,
+    target: Target | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
     """`c[r] = a[r] @ b[e].T` for the rows of group e; FP8 where there are scales.
 
-    b may be contiguous along N or K; FP8 must be along K, and is copied otherwise. source_R: for
-    bf16, row r of the product is `a[source[r]]`, gathered by the loads (not measured, so nothing
-    chooses it). No dimension may be 0.
+    b may be contiguous along N or K; FP8 must be along K, and is copied otherwise. No dimension may
+    be 0.
     """
-    assert source_R is None or scales_a_Rk is None
-    R, K = len(a_RK) if source_R is None else len(source_R), a_RK.shape[1]
-    E, N, _ = b_ENK.shape
+    (R, K), (E, N, _) = a_RK.shape, b_ENK.shape
     target = target or Target.current()
     tile = tile or choose_tile(a_RK.dtype, R, E, N, target.n_sm)
     step = BLOCK // a_RK.element_size()
@@ -72,16 +69,15 @@ def by_rows(
         b_ENK, along_k = b_ENK.contiguous(), True
     b = b_ENK if along_k else b_ENK.mT
     descriptors = target.descriptors and _tma_reads(a_RK) and _tma_reads(b)
-    through_a = descriptors and source_R is None
     box = [1, tile.columns, step] if along_k else [1, step, tile.columns]
     tiles = schedule(ends_E, counts_E, R, tile.rows, split=True)
     scales_a, stride_a, scales_b, strides_b = _scale_arguments(scales_a_Rk, scales_b_Enk)
     n_programs = min(
         tiles.n_most * triton.cdiv(N, tile.columns), target.n_sm * tile.programs_per_sm
     )
-    a = TensorDescriptor.from_tensor(a_RK, [tile.rows, step]) if through_a else a_RK
+    a = TensorDescriptor.from_tensor(a_RK, [tile.rows, step]) if descriptors else a_RK
     _by_rows[(n_programs,)](
-        a, source_R, scales_a, TensorDescriptor.from_tensor(b, box) if descriptors else b_ENK,
+        a, scales_a, TensorDescriptor.from_tensor(b, box) if descriptors else b_ENK,
         scales_b, c_RN,
         tiles.tiles, N, K, a_RK.stride(0), *b_ENK.stride(), stride_a, *strides_b, c_RN.stride(0),
         FP8=scales_a_Rk is not None, ALONG_K=along_k, DESCRIPTORS=descriptors,
@@ -93,10 +89,10 @@ def by_rows(
 
 def by_groups(
     a_RM: Tensor, scales_a_gM: Tensor | None, b_RN: Tensor, scales_b_gN: Tensor | None,
-    ends_E: Tensor, counts_E: Tensor, c_EMN: Tensor, accumulate: bool, align: int = 1,
+    ends_E: Tensor, counts_E: Tensor, c_EMN: Tensor, align: int = 1,
     target: Target | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """`c[e] = a_e.T @ b_e`, or `c[e] += ...`, over the rows of group e; FP8 where there are scales.
+    """`c[e] = a_e.T @ b_e` over the rows of group e; FP8 where there are scales.
 
     bf16 operands are contiguous along M and N, FP8 along R; others are copied. align: what every
     end is a multiple of; the rows of a group behind its true ones are zero. No dimension may be 0.
@@ -128,7 +124,7 @@ def by_groups(
         through[0], scales_a_gM, through[1], scales_b_gN, c_EMN, ends_E, counts_E, blocks,
         M, N, a.stride(0), b.stride(0),
         *strides, c_EMN.stride(0), c_EMN.stride(1),
-        FP8=fp8, ALIGN=math.gcd(align, BLOCK), DESCRIPTORS=descriptors, ACCUMULATE=accumulate,
+        FP8=fp8, ALIGN=math.gcd(align, BLOCK), DESCRIPTORS=descriptors,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=step, GROUP=8, num_warps=tile.warps,
         num_stages=n_stages,
     )  # fmt: skip
@@ -178,7 +174,7 @@ def _scale_arguments(
 
 @triton.jit
 def _by_rows(  # type: ignore[no-untyped-def]
-    a, source_ptr, scales_a_ptr, b, scales_b_ptr, c_ptr, tiles_ptr, N, K,
+    a, scales_a_ptr, b, scales_b_ptr, c_ptr, tiles_ptr, N, K,
     a_stride_m, b_stride_e, b_stride_n, b_stride_k, scales_a_stride_k,
     scales_b_stride_e, scales_b_stride_n, scales_b_stride_k, c_stride_m,
     FP8: tl.constexpr, ALONG_K: tl.constexpr, DESCRIPTORS: tl.constexpr, ENTRY: tl.constexpr,
@@ -194,16 +190,8 @@ def _by_rows(  # type: ignore[no-untyped-def]
         column = n * BLOCK_N
         rows = row + tl.arange(0, BLOCK_M)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if source_ptr is not None:
-            source = tl.load(source_ptr + rows, mask=rows < true_end, other=0).to(tl.int64)
         for k in range(0, tl.cdiv(K, BLOCK_K)):
-            if source_ptr is not None:
-                along = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                inside = (rows < true_end)[:, None] & (along < K)[None, :]
-                at = a + source[:, None] * a_stride_m + along[None, :]
-                block_a = tl.load(at, mask=inside, other=0.0)
-            else:
-                block_a = load(a, row, BLOCK_M, true_end, k, K, a_stride_m, DESCRIPTORS, BLOCK_K)
+            block_a = load(a, row, BLOCK_M, true_end, k, K, a_stride_m, DESCRIPTORS, BLOCK_K)
             block_b = _weight(
                 b, expert, column, BLOCK_N, N, k, K, b_stride_e, b_stride_n, b_stride_k,
                 ALONG_K, DESCRIPTORS, BLOCK_K,
@@ -217,12 +205,12 @@ def _by_rows(  # type: ignore[no-untyped-def]
             else:
                 total = tl.dot(block_a, block_b, total, input_precision="ieee")
         total = tl.where((rows < true_end)[:, None], total, 0.0)
-        store(c_ptr, total, row, column, tl.load(entry + 3), N, c_stride_m, False)
+        store(c_ptr, total, row, column, tl.load(entry + 3), N, c_stride_m)
     for tile in tl.range(first, tl.load(tiles_ptr + 1) * tiles_n, n_programs):
         entry = tiles_ptr + (1 + tiles_m + tile // tiles_n) * ENTRY
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         row, end, column = tl.load(entry + 1), tl.load(entry + 3), tile % tiles_n * BLOCK_N
-        store(c_ptr, zeros, row, column, end, N, c_stride_m, False)
+        store(c_ptr, zeros, row, column, end, N, c_stride_m)
 
 
 @triton.jit
@@ -249,8 +237,7 @@ def _by_groups(  # type: ignore[no-untyped-def]
     a, scales_a_ptr, b, scales_b_ptr, c_ptr, ends_ptr, counts_ptr, blocks_ptr,
     M, N, a_stride, b_stride, scales_a_stride, scales_b_stride, c_stride_e, c_stride_m,
     FP8: tl.constexpr, ALIGN: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (tiles_m * tiles_n)
@@ -285,11 +272,8 @@ def _by_groups(  # type: ignore[no-untyped-def]
                 total, block_a, block_b, scales_a_ptr, scales_b_ptr, whole, m, M, n, N,
                 scales_a_stride, scales_b_stride, FP8, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-    rows_there = M
-    if ACCUMULATE:
-        rows_there = tl.where(count > 0, M, 0)
     c_ptr += tl.cast(expert, tl.int64) * c_stride_e
-    store(c_ptr, total, m * BLOCK_M, n * BLOCK_N, rows_there, N, c_stride_m, ACCUMULATE)
+    store(c_ptr, total, m * BLOCK_M, n * BLOCK_N, M, N, c_stride_m)
 
 
 @triton.jit

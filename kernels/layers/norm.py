@@ -1,14 +1,16 @@
 """RMSNorm (arXiv:1910.07467): `x / rms(x) * weight` over the last dimension.
 
 Statistics in fp32, the weight applied before the one rounding to x's dtype. Kept for backward: x,
-which is kept anyway, and the inverse root mean square, 4 bytes per row. Where the output feeds
-products in FP8 it leaves quantised (`rms_norm_quantized`), and is never written in bf16.
+which is kept anyway, and the inverse root mean square, 4 bytes per row.
 
 The gradient of the weight sums over all rows: every program adds up its own rows in a fixed order,
 a second sum adds the programs. No atomics, so two runs give the same bits. On a CPU `F.rms_norm` is
-the fastest form; the operations there are for who asks for them by name.
+the fastest form, and `rms_norm` is that.
 
-Shapes: R rows (all but the last dimension of x), D width, d = ceil(D / 128).
+The output is not quantised here where it feeds products in FP8: the gradient of their weights needs
+it per 128 rows, from unrounded values, so it would be written in bf16 all the same.
+
+Shapes: D width; the other dimensions are free.
 """
 
 from typing import Any
@@ -18,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import device
-from kernels.fp8 import BLOCK, Quantized, empty_column_major, fp8_dtype
-from kernels.quantization.quantize import quantize_1x128_reference
 
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
@@ -33,23 +33,6 @@ def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     return y
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients for x and weight (in their dtypes; empty without weight) from what was kept."""
-    found: tuple[Tensor, Tensor] = _rms_norm_backward(grad, x, weight_D, rstd)
-    return found
-
-
-def rms_norm_quantized(
-    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool = False
-) -> tuple[Quantized, Tensor]:
-    """`quantize_1x128(rms_norm(...))`, bit by bit, in one pass; and what backward needs, the
-    inverse root mean square `[R]` in fp32. Has no gradient of its own: `rms_norm_backward`."""
-    data, scales, rstd = _rms_norm_quantized(x_RD, weight_D, eps, power_of_two)
-    return Quantized(data, scales), rstd
-
-
 def rms_norm_reference(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Plain-torch form of `rms_norm`, and the inverse root mean square of every row."""
     rstd = (x.float().square().mean(-1) + eps).rsqrt()
@@ -60,7 +43,7 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[
 def rms_norm_backward_reference(
     grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Plain-torch form of `rms_norm_backward`."""
+    """Plain-torch form of the gradients for x and weight; the second is empty without weight."""
     normed, outer = x.float() * rstd[..., None], grad.float()
     grad_weight = grad.new_empty(0)
     if weight_D is not None:
@@ -68,14 +51,6 @@ def rms_norm_backward_reference(
         outer = outer * weight_D.float()
     inner = (outer * normed).mean(-1, keepdim=True)
     return ((outer - normed * inner) * rstd[..., None]).to(x.dtype), grad_weight
-
-
-def rms_norm_quantized_reference(
-    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool = False
-) -> tuple[Quantized, Tensor]:
-    """Plain-torch form of `rms_norm_quantized`."""
-    y_RD, rstd_R = rms_norm_reference(x_RD, weight_D, eps)
-    return quantize_1x128_reference(y_RD, power_of_two), rstd_R
 
 
 @torch.library.custom_op("phalanx::rms_norm", mutates_args=())
@@ -126,29 +101,3 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None
 
 
 _rms_norm.register_autograd(_gradients, setup_context=_save)
-
-
-@torch.library.custom_op("phalanx::rms_norm_quantized", mutates_args=())
-def _rms_norm_quantized(
-    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    if device.on_accelerator(x_RD):
-        from kernels.layers.norm_triton import forward_quantized
-
-        with device.launching_on(x_RD):
-            quantized, rstd = forward_quantized(
-                x_RD, weight_D, eps, fp8_dtype(x_RD.device), power_of_two
-            )
-    else:
-        quantized, rstd = rms_norm_quantized_reference(x_RD, weight_D, eps, power_of_two)
-    return *quantized, rstd
-
-
-@_rms_norm_quantized.register_fake
-def _(
-    x_RD: Tensor, weight_D: Tensor | None, eps: float, power_of_two: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    (R, D), here = x_RD.shape, x_RD.device
-    data = torch.empty(R, D, dtype=fp8_dtype(here), device=here)
-    scales = empty_column_major((R, -(-D // BLOCK)), torch.float32, here)
-    return data, scales, x_RD.new_empty(R, dtype=torch.float32)

@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8 import BLOCK, MIN_SCALE, Quantized, empty_column_major
-from kernels.quantization.quantize_triton import block_scale, divide, magnitude_bits
-
 _TILE = 4096
 """Elements of a tile of narrow rows."""
 _PROGRAMS = 264
@@ -35,7 +32,7 @@ def forward(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Ten
 def backward(
     grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.layers.norm.rms_norm_backward` in one pass."""
+    """`kernels.layers.norm.rms_norm_backward_reference` in one pass."""
     x_RD, grad_RD, grad_x = _rows(x), _rows(grad), x.new_empty(x.shape)
     R, D = x_RD.shape
     tile = _tile(R, D)
@@ -53,25 +50,6 @@ def backward(
     return grad_x, partial.sum(0).to(weight_D.dtype)
 
 
-def forward_quantized(
-    x_RD: Tensor, weight_D: Tensor | None, eps: float, dtype: torch.dtype, power_of_two: bool
-) -> tuple[Quantized, Tensor]:
-    """`kernels.layers.norm.rms_norm_quantized` in one pass."""
-    x_RD = _rows(x_RD)
-    R, D = x_RD.shape
-    data = torch.empty(R, D, dtype=dtype, device=x_RD.device)
-    scales = empty_column_major((R, triton.cdiv(D, BLOCK)), torch.float32, x_RD.device)
-    rstd = x_RD.new_empty(R, dtype=torch.float32)
-    if data.numel():
-        tile = _tile(R, D)
-        _forward_quantized[(triton.cdiv(R, tile["ROWS"]),)](
-            x_RD, weight_D, data, scales, rstd, R, D, x_RD.stride(0), scales.stride(1), eps,
-            LARGEST=torch.finfo(dtype).max, SMALLEST_SCALE=MIN_SCALE, POWER_OF_TWO=power_of_two,
-            BLOCK=BLOCK, **tile,
-        )  # fmt: skip
-    return Quantized(data, scales), rstd
-
-
 def _rows(x: Tensor) -> Tensor:
     """`[R, D]`, a view where rows are evenly apart."""
     x_RD = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
@@ -80,7 +58,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _tile(R: int, D: int) -> dict[str, int]:
     """Rows and columns per program, and warps: 8 elements per thread, more where rows are long."""
-    columns = max(triton.next_power_of_2(D), BLOCK)
+    columns = max(triton.next_power_of_2(D), 128)
     rows = min(max(_TILE // columns, 1), triton.next_power_of_2(max(R, 1)))
     warps = min(max(rows * columns // 256, 4), 16)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
@@ -115,26 +93,6 @@ def _forward(  # type: ignore[no-untyped-def]
     )
     at = y_ptr + rows[:, None] * D + columns[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _forward_quantized(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, data_ptr, scales_ptr, rstd_ptr, R, D, x_stride, scales_stride, eps,
-    LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    y, rows, columns, inside = _normed(
-        x_ptr, weight_ptr, rstd_ptr, R, D, x_stride, eps, ROWS, COLUMNS
-    )
-    y = tl.where(inside, y.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
-    y = tl.reshape(y, (ROWS, COLUMNS // BLOCK, BLOCK))
-    scale = block_scale(tl.max(magnitude_bits(y), 2), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-    data = divide(y, scale[:, :, None], POWER_OF_TWO)
-    data = tl.reshape(data, (ROWS, COLUMNS)).to(data_ptr.dtype.element_ty)
-    tl.store(data_ptr + rows[:, None] * D + columns[None, :], data, mask=inside)
-    blocks = tl.arange(0, COLUMNS // BLOCK)
-    at = scales_ptr + blocks[None, :].to(tl.int64) * scales_stride + rows[:, None]
-    tl.store(at, scale, mask=(rows < R)[:, None] & (blocks * BLOCK < D)[None, :])
 
 
 @triton.jit

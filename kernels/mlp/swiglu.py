@@ -34,7 +34,6 @@ from kernels.mlp.swiglu_cpu import ALPHA, LIMIT
 from kernels.quantization.quantize import (
     dequantize_1x128,
     quantize_1x128,
-    quantize_1x128_reference,
     quantize_128x1,
     quantize_128x1_grouped,
 )
@@ -168,18 +167,6 @@ def swiglu_backward_reference(
     grad_gate_up[:, : grad.shape[1]] = grad_gate
     grad_gate_up[:, grad.shape[1] :] = grad_up
     return grad_gate_up, grad_weights, h
-
-
-def swiglu_quantized_reference(
-    gate_up_R2F: Tensor,
-    weights_R: Tensor | None,
-    activation: Activation = "swiglu",
-    power_of_two: bool = False,
-) -> Quantized:
-    """Plain-torch form of `swiglu_quantized`."""
-    return quantize_1x128_reference(
-        swiglu_reference(gate_up_R2F, weights_R, activation), power_of_two
-    )
 
 
 def swiglu_backward_quantized_reference(

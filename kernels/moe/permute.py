@@ -20,10 +20,10 @@ an expert (`kernels.mlp.swiglu`), which is free there, and the way back is a pla
 
 Gathering in the loads of the grouped product (`kernels.grouped_gemm.grouped_gemm_triton`) is not
 used: TMA reads neighbouring rows, and the row-grouped copy is needed for the weight gradient
-anyway.
+anyway. Nor are rows quantised on their way to experts in FP8: the gradient of the weights needs
+them per 128 rows, from unrounded values.
 
-Shapes: T tokens, K experts per token, R = T * K rows, P slots, D width, d = ceil(D / 128),
-E experts.
+Shapes: T tokens, K experts per token, R = T * K rows, P slots, D width, E experts.
 """
 
 from typing import Any, NamedTuple
@@ -32,8 +32,6 @@ import torch
 from torch import Tensor
 
 from kernels import device
-from kernels.fp8 import BLOCK, Quantized, empty_column_major, fp8_dtype
-from kernels.quantization.quantize import quantize_1x128, quantize_1x128_reference
 
 
 class Permutation(NamedTuple):
@@ -90,16 +88,6 @@ def combine_rows(rows_PD: Tensor, back: Permutation, top_k: int) -> Tensor:
     return y_TD
 
 
-def gather_rows_quantized(x_TD: Tensor, to: Permutation, power_of_two: bool = False) -> Quantized:
-    """`gather_rows` of `quantize_1x128`: data `[P, D]` and scales `[P, d]` (column-major).
-
-    A token is quantised once, however many slots it goes to; empty slots have zero data and zero
-    scales. Not differentiable.
-    """
-    data_PD, scales_Pd = _gather_rows_quantized(x_TD, *to[:2], _top_k(x_TD, to), power_of_two)
-    return Quantized(data_PD, scales_Pd)
-
-
 def permutation_reference(
     ids_TK: Tensor, n_experts: int, align: int = 1, n_rows: int | None = None
 ) -> Permutation:
@@ -134,22 +122,8 @@ def combine_rows_reference(rows_PD: Tensor, back: Permutation, top_k: int) -> Te
     return rows_RD.unflatten(0, (-1, top_k)).sum(1).to(rows_PD.dtype)
 
 
-def gather_rows_quantized_reference(
-    x_TD: Tensor, to: Permutation, power_of_two: bool = False
-) -> Quantized:
-    """Plain-torch form of `gather_rows_quantized`."""
-    data_TD, scales_Td = quantize_1x128_reference(x_TD, power_of_two)
-    data_PD = gather_rows_reference(data_TD.view(torch.uint8), to).view(data_TD.dtype)
-    scales_Pd = gather_rows_reference(scales_Td, to)
-    return Quantized(data_PD, _column_major(scales_Pd))
-
-
 def _top_k(x_TD: Tensor, to: Permutation) -> int:
     return len(to.inverse_R) // len(x_TD) if len(x_TD) else 1
-
-
-def _column_major(x_RD: Tensor) -> Tensor:
-    return empty_column_major(x_RD.shape, x_RD.dtype, x_RD.device).copy_(x_RD)
 
 
 @torch.library.custom_op("phalanx::permutation", mutates_args=())
@@ -285,28 +259,3 @@ def _combine_gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, No
 
 _gather_rows.register_autograd(_gather_gradient, setup_context=_save)
 _combine_rows.register_autograd(_combine_gradient, setup_context=_save)
-
-
-@torch.library.custom_op("phalanx::gather_rows_quantized", mutates_args=())
-def _gather_rows_quantized(
-    x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int, power_of_two: bool
-) -> tuple[Tensor, Tensor]:
-    if device.on_accelerator(x_TD):
-        from kernels.moe.permute_triton import gather_quantized
-
-        with device.launching_on(x_TD):
-            dtype = fp8_dtype(x_TD.device)
-            return gather_quantized(x_TD, order_P, inverse_R, top_k, dtype, power_of_two)
-    data_TD, scales_Td = quantize_1x128(x_TD, power_of_two)
-    data_PD = _select(data_TD.view(torch.uint8), order_P, top_k).view(data_TD.dtype)
-    return data_PD, _column_major(_select(scales_Td, order_P, top_k))
-
-
-@_gather_rows_quantized.register_fake
-def _(
-    x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int, power_of_two: bool
-) -> tuple[Tensor, Tensor]:
-    n_slots, width = order_P.shape[0], x_TD.shape[1]
-    data_PD = x_TD.new_empty(n_slots, width, dtype=fp8_dtype(x_TD.device))
-    shape = (n_slots, -(-width // BLOCK))
-    return data_PD, empty_column_major(shape, torch.float32, x_TD.device)

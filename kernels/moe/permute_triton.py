@@ -18,9 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8 import BLOCK, MIN_SCALE, empty_column_major
-from kernels.quantization.quantize_triton import block_scale, divide, magnitude_bits
-
 _TILE = 64
 """Rows that are compared with each other."""
 _TILES = 16
@@ -29,8 +26,6 @@ _MOST_CHUNKS = 512
 """Their histograms are read by every program."""
 _BYTES = 4096
 """Of a row that one program takes: two vectors of 16 bytes per thread."""
-_GROUPS = 8
-"""Of 128 columns that one program quantises."""
 _SLOTS = 64
 """That one program looks through for empty ones."""
 
@@ -115,28 +110,6 @@ def combine(rows_PD: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
             TOP_K=top_k, TOKENS=tokens, BLOCK=block,
         )  # fmt: skip
     return y_TD
-
-
-def gather_quantized(
-    x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int, dtype: torch.dtype,
-    power_of_two: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Data and scales of `kernels.moe.permute.gather_rows_quantized`."""
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    (n_tokens, width), n_slots = x_TD.shape, len(order_P)
-    n_groups = triton.cdiv(width, BLOCK)
-    data_PD = x_TD.new_empty(n_slots, width, dtype=dtype)
-    scales_Pd = empty_column_major((n_slots, n_groups), torch.float32, x_TD.device)
-    if data_PD.numel():
-        groups = min(_GROUPS, triton.next_power_of_2(n_groups))
-        programs = n_tokens + triton.cdiv(n_slots, _SLOTS), triton.cdiv(n_groups, groups)
-        _gather_quantized[programs](
-            x_TD, order_P, inverse_R, data_PD, scales_Pd, n_tokens, n_slots, width,
-            x_TD.stride(0), scales_Pd.stride(1), LARGEST=torch.finfo(dtype).max,
-            SMALLEST_SCALE=MIN_SCALE, POWER_OF_TWO=power_of_two, TOP_K=top_k, SLOTS=_SLOTS,
-            GROUPS=groups, BLOCK=BLOCK,
-        )  # fmt: skip
-    return data_PD, scales_Pd
 
 
 def _tile(width: int, element_size: int) -> tuple[int, int]:
@@ -253,38 +226,3 @@ def _combine(  # type: ignore[no-untyped-def]
         total += tl.load(at, mask=(slot >= 0)[:, None] & inside, other=0.0).to(tl.float32)
     at = y_ptr + token[:, None] * width + columns[None, :]
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=there[:, None] & inside)
-
-
-@triton.jit
-def _gather_quantized(  # type: ignore[no-untyped-def]
-    x_ptr, order_ptr, inverse_ptr, data_ptr, scales_ptr, n_tokens, n_slots, width,
-    x_stride, scales_stride,
-    LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    TOP_K: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    columns = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    if program < n_tokens:
-        at = x_ptr + program * x_stride + columns
-        x = tl.load(at, mask=columns < width, other=0.0).to(tl.float32)
-        bits = tl.max(magnitude_bits(x), 1)
-        scale = block_scale(bits, LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
-        data = divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
-        for k in tl.static_range(TOP_K):
-            slot = tl.load(inverse_ptr + program * TOP_K + k)
-            there = tl.where(slot >= 0, width, 0)  # columns
-            tl.store(data_ptr + slot * width + columns, data, mask=columns < there)
-            at = scales_ptr + group * scales_stride + slot
-            tl.store(at, scale, mask=group * BLOCK < there)
-    else:
-        first = (program - n_tokens) * SLOTS
-        slots = first + tl.arange(0, SLOTS)
-        order = tl.load(order_ptr + slots, mask=slots < n_slots, other=0)
-        if tl.min(order, 0) < 0:
-            nothing = tl.zeros((GROUPS, BLOCK), tl.float32).to(data_ptr.dtype.element_ty)
-            for empty in range(first, tl.minimum(first + SLOTS, n_slots)):
-                cleared = tl.where(tl.load(order_ptr + empty) < 0, width, 0)
-                tl.store(data_ptr + empty * width + columns, nothing, mask=columns < cleared)
-                to = scales_ptr + group * scales_stride + empty
-                tl.store(to, tl.zeros((GROUPS,), tl.float32), mask=group * BLOCK < cleared)

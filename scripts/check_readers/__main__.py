@@ -33,7 +33,7 @@ from configs.errors import UserError
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_config, read_model
-from scripts.to_gguf import last_error, to_gguf
+from train.convert.gguf_export import export_gguf, last_error
 
 TOLERANCE = 1e-4
 """Nats. fp32 in another order gave up to 1e-5 with 4 layers, 3.5e-5 with 27 (docs/export.md)."""
@@ -159,7 +159,7 @@ def ask(
         work, source = Path(name), folder.resolve()
         if llama_cpp is not None:
             source = work / "model.gguf"
-            to_gguf(folder, source, "f32", llama_cpp, python)
+            export_gguf(folder, source, "f32", llama_cpp, python)
         request |= {"folder": str(source), "work": str(work / "converted")}
         question, answer = work / "request.json", work / "answer.json"
         question.write_text(json.dumps(request))

@@ -1,7 +1,7 @@
 """`python -m scripts.fp8_convergence OUT`: the loss of FP8 training beside that of bf16.
 
 Trains pairs of runs, the same model, seed and data in bf16 and in `fp8_blockwise`, and the demo
-model with the arithmetic of `scripts.fp8_convergence.ablations` too, each by the trainer in a
+model with the arithmetic of `train.fp8_emulation` too, each by the trainer in a
 process of its own with one thread. Writes OUT/results.json, OUT/results.md, and the pictures
 fp8-curves.png and fp8-ablations.png. Runs that are complete in OUT are not repeated; others go on
 from their last checkpoint.
@@ -31,8 +31,8 @@ import torch
 from configs.loader import load
 from models.decoder import Decoder
 from models.fp8 import apply_fp8, gemm_shares
-from scripts.fp8_convergence.ablations import VARIANTS as ARITHMETIC
 from scripts.fp8_convergence.pictures import draw
+from train.fp8_emulation import VARIANTS as ARITHMETIC
 from train.report.metrics import METRICS, read_lines
 
 MODELS = {

@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import device
 from kernels.fp8 import BLOCK, Quantized
 from kernels.grouped_gemm import grouped_gemm as bf16
 from kernels.grouped_gemm import grouped_gemm_fp8 as fp8
-from kernels.grouped_gemm.grouped_gemm_triton import by_rows
 from kernels.quantization.quantize import (
     dequantize_1x128,
     dequantize_128x1_grouped,
@@ -70,24 +68,19 @@ def _check(
         y[rows], dx[rows] = x[rows] @ w[e].T, dy[rows] @ w[e]
         dw[e] = dy_columns[rows].T @ x_columns[rows]
     for name, out in outputs.items():
-        expected = {"nt": y, "nt, gathering": y, "nn": dx}.get(name, dw)
+        expected = {"nt": y, "nn": dx}.get(name, dw)
         out = out[: len(expected)]
         error = float((out.double() - expected).norm() / expected.norm())
         yield Check(f"{name}, {case}", error, LIMITS[out.dtype])
 
 
 def _bf16(x: Tensor, dy: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    into = torch.zeros(w.shape, device=w.device)
-    found = {
+    return {
         "nt": bf16.grouped_gemm_nt(x, w, ends, counts, "triton"),
         "nn": bf16.grouped_gemm_nn(dy, w, ends, counts, "triton"),
         "tn": bf16.grouped_gemm_tn(dy, x, ends, counts, implementation="triton"),
-        "tn +=": bf16.grouped_gemm_tn(dy, x, ends, counts, accumulate_into=into),
+        "tn, fp32": bf16.grouped_gemm_tn(dy, x, ends, counts, torch.float32),
     }
-    if device.on_accelerator(x):
-        upside_down = torch.arange(len(x), device=x.device).flip(0)
-        found["nt, gathering"] = _gathering(x.flip(0), upside_down, w, ends, counts)
-    return found
 
 
 def _quantized(x: Tensor, dy: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Operands:
@@ -111,12 +104,11 @@ def _exact(operands: Operands, ends: Tensor, counts: Tensor) -> tuple[Tensor, ..
 def _fp8(operands: Operands, ends: Tensor, counts: Tensor, align: int) -> dict[str, Tensor]:
     (x, dy), columns, weight, turned = operands
     both = *columns[1], *columns[0], ends, counts
-    into = torch.zeros(turned.shape, device=turned.device)
     return {
         "nt": fp8.grouped_gemm_fp8_nt(*x, *weight, ends, counts),
         "nn": fp8.grouped_gemm_fp8_nn(*dy, turned, weight.scales, ends, counts),
         "tn": fp8.grouped_gemm_fp8_tn(*both, align=align),
-        "tn +=": fp8.grouped_gemm_fp8_tn(*both, accumulate_into=into, align=align),
+        "tn, fp32": fp8.grouped_gemm_fp8_tn(*both, torch.float32, align=align),
     }
 
 
@@ -138,7 +130,6 @@ def _measure_bf16(
     ends, counts = _groups(sizes, 1, place)
     x, dy = (_rows(width, ends, counts, 0, place) for width in (w.shape[2], w.shape[1]))
     offsets, groups = ends.to(torch.int32), list(enumerate(bf16.true_rows(ends, counts)))
-    into = torch.zeros(w.shape, device=w.device)
     ours: dict[str, Callable[[], Any]] = {
         "nt": lambda: bf16.grouped_gemm_nt(x, w, ends, counts, "triton"),
         "nn": lambda: bf16.grouped_gemm_nn(dy, w, ends, counts, "triton"),
@@ -157,29 +148,8 @@ def _measure_bf16(
     for layout, run in ours.items():
         rows = {"ours": run, "torch._grouped_mm": peers[layout], "cuBLAS loop": loops[layout]}
         if layout == "tn":
-            rows["ours, +="] = lambda: bf16.grouped_gemm_tn(
-                dy, x, ends, counts, accumulate_into=into
-            )
+            rows["ours, fp32"] = lambda: bf16.grouped_gemm_tn(dy, x, ends, counts, torch.float32)
         yield take_time(f"{layout} bf16 {case}", rows, place, flops=flops)
-    tokens = x[: max(len(x) // TOP_K, 1)]
-    source = torch.randint(len(tokens), (len(x),), device=place.device)
-    rows = {
-        "gather, then ours": lambda: bf16.grouped_gemm_nt(
-            tokens.index_select(0, source), w, ends, counts, "triton"
-        ),
-        "ours, gathering": lambda: _gathering(tokens, source, w, ends, counts),
-    }
-    yield take_time(f"nt bf16 with gather {case}", rows, place, flops=flops)
-
-
-def _gathering(tokens: Tensor, source: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
-    """The launcher's option, which no public function has yet."""
-    if not device.on_accelerator(tokens):
-        raise RuntimeError("no accelerator")
-    y = tokens.new_empty(len(source), w.shape[1])
-    with device.launching_on(tokens):
-        by_rows(tokens, None, w, None, ends, counts, y, source_R=source)
-    return y
 
 
 def _measure_fp8(
@@ -189,7 +159,7 @@ def _measure_fp8(
     x, dy = (_rows(width, ends, counts, 0, place) for width in (w.shape[2], w.shape[1]))
     rows, columns, weight, turned = _quantized(x, dy, w, ends, counts)
     both = *columns[1], *columns[0], ends, counts
-    into, offsets = torch.zeros(w.shape, device=w.device), ends.to(torch.int32)
+    offsets = ends.to(torch.int32)
     operands = {"nt": (rows[0], weight), "nn": (rows[1], (turned.mT, weight.scales.mT))}
     ours: dict[str, Callable[[], Tensor]] = {
         "nt": lambda: fp8.grouped_gemm_fp8_nt(*rows[0], *weight, ends, counts),
@@ -205,7 +175,7 @@ def _measure_fp8(
         yield take_time(f"{layout} fp8 {case}", peers, place, flops=flops)
     peers = {
         "ours": lambda: fp8.grouped_gemm_fp8_tn(*both, align=BLOCK),
-        "ours, +=": lambda: fp8.grouped_gemm_fp8_tn(*both, accumulate_into=into, align=BLOCK),
+        "ours, fp32": lambda: fp8.grouped_gemm_fp8_tn(*both, torch.float32, align=BLOCK),
         "torch._grouped_mm bf16": lambda: torch._grouped_mm(dy.T, x, offs=offsets),
     }
     yield take_time(f"tn fp8 {case}", peers, place, flops=flops)

@@ -33,7 +33,7 @@ LAYERS = {
     "Mixtral": (16384, 4096, 14336, 8, 2),
 }
 """Tokens, width, width of an expert, experts, choices."""
-MOVEMENT = ("_rank", "_place", "_gather", "_combine", "_gather_quantized", "Memcpy DtoD")
+MOVEMENT = ("_rank", "_place", "_gather", "_combine", "Memcpy DtoD")
 """Names of device kernels, as Triton gives them."""
 OPERATIONS = ("permutation", "gather_rows", "combine_rows")
 """The same by operation, where there is no device."""
@@ -93,14 +93,6 @@ def _check_rows(place: Place, ids: Tensor, experts: int, align: int) -> Iterator
     rows = permute.gather_rows(on_device, ours).cpu()
     expected = permute.gather_rows_reference(x, there)
     yield Check(f"gather_rows {case}: elements that differ", int((rows != expected).sum()), 0)
-    quantized = permute.gather_rows_quantized(on_device, ours)
-    expected_q = permute.gather_rows_quantized_reference(x, there)
-    wrong = sum(
-        int((a.cpu().float() != b.float()).sum())
-        for a, b in zip(quantized, expected_q, strict=True)
-    )
-    if quantized.data.dtype == expected_q.data.dtype:  # else the device has an e4m3 of its own
-        yield Check(f"gather_rows_quantized {case}: elements that differ", wrong, 0)
     top_k = ids.shape[1]
     y = permute.combine_rows(rows.to(place.device), ours, top_k)
     # the order of a sum in fp32 before it is rounded to bf16
@@ -216,17 +208,6 @@ def _measure_rows(
         place,
         bytes=moved,
     )
-    moved = x.nbytes + rows.numel() + 4 * rows.numel() // 128
-    yield take_time(
-        f"gather_rows_quantized {case}",
-        {
-            "ours": lambda: permute.gather_rows_quantized(x, to),
-            "quantize_1x128, then two gathers": lambda: _in_two_steps(x, to),
-            **_copy(moved, place),
-        },
-        place,
-        bytes=moved,
-    )
     column = torch.rand(ids.numel(), 1, device=place.device)
     yield take_time(
         f"gather_rows, width 1, {case}",
@@ -331,12 +312,6 @@ def _layer(
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return layer
-
-
-def _in_two_steps(x_TD: Tensor, to: Permutation) -> tuple[Tensor, Tensor]:
-    data, scales = permute.quantize_1x128(x_TD)
-    rows = permute.gather_rows(data.view(torch.uint8), to).view(data.dtype)
-    return rows, permute.gather_rows(scales.contiguous(), to)
 
 
 def _copy(moved: int, place: Place) -> dict[str, Callable[[], object]]:

@@ -22,8 +22,6 @@ def cases() -> list[Case]:
         }
         for name, run in launches.items():
             found.append(Case(f"{name} {width}", lambda fp8, run=run: run(), everyday=everyday))
-        to_fp8 = partial(norm_triton.forward_quantized, x, weight, 1e-5, power_of_two=False)
-        found.append(Case(f"rms_norm to FP8 {width}", to_fp8, everyday=everyday))
     for width in (64, 128):
         wide = torch.empty(SIZE, 32, width + 128, dtype=torch.bfloat16)
         table = torch.empty(SIZE, width // 2)

@@ -27,15 +27,15 @@ def cases() -> list[Case]:
         found.append(Case(f"quantize 128x128{suffix}", launch, everyday=not powers))
     for tile in TILES:
         for layout in ("nt", "tn"):
-            for out in ("bf16", "fp32", "fp32 +="):
+            for out in ("bf16", "fp32"):
                 name = f"gemm_fp8_{layout} {tile.rows}x{tile.columns} {out}"
-                everyday = out == ("bf16" if layout == "nt" else "fp32 +=")
+                everyday = out == ("bf16" if layout == "nt" else "fp32")
                 launch = partial(_gemm, gemm_fp8_triton.gemm, layout, out, tile=tile)
                 found.append(Case(name, launch, True, everyday))
     for layout in ("nt", "tn"):
-        for out in ("bf16", "fp32", "fp32 +="):
+        for out in ("bf16", "fp32"):
             launch = partial(_gemm, gemm_fp8_gluon.gemm, layout, out)
-            everyday = out == ("bf16" if layout == "nt" else "fp32 +=")
+            everyday = out == ("bf16" if layout == "nt" else "fp32")
             found.append(Case(f"gemm_fp8_{layout} Gluon {out}", launch, True, everyday, ("sm_90",)))
     return found
 
@@ -48,4 +48,4 @@ def _gemm(
     a, column_scales = torch.empty(SIZE, SIZE, dtype=fp8), torch.empty(blocks, SIZE).T
     scales_b = torch.empty(blocks, blocks) if layout == "nt" else column_scales
     c = torch.empty(SIZE, SIZE, dtype=torch.bfloat16 if out == "bf16" else torch.float32)
-    launcher(a, column_scales, a, scales_b, c, out == "fp32 +=", **options)
+    launcher(a, column_scales, a, scales_b, c, **options)

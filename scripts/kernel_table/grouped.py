@@ -33,7 +33,7 @@ def cases() -> list[Case]:
             launch = partial(_fp8_by_rows, ends, out, tile)
             found.append(Case(name, launch, True, out == "bf16"))
     for align in (128, 32, 1):
-        for out in ("bf16", "fp32 +="):
+        for out in ("bf16", "fp32"):
             name = f"grouped_gemm_fp8_tn align {align} {out}"
             launch = partial(_fp8_by_groups, ends, align, out)
             # without alignment there is no TMA, which `multiplies` asks for
@@ -43,17 +43,14 @@ def cases() -> list[Case]:
             name = f"grouped_gemm_{layout} {tile.rows}x{tile.columns} bf16"
             launch = partial(_by_rows, ends, layout, torch.bfloat16, tile)
             found.append(Case(name, launch, True, cores="bf16"))
-        name = f"grouped_gemm_nt {tile.rows}x{tile.columns} bf16, gathering"
-        launch = partial(_by_rows, ends, "nt", torch.bfloat16, tile, gather=True)
-        found.append(Case(name, launch, True, cores="bf16"))
-    for out in ("bf16", "fp32 +="):
+    for out in ("bf16", "fp32"):
         launch = partial(_by_groups, ends, torch.bfloat16, out)
         found.append(Case(f"grouped_gemm_tn {out}", launch, True, out != "bf16", cores="bf16"))
     for layout in ("nt", "nn"):
         launch = partial(_by_rows, ends, layout, torch.float32, None)
         found.append(Case(f"grouped_gemm_{layout} fp32", launch, everyday=layout == "nt"))
-    launch = partial(_by_groups, ends, torch.float32, "fp32 +=")
-    found.append(Case("grouped_gemm_tn of fp32, fp32 +=", launch))
+    launch = partial(_by_groups, ends, torch.float32, "fp32")
+    found.append(Case("grouped_gemm_tn of fp32", launch))
     return found
 
 
@@ -75,22 +72,20 @@ def _fp8_by_rows(ends: Tensor, out: str, tile: Tile, fp8: torch.dtype) -> None:
 
 def _fp8_by_groups(ends: Tensor, align: int, out: str, fp8: torch.dtype) -> None:
     a, scales = torch.empty(SIZE, SIZE, dtype=fp8).T, torch.empty(BLOCKS + EXPERTS, SIZE)
-    by_groups(a, scales, a, scales, ends, ends, _experts(out), out == "fp32 +=", align)
+    by_groups(a, scales, a, scales, ends, ends, _experts(out), align)
 
 
 def _by_rows(
-    ends: Tensor, layout: str, dtype: torch.dtype, tile: Tile | None, fp8: torch.dtype,
-    gather: bool = False,
-) -> None:  # fmt: skip
+    ends: Tensor, layout: str, dtype: torch.dtype, tile: Tile | None, fp8: torch.dtype
+) -> None:
     a, w = torch.empty(SIZE, SIZE, dtype=dtype), torch.empty(EXPERTS, SIZE, SIZE, dtype=dtype)
     w = w.mT if layout == "nn" else w
-    source = torch.empty(SIZE, dtype=torch.int64) if gather else None
-    by_rows(a, None, w, None, ends, ends, torch.empty_like(a), tile=tile, source_R=source)
+    by_rows(a, None, w, None, ends, ends, torch.empty_like(a), tile=tile)
 
 
 def _by_groups(ends: Tensor, dtype: torch.dtype, out: str, fp8: torch.dtype) -> None:
     a = torch.empty(SIZE, SIZE, dtype=dtype)
-    by_groups(a, None, a, None, ends, ends, _experts(out), out == "fp32 +=")
+    by_groups(a, None, a, None, ends, ends, _experts(out))
 
 
 def _experts(out: str) -> Tensor:

@@ -11,7 +11,7 @@ TOKENS, TOP_K = 4096, 8
 
 
 def cases() -> list[Case]:
-    """Few and many experts; rows wide, narrow and quantised; routers of three families."""
+    """Few and many experts; rows wide and narrow; routers of three families."""
     return [*_permutations(), *_rows(), *_routers()]
 
 
@@ -53,12 +53,6 @@ def _rows() -> list[Case]:
             return permute_triton.combine(rows, inverse, TOP_K)
 
         found += [Case(f"gather_rows {name}", gather), Case(f"combine_rows {name}", combine)]
-    for powers, suffix in ((False, ""), (True, ", power of two")):
-
-        def quantized(fp8: torch.dtype, powers: bool = powers) -> object:
-            return permute_triton.gather_quantized(wide, order, inverse, TOP_K, fp8, powers)
-
-        found.append(Case(f"gather_rows_quantized{suffix}", quantized, everyday=not powers))
     return found
 
 

@@ -244,8 +244,7 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-            if not constants["ACCUMULATE"]:
-                arguments[4].fill_(float("nan"))
+            arguments[4].fill_(float("nan"))
             converted = [_argument(x) for x in arguments]
             programs = grid[0] + self.idle
             for program in range(programs):

@@ -14,7 +14,7 @@ import kernels.quantization.quantize_triton as quantize_triton
 from kernels.fp8 import Quantized, empty_column_major
 from kernels.gemm import gemm_fp8
 from kernels.gemm.gemm_fp8_triton import TILES, Target, Tile
-from kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_reference
+from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8, linears_fp8_reference
 from kernels.quantization import quantize
 from tests.kernels.lane import (
     DESCRIPTORS,
@@ -116,14 +116,14 @@ def operands(M: int, N: int, K: int, fp8: torch.dtype = FP8[0]) -> dict[str, tup
     }
 
 
-def launch(layout: str, arguments: tuple[Tensor, ...], c: Tensor, accumulate: bool,
-           target: Target, tile: Tile | None = None) -> Tensor:  # fmt: skip
+def launch(layout: str, arguments: tuple[Tensor, ...], c: Tensor, target: Target,
+           tile: Tile | None = None) -> Tensor:  # fmt: skip
     a, scales_a, b, scales_b = arguments
     if layout == "tn":
         a, scales_a = a.T, scales_a.T
     if layout != "nt":
         b, scales_b = b.T, scales_b.T
-    gemm_triton.gemm(a, scales_a, b, scales_b, c, accumulate, target, tile)
+    gemm_triton.gemm(a, scales_a, b, scales_b, c, target, tile)
     return c
 
 
@@ -142,20 +142,17 @@ def test_gemm(layout: str, target: Target, tile: Tile, M: int, N: int, K: int) -
     """620 rows are more than one group of 8 tiles."""
     arguments = operands(M, N, K)[layout]
     reference = REFERENCES[layout](*arguments, torch.float32)
-    ours = launch(layout, arguments, torch.empty(M, N), False, target, tile)
+    ours = launch(layout, arguments, torch.empty(M, N), target, tile)
     assert relative(ours, reference) < 1e-6  # fp32 sums in another order
 
 
 @pytest.mark.parametrize("layout", REFERENCES)
-def test_gemm_rounds_and_accumulates(layout: str) -> None:
+def test_gemm_rounds_once(layout: str) -> None:
     M, N, K = 130, 70, 200
     arguments = operands(M, N, K)[layout]
-    exact = launch(layout, arguments, torch.empty(M, N), False, DESCRIPTORS)
+    exact = launch(layout, arguments, torch.empty(M, N), DESCRIPTORS)
     rounded = torch.empty(M, N, dtype=torch.bfloat16)
-    assert torch.equal(launch(layout, arguments, rounded, False, POINTERS), exact.bfloat16())
-    start = torch.randn(M, N)
-    added = launch(layout, arguments, start.clone(), True, POINTERS)
-    assert relative(added, start + exact) < 1e-6
+    assert torch.equal(launch(layout, arguments, rounded, POINTERS), exact.bfloat16())
 
 
 @pytest.mark.parametrize("layout", REFERENCES)
@@ -165,14 +162,14 @@ def test_gemm_of_other_memory_orders(layout: str, target: Target) -> None:
     arguments = operands(70, 200, 137)[layout]
     reference = REFERENCES[layout](*arguments, torch.float32)
     plain = tuple(x.contiguous() for x in arguments)
-    ours = launch(layout, plain, torch.empty(70, 200), False, target)
+    ours = launch(layout, plain, torch.empty(70, 200), target)
     assert relative(ours, reference) < 1e-6
 
 
 @pytest.mark.parametrize("fp8", FP8[1:], ids=str)
 def test_gemm_fnuz(fp8: torch.dtype) -> None:
     for layout, arguments in operands(130, 140, 200, fp8).items():
-        ours = launch(layout, arguments, torch.empty(130, 140), False, POINTERS)
+        ours = launch(layout, arguments, torch.empty(130, 140), POINTERS)
         assert relative(ours, REFERENCES[layout](*arguments, torch.float32)) < 1e-6
 
 
@@ -180,7 +177,7 @@ def test_gemm_keeps_nan_where_it_belongs() -> None:
     a, b = torch.randn(140, 300), torch.randn(200, 300)
     a[3, 5] = b[130, 299] = math.inf
     rows, (weight, _) = quantize.quantize_1x128(a), quantize.quantize_128x128(b)
-    ours = launch("nt", (*rows, *weight), torch.empty(140, 200), False, DESCRIPTORS)
+    ours = launch("nt", (*rows, *weight), torch.empty(140, 200), DESCRIPTORS)
     expected = torch.zeros(140, 200, dtype=torch.bool)
     expected[3] = expected[:, 128:] = True
     assert torch.equal(ours.isnan(), expected)
@@ -189,7 +186,7 @@ def test_gemm_keeps_nan_where_it_belongs() -> None:
 def test_gemm_beyond_2_31() -> None:
     a, scales_a, b, scales_b = operands(3, 3, 256)["nt"]
     c = far_apart(torch.zeros(3, 3, dtype=torch.bfloat16), 2**30)
-    launch("nt", (far_apart(a, 2**30), scales_a, far_apart(b, 2**30), scales_b), c, False, POINTERS)
+    launch("nt", (far_apart(a, 2**30), scales_a, far_apart(b, 2**30), scales_b), c, POINTERS)
     assert relative(c, gemm_fp8.gemm_fp8_nt_reference(a, scales_a, b, scales_b)) < 1e-2
 
 
@@ -199,17 +196,13 @@ def test_linear(shape: tuple[int, int, int, int], power_of_two: bool) -> None:
     """The public function with its kernels, output and gradients."""
     B, L, D, N = shape
     leaves = [torch.randn(B, L, D).bfloat16(), torch.randn(N, D).bfloat16()]
-    grad, main_grad = torch.randn(B, L, N).bfloat16(), torch.randn(N, D)
+    grad = torch.randn(B, L, N).bfloat16()
     results = []
-    for function in (linear_fp8, linear_fp8_reference):
-        with kernels_on_cpu() if function is linear_fp8 else contextlib.nullcontext():
+    for function in (linears_fp8, linears_fp8_reference):
+        with kernels_on_cpu() if function is linears_fp8 else contextlib.nullcontext():
             x, w = (leaf.clone().requires_grad_() for leaf in leaves)
-            y = function(x, w, power_of_two=power_of_two)
-            collected = main_grad.clone()
-            y_collected = function(x, w, None, power_of_two, collected)
-            grads = torch.autograd.grad(y, (x, w), grad)
-            torch.autograd.grad(y_collected, x, grad)
-            results.append([y.detach(), *grads, collected])
+            (y,) = function(x, [w], [Fp8Weight.of(w, power_of_two)], power_of_two)
+            results.append([y.detach(), *torch.autograd.grad(y, (x, w), grad)])
     for ours, reference in zip(*results, strict=True):
         assert ours.dtype == reference.dtype
         assert relative(ours, reference) < 2e-3  # a few elements round to the other bf16

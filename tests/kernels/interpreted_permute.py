@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.moe import permute, permute_triton
 from kernels.moe.permute import Permutation
-from tests.kernels.lane import FP8, assert_same_bits, hard_values, kernels_on_cpu
+from tests.kernels.lane import kernels_on_cpu
 
 CASES = [(0, 2, 3), (1, 8, 256), (5, 1, 1), (40, 2, 9), (170, 8, 256)]
 """Tokens, choices, experts; the last has several tiles, and several chunks where they are small."""
@@ -87,21 +87,6 @@ def test_gradients() -> None:
         (ours,) = torch.autograd.grad(permute.combine_rows(rows, to, 3), rows, grad)
     (reference,) = torch.autograd.grad(permute.combine_rows_reference(rows, to, 3), rows, grad)
     torch.testing.assert_close(ours, reference)
-
-
-@pytest.mark.parametrize("fp8", FP8, ids=str)
-@pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("shape", [(0, 128), (1, 1), (23, 300), (131, 1200)], ids=str)
-def test_gather_quantized(shape: tuple[int, int], power_of_two: bool, fp8: torch.dtype) -> None:
-    tokens, width = shape
-    ids = choices(tokens, 2, 5, "absent")
-    to = on_kernels(ids, 5, 16, None)
-    x = hard_values(tokens, width, torch.bfloat16)
-    with mock.patch("kernels.quantization.quantize.fp8_dtype", lambda place: fp8):
-        reference = permute.gather_rows_quantized_reference(x, to, power_of_two)
-    with kernels_on_cpu(), mock.patch.object(permute, "fp8_dtype", lambda place: fp8):
-        ours = permute.gather_rows_quantized(x, to, power_of_two)
-    assert_same_bits(ours, reference)
 
 
 def test_rows_beyond_2_31() -> None:

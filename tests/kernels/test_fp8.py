@@ -19,7 +19,7 @@ from kernels.gemm.gemm_fp8 import (
     gemm_fp8_tn_reference,
 )
 from kernels.gemm.gemm_fp8_triton import TILES, choose_tile
-from kernels.gemm.linear_fp8 import Fp8Weight, linear_fp8, linear_fp8_reference, linears_fp8
+from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8, linears_fp8_reference
 from kernels.quantization.quantize import (
     dequantize_1x128,
     dequantize_128x1,
@@ -117,11 +117,6 @@ def test_gemm(shape: tuple[int, int, int], layout: str) -> None:
             assert out.dtype == dtype and tile_difference(out, exact) < limit
     if all(size % 128 == 0 for size in shape):
         assert tile_difference(function(*operands), a.double() @ b.double().T) < 1e-3
-    start = torch.randn(M, N)
-    for run in (function, reference):
-        into = start.clone()
-        assert run(*operands, accumulate_into=into) is into
-        assert tile_difference(into, exact + start) < 1e-6
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
@@ -163,9 +158,9 @@ def test_linear(dtype: torch.dtype, power_of_two: bool) -> None:
     leaves = [torch.randn(2, 65, 200).to(dtype), torch.randn(300, 200).to(dtype)]
     grad = torch.randn(2, 65, 300).to(dtype)
     results = []
-    for function in (linear_fp8, linear_fp8_reference, lambda x, w, *_: x @ w.T):
+    for function in (linears_fp8, linears_fp8_reference, lambda x, w, *_: [x @ w[0].T]):
         x, w = (leaf.clone().requires_grad_() for leaf in leaves)
-        y = function(x, w, None, power_of_two)
+        (y,) = function(x, [w], [Fp8Weight.of(w, power_of_two)], power_of_two)
         results.append([y.detach(), *torch.autograd.grad(y, (x, w), grad)])
     for ours, reference, unquantised in zip(*results, strict=True):
         assert ours.shape == unquantised.shape and ours.dtype == dtype
@@ -178,17 +173,6 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
-def test_linear_adds_to_the_main_gradient() -> None:
-    torch.manual_seed(0)
-    x, w = torch.randn(40, 128), torch.randn(64, 128, requires_grad=True)
-    grad, start = torch.randn(40, 64), torch.randn(64, 128)
-    (expected,) = torch.autograd.grad(linear_fp8(x, w), w, grad)
-    main_grad = start.clone()
-    linear_fp8(x, w, main_grad_ND=main_grad).backward(grad)
-    assert w.grad is None
-    torch.testing.assert_close(main_grad, start + expected)
-
-
 def test_linear_keeps_one_byte_per_activation() -> None:
     x, w = torch.randn(256, 512, requires_grad=True), torch.randn(128, 512, requires_grad=True)
     saved: list[Tensor] = []
@@ -197,14 +181,15 @@ def test_linear_keeps_one_byte_per_activation() -> None:
         saved.append(tensor)
         return tensor
 
+    fp8 = [Fp8Weight.of(w)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        linear_fp8(x, w)
+        linears_fp8(x, [w], fp8)
     of_weight = 128 * 512 + 4 * 4
     of_x = 256 * 512 + 2 * 512 * 4
     assert sum(t.numel() * t.element_size() for t in saved) == of_weight + of_x
     saved.clear()
     with torch.no_grad(), mock.patch.object(module, "quantize_128x1") as columns:
-        linear_fp8(x, w)
+        linears_fp8(x, [w], fp8)
     assert not columns.called
 
 
@@ -217,7 +202,7 @@ def test_layers_of_the_same_input_share_its_forms() -> None:
     with mock.patch.object(module, "quantize_1x128_128x1", wraps=quantize_1x128_128x1) as calls:
         outputs = linears_fp8(x, weights, fp8)
     assert calls.call_count == 1
-    expected = [linear_fp8(x, weight, given) for weight, given in zip(weights, fp8, strict=True)]
+    expected = [linears_fp8(x, [w], [given])[0] for w, given in zip(weights, fp8, strict=True)]
     for ours, one in zip(outputs, expected, strict=True):
         assert torch.equal(ours, one)
     grads = [torch.randn_like(y) for y in outputs]
@@ -236,12 +221,10 @@ def test_errors_say_what_would_be_right() -> None:
         gemm_fp8_nt(a.data.float(), a.scales, *b)
     with pytest.raises(ValueError, match="must be bf16 or fp32"):
         gemm_fp8_nt(*a, *b, torch.float16)
-    with pytest.raises(ValueError, match=r"must be \[4, 8\] in fp32"):
-        gemm_fp8_nt(*a, *b, accumulate_into=torch.zeros(4, 7))
     with pytest.raises(ValueError, match=r"takes a matrix in bf16, fp16 or fp32, got \[3\]"):
         quantize_1x128(torch.zeros(3))
     with pytest.raises(ValueError, match="takes bf16 or fp32, got"):
-        linear_fp8(torch.zeros(2, 2).half(), torch.zeros(2, 2))
+        linears_fp8(torch.zeros(2, 2).half(), [a.data], [Fp8Weight(a.data, a.data, a.scales)])
 
 
 @pytest.mark.parametrize(

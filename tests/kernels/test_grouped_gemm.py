@@ -15,7 +15,7 @@ from kernels import device
 from kernels.fp8 import MIN_SCALE
 from kernels.gemm import gemm_fp8
 from kernels.gemm.gemm_fp8 import gemm_fp8_nt
-from kernels.gemm.linear_fp8 import linear_fp8
+from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8
 from kernels.grouped_gemm import grouped_gemm as bf16
 from kernels.grouped_gemm import grouped_gemm_fp8 as fp8
 from kernels.quantization.quantize import (
@@ -61,7 +61,7 @@ def test_products(sizes: Sizes, dtype: torch.dtype) -> None:
     ends, counts = groups(sizes)
     n_rows, E, N, K = int(ends[-1]), len(sizes), 17, 24
     x, dy = rows_of(sizes, K, 3, dtype), rows_of(sizes, N, 3, dtype)
-    w, into = torch.randn(E, N, K).to(dtype), torch.randn(E, N, K)
+    w = torch.randn(E, N, K).to(dtype)
     true = torch.zeros(len(x), dtype=torch.bool)
     for rows in bf16.true_rows(ends, counts):
         true[rows] = True
@@ -75,10 +75,6 @@ def test_products(sizes: Sizes, dtype: torch.dtype) -> None:
         exact = bf16.grouped_gemm_tn_reference(dy, x, ends, counts, out_dtype)
         assert_close([ours], [exact], TOLERANCE[out_dtype])
         assert all(ours[e].abs().max() == 0 for e, (n, _) in enumerate(sizes) if n == 0)
-    ours = bf16.grouped_gemm_tn(dy, x, ends, counts, accumulate_into=into.clone())
-    exact = bf16.grouped_gemm_tn_reference(dy, x, ends, counts, accumulate_into=into.clone())
-    assert_close([ours], [exact], 1e-6)
-    assert all(torch.equal(ours[e], into[e]) for e, (n, _) in enumerate(sizes) if n == 0)
 
 
 @DTYPES
@@ -148,11 +144,6 @@ def test_fp8(sizes: Sizes, layout: str, power_of_two: bool, fast_bf16: bool) -> 
                 assert (out[: len(zero)][zero] == 0).all()
                 out = out[true]
             assert_close([out.double()], [exact], limit)
-        if layout == "tn":
-            into = torch.randn(exact.shape)
-            start = into.clone()
-            assert getattr(fp8, name)(*operands, accumulate_into=into) is into
-            assert_close([into.double()], [start + exact], 1e-6)
 
 
 def test_bf16_products_only_of_powers_of_two() -> None:
@@ -272,22 +263,19 @@ def operations() -> dict[str, tuple[Any, ...]]:
     w = torch.randn(3, 16, 24).bfloat16()
     fp8_of = {layout: made[0] for layout, made in fp8_operands(sizes, 16, 24, False).items()}
     dense, (square, _) = quantize_1x128(x), quantize_128x128(w[0])
-    into, dtype = torch.zeros(3, 16, 24), torch.bfloat16
+    dtype = torch.bfloat16
     return {
         "grouped_gemm_nt": (*(t.clone().requires_grad_() for t in (x, w)), ends, counts, ""),
         "grouped_gemm_nn": (dy, w, ends, counts, ""),
         "grouped_gemm_tn": (dy, x, ends, counts, torch.float32, ""),
-        "grouped_gemm_tn_accumulate": (into, dy, x, ends, counts, ""),
         "grouped_gemm_fp8_nt": (*fp8_of["nt"], dtype),
         "grouped_gemm_fp8_nn": (*fp8_of["nn"], dtype),
         "grouped_gemm_fp8_tn": (*fp8_of["tn"], dtype, 1),
-        "grouped_gemm_fp8_tn_accumulate": (into, *fp8_of["tn"], 1),
         "quantize_1x128": (x, False),
         "quantize_128x1": (x, ends, counts, True),
         "quantize_1x128_128x1": (x, None, None, False),
         "quantize_128x128": (w, False),
         "gemm_fp8": ("nt", *dense, *square, dtype, "triton"),
-        "gemm_fp8_accumulate": (torch.zeros(138, 16), "nt", *dense, *square, "triton"),
     }  # fmt: skip
 
 
@@ -325,20 +313,20 @@ def test_compiles_without_a_break() -> None:
     x, w = torch.randn(17, 24).bfloat16(), torch.randn(3, 16, 24).bfloat16()
     dense = torch.randn(16, 24).bfloat16()
 
-    def experts(x: Tensor, w: Tensor, dense: Tensor, into: Tensor) -> Tensor:
-        rows, columns = quantize_1x128_128x1_grouped(x, ends, counts)
+    def experts(x: Tensor, w: Tensor, dense: Tensor) -> Tensor:
+        rows, columns = quantize_1x128_128x1_grouped(x.detach(), ends, counts)
         quantized, _ = quantize_128x128(w)
         y = fp8.grouped_gemm_fp8_nt(*rows, *quantized, ends, counts)
-        dw = fp8.grouped_gemm_fp8_tn(*columns, *columns, ends, counts, accumulate_into=into)
+        dw = fp8.grouped_gemm_fp8_tn(*columns, *columns, ends, counts, torch.float32)
         plain = bf16.grouped_gemm_nt(x, w, ends, counts)
-        return plain.float() + linear_fp8(x, dense) + y.detach() + dw.sum()
+        (projected,) = linears_fp8(x, [dense], [Fp8Weight.of(dense)])
+        return plain.float() + projected + y.detach() + dw.sum()
 
     results = []
     for function in (experts, torch.compile(experts, fullgraph=True, backend="aot_eager")):
         leaves = [t.clone().requires_grad_() for t in (x, w, dense)]
-        into = torch.ones(3, 24, 24)
-        y = function(leaves[0], leaves[1], leaves[2], into)
-        results.append([y.detach(), into, *torch.autograd.grad(y[:8].sum(), leaves)])
+        y = function(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y[:8].sum(), leaves)])
     for ours, reference in zip(*results, strict=True):
         assert torch.equal(ours[:8], reference[:8])
 
@@ -352,8 +340,6 @@ def test_errors_say_what_would_be_right() -> None:
         bf16.grouped_gemm_nt(x, w, ends[:1], counts)
     with pytest.raises(ValueError, match="must be of one dtype"):
         bf16.grouped_gemm_nt(x, w.bfloat16(), ends, counts)
-    with pytest.raises(ValueError, match=r"must be \[2, 8, 8\] in fp32"):
-        bf16.grouped_gemm_tn(x, x, ends, counts, accumulate_into=torch.zeros(2, 8, 4))
     with pytest.raises(ValueError, match=r"out_dtype is torch\.float16"):
         bf16.grouped_gemm_tn(x, x, ends, counts, torch.float16)
     with pytest.raises(ValueError, match="'cutlass', must be 'torch' or 'triton'"):

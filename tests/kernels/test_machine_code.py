@@ -100,8 +100,8 @@ def test_gluon_with_sizes_of_one(layout: str) -> None:
     wide = torch.empty(300, 1, dtype=torch.float8_e4m3fn)
     scales_b = torch.empty(3, 1) if layout == "nt" else torch.empty(1, 300).T
     with offline("cuda", 90) as builds:
-        gluon_gemm(data, scales, data, scales, torch.empty(1, 1), True)
-        gluon_gemm(data, scales, wide, scales_b, torch.empty(1, 300), False)
+        gluon_gemm(data, scales, data, scales, torch.empty(1, 1))
+        gluon_gemm(data, scales, wide, scales_b, torch.empty(1, 300))
     for made in builds:
         assert_sound(made, "sm_90", True)
 
@@ -111,7 +111,7 @@ def test_a_spill_is_seen() -> None:
     a, scales = torch.empty(1024, 1024, dtype=torch.float8_e4m3fn), torch.empty(8, 1024).T
     few_warps = dataclasses.replace(TILES[0], warps=4)
     with offline("cuda", 90) as builds:
-        gemm(a, scales, a, torch.empty(8, 8), torch.empty(1024, 1024), False, tile=few_warps)
+        gemm(a, scales, a, torch.empty(8, 8), torch.empty(1024, 1024), tile=few_warps)
     assert builds[0].spilled > 0
 
 

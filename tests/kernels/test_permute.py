@@ -13,8 +13,6 @@ from kernels.moe.permute import (
     combine_rows,
     combine_rows_reference,
     gather_rows,
-    gather_rows_quantized,
-    gather_rows_quantized_reference,
     gather_rows_reference,
     permutation,
     permutation_reference,
@@ -107,22 +105,6 @@ def test_nobody_gets_nothing_and_gives_nothing() -> None:
     assert combine_rows(there, to, 1)[:, 0].tolist() == [0, 2, 0, 4, 5]
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize(("tokens", "width"), [(0, 128), (1, 1), (37, 300)])
-def test_quantised_once(tokens: int, width: int, power_of_two: bool) -> None:
-    torch.manual_seed(0)
-    ids = torch.randint(0, 6, (tokens, 4))
-    to = permutation(ids, 5, align=16)
-    x = torch.randn(tokens, width).bfloat16()
-    ours = gather_rows_quantized(x, to, power_of_two)
-    reference = gather_rows_quantized_reference(x, to, power_of_two)
-    for a, b in zip(ours, reference, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride()
-        assert torch.equal(a.float(), b.float())
-    empty = to.order_P < 0
-    assert not ours.data.float()[empty].any() and not ours.scales[empty].any()
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 def test_opcheck(tokens: int) -> None:
     ids = torch.randint(0, 4, (tokens * 2,))
@@ -135,7 +117,6 @@ def test_opcheck(tokens: int) -> None:
     everything(permute._gather_rows, (x, order, inverse, 2))
     rows = torch.randn(len(order), 5, requires_grad=True)
     everything(permute._combine_rows, (rows, order, inverse, 2))
-    everything(permute._gather_rows_quantized, (x.detach(), order, inverse, 2, False))
 
 
 @pytest.mark.parametrize("align", [1, 32])

@@ -1,4 +1,4 @@
-"""import(export(x)) = x for models drawn at random, and transformers loads every one of them."""
+"""import(export_hf(x)) = x for models drawn at random, and transformers loads every one of them."""
 
 import json
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from models.hf.table import architecture, from_hf_config, hf_config, hf_tensors
 from models.hf.undetermined_settings import KEY
 from models.router import routers
 from parallel.shards import box_of
-from scripts.export import export
-from scripts.import_hf import import_hf
 from tests.models.families import FAMILIES
 from tests.models.random_models import ARCHITECTURES, random_model
 from tests.models.test_hf import random_decoder, read_all
 from train.checkpoint import checkpoint
+from train.convert.hf_export import export_hf
+from train.convert.hf_import import import_hf
 from train.tokenizer.tokenizer import train_tokenizer
 
 VOCAB = 263
@@ -100,14 +100,14 @@ def test_tensors_and_files_are_the_same_again(family: str, tmp_path: Path, token
         place = tmp_path / str(number)
         decoder = random_decoder(given)
         model = decoder.config  # with larger weights to start from
-        out = export(run_of(decoder, place / "run", tokenizer), None, torch.float32)
+        out = export_hf(run_of(decoder, place / "run", tokenizer), None, torch.float32)
         saved, _ = import_hf(out, place / "ours", shard_bytes=9_000)
         again, tensors = contents(saved)
         assert again == model
         ours = {f"model.{k}": v.float() for k, v in decoder.state_dict().items()}
         assert tensors.keys() == ours.keys()
         assert all(torch.equal(tensors[k], v) for k, v in ours.items())
-        second = export(place / "ours", None, torch.float32)
+        second = export_hf(place / "ours", None, torch.float32)
         for path in (p for p in out.rglob("*") if p.is_file()):
             assert (second / path.relative_to(out)).read_bytes() == path.read_bytes(), path
         assert len(list(second.rglob("*"))) == len(list(out.rglob("*")))
@@ -190,7 +190,7 @@ def test_a_shared_expert_that_is_there_after_all(tmp_path: Path, tokenizer: Path
     model = replace(FAMILIES["glm4-bare"], vocab_size=VOCAB)
     decoder = random_decoder(model)
     model = decoder.config
-    out = export(run_of(decoder, tmp_path / "run", tokenizer), None, torch.float32)
+    out = export_hf(run_of(decoder, tmp_path / "run", tokenizer), None, torch.float32)
     assert read_model(out, torch.float32).config == model, "served without it, too"
     (file,) = out.glob("*.safetensors")
     tensors = read_all(out)
@@ -211,7 +211,7 @@ def test_a_tensor_without_a_place_is_not_lost(tmp_path: Path, tokenizer: Path) -
     next(iter(routers(decoder))).bias_E[2] = 0.1
     run = run_of(decoder, tmp_path / "run", tokenizer)
     with pytest.raises(UserError, match=r"router\.bias_E is not zero, and Qwen3MoeForCausalLM has"):
-        export(run, None, torch.float32)
+        export_hf(run, None, torch.float32)
     assert not (run / "export").exists() and not list(run.glob(".export*"))
 
 
@@ -224,5 +224,5 @@ def test_no_export_holds_what_an_import_refuses(
         decoder.norm.weight[3] = value
     run = run_of(decoder, tmp_path / "run", tokenizer)
     with pytest.raises(UserError, match=rf"model\.norm\.weight holds inf or NaN as {dtype}"):
-        export(run, None, getattr(torch, dtype))
+        export_hf(run, None, getattr(torch, dtype))
     assert not list(run.glob("*export*"))

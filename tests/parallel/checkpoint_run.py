@@ -20,8 +20,8 @@ from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh_run import mesh_of, random_corpus, shake, whole
 from train.checkpoint import checkpoint
 from train.data.batches import Sequences, TrainingData
+from train.optim.optimizer import build_optimizer, optimizer_tensors
 from train.step import StepResult, train_step
-from train.torchtitan_adapter import build_optimizer, optimizer_tensors
 
 
 class Run:

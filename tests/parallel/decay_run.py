@@ -18,7 +18,7 @@ from parallel.shards import local_of
 from tests.models.families import FAMILIES
 from tests.parallel.checkpoint_run import Run
 from tests.parallel.meshes import Case, alone
-from train.torchtitan_adapter import build_optimizer, set_learning_rate
+from train.optim.optimizer import build_optimizer, set_learning_rate
 
 DECAYS = {
     r"embed\.weight": True,

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import train.optim.optimizer
 import train.step
-import train.torchtitan_adapter
 from models.decoder import Decoder
 from models.moe import MoE
 from parallel.mesh import Mesh
@@ -85,8 +85,8 @@ def repeated_shard(model: Decoder, mesh: Mesh) -> Iterator[None]:
 @contextmanager
 def experts_without_decay(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Routed experts, which have a mesh of their own, get no weight decay."""
-    without = train.torchtitan_adapter._NO_DECAY.pattern + r"|\.experts\."
-    with patch.object(train.torchtitan_adapter, "_NO_DECAY", re.compile(without)):
+    without = train.optim.optimizer._NO_DECAY.pattern + r"|\.experts\."
+    with patch.object(train.optim.optimizer, "_NO_DECAY", re.compile(without)):
         yield
 
 

@@ -18,7 +18,7 @@ from parallel.shards import box_of
 from tests.parallel import fp8_models
 from tests.parallel.checkpoint_run import Run
 from tests.parallel.mesh_run import whole
-from train.bf16_moments import Bf16MomentsAdamW
+from train.optim.bf16_moments import Bf16MomentsAdamW
 
 
 def trained(case: fp8_models.Case, ranks: Ranks) -> dict[str, Tensor]:

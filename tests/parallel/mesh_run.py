@@ -42,8 +42,8 @@ from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel.faults import FAULTS
 from train.data.batches import Batch, Sequences, TrainingData
+from train.optim.optimizer import build_optimizer
 from train.step import train_step
-from train.torchtitan_adapter import build_optimizer
 
 STEPS = 3
 
@@ -109,8 +109,7 @@ class Recording:
         return [
             {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
             | {"params": [self.parts[name_of[parameter]] for parameter in group["params"]]}
-            for inner in build_optimizer(self.model, config)
-            for group in inner.param_groups
+            for group in build_optimizer(self.model, config).param_groups
         ]
 
     def zero_grad(self) -> None:

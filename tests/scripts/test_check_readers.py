@@ -18,11 +18,11 @@ from models.hf.table import hf_config
 from models.init import initialize
 from scripts.check_readers import __main__ as check_readers
 from scripts.check_readers.__main__ import READERS, TEXTS, TOLERANCE, check, differences, prompts_of
-from scripts.to_gguf import llama_cpp_words, to_gguf
 from tests.models.families import FAMILIES
 from tests.runs import run
 from tests.train.test_tokenizer import texts
-from train.tokenizer.export import export_tokenizer
+from train.convert.gguf_export import export_gguf, llama_cpp_words
+from train.tokenizer.hf_files import export_tokenizer
 from train.tokenizer.tokenizer import train_tokenizer
 
 
@@ -159,7 +159,7 @@ def test_the_converter_is_told_how_words_are_cut(export: Path, tmp_path: Path) -
         (given / file.name).write_bytes(file.read_bytes())
     Tokenizer(models.BPE()).save(str(given / "tokenizer.json"))
     with pytest.raises(UserError, match=r"convert_hf_to_gguf.py: KeyError: '\[gMASK\]'"):
-        to_gguf(given, out, "f32", tmp_path, sys.executable)
+        export_gguf(given, out, "f32", tmp_path, sys.executable)
     with pytest.raises(UserError, match="name a source tree"):
-        to_gguf(export, out, "f32", export, sys.executable)
+        export_gguf(export, out, "f32", export, sys.executable)
     assert {path.name for path in tmp_path.glob("*.partial")} == set() and not out.exists()

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from configs.loader import from_dict, unflatten
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from scripts.export import export
 from tests.runs import ROOT, TINY, command, environment, free_port, run
 from train.checkpoint import checkpoint
+from train.convert.hf_export import export_hf
 
 pytestmark = pytest.mark.long  # the first test trains
 N_PROMPTS, N_TOKENS = 20, 64
@@ -94,7 +94,7 @@ def test_transformers_loads_the_export_and_agrees(trained: Path) -> None:
 
 def test_export_of_a_chosen_step_in_bf16(trained: Path, tmp_path: Path) -> None:
     folder = checkpoint.find(trained)
-    out = export(folder, tmp_path / "half", torch.bfloat16)
+    out = export_hf(folder, tmp_path / "half", torch.bfloat16)
     tensors = {k: v for p in out.glob("*.safetensors") for k, v in load_file(p).items()}
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
     bias = [v for k, v in tensors.items() if k.endswith("e_score_correction_bias")]

@@ -23,8 +23,8 @@ from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus
 from train.data.batches import Sequences, TrainingData
+from train.optim.optimizer import build_optimizer
 from train.step import train_step
-from train.torchtitan_adapter import build_optimizer
 from train.trainer import compute_dtype
 
 
@@ -63,7 +63,7 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
         rank=parallel_dims.data_rank(ranks.rank),
         n_ranks=parallel_dims.data_ranks,
     )
-    tracker = Tracker(model, next(iter(optimizer)))
+    tracker = Tracker(model, optimizer)
 
     def forget() -> bool:
         """Asked before every microbatch: the tracker knows one forward pass of each module."""

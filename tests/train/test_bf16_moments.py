@@ -13,9 +13,7 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.loader import from_dict
-from configs.schema import OptimizerConfig
-from train.bf16_moments import Bf16MomentsAdamW
-from train.torchtitan_adapter import build_optimizer, optimizer_tensors
+from train.optim.bf16_moments import Bf16MomentsAdamW
 
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 
@@ -72,19 +70,6 @@ def test_it_follows_fp32_moments() -> None:
             optimizer.step()
         ends.append(float((weight.detach() - target).norm() / target.norm()))
     assert ends[0] < 0.2 and abs(ends[1] - ends[0]) < 0.05 * ends[0]
-
-
-def test_the_adapter_builds_it_and_names_its_state() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    masters = [p.detach().clone() for p in model.parameters()]
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3), "bf16")
-    dtypes = {name: tensor.dtype for name, tensor in optimizer_tensors(optimizer).items()}
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.float32
-        assert dtypes[f"state.{name}.exp_avg"] == torch.bfloat16
-        assert dtypes[f"state.{name}.exp_avg_sq"] == torch.bfloat16
-        assert dtypes[f"state.{name}.step"] == torch.float32
-    assert all(map(torch.equal, masters, model.parameters()))  # making state changes no weight
 
 
 @pytest.mark.parametrize("key", ["beta1", "beta2"])

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from configs.schema import ScheduleConfig
-from train.schedule import learning_rate
+from train.optim.schedule import learning_rate
 
 
 def curve(schedule: ScheduleConfig, steps: int = 10) -> list[float]:

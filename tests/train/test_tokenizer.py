@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from configs.errors import UserError
 from train.tokenizer import tokenizer as subject
-from train.tokenizer.export import export_tokenizer, files_beside
+from train.tokenizer.hf_files import export_tokenizer, files_beside
 from train.tokenizer.tokenizer import EOT, Encoder, find_tokenizer, load_tokenizer
 
 UINT16 = np.dtype(np.uint16)

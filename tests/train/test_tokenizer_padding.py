@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.train.test_tokenizer import save, texts, train
-from train.tokenizer.export import export_tokenizer, keep_tokenizer
+from train.tokenizer.hf_files import export_tokenizer, keep_tokenizer
 from train.tokenizer.padding import PAD, with_padding
 from train.tokenizer.tokenizer import EOT, cuts_words_as_ours, load_tokenizer
 

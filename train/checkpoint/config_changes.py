@@ -12,7 +12,7 @@ from configs.loader import flatten, from_dict, unflatten
 from configs.schema import JobConfig
 from train.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from train.checkpoint.manifest_content import short
-from train.schedule import learning_rate, schedule_steps
+from train.optim.schedule import learning_rate, schedule_steps
 
 
 class ConfigChange(Enum):

@@ -33,7 +33,7 @@ from train.atomic_files import naming, sync
 from train.data import sources
 from train.data.corpus_build import FILES, build
 from train.data.documents import shown
-from train.tokenizer.export import files_beside
+from train.tokenizer.hf_files import files_beside
 from train.tokenizer.tokenizer import BOUNDARIES, WORDS, find_tokenizer
 
 FORMAT = 2

@@ -24,7 +24,7 @@ from train.data.dedup import DedupResult, find_duplicates
 from train.data.documents import Documents, shown
 from train.data.progress import reported
 from train.data.sources import Source
-from train.tokenizer.export import kept_settings
+from train.tokenizer.hf_files import kept_settings
 from train.tokenizer.tokenizer import (
     Encoder,
     check_vocab_size,

@@ -6,7 +6,7 @@ there into each run that trains on, and into every export. What `config.json` sa
 (special ids, longest sequence) goes with them in a file of its own, `IMPORTED`.
 
 A tokenizer that is only given (`data.tokenizer`) brings what concerns the tokenizer alone
-(`train.tokenizer.export`): how a model is sampled from is a fact of the model.
+(`train.tokenizer.hf_files`): how a model is sampled from is a fact of the model.
 """
 
 import json

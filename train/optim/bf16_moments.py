@@ -25,6 +25,14 @@ from torch.optim.adamw import adamw
 
 from parallel.shards import local_of
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def initial_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What AdamW's fused update keeps of a parameter, before the first step. dtype: of moments."""
+    moments = {name: torch.zeros_like(parameter, dtype=dtype) for name in _MOMENTS}
+    return {"step": torch.zeros((), device=parameter.device)} | moments
+
 
 class Bf16MomentsAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW`, fused, with `exp_avg` and `exp_avg_sq` in bf16."""
@@ -41,9 +49,7 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            for name in _MOMENTS:
-                state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            state.update(initial_state(parameter, torch.bfloat16))
         stored = [local_of(state[name]) for name in _MOMENTS]
         mean, square = (moment.float() for moment in stored)
         beta1, beta2 = group["betas"]
@@ -55,6 +61,3 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
         )  # fmt: skip
         for moment, exact in zip(stored, (mean, square), strict=True):
             moment.copy_(exact)
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")

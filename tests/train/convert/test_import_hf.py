@@ -24,13 +24,14 @@ from models.documents import DocumentAttention
 from models.hf.files import write_tensors
 from models.hf.table import hf_tensors
 from parallel.shards import box_of
-from scripts.export import export
 from scripts.export import main as export_main
-from scripts.import_hf import import_hf, main
+from scripts.import_hf import main
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, read_all, write
 from tests.runs import largest_file, run
 from train.checkpoint import checkpoint
+from train.convert.hf_export import export_hf
+from train.convert.hf_import import import_hf
 from train.tokenizer.tokenizer import train_tokenizer
 
 MAKE = """
@@ -113,7 +114,7 @@ def test_import_of_an_export_is_the_checkpoint(name: str, tmp_path: Path, tokeni
     boxes = {k: (box_of(v), v) for k, v in x.items()}
     checkpoint.write(tmp_path / "run/checkpoints", [lambda: boxes], state, flatten(config))
     shutil.copytree(tokenizer, tmp_path / "run/tokenizer")
-    out = export(tmp_path / "run", None, torch.float32)
+    out = export_hf(tmp_path / "run", None, torch.float32)
     saved, _ = import_hf(out, tmp_path / "again", shard_bytes=30_000)
     assert len(list(saved.glob("*.safetensors"))) > 3
     same(tensors_of(saved), x)
@@ -131,7 +132,7 @@ def test_export_of_an_import_is_the_folder(
                     for k, v in load_file(path).items()}  # fmt: skip
             save_file(kept, path)
     import_hf(folder, tmp_path / "ours", shard_bytes=30_000)
-    same(read_all(export(tmp_path / "ours", None, dtype)), read_all(folder))
+    same(read_all(export_hf(tmp_path / "ours", None, dtype)), read_all(folder))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "glm4-bare"])
@@ -285,8 +286,8 @@ def test_training_starts_from_an_import(tmp_path: Path, corpus: Path, tokenizer:
     trained = tensors_of(checkpoint.find(tmp_path / "ours-run"))
     weights = {k: v for k, v in trained.items() if k.startswith("model.")}
     same(weights, tensors_of(checkpoint.find(out)))  # the learning rate was 0
-    same(read_all(export(out, None, torch.float32)), read_all(folder))
-    exported = export(tmp_path / "ours-run", None, torch.float32)
+    same(read_all(export_hf(out, None, torch.float32)), read_all(folder))
+    exported = export_hf(tmp_path / "ours-run", None, torch.float32)
     for name in ("tokenizer.json", "generation_config.json"):
         assert (exported / name).read_bytes() == (folder / name).read_bytes()
     longest = json.loads((exported / "config.json").read_text())["max_position_embeddings"]
@@ -353,7 +354,7 @@ def test_written_weights_are_for_whom_the_umask_lets_read(tmp_path: Path, tokeni
         before = os.umask(mask)
         try:
             saved, _ = import_hf(folder, tmp_path / f"{mask}")
-            exported = export(tmp_path / f"{mask}", None, torch.float32)
+            exported = export_hf(tmp_path / f"{mask}", None, torch.float32)
         finally:
             os.umask(before)
         for path in (*saved.glob("*.safetensors"), *exported.glob("*.safetensors")):

@@ -10,13 +10,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from configs.errors import UserError
-from scripts.export import export
-from scripts.import_hf import import_hf
 from serve.engine.loading import open_export
 from tests.models.families import FAMILIES
 from tests.models.test_hf import random_decoder, write
-from train.tokenizer.export import export_tokenizer, keep_tokenizer
+from train.convert.hf_export import export_hf
+from train.convert.hf_import import import_hf
 from train.tokenizer.files import IMPORTED
+from train.tokenizer.hf_files import export_tokenizer, keep_tokenizer
 
 TOKENS = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|tool|>", "<pad>", *map(chr, range(33, 91))]
 GENERATION = {
@@ -84,7 +84,7 @@ def test_every_file_comes_out_as_it_went_in(templates: str, tmp_path: Path) -> N
     folder = published(tmp_path / "hf", templates)
     _, lines = import_hf(folder, tmp_path / "ours")
     assert f"copied, but not read here: {', '.join(sorted(OTHERS))}" in lines
-    out = export(tmp_path / "ours", None, torch.float32)
+    out = export_hf(tmp_path / "ours", None, torch.float32)
     assert beside_weights(out) == beside_weights(folder)
     assert {key: config_of(out)[key] for key in CONFIG} == CONFIG
     assert open_export(out).end_tokens == {2, 3, 4}
@@ -101,7 +101,7 @@ def test_transformers_renders_the_same_prompts(tmp_path: Path) -> None:
         (folder / name).unlink()
     import_hf(folder, tmp_path / "ours")
     chat, seen = [{"role": "user", "content": "HI"}], []
-    for place in (folder, export(tmp_path / "ours", None, torch.bfloat16)):
+    for place in (folder, export_hf(tmp_path / "ours", None, torch.bfloat16)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         generation = transformers.GenerationConfig.from_pretrained(place)
         seen.append(
@@ -126,7 +126,7 @@ def test_what_did_not_come_is_not_made_up(tmp_path: Path) -> None:
     bare = {k: v for k, v in config_of(folder).items() if k not in CONFIG} | {"eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(bare))
     import_hf(folder, tmp_path / "ours")
-    out = export(tmp_path / "ours", None, torch.float32)
+    out = export_hf(tmp_path / "ours", None, torch.float32)
     assert beside_weights(out) == beside_weights(folder)
     given = config_of(out)
     assert given["eos_token_id"] == 2 and not {"bos_token_id", "pad_token_id"} & given.keys()
@@ -138,7 +138,8 @@ def test_a_model_without_tokenizer_json(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     _, lines = import_hf(folder, tmp_path / "ours")
     assert any(line.startswith("no tokenizer.json in") for line in lines)
-    assert beside_weights(export(tmp_path / "ours", None, torch.float32)) == beside_weights(folder)
+    exported = export_hf(tmp_path / "ours", None, torch.float32)
+    assert beside_weights(exported) == beside_weights(folder)
 
 
 def test_a_run_that_trains_on_passes_it_on(tmp_path: Path) -> None:

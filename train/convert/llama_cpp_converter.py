@@ -1,6 +1,6 @@
 """llama.cpp's converter, told how a tokenizer trained here cuts words.
 
-    PYTHON -P scripts/check_readers/convert_gguf.py LLAMA_CPP PRE ARGUMENTS OF convert_hf_to_gguf.py
+    PYTHON -P train/convert/llama_cpp_converter.py LLAMA_CPP PRE ARGUMENTS OF convert_hf_to_gguf.py
 
 The converter recognises a tokenizer by a hash of the token ids it gives a fixed text, so it cannot
 know one that was trained yesterday; and for some architectures it looks up special tokens that only

@@ -15,10 +15,10 @@ from configs.model import ModelConfig
 from models.hf.files import write_tensors
 from models.hf.fp8_blocks import fp8_plan
 from scripts import export as export_script
-from scripts.import_hf import import_hf
 from tests.models.test_fp8_blocks import FP8, wide, write_fp8
 from tests.models.test_hf import random_decoder, read_all, write
-from tests.scripts.test_import_hf import LiveBytes, model_of, tokenizer  # noqa: F401
+from tests.train.convert.test_import_hf import LiveBytes, model_of, tokenizer  # noqa: F401
+from train.convert.hf_import import import_hf
 
 
 def exported(source: Path, *arguments: object) -> int:

@@ -15,15 +15,15 @@ from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
 from models.init import initialize
-from scripts.fp8_convergence.ablations import (
+from scripts.fp8_products import decibels
+from tests.models.families import FAMILIES
+from train.fp8_emulation import (
     VARIANTS,
     e5m2_blocks,
     emulated,
     narrow_product,
     one_scale,
 )
-from scripts.fp8_products import decibels
-from tests.models.families import FAMILIES
 
 
 def gradients(model: Decoder) -> dict[str, Tensor]:

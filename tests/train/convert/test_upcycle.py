@@ -21,10 +21,10 @@ from models.documents import DocumentAttention
 from models.hf.table import architecture
 from models.router import routers
 from models.upcycle import Recipe
-from scripts.export import export
-from scripts.upcycle import upcycle
 from tests.runs import run
 from train.checkpoint import checkpoint
+from train.convert.dense_to_moe import upcycle_checkpoint
+from train.convert.hf_export import export_hf
 
 MAKE = """
 import sys, torch, transformers as t
@@ -135,11 +135,11 @@ def upcycled(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """An MoE of every recipe in SAME, exported and run by transformers; what that found wrong."""
     folder = tmp_path_factory.mktemp("upcycled")
     for name, (source, recipe, family) in SAME.items():
-        lines = upcycle(str(dense / source), folder / name, recipe, [])
+        lines = upcycle_checkpoint(str(dense / source), folder / name, recipe, [])
         assert lines[-1] == f"export: {family}ForCausalLM"
         if name != "all-dense":
             assert any(line.startswith("function: that of the dense model (") for line in lines)
-        export(folder / name, None, torch.float32)
+        export_hf(folder / name, None, torch.float32)
     done = run("-P", "-c", READ, folder, dense / "llama" / "theirs.check")
     return folder, json.loads(done.stdout.splitlines()[-1])
 
@@ -164,7 +164,7 @@ def test_the_function_is_that_of_the_dense_model(
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_recipe_that_changes_the_function_says_so(name: str, dense: Path, tmp_path: Path) -> None:
     recipe, why = CHANGED[name]
-    lines = upcycle(str(dense / "llama"), tmp_path / "out", recipe, [])
+    lines = upcycle_checkpoint(str(dense / "llama"), tmp_path / "out", recipe, [])
     said = next(line for line in lines if line.startswith("function:"))
     assert said.startswith("function: NOT that of the dense model") and why in said
     check = load_file(dense / "llama" / "theirs.check")
@@ -176,7 +176,7 @@ def test_a_claim_that_does_not_hold_is_not_made(
 ) -> None:
     monkeypatch.setattr(recipes, "_routed_scale", lambda recipe, moe: recipe.routed * 1.001)
     with pytest.raises(AssertionError, match=r"layers\.0\.ffn differs by"):
-        upcycle(str(dense / "llama"), tmp_path / "out", Recipe(), [])
+        upcycle_checkpoint(str(dense / "llama"), tmp_path / "out", Recipe(), [])
     assert not list(tmp_path.iterdir())
 
 
@@ -186,7 +186,7 @@ def test_what_does_not_learn_is_told_and_a_layer_of_zeros_is_no_error(
     folder = tmp_path / "in"
     shutil.copytree(dense / "llama", folder)
     rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].zero_())
-    lines = upcycle(str(folder), tmp_path / "out", Recipe(top_k=1), [])
+    lines = upcycle_checkpoint(str(folder), tmp_path / "out", Recipe(top_k=1), [])
     assert any(line.startswith("router: learns nothing") for line in lines)
     assert any(line.startswith("function: that of the dense model (") for line in lines)
 
@@ -210,7 +210,7 @@ def test_noise_differs_between_experts_and_repeats_with_the_seed(
 ) -> None:
     recipe = Recipe(copies=3, noise=0.1)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        upcycle(str(dense / "llama"), tmp_path / name, recipe, [f"--run.seed={seed}"])
+        upcycle_checkpoint(str(dense / "llama"), tmp_path / name, recipe, [f"--run.seed={seed}"])
     a, b, c = (decoder_of(tmp_path / name).state_dict() for name in "abc")
     assert all(torch.equal(a[key], b[key]) for key in a)
     original = load_original(dense / "llama")["model.layers.1.mlp.gate_proj.weight"]
@@ -252,7 +252,7 @@ def test_older_folders_are_read(dense: Path, tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     rewrite(folder, age)
-    upcycle(str(folder), tmp_path / "out", Recipe(copies=2), [])
+    upcycle_checkpoint(str(folder), tmp_path / "out", Recipe(copies=2), [])
     state = decoder_of(tmp_path / "out").state_dict()
     original = load_original(dense / "mistral")
     assert torch.equal(state["head.weight"], original["lm_head.weight"].bfloat16().float())
@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_read_is_refused(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=re.escape(expected)) as error:
-        upcycle(str(folder), tmp_path / "out", Recipe(), [])
+        upcycle_checkpoint(str(folder), tmp_path / "out", Recipe(), [])
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"], "nothing is left behind"
 
@@ -325,7 +325,7 @@ def test_weights_that_cannot_be_read_are_refused(dense: Path, tmp_path: Path) ->
 
 def refuse(source: Path, tmp_path: Path, expected: str) -> None:
     with pytest.raises(UserError, match=re.escape(expected)):
-        upcycle(str(source), tmp_path / "out", Recipe(), [])
+        upcycle_checkpoint(str(source), tmp_path / "out", Recipe(), [])
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -344,11 +344,11 @@ def test_recipes_that_do_not_fit_are_refused(dense: Path, tmp_path: Path) -> Non
         (lambda: Recipe(), ["nonsense"], "nonsense: an override has the form"),
     ):
         with pytest.raises(UserError, match=re.escape(expected)):
-            upcycle(source, out, make(), overrides)
+            upcycle_checkpoint(source, out, make(), overrides)
         assert not list(tmp_path.iterdir())
     out.mkdir()
     with pytest.raises(UserError, match="out: exists"):
-        upcycle(source, out, Recipe(), [])
+        upcycle_checkpoint(source, out, Recipe(), [])
 
 
 @pytest.mark.slow
@@ -386,6 +386,6 @@ def loss_of(line: str) -> float:
 
 def test_balance_is_not_decided_by_the_source(dense: Path, tmp_path: Path) -> None:
     changed = ["--model.moe.global_aux_loss_coef=0.01", "--model.moe.bias_update_rate=0"]
-    upcycle(str(dense / "llama"), tmp_path / "out", Recipe(), changed)
+    upcycle_checkpoint(str(dense / "llama"), tmp_path / "out", Recipe(), changed)
     moe = load(tmp_path / "out" / "config.toml").model.moe
     assert (moe.global_aux_loss_coef, moe.bias_update_rate) == (0.01, 0.0)

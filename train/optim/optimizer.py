@@ -1,0 +1,59 @@
+"""AdamW over the parameters of a parallelised model: which of them decay, and state by name.
+
+Torch's fused update, in one group per mesh (it takes no two meshes in a call) and per weight decay.
+State is known by the name of its parameter (`state.<parameter>.exp_avg`), so a checkpoint depends
+neither on the order of parameters nor on their groups. These are the names torchtitan's optimizer
+container gives.
+"""
+
+import re
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from configs.schema import OptimizerConfig
+from train.optim.bf16_moments import Bf16MomentsAdamW, initial_state
+
+_NO_DECAY = re.compile(r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$")
+"""Names of parameters without weight decay."""
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, moments: Literal["fp32", "bf16"] = "fp32"
+) -> torch.optim.AdamW:
+    """AdamW with a group per mesh and weight decay. moments: dtype they are stored in."""
+    members: dict[tuple[Any, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        members.setdefault((mesh, _NO_DECAY.search(name) is None), []).append((name, parameter))
+    groups = [
+        {"params": named, "weight_decay": config.weight_decay if decays else 0.0}
+        for (_, decays), named in members.items()
+    ]
+    kind = Bf16MomentsAdamW if moments == "bf16" else torch.optim.AdamW
+    betas = config.beta1, config.beta2
+    return kind(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
+    """Use `lr` in all groups from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The live state tensors by name (`state.<parameter>.exp_avg`, `.exp_avg_sq`, `.step`).
+
+    A parameter that no step has updated yet is given the state it starts with: zeros.
+    """
+    dtype = torch.bfloat16 if isinstance(optimizer, Bf16MomentsAdamW) else torch.float32
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state = optimizer.state[parameter]
+            if not state:
+                state.update(initial_state(parameter, dtype))
+            tensors |= {f"state.{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors
