@@ -19,9 +19,9 @@ from models.fp8 import WEIGHTS, apply_fp8, check_device, fp8_modules
 from models.router import routers
 from parallel.ranks import start_ranks, stop_ranks
 from train.checkpoint import checkpoint
+from train.compute_dtype import compute_dtype
 from train.data.batches import Sequences, validation_batches
 from train.data.corpus import prepare
-from train.trainer import compute_dtype
 from train.validation import bits_per_byte, validation_loss
 
 

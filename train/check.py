@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from configs.config_warnings import config_warnings
 from configs.errors import ConfigError, UserError
 from configs.loader import to_toml
@@ -16,8 +18,9 @@ from models.hf.table import architecture
 from parallel.memory.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
 from parallel.memory.rehearsal import BACKWARD, MASKS
 from train.checkpoint import checkpoint
+from train.compute_dtype import compute_dtype
 from train.data import sources
-from train.memory import likely_compute, predict
+from train.memory import predict
 from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
 
@@ -112,15 +115,14 @@ def _export_name(config: JobConfig) -> str:
 
 def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]:
     """What a rank holds and exchanges, by kind of device, and holds under the worst routing."""
-    found = {
-        d: predict(config, parallel_dims, d, likely_compute(config, d)) for d in ("cpu", "cuda")
-    }
+    compute = {d: compute_dtype(config, torch.device(d), is_here=False) for d in ("cpu", "cuda")}
+    found = {d: predict(config, parallel_dims, d, dtype) for d, dtype in compute.items()}
     even = [needs[0].peak for needs in found.values()]
     worst = [needs[1].peak for needs in found.values()]
     host = [needs[0].host for needs in found.values()]
     exchanged = [needs[0].exchanged for needs in found.values()]
     kinds = {kind for peak in even for kind in peak if peak[kind] >= 2**10} | set(_KINDS[:3])
-    dtypes = [str(likely_compute(config, d)).removeprefix("torch.") for d in found]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in compute.values()]
     lines = [f"  {'device':<26}" + "".join(f"{d:>14}" for d in found)]
     lines += [f"  {'dtype of computation':<26}" + "".join(f"{dtype:>14}" for dtype in dtypes)]
     lines += [_row(kind, [peak[kind] for peak in even]) for kind in sorted(kinds, key=_KINDS.index)]

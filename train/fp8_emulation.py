@@ -39,13 +39,13 @@ from kernels.grouped_gemm.grouped_gemm import true_rows
 from kernels.mlp.mlp_fp8 import Groups
 from kernels.mlp.swiglu import Activation, swiglu, swiglu_backward
 from kernels.quantization.quantize import (
+    block_scales,
     dequantize_1x128,
     dequantize_128x1,
     dequantize_128x128,
     quantize_1x128,
     quantize_128x1,
     quantize_128x128,
-    round_up_to_power_of_two,
 )
 from models.linear import Fp8Module, as_matrices
 
@@ -97,8 +97,7 @@ def e5m2_blocks(x: Tensor, dim: int, whole: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, largest: Tensor, fp8: torch.dtype) -> Tensor:
-    scale = (largest / torch.finfo(fp8).max).clamp(min=2.0**-80)
-    scale = round_up_to_power_of_two(scale)
+    scale = block_scales(largest, fp8, power_of_two=True)
     return ((x.float() / scale).to(fp8).float() * scale).to(x.dtype)
 
 

@@ -20,7 +20,6 @@ import torch
 
 from configs.parallel_dims import ParallelDims
 from configs.schema import JobConfig
-from kernels.device import bf16_is_fast
 from parallel.memory.fsdp_memory import FP8_SHARDS, BlockGroups, Group, Groups, Sharding, groups_of
 from parallel.memory.rehearsal import (
     EXPERTS,
@@ -65,16 +64,6 @@ def predict(
         for traces in rehearsal.run()
     )
     return even, worst
-
-
-def likely_compute(config: JobConfig, device: str) -> torch.dtype:
-    """The dtype that `precision.recipe` means on a device that need not be here: a CUDA device is
-    taken to be fast in bf16."""
-    recipe = config.precision.recipe
-    if recipe in ("auto", "fp8_blockwise"):
-        fast = device == "cuda" or bf16_is_fast(torch.device(device))
-        recipe = "bf16" if fast else "fp32"
-    return torch.bfloat16 if recipe == "bf16" else torch.float32
 
 
 class _Step:

@@ -18,7 +18,6 @@ from configs.loader import flatten, to_toml
 from configs.parallel_dims import ParallelDims
 from configs.paths import local_path
 from configs.schema import JobConfig
-from kernels.device import bf16_is_fast
 from models.counts import flops_per_token
 from models.decoder import Decoder
 from models.fp8 import gemm_shares
@@ -31,6 +30,7 @@ from train.atomic_files import claim, replace_text
 from train.checkpoint import checkpoint
 from train.checkpoint.resume import restore
 from train.checkpoint.value_range import values_out_of_range
+from train.compute_dtype import compute_dtype
 from train.data.batches import Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.garbage_collection import GarbageCollection
@@ -48,14 +48,6 @@ from train.stop import StopSignal
 from train.tokenizer.hf_files import keep_tokenizer
 from train.tokenizer.tokenizer import find_tokenizer
 from train.validation import bits_per_byte, validation_loss
-
-
-def compute_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward that `precision.recipe` means on this device."""
-    recipe = config.precision.recipe
-    if recipe == "bf16" or (recipe != "fp32" and bf16_is_fast(device)):
-        return torch.bfloat16
-    return torch.float32
 
 
 class Trainer:

@@ -234,10 +234,8 @@ def _reference(
     r, d = x.shape[0] // height, x.shape[1] // width
     x = x.reshape(r, height, d, width)
     amax = x.abs().amax((1, 3)) if x.numel() else x.new_zeros(r, d)
-    scales = (amax / torch.finfo(dtype).max).clamp_(min=MIN_SCALE)
-    scales[~amax.isfinite()] = float("nan")
+    scales = block_scales(amax, dtype, power_of_two)
     if power_of_two:  # dividing by it is multiplying by its inverse, to the bit
-        scales = round_up_to_power_of_two(scales)
         x = torch.mul(x, 1 / scales[:, None, :, None], out=x if is_own else None)
     else:
         x = torch.div(x, scales[:, None, :, None], out=x if is_own else None)
@@ -251,7 +249,17 @@ def _reference(
     return Quantized(data, scales)
 
 
-def round_up_to_power_of_two(scales: Tensor) -> Tensor:
+def block_scales(maxima: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+    """The scales of blocks with these largest magnitudes, fp32; NaN where that is not finite.
+
+    dtype: of the data, e4m3 or e5m2.
+    """
+    scales = (maxima / torch.finfo(dtype).max).clamp_(min=MIN_SCALE)
+    scales[~maxima.isfinite()] = float("nan")
+    return _round_up_to_power_of_two(scales) if power_of_two else scales
+
+
+def _round_up_to_power_of_two(scales: Tensor) -> Tensor:
     """In the bits: add all of the mantissa, so that anything above a power carries, and cut it."""
     rounded = (scales.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32)
     return rounded.masked_fill_(scales.isnan(), float("nan"))

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fp8 import BLOCK, MIN_SCALE, fp8_dtype
-from kernels.quantization.quantize import round_up_to_power_of_two
+from kernels.fp8 import BLOCK, fp8_dtype
+from kernels.quantization.quantize import block_scales
 
 
 def block_maxima(w_RC: Tensor, block_R: Tensor, first_column: int, grid_nk: Tensor) -> None:
@@ -35,9 +35,7 @@ def block_maxima(w_RC: Tensor, block_R: Tensor, first_column: int, grid_nk: Tens
 
 def scales_of(maxima: Tensor, power_of_two: bool) -> Tensor:
     """The scales of blocks with these largest magnitudes, fp32; NaN where that is infinite."""
-    scales = (maxima / torch.finfo(fp8_dtype(maxima.device)).max).clamp_(min=MIN_SCALE)
-    scales[~maxima.isfinite()] = float("nan")
-    return round_up_to_power_of_two(scales) if power_of_two else scales
+    return block_scales(maxima, fp8_dtype(maxima.device), power_of_two)
 
 
 def quantize_piece(

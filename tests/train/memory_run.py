@@ -22,10 +22,10 @@ from parallel.apply import materialize, parallelize
 from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus
+from train.compute_dtype import compute_dtype
 from train.data.batches import Sequences, TrainingData
 from train.optim.optimizer import build_optimizer
 from train.step import train_step
-from train.trainer import compute_dtype
 
 
 class Tracker(FSDPMemTracker):

@@ -1,10 +1,6 @@
 """Checkpoints of runs in FP8: what they hold, resuming after a kill, changing the recipe."""
 
-import os
-import random
 import re
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import TINY, run
-from tests.train.test_resume import final_weights, losses, start, wait_for_step
+from tests.train.test_resume import kill_and_resume, losses
 
 FP8 = [
     "--precision.recipe=fp8_blockwise", "--precision.fp8.power_of_two=true",
@@ -29,17 +25,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.long
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    arguments = [*overrides, *FP8, "--train.steps=15", "--checkpoint.every=5"]
-    killed, whole = tmp_path / "run", tmp_path / "whole"
-    run("-m", "train", TINY, *arguments, f"--run.dir={whole}", ranks=2)
-    process = start(arguments, ranks=2)
-    wait_for_step(killed, 5, process)
-    time.sleep(random.Random().uniform(0, 0.6))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    run("-m", "train", TINY, *arguments, ranks=2)
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 15
-    assert final_weights(killed) == final_weights(whole)
+    kill_and_resume([*overrides, *FP8], tmp_path, steps=15)
 
 
 @pytest.mark.parametrize("fp8_first", [True, False])

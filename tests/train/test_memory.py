@@ -25,9 +25,11 @@ from parallel.memory import rehearsal
 from tests.models.families import FAMILIES
 from tests.runs import ROOT, run
 from train.check import report
-from train.memory import likely_compute, predict
+from train.compute_dtype import compute_dtype
+from train.memory import predict
 
 TOLERANCE = 0.10
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def predicted(case: Case, **other: Any) -> int:
     """Bytes on the CPU. other: settings of `[parallel]` to pretend."""
     config = case.config()
     config = replace(config, parallel=replace(config.parallel, **other))
-    compute = likely_compute(config, "cpu")
+    compute = compute_dtype(config, CPU)
     even, worst = predict(config, resolve(config, case.ranks), "cpu", compute)
     return (worst if case.one_choice else even).peak.total()
 
@@ -171,7 +173,7 @@ def test_prediction_is_what_the_tracker_counts(case: Case, tmp_path: Path) -> No
 def test_each_part_dominates_once() -> None:
     def parts(case: Case) -> dict[str, float]:
         config = case.config()
-        even, _ = predict(config, resolve(config, 1), "cpu", likely_compute(config, "cpu"))
+        even, _ = predict(config, resolve(config, 1), "cpu", compute_dtype(config, CPU))
         peak = even.peak
         states = sum(peak[kind] for kind in ("parameters", "gradients", "AdamW moments"))
         kinds = ("attention", "routing and dispatch", "experts", "dense feed-forward",

@@ -39,10 +39,13 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.01)
 
 
-@pytest.mark.long
-def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    arguments = [*overrides, "--train.steps=60", "--checkpoint.every=5"]
-    killed, whole = tmp_path / "run", tmp_path / "whole"
+def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
+    """Two ranks, killed after step 5 and started again: all is as in a run that was not stopped.
+
+    Returns the folder of that run, `folder/run`.
+    """
+    arguments = [*arguments, f"--train.steps={steps}", "--checkpoint.every=5"]
+    killed, whole = folder / "run", folder / "whole"
     run("-m", "train", TINY, *arguments, f"--run.dir={whole}", ranks=2)
     process = start(arguments, ranks=2)
     wait_for_step(killed, 5, process)
@@ -50,8 +53,14 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     run("-m", "train", TINY, *arguments, ranks=2)
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 60
+    assert losses(killed) == losses(whole) and len(losses(whole)) == steps
     assert final_weights(killed) == final_weights(whole)
+    return killed
+
+
+@pytest.mark.long
+def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
+    killed = kill_and_resume(overrides, tmp_path, steps=60)
     environments = json.loads((killed / "environment.json").read_text())
     assert len(environments) == 2
 

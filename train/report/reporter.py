@@ -1,7 +1,6 @@
 """What rank 0 tells the world about a run; the other ranks hold a reporter that stays silent."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from parallel.ranks import Ranks
@@ -46,14 +45,9 @@ class Reporter:
                 self.say(line)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.active:
-            self._progress.__exit__(kind, error, trace)
+            self._progress.__exit__(*error)
             self._writer.close()
 
     def step(
