@@ -9,13 +9,14 @@ V value width.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from configs.model import AttentionConfig, ModelConfig
-from models.linear import project
+from models.linear import Linear, project
+from models.local_view import LocalViews, local_view
 from models.norm import RMSNorm, l2_norm
 from models.rope import apply_rope, logit_scale
 from models.tp_comm import TPComm
@@ -60,8 +61,10 @@ def layer_of(model: ModelConfig, index: int) -> Layer:
     )
 
 
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(LocalViews):
     """Projections, QK-norm, RoPE, core, output projection."""
+
+    sinks: Any = local_view("sinks")
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -69,14 +72,15 @@ class GroupedQueryAttention(nn.Module):
         self.config, self.layer = a, layer_of(config, index)
         self.has_rope, self.interleaved = a.has_rope(index), config.rope.interleaved
         self.eps = config.norm_eps
-        self.wq = nn.Linear(config.d_model, a.n_heads * a.head_dim, bias=a.bias)
-        self.wk = nn.Linear(config.d_model, a.kv_heads * a.head_dim, bias=a.bias)
-        self.wv = nn.Linear(config.d_model, a.kv_heads * a.head_dim, bias=a.bias)
-        self.wo = nn.Linear(a.n_heads * a.head_dim, config.d_model, bias=a.bias)
+        self.wq = Linear(config.d_model, a.n_heads * a.head_dim, bias=a.bias)
+        self.wk = Linear(config.d_model, a.kv_heads * a.head_dim, bias=a.bias)
+        self.wv = Linear(config.d_model, a.kv_heads * a.head_dim, bias=a.bias)
+        self.wo = Linear(a.n_heads * a.head_dim, config.d_model, bias=a.bias)
         rms = a.qk_norm == "rms"
         self.q_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
         self.k_norm = RMSNorm(a.head_dim, config.norm_eps) if rms else None
-        self.sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
+        sinks = nn.Parameter(torch.empty(a.n_heads)) if a.sinks else None
+        self.register_parameter("sinks", sinks)
         self.tp_comm = TPComm()
 
     def forward(
@@ -119,18 +123,18 @@ class LatentAttention(nn.Module):
         self.config, self.layer = a, layer_of(config, index)
         self.interleaved = config.rope.interleaved
         query_width = a.n_heads * a.qk_dim
-        self.wq_a: nn.Linear | None = None
+        self.wq_a: Linear | None = None
         self.q_a_norm: RMSNorm | None = None
         if a.q_lora_rank:
-            self.wq_a = nn.Linear(config.d_model, a.q_lora_rank, bias=False)
+            self.wq_a = Linear(config.d_model, a.q_lora_rank, bias=False)
             self.q_a_norm = RMSNorm(a.q_lora_rank, _LATENT_EPS)
-        self.wq = nn.Linear(a.q_lora_rank or config.d_model, query_width, bias=False)
+        self.wq = Linear(a.q_lora_rank or config.d_model, query_width, bias=False)
         kv_a_width = a.kv_lora_rank + a.qk_rope_head_dim
-        self.wkv_a = nn.Linear(config.d_model, kv_a_width, bias=False)
+        self.wkv_a = Linear(config.d_model, kv_a_width, bias=False)
         self.kv_a_norm = RMSNorm(a.kv_lora_rank, _LATENT_EPS)
         kv_width = a.n_heads * (a.qk_nope_head_dim + a.v_head_dim)
-        self.wkv_b = nn.Linear(a.kv_lora_rank, kv_width, bias=False)
-        self.wo = nn.Linear(a.n_heads * a.v_head_dim, config.d_model, bias=False)
+        self.wkv_b = Linear(a.kv_lora_rank, kv_width, bias=False)
+        self.wo = Linear(a.n_heads * a.v_head_dim, config.d_model, bias=False)
         self.tp_comm = TPComm()
 
     def forward(

@@ -16,16 +16,15 @@ step, never a mean of its own. The global loss knows the choices of all data ran
 microbatches of the step up to the running one (the buffer of arXiv:2501.11873, section 3): later ones are not known
 when the gradient is taken. So N ranks equal one process that takes as many microbatches.
 
-The gradient is injected: `attach` is the identity on the routing weights, and hands the loss its
-gradient in backward. So the loss need not travel to the trainer, and its reported value is added
-up in backward, which runs once, also where activation recomputation runs forward twice.
+The gradient is injected: `attach` is the identity on the routing weights, and gives the loss its
+gradient in backward. So the loss need not be returned to the trainer, and its reported value is
+added up in backward, which runs once, also where activation recomputation runs forward twice.
 (The idea is that of Megatron's MoEAuxLossAutoScaler.)
 
 T tokens, E experts, K experts per token, N sequences, L their length.
 """  # noqa: E501
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,44 +32,18 @@ from torch import Tensor
 
 from configs.model import MoEConfig
 from kernels.moe.topk import top_indices
+from models.step_context import AUXILIARY_LOSSES, RoutingDecision, StepContext
 from models.tp_comm import TPComm
-
-NAMES = ("sequence_balance", "global_balance", "router_z")
-"""The losses, in the order of every tensor that holds one value of each."""
-
-
-@dataclass(frozen=True)
-class StepScope:
-    """What a router must know of the optimizer step it trains in."""
-
-    seq_len: int
-    """Tokens per sequence."""
-    tokens: Tensor
-    """Tokens of the whole step, over all data ranks and microbatches: one number, on the device."""
-    reduce_counts: Callable[[Tensor], Tensor]
-    """Sums a tensor over all data ranks, in place."""
-
-
-@dataclass(frozen=True)
-class RoutingDecision:
-    """What a router decides once per microbatch, recomputed or not."""
-
-    ids_TK: Tensor
-    """The experts of every token."""
-    load_E: Tensor | None
-    """Choices of all data ranks in this step so far, where the global loss needs them."""
-    frequency_NE: Tensor | None
-    """f_i of every sequence, where the sequence loss needs them."""
 
 
 def coefficients(config: MoEConfig) -> tuple[float, float, float]:
-    """Factors of the losses, in the order of `NAMES`; 0: the loss is not computed."""
+    """Factors of the losses, in the order of `AUXILIARY_LOSSES`; 0: the loss is not computed."""
     return config.seq_aux_loss_coef, config.global_aux_loss_coef, config.router_z_loss_coef
 
 
 def auxiliary_losses(
     config: MoEConfig,
-    scope: StepScope,
+    step: StepContext,
     logits_TE: Tensor,
     scores_TE: Tensor,
     made: RoutingDecision,
@@ -87,53 +60,69 @@ def auxiliary_losses(
             # a sequence's P is a mean over its tokens, the step's loss a mean over its sequences:
             # together a sum over tokens, divided by the tokens of the step
             share_NE = torch.zeros_like(made.frequency_NE)
-            share_NE = share_NE.index_add(0, _sequences(shares_TE, scope, tp_comm), shares_TE)
-            parts[0] = (made.frequency_NE * share_NE).sum() / scope.tokens
+            share_NE = share_NE.index_add(0, _sequences(shares_TE, step, tp_comm), shares_TE)
+            parts[0] = (made.frequency_NE * share_NE).sum() / step.tokens
         if over_all:
             assert made.load_E is not None
             frequency_E = made.load_E.double() * (config.n_experts / made.load_E.sum())
-            parts[1] = (shares_TE.sum(0) * frequency_E.float()).sum() / scope.tokens
+            parts[1] = (shares_TE.sum(0) * frequency_E.float()).sum() / step.tokens
     if z:
-        parts[2] = logits_TE.logsumexp(-1).square().sum() / scope.tokens
+        parts[2] = logits_TE.logsumexp(-1).square().sum() / step.tokens
     return torch.stack(parts)
 
 
-def sequence_frequency(scores_TE: Tensor, top_k: int, scope: StepScope, tp_comm: TPComm) -> Tensor:
+def sequence_frequency(scores_TE: Tensor, top_k: int, step: StepContext, tp_comm: TPComm) -> Tensor:
     """f_i of every sequence of the microbatch, `[N, E]`; a sequence may lie on several ranks."""
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, top_indices(scores_TE, top_k), 1.0)
     n_ranks = 1 if tp_comm.group is None else tp_comm.group.size()
-    n_sequences = scores_TE.shape[0] * n_ranks // scope.seq_len
+    n_sequences = scores_TE.shape[0] * n_ranks // step.seq_len
     counts_NE = chosen_TE.new_zeros(n_sequences, scores_TE.shape[1])
-    counts_NE.index_add_(0, _sequences(scores_TE, scope, tp_comm), chosen_TE)
-    return tp_comm.sum(counts_NE) * (scores_TE.shape[1] / (top_k * scope.seq_len))
+    counts_NE.index_add_(0, _sequences(scores_TE, step, tp_comm), chosen_TE)
+    return tp_comm.sum(counts_NE) * (scores_TE.shape[1] / (top_k * step.seq_len))
 
 
-def _sequences(scores_TE: Tensor, scope: StepScope, tp_comm: TPComm) -> Tensor:
+def _sequences(scores_TE: Tensor, step: StepContext, tp_comm: TPComm) -> Tensor:
     """The sequence of each of this rank's tokens, `[T]`."""
     n_tokens = scores_TE.shape[0]
     index_T = torch.arange(n_tokens, device=scores_TE.device) + tp_comm.place * n_tokens
-    return index_T // scope.seq_len
+    return index_T // step.seq_len
 
 
-def attach(weights_TK: Tensor, losses_3: Tensor, config: MoEConfig, values_3: Tensor) -> Tensor:
+def attach(weights_TK: Tensor, losses_3: Tensor, config: MoEConfig, totals_3: Tensor) -> Tensor:
     """`weights_TK`, unchanged; in backward the losses get their gradient, coefficients included,
-    and their values are added to `values_3`."""
+    and their values are added to `totals_3`."""
     pairs = zip(coefficients(config), losses_3.unbind(), strict=True)
     total = torch.stack([factor * loss for factor, loss in pairs]).sum()
-    return _Attach.apply(weights_TK, total, losses_3.detach(), values_3)
+    return _Attach.apply(weights_TK, total, losses_3.detach(), totals_3)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weights_TK: Tensor, total: Tensor, losses_3: Tensor, values_3: Tensor
+        ctx: Any, weights_TK: Tensor, total: Tensor, losses_3: Tensor, totals_3: Tensor
     ) -> Tensor:
         ctx.save_for_backward(losses_3)
-        ctx.values_3 = values_3  # not saved: it changes between forward and backward
+        ctx.totals_3 = totals_3  # not saved: it changes between forward and backward
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (losses_3,) = ctx.saved_tensors
-        ctx.values_3 += losses_3
+        ctx.totals_3 += losses_3
         return grad_TK, torch.ones_like(losses_3[0]), None, None
+
+
+def mean_losses(
+    config: MoEConfig, step: StepContext, reduce: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """The auxiliary losses in use, of the whole step without coefficients, mean over layers.
+
+    reduce: sums a tensor over all data ranks, which call this together.
+    """
+    used = dict(zip(AUXILIARY_LOSSES, coefficients(config), strict=True))
+    layers = step.moe_layers
+    if not layers or not any(used.values()):
+        return {}
+    sums_3 = reduce(torch.stack([totals.losses_3 for totals in layers]).sum(0))
+    means = (sums_3 / len(layers)).tolist()
+    return {name: mean for name, mean in zip(used, means, strict=True) if used[name]}

@@ -1,7 +1,13 @@
 """One transformer block; the decoder stacks them, and an MTP module contains one.
 
+`Block.runner` is the seam of activation recomputation: it may run the computation again in backward
+(`parallel.recompute`). It lies within the module's call, so that hooks of the module run once.
+
 T tokens, D model width.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,6 +15,14 @@ from configs.model import ModelConfig
 from models.attention import AttentionCore, GroupedQueryAttention, LatentAttention, Tables
 from models.moe import FeedForward, MoE
 from models.norm import RMSNorm
+from models.step_context import LayerContext
+
+Runner = Callable[..., Tensor]
+"""Calls a block's computation with its arguments: `runner(compute, *arguments)`."""
+
+
+def _run(compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return compute(*arguments)
 
 
 class Block(nn.Module):
@@ -23,8 +37,23 @@ class Block(nn.Module):
         moe = config.is_moe(index)
         self.ffn = MoE(config) if moe else FeedForward(config.d_model, config.d_ff)
 
-    def forward(
-        self, x_TD: Tensor, positions_T: Tensor, tables: Tables, core: AttentionCore
+        self.runner: Runner = _run
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """`compute` through the runner."""
+        return self.runner(self.compute, *arguments)
+
+    def compute(
+        self,
+        x_TD: Tensor,
+        positions_T: Tensor,
+        tables: Tables,
+        core: AttentionCore,
+        layer: LayerContext | None = None,
     ) -> Tensor:
+        """layer: of the training step, in blocks with experts (`models.step_context`)."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, tables, core)
-        return x_TD + self.ffn(self.ffn_norm(x_TD))
+        normed_TD = self.ffn_norm(x_TD)
+        if isinstance(self.ffn, MoE):
+            return x_TD + self.ffn(normed_TD, layer)
+        return x_TD + self.ffn(normed_TD)

@@ -1,8 +1,10 @@
 """The decoder: embedding, blocks, final norm, head. One definition for training and serving.
 
 Tokens come in one flat dimension T; which of them belong together is known to the attention core
-alone. What becomes of the last hidden states is the caller's choice: by default logits, in
-training the loss (never holding all logits), in serving the logits of each request's last token.
+alone. What becomes of the last hidden states is the caller's choice, the argument `output`: by
+default logits, in training the loss (never holding all logits), in serving the logits of each
+request's last token. The routers' auxiliary losses are not part of the output: they join in
+backward (`models.balance`), in a training step alone, which the argument `context` stands for.
 
 T tokens, D model width, V vocabulary.
 """
@@ -16,9 +18,12 @@ from torch import Tensor, nn
 from configs.model import ModelConfig
 from models.attention import AttentionCore
 from models.block import Block
+from models.embedding import Embedding
+from models.linear import Linear
 from models.mtp import MtpModule
 from models.norm import RMSNorm
 from models.rope import rope_tables
+from models.step_context import MicrobatchContext
 from models.tp_comm import TPComm
 
 Output = Callable[[Tensor, Tensor], Any]
@@ -31,13 +36,13 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mtp = nn.ModuleList(MtpModule(config) for _ in range(config.mtp_depth))
-        self.head: nn.Linear | None = None
+        self.head: Linear | None = None
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
         self.tp_comm = TPComm()
 
     def blocks(self) -> list[Block]:
@@ -51,6 +56,7 @@ class Decoder(nn.Module):
         core: AttentionCore,
         output: Output = F.linear,
         mtp_outputs: Sequence[tuple[Tensor, Output]] = (),
+        context: MicrobatchContext | None = None,
     ) -> Any:
         """`output(x_TD, head_weight_VD)`; with the default, logits `[T, V]`.
 
@@ -58,18 +64,23 @@ class Decoder(nn.Module):
         mtp_outputs: for each MTP module to run, the tokens it reads (`[T]`, module k: the k-th
         successor of every token) and what to make of its hidden states; a tuple of all outputs is
         returned.
+        context: of a training step; routers then count and add the gradient of their auxiliary
+        losses in backward.
         """
         x_TD = self.embed(tokens_T)
         tables = rope_tables(positions_T, self.config.rope, self.config.attention.rope_dim)
-        for block in self.layers:
-            x_TD = block(x_TD, positions_T, tables, core)
+        n_blocks = len(self.layers) + len(self.mtp)
+        layers = (None,) * n_blocks if context is None else context.layers
+        for block, layer in zip(self.layers, layers[: len(self.layers)], strict=True):
+            x_TD = block(x_TD, positions_T, tables, core, layer)
         head = self.embed if self.head is None else self.head
         x_TD = self.norm(x_TD)
         main = output(self.tp_comm.gather(x_TD), head.weight)
         if not mtp_outputs:
             return main
         outputs = [main]
-        for module, (successors_T, module_output) in zip(self.mtp, mtp_outputs, strict=True):
-            x_TD = module(x_TD, self.embed(successors_T), positions_T, tables, core)
+        modules = zip(self.mtp, mtp_outputs, layers[len(self.layers) :], strict=True)
+        for module, (successors_T, module_output), layer in modules:
+            x_TD = module(x_TD, self.embed(successors_T), positions_T, tables, core, layer)
             outputs.append(module_output(self.tp_comm.gather(x_TD), head.weight))
         return tuple(outputs)

@@ -3,15 +3,17 @@
 All projections of attention (MLA's compressions too), dense and shared feed-forwards and experts;
 never embeddings, head, router, norms or the attention core: they are a small part of the work, and
 the choice of experts and the loss depend on their exact values (DeepSeek-V3, arXiv:2412.19437,
-section 3.3.1). A module is turned by giving it another class; parameters, their names and shapes
-stay, so initialisation, sharding and checkpoints know nothing of it.
+section 3.3.1). A module is replaced by one that computes in FP8 and has the same parameters, under
+the same names: initialization, sharding and checkpoints know nothing of it.
 
 Experts with biases (GPT-OSS) run their products one by one: the gradient of a bias is a sum of
 rows that the fused form never has in one piece. SwiGLU then keeps its input in bf16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +24,20 @@ from kernels.fp8 import Quantized, fp8_dtype
 from kernels.mlp.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
 from models.counts import flops_per_token
 from models.decoder import Decoder
-from models.linear import Fp8Linear, Fp8Module, as_matrices
+from models.linear import Fp8Linear, Fp8Module, Linear, as_matrices
 from models.moe import Experts, FeedForward, Rows, row_values
+from models.parameters import spec_of
 
 
-class Fp8FeedForward(FeedForward, Fp8Module):
+class Fp8FeedForward(Fp8Module, FeedForward):
     """A dense SwiGLU in FP8."""
+
+    @staticmethod
+    def of(module: FeedForward, power_of_two: bool) -> "Fp8FeedForward":
+        """In FP8 what `module` is."""
+        with torch.device("meta"):
+            made = Fp8FeedForward(module.w2.shape[0], module.width, power_of_two=power_of_two)
+        return made.share_parameters(module)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = self.tp_comm.gather(x_TD)
@@ -40,8 +50,15 @@ class Fp8FeedForward(FeedForward, Fp8Module):
         return self.tp_comm.reduce_scatter(y_TD)
 
 
-class Fp8Experts(Experts, Fp8Module):
-    """SwiGLU experts in FP8; rows that came in FP8 are not quantised again."""
+class Fp8Experts(Fp8Module, Experts):
+    """SwiGLU experts in FP8; rows that came in FP8 are not quantized again."""
+
+    @staticmethod
+    def of(module: Experts, power_of_two: bool) -> "Fp8Experts":
+        """In FP8 what `module` is."""
+        with torch.device("meta"):
+            made = Fp8Experts(module.w2.shape[1], module.config, power_of_two=power_of_two)
+        return made.share_parameters(module)
 
     def forward(self, rows: Rows) -> Tensor:
         if self.b13 is not None or self.b2 is not None or self.config.weight_on == "input":
@@ -76,48 +93,43 @@ def _groups_of(rows: Rows) -> Groups:
     return Groups(rows.ends_e, rows.counts_e, rows.align)
 
 
-WEIGHTS = ("weight", "w13", "w2")
-"""Parameters that the products multiply with."""
-_CLASSES: dict[type[nn.Module], type[Fp8Module]] = {
-    nn.Linear: Fp8Linear, FeedForward: Fp8FeedForward, Experts: Fp8Experts,
+_IN_FP8: dict[type[nn.Module], Callable[[Any, bool], Fp8Module]] = {
+    Linear: Fp8Linear.of, FeedForward: Fp8FeedForward.of, Experts: Fp8Experts.of,
 }  # fmt: skip
 
 
 def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
-    """Turn the eligible modules of a model, before anything else is done to it; their names.
+    """Replace the eligible modules of a model, before anything else is done to it; their names.
 
-    Raises ConfigError for a pattern that matches no module, or where nothing would be left.
+    Raises ConfigError for a pattern that matches no module, or where none would be left.
     """
     blocks = _blocks(model)
     last = len(blocks) - options.last_bf16
     eligible = [
-        (f"{prefix}.{name}", module)
+        f"{prefix}.{name}"
         for prefix, block in blocks[options.first_bf16 : max(last, 0)]
         for name, module in block.named_modules()
-        if type(module) in _CLASSES
+        if type(module) in _IN_FP8
     ]
     names = [name for name, _ in model.named_modules()]
     for pattern in options.keep:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
                 f"precision.fp8.keep: no module is called {pattern!r}; names are such as "
-                f"{eligible[0][0] if eligible else names[-1]}"
+                f"{eligible[0] if eligible else names[-1]}"
             )
-    turned = []
-    for name, module in eligible:
+    replaced = []
+    for name in eligible:
         if any(_within(name, pattern) for pattern in options.keep):
             continue
-        if isinstance(module, Fp8Module):  # of a block that stands for several
-            continue
-        module.__class__ = _CLASSES[type(module)]
-        assert isinstance(module, Fp8Module)
-        module.sources, module.power_of_two = {}, options.power_of_two
-        turned.append(name)
-    if not turned:
+        module = model.get_submodule(name)
+        model.set_submodule(name, _IN_FP8[type(module)](module, options.power_of_two))
+        replaced.append(name)
+    if not replaced:
         raise ConfigError(
             "precision.recipe = 'fp8_blockwise', but precision.fp8 leaves every module in bf16"
         )
-    return turned
+    return replaced
 
 
 def check_device(device: torch.device, name: str) -> None:
@@ -132,6 +144,16 @@ def _within(name: str, pattern: str) -> bool:
     """Whether a pattern matches a module or one that it is part of."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
+
+
+def fp8_weights(model: nn.Module) -> dict[str, tuple[Fp8Module, str]]:
+    """The weights that products in FP8 multiply with: by name, the module and the name there."""
+    return {
+        f"{name}.{key}": (module, key)
+        for name, module in fp8_modules(model).items()
+        for key, _ in module.named_parameters(recurse=False)
+        if spec_of(f"{name}.{key}").fp8
+    }
 
 
 def fp8_modules(model: nn.Module) -> dict[str, Fp8Module]:
@@ -161,15 +183,13 @@ def gemm_shares(model: Decoder, seq_len: int) -> GemmShares:
     """How much of a model's work is done in FP8, from the shapes of its weights."""
     share = model.config.moe.top_k / model.config.moe.n_experts
     fp8 = eligible = 0.0
-    for _, block in _blocks(model):
-        for module in block.modules():
-            if not isinstance(module, tuple(_CLASSES)):
-                continue
-            own = dict(module.named_parameters(recurse=False))
-            matrices = sum(own[name].numel() for name in WEIGHTS if name in own)
-            flops = 6 * matrices * (share if isinstance(module, Experts) else 1.0)
+    for name, parameter in model.named_parameters():
+        spec = spec_of(name)
+        if spec.fp8:
+            flops = 6 * parameter.numel() * (1.0 if spec.ep is None else share)
             eligible += flops
-            fp8 += flops if isinstance(module, Fp8Module) else 0.0
+            owner = model.get_submodule(name.rpartition(".")[0])
+            fp8 += flops if isinstance(owner, Fp8Module) else 0.0
     return GemmShares(fp8, eligible, flops_per_token(model.config, seq_len))
 
 

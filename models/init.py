@@ -3,7 +3,8 @@
 Every parameter has a generator of its own, seeded by (seed, name) and, for experts, by the expert
 index; so a rank that holds experts 8 to 15 draws those alone, and every mesh starts from the same
 model. Truncated normal of `init_std`; projections that write into the residual stream get it
-divided by sqrt(2 * n_layers) (GPT-2); norms start at one, biases and sinks at zero.
+divided by sqrt(2 * n_layers) (GPT-2); norms start at one, biases and sinks at zero
+(`models.parameters`).
 """
 
 import hashlib
@@ -13,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import ModelConfig
-
-_RESIDUAL = ("wo.weight", "w2")
-"""Endings of the parameters that write into the residual stream."""
-_ZERO = (".bias", ".b13", ".b2", ".sinks")
+from models.parameters import spec_of
 
 
 def initial_value(
@@ -30,14 +28,15 @@ def initial_value(
 
     shape: the whole logical shape. Of expert parameters only the wanted experts are drawn.
     """
-    if name.endswith("norm.weight"):
+    spec = spec_of(name)
+    if spec.init == "ones":
         return torch.ones(shape)[rows]
-    if name.endswith(_ZERO):
+    if spec.init == "zeros":
         return torch.zeros(shape)[rows]
     std = config.init_std
-    if name.endswith(_RESIDUAL):
+    if spec.init == "residual":
         std /= math.sqrt(2 * config.n_layers)
-    if ".experts." not in name:
+    if spec.ep is None:
         return draw(seed, name, shape, std)[rows]
     wanted = range(shape[0])[rows]
     if not wanted:

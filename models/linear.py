@@ -1,23 +1,32 @@
-"""Projections of activations: `nn.Linear`, or the same with its products in FP8.
+"""Projections of activations, in the compute dtype or with their products in FP8.
 
 A module in FP8 still has its weight as a parameter: that is what the optimizer steps, a checkpoint
-holds and a gradient belongs to. The products take the quantised form, from a *source*: by default
-the weight is quantised where it is used; sharded training puts a source in its place that holds
+holds and a gradient belongs to. The products take the quantized form, from a *source*: by default
+the weight is quantized where it is used; sharded training puts a source in its place that holds
 what was gathered in FP8, and then nothing reads the parameter's values.
 
 T tokens, N output width, D input width.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
 from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8
 from kernels.mlp.mlp_fp8 import Groups
 from kernels.mlp.swiglu import Activation
+from models.local_view import LocalViews, local_view
 
 Source = Callable[[], Fp8Weight]
+
+
+class Linear(nn.Linear, LocalViews):
+    """`nn.Linear` whose parameters may be sharded."""
+
+    weight: Any = local_view("weight")
+    bias: Any = local_view("bias")
 
 
 class Observer(Protocol):
@@ -37,16 +46,35 @@ class Observer(Protocol):
         ...
 
 
-class Fp8Module(nn.Module):
-    """What modules with weights in FP8 have in common."""
+class Fp8Module(LocalViews):
+    """What modules with weights in FP8 have in common. Each is made from the module whose place it
+    takes, whose parameters it shares."""
 
-    sources: dict[str, Source]
-    """By name of the parameter."""
-    power_of_two: bool
-    observer: Observer | None = None
+    def __init__(self, *arguments: Any, power_of_two: bool = False, **options: Any) -> None:
+        """power_of_two: the scales of weights and activations."""
+        super().__init__(*arguments, **options)
+        self.power_of_two = power_of_two
+        self.sources: dict[str, Source] = {}
+        """Where quantized weights come from, by name of the parameter."""
+        self.observer: Observer | None = None
+
+    def share_parameters(self, module: nn.Module) -> Self:
+        """Take the parameters of `module`, which must not be sharded yet, and its mode."""
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        return self.train(module.training)
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Inside, show `observer` what is computed."""
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = None
 
     def fp8_weight(self, name: str) -> Fp8Weight:
-        """The quantised weight, a matrix or one per expert."""
+        """The quantized weight, a matrix or one per expert."""
         source = self.sources.get(name)
         if source is not None:
             return source()
@@ -59,8 +87,15 @@ def as_matrices(name: str, weight: Tensor) -> Tensor:
     return weight.flatten(-3, -2) if name == "w13" else weight
 
 
-class Fp8Linear(nn.Linear, Fp8Module):
+class Fp8Linear(Fp8Module, Linear):
     """A projection whose three products run in FP8; the bias is added in x's dtype."""
+
+    @staticmethod
+    def of(linear: Linear, power_of_two: bool) -> "Fp8Linear":
+        """In FP8 what `linear` is."""
+        shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        made = Fp8Linear(*shape, bias=bias, power_of_two=power_of_two, device="meta")
+        return made.share_parameters(linear)
 
     def forward(self, x_TD: Tensor, product_TN: Tensor | None = None) -> Tensor:
         """product_TN: what `project` has made already."""
@@ -72,7 +107,7 @@ class Fp8Linear(nn.Linear, Fp8Module):
         return product_TN if self.bias is None else product_TN + self.bias
 
 
-def project(x_TD: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """Every layer applied to the same x; in FP8, x is quantised and kept once for all.
 
     Each layer is called even so: FSDP2 frees weights when every module of a group has run, and

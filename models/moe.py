@@ -2,9 +2,9 @@
 
 A token's path: the router chooses `top_k` experts; the *dispatcher* brings the token's row to each
 of them and sums what comes back. The dispatcher is the seam where expert parallelism enters:
-`run(x_TD, expert_ids_TK, weights_TK, experts, shared_experts)`; the default here communicates
-nothing. `experts` is a callable on `Rows`, so a dispatcher may feed it any number of chunks;
-`shared_experts` is work that does not depend on the exchange (shared experts).
+`run(x_TD, expert_ids_TK, weights_TK, experts, shared_experts, layer)`; the default here does not
+communicate. `experts` is a callable on `Rows`, so a dispatcher may feed it any number of chunks;
+`shared_experts` is work that does not depend on the exchange.
 
 T tokens, K experts per token, R rows, D model width, F expert width, E experts, e local experts.
 """
@@ -22,14 +22,16 @@ from kernels.mlp.mlp import swiglu_mlp
 from kernels.mlp.swiglu import swiglu
 from kernels.moe.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.quantization.quantize import dequantize_1x128
+from models.local_view import LocalViews, local_view
 from models.router import Router
+from models.step_context import LayerContext
 from models.tp_comm import TPComm
 
 
 class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in pytrees only
     """Rows grouped by expert. Group e ends at `ends_e[e]` and has `counts_e[e]` true rows; rows
     between these and the next group are zero, with weight zero. Rows from the last end on belong
-    to nobody: whatever is made of them is not read."""
+    to no expert: what is computed from them is not read."""
 
     data: Tensor
     """`[R, D]`; FP8 where there are scales."""
@@ -89,8 +91,12 @@ class Dispatcher(Protocol):
         weights_TK: Tensor,
         experts: ExpertsFn,
         shared_experts: Callable[[], Tensor] | None = None,
+        layer: LayerContext | None = None,
     ) -> Tensor:
-        """`y_TD`: the sum of each token's weighted expert outputs, plus `shared_experts()`."""
+        """`y_TD`: the sum of each token's weighted expert outputs, plus `shared_experts()`.
+
+        layer: where a training step counts what travels.
+        """
         ...
 
 
@@ -107,6 +113,7 @@ class LocalDispatcher:
         weights_TK: Tensor,
         experts: ExpertsFn,
         shared_experts: Callable[[], Tensor] | None = None,
+        layer: LayerContext | None = None,
     ) -> Tensor:
         to = permutation(expert_ids_TK, self.n_experts, self.align)
         rows = rows_for(x_TD, weights_TK, to, self.align)
@@ -114,8 +121,13 @@ class LocalDispatcher:
         return y_TD if shared_experts is None else y_TD + shared_experts()
 
 
-class Experts(nn.Module):
+class Experts(LocalViews):
     """SwiGLU experts as two grouped GEMMs; gate and up share the first."""
+
+    w13: Any = local_view("w13")
+    w2: Any = local_view("w2")
+    b13: Any = local_view("b13")
+    b2: Any = local_view("b2")
 
     recompute_h: bool = False
     """Keep gate and up only, and compute the activation again in backward (without biases)."""
@@ -124,10 +136,11 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         n, width = config.n_experts, config.d_expert
-        self.w13 = nn.Parameter(torch.empty(n, 2, width, d_model))
-        self.w2 = nn.Parameter(torch.empty(n, d_model, width))
-        self.b13 = nn.Parameter(torch.empty(n, 2, width)) if config.expert_bias else None
-        self.b2 = nn.Parameter(torch.empty(n, d_model)) if config.expert_bias else None
+        self.register_parameter("w13", nn.Parameter(torch.empty(n, 2, width, d_model)))
+        self.register_parameter("w2", nn.Parameter(torch.empty(n, d_model, width)))
+        biases = config.expert_bias
+        self.register_parameter("b13", nn.Parameter(torch.empty(n, 2, width)) if biases else None)
+        self.register_parameter("b2", nn.Parameter(torch.empty(n, d_model)) if biases else None)
 
     def forward(self, rows: Rows) -> Tensor:
         """Weighted outputs `[R, D]`, row by row."""
@@ -158,20 +171,24 @@ class Experts(nn.Module):
 
     @staticmethod
     def _of_rows(bias_eN: Tensor, rows: Rows) -> Tensor:
-        """Every row's bias, `[R, N]`; zero for rows of nobody."""
+        """Every row's bias, `[R, N]`; zero for rows of no expert."""
         slots_R = torch.arange(rows.data.shape[0], device=rows.ends_e.device)
         expert_of_row = torch.searchsorted(rows.ends_e, slots_R, right=True)
-        nobody_1N = bias_eN.new_zeros(1, bias_eN.shape[1])
-        return torch.cat([bias_eN, nobody_1N]).index_select(0, expert_of_row)
+        zero_1N = bias_eN.new_zeros(1, bias_eN.shape[1])
+        return torch.cat([bias_eN, zero_1N]).index_select(0, expert_of_row)
 
 
-class FeedForward(nn.Module):
+class FeedForward(LocalViews):
     """Dense SwiGLU: the shared experts, and the first layers where they are dense."""
+
+    w13: Any = local_view("w13")
+    w2: Any = local_view("w2")
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
-        self.w13 = nn.Parameter(torch.empty(2, width, d_model))
-        self.w2 = nn.Parameter(torch.empty(d_model, width))
+        self.width = width
+        self.register_parameter("w13", nn.Parameter(torch.empty(2, width, d_model)))
+        self.register_parameter("w2", nn.Parameter(torch.empty(d_model, width)))
         self.tp_comm = TPComm()
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -192,8 +209,9 @@ class MoE(nn.Module):
             self.shared_experts = FeedForward(config.d_model, moe.n_shared_experts * moe.d_expert)
         self.dispatcher: Dispatcher = LocalDispatcher(moe.n_experts)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        ids_TK, weights_TK = self.router(x_TD)
+    def forward(self, x_TD: Tensor, layer: LayerContext | None = None) -> Tensor:
+        """layer: of the training step, where there is one (`models.step_context`)."""
+        ids_TK, weights_TK = self.router(x_TD, layer)
         shared = self.shared_experts
         shared_experts = None if shared is None else lambda: shared(x_TD)
-        return self.dispatcher.run(x_TD, ids_TK, weights_TK, self.experts, shared_experts)
+        return self.dispatcher.run(x_TD, ids_TK, weights_TK, self.experts, shared_experts, layer)

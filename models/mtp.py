@@ -2,24 +2,26 @@
 
 Module k reads, at position i, the hidden state of depth k - 1 and the embedding of token i + k;
 it predicts token i + k + 1 with the model's own head (DeepSeek-V3, arXiv:2412.19437, section 2.2).
-So the causal chain of tokens is complete at every depth, and the trunk learns to plan ahead. In
-serving the modules may draft tokens for speculative decoding, or be left out.
+So the causal chain of tokens is complete at every depth, and the model learns to plan further than
+one token. In serving the modules may draft tokens for speculative decoding, or be left out.
 
-The report leaves open which hidden state is handed on. Here it is the one the head sees, after the
-final norm: so does the code that DeepSeek ships with its weights, and serving engines feed their
-drafts the same (with the state before the norm, acceptance drops). The embedding comes first in
-the projected pair, as in the published weights.
+The report does not say which hidden state the next module reads. Here it is the one the head sees,
+after the final norm: so does the code that DeepSeek ships with its weights, and serving engines
+feed their drafts the same (with the state before the norm, acceptance drops). The embedding comes
+first in the projected pair, as in the published weights.
 
 T tokens, D model width.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.model import ModelConfig
 from models.attention import AttentionCore, Tables
 from models.block import Block
+from models.linear import Linear
 from models.norm import RMSNorm
+from models.step_context import LayerContext
 
 
 class MtpModule(Block):
@@ -29,20 +31,22 @@ class MtpModule(Block):
         super().__init__(config, config.n_layers - 1)
         self.enorm = RMSNorm(config.d_model, config.norm_eps)
         self.hnorm = RMSNorm(config.d_model, config.norm_eps)
-        self.eh_proj = nn.Linear(2 * config.d_model, config.d_model, bias=False)
+        self.eh_proj = Linear(2 * config.d_model, config.d_model, bias=False)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(  # type: ignore[override]
+    def compute(  # type: ignore[override]
         self,
         x_TD: Tensor,
         embedded_TD: Tensor,
         positions_T: Tensor,
         tables: Tables,
         core: AttentionCore,
+        layer: LayerContext | None = None,
     ) -> Tensor:
         """Hidden states of this depth, ready for the head and for the next module.
 
         x_TD: those of the depth before. embedded_TD: the embedding of each token's k-th successor.
         """
         pair_T2D = torch.cat([self.enorm(embedded_TD), self.hnorm(x_TD)], dim=-1)
-        return self.norm(super().forward(self.eh_proj(pair_T2D), positions_T, tables, core))
+        x_TD = super().compute(self.eh_proj(pair_T2D), positions_T, tables, core, layer)
+        return self.norm(x_TD)

@@ -1,7 +1,7 @@
 """Sparse upcycling: the feed-forwards of a dense model become experts (arXiv:2212.05055).
 
 A feed-forward is a sum over its hidden neurons, so it may be cut into G pieces (granularity) whose
-outputs add up to its own. Each piece stands `copies` times; the experts of one copy are neighbours
+outputs add up to its own. Each piece appears `copies` times; the experts of one copy are neighbours
 and start with the same router row, so they score the same and are chosen together: the top-k of
 the first step is a whole cover of the feed-forward ("virtual group", arXiv:2410.07524). With G = 1
 every expert is a whole copy.
@@ -37,7 +37,7 @@ class Recipe:
     """How a dense model is turned into experts."""
 
     copies: int = 4
-    """How often every routed piece stands in a layer."""
+    """How often every routed piece appears in a layer."""
     granularity: int = 1
     """Pieces a feed-forward is cut into."""
     top_k: int = 0

@@ -21,17 +21,11 @@ T * K weights, gather T * D.
 from configs.dispatch import DispatchConfig
 from models.decoder import Decoder
 from models.moe import LocalDispatcher, MoE
+from models.parameters import spec_of
 from parallel.dispatch.factory import dispatcher_maker
 from parallel.dispatch.gathering import GatheringDispatcher
 from parallel.mesh import Mesh
 from parallel.sharded_parameters import pad_local, shard_parameters
-
-DIMS: dict[str, dict[str, int]] = {
-    "w13": {"ep": 0, "etp": 2},
-    "b13": {"ep": 0, "etp": 2},
-    "w2": {"ep": 0, "etp": 2},
-    "b2": {"ep": 0, "etp": 1},
-}
 
 
 def apply_expert_parallel(
@@ -54,12 +48,13 @@ def apply_expert_parallel(
         model.config.moe.n_experts, group, options, align, power_of_two
     )
     for moe in layers:
-        names = [name for name, _ in moe.experts.named_parameters()]
-        dims = {name: tuple(DIMS[name][axis] for axis in axes) for name in names}
+        specs = {name: spec_of(f"experts.{name}") for name, _ in moe.experts.named_parameters()}
+        dims = {name: tuple(getattr(spec, axis) for axis in axes) for name, spec in specs.items()}
         shard_parameters(moe.experts, mesh.expert[tuple(axes)], dims)
         if "ep" in axes:
             moe.dispatcher = make_dispatcher()
         if "etp" in axes:
-            if "b2" in names:
-                pad_local(moe.experts, "b2", 1, mesh.expert["etp"])
+            for name, spec in specs.items():
+                if spec.padded and spec.etp is not None:
+                    pad_local(moe.experts, name, spec.etp, mesh.expert["etp"])
             moe.dispatcher = GatheringDispatcher(moe.dispatcher, mesh.expert["etp"].get_group())

@@ -28,8 +28,8 @@ from configs.errors import ConfigError
 from kernels.fp8 import BLOCK, fp8_dtype
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.quantization.shard import block_maxima, quantize_piece, scales_of
-from models.fp8 import WEIGHTS, Fp8Experts, fp8_modules
-from models.linear import Fp8Module
+from models.fp8 import Fp8Experts, fp8_weights
+from models.parameters import spec_of
 from parallel.shards import local_of
 
 
@@ -59,6 +59,8 @@ class GatheredWeight:
         self.scales = torch.empty(self.grid, device=self.local.device)
         # what FSDP2 gathers: the shard, with its padding where the ranks do not divide it evenly
         self.wire = torch.zeros(length, dtype=torch.uint8, device=self.local.device)
+        self.version = -1
+        """Of the master weight when it was quantized (torch counts changes in place)."""
         self.stand_in: Tensor | None = None
         self.whole: Fp8Weight | None = None
         self.local.fsdp_pre_all_gather = self._before
@@ -70,6 +72,7 @@ class GatheredWeight:
 
     def quantize(self, maxima_nk: Tensor) -> None:
         """This rank's piece anew, with scales that all ranks agree on."""
+        self.version = self.local._version
         self.scales.copy_(scales_of(maxima_nk, self.power_of_two))
         mine = self.wire
         for dim, size in enumerate(self.local.shape):
@@ -91,6 +94,11 @@ class GatheredWeight:
     def _before(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: nn.Module, policy: Any
     ) -> tuple[tuple[Tensor, ...], None]:
+        if self.version != self.local._version:
+            raise RuntimeError(
+                "a weight changed after it was quantized; call Fp8Weights.refresh after every "
+                "optimizer step and every load"
+            )
         return (self.wire,), None
 
     def _after(
@@ -136,10 +144,10 @@ class Fp8Weights:
 
 def gather_in_fp8(model: nn.Module) -> Fp8Weights:
     """Let FSDP2 gather the weights of FP8 modules in FP8; after the model is materialised."""
-    weights = []
+    weights, in_fp8 = [], set(fp8_weights(model).values())
     for sharded in _records(model):
         owner, name = sharded._module_info.module, sharded._module_info.param_name
-        if not isinstance(owner, Fp8Module) or name not in WEIGHTS:
+        if (owner, name) not in in_fp8:
             continue
         assert not sharded.offload_to_cpu, "refused by configs.schema"
         weight = GatheredWeight(sharded, isinstance(owner, Fp8Experts), owner.power_of_two)
@@ -170,20 +178,18 @@ def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
 
     shapes: of the whole parameters, by name.
     """
-    for name, module in fp8_modules(model).items():
-        for key, parameter in module.named_parameters(recurse=False):
-            if key not in WEIGHTS:
-                continue
-            local, whole = local_of(parameter).shape, shapes[f"{name}.{key}"]
-            experts = isinstance(module, Fp8Experts)
-            for dim in range(int(experts), len(whole)):
-                if local[dim] != whole[dim] and local[dim] % BLOCK:
-                    raise ConfigError(
-                        f"precision.recipe = 'fp8_blockwise': {name}.{key} is divided into parts "
-                        f"of {local[dim]} (of {whole[dim]}), which must be multiples of "
-                        f"{BLOCK}; use a smaller parallel.{'etp' if experts else 'tp'}, or name "
-                        "the module in precision.fp8.keep"
-                    )
+    parameters = dict(model.named_parameters())
+    for name in fp8_weights(model):
+        local, whole = local_of(parameters[name]).shape, shapes[name]
+        experts = spec_of(name).ep is not None
+        for dim in range(int(experts), len(whole)):
+            if local[dim] != whole[dim] and local[dim] % BLOCK:
+                raise ConfigError(
+                    f"precision.recipe = 'fp8_blockwise': {name} is divided into parts of "
+                    f"{local[dim]} (of {whole[dim]}), which must be multiples of {BLOCK}; use a "
+                    f"smaller parallel.{'etp' if experts else 'tp'}, or name the module in "
+                    "precision.fp8.keep"
+                )
 
 
 def _records(model: nn.Module) -> list[Any]:

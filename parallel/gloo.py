@@ -2,10 +2,10 @@
 
 torch 2.13 gives every gloo group two threads. When one of them has finished an operation it writes
 the operation's name into a string of the group (`lastCompletedWorkName`), without a lock. Up to 15
-characters lie in the string itself; a longer name is allocated, and two threads that replace it at
+characters are in the string itself; a longer name is allocated, and two threads that replace it at
 once both free the old one. `ALLGATHER_COALESCED`, as every all-gather of a DTensor is called there,
 has 19: one process that keeps 16 of them running dies within seconds, a training once in a great
-many steps and anywhere in malloc. One thread shares the string with nobody. The operations of a
+many steps and anywhere in malloc. With one thread no string is shared. The operations of a
 group then run one after another, in the order in which all its ranks start them anyway.
 """
 

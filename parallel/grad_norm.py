@@ -1,8 +1,8 @@
 """Gradient norm and clipping over parameters that live on different meshes.
 
 Every element of every gradient is counted exactly once: each rank sums the squares of the shards
-it speaks for, one all-reduce over all ranks adds them. Which mesh a shard belongs to does not
-matter, so dense parameters and experts need no separate treatment.
+of which it is the primary replica, one all-reduce over all ranks adds them. Which mesh a shard
+belongs to does not matter, so dense parameters and experts need no separate treatment.
 
 A sum of squares that fp32 cannot hold is where numbers fail unseen: a clip factor of 1 / inf makes
 an update of nothing, and RMSNorm turns a row into zeros, with a gradient of zero. So a number

@@ -16,7 +16,7 @@ _ALONE = "unset it to train in one process, or start the ranks with torchrun"
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Where this process stands among the others."""
+    """Which rank this process is, of how many, and where rank 0 listens."""
 
     rank: int = 0
     world: int = 1

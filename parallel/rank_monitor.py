@@ -29,7 +29,7 @@ class RankMonitor:
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self.store.set(f"host/{self.rank}", socket.gethostname())
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._answer, name="roll call", daemon=True)
+        self._thread = threading.Thread(target=self._answer, name="rank monitor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -64,7 +64,7 @@ class RankMonitor:
 
     def _answer(self) -> None:
         answered = 0
-        with suppress(RuntimeError):  # the store has gone: nobody is left to ask
+        with suppress(RuntimeError):  # the store is gone with its rank
             while not self._over.wait(_EVERY_S):
                 calls = self.store.add("calls", 0)
                 for call in range(answered + 1, calls + 1):

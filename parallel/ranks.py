@@ -31,14 +31,14 @@ _ROLL_CALLS: list[RankMonitor] = []
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """Which rank this process is, and of how many."""
 
     rank: int
     world: int
     device: torch.device
     store: dist.Store
     rank_monitor: RankMonitor | None = None
-    """Tells who is still there; None for one rank."""
+    """Finds ranks that no longer answer; None for one rank."""
     _decisions: "count[int]" = field(default_factory=count)
 
     @property
@@ -70,7 +70,7 @@ class Ranks:
 
     def on_every(self, function: Callable[[], Any]) -> Any:
         """Run `function` on every rank and return what it gave here. Where it fails on one, all
-        raise the error of the first such rank, so that nobody waits for it."""
+        raise the error of the first such rank, so that no rank waits for it."""
         result, failed = None, ""
         try:
             result = function()
@@ -98,7 +98,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     variables cannot be right, or the ranks do not find each other.
     """
     placement = read_launch_environment()
-    # torchrun sets OMP_NUM_THREADS to 1 where nobody did, so there 1 says nothing
+    # torchrun sets OMP_NUM_THREADS to 1 where the user did not, so 1 there has no meaning
     given = os.environ.get("OMP_NUM_THREADS", "")
     if threads or not given or (placement.is_launched and given == "1"):
         torch.set_num_threads(threads or max(usable_cores() // placement.local_world, 1))

@@ -1,7 +1,7 @@
 """How the ranks meet: the store of rank 0, and one line where they cannot.
 
-torch waits five minutes for whoever does not come, and says so in a traceback. Here the port is
-opened first and handed to torch, the name resolved and the connection tried before torch does it.
+torch waits five minutes for ranks that do not come, and ends with a traceback. Here the port is
+opened first and given to torch, the name resolved and the connection tried before torch does it.
 """
 
 import errno
@@ -144,7 +144,7 @@ def _connect(
 
 def _gather(store: dist.Store, placement: LaunchEnvironment) -> None:
     """Wait for all: every rank once, and each with the same number of ranks. Whoever finds a fault
-    tells the others. Asked for again and again, since torch logs a wait that ends in vain."""
+    tells the others. It polls, since torch logs a wait that times out."""
     fault = ""
     if store.add(f"world/{placement.world}", 1) == 1 and store.add("worlds", 1) > 1:
         fault = f"WORLD_SIZE = {placement.world}: other ranks were given another number"

@@ -1,14 +1,11 @@
-"""Divided parameters: logical to everyone, local to the module that computes with them.
+"""Parameters that several ranks divide: DTensors to everyone, a local tensor to their module.
 
-A parameter that several ranks divide is a DTensor, so that names and shapes stay logical for
-checkpoints, clipping and initialisation. The model's code knows nothing of that: reading the
-attribute gives the plain local tensor, with a gradient back into the DTensor. It is done with
-properties on a subclass of the module's class, so that parameters, hooks and FSDP2 stay as they
-are. (While FSDP2 holds a shard of it, which nothing computes with, the attribute is that shard.)
+Initialization, clipping, checkpoints and FSDP2 see the whole, by its logical name and shape. The
+module that computes with it sees this rank's part, with a gradient back into the DTensor
+(`models.local_view`). While FSDP2 has sharded the parameter further, nothing computes with it.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,21 +13,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from models.local_view import LocalViews
+
 
 def shard_parameters(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    dims: Mapping[str, tuple[int, ...]],
-    base: type[nn.Module] | None = None,
+    module: LocalViews, mesh: DeviceMesh, dims: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Shard parameters of a module on the meta device.
 
     dims: for each parameter the dimension that each axis of `mesh` divides.
-    base: the class the module becomes, by default the one it is.
     """
     for name, axes in dims.items():
         parameter = module._parameters[name]
-        assert parameter is not None and parameter.is_meta, "divided before it is materialised"
+        assert parameter is not None and parameter.is_meta, "divided before it is materialized"
         local = parameter.detach()
         placements: list[Placement] = []
         for size, dim in zip(mesh.shape, axes, strict=True):
@@ -38,13 +33,11 @@ def shard_parameters(
             local = local.chunk(size, dim)[0]
             placements.append(Shard(dim))
         shard = DTensor.from_local(local.contiguous(), mesh, placements, run_check=False)
-        module._parameters[name] = nn.Parameter(shard)
-    properties = {name: _local(name, mesh, lambda local: local) for name in dims}
-    base = base or type(module)
-    module.__class__ = type(f"Divided{base.__name__}", (base,), properties)
+        module.register_parameter(name, nn.Parameter(shard))
+        module.set_local_view(name, LocalPart(mesh))
 
 
-def pad_local(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
+def pad_local(module: LocalViews, name: str, dim: int, mesh: DeviceMesh) -> None:
     """Let the module read its slice of parameter `name` with zeros around it, in full length.
 
     For a bias that is added before a sum over the ranks of `mesh`, which then counts it once.
@@ -54,17 +47,19 @@ def pad_local(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     width = parameter.to_local().shape[dim]
     before = mesh.get_local_rank() * width
     after = parameter.shape[dim] - before - width
-    sides = [0, 0] * (parameter.ndim - 1 - dim % parameter.ndim) + [before, after]
-    setattr(
-        type(module), name, _local(name, parameter.device_mesh, lambda local: F.pad(local, sides))
-    )
+    sides = (*[0, 0] * (parameter.ndim - 1 - dim % parameter.ndim), before, after)
+    module.set_local_view(name, LocalPart(parameter.device_mesh, sides))
 
 
-def _local(name: str, mesh: DeviceMesh, form: Callable[[Tensor], Tensor]) -> property:
-    def read(module: nn.Module) -> Any:
-        parameter = module._parameters[name]
-        if isinstance(parameter, DTensor) and parameter.device_mesh == mesh:
-            return form(parameter.to_local())
-        return parameter
+class LocalPart:
+    """The view of a parameter that is sharded over `mesh`."""
 
-    return property(read)
+    def __init__(self, mesh: DeviceMesh, padding: tuple[int, ...] = ()) -> None:
+        """padding: zeros around this rank's part, as `torch.nn.functional.pad` takes them."""
+        self.mesh, self.padding = mesh, padding
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor) or parameter.device_mesh != self.mesh:
+            return parameter  # FSDP2 has sharded it further, or it was loaded as a whole
+        local = parameter.to_local()
+        return F.pad(local, self.padding) if self.padding else local

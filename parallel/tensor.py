@@ -1,4 +1,5 @@
-"""Tensor parallelism with sequence parallelism: ranks of `tp` divide heads, widths and vocabulary.
+"""Tensor parallelism with sequence parallelism: ranks of `tp` divide heads, widths and vocabulary,
+along the dimension `tp` of `models.parameters`.
 
 | weight | divided along | what a rank makes of it |
 |---|---|---|
@@ -25,18 +26,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.attention import GroupedQueryAttention, LatentAttention
 from models.decoder import Decoder
-from models.moe import FeedForward
+from models.embedding import Embedding
+from models.local_view import LocalViews
+from models.parameters import spec_of
 from models.tp_comm import TPComm
 from parallel.sharded_parameters import pad_local, shard_parameters
 
 _c10d = torch.ops._c10d_functional  # each returns a new tensor, so recomputation can keep it
-HEADS = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
-"""The dimension of each projection's weight that runs over heads."""
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
@@ -48,28 +48,18 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "tp_comm", None), TPComm):
             setattr(module, "tp_comm", tp_comm)  # noqa: B010 (Module's own attribute types)
-        if isinstance(module, GroupedQueryAttention | LatentAttention):
-            _divide_attention(module, mesh)
-        elif isinstance(module, FeedForward):
-            shard_parameters(module, mesh, {"w13": (1,), "w2": (1,)})
-    shard_parameters(model.embed, mesh, {"weight": (0,)}, base=VocabularyEmbedding)
-    assert isinstance(model.embed, VocabularyEmbedding)
-    model.embed.tp_comm = tp_comm
-    if model.head is not None:
-        shard_parameters(model.head, mesh, {"weight": (0,)})
-
-
-def _divide_attention(attention: nn.Module, mesh: DeviceMesh) -> None:
-    for name, dim in HEADS.items():
-        projection = getattr(attention, name, None)
-        if projection is None:
+    model.embed = VocabularyEmbedding(model.embed, tp_comm)
+    for name, module in model.named_modules():
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        specs = {key: spec_of(f"{name}.{key}") for key in own}
+        dims = {key: spec.tp for key, spec in specs.items() if spec.tp is not None}
+        if not dims:
             continue
-        dims = {"weight": (dim,)} | ({"bias": (0,)} if projection.bias is not None else {})
-        shard_parameters(projection, mesh, dims)
-        if name == "wo" and projection.bias is not None:
-            pad_local(projection, "bias", 0, mesh)
-    if getattr(attention, "sinks", None) is not None:
-        shard_parameters(attention, mesh, {"sinks": (0,)})
+        assert isinstance(module, LocalViews), name
+        shard_parameters(module, mesh, {key: (dim,) for key, dim in dims.items()})
+        for key, dim in dims.items():
+            if specs[key].padded:
+                pad_local(module, key, dim, mesh)
 
 
 class TPGroupComm(TPComm):
@@ -93,10 +83,13 @@ class TPGroupComm(TPComm):
         return total
 
 
-class VocabularyEmbedding(nn.Embedding):
+class VocabularyEmbedding(Embedding):
     """An embedding that holds the rows of some words; all ranks look up all tokens together."""
 
-    tp_comm: TPGroupComm
+    def __init__(self, whole: Embedding, tp_comm: TPGroupComm) -> None:
+        """whole: on the meta device."""
+        super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
+        self.tp_comm = tp_comm
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """The embeddings of this rank's tokens, `[t, D]`."""

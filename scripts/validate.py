@@ -15,7 +15,7 @@ from configs.loader import from_dict, unflatten
 from configs.paths import local_path
 from configs.schema import JobConfig
 from models.decoder import Decoder
-from models.fp8 import WEIGHTS, apply_fp8, check_device, fp8_modules
+from models.fp8 import apply_fp8, check_device, fp8_weights
 from models.router import routers
 from parallel.ranks import start_ranks, stop_ranks
 from train.checkpoint import checkpoint
@@ -59,14 +59,9 @@ def _load(manifest: checkpoint.Manifest, config: JobConfig, device: torch.device
     state = model.state_dict(keep_vars=True)
     checkpoint.load(manifest, {f"model.{name}": tensor for name, tensor in state.items()})
     model.to(device)
-    masters = {
-        id(parameter)  # quantised where they are used, from fp32 as in training
-        for module in fp8_modules(model).values()
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in WEIGHTS
-    }
-    for parameter in model.parameters():
-        if id(parameter) not in masters:
+    masters = fp8_weights(model)  # quantized where they are used, from fp32 as in training
+    for name, parameter in model.named_parameters():
+        if name not in masters:
             parameter.data = parameter.data.to(compute_dtype(config, device))
     for router in routers(model):
         router.float_bias()

@@ -1,12 +1,12 @@
 """The training loss: cross-entropy summed over target tokens, of the model and its MTP modules.
 
 Sums, not means: the step divides by the target tokens of all ranks and microbatches, so that
-documents of unequal length weigh the same on every mesh. Ranks that divide the vocabulary each
+documents of unequal length count alike on every mesh. Ranks that divide the vocabulary each
 give the loss of the targets among their words.
 
 MTP module k sees token i + k at position i and predicts what the model predicts at i + k. Where
-i + k lies in another document, or beyond the sequence, there is no target: the row passes through
-the block (nobody in its document comes after it) and counts in no loss.
+i + k is in another document, or beyond the sequence, there is no target: the row passes through
+the block (no token of its document comes after it) and counts in no loss.
 """
 
 from collections.abc import Sequence
@@ -18,29 +18,46 @@ from torch import Tensor
 
 from kernels.layers.cross_entropy import IGNORE, linear_cross_entropy
 from models.decoder import Decoder, Output
+from models.step_context import MicrobatchContext
 from train.data.batches import Batch
 
 
-def loss_sum(model: Decoder, batch: Batch, z_loss_coef: float = 0.0) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of a batch's targets, an fp32 scalar."""
+def loss_sum(
+    model: Decoder,
+    batch: Batch,
+    z_loss_coef: float = 0.0,
+    context: MicrobatchContext | None = None,
+) -> Tensor:
+    """Sum of the negative log-likelihoods (nats) of a batch's targets, an fp32 scalar.
+
+    context: of a training step; see `Decoder.forward`.
+    """
     output = _cross_entropy(batch.targets_T, model.tp_comm.group, z_loss_coef)
-    total: Tensor = model(batch.tokens_T, batch.positions_T, batch.core, output)
+    total: Tensor = model(batch.tokens_T, batch.positions_T, batch.core, output, context=context)
     return total
 
 
-def loss_sums(model: Decoder, batch: Batch, mtp_depth: int, z_loss_coef: float = 0.0) -> Tensor:
+def loss_sums(
+    model: Decoder,
+    batch: Batch,
+    mtp_depth: int,
+    z_loss_coef: float = 0.0,
+    context: MicrobatchContext | None = None,
+) -> Tensor:
     """`loss_sum` of the model and of each MTP module, fp32 `[1 + mtp_depth]`.
 
     z_loss_coef: of the z-loss, which adds its gradient and leaves these values as they are.
+    context: of a training step; see `Decoder.forward`.
     """
     if not mtp_depth:
-        return loss_sum(model, batch, z_loss_coef)[None]
+        return loss_sum(model, batch, z_loss_coef, context)[None]
     ahead, group = [], model.tp_comm.group
     for depth in range(1, mtp_depth + 1):
         successors_T, targets_T = look_ahead(batch, depth)
         ahead.append((successors_T, _cross_entropy(targets_T, group, z_loss_coef)))
     main = _cross_entropy(batch.targets_T, group, z_loss_coef)
-    return torch.stack(model(batch.tokens_T, batch.positions_T, batch.core, main, ahead))
+    outputs = model(batch.tokens_T, batch.positions_T, batch.core, main, ahead, context)
+    return torch.stack(outputs)
 
 
 def count_tokens(batches: Sequence[Batch], mtp_depth: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 The objective is the model's loss, plus `mtp_weight` times the mean of the MTP modules' losses, each
 a mean over its own target tokens of the step, plus the z-loss of their logits and the routers'
-auxiliary losses, which add their gradient themselves (`kernels.layers.cross_entropy`,
+auxiliary losses. The losses enter as an argument of the model's forward (`train.loss`); z-loss and
+auxiliary losses add their gradient themselves in backward (`kernels.layers.cross_entropy`,
 `models.balance`). The loss that is reported is the model's cross-entropy alone.
 
 Nothing is changed before the step is known to be good: a weight, loss or gradient that is not
@@ -21,11 +22,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.balance import StepScope
+from models.balance import mean_losses
 from models.decoder import Decoder
-from models.router import open_step, routers, take_counts, take_losses, update_biases
-from parallel.dispatch.overflow import exact, overflowed
-from parallel.dispatch.stats import DispatchStats
+from models.router import routers, update_biases
+from models.step_context import StepContext
+from parallel.dispatch.gathering import routed_dispatchers
+from parallel.dispatch.overflow import overflowed
+from parallel.dispatch.stats import dispatch_fields, sum_counts
 from parallel.grad_norm import LARGEST, global_grad_norm, in_range, largest_values, scale_grads
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
@@ -89,10 +92,9 @@ def train_step(
 
     tp_size: ranks that are given the same tokens (tensor parallelism); each counts its share of
     their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
-    step is abandoned without a trace and None returned. updated: called once the weights have
-    changed. Raises NonFiniteError and CapacityOverflow.
+    step is abandoned, with nothing changed, and None returned. updated: called once the weights
+    have changed. Raises NonFiniteError and CapacityOverflow.
     """
-    account = DispatchStats(model)
     microbatches = list(batches)
     depth = model.config.mtp_depth
     counts = count_tokens(microbatches, depth)
@@ -102,18 +104,18 @@ def train_step(
         raise _out_of_range(step, [_named("the weight", _state(model))], weights_are_good=False)
     tokens, *of_modules = (count // tp_size for count in summed)
     targets = torch.stack(of_modules)
-    open_step(model, StepScope(microbatches[0].core.length, tokens, sum_over_ranks))
+    context = StepContext.begin(model.config, microbatches[0].core.length, tokens, sum_over_ranks)
     weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)
     weights[0] = 1.0
+    objective = _Objective(targets, weights, z_loss_coef)
     with _watching(model) as hidden:
-        totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
-        redo = totals is not None and overflowed(model, step)
-        if redo:
-            _forget(model, optimizer)
-            with exact(model):
-                totals = _forward_backward(model, microbatches, targets, weights, z_loss_coef, stop)
+        totals = _forward_backward(model, microbatches, objective, context, stop)
+        if totals is not None and overflowed(model, context, step):
+            optimizer.zero_grad()
+            context = context.redo_exactly()
+            totals = _forward_backward(model, microbatches, objective, context, stop)
     if totals is None:
-        _forget(model, optimizer)
+        optimizer.zero_grad()
         return None
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
@@ -125,47 +127,48 @@ def train_step(
         raise _out_of_range(step, found, weights_are_good=not n_hidden)
     if clip_norm:
         scale_grads(parameters, norm, clip_norm)
-    counts_LE = take_counts(model, account.sum_with)
+    counts_LE, exchanged = sum_counts(context, bool(routed_dispatchers(model)))
     update_biases(model, counts_LE)
-    router_losses = take_losses(model, sum_over_ranks)
+    router_losses = mean_losses(model.config.moe, context, sum_over_ranks)
     optimizer.step()
     optimizer.zero_grad()
     updated()
     loss, *mtp_losses = global_losses.tolist()
     return StepResult(
         loss, float(norm), int(targets[0]), counts_LE.cpu(), tuple(mtp_losses), router_losses,
-        account.fields(redo),
+        dispatch_fields(context, exchanged),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What the losses of a microbatch are divided by and multiplied with, `[1 + MTP modules]`."""
+
+    targets: Tensor
+    """Targets of the model's loss and of each MTP module's in the whole step."""
+    weights: Tensor
+    z_loss_coef: float
 
 
 def _forward_backward(
     model: Decoder,
     microbatches: list[Batch],
-    targets: Tensor,
-    weights: Tensor,
-    z_loss_coef: float,
+    objective: _Objective,
+    context: StepContext,
     stop: Callable[[], bool],
 ) -> Tensor | None:
-    """This rank's losses summed over microbatches, gradients added up; None where `stop` says so.
-
-    targets, weights: of the model's loss and of each MTP module's, in the whole step.
-    """
+    """This rank's losses summed over microbatches, gradients added up; None if `stop` says so."""
+    weights = objective.weights
     totals = torch.zeros_like(weights)
     for batch in microbatches:
         if stop():
             return None
-        losses = loss_sums(model, batch, len(weights) - 1, z_loss_coef)
-        losses = losses / targets.clamp(min=1)
+        microbatch = context.microbatch()
+        losses = loss_sums(model, batch, len(weights) - 1, objective.z_loss_coef, microbatch)
+        losses = losses / objective.targets.clamp(min=1)
         (losses * weights).sum().backward()
         totals += losses.detach()
     return totals
-
-
-def _forget(model: Decoder, optimizer: Updater) -> None:
-    """Drop the gradients, routing counts and losses of a step that does not count."""
-    optimizer.zero_grad()
-    take_counts(model, lambda counts: counts)
-    take_losses(model, lambda losses: losses)
 
 
 @contextmanager
@@ -173,7 +176,7 @@ def _watching(model: Decoder) -> Iterator[list[Tensor]]:
     """Collects, of every pass, the largest norm of a token's hidden state ahead of the last norm.
 
     What a layer adds stays in there. Norms make zeros of a row whose squares overflow, and the loss
-    looks like that of a model that knows nothing.
+    looks like that of an untrained model.
     """
     found: list[Tensor] = []
 
@@ -199,7 +202,7 @@ def _found_after_backward(model: Decoder, totals: Tensor, hidden: list[Tensor]) 
     """What of a step is out of range on this rank, causes first, in the form of `_out_of_range`.
 
     Of gradients it is the last of the model, since backward comes there first. The norm of all may
-    be out of range where no value is; it is told by the largest of a parameter's.
+    be out of range where no value is; it is shown by the largest of a parameter's.
     """
     named = reversed(list(model.named_parameters()))
     gradients = {name: p.grad for name, p in named if p.grad is not None}
@@ -215,7 +218,7 @@ def _found_after_backward(model: Decoder, totals: Tensor, hidden: list[Tensor]) 
 
 
 def _out_of_range(step: int, found: list[str], weights_are_good: bool) -> NonFiniteError:
-    """The error that tells the first thing that any rank found. All ranks call it together.
+    """The error that names the first thing that any rank found. All ranks call it together.
 
     found: what is out of range on this rank, causes first; an empty text where nothing is.
     """

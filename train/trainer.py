@@ -19,22 +19,18 @@ from configs.parallel_dims import ParallelDims
 from configs.paths import local_path
 from configs.schema import JobConfig
 from models.counts import flops_per_token
-from models.decoder import Decoder
 from models.fp8 import gemm_shares
-from parallel import mesh as meshes
-from parallel.apply import materialize, parallelize
 from parallel.dispatch.overflow import CapacityOverflow
-from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks
 from train.atomic_files import claim, replace_text
+from train.build import build_training, shard_model
 from train.checkpoint import checkpoint
 from train.checkpoint.resume import restore
 from train.checkpoint.value_range import values_out_of_range
-from train.compute_dtype import compute_dtype
 from train.data.batches import Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.garbage_collection import GarbageCollection
-from train.optim.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
+from train.optim.optimizer import optimizer_tensors, set_learning_rate
 from train.optim.schedule import learning_rate, schedule_steps
 from train.profile import profiled
 from train.report import environment
@@ -59,22 +55,16 @@ class Trainer:
         ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
         ranks.on_first(lambda: checkpoint.check_folder(self.folder / "checkpoints"))
         check_shared(config, ranks)
-        self.compute = compute_dtype(config, ranks.device)
-        mesh = meshes.build(parallel_dims, ranks.device.type)
-        with torch.device("meta"):
-            self.model = Decoder(config.model)
-        parallelize(self.model, mesh, config, self.compute)  # refuses what cannot work: early
+        sharded = shard_model(config, ranks)  # refuses what cannot work: early
         self.corpus = self._open_corpus()
-        self.training, self.held_out = self._open_data()
-        offload = config.parallel.cpu_offload
-        materialize(self.model, config.model, config.run.seed, ranks.device, offload)
-        self.model.train()
-        self.fp8_weights = gather_in_fp8(self.model)
+        self.data, self.held_out = self._open_data()
+        self.training = build_training(config, ranks, sharded)
+        self.model, self.optimizer = self.training.model, self.training.optimizer
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
-        self.optimizer = build_optimizer(self.model, config.optimizer, config.precision.moments)
-        self.facts = {"corpus": self.corpus.fingerprint, "compute": str(self.compute)}
+        compute = str(self.training.compute)
+        self.facts = {"corpus": self.corpus.fingerprint, "compute": compute}
         start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
-        self.fp8_weights.refresh()
+        self.training.fp8_weights.refresh()
         self.done = self.saved = start.done
         self.owes_validation = start.owes_validation
         if ranks.is_first:
@@ -90,7 +80,7 @@ class Trainer:
                 report.amend(self.done, self._validate(stop))
             for step in range(self.done + 1, total + 1):
                 start = time.perf_counter()
-                batches = [batch.to(self.ranks.device) for batch in self.training.step(step)]
+                batches = [batch.to(self.ranks.device) for batch in self.data.step(step)]
                 fetched = time.perf_counter()
                 lr = learning_rate(schedule, peak, step, schedule_steps(self.config))
                 set_learning_rate(self.optimizer, lr)
@@ -99,7 +89,7 @@ class Trainer:
                         self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
                         tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
                         mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
-                        stop=stop.agreed, updated=self.fp8_weights.refresh,
+                        stop=stop.agreed, updated=self.training.fp8_weights.refresh,
                     )  # fmt: skip
                 if result is None:
                     break
@@ -243,7 +233,7 @@ class Trainer:
             data.seq_len,
             trains_on=bool(self.config.checkpoint.init_from),
         )
-        described = environment.describe(self.ranks, self.parallel_dims, self.compute)
+        described = environment.describe(self.ranks, self.parallel_dims, self.training.compute)
         lines = [*start, *environment.record(self.folder, described)]
         moe = self.config.model.moe
         forced = [FORCED_BALANCE] if moe.force_balance else []
@@ -253,7 +243,7 @@ class Trainer:
         mesh = " x ".join(f"{axis} {size}" for axis, size, _ in self.parallel_dims.table())
         print(
             f"{self.folder}: {self.ranks.world} ranks ({mesh}), {self.ranks.device.type}, "
-            f"{str(self.compute).removeprefix('torch.')}, "
+            f"{str(self.training.compute).removeprefix('torch.')}, "
             f"{torch.get_num_threads()} threads per rank",
             *fp8,
             *forced,

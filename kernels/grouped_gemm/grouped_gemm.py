@@ -8,8 +8,8 @@
 
 Group e owns rows `[ends[e - 1], ends[e])`, of which the first `counts[e]` are true rows; between a
 group's last true row and its end there may be zero rows (alignment), whose outputs are zero. Rows
-past the last end belong to nobody: they are neither read nor defined in the output. A group without
-rows has the weight gradient zero.
+past the last end belong to no group: they are neither read nor defined in the output. A group
+without rows has the weight gradient zero.
 
 Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients of weights in fp32 on
 request. On CUDA bf16 goes to torch's own `_grouped_mm` where that takes it,
@@ -249,7 +249,7 @@ def _whole_words(*operands: Tensor) -> bool:
 
 
 def _named(implementation: Implementation | None) -> str:
-    """An operation's arguments are plain: "" where nobody chose."""
+    """An operation takes plain arguments: "" where the caller did not choose."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(
             f"grouped_gemm: implementation is {implementation!r}, must be 'torch' or 'triton'"

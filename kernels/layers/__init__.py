@@ -1,1 +1,1 @@
-"""What lies between the products: RMSNorm, RoPE, attention on a CPU, cross-entropy in chunks."""
+"""Operations between the products: RMSNorm, RoPE, attention on a CPU, cross-entropy in chunks."""

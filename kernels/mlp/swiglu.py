@@ -179,7 +179,7 @@ def swiglu_backward_quantized_reference(
     counts_E: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedGradients:
-    """Plain-torch form of `swiglu_backward_quantized`; rows of nobody are zero."""
+    """Plain-torch form of `swiglu_backward_quantized`; rows of no expert are zero."""
     backward = partial(swiglu_backward_reference, activation=activation, with_h=True)
     groups = (ends_E, counts_E, scales)
     return _backward_quantized(backward, grad_RF, gate_up_R2F, weights_R, power_of_two, *groups)

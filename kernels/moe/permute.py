@@ -9,10 +9,10 @@ of each is the other.
 Groups may start at a multiple of `align`. A slot that holds no row says so in `order_P`, and
 whoever fills the slots writes zeros there: there is no separate clearing and no list of such slots,
 whose length a host would have to wait for. For the same reason the number of slots is an upper
-bound on an accelerator; slots from the last end on belong to nobody. A CPU, which waits for nobody,
+bound on an accelerator; slots from the last end on belong to no expert. A CPU, which need not wait,
 has exactly as many as the groups take.
 
-A choice may name nobody (id E): it gets no slot, and zero comes back for it. That is how tokens
+A choice may name no expert (id E): it gets no slot, and its result is zero. That is how tokens
 have unequal numbers of rows, and how a buffer of fixed size is less than full.
 
 Routing weights travel the same way, as rows one wide: they are applied between the two products of
@@ -42,7 +42,7 @@ class Permutation(NamedTuple):
     inverse_R: Tensor
     """Slot of every flat index, int64; -1 where it has none."""
     ends_E: Tensor
-    """End of every expert's slots, int64; slots from the last end on belong to nobody."""
+    """End of every expert's slots, int64; slots from the last end on belong to no expert."""
     counts_E: Tensor
     """True rows of every expert, int64."""
 
@@ -58,8 +58,8 @@ def permutation(
 ) -> Permutation:
     """Group routed rows by expert, stably.
 
-    ids_TK: expert of every (token, choice), int64, any shape; `n_experts` names nobody. n_rows: how
-    many name somebody, where the host knows it: there will be no slots for others.
+    ids_TK: expert of every (token, choice), int64, any shape; `n_experts` names no expert. n_rows:
+    how many name an expert, where the host knows it: there will be no slots for others.
     """
     ids_R = ids_TK.reshape(-1)
     n_rows = len(ids_R) if n_rows is None else n_rows
@@ -137,7 +137,7 @@ def _permutation(
         assert n_slots is not None
         with device.launching_on(ids_R):
             return launch(ids_R, n_experts, align, n_slots)
-    sorted_R = torch.argsort(ids_R, stable=True)  # nobody's are the last
+    sorted_R = torch.argsort(ids_R, stable=True)  # choices of no expert are the last
     counts_E = count_choices(ids_R, n_experts + 1)[:-1].clone()
     n_named = int(counts_E.sum())
     padded_E = (counts_E + align - 1) // align * align
@@ -152,7 +152,7 @@ def _permutation(
     if align == 1:
         return sorted_R[:n_slots], inverse_R, ends_E, counts_E
     n_slots = int(ends_E[-1]) if n_slots is None else n_slots
-    order_P = ids_R.new_full((n_slots + 1,), -1)  # nobody's rows go to the last, as index -1 says
+    order_P = ids_R.new_full((n_slots + 1,), -1)  # no expert: slot -1
     order_P[slot_R] = sorted_R
     return order_P[:-1], inverse_R, ends_E, counts_E
 

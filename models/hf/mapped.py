@@ -1,9 +1,9 @@
 """Slices of safetensors files, with a bound on how much of them stays mapped.
 
 safetensors maps a file into memory and gives views of it. Pages once touched count as memory of the
-process until the file is closed, and whoever walks through a model of many files would end with
-all of it. So the files are closed each time that 32 MiB have been taken, and opened again on
-demand.
+process until the file is closed, and reading a model of many files one after the other would end
+with all of it mapped. So the files are closed each time that 32 MiB have been taken, and opened
+again on demand.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How a Hugging Face tensor lies in one of ours.
+"""How Hugging Face tensors map to ours.
 
 Every Hugging Face tensor is a slice of one of ours, permuted and flattened at most: `w13[e, 0]` is
 an expert's `gate_proj`; all of `w13`, its dimensions permuted, is GPT-OSS's `gate_up_proj`. So

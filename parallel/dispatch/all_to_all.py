@@ -1,6 +1,6 @@
 """Exact all-to-all dispatch: every row travels to the rank of its expert and back.
 
-Expert e lives on rank `e // (E / ep)`. Rows are sorted by expert, hence by rank. The ranks first
+Expert e is on rank `e // (E / ep)`. Rows are sorted by expert, hence by rank. The ranks first
 exchange how many rows each expert gets (one small all-to-all for all chunks, read on the host
 because uneven splits are host arguments), then the rows and their routing weights. They arrive
 ordered by sender and, within a sender, by expert; one more gather orders them by expert. No row is
@@ -11,15 +11,16 @@ T tokens, K experts per token, R rows sent, S rows received, P slots, D width, E
 e local experts, C chunks.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.moe.permute import Permutation, combine_rows, permutation
+from models.step_context import DispatchStats
 from parallel.dispatch.packed_rows import (
     PackedRows,
+    PendingRows,
     RowAllToAll,
     WireFormat,
     pack,
@@ -29,27 +30,30 @@ from parallel.dispatch.packed_rows import (
 from parallel.dispatch.plan import CombinedRows, DispatchPlan
 
 
+@dataclass(frozen=True)
 class AllToAll:
     """`Planner` over the expert-parallel group."""
 
-    def __init__(self, n_experts: int, link: RowAllToAll, align: int = 1) -> None:
-        self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
-        self.align = align
+    n_experts: int
+    comm: RowAllToAll
+    align: int = 1
 
-    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
-        ep, me = self.link.size, self.link.group.rank()
+    def plan(
+        self, ids: list[Tensor], stats: DispatchStats, exact: bool = False
+    ) -> list[DispatchPlan]:
+        ep, me = self.comm.size, self.comm.group.rank()
         to = [permutation(ids_TK, self.n_experts) for ids_TK in ids]
         sent_rCe = torch.stack([each.counts_E.view(ep, -1) for each in to], 1)
-        got_rCe = self.link.exchange_counts(sent_rCe)
+        got_rCe = self.comm.exchange_counts(sent_rCe)
         splits = torch.stack([sent_rCe.sum(2).T, got_rCe.sum(2).T], 1)
-        routes: list[DispatchPlan] = []
+        plans: list[DispatchPlan] = []
         top_k = ids[0].shape[1]
-        for c, (sent, got) in enumerate(splits.tolist()):  # the one wait for the device
+        for c, (sent, got) in enumerate(splits.tolist()):  # the only wait for the device
             by_expert = expert_major(got_rCe[:, c], sum(got), self.align)
-            routes.append(DirectPlan(self.link, to[c], by_expert, sent, got, top_k))
-            self.traffic.rows_sent += sum(sent) - sent[me]
-            self.traffic.rows_received += sum(got)
-        return routes
+            plans.append(DirectPlan(self.comm, stats, to[c], by_expert, sent, got, top_k))
+            stats.rows_sent += sum(sent) - sent[me]
+            stats.rows_received += sum(got)
+        return plans
 
 
 def expert_major(received_re: Tensor, n_rows: int, align: int) -> Permutation:
@@ -67,7 +71,8 @@ def expert_major(received_re: Tensor, n_rows: int, align: int) -> Permutation:
 class DirectPlan:
     """One exchange: tokens into R rows by rank, S rows received, those by expert."""
 
-    link: RowAllToAll
+    comm: RowAllToAll
+    stats: DispatchStats
     to: Permutation
     by_expert: Permutation
     sent: list[int] | None
@@ -78,28 +83,24 @@ class DirectPlan:
     def __post_init__(self) -> None:
         self.ends_e, self.counts_e = self.by_expert.ends_E, self.by_expert.counts_E
 
-    def to_experts(
+    def start_dispatch(
         self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
-    ) -> Callable[[], PackedRows]:
+    ) -> PendingRows:
         leaving = pack(x_TD, wire).gathered(self.to, per_choice(weights_TK, self.to))
-        arrive = self.link.start(leaving, self.sent, self.got)
+        return self.comm.start(leaving, self.sent, self.got, self.stats)
 
-        def end() -> PackedRows:
-            parcel = arrive()
-            return parcel.gathered(self.by_expert, per_choice(parcel.extra, self.by_expert))
+    def finish_dispatch(self, handle: PendingRows) -> PackedRows:
+        rows = handle.wait()
+        return rows.gathered(self.by_expert, per_choice(rows.extra, self.by_expert))
 
-        return end
-
-    def to_tokens(
+    def start_combine(
         self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
-    ) -> Callable[[], CombinedRows]:
+    ) -> PendingRows:
         rows_SD = combine_rows(rows_PD, self.by_expert, 1)
         leaving = pack(rows_SD, wire, to_choices(weights_P, self.by_expert, 1))
-        arrive = self.link.start(leaving, self.got, self.sent)
+        return self.comm.start(leaving, self.got, self.sent, self.stats)
 
-        def end() -> CombinedRows:
-            parcel = arrive()
-            y_TD = combine_rows(parcel.values(rows_PD.dtype), self.to, self.top_k)
-            return CombinedRows(y_TD, to_choices(parcel.extra, self.to, self.top_k))
-
-        return end
+    def finish_combine(self, handle: PendingRows, dtype: torch.dtype) -> CombinedRows:
+        rows = handle.wait()
+        y_TD = combine_rows(rows.values(dtype), self.to, self.top_k)
+        return CombinedRows(y_TD, to_choices(rows.extra, self.to, self.top_k))

@@ -11,9 +11,8 @@ over gloo, never on the hardware that DeepEP needs.
 T tokens, U tokens that came to this rank, K experts per token, P slots, D width, e local experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from kernels.moe.permute import Permutation, combine_rows, permutation
+from models.step_context import DispatchStats
 from parallel.dispatch.packed_rows import (
-    DispatchCounters,
     PackedRows,
     WireFormat,
     per_choice,
@@ -56,10 +55,11 @@ class DeepEP:
     ) -> None:
         self.n_experts, self.group, self.buffers, self.align = n_experts, group, buffers, align
         self.make = elastic_buffer()
-        self.traffic = DispatchCounters()
 
-    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
-        return [DeepEPPlan(self, ids_TK) for ids_TK in ids]
+    def plan(
+        self, ids: list[Tensor], stats: DispatchStats, exact: bool = False
+    ) -> list[DispatchPlan]:
+        return [DeepEPPlan(self, stats, ids_TK) for ids_TK in ids]
 
     def buffer(self, n_tokens: int, width: int, top_k: int) -> Any:
         """The common buffer, made anew where a batch is larger than all before it."""
@@ -73,19 +73,38 @@ class DeepEP:
         return found
 
 
+class PendingDispatch(NamedTuple):
+    """What DeepEP's `dispatch` returned; ids and weights where they were sent along."""
+
+    data_UD: Tensor
+    ids_UK: Tensor | None
+    weights_UK: Tensor | None
+    event: Any
+
+
+class PendingCombine(NamedTuple):
+    """What DeepEP's `combine` returned."""
+
+    y_TD: Tensor
+    weights_TK: Tensor | None
+    event: Any
+
+
 @dataclass
 class DeepEPPlan:
     """DeepEP's exchange, then a row for each of a token's experts here; and back."""
 
     planner: DeepEP
+    stats: DispatchStats
     ids_TK: Tensor
     handle: Any = None
+    """DeepEP's own, from its first dispatch."""
     here: Permutation | None = None
     """From the U tokens here to the rows of experts; known once they have come."""
 
-    def to_experts(
+    def start_dispatch(
         self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
-    ) -> Callable[[], PackedRows]:
+    ) -> PendingDispatch:
         assert wire == "compute", "refused by the schema"
         if x_TD.dtype != torch.bfloat16:
             raise ValueError(
@@ -96,41 +115,36 @@ class DeepEPPlan:
         how = {"async_with_compute_stream": True}
         if weights_TK is None:
             data_UD, *_, event = buffer.dispatch(x_TD, handle=self.handle, **how)
-        else:
-            data_UD, ids_UK, weights_UK, self.handle, event = buffer.dispatch(
-                x_TD, topk_idx=self.ids_TK, topk_weights=weights_TK,
-                num_experts=self.planner.n_experts, **how,
-            )  # fmt: skip
+            return PendingDispatch(data_UD, None, None, event)
+        data_UD, ids_UK, weights_UK, self.handle, event = buffer.dispatch(
+            x_TD, topk_idx=self.ids_TK, topk_weights=weights_TK,
+            num_experts=self.planner.n_experts, **how,
+        )  # fmt: skip
+        return PendingDispatch(data_UD, ids_UK, weights_UK, event)
 
-        def end() -> PackedRows:
-            event.current_stream_wait()
-            extra = None
-            if weights_TK is not None:
-                self._arrange(ids_UK)
-                assert self.here is not None
-                extra = per_choice(weights_UK, self.here)
-            assert self.here is not None
-            return PackedRows(data_UD, None, None).gathered(self.here, extra)
+    def finish_dispatch(self, handle: PendingDispatch) -> PackedRows:
+        handle.event.current_stream_wait()
+        if handle.ids_UK is not None:
+            self._arrange(handle.ids_UK)
+        assert self.here is not None
+        extra = per_choice(handle.weights_UK, self.here)
+        return PackedRows(handle.data_UD, None, None).gathered(self.here, extra)
 
-        return end
-
-    def to_tokens(
+    def start_combine(
         self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
-    ) -> Callable[[], CombinedRows]:
+    ) -> PendingCombine:
         assert wire == "compute" and self.here is not None
         top_k = self.ids_TK.shape[1]
         tokens_UD = combine_rows(rows_PD, self.here, top_k)
         weights_UK = to_choices(weights_P, self.here, top_k)
         buffer = self.planner.buffers["elastic"]
-        y_TD, weights_TK, event = buffer.combine(
+        return PendingCombine(*buffer.combine(
             tokens_UD, handle=self.handle, topk_weights=weights_UK, async_with_compute_stream=True
-        )
+        ))  # fmt: skip
 
-        def end() -> CombinedRows:
-            event.current_stream_wait()
-            return CombinedRows(y_TD, weights_TK)
-
-        return end
+    def finish_combine(self, handle: PendingCombine, dtype: torch.dtype) -> CombinedRows:
+        handle.event.current_stream_wait()
+        return CombinedRows(handle.y_TD, handle.weights_TK)
 
     def _arrange(self, ids_UK: Tensor) -> None:
         """Order the rows by expert. ids_UK: experts of this rank; -1 for those elsewhere."""
@@ -139,7 +153,7 @@ class DeepEPPlan:
         named_UK = torch.where(ids_UK < 0, n_local, ids_UK).long()
         self.here = permutation(named_UK, n_local, self.planner.align, n_rows)
         self.ends_e, self.counts_e = self.here.ends_E, self.here.counts_E
-        traffic, me = self.planner.traffic, dist.get_rank(self.planner.group)
-        traffic.on_device(self.ids_TK)
-        traffic.rows_received += n_rows
-        traffic.rows_sent += (self.ids_TK // n_local != me).sum()
+        stats, me = self.stats, dist.get_rank(self.planner.group)
+        stats.on_device(self.ids_TK)
+        stats.rows_received += n_rows
+        stats.rows_sent += (self.ids_TK // n_local != me).sum()

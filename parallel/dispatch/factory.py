@@ -12,8 +12,9 @@ from models.moe import Dispatcher
 from parallel.dispatch.all_to_all import AllToAll
 from parallel.dispatch.deepep import DeepEP
 from parallel.dispatch.hierarchical import Hierarchical
-from parallel.dispatch.packed_rows import DispatchCounters, RowAllToAll
-from parallel.dispatch.plan import Planner, RoutedDispatcher
+from parallel.dispatch.packed_rows import RowAllToAll
+from parallel.dispatch.plan import Planner
+from parallel.dispatch.routed import RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
 
 
@@ -36,22 +37,21 @@ def dispatcher_maker(
     def planner() -> Planner:
         if groups is not None:
             across, within = groups
-            traffic, m = DispatchCounters(), nodes.count(nodes[me])
+            m = nodes.count(nodes[me])
             far = [node != me // m for node in range(len(nodes) // m)]
             return Hierarchical(
                 n_experts,
                 group,
-                RowAllToAll(across, far, traffic),
-                RowAllToAll(within, [False] * m, traffic),
-                traffic,
+                RowAllToAll(across, far),
+                RowAllToAll(within, [False] * m),
                 align,
             )
         if options.kind == "deepep":
             return DeepEP(n_experts, group, buffers, align)
-        link = RowAllToAll(group, crosses)
+        comm = RowAllToAll(group, crosses)
         if options.kind == "sync_free":
-            return SyncFree(n_experts, link, options.capacity_factor, align)
-        return AllToAll(n_experts, link, align)
+            return SyncFree(n_experts, comm, options.capacity_factor, align)
+        return AllToAll(n_experts, comm, align)
 
     return lambda: RoutedDispatcher(planner(), options, power_of_two)
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.moe import Dispatcher, ExpertsFn, MoE
-from parallel.dispatch.plan import RoutedDispatcher
+from models.step_context import LayerContext
+from parallel.dispatch.routed import RoutedDispatcher
 from parallel.tensor import TPGroupComm
 
 
@@ -26,9 +27,12 @@ class GatheringDispatcher:
         weights_TK: Tensor,
         experts: ExpertsFn,
         shared_experts: Callable[[], Tensor] | None = None,
+        layer: LayerContext | None = None,
     ) -> Tensor:
         gather = self.tp_comm.gather
-        partial = self.inner.run(gather(x_TD), gather(expert_ids_TK), gather(weights_TK), experts)
+        partial = self.inner.run(
+            gather(x_TD), gather(expert_ids_TK), gather(weights_TK), experts, layer=layer
+        )
         y_TD = self.tp_comm.reduce_scatter(partial)
         return y_TD if shared_experts is None else y_TD + shared_experts()
 

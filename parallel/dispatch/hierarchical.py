@@ -7,10 +7,10 @@ back a node first sums what its experts made of a token, so one row returns. Wit
 to M nodes (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) a token crosses at most M times, whatever
 its number of experts.
 
-With the row travel its K routing weights and expert ids, 8 K bytes: a node knows its own from them.
-One all-gather of counts tells every rank all splits of both levels; it is read on the host
-once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantised once on their way
-to experts; on the way back only what crosses is quantised.
+With the row its K routing weights and expert ids are sent, 8 K bytes: from these a node finds its
+own experts. After one all-gather of counts every rank has all splits of both levels; they are read
+on the host once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantised once on
+their way to experts; on the way back only what crosses is quantised.
 
 Rank r of the group is place r % m of node r // m, and has experts r * e up to (r + 1) * e.
 
@@ -19,7 +19,6 @@ node, E experts, F experts of one node, e of one rank, C chunks, R rows sent and
 the node, P slots, J = 2 K.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -29,10 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.moe.permute import Permutation, combine_rows, count_choices, gather_rows, permutation
+from models.step_context import DispatchStats
 from parallel.dispatch.all_to_all import expert_major
 from parallel.dispatch.packed_rows import (
-    DispatchCounters,
     PackedRows,
+    PendingRows,
     RowAllToAll,
     WireFormat,
     pack,
@@ -43,24 +43,25 @@ from parallel.dispatch.plan import CombinedRows, DispatchPlan
 
 
 class Splits(NamedTuple):
-    """Rows to and from every rank of a link."""
+    """Rows to and from every rank of a group."""
 
     sent: list[int]
     got: list[int]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Hierarchical:
-    """`Planner` over nodes of ranks. `across` links the ranks of one place, `within` a node."""
+    """`Planner` over nodes of ranks. `across` joins the ranks of one place, `within` a node."""
 
     n_experts: int
     group: dist.ProcessGroup
     across: RowAllToAll
     within: RowAllToAll
-    traffic: DispatchCounters
     align: int = 1
 
-    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
+    def plan(
+        self, ids: list[Tensor], stats: DispatchStats, exact: bool = False
+    ) -> list[DispatchPlan]:
         n_nodes, m, me = self.across.size, self.within.size, self.group.rank()
         node, place = divmod(me, m)
         nodes = [_nodes_of(ids_TK, self.n_experts, n_nodes) for ids_TK in ids]
@@ -76,17 +77,17 @@ class Hierarchical:
         fan = here_mCme[place].sum(-1), here_mCme[:, :, place].sum(-1).T
         own = rows_NmCE[node, place].unflatten(-1, (n_nodes * m, -1))[:, me].sum(-1, keepdim=True)
         widths = [n_nodes, n_nodes, m, m, 1]
-        routes: list[DispatchPlan] = []
-        for c, row in enumerate(torch.cat([*to_all, *fan, own], 1).tolist()):  # the one wait
+        plans: list[DispatchPlan] = []
+        for c, row in enumerate(torch.cat([*to_all, *fan, own], 1).tolist()):  # the only wait
             ends = list(accumulate(widths))
             *splits, (at_home,) = (row[b - w : b] for b, w in zip(ends, widths, strict=True))
             level_1, level_2 = Splits(*splits[:2]), Splits(*splits[2:])
             to_nodes = permutation(nodes[c], n_nodes, n_rows=sum(level_1.sent))
             by_expert = expert_major(here_mCme[:, c, place], sum(level_2.got), self.align)
-            routes.append(TwoLevelPlan(self, ids[c], to_nodes, level_1, level_2, by_expert))
-            self.traffic.rows_sent += ids[c].numel() - at_home
-            self.traffic.rows_received += sum(level_2.got)
-        return routes
+            plans.append(TwoLevelPlan(self, stats, ids[c], to_nodes, level_1, level_2, by_expert))
+            stats.rows_sent += ids[c].numel() - at_home
+            stats.rows_received += sum(level_2.got)
+        return plans
 
     def choices_here(self, ids_UK: Tensor) -> Tensor:
         """Ids of experts counted from the first of this node; F for experts elsewhere."""
@@ -100,6 +101,7 @@ class TwoLevelPlan:
     """To nodes, there to the ranks of experts, there by expert; and back."""
 
     planner: Hierarchical
+    stats: DispatchStats
     ids_TK: Tensor
     to_nodes: Permutation
     level_1: Splits
@@ -113,55 +115,50 @@ class TwoLevelPlan:
         self.top_k = self.ids_TK.shape[1]
         self.nodes_per_token = min(self.planner.across.size, self.top_k)
 
-    def to_experts(
+    def start_dispatch(
         self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
-    ) -> Callable[[], PackedRows]:
+    ) -> PendingRows:
         extra = None
         if weights_TK is not None:  # not in backward, when the ids have come already
             extra_TJ = torch.cat([weights_TK, self.ids_TK.to(weights_TK.dtype)], 1)
             extra = gather_rows(extra_TJ, self.to_nodes)
         leaving = pack(x_TD, wire).gathered(self.to_nodes, extra)
-        arrive = self.planner.across.start(leaving, *self.level_1)
+        return self.planner.across.start(leaving, *self.level_1, self.stats)
 
-        def end() -> PackedRows:
-            parcel, weights_UK = arrive(), None
-            if parcel.extra is not None:
-                weights_UK, ids_UK = parcel.extra.split(self.top_k, 1)
-                here_UK = self.planner.choices_here(ids_UK.long())
-                n_here = self.planner.n_experts // self.planner.across.size
-                self.to_ranks = permutation(here_UK, n_here, n_rows=sum(self.level_2.sent))
-            assert self.to_ranks is not None
-            fanned = parcel.gathered(self.to_ranks, per_choice(weights_UK, self.to_ranks))
-            rows = self.planner.within.start(fanned, *self.level_2)()
-            return rows.gathered(self.by_expert, per_choice(rows.extra, self.by_expert))
+    def finish_dispatch(self, handle: PendingRows) -> PackedRows:
+        arrived, weights_UK = handle.wait(), None
+        if arrived.extra is not None:
+            weights_UK, ids_UK = arrived.extra.split(self.top_k, 1)
+            here_UK = self.planner.choices_here(ids_UK.long())
+            n_here = self.planner.n_experts // self.planner.across.size
+            self.to_ranks = permutation(here_UK, n_here, n_rows=sum(self.level_2.sent))
+        assert self.to_ranks is not None
+        fanned = arrived.gathered(self.to_ranks, per_choice(weights_UK, self.to_ranks))
+        rows = self.planner.within.start(fanned, *self.level_2, self.stats).wait()
+        return rows.gathered(self.by_expert, per_choice(rows.extra, self.by_expert))
 
-        return end
-
-    def to_tokens(
+    def start_combine(
         self, rows_PD: Tensor, weights_P: Tensor | None, wire: WireFormat
-    ) -> Callable[[], CombinedRows]:
+    ) -> PendingRows:
         assert self.to_ranks is not None
         rows_SD = combine_rows(rows_PD, self.by_expert, 1)
         extra_S = to_choices(weights_P, self.by_expert, 1)
         sent, got = self.level_2
-        back = self.planner.within.start(PackedRows(rows_SD, None, extra_S), got, sent)()
-        tokens_UD = combine_rows(back.data, self.to_ranks, self.top_k)
-        weights_UK = to_choices(back.extra, self.to_ranks, self.top_k)
+        leaving = PackedRows(rows_SD, None, extra_S)
+        summed = self.planner.within.start(leaving, got, sent, self.stats).wait()
+        tokens_UD = combine_rows(summed.data, self.to_ranks, self.top_k)
+        weights_UK = to_choices(summed.extra, self.to_ranks, self.top_k)
         sent, got = self.level_1
-        arrive = self.planner.across.start(pack(tokens_UD, wire, weights_UK), got, sent)
+        return self.planner.across.start(pack(tokens_UD, wire, weights_UK), got, sent, self.stats)
 
-        def end() -> CombinedRows:
-            parcel = arrive()
-            values = parcel.values(rows_PD.dtype)
-            y_TD = combine_rows(values, self.to_nodes, self.nodes_per_token)
-            if parcel.extra is None:
-                return CombinedRows(y_TD, None)
-            # each choice has its number in one node's row and zero in the others
-            return CombinedRows(
-                y_TD, combine_rows(parcel.extra, self.to_nodes, self.nodes_per_token)
-            )
-
-        return end
+    def finish_combine(self, handle: PendingRows, dtype: torch.dtype) -> CombinedRows:
+        arrived = handle.wait()
+        y_TD = combine_rows(arrived.values(dtype), self.to_nodes, self.nodes_per_token)
+        if arrived.extra is None:
+            return CombinedRows(y_TD, None)
+        # each choice has its number in one node's row and zero in the others
+        weights_TK = combine_rows(arrived.extra, self.to_nodes, self.nodes_per_token)
+        return CombinedRows(y_TD, weights_TK)
 
 
 def _nodes_of(ids_TK: Tensor, n_experts: int, n_nodes: int) -> Tensor:

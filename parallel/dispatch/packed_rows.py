@@ -1,15 +1,14 @@
-"""What travels, and how: rows in a wire format, through an asynchronous all-to-all.
+"""Rows in a wire format, and the asynchronous all-to-all that exchanges them.
 
 A row is its values plus, in fp32, what belongs to it: the scales of an FP8 row, a routing weight.
-The latter lie in one tensor, so that a row costs two messages, never four. FP8 halves the bytes of
-bf16; each row is quantised on its own, 128 values per scale (DeepSeek-V3, arXiv:2412.19437, section
-3.3.2), and travels as bytes, since gloo knows no FP8.
+The latter are in one tensor, so that an exchange costs two messages, not four. FP8 halves the bytes
+of bf16; each row is quantised on its own, 128 values per scale (DeepSeek-V3, arXiv:2412.19437,
+section 3.3.2), and is sent as bytes, since gloo has no FP8.
 
 R rows, D width, s scales per row.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,14 +18,15 @@ from torch import Tensor
 from kernels.fp8 import fp8_dtype
 from kernels.moe.permute import Permutation, combine_rows, gather_rows
 from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
+from models.step_context import DispatchStats
 
 WireFormat = Literal["compute", "fp8", "fp8_power_of_two"]
-"""How values travel: in the compute dtype, or in FP8, whose scales may be powers of two."""
+"""How values are sent: in the compute dtype, or in FP8, whose scales may be powers of two."""
 _c10d = torch.ops._c10d_functional  # each gives a new tensor, which recomputation can keep
 
 
 class PackedRows(NamedTuple):
-    """Rows as they travel."""
+    """Rows as they are sent."""
 
     data: Tensor
     """`[R, D]`: values in the compute dtype, or FP8 as uint8."""
@@ -68,77 +68,30 @@ def to_choices(column: Tensor | None, back: Permutation, top_k: int) -> Tensor |
     return None if column is None else combine_rows(column, back, 1).view(-1, top_k)
 
 
-@dataclass
-class DispatchCounters:
-    """What one MoE layer sent and received on this rank since the last `take`."""
-
-    rows_sent: int | Tensor = 0
-    """Rows (a token for one expert) whose expert is on another rank."""
-    rows_received: int | Tensor = 0
-    """Rows of this rank's experts."""
-    bytes: int = 0
-    """To other ranks, forward and backward, without the counts."""
-    bytes_between_nodes: int = 0
-    """The part of `bytes` to ranks of other nodes."""
-    fullest: int | Tensor = 0
-    """Most rows that one rank had for another in one exchange; kept where room is limited."""
-    capacity: int = 0
-    """Rows there was room for; 0: for any number."""
-    lost: int | Tensor = 0
-    """Rows that found no room."""
-
-    def on_device(self, like: Tensor) -> None:
-        """Go on counting on the device, where the exchange is not known to the host.
-
-        Before the first number, not with it: selective recomputation repeats the operations of
-        forward, and a sum of a tensor and an int is another than that of two tensors.
-        """
-        for name in ("rows_sent", "rows_received", "fullest", "lost"):
-            total = getattr(self, name)
-            if not isinstance(total, Tensor):
-                setattr(self, name, like.new_full((), total))
-
-    def take(self) -> "DispatchCounters":
-        """The numbers so far; counting starts anew."""
-        taken = replace(self)
-        vars(self).update(vars(DispatchCounters()))
-        return taken
-
-
-@dataclass
+@dataclass(frozen=True)
 class RowAllToAll:
-    """A process group, with the account of what goes through it."""
+    """All-to-all of packed rows over a process group."""
 
     group: dist.ProcessGroup
     crosses: list[bool]
     """For every rank of the group, whether it is on another node."""
-    traffic: DispatchCounters = field(default_factory=DispatchCounters)
 
     @property
     def size(self) -> int:
         return len(self.crosses)
 
     def start(
-        self, parcel: PackedRows, sent: list[int] | None, got: list[int] | None
-    ) -> Callable[[], PackedRows]:
-        """Begin to exchange rows; the result waits for them.
+        self, rows: PackedRows, sent: list[int] | None, got: list[int] | None, stats: DispatchStats
+    ) -> "PendingRows":
+        """Begin to exchange rows.
 
-        sent, got: rows to and from every rank. None: evenly many.
+        sent, got: rows to and from every rank. None: evenly many. stats: where bytes are counted.
         """
-        parts = [part for part in (parcel.scales, parcel.extra) if part is not None]
-        waits = [self._start(parcel.data, sent, got)]
-        if parts:
-            waits.append(self._start(torch.cat(parts, 1), sent, got))
-        n_scales = 0 if parcel.scales is None else parcel.scales.shape[1]
-
-        def arrive() -> PackedRows:
-            data, *rest = (wait() for wait in waits)
-            scales = rest[0][:, :n_scales] if n_scales else None
-            return PackedRows(
-                data, scales, rest[0][:, n_scales:] if parcel.extra is not None else None
-            )
-
-        return arrive
+        fp32 = [part for part in (rows.scales, rows.extra) if part is not None]
+        data = self._start(rows.data, sent, got, stats)
+        beside = self._start(torch.cat(fp32, 1), sent, got, stats) if fp32 else None
+        n_scales = 0 if rows.scales is None else rows.scales.shape[1]
+        return PendingRows(data, beside, n_scales, rows.extra is not None)
 
     def exchange_counts(self, counts_r: Tensor) -> Tensor:
         """What every rank had for this one; the first dimension runs over ranks. Not counted."""
@@ -148,19 +101,40 @@ class RowAllToAll:
         return arrived
 
     def _start(
-        self, rows: Tensor, sent: list[int] | None, got: list[int] | None
-    ) -> Callable[[], Tensor]:
+        self, rows: Tensor, sent: list[int] | None, got: list[int] | None, stats: DispatchStats
+    ) -> Tensor:
         even = [len(rows) // self.size] * self.size
-        out = _c10d.all_to_all_single(
+        out: Tensor = _c10d.all_to_all_single(
             rows.contiguous(), got or even, sent or even, self.group.group_name
         )
-        self._count(rows, sent)
-        return lambda: _c10d.wait_tensor(out)
+        self._count(rows, even if sent is None else sent, stats)
+        return out
 
-    def _count(self, rows: Tensor, sent: list[int] | None) -> None:
-        each = [len(rows) // self.size] * self.size if sent is None else sent
+    def _count(self, rows: Tensor, sent: list[int], stats: DispatchStats) -> None:
         width = rows[:1].numel() * rows.element_size() if len(rows) else 0
-        me = self.group.rank()
-        self.traffic.bytes += width * (sum(each) - each[me])
-        across = sum(n for n, far in zip(each, self.crosses, strict=True) if far)
-        self.traffic.bytes_between_nodes += width * across
+        stats.bytes += width * (sum(sent) - sent[self.group.rank()])
+        across = sum(n for n, far in zip(sent, self.crosses, strict=True) if far)
+        stats.bytes_between_nodes += width * across
+
+
+@dataclass(frozen=True)
+class PendingRows:
+    """Rows on their way."""
+
+    data: Tensor
+    fp32: Tensor | None
+    """Scales and extra in one tensor, where there are any."""
+    n_scales: int
+    has_extra: bool
+
+    def wait(self) -> PackedRows:
+        """The rows that arrived."""
+        data = _c10d.wait_tensor(self.data)
+        if self.fp32 is None:
+            return PackedRows(data, None, None)
+        fp32 = _c10d.wait_tensor(self.fp32)
+        return PackedRows(
+            data,
+            fp32[:, : self.n_scales] if self.n_scales else None,
+            fp32[:, self.n_scales :] if self.has_extra else None,
+        )

@@ -21,63 +21,61 @@ L MoE layers, E experts, W ranks, X numbers.
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from parallel.dispatch.gathering import routed_dispatchers
+from models.step_context import DispatchStats, StepContext
 from parallel.ranks import sum_over_ranks
 
 _SUMS = ("rows_sent", "bytes", "bytes_between_nodes")
-_COLUMNS = ("rows_received", "fullest")
+_COLUMNS = ("rows_received", "max_rows")
 
 
-class DispatchStats:
-    """Numbers of the step that begins when this is made."""
+def sum_counts(step: StepContext, rows_travel: bool) -> tuple[Tensor, Tensor | None]:
+    """Over all ranks: the choices of experts `[L, E]`, and the numbers of the exchange.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [dispatcher for _, dispatcher in routed_dispatchers(model)]
-        self.capacity = 0
-        self.total: Tensor | None = None
-        for layer in self.layers:
-            layer.planner.traffic.take()  # what validation sent
+    rows_travel: whether the model's dispatchers exchange rows; else there are no numbers.
+    """
+    layers = step.moe_layers
+    if not layers:
+        return torch.zeros(0, 1, dtype=torch.int64), None
+    counts_LE = torch.stack([totals.counts_E for totals in layers])
+    if not rows_travel:
+        return sum_over_ranks(counts_LE), None
+    own_LX = torch.stack([_own(totals.dispatch, counts_LE) for totals in layers])
+    both = sum_over_ranks(torch.cat([counts_LE, own_LX], 1))
+    counts_LE, numbers_LX = both.tensor_split([counts_LE.shape[1]], 1)
+    return counts_LE, numbers_LX
 
-    def sum_with(self, counts_LE: Tensor) -> Tensor:
-        """Sum the routers' counts over ranks, and the numbers of this step with them."""
-        if not self.layers:
-            return sum_over_ranks(counts_LE)
-        both = torch.cat([counts_LE, self._mine(counts_LE)], 1)
-        counts_LE, self.total = sum_over_ranks(both).tensor_split([counts_LE.shape[1]], 1)
-        return counts_LE
 
-    def fields(self, redone: bool) -> dict[str, float]:
-        """The scalars of the step, read from the device; after `sum_with`."""
-        if self.total is None:
-            return {}
-        found = {"dispatch_redone": float(redone)}
-        world = dist.get_world_size()
-        for i, numbers in enumerate(self.total.tolist()):
-            sent, n_bytes, between, *columns = numbers
-            received, fullest = columns[:world], columns[world:]
-            mean = sum(received) / world
-            layer = {
-                "rows_sent": sent / world,
-                "rows_received": mean,
-                "rank_max_over_mean": max(received) / max(mean, 1.0),
-                "dispatch_mib": n_bytes / 2**20,
-                "between_nodes_mib": between / 2**20,
-            }
-            if self.capacity:
-                layer["capacity_use"] = max(fullest) / self.capacity
-            found |= {f"moe/layer_{i}/{name}": value for name, value in layer.items()}
-        return found
+def _own(stats: DispatchStats, like: Tensor) -> Tensor:
+    """This rank's numbers of a layer; of those that are compared between ranks, in its column."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    own_X = like.new_zeros(len(_SUMS) + len(_COLUMNS) * world)
+    for i, name in enumerate(_SUMS):
+        own_X[i] = getattr(stats, name)
+    for i, name in enumerate(_COLUMNS):
+        own_X[len(_SUMS) + i * world + rank] = getattr(stats, name)
+    return own_X
 
-    def _mine(self, like: Tensor) -> Tensor:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        mine_LX = like.new_zeros(len(self.layers), len(_SUMS) + len(_COLUMNS) * world)
-        for row_X, layer in zip(mine_LX, self.layers, strict=True):
-            traffic = layer.planner.traffic.take()
-            self.capacity = traffic.capacity
-            for i, name in enumerate(_SUMS):
-                row_X[i] = getattr(traffic, name)
-            for i, name in enumerate(_COLUMNS):
-                row_X[len(_SUMS) + i * world + rank] = getattr(traffic, name)
-        return mine_LX
+
+def dispatch_fields(step: StepContext, numbers_LX: Tensor | None) -> dict[str, float]:
+    """The scalars of the step, read from the device. numbers_LX: from `sum_counts`."""
+    if numbers_LX is None:
+        return {}
+    found = {"dispatch_redone": float(step.exact_dispatch)}
+    world = dist.get_world_size()
+    for i, (numbers, totals) in enumerate(zip(numbers_LX.tolist(), step.moe_layers, strict=True)):
+        sent, n_bytes, between, *columns = numbers
+        received, max_rows = columns[:world], columns[world:]
+        mean = sum(received) / world
+        layer = {
+            "rows_sent": sent / world,
+            "rows_received": mean,
+            "rank_max_over_mean": max(received) / max(mean, 1.0),
+            "dispatch_mib": n_bytes / 2**20,
+            "between_nodes_mib": between / 2**20,
+        }
+        if totals.dispatch.capacity:
+            layer["capacity_use"] = max(max_rows) / totals.dispatch.capacity
+        found |= {f"moe/layer_{i}/{name}": value for name, value in layer.items()}
+    return found

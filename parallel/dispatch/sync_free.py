@@ -2,14 +2,14 @@
 
 Uneven all-to-alls need their splits on the host: one wait per layer, in which the device runs
 dry, and which no CUDA graph can contain. Here a rank has room for C rows from each rank, C a fixed
-multiple of the even share; what a buffer does not fill travels as filler. Group ends stay on the
+multiple of the even share; a buffer that is not full is padded. Group ends stay on the
 device, where the grouped GEMM reads them.
 
-A router may want more than C. Such rows do not travel, and their number is added up on the
-device; `parallel.dispatch.overflow` reads it once per step, before anything has changed, and redoes
-the step with `exact` set, or stops. So nothing is ever dropped unseen. (GShard, arXiv:2006.16668,
-drops; a buffer for the worst case is the third choice: `capacity_factor` = ep ranks.)
-Without gradients (validation) nobody could redo anything: there the exact exchange is used.
+A router may want more than C. Such rows are not sent, and their number is added up on the
+device; `parallel.dispatch.overflow` reads it once per step, before anything has changed, and the
+step is redone exactly, or the run stops. So nothing is ever dropped unseen. (GShard,
+arXiv:2006.16668, drops; a buffer for the worst case is the third choice: `capacity_factor` = ep
+ranks.) Validation cannot be redone: there the exact exchange is used.
 
 All ranks must bring the same number of tokens, since C follows from it.
 
@@ -17,59 +17,63 @@ T tokens, K experts per token, R = T * K rows, S = ep * C slots, E experts, e lo
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.moe.permute import Permutation, permutation
+from models.step_context import DispatchStats
 from parallel.dispatch.all_to_all import AllToAll, DirectPlan
 from parallel.dispatch.packed_rows import RowAllToAll
 from parallel.dispatch.plan import DispatchPlan
 
 
+@dataclass(frozen=True)
 class SyncFree:
     """`Planner` with buffers of fixed size."""
 
-    def __init__(
-        self, n_experts: int, link: RowAllToAll, capacity_factor: float, align: int = 1
-    ) -> None:
-        self.n_experts, self.link, self.traffic = n_experts, link, link.traffic
-        self.capacity_factor, self.align = capacity_factor, align
-        self.uneven = AllToAll(n_experts, link, align)
-        self.exact = False
-        """Use the exact exchange, which waits for the device."""
+    n_experts: int
+    comm: RowAllToAll
+    capacity_factor: float
+    align: int = 1
 
     def capacity(self, n_rows: int, top_k: int) -> int:
         """Rows that one rank may send another, of `n_rows` it has."""
-        even = n_rows / self.link.size
-        most = n_rows // top_k * min(top_k, self.n_experts // self.link.size)
+        even = n_rows / self.comm.size
+        most = n_rows // top_k * min(top_k, self.n_experts // self.comm.size)
         return min(math.ceil(self.capacity_factor * even), most)
 
-    def plan(self, ids: list[Tensor]) -> list[DispatchPlan]:
-        if self.exact or not torch.is_grad_enabled():
-            return self.uneven.plan(ids)
-        return [self._plan(ids_TK) for ids_TK in ids]
+    def plan(
+        self, ids: list[Tensor], stats: DispatchStats, exact: bool = False
+    ) -> list[DispatchPlan]:
+        """exact: by the exchange that waits for the device."""
+        if exact:
+            return AllToAll(self.n_experts, self.comm, self.align).plan(ids, stats)
+        return [self._plan(ids_TK, stats) for ids_TK in ids]
 
-    def _plan(self, ids_TK: Tensor) -> DispatchPlan:
-        ep, top_k = self.link.size, ids_TK.shape[1]
+    def _plan(self, ids_TK: Tensor, stats: DispatchStats) -> DispatchPlan:
+        ep, top_k = self.comm.size, ids_TK.shape[1]
         room = self.capacity(ids_TK.numel(), top_k)
         every = permutation(ids_TK, self.n_experts)
         wanted_re = every.counts_E.view(ep, -1)
         kept_re = _first(wanted_re, room)
-        got_re = self.link.exchange_counts(kept_re)
-        self._account(wanted_re, kept_re, got_re, room)
+        got_re = self.comm.exchange_counts(kept_re)
+        self._count(wanted_re, kept_re, got_re, room, stats)
         to = _into_buffers(every, wanted_re.sum(1), room)
         by_expert = permutation(_expert_of_slot(got_re, room), got_re.shape[1], self.align)
-        return DirectPlan(self.link, to, by_expert, None, None, top_k)
+        return DirectPlan(self.comm, stats, to, by_expert, None, None, top_k)
 
-    def _account(self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int) -> None:
-        traffic, own = self.traffic, kept_re[self.link.group.rank()]
-        traffic.on_device(wanted_re)
-        traffic.lost += (wanted_re - kept_re).sum()
-        traffic.rows_sent += kept_re.sum() - own.sum()
-        traffic.rows_received += got_re.sum()
-        traffic.fullest = wanted_re.sum(1).max().clamp(min=traffic.fullest)
-        traffic.capacity = room
+    def _count(
+        self, wanted_re: Tensor, kept_re: Tensor, got_re: Tensor, room: int, stats: DispatchStats
+    ) -> None:
+        own = kept_re[self.comm.group.rank()]
+        stats.on_device(wanted_re)
+        stats.rows_without_room += (wanted_re - kept_re).sum()
+        stats.rows_sent += kept_re.sum() - own.sum()
+        stats.rows_received += got_re.sum()
+        stats.max_rows = wanted_re.sum(1).max().clamp(min=stats.max_rows)
+        stats.capacity = room
 
 
 def _first(counts_re: Tensor, room: int) -> Tensor:
@@ -81,7 +85,7 @@ def _first(counts_re: Tensor, room: int) -> Tensor:
 def _into_buffers(every: Permutation, wanted_r: Tensor, room: int) -> Permutation:
     """From rows packed by expert to rows in one buffer of `room` slots per rank.
 
-    What fills no buffer travels as zeros and is not read.
+    Slots without a row are sent as zeros and not read.
     """
     n_slots = room * len(wanted_r)
     row_R = torch.arange(len(every.order_P), device=wanted_r.device)

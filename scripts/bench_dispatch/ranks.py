@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from configs.dispatch import DispatchConfig
 from configs.model import MoEConfig
 from models.moe import Dispatcher, Experts, ExpertsFn, LocalDispatcher, Rows, row_values
+from models.step_context import LayerContext, LayerTotals, StepContext
 from parallel.dispatch.factory import dispatcher_maker
-from parallel.dispatch.plan import RoutedDispatcher
+from parallel.dispatch.routed import RoutedDispatcher
 from parallel.ranks import start_ranks, stop_ranks
 
 
@@ -47,7 +48,8 @@ class Torchtitan:
         expert_ids_TK: Tensor,
         weights_TK: Tensor,
         experts: ExpertsFn,
-        beside: Callable[[], Tensor] | None = None,
+        shared_experts: Callable[[], Tensor] | None = None,
+        layer: LayerContext | None = None,
     ) -> Tensor:
         counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=self.n_experts)
         rows_RD, counts_e, state = self.inner.dispatch(x_TD, weights_TK, expert_ids_TK, counts_E)
@@ -116,15 +118,21 @@ class Layer:
         self.grad = torch.randn(tokens, width).bfloat16()
         self.weights, self.ids = torch.rand(tokens, n_experts).topk(top_k, 1)
         self.local_ids = torch.randint(local, (tokens, top_k))
+        self.totals = LayerTotals.zeros(n_experts, self.x.device)
+        """Of the last step."""
 
     def step(self, name: str, dispatcher: Dispatcher) -> tuple[float, float]:
         """Seconds of one forward and backward pass until all ranks are done, and the processor
         time of this rank, which other work on the machine does not change."""
         ids = self.local_ids if name == "local" else self.ids
         weights = self.weights.clone().requires_grad_()
+        self.totals = LayerTotals.zeros(len(self.totals.counts_E), self.x.device)
+        tokens = torch.tensor(len(self.x))
+        step = StepContext(len(self.x), tokens, lambda counts: counts, (self.totals,))
+        (context,) = step.microbatch().layers
         dist.barrier()
         start, busy = time.perf_counter(), time.process_time()
-        y = dispatcher.run(self.x, ids, weights, self.experts)
+        y = dispatcher.run(self.x, ids, weights, self.experts, layer=context)
         y.backward(self.grad)
         busy = time.process_time() - busy
         dist.barrier()
@@ -142,8 +150,8 @@ def main(out: Path, setting: dict[str, Any]) -> None:
             if round_ >= 0:
                 times[name].append((seconds, busy))
             if isinstance(dispatcher, RoutedDispatcher):
-                traffic = dispatcher.planner.traffic.take()
-                sent[name] = [traffic.bytes, traffic.bytes_between_nodes]
+                stats = layer.totals.dispatch
+                sent[name] = [stats.bytes, stats.bytes_between_nodes]
     total = torch.tensor(list(sent.values()))
     dist.all_reduce(total)
     if ranks.is_first:

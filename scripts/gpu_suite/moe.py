@@ -277,7 +277,7 @@ def plain(layer: MoE, x_TD: Tensor) -> Tensor:
     experts, router = layer.experts, layer.router
     logits = F.linear(x_TD.float(), router.weight.float())
     given = router._given_choice(logits)
-    ids, weights, counts = route_reference(logits, router.bias_E, router.rule, given)
+    ids, weights, counts = route_reference(logits, router.bias_E, router.options, given)
     order = ids.flatten().argsort(stable=True)
     token = order // ids.shape[1]
     parts = []

@@ -13,6 +13,7 @@ from models.fp8 import apply_fp8
 from models.init import initialize
 from models.moe import LocalDispatcher, MoE
 from tests.kernels.lane import kernels_on_cpu, relative
+from tests.step_contexts import layer_context, totals_of
 
 
 def layer(activation: Activation, n_experts: int, top_k: int, fp8: bool) -> MoE:
@@ -34,11 +35,10 @@ def layer(activation: Activation, n_experts: int, top_k: int, fp8: bool) -> MoE:
 
 
 def results(moe: MoE, x: Tensor, grad: Tensor) -> list[Tensor]:
-    moe.router.tokens_per_expert_E.zero_()
-    leaf = x.clone().requires_grad_()
-    y = moe(leaf)
+    leaf, context = x.clone().requires_grad_(), layer_context(moe.router.config.n_experts)
+    y = moe(leaf, context)
     gradients = torch.autograd.grad(y, (leaf, *moe.parameters()), grad)
-    return [y.detach(), *gradients, moe.router.tokens_per_expert_E.float()]
+    return [y.detach(), *gradients, totals_of(context).counts_E.float()]
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -16,6 +16,8 @@ from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialize
 from models.moe import LocalDispatcher, MoE
+from models.step_context import LayerContext
+from tests.step_contexts import layer_step, next_microbatch, totals_of
 
 pytestmark = pytest.mark.gpu
 
@@ -89,7 +91,10 @@ def test_route(rule: RouterOptions) -> None:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_layer_does_not_wait(fp8: bool) -> None:
     """Forward and backward of a whole layer, as sharded training runs it, against the CPU."""
-    moe = MoEConfig(n_experts=16, top_k=4, d_expert=256, n_shared_experts=1)
+    moe = MoEConfig(
+        n_experts=16, top_k=4, d_expert=256, n_shared_experts=1, seq_aux_loss_coef=0.1,
+        global_aux_loss_coef=0.1, router_z_loss_coef=0.1,
+    )  # fmt: skip
     attention = AttentionConfig(n_heads=1, head_dim=64)
     config = ModelConfig(vocab_size=4, d_model=256, n_layers=1, attention=attention, moe=moe)
     model = Decoder(config)
@@ -101,19 +106,24 @@ def test_layer_does_not_wait(fp8: bool) -> None:
     assert isinstance(layer, MoE)
     x, grad = torch.randn(500, 256), torch.randn(500, 256)
 
-    def step(x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
-        leaf = x.requires_grad_()
-        y = layer(leaf)
-        return [y, *torch.autograd.grad(y, (leaf, *layer.parameters()), grad)]
+    def context(device: str) -> LayerContext:
+        return next_microbatch(layer_step(16, seq_len=125, tokens=500, device=device))
 
-    expected = step(x, grad)
+    def step(x: torch.Tensor, grad: torch.Tensor, context: LayerContext) -> list[torch.Tensor]:
+        leaf = x.requires_grad_()
+        y = layer(leaf, context)
+        gradients = torch.autograd.grad(y, (leaf, *layer.parameters()), grad)
+        return [y, *gradients, totals_of(context).losses_3]
+
+    expected = step(x, grad, context("cpu"))
     layer.cuda()
     if fp8:
         layer.dispatcher = LocalDispatcher(16, row_alignment("cuda"))
     there = x.detach().cuda(), grad.cuda()
-    step(*there)
+    contexts = context("cuda"), context("cuda")
+    step(*there, contexts[0])
     torch.cuda.set_sync_debug_mode("error")
-    found = step(*there)
+    found = step(*there, contexts[1])
     torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.cpu() - theirs).norm() < (2e-2 if fp8 else 1e-3) * theirs.norm()

@@ -14,14 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.loader import load
 from configs.model import MoEConfig
-from models.balance import NAMES, StepScope
-from models.router import Router, open_step, take_counts, take_losses
+from models.balance import mean_losses
+from models.router import Router
+from models.step_context import AUXILIARY_LOSSES, StepContext
 from tests.runs import TINY
+from tests.step_contexts import layer_step, next_microbatch, unchanged
 
 LENGTH, SEQUENCES, WIDTH = 7, 3, 12
-KEYS = dict(
-    zip(NAMES, ("seq_aux_loss_coef", "global_aux_loss_coef", "router_z_loss_coef"), strict=True)
-)
+COEFFICIENTS = ("seq_aux_loss_coef", "global_aux_loss_coef", "router_z_loss_coef")
+KEYS = dict(zip(AUXILIARY_LOSSES, COEFFICIENTS, strict=True))
 
 
 def router(**options: object) -> Router:
@@ -38,8 +39,14 @@ def tokens(seed: int, sequences: int = SEQUENCES) -> Tensor:
     return torch.randn(sequences * LENGTH, WIDTH, generator=generator)
 
 
-def scope(n_tokens: int, reduce: Callable[[Tensor], Tensor] = lambda c: c) -> StepScope:
-    return StepScope(LENGTH, torch.tensor(n_tokens), reduce)
+def step_of(
+    made: Router, n_tokens: int, reduce: Callable[[Tensor], Tensor] = unchanged
+) -> StepContext:
+    return layer_step(made.config.n_experts, LENGTH, n_tokens, reduce)
+
+
+def losses_of(made: Router, step: StepContext) -> dict[str, float]:
+    return mean_losses(made.config, step, unchanged)
 
 
 def scores_of(made: Router, x: Tensor) -> list[Tensor]:
@@ -66,9 +73,7 @@ def sequence_loop(made: Router, x: Tensor) -> Tensor:
 def global_loop(made: Router, x: Tensor, seen: Tensor) -> Tensor:
     """arXiv:2501.11873 with the choices among all tokens `seen`; the mean of P over `x`."""
     moe = made.config
-    made.eval()
     ids = made(seen)[0].flatten().tolist()
-    made.train()
     scores, total = scores_of(made, x), torch.zeros(())
     for i in range(moe.n_experts):
         p = sum((s[i] / s.sum() for s in scores), torch.zeros(())) / len(x)
@@ -82,19 +87,21 @@ def z_loop(made: Router, x: Tensor) -> Tensor:
     return torch.stack(squares).mean()
 
 
-def gradient_of_losses(made: Router, batches: list[Tensor], main: Tensor) -> Tensor:
-    """Gradient of the router's weight from the auxiliary losses alone: with and without them."""
+def gradient_of_losses(
+    made: Router, batches: list[Tensor], main: Tensor
+) -> tuple[Tensor, StepContext]:
+    """Gradient of the router's weight from the auxiliary losses alone: with and without them; and
+    the step with them."""
+    step = step_of(made, sum(map(len, batches)))
     grads: list[Tensor] = []
     for on in (True, False):
-        made.weight.grad, made.scope = None, None
-        take_counts(made, lambda c: c)
-        if on:
-            open_step(made, scope(sum(map(len, batches))))
+        made.weight.grad = None
         for x in batches:
-            (made(x)[1] * main[: len(x)]).sum().backward()
+            layer = next_microbatch(step) if on else None
+            (made(x, layer)[1] * main[: len(x)]).sum().backward()
         assert made.weight.grad is not None
         grads.append(made.weight.grad.clone())
-    return grads[0] - grads[1]
+    return grads[0] - grads[1], step
 
 
 SETTINGS: list[dict[str, object]] = [
@@ -106,7 +113,7 @@ SETTINGS: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AUXILIARY_LOSSES)
 def test_value_and_gradient_equal_plain_loops(name: str, options: dict[str, object]) -> None:
     coefficient = 0.7
     made = router(**options, **{KEYS[name]: coefficient})
@@ -120,11 +127,11 @@ def test_value_and_gradient_equal_plain_loops(name: str, options: dict[str, obje
     (gradient,) = torch.autograd.grad(coefficient * loss, made.weight)
     expected = float(loss.detach())
     main = torch.randn(len(x), made.config.top_k, generator=torch.Generator().manual_seed(3))
-    found = gradient_of_losses(made, [x], main)
+    found, step = gradient_of_losses(made, [x], main)
     assert (found - gradient).norm() < 1e-5 * gradient.norm()
-    values = take_losses(made, lambda v: v)
+    values = losses_of(made, step)
     assert values.keys() == {name} and values[name] == pytest.approx(expected, rel=1e-5)
-    assert take_losses(made, lambda v: v) == {name: 0.0}, "taken once"
+    assert losses_of(made, step_of(made, len(x))) == {name: 0.0}, "a step begins at zero"
 
 
 def test_microbatches_add_up_to_the_step() -> None:
@@ -138,68 +145,83 @@ def test_microbatches_add_up_to_the_step() -> None:
     over_all = over_all + global_loop(made, parts[1], every) * share[1]
     expected = [sequence_loop(made, every), over_all, z_loop(made, every)]
     (gradient,) = torch.autograd.grad(0.5 * torch.stack(expected).sum(), made.weight)
-    found = gradient_of_losses(made, parts, torch.ones(len(every), 2))
+    found, step = gradient_of_losses(made, parts, torch.ones(len(every), 2))
     assert (found - gradient).norm() < 1e-5 * gradient.norm()
-    values = take_losses(made, lambda v: v)
+    values = losses_of(made, step)
     assert list(values.values()) == pytest.approx([float(e.detach()) for e in expected], rel=1e-5)
 
 
 def test_choices_of_other_ranks_enter_the_global_loss() -> None:
     made = router(global_aux_loss_coef=1.0)
     x, elsewhere = tokens(0), tokens(9)
-    made.eval()
     theirs = torch.bincount(made(elsewhere)[0].flatten(), minlength=8)
-    made.train()
-    open_step(made, scope(2 * len(x), lambda counts: counts.add_(theirs)))
-    made(x)[1].sum().backward()
+    step = step_of(made, 2 * len(x), lambda counts: counts.add_(theirs))
+    made(x, next_microbatch(step))[1].sum().backward()
     expected = global_loop(made, x, torch.cat([x, elsewhere])) / 2  # this rank's half of the tokens
-    assert take_losses(made, lambda v: v)["global_balance"] == pytest.approx(float(expected))
+    assert losses_of(made, step)["global_balance"] == pytest.approx(float(expected.detach()))
+    own = step.moe_layers[0].counts_E
+    assert own.sum() == len(x) * made.config.top_k, "the choices of this rank alone"
 
 
 def test_even_load_and_scores_give_one() -> None:
     made = router(**dict.fromkeys(KEYS.values(), 1.0), top_k=8)
     torch.nn.init.zeros_(made.weight)
-    open_step(made, scope(len(tokens(0))))
-    made(tokens(0))[1].sum().backward()
-    values = take_losses(made, lambda v: v)
+    step = step_of(made, len(tokens(0)))
+    made(tokens(0), next_microbatch(step))[1].sum().backward()
+    values = losses_of(made, step)
     assert list(values.values()) == pytest.approx([1.0, 1.0, math.log(8) ** 2])
 
 
 def test_recomputation_counts_once() -> None:
-    """Forward runs twice, backward once: value and gradient are those of a plain run."""
+    """Forward runs twice, backward once: value, gradient and counts are those of a plain run."""
     results = []
     for recompute in (False, True):
-        made = router(seq_aux_loss_coef=0.5, router_z_loss_coef=0.5)
+        made = router(**dict.fromkeys(KEYS.values(), 0.5))
         x = tokens(0).requires_grad_()
-        open_step(made, scope(len(x)))
-        weights = checkpoint(lambda t, m=made: m(t)[1], x, use_reentrant=False) if recompute else (
-            made(x)[1]
-        )  # fmt: skip
+        step = step_of(made, len(x))
+        layer = next_microbatch(step)
+        weights = (
+            checkpoint(lambda t, m=made, c=layer: m(t, c)[1], x, use_reentrant=False)
+            if recompute
+            else made(x, layer)[1]
+        )
         weights.square().sum().backward()
         assert made.weight.grad is not None
-        results.append((made.weight.grad, take_losses(made, lambda v: v)))
-    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+        results.append((made.weight.grad, losses_of(made, step), step.moe_layers[0].counts_E))
+    (gradient, values, counts), again = results
+    assert torch.equal(gradient, again[0]) and values == again[1]
+    assert torch.equal(counts, again[2])
 
 
-def test_nothing_happens_outside_a_step_or_in_evaluation() -> None:
+def test_nothing_happens_outside_a_step() -> None:
+    """Without a context there is no loss in the weights' gradient, in training mode or not; with
+    one the weights are the same and only their gradient differs."""
     made = router(**dict.fromkeys(KEYS.values(), 1.0))
-    x = tokens(0)
-    plain = made(x)[1]
-    open_step(made, scope(len(x)))
-    made.eval()
-    assert torch.equal(made(x)[1], plain)
-    made(x)[1].sum().backward()
-    assert take_losses(made, lambda v: v) == dict.fromkeys(NAMES, 0.0)
+    bare, x = router(), tokens(0)
+    for mode in (True, False):
+        for one in (made, bare):
+            one.train(mode).zero_grad()
+        made(x)[1].square().sum().backward()
+        bare(x)[1].square().sum().backward()
+        assert made.weight.grad is not None and bare.weight.grad is not None
+        assert torch.equal(made.weight.grad, bare.weight.grad)
+    step = step_of(made, len(x))
+    weights = made(x, next_microbatch(step))[1]
+    assert torch.equal(weights, made(x)[1])
+    assert losses_of(made, step) == dict.fromkeys(AUXILIARY_LOSSES, 0.0), "added in backward"
+    made.zero_grad()
+    weights.square().sum().backward()
+    assert not torch.equal(made.weight.grad, bare.weight.grad)  # type: ignore[arg-type]
+    assert all(losses_of(made, step).values())
 
 
 def test_bf16_weights_do_not_round_the_losses() -> None:
     made = router(**dict.fromkeys(KEYS.values(), 1.0)).to(torch.bfloat16)
     made.float_bias()
-    made.loss_values_3 = made.loss_values_3.float()
     x = tokens(0).bfloat16()
-    open_step(made, scope(len(x)))
-    made(x)[1].sum().backward()
-    values = take_losses(made, lambda v: v)
+    step = step_of(made, len(x))
+    made(x, next_microbatch(step))[1].sum().backward()
+    values = losses_of(made, step)
     exact = router()
     exact.weight.data = made.weight.data.float()
     exact.bias_E = made.bias_E
@@ -219,9 +241,9 @@ def test_the_losses_even_the_load() -> None:
         x = tokens(5, 40) + 0.5
         loads = []
         for _ in range(150):
-            open_step(made, scope(len(x)))
-            (made(x)[1] * 0).sum().backward()
-            load = take_counts(made, lambda c: c)[0].double()
+            step = step_of(made, len(x))
+            (made(x, next_microbatch(step))[1] * 0).sum().backward()
+            load = step.moe_layers[0].counts_E.double()
             loads.append(float(load.max() / load.mean()))
             assert made.weight.grad is not None
             made.weight.data -= 0.5 * made.weight.grad
@@ -234,6 +256,7 @@ def test_a_config_without_coefficients_computes_no_loss() -> None:
         getattr(MoEConfig(n_experts=4, top_k=2, d_expert=8), key) for key in KEYS.values()
     )
     made = router()
-    open_step(made, scope(LENGTH))
-    made(tokens(0, 1))[1].sum().backward()
-    assert take_losses(made, lambda v: v) == {}
+    step = step_of(made, LENGTH)
+    made(tokens(0, 1), next_microbatch(step))[1].sum().backward()
+    assert losses_of(made, step) == {}
+    assert step.moe_layers[0].losses_3.tolist() == [0.0, 0.0, 0.0]

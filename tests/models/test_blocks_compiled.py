@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from configs.model import ModelConfig
-from models.balance import StepScope
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.init import initialize
-from models.router import open_step, routers
 from tests.models.families import FAMILIES
+from tests.step_contexts import model_step
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +49,14 @@ def run(model: Decoder, seed: int, n_sequences: int, length: int) -> list[Tensor
     if not model.training:
         with torch.no_grad():
             return [model(tokens_T, positions_T, core)]
-    scope = StepScope(length, torch.tensor(4 * tokens_T.numel()), lambda tensor: tensor)
-    open_step(model, scope)  # another object every step
-    loss = model(tokens_T, positions_T, core).square().mean()
+    step = model_step(model.config, length, 4 * tokens_T.numel())  # another object every step
+    loss = model(tokens_T, positions_T, core, context=step.microbatch()).square().mean()
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    counts = [router.tokens_per_expert_E.clone() for router in routers(model)]
-    values = [router.loss_values_3.clone() for router in routers(model)]
-    return [loss.detach(), *gradients, *counts, *values]
+    sums = [part for totals in step.moe_layers for part in (totals.counts_E, totals.losses_3)]
+    assert all(part.any() for part in sums)
+    return [loss.detach(), *gradients, *sums]
 
 
 @pytest.mark.slow

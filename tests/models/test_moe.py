@@ -12,8 +12,9 @@ from configs.loader import load
 from configs.model import ModelConfig, MoEConfig
 from models.init import initial_value, initialize
 from models.moe import MoE
-from models.router import Router, routers, take_counts, update_biases
+from models.router import Router, routers, update_biases
 from tests.runs import TINY
+from tests.step_contexts import counts_of, layer_step, next_microbatch
 
 
 def tiny_model(**moe: object) -> ModelConfig:
@@ -83,16 +84,19 @@ def test_layer_equals_plain_loops(options: dict[str, object], tokens: int) -> No
             assert a is not None and (a - b).norm() / b.norm() < 1e-5
 
 
-def test_counts_are_of_training_only_and_taken_once() -> None:
+def test_a_step_counts_the_choices_of_its_microbatches() -> None:
+    """Each microbatch once, in training mode or not; a call without a context counts nowhere."""
     moe = layer(tiny_model())
-    x = torch.randn(11, 32)
-    moe.train()
-    moe(x), moe(x)
-    moe.eval()
-    moe(x)
-    counts = take_counts(moe, lambda c: c.clone())
-    assert counts.shape == (1, 8) and counts.sum() == 2 * 11 * 2
-    assert take_counts(moe, lambda c: c.clone()).sum() == 0
+    batches = [torch.randn(n, 32) for n in (11, 11, 5)]
+    step, another = layer_step(8), layer_step(8)
+    expected = torch.zeros(8, dtype=torch.int64)
+    for x, training in zip(batches, (True, False, True), strict=True):
+        moe.train(training)(x, next_microbatch(step))
+        moe(x)
+        expected += torch.bincount(moe.router(x)[0].flatten(), minlength=8)
+    assert torch.equal(counts_of(step), expected[None]) and expected.sum() == 27 * 2
+    assert counts_of(another).sum() == 0
+    assert counts_of(step).dtype == torch.int64
 
 
 def test_bias_moves_against_the_load_and_evens_it() -> None:
@@ -104,8 +108,9 @@ def test_bias_moves_against_the_load_and_evens_it() -> None:
     x = torch.randn(512, 32) + 0.5
     first: Tensor | None = None
     for _ in range(60):
-        moe(x)
-        counts = take_counts(moe, lambda c: c.clone()).double()
+        step = layer_step(8)
+        moe(x, next_microbatch(step))
+        counts = counts_of(step).double()
         first = counts if first is None else first
         update_biases(moe, counts)
     assert first is not None and first.max() / first.mean() > 2
@@ -116,8 +121,9 @@ def test_bias_moves_against_the_load_and_evens_it() -> None:
 def test_no_bias_stays_zero_and_forced_balance_is_even() -> None:
     moe = layer(tiny_model(bias_update_rate=0.0, force_balance=True))
     moe.router.bias_E.zero_()
-    moe(torch.randn(16, 32))
-    counts = take_counts(moe, lambda c: c.clone())
+    step = layer_step(8)
+    moe(torch.randn(16, 32), next_microbatch(step))
+    counts = counts_of(step)
     update_biases(moe, counts)
     assert counts.eq(4).all() and moe.router.bias_E.abs().max() == 0
 

@@ -15,8 +15,9 @@ from kernels.gemm.linear_fp8 import Fp8Weight
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialize
-from models.linear import Fp8Linear, project
+from models.linear import Fp8Linear, Linear, project
 from models.moe import MoE
+from tests.step_contexts import layer_context, totals_of
 
 MODEL = ModelConfig(
     vocab_size=8, d_model=64, n_layers=1, init_std=0.2,
@@ -51,11 +52,11 @@ def test_equals_eager(fp8: bool) -> None:
         grad = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1))
         results = []
         for run in (moe, compiled):
-            moe.router.tokens_per_expert_E.zero_()
-            y = run(x)
-            leaves = (x, *moe.parameters())
-            counts = moe.router.tokens_per_expert_E.clone()
-            results.append([y, *torch.autograd.grad(y, leaves, grad), counts])
+            context = layer_context(MODEL.moe.n_experts)
+            y = run(x, context)
+            gradients = torch.autograd.grad(y, (x, *moe.parameters()), grad)
+            results.append([y, *gradients, totals_of(context).counts_E])
+        assert results[0][-1].sum() == tokens * MODEL.moe.top_k
         for ours, eager in zip(*results, strict=True):
             assert torch.equal(ours, eager)
 
@@ -96,13 +97,11 @@ def test_traces_for_cuda() -> None:
 def test_projections_of_gathered_weights() -> None:
     """A weight that FSDP2 gathered has no transposed copy: data stands for it, once."""
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(32, width, bias=False) for width in (16, 24)]
+    layers = [Fp8Linear.of(Linear(32, width, bias=False), False) for width in (16, 24)]
     for each in layers:
-        each.__class__ = Fp8Linear
-        assert isinstance(each, Fp8Linear)
         given = Fp8Weight.of(each.weight)
         gathered = given.data, given.data, given.scales
-        each.sources, each.power_of_two = {"weight": partial(Fp8Weight, *gathered)}, False
+        each.sources["weight"] = partial(Fp8Weight, *gathered)
     x = torch.randn(9, 32, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:

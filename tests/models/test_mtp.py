@@ -20,9 +20,9 @@ from models.documents import DocumentAttention
 from models.init import initialize
 from models.mtp import MtpModule
 from models.rope import rope_tables
-from models.router import take_counts
 from tests.models.families import DEEPSEEK_V3_MTP
 from tests.runs import ROOT, TINY
+from tests.step_contexts import counts_of, model_step
 from train.data.batches import Batch, Sequences
 from train.loss import count_tokens, look_ahead, loss_sum, loss_sums
 
@@ -152,13 +152,13 @@ def test_without_a_look_ahead_the_modules_do_not_run() -> None:
     decoder, plain = build(tiny(1)), build(tiny(0))
     plain.load_state_dict({k: v for k, v in decoder.state_dict().items() if "mtp" not in k})
     batch, _ = packed(decoder.config, [[5, 16]])
-    take_counts(decoder, lambda c: c)
+    step = model_step(decoder.config, seq_len=21, tokens=21)
     with torch.no_grad():
-        assert loss_sum(decoder, batch) == loss_sum(plain, batch)
-    counts = take_counts(decoder, lambda c: c)
-    assert counts.sum(1).tolist() == [42, 42, 0], "two MoE layers, and the module's router"
-    loss_sums(decoder, batch, 1)
-    assert take_counts(decoder, lambda c: c).sum(1).tolist() == [42, 42, 42]
+        ours = loss_sum(decoder, batch, context=step.microbatch())
+        assert ours == loss_sum(plain, batch)
+        assert counts_of(step).sum(1).tolist() == [42, 42, 0], "two MoE layers, and the module's"
+        loss_sums(decoder, batch, 1, context=step.microbatch())
+    assert counts_of(step).sum(1).tolist() == [84, 84, 42]
 
 
 def test_counts_and_flops_with_modules() -> None:

@@ -13,14 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from configs.loader import flatten, from_dict
-from models.decoder import Decoder
-from parallel.apply import materialize, parallelize
-from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.parallel.mesh_run import mesh_of, random_corpus, shake, whole
+from tests.parallel.mesh_run import random_corpus, shake, training_of, whole
 from train.checkpoint import checkpoint
 from train.data.batches import Sequences, TrainingData
-from train.optim.optimizer import build_optimizer, optimizer_tensors
+from train.optim.optimizer import optimizer_tensors
 from train.step import StepResult, train_step
 
 
@@ -35,17 +32,11 @@ class Run:
         compute: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.ranks = from_dict(settings, name), ranks
-        self.mesh = mesh_of(self.config, ranks)
-        with torch.device("meta"):
-            self.model = Decoder(self.config.model)
-        parallelize(self.model, self.mesh, self.config, compute)
-        materialize(self.model, self.config.model, self.config.run.seed, ranks.device)
+        training = training_of(self.config, ranks, compute)
+        self.mesh, self.model, self.optimizer = training.mesh, training.model, training.optimizer
+        self.fp8_weights = training.fp8_weights
         shake(self.model)
-        self.fp8_weights = gather_in_fp8(self.model)
         self.fp8_weights.refresh()
-        self.optimizer = build_optimizer(
-            self.model, self.config.optimizer, self.config.precision.moments
-        )
         self.data = TrainingData(
             Sequences(random_corpus(self.config.model.vocab_size, 20_000), 32, 0),
             seed=0,

@@ -23,13 +23,14 @@ from torch import Tensor
 from configs.dispatch import DispatchConfig
 from configs.model import MoEConfig
 from models.moe import Experts
+from models.step_context import DispatchStats
 from parallel.dispatch.factory import dispatcher_maker
-from parallel.dispatch.packed_rows import DispatchCounters
-from parallel.dispatch.plan import RoutedDispatcher
+from parallel.dispatch.routed import RoutedDispatcher
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from tests.parallel import deep_ep_stand_in
 from tests.parallel.dispatch_oracle import Fp8, reference_dispatch
 from tests.parallel.dispatch_special import SPECIAL
+from tests.step_contexts import layer_context, totals_of
 
 TOLERANCE = 1e-5
 """||difference|| / ||reference|| in fp32: sums in another order."""
@@ -154,8 +155,8 @@ def reference(
 
 def distributed(
     batch: Batch, rank: int, ranks: int, options: DispatchConfig
-) -> tuple[dict[str, Tensor], DispatchCounters]:
-    """The same through a dispatcher."""
+) -> tuple[dict[str, Tensor], DispatchStats]:
+    """The same through a dispatcher, and what it counted."""
     assert dist.group.WORLD is not None
     dispatcher = dispatcher_maker(batch.case.moe.n_experts, dist.group.WORLD, options)()
     assert isinstance(dispatcher, RoutedDispatcher)
@@ -163,7 +164,8 @@ def distributed(
     x = batch.x[rank].clone().requires_grad_()
     w = batch.weights[rank].clone().requires_grad_()
     beside = batch.beside.to(batch.dtype)
-    y = dispatcher.run(x, batch.ids[rank], w, experts, lambda: x @ beside)
+    context = layer_context(batch.case.moe.n_experts)
+    y = dispatcher.run(x, batch.ids[rank], w, experts, lambda: x @ beside, context)
     assert y.dtype == x.dtype and y.shape == x.shape
     y.backward(batch.grads[rank])
     assert x.grad is not None and w.grad is not None
@@ -171,7 +173,7 @@ def distributed(
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
         result[f"grad of {name}"] = parameter.grad
-    return result, dispatcher.planner.traffic
+    return result, totals_of(context).dispatch
 
 
 def check(
@@ -184,7 +186,7 @@ def check(
     fp8 = Fp8(*(getattr(options, wire) == "fp8" for wire in wires))
     two_levels = options.kind == "hierarchical"
     per_node = case.moe.n_experts // ranks * options.node_size if two_levels else 0
-    ours, traffic = distributed(batch, rank, ranks, options)
+    ours, stats = distributed(batch, rank, ranks, options)
     faults = []
     for name, (expected, least) in reference(case, rank, ranks, dtype, fp8, per_node).items():
         difference = ours[name].double() - expected.double()
@@ -192,11 +194,11 @@ def check(
         if not error <= tolerance and not float(difference.abs().max()) < 1e-7:
             faults.append(f"{name}: {error:.1e}")
     if options.kind != "deepep":
-        faults += account(batch, options, traffic)
+        faults += miscounted(batch, options, stats)
     return [f"rank {rank}: {case}: {fault}" for fault in faults]
 
 
-def account(batch: Batch, options: DispatchConfig, traffic: DispatchCounters) -> list[str]:
+def miscounted(batch: Batch, options: DispatchConfig, stats: DispatchStats) -> list[str]:
     """Faults in the numbers of rows and bytes, which are counted here by hand."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     local, m = batch.case.moe.n_experts // ranks, options.node_size or ranks
@@ -223,7 +225,7 @@ def account(batch: Batch, options: DispatchConfig, traffic: DispatchCounters) ->
         want["bytes_between_nodes"] = leave * (
             size[options.dispatch_dtype] + size[options.combine_grad_dtype] + extra[0]
         ) + come * (size[options.combine_dtype] + size[options.dispatch_grad_dtype] + extra[1])
-    found = {name: int(getattr(traffic, name)) for name in want}
+    found = {name: int(getattr(stats, name)) for name in want}
     return [f"{name} is {found[name]}, not {n}" for name, n in want.items() if found[name] != n]
 
 

@@ -17,10 +17,9 @@ from configs.loader import load
 from configs.schema import JobConfig
 from models.decoder import Decoder
 from models.router import routers
-from parallel.apply import materialize, parallelize
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.parallel.mesh_run import STEPS, Recording, mesh_of, random_corpus, whole
+from tests.parallel.mesh_run import STEPS, Recording, random_corpus, training_of, whole
 from tests.runs import TINY
 from train.data.batches import Sequences, TrainingData
 from train.step import train_step
@@ -48,20 +47,16 @@ def settings(ep: int) -> dict[str, list[str]]:
 
 
 def start(config: JobConfig, ranks: Ranks) -> tuple[Decoder, TrainingData]:
-    mesh = mesh_of(config, ranks)
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    parallelize(model, mesh, config, torch.float32)
-    materialize(model, config.model, config.run.seed, ranks.device)
+    training = training_of(config, ranks)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         rank=ranks.rank,
-        n_ranks=mesh.parallel_dims.data_ranks,
+        n_ranks=training.mesh.parallel_dims.data_ranks,
     )
-    return model, data
+    return training.model, data
 
 
 def train(config: JobConfig, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:

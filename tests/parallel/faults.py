@@ -1,9 +1,8 @@
 """Errors of composed parallelism as they really happen, to show that the harness sees them."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import getattr_static
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import train.optim.optimizer
+import models.parameters
 import train.step
 from models.decoder import Decoder
 from models.moe import MoE
@@ -55,11 +54,10 @@ def norm_not_reduced_over_tp(model: Decoder, mesh: Mesh) -> Iterator[None]:
 @contextmanager
 def down_bias_twice(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Every etp rank adds the whole bias of the down projection."""
-    kind = type(_moe(model).experts)
-    once = getattr_static(kind, "b2")
-    twice = property(lambda module: mesh.parallel_dims.etp * once.fget(module))
-    with patch.object(kind, "b2", twice):
-        yield
+    experts = _moe(model).experts
+    once = experts.local_views["b2"]
+    experts.set_local_view("b2", lambda whole: mesh.parallel_dims.etp * once(whole))
+    yield
 
 
 @contextmanager
@@ -85,8 +83,11 @@ def repeated_shard(model: Decoder, mesh: Mesh) -> Iterator[None]:
 @contextmanager
 def experts_without_decay(model: Decoder, mesh: Mesh) -> Iterator[None]:
     """Routed experts, which have a mesh of their own, get no weight decay."""
-    without = train.optim.optimizer._NO_DECAY.pattern + r"|\.experts\."
-    with patch.object(train.optim.optimizer, "_NO_DECAY", re.compile(without)):
+    table = models.parameters.PARAMETERS
+    without = {
+        key: replace(spec, decay=False) for key, spec in table.items() if key.startswith("experts.")
+    }
+    with patch.dict(table, without):
         yield
 
 

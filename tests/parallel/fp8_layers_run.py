@@ -36,8 +36,8 @@ from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
 from models.moe import MoE
+from models.parameters import spec_of
 from models.rope import rope_tables
-from parallel.fp8_weights import WEIGHTS
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from tests.parallel import fp8_models
 from tests.parallel.checkpoint_run import Run
@@ -118,7 +118,7 @@ class Result:
     grad_x_TD: Tensor
     operands: Operands
     weights: dict[str, Tensor]
-    """Whole gradients of quantised weights by name, summed over ranks."""
+    """Whole gradients of quantised weights and of the router's by name, summed over ranks."""
 
 
 class Bench:
@@ -165,7 +165,7 @@ class Bench:
         grads = {
             key: whole(p.grad)
             for key, p in layer.named_parameters()
-            if p.grad is not None and key.split(".")[-1] in WEIGHTS and "norm" not in key
+            if p.grad is not None and (spec_of(f"{name}.{key}").fp8 or key == "router.weight")
         }
         model.zero_grad()
         assert x_TD.grad is not None

@@ -23,14 +23,16 @@ from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.quantization.quantize import quantize_128x128
 from models.fp8 import Fp8Experts, Fp8FeedForward, fp8_modules
 from models.linear import Fp8Module, as_matrices
-from parallel.fp8_weights import WEIGHTS, GatheredWeight
+from parallel.fp8_weights import GatheredWeight
 from parallel.mesh import Mesh
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
-from parallel.tensor import HEADS
 from tests.parallel import fp8_models
 from tests.parallel.checkpoint_run import Run
 from tests.parallel.mesh_run import whole
+
+OVER_TP = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
+"""The dimension of a projection that the ranks of `tp` divide."""
 
 
 def part_of(full: Tensor, module: nn.Module, name: str, mesh: Mesh) -> Tensor:
@@ -45,12 +47,12 @@ def part_of(full: Tensor, module: nn.Module, name: str, mesh: Mesh) -> Tensor:
     if isinstance(module, Fp8FeedForward):
         return cut(mesh.dense["tp"], 1)
     projection = name.split(".")[-1]
-    return cut(mesh.dense["tp"], HEADS[projection]) if projection in HEADS else full
+    return cut(mesh.dense["tp"], OVER_TP[projection]) if projection in OVER_TP else full
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Fp8Module, str]]:
     for name, module in fp8_modules(model).items():
-        for key in WEIGHTS:
+        for key in ("weight", "w13", "w2"):
             if key in module._parameters:
                 yield name, module, key
 

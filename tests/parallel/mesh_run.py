@@ -31,16 +31,15 @@ from torch.distributed.tensor import DTensor
 import kernels.moe.router
 import models.balance
 from configs.loader import from_dict
-from configs.parallel_dims import resolve
 from configs.schema import JobConfig, OptimizerConfig
 from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
-from parallel.apply import materialize, parallelize
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel.faults import FAULTS
+from train.build import Training, build_training, shard_model
 from train.data.batches import Batch, Sequences, TrainingData
 from train.optim.optimizer import build_optimizer
 from train.step import train_step
@@ -132,23 +131,20 @@ def shake(model: Decoder) -> None:
 _made = cache(meshes._mesh)
 
 
-def mesh_of(config: JobConfig, ranks: Ranks) -> meshes.Mesh:
-    """The mesh of an experiment; in one process, equal meshes share their groups.
+def training_of(config: JobConfig, ranks: Ranks, compute: torch.dtype = torch.float32) -> Training:
+    """What an experiment trains with; in one process, equal meshes share their groups.
 
     Every group has threads, one of which wakes all the time, and tests run many experiments in one
     start of the ranks: 56 of them took 340 s with groups of their own, 145 s with these.
     """
     with patch.object(meshes, "_mesh", _made):
-        return meshes.build(resolve(config, ranks.world), ranks.device.type)
+        return build_training(config, ranks, shard_model(config, ranks, compute))
 
 
 def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
     """STEPS steps of one experiment; rank 0 writes `out`."""
-    mesh = mesh_of(config, ranks)
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    parallelize(model, mesh, config, torch.float32)
-    materialize(model, config.model, config.run.seed, ranks.device)
+    training = training_of(config, ranks)
+    model, mesh = training.model, training.mesh
     shake(model)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 import train.step
-from models.router import take_counts
 from parallel.grad_norm import LARGEST
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import local_of
@@ -61,7 +60,6 @@ class Probe:
             if not torch.equal(local_of(tensor).nan_to_num(), before[name].nan_to_num()):
                 self.faults.append(f"{self.case.name}: {line}: {name} changed")
         self.run.optimizer.zero_grad()
-        take_counts(self.run.model, lambda counts: counts)
 
     def weights(self) -> None:
         named = train.step._state(self.run.model).items()

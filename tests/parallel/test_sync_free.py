@@ -7,6 +7,7 @@ torch's dispatcher or the methods of Tensor.)
 """
 
 from collections.abc import Iterator
+from typing import Literal
 from unittest.mock import patch
 
 import pytest
@@ -25,6 +26,7 @@ from configs.model import MoEConfig
 from models.moe import Experts
 from parallel.dispatch.factory import dispatcher_maker
 from tests.parallel.dispatch_special import device_gemm
+from tests.step_contexts import layer_context
 
 RANKS, TOKENS, WIDTH, TOP_K = 64, 24, 64, 4
 
@@ -38,7 +40,9 @@ def ranks() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-def forward_and_backward(group: dist.ProcessGroup, options: DispatchConfig) -> None:
+def forward_and_backward(
+    group: dist.ProcessGroup, options: DispatchConfig, in_step: bool = True
+) -> None:
     # bf16, as `torch._grouped_mm` wants it on a device
     with FakeTensorMode(), patch.object(models.moe, "grouped_gemm_nt", device_gemm):
         dispatcher = dispatcher_maker(2 * RANKS, group, options)()
@@ -49,7 +53,8 @@ def forward_and_backward(group: dist.ProcessGroup, options: DispatchConfig) -> N
             torch.set_default_dtype(torch.float32)
         x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         weights, ids = torch.rand(TOKENS, 2 * RANKS).topk(TOP_K, 1)
-        y = dispatcher.run(x, ids, weights.requires_grad_(), experts, lambda: x * 2)
+        context = layer_context(2 * RANKS) if in_step else None
+        y = dispatcher.run(x, ids, weights.requires_grad_(), experts, lambda: x * 2, context)
         y.backward(torch.randn_like(y))
         assert x.grad is not None and x.grad.shape == x.shape
 
@@ -67,6 +72,9 @@ def test_nothing_depends_on_data(ranks: dist.ProcessGroup, options: DispatchConf
     forward_and_backward(ranks, options)
 
 
-def test_the_exact_path_does(ranks: dist.ProcessGroup) -> None:
+@pytest.mark.parametrize(("kind", "in_step"), [("all_to_all", True), ("sync_free", False)])
+def test_the_exact_path_does(
+    ranks: dist.ProcessGroup, kind: Literal["all_to_all", "sync_free"], in_step: bool
+) -> None:
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-        forward_and_backward(ranks, DispatchConfig())
+        forward_and_backward(ranks, DispatchConfig(kind=kind), in_step)

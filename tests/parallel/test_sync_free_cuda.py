@@ -10,7 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from configs.dispatch import DispatchConfig
 from configs.model import MoEConfig
 from models.moe import Experts
+from models.step_context import LayerContext
 from parallel.dispatch.factory import dispatcher_maker
+from tests.step_contexts import layer_context
 
 pytestmark = pytest.mark.gpu
 
@@ -32,11 +34,16 @@ def test_no_copy_to_the_host(ranks: dist.ProcessGroup) -> None:
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights, ids = torch.rand(512, 16, device="cuda").topk(4, 1)
     weights.requires_grad_()
-    dispatcher.run(x, ids, weights, experts).sum().backward()  # NCCL and Triton warm up
+    contexts = [layer_context(16, "cuda") for _ in range(2)]  # without one the exact path is taken
+
+    def step(context: LayerContext) -> None:
+        dispatcher.run(x, ids, weights, experts, layer=context).sum().backward()
+
+    step(contexts[0])  # NCCL and Triton warm up
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         torch.cuda.set_sync_debug_mode("error")
-        dispatcher.run(x, ids, weights, experts).sum().backward()
+        step(contexts[1])
         torch.cuda.set_sync_debug_mode("default")
     names = [event.key for event in trace.key_averages()]
     assert not [name for name in names if "DtoH" in name], names

@@ -48,7 +48,7 @@ FP8_MODEL = replace(
 )
 FP8_MODELS = {"fp8": FP8_MODEL, "fp8-mla": replace(FP8_MODEL, attention=MLA.attention)}
 FLOAT, INT = 4, 8
-DispatchCounters = dict[str, dict[str, list[int]]]
+CollectiveTraffic = dict[str, dict[str, list[int]]]
 
 
 class Formula:
@@ -61,7 +61,7 @@ class Formula:
         self.maxima: dict[str, int] = defaultdict(int)
         self.ranks = case.world
         self.tokens = GLOBAL_BATCH // PASSES // (case.dp_replicate * case.dp_shard) * SEQ_LEN
-        self.traffic: DispatchCounters = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+        self.traffic: CollectiveTraffic = defaultdict(lambda: defaultdict(lambda: [0, 0]))
         self.sizes = sizes_of(self.model)
         self.moe_layers = [i for i in range(self.model.n_layers) if self.model.is_moe(i)]
         self._tensor_parallel()
@@ -231,7 +231,7 @@ def test_a_step_communicates_what_the_formulas_say(cases: list[Case], tmp_path: 
     reports = counted(tmp_path, {case.name: settings_of(case) for case in cases}, "float32")
     for case in cases:
         report = reports[case.name]
-        expected: DispatchCounters = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+        expected: CollectiveTraffic = defaultdict(lambda: defaultdict(lambda: [0, 0]))
         formula, maxima = Formula(case), defaultdict[str, int](int)
         for axis, size in formula.maxima.items():  # once per step and group of ranks
             maxima[report["same"].get(axis, axis)] += size
@@ -286,7 +286,7 @@ def predicted(
     return found
 
 
-def bytes_of(traffic: DispatchCounters, same: dict[str, str]) -> dict[str, int]:
+def bytes_of(traffic: CollectiveTraffic, same: dict[str, str]) -> dict[str, int]:
     """The same of what was counted or computed, but for the numbers that all ranks add up."""
     found: dict[str, int] = defaultdict(int)
     for axis, kinds in traffic.items():

@@ -25,7 +25,7 @@ from tests.parallel.checkpoint_run import Run
 Counts = dict[str, dict[str, list[int]]]
 
 
-class DispatchCounters(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Records collectives by the name of their process group."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     for case in json.loads(Path(sys.argv[2]).read_text()):
         run = Run(case["settings"], case["name"], ranks, getattr(torch, case["compute"]))
-        with DispatchCounters() as traffic:
+        with CollectiveCounter() as traffic:
             run.step(1)
         report = summed(traffic.groups, axes(run.mesh))
         if ranks.is_first:

@@ -1,12 +1,12 @@
 """Checkpoints that any mesh can read, without pickle.
 
 A checkpoint is a folder `step-00000100`: one safetensors file per rank with the boxes of the
-tensors it speaks for (or several that one process wrote one after the other, `write`), and
-`manifest.json`, which lists every box (name, whole shape, offset, shape, file), size and CRC-32 of
-every file, the run's state and its config. It is written under a temporary name, fsynced and
-renamed, so that a folder with a manifest is complete; it is never overwritten. Loading intersects
-the boxes a rank needs with the boxes that were saved, and checks that they cover it, so a run may
-resume on another mesh.
+tensors of which it is the primary replica (or several that one process wrote one after the other,
+`write`), and `manifest.json`, which lists every box (name, whole shape, offset, shape, file), size
+and CRC-32 of every file, the run's state and its config. It is written under a temporary name,
+fsynced and renamed, so that a folder with a manifest is complete; it is never overwritten. Loading
+intersects the boxes a rank needs with the boxes that were saved, and checks that they cover it, so
+a run may resume on another mesh.
 """
 
 import json
@@ -277,7 +277,7 @@ class Reader:
         return parts
 
     def _slice(self, file: str, name: str, common: Box, saved: Box) -> Tensor:
-        """`common`, which lies in `saved`, out of the file that holds `saved`."""
+        """`common`, which is part of `saved`, out of the file that holds `saved`."""
         from safetensors import SafetensorError
 
         path = self.manifest.folder / file

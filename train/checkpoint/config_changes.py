@@ -2,7 +2,7 @@
 
 A run that resumes, or starts from given weights (`checkpoint.init_from`), compares its settings
 with those of the checkpoint. Some decide what the weights mean, some which data a run has seen; the
-others are the user's to change, and are told.
+others may change, and are listed.
 """
 
 from enum import Enum
@@ -73,7 +73,7 @@ CHANGES: dict[str, ConfigChange] = {
 
 
 def change_of(key: str) -> ConfigChange:
-    """When a dotted key may change. KeyError where nobody has decided it."""
+    """When a dotted key may change. KeyError where that is not decided."""
     parts = key.split(".")
     prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return CHANGES[next((prefix for prefix in prefixes if prefix in CHANGES), key)]

@@ -1,6 +1,6 @@
 """`manifest.json` of a checkpoint: read, and believed in nothing before it is checked.
 
-A checkpoint may come from anywhere, and a checksum only says that nobody changed it by accident. So
+A checkpoint may come from anywhere, and a checksum only excludes accidental changes. So
 every name, number and type is checked here, and each file's header against the boxes that it
 should hold: what passes can be read without a surprise, and no tensor is larger than the files
 that hold it. A refusal is one line of bounded length.
@@ -60,7 +60,7 @@ class Manifest:
 
 
 def path_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return root / f"step-{step:08d}"
 
 

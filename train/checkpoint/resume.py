@@ -25,7 +25,7 @@ Tensors = Callable[[], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where a run stands when it begins."""
+    """The state of a run when it begins."""
 
     done: int
     """Steps done."""
@@ -38,7 +38,7 @@ class ResumeState:
 def restore(
     config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors, optimizer: Tensors
 ) -> ResumeState:
-    """Fill the live tensors and say where the run stands.
+    """Fill the live tensors and say how far the run is.
 
     facts: what a resume must find again (`corpus`, the data's fingerprint) or tells of (`compute`,
     the dtype). weights, optimizer: give the live tensors by name. A checkpoint of the run itself

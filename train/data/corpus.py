@@ -203,7 +203,7 @@ def _publish(work: Path, folder: Path) -> None:
             work.rename(folder)
             sync(folder.parent)
             return
-        except OSError:  # a folder that is not empty stands there
+        except OSError:  # a folder that is not empty is in its place
             if not folder.is_dir():
                 raise
         try:

@@ -33,7 +33,7 @@ _MOST_NODES = 64  # below one band: bounds memory and time where dividing does n
 
 
 class _Divided:
-    """A bucket that was divided: per way, the getter of the values and what lies under them."""
+    """A bucket that was divided: per way, the getter of the values and the buckets under them."""
 
     __slots__ = ("children", "getters", "number")
 

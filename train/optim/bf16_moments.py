@@ -2,7 +2,7 @@
 
 The moments are half of what a rank holds of a model at rest: 8 of 16 bytes per parameter, here 4 of
 12. They need range, which bf16 has, more than digits: an update is a quotient of the two, and a
-relative error of 2^-9 in it is nothing beside the noise of a gradient. Weights, in contrast, sum up
+relative error of 2^-9 in it is small against the noise of a gradient. Weights, in contrast, sum up
 small updates, which bf16 would swallow; masters and gradients stay fp32.
 
 Only what is stored is rounded (to nearest). Each parameter's moments are widened to fp32, torch's

@@ -6,7 +6,6 @@ neither on the order of parameters nor on their groups. These are the names torc
 container gives.
 """
 
-import re
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from configs.schema import OptimizerConfig
+from models.parameters import spec_of
 from train.optim.bf16_moments import Bf16MomentsAdamW, initial_state
-
-_NO_DECAY = re.compile(r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$")
-"""Names of parameters without weight decay."""
 
 
 def build_optimizer(
@@ -27,7 +24,7 @@ def build_optimizer(
     members: dict[tuple[Any, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        members.setdefault((mesh, _NO_DECAY.search(name) is None), []).append((name, parameter))
+        members.setdefault((mesh, spec_of(name).decay), []).append((name, parameter))
     groups = [
         {"params": named, "weight_decay": config.weight_decay if decays else 0.0}
         for (_, decays), named in members.items()

@@ -22,7 +22,7 @@ NAME is a module, or module.weight where it has two.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -82,13 +82,10 @@ class Fp8Diagnosis:
             yield
             return
         self._found, self._seen = {}, set()
-        for module in self._names:
-            module.observer = self
-        try:
-            yield
-        finally:
+        with ExitStack() as observed:
             for module in self._names:
-                module.observer = None
+                observed.enter_context(module.observed(self))
+            yield
 
     def report(self, step: int) -> Fp8Report | None:
         """What was found, None if the step is not due; all ranks call it together."""

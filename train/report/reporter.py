@@ -1,4 +1,4 @@
-"""What rank 0 tells the world about a run; the other ranks hold a reporter that stays silent."""
+"""What rank 0 prints and records about a run; the reporters of other ranks do nothing."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What stands beside a tokenizer.json in a Hugging Face folder: special tokens, chat template.
+"""The files beside a tokenizer.json in a Hugging Face folder: special tokens, chat template.
 
 A given tokenizer keeps its special tokens, padding side and chat templates: they go from its folder
 into the run and the export. That of an imported model goes with all its files, byte for byte

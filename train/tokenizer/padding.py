@@ -4,7 +4,7 @@ Padding with the end-of-text token has a price: the usual collators take every p
 the loss, and with it the end of each answer, so that a fine-tuned model never learns to stop. A
 trained tokenizer has exactly `model.vocab_size` tokens and no row to spare; but it has a token for
 each of the 256 bytes, and some bytes occur in no UTF-8 text. The token of one of these, 0xFF,
-stands in no training data and in no merge. In the export it is called `<|pad|>`: all texts keep
+is in no training data and in no merge. In the export it is called `<|pad|>`: all texts keep
 their ids, and no weight moves.
 """
 

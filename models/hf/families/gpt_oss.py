@@ -58,7 +58,7 @@ def _parse(values: HFConfigReader) -> ModelConfig:
     sizes = common_sizes(values)
     kinds = values.listed("layer_types", str)
     kinds = _alternating(sizes["n_layers"]) if kinds is None else kinds
-    also = "experts_per_token"  # in the published file; nobody follows it
+    also = "experts_per_token"  # in the published file; no reader follows it
     values.agree({k: values.raw[k] for k in ("num_experts_per_tok", also) if k in values.raw})
     if kinds == ["full_attention"] * sizes["n_layers"]:
         local: dict[str, Any] = {}

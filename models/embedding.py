@@ -1,0 +1,13 @@
+"""The embedding of tokens; its weight may be the head's, too."""
+
+from typing import Any
+
+from torch import nn
+
+from models.local_view import LocalViews, local_view
+
+
+class Embedding(nn.Embedding, LocalViews):
+    """`nn.Embedding` whose weight may be sharded."""
+
+    weight: Any = local_view("weight")

@@ -1,0 +1,167 @@
+"""The state of an optimizer step: what it gives to the layers of a model, what they add up in it.
+
+`train.step` makes one `StepContext` per step and gives `Decoder.forward` a fresh
+`MicrobatchContext` of it; every MoE layer is called with its own `LayerContext`. Without a context
+(validation, serving) a layer computes its output and nothing else: no counts, no auxiliary losses.
+
+What is decided once per microbatch is kept in the `LayerContext`. A recomputed block is called with
+the same object again, finds the decision there and replays it: it never routes or counts twice.
+
+E experts, K experts per token, N sequences, L MoE layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from configs.model import ModelConfig
+
+AUXILIARY_LOSSES = ("sequence_balance", "global_balance", "router_z")
+"""Losses of the router (`models.balance`), in the order of every tensor that holds one of each."""
+
+
+@dataclass
+class DispatchStats:
+    """What one MoE layer sent and received on this rank in a step; zero where no rows travel."""
+
+    rows_sent: int | Tensor = 0
+    """Rows (a token for one expert) whose expert is on another rank."""
+    rows_received: int | Tensor = 0
+    """Rows of this rank's experts."""
+    bytes: int = 0
+    """To other ranks, forward and backward, without the counts."""
+    bytes_between_nodes: int = 0
+    """The part of `bytes` to ranks of other nodes."""
+    max_rows: int | Tensor = 0
+    """Most rows that one rank had for another in one exchange; kept where room is limited."""
+    capacity: int = 0
+    """Rows there was room for; 0: for any number."""
+    rows_without_room: int | Tensor = 0
+
+    def on_device(self, like: Tensor) -> None:
+        """Go on counting on the device, where the exchange is not known to the host.
+
+        Before the first number, not with it: selective recomputation repeats the operations of
+        forward, and a sum of a tensor and an int is another than that of two tensors.
+        """
+        for name in ("rows_sent", "rows_received", "max_rows", "rows_without_room"):
+            total = getattr(self, name)
+            if not isinstance(total, Tensor):
+                setattr(self, name, like.new_full((), total))
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """What a router decides once per microbatch, recomputed or not."""
+
+    ids_TK: Tensor
+    """The experts of every token."""
+    load_E: Tensor | None
+    """Choices of all data ranks in this step so far, where the global loss needs them."""
+    frequency_NE: Tensor | None
+    """f_i of every sequence, where the sequence loss needs them."""
+
+
+@dataclass
+class LayerTotals:
+    """Sums over the microbatches of a step, of one MoE layer on this rank."""
+
+    counts_E: Tensor
+    """Choices of every expert, int64."""
+    losses_3: Tensor
+    """Auxiliary losses without coefficients, fp32; added in backward, which runs once."""
+    dispatch: DispatchStats = field(default_factory=DispatchStats)
+
+    @staticmethod
+    def zeros(n_experts: int, device: torch.device) -> "LayerTotals":
+        return LayerTotals(
+            torch.zeros(n_experts, dtype=torch.int64, device=device),
+            torch.zeros(len(AUXILIARY_LOSSES), device=device),
+        )
+
+    def restarted(self) -> "LayerTotals":
+        """All sums at zero but those of the exchange, which has taken place."""
+        return replace(
+            LayerTotals.zeros(len(self.counts_E), self.counts_E.device), dispatch=self.dispatch
+        )
+
+
+@dataclass
+class LayerContext:
+    """One microbatch in one MoE layer."""
+
+    decision: RoutingDecision | None = None
+    """Recorded by the first pass; a pass that finds it replays it."""
+    step: "StepContext | None" = None
+    """None: the choice is recorded or replayed, and nothing is counted."""
+    totals: LayerTotals | None = None
+    """Of the step, where there is one."""
+
+
+@dataclass(frozen=True)
+class MicrobatchContext:
+    """One forward pass of a step, and its recomputation."""
+
+    layers: tuple[LayerContext | None, ...]
+    """As in `StepContext`."""
+
+    @staticmethod
+    def recording(model: ModelConfig) -> "MicrobatchContext":
+        """For a pass outside of training: it records what the routers decide, and a second pass
+        with the same context replays it, with weights from its own scores (routing replay)."""
+        moe = moe_blocks(model)
+        return MicrobatchContext(tuple(LayerContext() if is_moe else None for is_moe in moe))
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One optimizer step, and its sums per MoE layer."""
+
+    seq_len: int
+    """Tokens per sequence."""
+    tokens: Tensor
+    """Tokens of the whole step, over all data ranks and microbatches: one number, on the device."""
+    reduce_counts: Callable[[Tensor], Tensor]
+    """Sums a tensor over all data ranks, in place."""
+    layers: tuple[LayerTotals | None, ...]
+    """Of every block, those of MTP modules last; None for blocks without experts."""
+    exact_dispatch: bool = False
+    """Dispatchers use an exchange that has room for all rows."""
+
+    @staticmethod
+    def begin(
+        model: ModelConfig, seq_len: int, tokens: Tensor, reduce_counts: Callable[[Tensor], Tensor]
+    ) -> "StepContext":
+        """A step with all sums at zero, on the device of `tokens`; see the fields."""
+        layers = (
+            LayerTotals.zeros(model.moe.n_experts, tokens.device) if is_moe else None
+            for is_moe in moe_blocks(model)
+        )
+        return StepContext(seq_len, tokens, reduce_counts, tuple(layers))
+
+    @property
+    def moe_layers(self) -> list[LayerTotals]:
+        """The sums of the layers with experts, first layer first."""
+        return [totals for totals in self.layers if totals is not None]
+
+    def microbatch(self) -> MicrobatchContext:
+        """What the next forward pass is called with."""
+        return MicrobatchContext(
+            tuple(
+                None if totals is None else LayerContext(step=self, totals=totals)
+                for totals in self.layers
+            )
+        )
+
+    def redo_exactly(self) -> "StepContext":
+        """The step from its beginning, with exact dispatch; what was sent already stays counted."""
+        layers = (None if totals is None else totals.restarted() for totals in self.layers)
+        return replace(self, layers=tuple(layers), exact_dispatch=True)
+
+
+def moe_blocks(model: ModelConfig) -> list[bool]:
+    """Of every block, those of MTP modules last, whether it has experts."""
+    indices = [*range(model.n_layers), *[model.n_layers - 1] * model.mtp_depth]
+    return [model.is_moe(index) for index in indices]

@@ -1,0 +1,69 @@
+"""What a run trains with on this rank: mesh, model and optimizer, built in one order.
+
+On the meta device the model is parallelized, which refuses what cannot work before anything takes
+time; then this rank's shards are allocated and drawn, and the optimizer is made for them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from configs.parallel_dims import resolve
+from configs.schema import JobConfig
+from models.decoder import Decoder
+from parallel import mesh as meshes
+from parallel.apply import materialize, parallelize
+from parallel.fp8_weights import Fp8Weights, gather_in_fp8
+from parallel.mesh import Mesh
+from parallel.ranks import Ranks
+from train.compute_dtype import compute_dtype
+from train.optim.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """This rank's part of a model, on the meta device."""
+
+    mesh: Mesh
+    model: Decoder
+    compute: torch.dtype
+    """Of forward and backward."""
+
+
+@dataclass(frozen=True)
+class Training(ShardedModel):
+    """This rank's part of a model with its initial values, and the optimizer."""
+
+    fp8_weights: Fp8Weights
+    """To be refreshed whenever the weights have changed, for the first time after loading."""
+    optimizer: torch.optim.AdamW
+
+
+def shard_model(
+    config: JobConfig, ranks: Ranks, compute: torch.dtype | None = None
+) -> ShardedModel:
+    """The model of an experiment, parallelized; all ranks call it together.
+
+    compute: None means what `precision.recipe` says. Raises ConfigError for what cannot work.
+    """
+    mesh = meshes.build(resolve(config, ranks.world), ranks.device.type)
+    compute = compute or compute_dtype(config, ranks.device)
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    parallelize(model, mesh, config, compute)
+    return ShardedModel(mesh, model, compute)
+
+
+def build_training(
+    config: JobConfig, ranks: Ranks, sharded: ShardedModel | None = None
+) -> Training:
+    """What `config` trains with on this rank, before a checkpoint is loaded.
+
+    sharded: from `shard_model`, where that was called earlier.
+    """
+    sharded = sharded or shard_model(config, ranks)
+    model = sharded.model
+    materialize(model, config.model, config.run.seed, ranks.device, config.parallel.cpu_offload)
+    model.train()
+    optimizer = build_optimizer(model, config.optimizer, config.precision.moments)
+    return Training(sharded.mesh, model, sharded.compute, gather_in_fp8(model), optimizer)
