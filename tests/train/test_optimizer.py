@@ -14,9 +14,11 @@ from models.decoder import Decoder
 from models.init import initialize
 from tests.models.families import FAMILIES
 from train.garbage_collection import GarbageCollection
-from train.optim.optimizer import _NO_DECAY, build_optimizer, optimizer_tensors, set_learning_rate
+from train.optim.optimizer import build_optimizer, optimizer_tensors, set_learning_rate
 from train.report import peak_flops
 
+_NO_DECAY = r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$"
+"""What models.parameters must say of these families, as a pattern."""
 CONFIG = OptimizerConfig(lr=3e-2, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-6)
 
 
@@ -42,7 +44,7 @@ def of_torchtitan(decoder: Decoder) -> Any:
             pattern=pattern, optimizer_name="AdamW",
             optimizer_kwargs=common | {"weight_decay": decay},
         )
-        for pattern, decay in ((_NO_DECAY.pattern, 0.0), (".*", CONFIG.weight_decay))
+        for pattern, decay in ((_NO_DECAY, 0.0), (".*", CONFIG.weight_decay))
     ]  # fmt: skip
     options = OptimizersContainer.Config(param_groups=groups, implementation="fused")
     return OptimizersContainer(options, model_parts=[decoder])
