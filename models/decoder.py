@@ -9,7 +9,7 @@ backward (`models.balance`), in a training step alone, which the argument `conte
 T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from models.attention import AttentionCore
 from models.block import Block
 from models.embedding import Embedding
 from models.linear import Linear
+from models.moe import MoE
 from models.mtp import MtpModule
 from models.norm import RMSNorm
 from models.rope import rope_tables
@@ -33,11 +34,13 @@ Output = Callable[[Tensor, Tensor], Any]
 class Decoder(nn.Module):
     """The whole language model. Built on any device, the meta device included."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layers: Iterable[int] | None = None) -> None:
+        """layers: indices of those to build; by default all."""
         super().__init__()
         self.config = config
+        layers = range(config.n_layers) if layers is None else layers
         self.embed = Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, index) for index in layers)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mtp = nn.ModuleList(MtpModule(config) for _ in range(config.mtp_depth))
         self.head: Linear | None = None
@@ -48,6 +51,10 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Block]:
         """Every block, those of the MTP modules last: what is sharded one by one."""
         return [block for stack in (self.layers, self.mtp) for block in stack]  # type: ignore[misc]
+
+    def moe_blocks(self) -> list[bool]:
+        """Of every block, in the order of `blocks`, whether it has experts."""
+        return [isinstance(block.ffn, MoE) for block in self.blocks()]
 
     def forward(
         self,

@@ -10,7 +10,7 @@ Experts with biases (GPT-OSS) run their products one by one: the gradient of a b
 rows that the fused form never has in one piece. SwiGLU then keeps its input in bf16.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -103,26 +103,18 @@ def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
 
     Raises ConfigError for a pattern that matches no module, or where none would be left.
     """
-    blocks = _blocks(model)
-    last = len(blocks) - options.last_bf16
+    modules, blocks = dict(model.named_modules()), _blocks(model)
     eligible = [
-        f"{prefix}.{name}"
-        for prefix, block in blocks[options.first_bf16 : max(last, 0)]
-        for name, module in block.named_modules()
-        if type(module) in _IN_FP8
+        (index, f"{prefix}.{name}")
+        for index, (prefix, block) in enumerate(blocks)
+        for name in eligible_names(block)
     ]
-    names = [name for name, _ in model.named_modules()]
-    for pattern in options.keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"precision.fp8.keep: no module is called {pattern!r}; names are such as "
-                f"{eligible[0] if eligible else names[-1]}"
-            )
+    check_patterns(options, list(modules), [name for _, name in eligible])
     replaced = []
-    for name in eligible:
-        if any(_within(name, pattern) for pattern in options.keep):
+    for index, name in eligible:
+        if stays_in_bf16(options, index, len(blocks), name):
             continue
-        module = model.get_submodule(name)
+        module = modules[name]
         model.set_submodule(name, _IN_FP8[type(module)](module, options.power_of_two))
         replaced.append(name)
     if not replaced:
@@ -130,6 +122,30 @@ def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
             "precision.recipe = 'fp8_blockwise', but precision.fp8 leaves every module in bf16"
         )
     return replaced
+
+
+def eligible_names(block: nn.Module) -> list[str]:
+    """The modules of a block that the recipe may take."""
+    return [name for name, module in block.named_modules() if type(module) in _IN_FP8]
+
+
+def stays_in_bf16(options: FP8Config, index: int, n_blocks: int, name: str) -> bool:
+    """Whether a module of that name in block `index` of `n_blocks` is left in bf16."""
+    is_inside = options.first_bf16 <= index < n_blocks - options.last_bf16
+    return not is_inside or any(_within(name, pattern) for pattern in options.keep)
+
+
+def check_patterns(options: FP8Config, names: Sequence[str], eligible: Sequence[str]) -> None:
+    """Raise ConfigError for a pattern that matches none of the modules called `names`.
+
+    eligible: those that the recipe may take, for an example.
+    """
+    for pattern in options.keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"precision.fp8.keep: no module is called {pattern!r}; names are such as "
+                f"{eligible[0] if eligible else names[-1]}"
+            )
 
 
 def check_device(device: torch.device, name: str) -> None:

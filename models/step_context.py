@@ -10,13 +10,11 @@ the same object again, finds the decision there and replays it: it never routes 
 E experts, K experts per token, N sequences, L MoE layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-
-from configs.model import ModelConfig
 
 AUXILIARY_LOSSES = ("sequence_balance", "global_balance", "router_z")
 """Losses of the router (`models.balance`), in the order of every tensor that holds one of each."""
@@ -108,11 +106,11 @@ class MicrobatchContext:
     """As in `StepContext`."""
 
     @staticmethod
-    def recording(model: ModelConfig) -> "MicrobatchContext":
+    def recording(moe_blocks: Sequence[bool]) -> "MicrobatchContext":
         """For a pass outside of training: it records what the routers decide, and a second pass
         with the same context replays it, with weights from its own scores (routing replay)."""
-        moe = moe_blocks(model)
-        return MicrobatchContext(tuple(LayerContext() if is_moe else None for is_moe in moe))
+        layers = (LayerContext() if is_moe else None for is_moe in moe_blocks)
+        return MicrobatchContext(tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -132,12 +130,18 @@ class StepContext:
 
     @staticmethod
     def begin(
-        model: ModelConfig, seq_len: int, tokens: Tensor, reduce_counts: Callable[[Tensor], Tensor]
+        moe_blocks: Sequence[bool],
+        n_experts: int,
+        seq_len: int,
+        tokens: Tensor,
+        reduce_counts: Callable[[Tensor], Tensor],
     ) -> "StepContext":
-        """A step with all sums at zero, on the device of `tokens`; see the fields."""
+        """A step with all sums at zero, on the device of `tokens`; see the fields.
+
+        moe_blocks: of every block whether it has experts (`Decoder.moe_blocks`).
+        """
         layers = (
-            LayerTotals.zeros(model.moe.n_experts, tokens.device) if is_moe else None
-            for is_moe in moe_blocks(model)
+            LayerTotals.zeros(n_experts, tokens.device) if is_moe else None for is_moe in moe_blocks
         )
         return StepContext(seq_len, tokens, reduce_counts, tuple(layers))
 
@@ -159,9 +163,3 @@ class StepContext:
         """The step from its beginning, with exact dispatch; what was sent already stays counted."""
         layers = (None if totals is None else totals.restarted() for totals in self.layers)
         return replace(self, layers=tuple(layers), exact_dispatch=True)
-
-
-def moe_blocks(model: ModelConfig) -> list[bool]:
-    """Of every block, those of MTP modules last, whether it has experts."""
-    indices = [*range(model.n_layers), *[model.n_layers - 1] * model.mtp_depth]
-    return [model.is_moe(index) for index in indices]

@@ -60,7 +60,7 @@ def parallelize(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dt
     if fp8:
         names = apply_fp8(model, config.precision.fp8)
         check_device(torch.device(mesh.dense.device_type), names[0])
-        align = row_alignment(mesh.dense.device_type)
+        align = row_alignment(mesh.device_type)
     apply_expert_parallel(
         model, mesh, config.parallel.dispatch, align, config.precision.fp8.power_of_two
     )

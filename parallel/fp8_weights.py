@@ -145,7 +145,7 @@ class Fp8Weights:
 def gather_in_fp8(model: nn.Module) -> Fp8Weights:
     """Let FSDP2 gather the weights of FP8 modules in FP8; after the model is materialised."""
     weights, in_fp8 = [], set(fp8_weights(model).values())
-    for sharded in _records(model):
+    for sharded in (record for group in fsdp_groups(model) for record in group.fsdp_params):
         owner, name = sharded._module_info.module, sharded._module_info.param_name
         if (owner, name) not in in_fp8:
             continue
@@ -154,22 +154,6 @@ def gather_in_fp8(model: nn.Module) -> Fp8Weights:
         owner.sources[name] = weight
         weights.append(weight)
     return Fp8Weights(weights)
-
-
-def kept_bytes(shape: torch.Size, own: int, dim: int, stacked: bool) -> int:
-    """What a `GatheredWeight` keeps: its shard's bytes, every scale, the block of its rows.
-
-    shape: of the weight before FSDP2 shards it along `dim` into parts of `own` elements. stacked:
-    as there.
-    """
-    own_rows = shape[:-1].numel() if dim == len(shape) - 1 else own // shape[-1]
-    return own + 4 * n_blocks(shape, stacked) + 8 * own_rows
-
-
-def n_blocks(shape: torch.Size, stacked: bool) -> int:
-    """How many scales a weight of that shape has."""
-    rows, n_matrices = shape[int(stacked) : -1].numel(), shape[: int(stacked)].numel()
-    return n_matrices * -(-rows // BLOCK) * -(-shape[-1] // BLOCK)
 
 
 def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
@@ -192,8 +176,8 @@ def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
                 )
 
 
-def _records(model: nn.Module) -> list[Any]:
-    """FSDP2's records of all parameters, each once."""
+def fsdp_groups(model: nn.Module) -> list[Any]:
+    """FSDP2's groups of parameters, each once, the outermost first."""
     states = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -203,4 +187,4 @@ def _records(model: nn.Module) -> list[Any]:
     for state in states.values():
         several = getattr(state, "_fsdp_param_groups", None)  # from torch 2.12 on
         groups += [state._fsdp_param_group] if several is None else several
-    return [record for group in groups if group is not None for record in group.fsdp_params]
+    return [group for group in groups if group is not None]

@@ -48,10 +48,10 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], rank: int) -> Tensor:
     device = local_of(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     if spoken:
-        if device.type == "cuda":
-            squares = torch.stack(torch._foreach_norm(spoken)).double().square()
-        else:
+        if device.type == "cpu":
             squares = torch.stack([grad.square().sum() for grad in spoken]).double()
+        else:
+            squares = torch.stack(torch._foreach_norm(spoken)).double().square()
         total = squares.sum()
     return sum_over_ranks(total).sqrt()
 

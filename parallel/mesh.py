@@ -26,6 +26,8 @@ class Mesh:
     dense: DeviceMesh
     whole: DeviceMesh
     expert: DeviceMesh
+    device_type: str
+    """Of the devices that the ranks compute on."""
 
     def fsdp(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
         """The part of a mesh over which FSDP2 shards (two-dimensional for HSDP)."""
@@ -40,6 +42,7 @@ def build(parallel_dims: ParallelDims, device_type: str) -> Mesh:
         _mesh(device_type, dp_replicate=d.dp_replicate, dp_shard=d.dp_shard, tp=d.tp),
         _mesh(device_type, dp_replicate=d.dp_replicate, dp_shard_tp=d.dp_shard * d.tp),
         _mesh(device_type, dp_replicate=d.dp_replicate, efsdp=d.efsdp, ep=d.ep, etp=d.etp),
+        device_type,
     )
 
 

@@ -46,7 +46,11 @@ def totals_of(layer: LayerContext) -> LayerTotals:
 
 def model_step(model: ModelConfig, seq_len: int, tokens: int) -> StepContext:
     """A step of a whole model in one process."""
-    return StepContext.begin(model, seq_len, torch.tensor(tokens), unchanged)
+    moe_blocks = [model.is_moe(index) for index in range(model.n_layers)]
+    moe_blocks += moe_blocks[-1:] * model.mtp_depth
+    return StepContext.begin(
+        moe_blocks, model.moe.n_experts, seq_len, torch.tensor(tokens), unchanged
+    )
 
 
 def counts_of(step: StepContext) -> Tensor:

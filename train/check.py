@@ -15,8 +15,7 @@ from configs.rules import shown
 from configs.schema import JobConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
-from parallel.memory.fsdp_memory import FP8_SHARDS, GATHERED, REDUCTION
-from parallel.memory.rehearsal import BACKWARD, MASKS
+from parallel.memory.model import CATEGORIES, ROUTED
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
@@ -121,31 +120,22 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
     worst = [needs[1].peak for needs in found.values()]
     host = [needs[0].host for needs in found.values()]
     exchanged = [needs[0].exchanged for needs in found.values()]
-    kinds = {kind for peak in even for kind in peak if peak[kind] >= 2**10} | set(_KINDS[:3])
+    kinds = {kind for peak in even for kind in peak if peak[kind] >= 2**10} | set(CATEGORIES[:3])
     dtypes = [str(dtype).removeprefix("torch.") for dtype in compute.values()]
     lines = [f"  {'device':<26}" + "".join(f"{d:>14}" for d in found)]
     lines += [f"  {'dtype of computation':<26}" + "".join(f"{dtype:>14}" for dtype in dtypes)]
-    lines += [_row(kind, [peak[kind] for peak in even]) for kind in sorted(kinds, key=_KINDS.index)]
+    lines += [_row(kind, [peak[kind] for peak in even]) for kind in CATEGORIES if kind in kinds]
     lines += [_row("sum", [peak.total() for peak in even]) + "   at the worst moment of a step"]
     if any(memory.total() for memory in host):
         lines += [_row("besides in host memory", [memory.total() for memory in host])]
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
-    lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in _ROUTED]
+    lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]
     if parallel_dims.world > 1:
         lines += ["exchanged per rank in a step (of a gather the result, of others the input)"]
         lines += [_row(kind, [n[kind] for n in exchanged]) for kind in sorted({*exchanged[0]})]
         lines += [_row("sum", [n.total() for n in exchanged])]
     return lines
-
-
-_ROUTED = ("routing and dispatch", "experts")
-_KINDS = (
-    "parameters", "gradients", "AdamW moments", FP8_SHARDS, GATHERED, REDUCTION, "batch", MASKS,
-    "embedding and last norm", "residual stream", "attention", *_ROUTED, "dense feed-forward",
-    "logits and loss", BACKWARD, "gradient norm", "other",
-)  # fmt: skip
-"""The order of the table."""
 
 
 def _row(name: str, sizes: Sequence[float]) -> str:

@@ -104,7 +104,10 @@ def train_step(
         raise _out_of_range(step, [_named("the weight", _state(model))], weights_are_good=False)
     tokens, *of_modules = (count // tp_size for count in summed)
     targets = torch.stack(of_modules)
-    context = StepContext.begin(model.config, microbatches[0].core.length, tokens, sum_over_ranks)
+    context = StepContext.begin(
+        model.moe_blocks(), model.config.moe.n_experts, microbatches[0].core.length, tokens,
+        sum_over_ranks,
+    )  # fmt: skip
     weights = torch.full_like(targets, mtp_weight / max(depth, 1), dtype=torch.float32)
     weights[0] = 1.0
     objective = _Objective(targets, weights, z_loss_coef)

@@ -1,2 +1,2 @@
-"""What a rank holds and exchanges in a step, predicted by running the model's own code on tensors
-without data."""
+"""Memory tracing: a step of the real model, on a fake process group and tensors without data, with
+every byte that it holds and exchanges counted by category."""

@@ -21,9 +21,9 @@ from configs.model import ModelConfig
 from configs.parallel_dims import default_world, resolve
 from configs.schema import JobConfig
 from models.counts import parameter_counts
-from parallel.memory import rehearsal
 from tests.models.families import FAMILIES
 from tests.runs import ROOT, run
+from train import memory
 from train.check import report
 from train.compute_dtype import compute_dtype
 from train.memory import predict
@@ -226,8 +226,8 @@ def test_check_prints_every_byte_and_the_worst_routing() -> None:
 def test_what_is_too_much_to_run_is_told_by_less(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Case("", "deepseek-v2", 4, {"ep": 4}, {"vocab_size": 2**14}, seq_len=512).config()
     whole = predict(config, resolve(config, 4), "cpu", torch.float32)
-    monkeypatch.setattr(rehearsal, "_FEW_ROWS", 1)
-    monkeypatch.setattr(rehearsal, "_FEW_LOGITS", 2**21)
+    monkeypatch.setattr(memory, "_FEW_ROWS", 1)
+    monkeypatch.setattr(memory, "_MOST_CHUNKS", 28)
     told = predict(config, resolve(config, 4), "cpu", torch.float32)
     for one, other in zip(whole, told, strict=True):
         assert other.peak.total() == pytest.approx(one.peak.total(), rel=0.01)

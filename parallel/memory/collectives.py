@@ -1,0 +1,88 @@
+"""Collectives between ranks that do not exist: what each gives on this rank, and its bytes.
+
+All ranks are taken to be alike, and this one to be the first. Bytes are those of the larger side:
+what a gather gives, what this rank puts into any other.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+
+_c10d, _functional = torch.ops.c10d, torch.ops._c10d_functional
+
+
+class Collective(NamedTuple):
+    """What a tracker knows of an operation."""
+
+    kind: str
+    run: Callable[..., Any]
+    """The operation, on tensors as a `MemoryTracker` has them."""
+    larger: Callable[[Any, Any], list[Tensor]]
+    """Of the arguments and the result, what is counted as exchanged."""
+    group: int = -1
+    """Which argument names the group."""
+
+    def group_name(self, args: Any) -> str:
+        group = args[self.group]
+        if isinstance(group, torch.ScriptObject):
+            return str(dist.ProcessGroup.unbox(group).group_name)
+        return str(group)
+
+
+def _gathered(x: Tensor, size: int, _: str) -> Tensor:
+    return x.repeat(size, *[1] * (x.ndim - 1))
+
+
+def _scattered(x: Tensor, _: str, size: int, __: str) -> Tensor:
+    return x.new_empty(x.shape[0] // size, *x.shape[1:])
+
+
+def _exchanged(x: Tensor, got: list[int], sent: list[int], _: str) -> Tensor:
+    if x.is_meta:
+        return x.new_empty(sum(got), *x.shape[1:])
+    return torch.cat([x[: sent[0]]] * len(got))
+
+
+def _in_place(outputs: Any, *_: Any) -> tuple[Any, Any]:
+    return outputs, FakeWork().boxed()
+
+
+def _gathered_in_place(outputs: list[list[Tensor]], inputs: list[Tensor], *_: Any) -> Any:
+    for pieces, own in zip(outputs, inputs, strict=True):
+        for piece in pieces:
+            if not piece.is_meta:
+                piece.copy_(own)  # counts, which the host will read
+    return outputs, FakeWork().boxed()
+
+
+REDUCE_SCATTER = "reduce-scatter"
+COLLECTIVES: dict[Any, Collective] = {
+    _functional.all_gather_into_tensor.default: Collective(
+        "all-gather", _gathered, lambda _, result: [result]
+    ),
+    _functional.reduce_scatter_tensor.default: Collective(
+        REDUCE_SCATTER, _scattered, lambda args, _: [args[0]]
+    ),
+    _functional.all_to_all_single.default: Collective(
+        "all-to-all", _exchanged, lambda args, _: [args[0]]
+    ),
+    _functional.all_reduce.default: Collective(
+        "all-reduce", lambda x, *_: x.clone(), lambda args, _: [args[0]]
+    ),
+    _c10d._allgather_base_.default: Collective(
+        "all-gather", _in_place, lambda args, _: [args[0]], 2
+    ),
+    _c10d._reduce_scatter_base_.default: Collective(
+        REDUCE_SCATTER, _in_place, lambda args, _: [args[1]], 2
+    ),
+    _c10d.allgather_.default: Collective(
+        "all-gather", _gathered_in_place, lambda args, _: args[0][0], 2
+    ),
+    _c10d.allreduce_.default: Collective("all-reduce", _in_place, lambda args, _: args[0], 1),
+}
+"""By operation."""
+WAIT = _functional.wait_tensor.default

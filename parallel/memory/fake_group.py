@@ -1,0 +1,23 @@
+"""A process group of ranks that do not exist: torch's `fake` backend."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+
+@contextmanager
+def fake_group(n_ranks: int) -> Iterator[None]:
+    """Within it the default group has so many ranks, this one is the first, and nothing is sent.
+
+    Raises ValueError where a process group is running.
+    """
+    hook = sys.excepthook  # torch's for ranks would name one in front of every error
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
