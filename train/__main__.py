@@ -20,7 +20,7 @@ from configs.loader import load, parse_arguments
 from configs.parallel_dims import ParallelDims, default_world, resolve
 from configs.schema import JobConfig
 from parallel.allocator import restart_without_thread_cache
-from parallel.launch_environment import read_launch_environment, read_world
+from parallel.launch_environment import LaunchEnvironment, read_launch_environment, read_world
 
 if TYPE_CHECKING:
     from parallel.ranks import Ranks
@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         check = "--check" in arguments
+        placement = LaunchEnvironment() if check else read_launch_environment()
+        rank = placement.rank  # before anything that all ranks refuse alike
         rest = [argument for argument in arguments if argument != "--check"]
         file, overrides, ranks = parse_arguments(rest)
         if ranks and not check:
@@ -48,8 +50,6 @@ def main(arguments: list[str]) -> int:
         config = load(file, overrides)
         if check:
             return _check(config, ranks)
-        placement = read_launch_environment()
-        rank = placement.rank
         return _train(config, resolve(config, placement.world))
     except UserError as error:
         return _fail(rank, f"error: {error}", 2)

@@ -67,11 +67,8 @@ def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> dict[
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **adds}
     _write_json(folder / "tokenizer_config.json", settings | _templates(file))
-    said: dict[str, Any] = {
-        f"{key}_id": ids[key]
-        for key in ("bos_token", "eos_token", "pad_token")
-        if ids[key] is not None
-    }
+    named = {f"{key}_id": ids[key] for key in ("bos_token", "eos_token", "pad_token")}
+    said: dict[str, Any] = {key: number for key, number in named.items() if number is not None}
     if len(stops) > 1:
         said["eos_token_id"] = stops
     _write_json(folder / "generation_config.json", said)

@@ -20,7 +20,6 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 from models.hf.copies import same_rows
 from models.hf.folder import RawTensor, raw_tensors
-from models.hf.mapped import MappedFiles
 from models.hf.messages import located, named, one_line, shown
 from models.hf.quantized import (
     GROUP,
@@ -30,6 +29,7 @@ from models.hf.quantized import (
     quantization_of,
     scale_shape,
 )
+from models.hf.safetensors_files import MappedFiles
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
 from models.hf.undetermined_settings import KEY

@@ -28,9 +28,9 @@ from models.hf.duplicate_keys import (
 )
 from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
 from models.hf.folder import RawTensor, raw_tensors, read_json, refuse_code
-from models.hf.mapped import MappedFiles
 from models.hf.messages import located, named, one_line, shown
 from models.hf.rope import rope_of
+from models.hf.safetensors_files import MappedFiles
 from models.hf.tensors import HfTensor, gqa_tensors, outer_tensors, swiglu_tensors
 
 _QK_NORM = {"LlamaForCausalLM": "none", "MistralForCausalLM": "none", "Qwen3ForCausalLM": "rms"}

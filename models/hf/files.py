@@ -22,7 +22,7 @@ from models.decoder import Decoder
 from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.folder import INDEX, read_json
 from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantize
-from models.hf.saving import save_tensors
+from models.hf.safetensors_files import save_tensors
 from models.hf.table import from_hf_config, hf_tensors
 from models.hf.tensors import HfTensor
 from models.router import routers

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from models.hf.mapped import MappedFiles
 from models.hf.messages import located, named, one_line, shown
+from models.hf.safetensors_files import MappedFiles
 
 INDEX = "model.safetensors.index.json"
 JSON_BYTES = 2**24

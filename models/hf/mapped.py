@@ -1,4 +1,4 @@
-"""Slices of safetensors files, with a bound on how much of them stays mapped.
+"""safetensors files: slices with a bound on how much stays mapped, and writing as any file of ours.
 
 safetensors maps a file into memory and gives views of it. Pages once touched count as memory of the
 process until the file is closed, and reading a model of many files one after the other would end
@@ -6,13 +6,19 @@ with all of it mapped. So the files are closed each time that 32 MiB have been t
 again on demand.
 """
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from configs.errors import UserError
+
 MAPPED_BYTES = 2**25
 """Files are closed once so many bytes were taken from them."""
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class MappedFiles:
@@ -39,3 +45,26 @@ class MappedFiles:
         part: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         self._taken += part.nbytes
         return part
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write `tensors` to `path`.
+
+    The library writes a file that only its owner may read; this one is for whom the umask lets
+    read. Raises OSError with the file's name where the disk takes no more, UserError else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:  # what the system said is in its text
+        if found := _SYSTEM_ERROR.search(str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise UserError(f"{path}: cannot be written: {error}") from None
+    path.chmod(mode)

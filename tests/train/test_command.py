@@ -139,10 +139,13 @@ def test_checkpoints_that_cannot_be_written_stop_a_run_before_it_trains(
 
 
 def test_under_torchrun_rank_0_alone_prints_the_line(overrides: list[str]) -> None:
-    wrong = "--parallel.dp_shard=3"
-    done = run("-m", "train", TINY, *overrides, wrong, ranks=2, code=1, fresh=True)
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "rank"))]
-    assert len(lines) == 1 and "dp_shard 3 x tp 1 = 3, but there are 2 ranks" in lines[0]
+    for wrong, expected in (
+        ("--parallel.dp_shard=3", "dp_shard 3 x tp 1 = 3, but there are 2 ranks"),
+        ("--train.stpes=3", "did you mean train.steps?"),  # refused before ranks are counted
+    ):
+        done = run("-m", "train", TINY, *overrides, wrong, ranks=2, code=1, fresh=True)
+        lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "rank"))]
+        assert len(lines) == 1 and expected in lines[0], lines
 
 
 def test_too_little_text_is_one_line(overrides: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.runs import run
 from tests.train.in_process import train
 from train.report import environment
 from train.report.metrics import EXPERT_LOAD, METRICS, PICTURES, MetricsWriter, read_lines
@@ -63,6 +64,15 @@ def test_damaged_lines_are_set_aside_and_said(tmp_path: Path) -> None:
     writer.close()
     assert read_lines(tmp_path / METRICS)[-1]["validation_loss"] == 1.0
     assert len(draw(tmp_path)) == 2
+
+
+@pytest.mark.long
+def test_pictures_are_drawn_whatever_backend_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 1, 3, 0)
+    code = "import sys; from pathlib import Path; from train.report.plots import draw"
+    code = f"{code}; print(len(draw(Path(sys.argv[1]))))"
+    done = run("-c", code, tmp_path, env={"MPLBACKEND": "nonsense"}, fresh=True)
+    assert done.stdout == "2\n"
 
 
 def test_pictures_need_no_agreeing_records(tmp_path: Path) -> None:

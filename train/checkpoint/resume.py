@@ -102,10 +102,25 @@ def _compare_model(
     lines = compare_for_start(settings_then(manifest), config)
     if state["corpus"] != facts["corpus"]:
         lines.append(
-            "those weights have seen other data; with another tokenizer they mean nothing: "
+            "those weights have seen other data, in the same tokens"
+            if _same_tokenizer(manifest.folder, config)
+            else "those weights have seen other data; with another tokenizer they mean nothing: "
             "data.tokenizer should name that of their run"
         )
     return lines
+
+
+def _same_tokenizer(checkpoint_folder: Path, config: JobConfig) -> bool:
+    """Whether `data.tokenizer` names that of the run or import whose checkpoint this is."""
+    if not config.data.tokenizer:
+        return False
+    ours = local_path(config.data.tokenizer)
+    ours = ours / "tokenizer.json" if ours.is_dir() else ours
+    theirs = checkpoint_folder.parent.parent / "tokenizer" / "tokenizer.json"
+    try:
+        return ours.read_bytes() == theirs.read_bytes()
+    except OSError:
+        return False
 
 
 def _compare(manifest: checkpoint.Manifest, config: JobConfig, facts: dict[str, str]) -> list[str]:

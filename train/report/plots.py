@@ -1,5 +1,6 @@
 """Pictures of a run, drawn from its own records: loss.png and experts.png."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from train.report.metrics import (
 
 def draw(folder: Path) -> list[Path]:
     """Draw both pictures of the run in `folder`; returns the files."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, or one that is not installed, is an error
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("agg")
     loads = [record for record in read_lines(folder / EXPERT_LOAD) if record["load"]]
     pictures = [_loss(folder)]
     if loads:

@@ -283,6 +283,7 @@ def test_training_starts_from_an_import(tmp_path: Path, corpus: Path, tokenizer:
     short += ["--schedule.warmup_steps=2"]
     done = run("-m", "train", out / "config.toml", *data, *short)
     assert f"weights from {out}" in done.stdout
+    assert "have seen other data, in the same tokens\n" in done.stdout
     trained = tensors_of(checkpoint.find(tmp_path / "ours-run"))
     weights = {k: v for k, v in trained.items() if k.startswith("model.")}
     same(weights, tensors_of(checkpoint.find(out)))  # the learning rate was 0
