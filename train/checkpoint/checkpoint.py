@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models.hf.safetensors_files import MappedFiles, save_tensors
 from torch import Tensor
 
 from configs.errors import UserError
+from models.hf.safetensors_files import MappedFiles, save_tensors
 from parallel.ranks import Ranks, gather_json, one_line
 from parallel.shards import Box, box_of, is_primary_replica, local_of
 from train.atomic_files import replace_text, sync
