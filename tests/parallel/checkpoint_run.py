@@ -6,6 +6,7 @@ whole state before the third step, and the loss, gradient norm and weights after
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ class Run:
             n_ranks=self.mesh.parallel_dims.data_ranks,
         )
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, updated: Callable[[], None] | None = None) -> StepResult:
+        """updated: instead of quantizing the weights anew."""
         done = train_step(
             self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
             tp_size=self.mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=0.3,
-            updated=self.fp8_weights.refresh,
+            updated=updated or self.fp8_weights.refresh,
         )  # fmt: skip
         assert done is not None
         return done

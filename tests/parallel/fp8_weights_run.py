@@ -25,7 +25,7 @@ from models.fp8 import Fp8Experts, Fp8FeedForward, fp8_modules
 from models.linear import Fp8Module, as_matrices
 from parallel.fp8_weights import GatheredWeight
 from parallel.mesh import Mesh
-from parallel.ranks import gather_json, start_ranks, stop_ranks
+from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel import fp8_models
 from tests.parallel.checkpoint_run import Run
@@ -128,6 +128,8 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
         found.append(f"{n} weights, {passes} microbatches: {dict(counts)}")
     found += [f"after a step: {each}" for each in differences(run)]
     poison(run.model)
+    for weight in run.fp8_weights.weights:
+        weight.version = weight.local._version  # as if it had been quantized since
     stale = gather_json(differences(run))
     run.fp8_weights.refresh()
     if not any(stale):
@@ -135,11 +137,31 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
     return found + [f"poisoned: {each}" for each in differences(run)]
 
 
+def stale_weights_are_refused(case: fp8_models.Case, ranks: Ranks) -> list[str]:
+    """A step whose weights were not quantized anew after the one before, with either optimizer: it
+    ends in an error on every rank, and with a refresh in none."""
+    found = []
+    for moments in ("fp32", "bf16"):
+        settings = case.settings()
+        settings["precision"]["moments"] = moments
+        run = Run(settings, case.name, ranks)
+        run.step(1), run.step(2, updated=lambda: None)
+        try:
+            run.step(3)
+        except RuntimeError as error:
+            if "changed after it was quantized" not in str(error):
+                raise
+        else:
+            found.append(f"moments in {moments}: a step with stale weights is accepted")
+    return found
+
+
 if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     faults = []
     for case in fp8_models.WEIGHTS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
         found = check(case, Run(case.settings(), case.name, ranks))
+        found += stale_weights_are_refused(case, ranks)
         for rank, one in enumerate(gather_json(found)):
             faults += [f"{case.name}: rank {rank}: {each}" for each in one]
     if ranks.is_first:
