@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 from configs.schema import OptimizerConfig
-from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
+from models.decoder import Decoder
+from parallel.ranks import gather_json, start_ranks, stop_ranks
 from parallel.shards import local_of
 from tests.models.families import FAMILIES
 from tests.parallel.checkpoint_run import Run
@@ -55,8 +56,7 @@ def decays(name: str) -> bool:
     return found[0]
 
 
-def faults(case: Case, moments: Literal["fp32", "bf16"], ranks: Ranks) -> list[str]:
-    model = Run(case.settings(), case.name, ranks).model
+def faults(model: Decoder, moments: Literal["fp32", "bf16"], where: str) -> list[str]:
     optimizer = build_optimizer(model, OptimizerConfig(lr=1.0, weight_decay=4.0), moments)
     parameters = dict(model.named_parameters())
     before = {name: local_of(p).detach().clone() for name, p in parameters.items()}
@@ -71,14 +71,16 @@ def faults(case: Case, moments: Literal["fp32", "bf16"], ranks: Ranks) -> list[s
             found.append(f"{name}: zero, which cannot decay")
         if not torch.equal(local_of(parameter), expected):
             found.append(f"{name}: decays as it should not, or does not as it should")
-    return [f"{case.name}, moments in {moments}: rank {ranks.rank}: {fault}" for fault in found]
+    return [f"{where}, moments in {moments}: {fault}" for fault in found]
 
 
 if __name__ == "__main__":
     the_ranks = start_ranks(threads=1)
     mine: list[str] = []
     for one in MESHES[the_ranks.world]:
-        mine += faults(one, "fp32", the_ranks) + faults(one, "bf16", the_ranks)
+        built = Run(one.settings(), one.name, the_ranks).model
+        where = f"{one.name}: rank {the_ranks.rank}"
+        mine += faults(built, "fp32", where) + faults(built, "bf16", where)
     listed = [fault for each in gather_json(mine) for fault in each]
     if the_ranks.is_first:
         (Path(sys.argv[1]) / "faults.json").write_text(json.dumps(listed))

@@ -16,19 +16,18 @@ from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
 from models.moe import Experts
 
 
-def rounded(x: Tensor) -> Tensor:
-    """A row as FP8 with 1x128 scales carries it."""
-    data, scales = quantize_1x128(x.float()[None])
-    return dequantize_1x128(data, scales)[0].to(x.dtype)
+def rounded(x_RD: Tensor) -> Tensor:
+    """Rows as FP8 with 1x128 scales carries them, each for itself."""
+    return dequantize_1x128(*quantize_1x128(x_RD.float())).to(x_RD.dtype)
 
 
 class Carried(torch.autograd.Function):
-    """A row on the wire: rounded on the way and, its gradient, on the way back, where wanted."""
+    """Rows on the wire: rounded on the way and, their gradients, on the way back, where wanted."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: bool, back: bool) -> Tensor:
+    def forward(ctx: Any, x_RD: Tensor, there: bool, back: bool) -> Tensor:
         ctx.back = back
-        return rounded(x) if there else x.clone()
+        return rounded(x_RD) if there else x_RD.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -45,22 +44,31 @@ class Fp8:
     dispatch_grad: bool = False
 
 
-def expert_output(experts: Experts, e: int, x: Tensor, weight: Tensor) -> Tensor:
+Weights = dict[str, Tensor]
+
+
+def weights_of(experts: Experts) -> list[Weights]:
+    """The weights of every expert; taken apart once, since a gradient of each would be as large as
+    all of them."""
+    apart = {name: parameter.unbind() for name, parameter in experts.named_parameters()}
+    return [{name: of[e] for name, of in apart.items()} for e in range(experts.config.n_experts)]
+
+
+def expert_output(config: MoEConfig, expert: Weights, x: Tensor, weight: Tensor) -> Tensor:
     """One token's weighted output of one expert."""
-    config: MoEConfig = experts.config
     if config.weight_on == "input":
         x, weight = x * weight, torch.ones_like(weight)
-    gate, up = experts.w13[e, 0] @ x, experts.w13[e, 1] @ x
-    if experts.b13 is not None:
-        gate, up = gate + experts.b13[e, 0], up + experts.b13[e, 1]
+    gate, up = (half @ x for half in expert["w13"].unbind())
+    if "b13" in expert:
+        gate, up = gate + expert["b13"][0], up + expert["b13"][1]
     if config.activation == "clamped_swiglu":
         gate, up = gate.clamp(max=7), up.clamp(-7, 7)
         hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
     else:
         hidden = F.silu(gate) * up
-    y = experts.w2[e] @ hidden
-    if experts.b2 is not None:
-        y = y + experts.b2[e]
+    y = expert["w2"] @ hidden
+    if "b2" in expert:
+        y = y + expert["b2"]
     return weight * y
 
 
@@ -77,17 +85,22 @@ def reference_dispatch(
     A token travels once per choice; with `experts_per_node` once per node, and what its experts
     there made of it returns as one sum.
     """
-    outputs = []
-    for t in range(len(x_TD)):
-        travels: dict[int, list[int]] = {}
-        for k, e in enumerate(ids_TK[t].tolist()):
-            travels.setdefault(e // experts_per_node if experts_per_node else k, []).append(k)
-        y = torch.zeros_like(x_TD[t])
-        for choices in travels.values():
-            x = Carried.apply(x_TD[t], fp8.dispatch, fp8.dispatch_grad)
-            back = torch.zeros_like(y)
-            for k in choices:
-                back = back + expert_output(experts, int(ids_TK[t, k]), x, weights_TK[t, k])
-            y = y + Carried.apply(back, fp8.combine, fp8.combine_grad)
-        outputs.append(y)
-    return torch.stack(outputs) if outputs else x_TD * 1
+    travels: list[tuple[int, list[int]]] = []  # a token, and those of its choices that go together
+    for t, ids in enumerate(ids_TK.tolist()):
+        together: dict[int, list[int]] = {}
+        for k, e in enumerate(ids):
+            together.setdefault(e // experts_per_node if experts_per_node else k, []).append(k)
+        travels += [(t, choices) for choices in together.values()]
+    if not travels:
+        return x_TD * 1
+    tokens_R = torch.tensor([t for t, _ in travels])
+    rows = Carried.apply(x_TD[tokens_R], fp8.dispatch, fp8.dispatch_grad).unbind()
+    parts, weights, backs = weights_of(experts), [w.unbind() for w in weights_TK.unbind()], []
+    for x, (t, choices) in zip(rows, travels, strict=True):
+        back = torch.zeros_like(x)
+        for k in choices:
+            expert = parts[int(ids_TK[t, k])]
+            back = back + expert_output(experts.config, expert, x, weights[t][k])
+        backs.append(back)
+    carried = Carried.apply(torch.stack(backs), fp8.combine, fp8.combine_grad)
+    return torch.zeros_like(x_TD).index_add(0, tokens_R, carried)

@@ -3,8 +3,8 @@
 Started by the tests as `torchrun ... dispatch_run.py FILE.json`; all cases share one start. FILE
 maps the name of a dispatcher to the faults found, an empty list where there are none.
 
-Cases are drawn at random with a seed that all ranks share. Each rank draws every rank's tokens, so
-it can compute the whole result, and the gradients of its own experts, alone.
+Cases are drawn at random with a seed that all ranks share. Each rank draws every rank's tokens and
+all experts, so it can compute its results without a dispatcher.
 """
 
 import json
@@ -126,29 +126,32 @@ def reference(
     case: Case, rank: int, ranks: int, dtype: torch.dtype, fp8: Fp8, per_node: int
 ) -> dict[str, tuple[Tensor, float]]:
     """By the oracle: output, gradients of this rank's inputs and of its experts; each with the
-    least norm that an error is measured by."""
+    least norm that an error is measured by.
+
+    Every rank has all experts there, takes its own tokens through them, and then the ranks add up
+    the gradients of experts.
+    """
     batch = Batch(case, ranks, dtype)
-    result: dict[str, tuple[Tensor, float]] = {}
     for parameter in batch.experts.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    for r, (x, ids, w, seed) in enumerate(
-        zip(batch.x, batch.ids, batch.weights, batch.grads, strict=True)
-    ):
-        x = x.float().clone().requires_grad_()
-        w = w.clone().requires_grad_()
-        y = reference_dispatch(x, ids, w, batch.experts, fp8, per_node)
-        y_norm, y = float(y.detach().norm()), y + x @ batch.beside
-        if len(x):
-            y.backward(seed.float())
-        if r == rank:
-            zero = torch.zeros_like
-            result["y"] = y.detach(), 0.0
-            result["grad of x"] = zero(x) if x.grad is None else x.grad, 0.0
-            # a scalar product of a row of y and one of the gradient, whose terms may cancel
-            terms = 0.1 * y_norm * float(seed.float().norm())
-            result["grad of weights"] = zero(w) if w.grad is None else w.grad, terms
+    x = batch.x[rank].float().clone().requires_grad_()
+    w = batch.weights[rank].clone().requires_grad_()
+    seed = batch.grads[rank].float()
+    y = reference_dispatch(x, batch.ids[rank], w, batch.experts, fp8, per_node)
+    y_norm, y = float(y.detach().norm()), y + x @ batch.beside
+    if len(x):
+        y.backward(seed)
+    zero = torch.zeros_like
+    # a scalar product of a row of y and one of the gradient, whose terms may cancel
+    terms = 0.1 * y_norm * float(seed.norm())
+    result: dict[str, tuple[Tensor, float]] = {
+        "y": (y.detach(), 0.0),
+        "grad of x": (zero(x) if x.grad is None else x.grad, 0.0),
+        "grad of weights": (zero(w) if w.grad is None else w.grad, terms),
+    }
     for name, parameter in batch.experts.named_parameters():
         assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
         result[f"grad of {name}"] = parameter.grad.chunk(ranks)[rank], 0.0
     return result
 

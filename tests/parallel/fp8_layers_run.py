@@ -287,7 +287,7 @@ if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     faults = []
     for case in fp8_models.LAYERS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
-        bench = Bench(Run(case.settings(), case.name, ranks))
+        bench = Bench(Run(case.settings(ranks.world), case.name, ranks))
         found = [f"{name}: {e}" for name in LAYERS for e in bench.check(name)]
         if case.model != "biased":  # its experts are not fused
             found += bench.rows_are_quantised_once(LAYERS[-1])

@@ -41,13 +41,15 @@ class Case:
         told = [f"{key}={value}" for key, value in (self.parallel | self.fp8).items()]
         return " ".join([self.model, *told]).replace("/", "")
 
-    def settings(self) -> dict[str, Any]:
-        """The experiment as nested tables; two microbatches a step on up to four data ranks."""
+    def settings(self, ranks: int = 2) -> dict[str, Any]:
+        """The experiment on so many ranks as nested tables; two microbatches a step, or, on more
+        than four data ranks, one."""
+        data_ranks = ranks // self.parallel.get("tp", 1)
         return {
             "run": {"dir": "unused"},
             "data": {"seq_len": 32},
             "model": asdict(MODELS[self.model]),
-            "train": {"steps": 1, "global_batch": 8, "micro_batch": 1},
+            "train": {"steps": 1, "global_batch": 8, "micro_batch": max(4 // data_ranks, 1)},
             "optimizer": {"lr": 1e-3},
             "parallel": self.parallel,
             "precision": {"recipe": "fp8_blockwise", "fp8": self.fp8},

@@ -23,7 +23,7 @@ from train.optim.bf16_moments import Bf16MomentsAdamW
 
 def trained(case: fp8_models.Case, ranks: Ranks) -> dict[str, Tensor]:
     """Losses, gradient norms and weights of two steps."""
-    run = Run(case.settings(), case.name, ranks)
+    run = Run(case.settings(ranks.world), case.name, ranks)
     done = [run.step(1), run.step(2)]
     state = {"curve": torch.tensor([[each.loss, each.grad_norm] for each in done])}
     return state | {name: whole(p) for name, p in run.model.named_parameters()}
@@ -48,7 +48,7 @@ def bf16_moments(case: fp8_models.Case, ranks: Ranks) -> list[str]:
     Tolerance: torch's fused update treats the last elements of a tensor without vectors, so where a
     shard ends a rounding may differ; and with it, once in thousands, that of a moment.
     """
-    model = Run(case.settings(), case.name, ranks).model
+    model = Run(case.settings(ranks.world), case.name, ranks).model
     names = dict(model.named_parameters())
     wholes = {name: nn.Parameter(whole(p)) for name, p in names.items()}
     before = {name: p.detach().clone() for name, p in wholes.items()}

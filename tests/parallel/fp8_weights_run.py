@@ -121,7 +121,8 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
     n = len(run.fp8_weights.weights)
     if n != len(list(weights_of(run.model))):
         found.append(f"{n} weights are gathered in FP8")
-    passes = run.config.train.global_batch // run.mesh.parallel_dims.data_ranks
+    train = run.config.train
+    passes = train.global_batch // run.mesh.parallel_dims.data_ranks // train.micro_batch
     with counted() as counts:
         run.step(1)
     if (counts["shards"], counts["wholes"]) != (n, 0) or counts["uses"] != passes * n:
@@ -160,7 +161,7 @@ if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     faults = []
     for case in fp8_models.WEIGHTS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
-        found = check(case, Run(case.settings(), case.name, ranks))
+        found = check(case, Run(case.settings(ranks.world), case.name, ranks))
         found += stale_weights_are_refused(case, ranks)
         for rank, one in enumerate(gather_json(found)):
             faults += [f"{case.name}: rank {rank}: {each}" for each in one]

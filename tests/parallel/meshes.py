@@ -66,25 +66,29 @@ class Case:
 
 
 def wide(model: ModelConfig) -> ModelConfig:
-    """A family's small model with sizes that 8 ranks can divide, and with every auxiliary loss."""
-    attention = replace(model.attention, n_heads=8)
+    """A family's small model with sizes that 8 ranks can divide, and with every auxiliary loss.
+
+    Of every kind of layer that it has there is one, or two where all are alike: what a layer costs
+    a rank is its operations, of which a microbatch of any size has as many.
+    """
+    attention = replace(model.attention, n_heads=8, full_every=min(model.attention.full_every, 2))
     if attention.kind == "gqa":
         attention = replace(attention, n_kv_heads=8 if model.attention.n_kv_heads == 0 else 4)
     moe = replace(
         model.moe, n_experts=8, d_expert=16,
         seq_aux_loss_coef=0.1, global_aux_loss_coef=0.1, router_z_loss_coef=0.1,
     )  # fmt: skip
-    return replace(model, attention=attention, moe=moe, d_ff=model.d_ff and 48)
+    return replace(model, n_layers=2, attention=attention, moe=moe, d_ff=model.d_ff and 48)
 
 
 def odd(model: ModelConfig) -> ModelConfig:
     """The same with sizes that 3 and 6 ranks can divide."""
-    attention = replace(model.attention, n_heads=12)
+    made = wide(model)
+    attention = replace(made.attention, n_heads=12)
     if attention.kind == "gqa":
         attention = replace(attention, n_kv_heads=12 if model.attention.n_kv_heads == 0 else 6)
-    moe = wide(model).moe
-    moe = replace(moe, n_experts=6, d_expert=18, n_groups=min(moe.n_groups, 3))
-    return replace(model, attention=attention, moe=moe, d_model=42, d_ff=model.d_ff and 48)
+    moe = replace(made.moe, n_experts=6, d_expert=18, n_groups=min(made.moe.n_groups, 3))
+    return replace(made, attention=attention, moe=moe, d_model=42)
 
 
 def model_of(family: str) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""N ranks equal one process: loss, gradient norm, every gradient, weights after three steps.
+"""N ranks equal one process: loss, gradient norm, every gradient, weights after two steps.
 
 Tolerance: 1e-5 of each tensor's norm in fp32 with SGD, 1e-9 in fp64 with AdamW; sums over ranks are
 taken in another order, which costs about 1e-7 and 1e-16. Routing must agree exactly; the seed is
@@ -81,16 +81,16 @@ COVER = {
 each; those in one list share a start of their ranks. `FULL` has the products of which this is a
 part."""
 FAULTY = {
-    Case("gpt-oss", 1, 1, 2, 2, 1, fault="expert gradient / ep"): "grad/layers.3.ffn.experts.w13",
+    Case("gpt-oss", 1, 1, 2, 2, 1, fault="expert gradient / ep"): "grad/layers.1.ffn.experts.w13",
     Case("gpt-oss", 1, 1, 2, 1, 1, fault="router not reduced over tp"): (
-        "grad/layers.3.ffn.router.weight"
+        "grad/layers.1.ffn.router.weight"
     ),
     Case("gpt-oss", 1, 1, 2, 1, 1, fault="norm not reduced over tp"): (
-        "grad/layers.3.attention_norm.weight"
+        "grad/layers.1.attention_norm.weight"
     ),
-    Case("gpt-oss", 1, 1, 2, 1, 2, fault="down bias twice"): "grad/layers.3.ffn.experts.w2",
+    Case("gpt-oss", 1, 1, 2, 1, 2, fault="down bias twice"): "grad/layers.1.ffn.experts.w2",
     Case("gpt-oss", 1, 2, 1, 1, 1, fault="mean of means"): "curve",
-    Case("gpt-oss", 1, 1, 2, 2, 1, fault="repeated shard"): "grad/layers.3.ffn.experts.w13",
+    Case("gpt-oss", 1, 1, 2, 2, 1, fault="repeated shard"): "grad/layers.1.ffn.experts.w13",
 }
 """Where an injected fault must show, beside wherever else it does."""
 
@@ -203,6 +203,11 @@ def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
     for case, where in FAULTY.items():
         found = errors(case, tmp_path, references)
         assert any(f": {where}: " in error for error in found), (case.name, found[:5])
+
+
+def test_the_harness_puts_tensors_together_as_torch_does(tmp_path: Path) -> None:
+    run("tests/parallel/whole_run.py", tmp_path, ranks=4)
+    assert json.loads((tmp_path / "faults.json").read_text()) == []
 
 
 @pytest.mark.slow
