@@ -98,6 +98,12 @@ _IN_FP8: dict[type[nn.Module], Callable[[Any, bool], Fp8Module]] = {
 }  # fmt: skip
 
 
+def in_fp8(module: nn.Module, power_of_two: bool) -> Fp8Module | None:
+    """In FP8 what `module` is, with the same parameters; None where it has no such form."""
+    form = _IN_FP8.get(type(module))
+    return None if form is None else form(module, power_of_two)
+
+
 def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
     """Replace the eligible modules of a model, before anything else is done to it; their names.
 

@@ -16,6 +16,7 @@ import torch
 
 from configs.errors import UserError
 from serve.cache.kv_cache import build_cache
+from serve.engine.batch import lay_out
 from serve.engine.detokenizer import TextStream
 from serve.engine.loading import Export
 from serve.engine.request import (
@@ -26,9 +27,10 @@ from serve.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
-from serve.engine.runner import ModelRunner, Row
+from serve.engine.rows import Row, wanted_rows
+from serve.engine.runner import ModelRunner
 from serve.engine.sampler import choose, score
-from serve.engine.scheduler import Scheduler
+from serve.engine.scheduler import Chunk, Scheduler
 
 log = logging.getLogger("serve")
 
@@ -136,7 +138,9 @@ class Engine:
         if not batch:
             return []
         try:
-            logits_RV, rows = self.runner.run(batch)
+            rows, places = _rows(batch)
+            chunks = [(c.request.tokens[c.start : c.end], c.start, c.request.pages) for c in batch]
+            logits_RV = self.runner.run(lay_out(chunks, self.cache.page_size, places))
             for chunk in batch:
                 chunk.request.computed = chunk.end
             return self._read(logits_RV, rows)
@@ -230,3 +234,16 @@ class Engine:
     def _fail(self, request: Request) -> Output:
         self.scheduler.finish(request, "error")
         return Output(request, "", [], [], "error")
+
+
+def _rows(batch: Sequence[Chunk]) -> tuple[list[Row], list[int]]:
+    """The rows that somebody reads, and their places among the tokens of the step."""
+    rows: list[Row] = []
+    places: list[int] = []
+    first = 0
+    for chunk in batch:
+        for row in wanted_rows(chunk):
+            rows.append(row)
+            places.append(first + row.position - chunk.start)
+        first += chunk.length
+    return rows, places

@@ -1,0 +1,2 @@
+"""A block of the decoder on a CPU with AVX512-BF16, in two calls of C++ with the bits of
+training."""
