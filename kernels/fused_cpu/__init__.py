@@ -1,2 +1,1 @@
-"""A block of the decoder on a CPU with AVX512-BF16, in two calls of C++ with the bits of
-training."""
+"""A decoder block on a CPU with AVX512-BF16, in two calls of C++ with the bits of training."""

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench_serve EXPORT`: output tokens per second of the engine, in process.
+"""`python -m scripts.bench_serve.engine EXPORT`: output tokens per second, in process.
 
 Random token prompts of 128 tokens, 64 greedy tokens each (less where the model is shorter), for
 1, 4 and 16 requests at once; best of three, since whatever else the machine does only slows it.
@@ -21,7 +21,9 @@ from serve.engine.request import SamplingParams
 
 def main() -> int:
     """Print one line per number of requests."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_serve", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_serve.engine", description=__doc__
+    )
     parser.add_argument("export", type=Path)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=1)
