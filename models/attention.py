@@ -56,7 +56,7 @@ class LatentCore(Protocol):
     """Attention over latents."""
 
     def __call__(
-        self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: nn.Linear,
+        self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: Linear,
         config: AttentionConfig,
     ) -> Tensor:  # fmt: skip
         """Output `[T, H, V]` of MLA, whose keys and values are `expanded` latents."""
@@ -179,7 +179,7 @@ class LatentAttention(nn.Module):
 
 
 def expanded(
-    latent_TR: Tensor, k_rope_T1C: Tensor, wkv_b: nn.Linear, config: AttentionConfig
+    latent_TR: Tensor, k_rope_T1C: Tensor, wkv_b: Linear, config: AttentionConfig
 ) -> tuple[Tensor, Tensor]:
     """Keys `[T, H, qk_dim]` and values `[T, H, V]` from MLA's latents and the part of the keys that
     all heads share."""

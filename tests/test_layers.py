@@ -43,8 +43,9 @@ ROOMS: dict[str, set[str]] = {
     "train/data": {"train", "train/tokenizer"},
     "train/report": {"train"},
     "train/tokenizer": set(),
-    "serve": {"serve/api", "serve/engine"},
-    "serve/api": {"serve/engine"},
+    "serve": {"serve/api", "serve/engine", "serve/frontend"},
+    "serve/api": {"serve/engine", "serve/frontend"},
+    "serve/frontend": {"serve/engine"},
     "serve/engine": {"serve/cache"},
     "serve/cache": set(),
 }  # fmt: skip

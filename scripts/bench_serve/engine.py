@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from configs.errors import UserError
-from serve.engine.engine import Engine, EngineOptions
-from serve.engine.loading import open_export
 from serve.engine.request import SamplingParams
+from serve.frontend.engine import Engine
 
 
 def main() -> int:
@@ -30,16 +29,16 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
-        engine = Engine(open_export(options.export, dtype=options.dtype), EngineOptions())
+        engine = Engine(options.export, dtype=options.dtype, cache="naive")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    length = min(192, engine.export.max_length)
+    length = min(192, engine.core.export.max_length)
     n_in, n_out = length * 2 // 3, length - length * 2 // 3
     params = SamplingParams(max_tokens=n_out, temperature=0, ignore_eos=True)
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {options.threads} threads, torch "
-        f"{torch.__version__}, {engine.export.dtype}, {n_in} tokens in, {n_out} out"
+        f"{torch.__version__}, {engine.core.export.dtype}, {n_in} tokens in, {n_out} out"
     )
     for n_requests in (1, 4, 16):
         seconds = min(_seconds(engine, n_requests, n_in, params) for _ in range(3))
@@ -51,7 +50,7 @@ def main() -> int:
 
 def _seconds(engine: Engine, n_requests: int, n_in: int, params: SamplingParams) -> float:
     rng = random.Random(0)
-    vocab = engine.export.model.config.vocab_size
+    vocab = engine.core.export.model.config.vocab_size
     prompts = [[rng.randrange(1, vocab) for _ in range(n_in)] for _ in range(n_requests)]
     start = time.perf_counter()
     engine.generate(prompts, params)

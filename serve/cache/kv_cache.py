@@ -21,14 +21,13 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from serve.cache.allocator import PageAllocator
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """Of what is free after the weights are loaded; on a CPU other programs live in it too."""
 
 
 class KvCache:
-    """The pages on their device, and the allocator that gives them out."""
+    """The pages on their device; `serve.cache.allocator` gives them out."""
 
     def __init__(
         self,
@@ -40,7 +39,6 @@ class KvCache:
     ) -> None:
         self.page_size, self.n_pages = page_size, n_pages
         self.dtype, self.device = dtype, device
-        self.allocator = PageAllocator(n_pages)
         a = model.attention
         self.is_latent = a.kind == "mla"
         shapes: list[tuple[int, ...]]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.model import AttentionConfig
 from kernels.layers.attention_cpu import (
@@ -26,7 +26,9 @@ from kernels.layers.attention_cpu import (
     softmax_with_sinks,
     weighted_values,
 )
+from kernels.quantization.quantize import dequantize_128x128
 from models.attention import Layer, expanded
+from models.linear import Fp8Linear, Linear
 from serve.cache.kv_cache import KvCache
 from serve.engine.batch import ForwardBatch
 
@@ -80,7 +82,7 @@ class PagedAttention:
         return o_THV
 
     def _latent(
-        self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: nn.Linear,
+        self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: Linear,
         config: AttentionConfig,
     ) -> Tensor:  # fmt: skip
         T, rank = len(self.pages_T), latent_TR.shape[1]
@@ -159,13 +161,13 @@ def _probabilities(q_nHC: Tensor, k_GCl: Tensor, bias_nl: Tensor, sinks_H: Tenso
 
 
 def _attend_absorbed(
-    q_nHC: Tensor, kept_lN: Tensor, wkv_b: nn.Linear, config: AttentionConfig, bias_nl: Tensor,
+    q_nHC: Tensor, kept_lN: Tensor, wkv_b: Linear, config: AttentionConfig, bias_nl: Tensor,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """`[n, H, V]`: every head is a query of one shared key, the latent and its rotated part."""
     n, H = q_nHC.shape[:2]
     plain, rank = config.qk_nope_head_dim, config.kv_lora_rank
-    w_HXR = wkv_b.weight.float().unflatten(0, (H, -1))
+    w_HXR = _values(wkv_b).unflatten(0, (H, -1))
     q_HmC = F.pad(q_nHC.float().transpose(0, 1), (0, 0, 0, -n % ALIGN))
     q_HmR = _product(q_HmC[..., :plain], w_HXR[:, :plain])
     q_nHN = torch.cat([q_HmR, q_HmC[..., plain:]], -1).transpose(0, 1)[:n] * scale
@@ -175,6 +177,15 @@ def _attend_absorbed(
     weighted_values(probs_1Ml, kept_1lN[:, :, :rank].contiguous(), o_1MR)
     o_HmR = F.pad(o_1MR[0, : H * n].view(H, n, rank), (0, 0, 0, -n % ALIGN))
     return _product(o_HmR, w_HXR[:, plain:].mT)[:, :n].transpose(0, 1).to(q_nHC.dtype)
+
+
+def _values(linear: Linear) -> Tensor:
+    """The weight in fp32; of a module in FP8, what its blocks mean."""
+    if isinstance(linear, Fp8Linear):
+        weight = linear.fp8_weight("weight")
+        return dequantize_128x128(weight.data, weight.scales)
+    values: Tensor = linear.weight.float()
+    return values
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ import ctypes
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.fused_cpu import layout
 from kernels.fused_cpu.build import library
 from models.attention import GroupedQueryAttention
-from models.balance import RoutingDecision
 from models.block import Block
 from models.decoder import Decoder
-from models.moe import Experts, FeedForward, MoE
+from models.linear import Fp8Module
+from models.moe import MoE
 from models.rope import rope_tables
 from models.router import Router
+from models.step_context import LayerContext, MicrobatchContext, RoutingDecision
 from serve.cache.kv_cache import KvCache
 from serve.engine.batch import ForwardBatch
 
@@ -48,16 +49,14 @@ def refusal(model: Decoder, cache: KvCache) -> str | None:
         "hidden widths that are no multiples of 32": any(width % 32 for width in widths),
         "pages that are no multiple of 16 tokens": cache.page_size % 16 != 0,
         "modules of another precision": any(
-            isinstance(m, nn.Linear | Experts | FeedForward)
-            and type(m) not in (nn.Linear, Experts, FeedForward)
-            for m in model.modules()
+            isinstance(module, Fp8Module) for module in model.modules()
         ),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _routes_itself(router: Router) -> bool:
-    rule = router.rule
+    rule = router.options
     return (
         router.bias is None
         and rule.top_groups == rule.n_groups
@@ -79,7 +78,7 @@ class FusedModel:
         )  # fmt: skip
         compiled.make_engine.restype = ctypes.c_void_p
         self.engine = ctypes.c_void_p(compiled.make_engine(ctypes.byref(sizes)))
-        self.layers = [self._layer(i, block) for i, block in enumerate(model.layers)]  # type: ignore[arg-type]
+        self.layers = [self._layer(i, block) for i, block in enumerate(model.layers)]
         head = model.embed if model.head is None else model.head
         self.head = layout.matrix(head.weight.detach(), self._keep)
         self.routers: list[Router | None] = [
@@ -98,8 +97,9 @@ class FusedModel:
         for i, layer in enumerate(self.layers):
             layer.keys, layer.values = cache.keys(i).data_ptr(), cache.values(i).data_ptr()
 
-    def hidden(self, batch: ForwardBatch) -> Tensor:
-        """The residual stream `[T, D]` behind the last layer; keys and values enter the cache."""
+    def hidden(self, batch: ForwardBatch, context: MicrobatchContext | None = None) -> Tensor:
+        """The residual stream `[T, D]` behind the last layer; keys and values enter the cache.
+        context: gets the experts that are chosen; it may hold no choice yet."""
         T, moe = len(batch.tokens), self.model.config.moe
         a = self.model.config.attention
         x_TD = self.model.embed.weight.index_select(0, batch.tokens)
@@ -116,27 +116,28 @@ class FusedModel:
             )),
         )  # fmt: skip
         to_step = ctypes.byref(step)
-        for layer, router in zip(self.layers, self.routers, strict=True):
+        records = [None] * len(self.layers) if context is None else context.layers
+        for layer, router, record in zip(self.layers, self.routers, records, strict=False):
             to_layer = ctypes.byref(layer)
             self.lib.attention_block(self.engine, to_layer, to_step)
             if router is not None:
-                self._route(router, to_layer, to_step, normed_TD, ids_TK, weights_TK)
+                self._route(router, record, to_layer, to_step, normed_TD, ids_TK, weights_TK)
             self.lib.feed_forward(self.engine, to_layer, to_step)
         return x_TD
 
     def _route(
-        self, router: Router, to_layer: object, to_step: object, normed_TD: Tensor, ids_TK: Tensor,
-        weights_TK: Tensor,
+        self, router: Router, record: LayerContext | None, to_layer: object, to_step: object,
+        normed_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor,
     ) -> None:  # fmt: skip
         n = len(ids_TK)
         if not _routes_itself(router):
-            ids, weights = router(normed_TD)
+            ids, weights = router(normed_TD, record)
             ids_TK.copy_(ids[:n])
             weights_TK.copy_(weights[:n])
             return
         self.lib.route(self.engine, to_layer, to_step)
-        if router.tape is not None:
-            router.tape.decision = RoutingDecision(ids_TK.clone(), None, None)
+        if record is not None:
+            record.decision = RoutingDecision(ids_TK.clone(), None, None)
 
     def logits(self, x_TD: Tensor, rows: Tensor) -> Tensor:
         """fp32 `[n, V]` of rows of the residual stream."""

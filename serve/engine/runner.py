@@ -3,7 +3,7 @@
 The head is the largest matrix of a small model, so the final hidden states are cut to the rows
 whose logits somebody reads before they meet it.
 
-T tokens, R rows that are read, D model width, V vocabulary.
+T tokens, R rows that are read, D model width, V vocabulary, L MoE layers, K experts per token.
 """
 
 import logging
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import Decoder
+from models.step_context import MicrobatchContext
 from serve.cache.kv_cache import KvCache
 from serve.engine.attention import PagedAttention
 from serve.engine.batch import ForwardBatch, lay_out
@@ -29,6 +30,8 @@ _SCORED_ROWS = 64
 
 Score = Callable[[int, Tensor], None]
 """Takes the index of a first row in `scored_rows` and the fp32 logits `[n, V]` from there on."""
+Routing = Callable[[Tensor], None]
+"""Takes the experts of every token, int64 `[L, T, K]`."""
 
 
 class ModelRunner:
@@ -47,20 +50,32 @@ class ModelRunner:
             self.fused = None
 
     @torch.inference_mode()
-    def run(self, batch: ForwardBatch, score: Score | None = None) -> Tensor:
-        """fp32 logits `[R, V]` of `batch.rows`; keys and values enter the cache. `score` gets the
-        logits of `batch.scored_rows`, a few at a time."""
+    def run(
+        self, batch: ForwardBatch, score: Score | None = None, routing: Routing | None = None
+    ) -> Tensor:
+        """fp32 logits `[R, V]` of `batch.rows`; keys and values enter the cache.
+
+        score: gets the logits of `batch.scored_rows`, a few at a time. routing: gets the experts
+        that were chosen.
+        """
+        context = None
+        if routing is not None:
+            context = MicrobatchContext.recording(self.model.config)
         if self.fused is not None:
-            x_TD = self.fused.hidden(batch)
+            x_TD = self.fused.hidden(batch, context)
             logits = partial(self.fused.logits, x_TD)
         else:
-            logits = partial(_logits, *self._hidden(batch))
+            logits = partial(_logits, *self._hidden(batch, context))
+        if routing is not None and context is not None:
+            routing(context.routed_experts()[:, : len(batch.tokens)])
         if score is not None:
             for first in range(0, len(batch.scored_rows), _SCORED_ROWS):
                 score(first, logits(batch.scored_rows[first : first + _SCORED_ROWS]))
         return logits(batch.rows)
 
-    def _hidden(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+    def _hidden(
+        self, batch: ForwardBatch, context: MicrobatchContext | None
+    ) -> tuple[Tensor, Tensor]:
         """Final hidden states `[T, D]`, some rows more than tokens, and the head's weight."""
         device = self.cache.device
         hidden_TD, head_VD = self.model(
@@ -68,6 +83,7 @@ class ModelRunner:
             _padded(batch.positions).to(device),
             PagedAttention(self.cache, batch, self.absorbed),
             output=lambda x_TD, weight_VD: (x_TD, weight_VD),
+            context=context,
         )
         return hidden_TD, head_VD
 
@@ -78,7 +94,7 @@ def _agrees(fused: FusedModel, model: Decoder) -> bool:
     last two tokens are computed one by one."""
     cache, size = fused.cache, fused.cache.page_size
     small = [KvCache(model.config, 5, size, cache.dtype, cache.device) for _ in range(2)]
-    plain, length = ModelRunner(model, small[0], fuses=False), size + 11
+    plain, length = ModelRunner(model, small[0], fuses=False), min(size, 64) + 11
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=draw).tolist()
     fused.bind(small[1])

@@ -11,6 +11,7 @@ from configs.model import ModelConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.init import initialize
+from models.router import Router
 from tests.models.families import FAMILIES
 
 
@@ -35,7 +36,7 @@ def lively(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Decoder:
                 parameter.normal_(0, 0.3)
     decoder = decoder.to(dtype).eval()
     for module in decoder.modules():
-        if hasattr(module, "float_bias"):
+        if isinstance(module, Router):
             module.float_bias()
     return decoder
 

@@ -18,7 +18,7 @@ from models.init import initialize
 from models.linear import as_matrices
 from models.router import routers
 from serve.cache.kv_cache import KvCache
-from serve.engine.engine import Engine, EngineOptions
+from serve.frontend.engine import Engine, EngineOptions
 from serve.engine.loading import open_export
 from serve.engine.request import SamplingParams
 from serve.engine.runner import ModelRunner
