@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import AttentionConfig, ModelConfig
-from models.linear import Linear, project
-from models.local_view import LocalViews, local_view
-from models.norm import RMSNorm, l2_norm
-from models.rope import apply_rope, logit_scale
+from models.layers.linear import Linear, project
+from models.layers.local_view import LocalViews, local_view
+from models.layers.norm import RMSNorm, l2_norm
+from models.layers.rope import apply_rope, logit_scale
 from models.tp_comm import TPComm
 
 Tables = tuple[Tensor, Tensor]
-"""cos and sin of every token, from `models.rope.rope_tables`."""
+"""cos and sin of every token, from `models.layers.rope.rope_tables`."""
 
 
 @dataclass(frozen=True)

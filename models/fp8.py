@@ -24,7 +24,7 @@ from kernels.fp8 import Quantized, fp8_dtype
 from kernels.mlp.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
 from models.counts import flops_per_token
 from models.decoder import Decoder
-from models.linear import Fp8Linear, Fp8Module, Linear, as_matrices
+from models.layers.linear import Fp8Linear, Fp8Module, Linear, as_matrices
 from models.moe import Experts, FeedForward, Rows, row_values
 from models.parameters import spec_of
 

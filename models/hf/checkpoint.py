@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.model import ModelConfig
+from models.hf.config.undetermined_settings import KEY
 from models.hf.copies import same_rows
 from models.hf.folder import RawTensor, raw_tensors
 from models.hf.mapped import MappedFiles
@@ -32,7 +33,6 @@ from models.hf.quantized import (
 )
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
-from models.hf.undetermined_settings import KEY
 
 PIECE_BYTES = 2**26
 """Most bytes, in fp32, that are taken from a file at a time (one row at least)."""

@@ -27,7 +27,7 @@ from torch import nn
 from configs.parallel_dims import ParallelDims
 from models.decoder import Decoder
 from models.fp8 import WEIGHTS
-from models.linear import Fp8Module
+from models.layers.linear import Fp8Module
 from models.moe import Experts
 from parallel.apply import placement
 from parallel.fp8_weights import kept_bytes, n_blocks

@@ -28,10 +28,10 @@ from models.balance import StepScope
 from models.decoder import Decoder, Output
 from models.documents import DocumentAttention
 from models.fp8 import WEIGHTS
-from models.linear import Fp8Module, as_matrices
+from models.layers.linear import Fp8Module, as_matrices
+from models.layers.rope import rope_tables
 from models.moe import Experts, FeedForward, MoE, Rows
 from models.mtp import MtpModule
-from models.rope import rope_tables
 from models.router import routers
 from parallel.dispatch.overflow import exact
 from parallel.memory.fused_shadows import FusedKernels

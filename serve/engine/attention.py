@@ -28,7 +28,7 @@ from kernels.layers.attention_cpu import (
 )
 from kernels.quantization.quantize import dequantize_128x128
 from models.attention import Layer, expanded
-from models.linear import Fp8Linear, Linear
+from models.layers.linear import Fp8Linear, Linear
 from serve.cache.kv_cache import KvCache
 from serve.engine.batch import ForwardBatch
 

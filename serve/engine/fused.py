@@ -19,9 +19,9 @@ from kernels.fused_cpu.build import library
 from models.attention import GroupedQueryAttention
 from models.block import Block
 from models.decoder import Decoder
-from models.linear import Fp8Module
+from models.layers.linear import Fp8Module
+from models.layers.rope import rope_tables
 from models.moe import MoE
-from models.rope import rope_tables
 from models.router import Router
 from models.step_context import LayerContext, MicrobatchContext, RoutingDecision
 from serve.cache.kv_cache import KvCache
@@ -78,12 +78,12 @@ class FusedModel:
         )  # fmt: skip
         compiled.make_engine.restype = ctypes.c_void_p
         self.engine = ctypes.c_void_p(compiled.make_engine(ctypes.byref(sizes)))
-        self.layers = [self._layer(i, block) for i, block in enumerate(model.layers)]
+        blocks = model.blocks()[: config.n_layers]
+        self.layers = [self._layer(i, block) for i, block in enumerate(blocks)]
         head = model.embed if model.head is None else model.head
         self.head = layout.matrix(head.weight.detach(), self._keep)
         self.routers: list[Router | None] = [
-            block.ffn.router if isinstance(block.ffn, MoE) else None  # type: ignore[union-attr]
-            for block in model.layers
+            block.ffn.router if isinstance(block.ffn, MoE) else None for block in blocks
         ]
 
     def __del__(self) -> None:

@@ -12,7 +12,7 @@ from kernels.moe.permute import permutation
 from models.decoder import Block
 from models.documents import DocumentAttention
 from models.init import initialize
-from models.rope import rope_tables
+from models.layers.rope import rope_tables
 from parallel.memory.shadow import Ledger, Segment, Shadow, Shadows, extrapolate
 from tests.models.families import FAMILIES
 

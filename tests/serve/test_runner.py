@@ -14,6 +14,8 @@ from torch import Tensor
 from configs.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from kernels.fused_cpu.build import library
 from models.decoder import Decoder
+from models.documents import DocumentAttention
+from models.step_context import MicrobatchContext
 from serve.cache.kv_cache import KvCache, bytes_per_token
 from serve.engine.batch import lay_out
 from serve.engine.fused import build_fused
@@ -121,6 +123,32 @@ def test_bytes_of_latents() -> None:
     assert f"{2 * width} bytes of latents per token and layer" in cache.describe()
 
 
+def assert_experts_of_training(decoder: Decoder, dtype: torch.dtype, fused: bool) -> None:
+    """Those of every row of a step, and the logits that there are without the record."""
+    runner = make_runner(decoder, dtype, 16)
+    assert (runner.fused is not None) == fused
+    s, other = random_sequences(random.Random(0), runner.cache, [43, 1])
+    batch = lay_out([(s.tokens, 0, s.pages), (other.tokens, 0, other.pages)], 16, range(44))
+    found: list[Tensor] = []
+    row_logits = runner.run(batch, routing=found.append)
+    context = MicrobatchContext.recording(decoder.config)
+    positions = torch.arange(48)
+    with torch.no_grad():
+        decoder(
+            torch.tensor([*s.tokens, *[0] * 5]), positions, DocumentAttention(positions[None]),
+            context=context,
+        )  # fmt: skip
+    (ids_LTK,) = found
+    assert ids_LTK.shape[1] == 44
+    assert torch.equal(ids_LTK[:, :43], context.routed_experts()[:, :43])
+    assert torch.equal(row_logits, runner.run(batch))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_routed_experts(name: str) -> None:
+    assert_experts_of_training(lively(FAMILIES[name], torch.float32), torch.float32, False)
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "llama4"])
 def test_pages_outside_the_window_are_not_read(name: str) -> None:
     """Local layers of a request beyond 128 + window tokens never touch its first page."""
@@ -197,6 +225,13 @@ def test_bits_of_training_in_cpp(name: str) -> None:
         expected = logits(decoder, torch.tensor([s.tokens + [0] * (-len(s.tokens) % 8)]))[0]
         for position, row in s.rows.items():
             assert torch.equal(row, expected[position].float()), (len(s.tokens), position)
+
+
+@pytest.mark.skipif(library() is None, reason="needs AVX512-BF16 and a C++ compiler")
+@pytest.mark.parametrize("name", WIDE)
+def test_routed_experts_in_cpp(name: str) -> None:
+    """By the C++ and, in groups, by the training module."""
+    assert_experts_of_training(lively(WIDE[name], torch.bfloat16), torch.bfloat16, True)
 
 
 @pytest.mark.skipif(library() is None, reason="needs AVX512-BF16 and a C++ compiler")

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from models.documents import DocumentAttention
-from serve.engine.core import EngineCore
+from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export
 from serve.engine.request import RequestError
+from tests.models.families import FAMILIES
+from tests.models.test_invariance import lively
 from tests.serve.drive import assert_no_page_lost, complete, greedy, make_request, run
 
 MakeCore = Callable[..., EngineCore]
@@ -219,3 +222,26 @@ def test_longest_request_fits_exactly(make_core: MakeCore, greedy_reference: Gre
         make_request(core, prompt, greedy(66 - len(prompt)))
     room = 65 - len(prompt)
     assert complete(core, [prompt], greedy(room))[0].tokens == greedy_reference(prompt, room)
+
+
+def test_absorbed_latents(make_core: MakeCore) -> None:
+    """The option reaches the runner, and is refused where it would have no effect."""
+    with pytest.raises(UserError, match="--absorb-mla: the model has no multi-head latent"):
+        make_core(absorb_mla=True)
+    config = FAMILIES["deepseek-v3"]
+    export = Export(
+        name="mla",
+        model=lively(config, torch.float32),
+        tokenizer=None,
+        end_tokens=frozenset([0]),
+        max_length=96,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    texts = [[1 + token % 95 for token in text] for text in prompts(4, longest=40)]
+    found = []
+    for absorb in (False, True):
+        core = EngineCore(export, EngineOptions(absorb_mla=absorb, kv_tokens=512))
+        assert core.executor.runner.absorbed == absorb
+        found.append([one.tokens for one in complete(core, texts, greedy(8))])
+    assert found[0] == found[1]
