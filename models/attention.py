@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from configs.model import AttentionConfig, ModelConfig
-from models.linear import Linear, project
-from models.local_view import LocalViews, local_view
-from models.norm import RMSNorm, l2_norm
-from models.rope import apply_rope, logit_scale
+from models.layers.linear import Linear, project
+from models.layers.local_view import LocalViews, local_view
+from models.layers.norm import RMSNorm, l2_norm
+from models.layers.rope import apply_rope, logit_scale
 from models.tp_comm import TPComm
 
 Tables = tuple[Tensor, Tensor]
-"""cos and sin of every token, from `models.rope.rope_tables`."""
+"""cos and sin of every token, from `models.layers.rope.rope_tables`."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,24 @@ class Layer:
 class AttentionCore(Protocol):
     """Softmax attention of one layer over whatever keys the implementation holds."""
 
+    latent: "LatentCore | None"
+    """What MLA calls instead, where the core keeps latents and not the keys and values in them."""
+
     def __call__(
         self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
         """Output `[T, H, V]` for the queries. sinks_H: logits that hold no value, or None."""
+        ...
+
+
+class LatentCore(Protocol):
+    """Attention over latents."""
+
+    def __call__(
+        self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: Linear,
+        config: AttentionConfig,
+    ) -> Tensor:  # fmt: skip
+        """Output `[T, H, V]` of MLA, whose keys and values are `expanded` latents."""
         ...
 
 
@@ -152,16 +166,28 @@ class LatentAttention(nn.Module):
         n_tokens = compressed.shape[0]
         q_THC = self.wq(compressed).view(n_tokens, -1, a.qk_dim)
         q_plain, q_rope = q_THC.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
-        kv = self.wkv_b(self.kv_a_norm(latent)).view(
-            n_tokens, -1, a.qk_nope_head_dim + a.v_head_dim
-        )
-        k_plain, v_THV = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
+        latent = self.kv_a_norm(latent)
         q_rope = apply_rope(q_rope, tables, self.interleaved)
         k_rope = apply_rope(k_rope[:, None], tables, self.interleaved)
         q_THC = torch.cat([q_plain, q_rope], dim=-1)
-        k_THC = torch.cat([k_plain, k_rope.expand(-1, k_plain.shape[1], -1)], dim=-1)
-        o_THV = core(self.layer, q_THC, k_THC, v_THV, None)
+        if core.latent is not None:
+            o_THV = core.latent(self.layer, q_THC, latent, k_rope[:, 0], self.wkv_b, a)
+        else:
+            k_THC, v_THV = expanded(latent, k_rope, self.wkv_b, a)
+            o_THV = core(self.layer, q_THC, k_THC, v_THV, None)
         return self.tp_comm.reduce_scatter(self.wo(o_THV.reshape(n_tokens, -1)))
+
+
+def expanded(
+    latent_TR: Tensor, k_rope_T1C: Tensor, wkv_b: Linear, config: AttentionConfig
+) -> tuple[Tensor, Tensor]:
+    """Keys `[T, H, qk_dim]` and values `[T, H, V]` from MLA's latents and the part of the keys that
+    all heads share."""
+    plain, value = config.qk_nope_head_dim, config.v_head_dim
+    k_plain, v_THV = (
+        wkv_b(latent_TR).view(len(latent_TR), -1, plain + value).split([plain, value], -1)
+    )
+    return torch.cat([k_plain, k_rope_T1C.expand(-1, k_plain.shape[1], -1)], dim=-1), v_THV
 
 
 _LATENT_EPS = 1e-6

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from configs.model import ModelConfig
 from models.attention import AttentionCore, GroupedQueryAttention, LatentAttention, Tables
+from models.layers.norm import RMSNorm
 from models.moe import FeedForward, MoE
-from models.norm import RMSNorm
 from models.step_context import LayerContext
 
 Runner = Callable[..., Tensor]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from configs.model import ModelConfig
 from models.attention import AttentionCore
 from models.block import Block
-from models.embedding import Embedding
-from models.linear import Linear
+from models.layers.embedding import Embedding
+from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
+from models.layers.rope import rope_tables
 from models.moe import MoE
 from models.mtp import MtpModule
-from models.norm import RMSNorm
-from models.rope import rope_tables
 from models.step_context import MicrobatchContext
 from models.tp_comm import TPComm
 

@@ -17,6 +17,8 @@ class DocumentAttention:
     Each sequence attends to itself only, so a document cut by the end of a sequence begins anew.
     """
 
+    latent = None
+
     def __init__(self, positions_BL: Tensor) -> None:
         self.positions_BL = positions_BL
         self.batch, self.length = positions_BL.shape

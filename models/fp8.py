@@ -24,7 +24,7 @@ from kernels.fp8 import Quantized, fp8_dtype
 from kernels.mlp.mlp_fp8 import Groups, grouped_linear_fp8, swiglu_mlp_fp8
 from models.counts import flops_per_token
 from models.decoder import Decoder
-from models.linear import Fp8Linear, Fp8Module, Linear, as_matrices
+from models.layers.linear import Fp8Linear, Fp8Module, Linear, as_matrices
 from models.moe import Experts, FeedForward, Rows, row_values
 from models.parameters import spec_of
 
@@ -96,6 +96,12 @@ def _groups_of(rows: Rows) -> Groups:
 _IN_FP8: dict[type[nn.Module], Callable[[Any, bool], Fp8Module]] = {
     Linear: Fp8Linear.of, FeedForward: Fp8FeedForward.of, Experts: Fp8Experts.of,
 }  # fmt: skip
+
+
+def in_fp8(module: nn.Module, power_of_two: bool) -> Fp8Module | None:
+    """In FP8 what `module` is, with the same parameters; None where it has no such form."""
+    form = _IN_FP8.get(type(module))
+    return None if form is None else form(module, power_of_two)
 
 
 def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:

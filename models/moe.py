@@ -22,7 +22,7 @@ from kernels.mlp.mlp import swiglu_mlp
 from kernels.mlp.swiglu import swiglu
 from kernels.moe.permute import Permutation, combine_rows, gather_rows, permutation
 from kernels.quantization.quantize import dequantize_1x128
-from models.local_view import LocalViews, local_view
+from models.layers.local_view import LocalViews, local_view
 from models.router import Router
 from models.step_context import LayerContext
 from models.tp_comm import TPComm

@@ -19,8 +19,8 @@ from torch import Tensor
 from configs.model import ModelConfig
 from models.attention import AttentionCore, Tables
 from models.block import Block
-from models.linear import Linear
-from models.norm import RMSNorm
+from models.layers.linear import Linear
+from models.layers.norm import RMSNorm
 from models.step_context import LayerContext
 
 

@@ -20,6 +20,9 @@ from models.balance import attach, auxiliary_losses, coefficients, sequence_freq
 from models.step_context import LayerContext, RoutingDecision
 from models.tp_comm import TPComm
 
+_LEAST_ROWS = 8
+"""See `kernels.grouped_gemm.grouped_gemm_cpu`."""
+
 
 class Router(nn.Module):
     """Scores, choice and routing weights."""
@@ -55,7 +58,10 @@ class Router(nn.Module):
         """
         config = self.config
         bias = None if self.bias is None else self.bias.float()
-        logits_TE = F.linear(x_TD.float(), self.weight.float(), bias)
+        n_tokens, x_TD = len(x_TD), x_TD.float()
+        if 0 < n_tokens < _LEAST_ROWS:  # fewer rows are summed in another order on a CPU
+            x_TD = F.pad(x_TD, (0, 0, 0, _LEAST_ROWS - n_tokens))
+        logits_TE = F.linear(x_TD, self.weight.float(), bias)[:n_tokens]
         if layer is None:
             return self._route(logits_TE)[:2]
         if layer.step is None or layer.totals is None or not any(coefficients(config)):

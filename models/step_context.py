@@ -7,7 +7,7 @@
 What is decided once per microbatch is kept in the `LayerContext`. A recomputed block is called with
 the same object again, finds the decision there and replays it: it never routes or counts twice.
 
-E experts, K experts per token, N sequences, L MoE layers.
+E experts, K experts per token, T tokens, N sequences, L MoE layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from configs.model import ModelConfig
 
 AUXILIARY_LOSSES = ("sequence_balance", "global_balance", "router_z")
 """Losses of the router (`models.balance`), in the order of every tensor that holds one of each."""
@@ -106,11 +108,44 @@ class MicrobatchContext:
     """As in `StepContext`."""
 
     @staticmethod
-    def recording(moe_blocks: Sequence[bool]) -> "MicrobatchContext":
+    def recording(model: ModelConfig) -> "MicrobatchContext":
         """For a pass outside of training: it records what the routers decide, and a second pass
         with the same context replays it, with weights from its own scores (routing replay)."""
-        layers = (LayerContext() if is_moe else None for is_moe in moe_blocks)
+        indices = [*range(model.n_layers), *[model.n_layers - 1] * model.mtp_depth]
+        layers = (LayerContext() if model.is_moe(index) else None for index in indices)
         return MicrobatchContext(tuple(layers))
+
+    @staticmethod
+    def replaying(model: ModelConfig, ids_LTK: Tensor) -> "MicrobatchContext":
+        """For a pass that takes the choice of another one, such as a server's: routing weights come
+        from its own scores, so gradients reach the router.
+
+        ids_LTK: integers, of the MoE layers of the main stack; MTP modules choose for themselves.
+        ValueError where these cannot be the model's choice.
+        """
+        moe = model.moe
+        context = MicrobatchContext.recording(model)
+        main = [layer for layer in context.layers[: model.n_layers] if layer is not None]
+        if ids_LTK.ndim != 3 or ids_LTK.shape[0] != len(main) or ids_LTK.shape[2] != moe.top_k:
+            raise ValueError(
+                f"routed experts of shape {tuple(ids_LTK.shape)}: the model has {len(main)} MoE "
+                f"layers and {moe.top_k} experts per token"
+            )
+        ids_LTK = ids_LTK.long()
+        if ids_LTK.numel() and not 0 <= int(ids_LTK.min()) <= int(ids_LTK.max()) < moe.n_experts:
+            raise ValueError(f"routed experts must lie between 0 and {moe.n_experts - 1}")
+        for layer, ids_TK in zip(main, ids_LTK, strict=True):
+            layer.decision = RoutingDecision(ids_TK, None, None)
+        return context
+
+    def routed_experts(self) -> Tensor:
+        """int64 `[L, T, K]`: what the layers decided that ran with this context, MTP modules
+        last."""
+        return torch.stack([
+            layer.decision.ids_TK
+            for layer in self.layers
+            if layer is not None and layer.decision is not None
+        ])  # fmt: skip
 
 
 @dataclass(frozen=True)

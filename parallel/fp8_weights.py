@@ -82,7 +82,7 @@ class GatheredWeight:
         mine.copy_(piece.view(mine.shape))
 
     def __call__(self) -> Fp8Weight:
-        """The gathered weight (`models.linear.Source`)."""
+        """The gathered weight (`models.layers.linear.Source`)."""
         assert self.whole is not None, "used while it is not gathered"
         if self.stand_in is not None and self.stand_in.untyped_storage().size():
             self.stand_in.untyped_storage().resize_(0)

@@ -2,7 +2,8 @@
 
 Initialization, clipping, checkpoints and FSDP2 see the whole, by its logical name and shape. The
 module that computes with it sees this rank's part, with a gradient back into the DTensor
-(`models.local_view`). While FSDP2 has sharded the parameter further, nothing computes with it.
+(`models.layers.local_view`). While FSDP2 has sharded the parameter further, nothing computes with
+it.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from models.local_view import LocalViews
+from models.layers.local_view import LocalViews
 
 
 def shard_parameters(

@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from models.decoder import Decoder
-from models.embedding import Embedding
-from models.local_view import LocalViews
+from models.layers.embedding import Embedding
+from models.layers.local_view import LocalViews
 from models.parameters import spec_of
 from models.tp_comm import TPComm
 from parallel.sharded_parameters import pad_local, shard_parameters

@@ -1,1 +1,13 @@
-"""The engine: scheduler, paged KV cache, sampling and an OpenAI-compatible server."""
+"""Serving: from an exported folder to answers, in a script (`serve.Engine`) or over HTTP
+(`python -m serve`)."""
+
+import os
+
+# read when torch is loaded: OpenMP threads that wait by spinning stall on a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from serve.engine.core import EngineOptions
+from serve.engine.request import Output, RequestError, SamplingParams
+from serve.frontend.engine import Completion, Engine
+
+__all__ = ["Completion", "Engine", "EngineOptions", "Output", "RequestError", "SamplingParams"]

@@ -1,35 +1,31 @@
-"""`python -m serve FOLDER`: serve an exported model over HTTP, OpenAI-compatible."""
+"""`python -m serve FOLDER`: serve an exported model over HTTP, OpenAI-compatible.
+
+`python -m serve generate FOLDER --prompt TEXT` answers on the terminal instead.
+"""
 
 import argparse
 import functools
-import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 import uvicorn
 
-# read when torch is loaded: OpenMP threads that wait by spinning stall on a shared machine
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from configs.errors import UserError
 from serve.api.app import MAX_HEADER_BYTES, build_app
-from serve.api.thread import EngineThread
-from serve.engine.engine import Engine, EngineOptions
+from serve.engine.core import EngineCore
 from serve.engine.loading import open_export
+from serve.engine.sampling_params import RequestError
+from serve.frontend.thread import EngineThread
+from serve.generate import generate
+from serve.generate import parse as parse_generate
+from serve.options import engine_options, make_parser
 
 MAX_CONNECTIONS = 2048
 """More are answered with 503 at once."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 class _Server(uvicorn.Server):
@@ -55,44 +51,10 @@ def _stop_later(thread: EngineThread, seconds: float) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. UserError where it makes no sense."""
-    sizes = EngineOptions()
-    parser = _Parser(
-        prog="python -m serve",
-        description="Serve an exported model over HTTP, OpenAI-compatible.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="export to serve, such as runs/demo/export")
+    parser = make_parser("serve", "Serve an exported model over HTTP, OpenAI-compatible.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--model-name", help="default: the folder's name")
-    parser.add_argument(
-        "--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the export"
-    )
-    parser.add_argument("--device", default="auto", help="auto: cuda where there is one, or cpu")
-    parser.add_argument(
-        "--max-running", type=int, default=sizes.max_running, help="requests computed together"
-    )
-    parser.add_argument(
-        "--max-waiting",
-        type=int,
-        default=sizes.max_waiting,
-        help="requests that may wait; more get 503",
-    )
-    parser.add_argument(
-        "--max-batch-tokens",
-        type=int,
-        default=sizes.max_batch_tokens,
-        help="tokens per step; longer prompts are cut into chunks",
-    )
-    parser.add_argument(
-        "--kv-tokens",
-        type=int,
-        default=sizes.kv_tokens,
-        help="capacity of the KV cache; 0: what max-running needs, if it fits",
-    )
-    parser.add_argument(
-        "--page-size", type=int, default=sizes.page_size, help="tokens per page of the KV cache"
-    )
     parser.add_argument(
         "--grace",
         type=float,
@@ -124,16 +86,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    sizes = EngineOptions(
-        max_running=options.max_running,
-        max_waiting=options.max_waiting,
-        max_batch_tokens=options.max_batch_tokens,
-        kv_tokens=options.kv_tokens,
-        page_size=options.page_size,
-    )
+    sizes = engine_options(options)
     listener = listen(options.host, options.port)
     export = open_export(options.folder, options.dtype, options.device)
-    engine = Engine(export, sizes)
+    core = EngineCore(export, sizes)
     name = options.model_name or export.name
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{listener.getsockname()[1]}"
@@ -142,11 +98,11 @@ def serve(options: argparse.Namespace) -> None:
         kind = str(export.dtype).removeprefix("torch.")
         print(
             f"serving {name} on http://{address}/v1 ({kind} on {export.device}; "
-            f"KV cache {engine.cache.describe()})",
+            f"KV cache {core.cache.describe()})",
             flush=True,
         )
 
-    thread = EngineThread(engine)
+    thread = EngineThread(core)
     server = _Server(
         uvicorn.Config(
             build_app(thread, name, announce),
@@ -170,8 +126,11 @@ def serve(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 after a stop, 2 with one line on stderr where something cannot work."""
     try:
-        serve(parse(arguments))
-    except UserError as error:
+        if arguments[:1] == ["generate"]:
+            generate(parse_generate(arguments[1:]))
+        else:
+            serve(parse(arguments))
+    except (UserError, RequestError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

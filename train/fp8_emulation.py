@@ -47,7 +47,7 @@ from kernels.quantization.quantize import (
     quantize_128x1,
     quantize_128x128,
 )
-from models.linear import Fp8Module, as_matrices
+from models.layers.linear import Fp8Module, as_matrices
 
 INSTRUCTION = 32
 """FP8 products that one instruction of a tensor core sums."""
@@ -168,7 +168,7 @@ def emulated(arithmetic: Arithmetic) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Fp8Module, "fp8_weight", fp8_weight))
-        stack.enter_context(patch("models.linear.linears_fp8", linears))
+        stack.enter_context(patch("models.layers.linear.linears_fp8", linears))
         stack.enter_context(patch("models.fp8.grouped_linear_fp8", grouped))
         stack.enter_context(patch("models.fp8.swiglu_mlp_fp8", mlp))
         yield

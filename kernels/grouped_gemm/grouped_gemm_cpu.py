@@ -13,6 +13,11 @@ what is written for them is overwritten when their turn comes: nothing is copied
 summed over, they are copied and followed by zeros. Other dtypes than bf16 go to libraries that
 generate nothing.
 
+Of a few rows left over both libraries sum in another order (MKL 2024.2 where less than 4 are, with
+2 threads 5 rows are 4 and 1; oneDNN 3.12 with less than 4 rows of 24 values); otherwise a row's
+bits do not depend on the number of rows. So up to 64 rows are rounded up to a multiple of 8, and
+what an expert makes of a token does not depend on how many others visit it.
+
 Shapes: R rows, M rows of one group, N output width, K input width, E groups.
 """
 
@@ -23,6 +28,8 @@ _CODE_NS = 3e5
 """What code for a new shape costs, in nanoseconds."""
 _OPERATION_NS, _COPY_NS = 1 / 450, 0.1
 """A floating-point operation of a product, and the copy of an element."""
+_FEW_ROWS, ALIKE = 64, 8
+"""Numbers of rows up to the first are multiples of the second."""
 
 
 def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor) -> None:
@@ -34,13 +41,16 @@ def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor
     end = groups[-1].stop if groups else 0
     for rows, w_NK in zip(groups, w_ENK, strict=True):
         size = rows.stop - rows.start
-        n = _rounded(x_RK, size, *w_NK.shape)
+        if not size:
+            continue
+        n = max(_rounded(x_RK, size, *w_NK.shape), _alike(size))
         if rows.start + n <= end:
             window = slice(rows.start, rows.start + n)
         elif n <= end:
             window = slice(end - n, end)
         else:
-            window = rows
+            y_RN[rows] = torch.mm(_followed_by_zeros(x_RK[rows], n), w_NK.T)[:size]
+            continue
         if window.start == rows.start:
             torch.mm(x_RK[window], w_NK.T, out=y_RN[window])
         else:  # rows of groups before, whose outputs are there already
@@ -51,7 +61,7 @@ def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor
 def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
     """`out = a @ b`, rounded to out's dtype."""
     M, (K, N) = len(a_MK), b_KN.shape
-    n = _rounded(a_MK, M, N, K, copied=K + N)
+    n = max(_rounded(a_MK, M, N, K, copied=K + N), _alike(M))
     _product(_followed_by_zeros(a_MK, n), b_KN, out_MN)
 
 
@@ -78,6 +88,11 @@ def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:
     # 32 sizes per octave, so exact up to 64 rows, but no step that costs more than code
     step = 1 << max(min((n_rows - 1).bit_length() - 6, affordable.bit_length() - 1), 0)
     return -(-n_rows // step) * step
+
+
+def _alike(n_rows: int) -> int:
+    """How many rows give each of `n_rows` the bits it has among others."""
+    return n_rows if n_rows > _FEW_ROWS else -(-n_rows // ALIKE) * ALIKE
 
 
 def _followed_by_zeros(x_MK: Tensor, n_rows: int) -> Tensor:

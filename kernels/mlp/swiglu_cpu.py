@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.threads import whole_rows
+
 LIMIT, ALPHA = 7.0, 1.702
 """Of `clamped_swiglu`: where it clamps, and its factor inside the sigmoid."""
 _PIECE = 2**19
@@ -29,7 +31,7 @@ def forward(gate_up_R2F: Tensor, weights_R: Tensor | None, clamped: bool) -> Ten
         gate, up = pair.copy_(raw).chunk(2, dim=1)
         if clamped:
             _clamp(gate, up)
-        torch.ops.aten.silu.out(gate, out=gate)
+        _silu(gate)
         if weights is not None:
             up.mul_(weights)
         h.copy_(gate.mul_(up))
@@ -80,11 +82,19 @@ def _pieces(
     if not n_rows or not F:
         return
     step = min(max(_PIECE // F, 1), n_rows)
-    pair, halves = torch.empty(step, 2 * F), torch.empty(n, step, F)
+    pair, halves = torch.empty(whole_rows(step, F), 2 * F), torch.empty(n, step, F)
     split = (repeat(None) if tensor is None else tensor.split(step) for tensor in tensors)
     for parts in zip(*split, strict=False):
         size = len(parts[0])
         yield pair[:size], halves[:, :size].unbind(0), parts
+
+
+def _silu(gate_RF: Tensor) -> None:
+    """In place, in the first half of a piece's buffer, with as many of its unused rows as make a
+    row's bits the same in every batch (`kernels.threads`)."""
+    n_rows, width = gate_RF.shape
+    whole_RF = gate_RF.as_strided((whole_rows(n_rows, width), width), gate_RF.stride())
+    torch.ops.aten.silu.out(whole_RF, out=whole_RF)
 
 
 def _clamp(gate: Tensor, up: Tensor) -> None:

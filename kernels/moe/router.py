@@ -23,11 +23,13 @@ T tokens, K experts per token, E experts, G groups of S experts.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import device
 from kernels.moe.permute import count_choices
 from kernels.moe.topk import top_indices
+from kernels.threads import VECTOR, whole_rows
 
 _NARROW = 16
 """Experts below which torch's softmax on a CPU is slower than its definition (8 experts: 0.22 ms
@@ -67,7 +69,7 @@ def route_reference(
     logits_TE: Tensor, bias_E: Tensor, rule: RouterOptions, given_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch form of `route`."""
-    scores_TE = scores(logits_TE, rule.softmax)
+    scores_TE = scores(logits_TE, True) if rule.softmax else _sigmoid(logits_TE)
     ids_TK = choose(scores_TE.detach() + bias_E, rule) if given_TK is None else given_TK.clone()
     weights_TK = scores_TE.gather(1, ids_TK)
     if rule.normalize:
@@ -102,6 +104,17 @@ def scores(logits_TE: Tensor, softmax: bool) -> Tensor:
         return logits_TE.softmax(-1)
     powers_TE = (logits_TE - logits_TE.detach().amax(-1, keepdim=True)).exp()
     return powers_TE / powers_TE.sum(-1, keepdim=True)
+
+
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    """On a CPU every element in torch's vector code, however many tokens there are, so that a
+    token's scores do not depend on those beside it (`kernels.threads`)."""
+    n = logits_TE.numel()
+    whole = whole_rows(-(-n // VECTOR), VECTOR) * VECTOR
+    if logits_TE.device.type != "cpu" or whole == n:
+        return logits_TE.sigmoid()
+    padded = F.pad(logits_TE.reshape(-1), (0, whole - n)).sigmoid()
+    return padded[:n].view(logits_TE.shape)
 
 
 def choose(biased_TE: Tensor, rule: RouterOptions) -> Tensor:

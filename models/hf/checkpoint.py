@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.model import ModelConfig
+from models.hf.config.undetermined_settings import KEY
 from models.hf.copies import same_rows
 from models.hf.folder import RawTensor, raw_tensors
 from models.hf.messages import located, named, one_line, shown
@@ -32,7 +33,6 @@ from models.hf.quantized import (
 from models.hf.safetensors_files import MappedFiles
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
-from models.hf.undetermined_settings import KEY
 
 PIECE_BYTES = 2**26
 """Most bytes, in fp32, that are taken from a file at a time (one row at least)."""
@@ -97,6 +97,32 @@ class HFCheckpoint:
             elif start <= t.index[0] < start + len(out):
                 part = out[(t.index[0] - start, *t.index[1:])]
                 self._copy(t, part, 0, piece_bytes)
+
+    def is_fp8(self, ours: str, block: int) -> bool:
+        """Whether all of our tensor lies there as matrices of E4M3 with factors per block x block,
+        none of them permuted."""
+        return (
+            ours in self._by_ours
+            and self._quantisation.method == "fp8"
+            and self._quantisation.block == (block, block)
+            and all(
+                self._stored[t.name].scale is not None and not t.permute and len(t.shape) == 2
+                for t in self._by_ours[ours]
+            )
+        )
+
+    def fill_fp8(self, ours: str, data: Tensor, scales: Tensor) -> None:
+        """Copy our tensor, of which `is_fp8` holds, as it lies there: E4M3 and fp32 factors. Where
+        ours is several matrices, the factors have the same leading dimensions."""
+        for t in self._by_ours[ours]:
+            stored = self._stored[t.name]
+            assert stored.scale is not None
+            data[t.index] = self._slice(stored.data, 0, t.shape[0])
+            scales[t.index] = self._slice(stored.scale, 0, stored.scale.shape[0]).float()
+            wrong = not scales[t.index].isfinite().all() or data[t.index].float().isnan().any()
+            if wrong:
+                raise UserError(f"{located(stored.data.path)}: {t.name} holds inf or NaN")
+            self._taken[t.name] += math.prod(t.shape)
 
     def check_complete(self) -> None:
         """Every element of every tensor was taken, once; what has no place in the model is zero."""

@@ -18,18 +18,18 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.model import ModelConfig, MoEConfig
 from models.decoder import Decoder
-from models.hf.config_reader import HFConfigReader
-from models.hf.copies import same_rows
-from models.hf.duplicate_keys import (
+from models.hf.config.config_reader import HFConfigReader
+from models.hf.config.duplicate_keys import (
     architecture_of,
     check_second_spellings,
     check_shared_keys,
     in_their_names,
 )
+from models.hf.config.rope import rope_of
+from models.hf.copies import same_rows
 from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
 from models.hf.folder import RawTensor, raw_tensors, read_json, refuse_code
 from models.hf.messages import located, named, one_line, shown
-from models.hf.rope import rope_of
 from models.hf.safetensors_files import MappedFiles
 from models.hf.tensors import HfTensor, gqa_tensors, outer_tensors, swiglu_tensors
 

@@ -22,6 +22,7 @@ from models.decoder import Decoder
 from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.folder import INDEX, read_json
 from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantize
+from models.hf.fp8_weights import keep_fp8
 from models.hf.safetensors_files import save_tensors
 from models.hf.table import from_hf_config, hf_tensors
 from models.hf.tensors import HfTensor
@@ -141,11 +142,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read_model(
-    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", *, mtp: bool = False
-) -> Decoder:
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", *, mtp: bool = False,
+    fp8: bool = False,
+) -> Decoder:  # fmt: skip
     """The decoder of an export, in evaluation mode. Biases that are fp32 on disk stay fp32.
 
-    mtp: with its MTP modules, where the folder has any; they serve training only.
+    mtp: with its MTP modules, where the folder has any; they serve training only. fp8: what lies in
+    FP8 blocks stays in FP8, and computes in it.
     """
     described, raw = read_config(folder)
     source = HFCheckpoint(folder, described if mtp else replace(described, mtp_depth=0), raw)
@@ -154,12 +157,13 @@ def read_model(
         decoder = Decoder(model).to(dtype)
     for router in routers(decoder):
         router.float_bias()
+    read = keep_fp8(decoder, source) if fp8 else set()
     decoder.to_empty(device=device)
     for buffer in decoder.buffers():
         buffer.zero_()
     with torch.no_grad():
         for name, tensor in decoder.state_dict(keep_vars=True).items():
-            if name in source:
+            if name in source and name not in read:
                 source.fill(name, tensor)
     source.check_complete()
     return decoder.eval()

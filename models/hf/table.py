@@ -10,8 +10,8 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from models.hf.config_reader import Family, HFConfigReader, clashes
-from models.hf.duplicate_keys import (
+from models.hf.config.config_reader import Family, HFConfigReader, clashes
+from models.hf.config.duplicate_keys import (
     architecture_of,
     check_model_type,
     check_second_spellings,
@@ -19,15 +19,19 @@ from models.hf.duplicate_keys import (
     in_their_names,
     language_model,
 )
+from models.hf.config.rope import rope_parameters
+from models.hf.config.undetermined_settings import (
+    KEY,
+    undetermined_settings,
+    with_undetermined_settings,
+)
 from models.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from models.hf.families.glm4 import GLM4
 from models.hf.families.gpt_oss import GPT_OSS
 from models.hf.families.llama4 import LLAMA4
 from models.hf.families.mixtral import MIXTRAL
 from models.hf.families.qwen3 import QWEN3
-from models.hf.rope import rope_parameters
 from models.hf.tensors import HfTensor, Layout, mtp_tensors, outer_tensors
-from models.hf.undetermined_settings import KEY, undetermined_settings, with_undetermined_settings
 
 _MOST_EXPERTS = 2**20
 """More tensor names than any real model has; checked before they are listed."""

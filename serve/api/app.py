@@ -31,8 +31,8 @@ from serve.api.completions import (
     parse_call,
     usage,
 )
-from serve.api.thread import EngineThread
 from serve.engine.request import Output, Request, RequestError
+from serve.frontend.thread import EngineThread
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_HEADER_BYTES = 16 * 2**10
@@ -93,7 +93,7 @@ class _LimitHeaders:
 class _Api:
     def __init__(self, thread: EngineThread, model_name: str) -> None:
         self.thread = thread
-        self.engine = thread.engine
+        self.core = thread.core
         self.model_name = model_name
         self.created = int(time.time())
 
@@ -128,11 +128,10 @@ class _Api:
         call = parse_call(body, self.model_name)
         writers: dict[Request, ChoiceWriter] = {}
         for prompt in call.prompts:
-            tokens = self.engine.encode(prompt) if isinstance(prompt, str) else prompt
-            for choice in range(call.n):
-                request = self.engine.make_request(tokens, call.params_of(choice))
+            tokens = self.core.encode(prompt) if isinstance(prompt, str) else prompt
+            for request in self.core.make_requests(tokens, call.params):
                 writers[request] = ChoiceWriter(
-                    len(writers), request, prompt, call, self.engine.export.tokenizer
+                    len(writers), request, prompt, call, self.core.export.tokenizer
                 )
         return call, list(writers), writers
 
@@ -142,7 +141,7 @@ class _Api:
             "object": "model",
             "created": self.created,
             "owned_by": "phalanx",
-            "max_model_len": self.engine.export.max_length,
+            "max_model_len": self.core.export.max_length,
         }
 
 

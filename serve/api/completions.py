@@ -23,19 +23,30 @@ MAX_SEQUENCES = 128
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "regex": (),
     "json_schema": (),
     "ebnf": (),
-    "stop_token_ids": ([],),
 }
 """Fields that would change the answer, with the values (besides null) that do not."""
+
+_PARAMS = (
+    "max_tokens",
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "ignore_eos",
+    "min_tokens",
+    "logprobs",
+    "echo",
+)
+"""Fields of a body that are those of `SamplingParams`."""
 
 Prompt = str | list[int]
 Json = dict[str, Any]
@@ -47,18 +58,10 @@ class Call:
 
     prompts: list[Prompt]
     params: SamplingParams
-    n: int
     stream: bool
     include_usage: bool
     token_ids: bool
     """Add the ids of the generated tokens to every choice (`return_token_ids`)."""
-
-    def params_of(self, choice: int) -> SamplingParams:
-        """Choice i of a seeded prompt has seed + i: choices differ and can be repeated."""
-        if choice == 0 or self.params.seed is None:
-            return self.params
-        seed = (self.params.seed + choice) % (1 << 64)
-        return SamplingParams(**{**vars(self.params), "seed": seed})
 
 
 def parse_call(body: bytes, model_name: str) -> Call:
@@ -75,12 +78,10 @@ def parse_call(body: bytes, model_name: str) -> Call:
     for name, neutral in _UNSUPPORTED.items():
         if fields.get(name) is not None and fields[name] not in neutral:
             raise RequestError(f"{name} is not supported", name, code="unsupported_parameter")
-    n = _get(fields, "n", 1)
-    if type(n) is not int:
-        raise RequestError("n must be an integer", "n", code="invalid_type")
     prompts = _parse_prompts(fields.get("prompt"))
-    if not 1 <= n <= MAX_SEQUENCES // len(prompts):
-        raise RequestError(f"n must be at least 1, and n x prompts at most {MAX_SEQUENCES}", "n")
+    params = _parse_params(fields)
+    if params.n > MAX_SEQUENCES // len(prompts):
+        raise RequestError(f"n x prompts must be at most {MAX_SEQUENCES}", "n")
     options = _get(fields, "stream_options", {})
     if not isinstance(options, dict):
         raise RequestError(
@@ -88,8 +89,7 @@ def parse_call(body: bytes, model_name: str) -> Call:
         )
     return Call(
         prompts=prompts,
-        params=_parse_params(fields),
-        n=n,
+        params=params,
         stream=_flag(fields, "stream"),
         include_usage=_flag(options, "include_usage"),
         token_ids=_flag(fields, "return_token_ids"),
@@ -125,23 +125,28 @@ def _flag(fields: Json, name: str) -> bool:
 
 def _parse_params(fields: Json) -> SamplingParams:
     """Fields of the same name go over; `SamplingParams` checks them."""
-    names = (
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "ignore_eos",
-        "logprobs",
-        "echo",
-    )
-    given = {name: fields[name] for name in names if fields.get(name) is not None}
+    given = {name: fields[name] for name in _PARAMS if fields.get(name) is not None}
     stop = _get(fields, "stop", [])
     if isinstance(stop, str):
         stop = [stop]
     if not isinstance(stop, list):
         raise RequestError("stop must be a string or strings", "stop", code="invalid_type")
-    return SamplingParams(**given, stop=tuple(stop))
+    ends = _get(fields, "stop_token_ids", [])
+    if not isinstance(ends, list):
+        raise RequestError("stop_token_ids must be a list", "stop_token_ids", code="invalid_type")
+    return SamplingParams(
+        **given, stop=tuple(stop), stop_token_ids=tuple(ends), logit_bias=_parse_bias(fields)
+    )
+
+
+def _parse_bias(fields: Json) -> dict[int, float]:
+    """JSON spells token ids as strings."""
+    biases = _get(fields, "logit_bias", {})
+    if not isinstance(biases, dict) or not all(key.isdecimal() for key in biases):
+        raise RequestError(
+            "logit_bias must be an object of token ids", "logit_bias", code="invalid_type"
+        )
+    return {int(key): value for key, value in biases.items()}
 
 
 def _parse_prompts(value: object) -> list[Prompt]:
@@ -255,12 +260,14 @@ def join_pieces(pieces: Sequence[Json]) -> Json:
 
 def usage(call: Call, requests: Sequence[Request]) -> Json:
     """Token counts; a prompt counts once however many choices it has."""
-    prompt = sum(len(request.prompt) for request in requests[:: call.n])
+    prompt = sum(len(request.prompt) for request in requests[:: call.params.n])
     completion = sum(request.n_output for request in requests)
+    cached = sum(request.num_cached or 0 for request in requests[:: call.params.n])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

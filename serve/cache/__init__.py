@@ -1,1 +1,1 @@
-"""Memory of keys and values in pages."""
+"""Memory of keys and values in pages, and which prefixes lie in them."""

@@ -1,15 +1,20 @@
-"""Keys and values of all running requests, in pages.
+"""What attention remembers of all running requests, in pages.
 
-The pool is one tensor `[layers, 2, pages, page_size, G, C]`; a request owns whole pages, in any
-order, so memory is lost only in its last page (PagedAttention, arXiv:2309.06180). Page 0 belongs
-to nobody and stays zero: padding points at it, so a batch of unequal lengths never reads what
-another request left behind.
+A request owns whole pages, in any order, so memory is lost only in its last page (PagedAttention,
+arXiv:2309.06180). Page 0 belongs to nobody and stays zero: padding points at it.
 
-Layer first, because the attention of a layer then indexes one contiguous block. A slot is a
-token's place: page * page_size + offset. G key/value heads, C head width.
-"""
+What is kept per token depends on the attention:
 
-from collections.abc import Iterable, Sequence
+| attention | tensors, per layer | values per token and layer |
+|---|---|---|
+| grouped heads | keys `[pages, G, C, size]`, values `[pages, G, size, C]` | 2 G C |
+| latent (MLA) | latents `[pages, size, N]`: compressed keys and values, rotated key | kv_lora_rank + qk_rope_head_dim |
+
+Keys lie with neighbouring tokens side by side, as the product with a query wants them: it sums over
+C for 16 tokens at a time. A slot is a token's place: page * size + offset.
+
+G key/value heads, C head width, N = kv_lora_rank + qk_rope_head_dim.
+"""  # noqa: E501
 
 import torch
 from torch import Tensor
@@ -21,37 +26,8 @@ _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """Of what is free after the weights are loaded; on a CPU other programs live in it too."""
 
 
-class PageAllocator:
-    """A free list. Pages 1 to `n_pages - 1` are given out, page 0 never is."""
-
-    def __init__(self, n_pages: int) -> None:
-        assert n_pages >= 2
-        self.n_pages = n_pages
-        self._free = list(range(n_pages - 1, 0, -1))
-
-    @property
-    def n_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, n: int) -> list[int] | None:
-        """`n` pages, or None (and nothing changes) where there are not as many."""
-        if n > len(self._free):
-            return None
-        taken = self._free[len(self._free) - n :]
-        del self._free[len(self._free) - n :]
-        return taken
-
-    def release(self, pages: Sequence[int]) -> None:
-        self._free.extend(pages)
-
-    def check(self, owned: Iterable[Sequence[int]]) -> None:
-        """Assert that every page is either free or owned exactly once."""
-        pages = self._free + [page for some in owned for page in some]
-        assert sorted(pages) == list(range(1, self.n_pages)), "a page leaked or has two owners"
-
-
 class KvCache:
-    """The pool on its device, and the allocator of its pages."""
+    """The pages on their device; `serve.cache.allocator` gives them out."""
 
     def __init__(
         self,
@@ -61,48 +37,67 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.page_size = page_size
-        self.allocator = PageAllocator(n_pages)
-        self.pool = torch.zeros(
-            model.n_layers,
-            2,
-            n_pages,
-            page_size,
-            model.attention.kv_heads,
-            model.attention.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        self.slots_LS = self.pool.flatten(2, 3)
-        """The pool as `[layers, 2, slots, G, C]`; the same memory."""
+        self.page_size, self.n_pages = page_size, n_pages
+        self.dtype, self.device = dtype, device
+        a = model.attention
+        self.is_latent = a.kind == "mla"
+        shapes: list[tuple[int, ...]]
+        if self.is_latent:
+            shapes = [(n_pages, page_size, a.kv_lora_rank + a.qk_rope_head_dim)]
+        else:
+            heads, width = a.kv_heads, a.head_dim
+            shapes = [(n_pages, heads, width, page_size), (n_pages, heads, page_size, width)]
+        self.tensors = [
+            torch.zeros(model.n_layers, *shape, dtype=dtype, device=device) for shape in shapes
+        ]
+        """Keys and values, or latents, of all layers."""
+        self.values_per_token = values_per_token(model)
 
     @property
     def capacity(self) -> int:
         """Tokens that fit."""
-        return (self.allocator.n_pages - 1) * self.page_size
+        return (self.n_pages - 1) * self.page_size
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def pages_for(self, n_tokens: int) -> int:
         return -(-n_tokens // self.page_size)
 
     def describe(self) -> str:
         """One phrase for the user: capacity and memory."""
+        per_token = self.values_per_token * self.dtype.itemsize
+        kind = "latents" if self.is_latent else "keys and values"
         return (
-            f"{self.capacity} tokens in {self.allocator.n_pages - 1} pages of {self.page_size}, "
-            f"{self.pool.nbytes / 2**20:.1f} MiB"
+            f"{self.capacity} tokens in {self.n_pages - 1} pages of {self.page_size}, "
+            f"{self.n_bytes / 2**20:.1f} MiB, {per_token} bytes of {kind} per token and layer"
         )
 
     def keys(self, layer: int) -> Tensor:
-        """`[slots, G, C]`, a view."""
-        return self.slots_LS[layer, 0]
+        """`[pages, G, C, size]`, a view."""
+        return self.tensors[0][layer]
 
     def values(self, layer: int) -> Tensor:
-        """`[slots, G, C]`, a view."""
-        return self.slots_LS[layer, 1]
+        """`[pages, G, size, C]`, a view."""
+        return self.tensors[1][layer]
+
+    def latents(self, layer: int) -> Tensor:
+        """`[pages, size, N]`, a view."""
+        return self.tensors[0][layer]
+
+
+def values_per_token(model: ModelConfig) -> int:
+    """Numbers kept of one token in one layer."""
+    a = model.attention
+    if a.kind == "mla":
+        return a.kv_lora_rank + a.qk_rope_head_dim
+    return 2 * a.kv_heads * a.head_dim
 
 
 def bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one token's keys and values in all layers."""
-    return model.n_layers * 2 * model.attention.kv_heads * model.attention.head_dim * dtype.itemsize
+    """Bytes of what is kept of one token in all layers."""
+    return model.n_layers * values_per_token(model) * dtype.itemsize
 
 
 def build_cache(

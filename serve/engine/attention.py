@@ -1,118 +1,194 @@
-"""The attention core of serving: keys and values live in pages.
+"""The attention core of serving: what is remembered lives in pages.
 
-Of the tokens of a step, the first rows are decodes (one token each) and the others are chunks of
-prompts. Decodes share one call: their pages are gathered into a padded `[B, L]` batch, and since
-each has a single query, the query heads of a group stand where queries usually stand, so grouped
-heads need no repetition. A chunk attends by itself, to its own tokens and to those before.
+Every request attends by itself, to its own keys in their order, with the arithmetic and the order
+of sums that training has (`kernels.layers.attention_cpu`). So its output has the bits of training's
+forward pass, whatever else is in the batch, and however its tokens were cut into chunks: what a
+query may not see adds exact zeros, and pages outside a layer's window or chunk are not read.
 
-All index tensors are made once per step and used by every layer. Gathering copies the keys; a
-kernel that reads pages in place can take this object's place without any change elsewhere.
+This form copies the pages of one request at a time and runs everywhere; `serve.engine.fused` takes
+its place where it can.
 
-T tokens of the step, B decodes, L longest of them, H query heads, G key/value heads, C head width.
+T tokens of the step, n those of one request, l keys that they may see, H query heads, G key/value
+heads, C head width, V value width, N width of the latents.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import Layer
+from configs.model import AttentionConfig
+from kernels.layers.attention_cpu import (
+    ALIGN,
+    KEY_BLOCK,
+    bias_of_mask,
+    softmax_with_sinks,
+    weighted_values,
+)
+from kernels.quantization.quantize import dequantize_128x128
+from models.attention import Layer, expanded
+from models.layers.linear import Fp8Linear, Linear
 from serve.cache.kv_cache import KvCache
-from serve.engine.scheduler import Chunk
+from serve.engine.batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one request may see of its keys in a layer."""
+
+    pages: Tensor
+    """int64: the pages that are read."""
+    skip: int
+    """Tokens of the first page that are not."""
+    n_valid: int
+    """Keys from there to the request's last token."""
+    bias_nl: Tensor
+    """fp32: 0, or minus infinity; l is `n_valid` rounded up to ALIGN."""
 
 
 class PagedAttention:
-    """An `AttentionCore` for one step over `batch`, whose chunks of length 1 come first."""
+    """An `AttentionCore` for one step. Rows beyond those of the batch repeat the last one."""
 
-    def __init__(self, cache: KvCache, batch: Sequence[Chunk]) -> None:
-        self.cache = cache
-        self.device = cache.pool.device
-        decodes = [chunk for chunk in batch if chunk.length == 1]
-        assert list(batch[: len(decodes)]) == decodes
-        self.n_decodes = len(decodes)
-        written = []
-        if decodes:
-            self._prepare_decodes(decodes)
-            written.append(self.own_B)
-        self.prefills = [self._prepare_prefill(chunk) for chunk in batch[self.n_decodes :]]
-        written += [slots_L[-n:] for n, slots_L, _ in self.prefills]
-        self.written_T = torch.cat(written)
+    def __init__(self, cache: KvCache, batch: ForwardBatch, absorbed: bool = False) -> None:
+        """absorbed: MLA multiplies queries and outputs with the projection of keys and values
+        instead of expanding every latent (DeepSeek-V2, arXiv:2405.04434, section 2.1.2)."""
+        self.cache, self.absorbed = cache, absorbed
+        self.latent = self._latent if cache.is_latent else None
+        self.starts = batch.query_starts.tolist()
+        self.lengths = batch.key_lengths.tolist()
+        self.tables = batch.page_tables.long()
+        counts = (batch.query_starts[1:] - batch.query_starts[:-1]).long()
+        request_T = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        size, device = cache.page_size, cache.device
+        pages_T = self.tables[request_T, batch.positions.cpu() // size]
+        self.pages_T, self.offsets_T = pages_T.to(device), (batch.positions % size).to(device)
+        self.seen: dict[tuple[int, int], list[_Seen]] = {}
 
     def __call__(
-        self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, sinks_H: Tensor | None
+        self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
-        assert sinks_H is None and not layer.window and not layer.chunk, "refused at the start"
+        T = len(self.pages_T)
         keys, values = self.cache.keys(layer.index), self.cache.values(layer.index)
-        keys.index_copy_(0, self.written_T, k_TGC)
-        values.index_copy_(0, self.written_T, v_TGC)
-        o_THC = torch.empty_like(q_THC)
-        row = self.n_decodes
-        if row:
-            o_THC[:row] = self._decode(q_THC[:row], keys, values, layer.scale)
-        for n, slots_L, mask_nL in self.prefills:
-            rows = slice(row, row + n)
-            if mask_nL is None:  # nothing comes before: no need to read the cache
-                k_LGC, v_LGC = k_TGC[rows], v_TGC[rows]
-            else:
-                k_LGC, v_LGC = keys.index_select(0, slots_L), values.index_select(0, slots_L)
-            o_THC[rows] = _attend(q_THC[rows], k_LGC, v_LGC, mask_nL, layer.scale)
-            row += n
-        return o_THC
+        keys[self.pages_T, :, :, self.offsets_T] = k_TGC[:T]
+        values[self.pages_T, :, self.offsets_T] = v_TGV[:T]
+        o_THV = q_THC.new_empty(*q_THC.shape[:2], v_TGV.shape[2])
+        for b, seen in enumerate(self._seen(layer)):
+            rows = slice(self.starts[b], self.starts[b + 1])
+            k_GCl = _cut(keys[seen.pages].permute(1, 2, 0, 3).flatten(2), 2, seen)
+            v_GlV = _cut(values[seen.pages].transpose(0, 1).flatten(1, 2), 1, seen)
+            o_THV[rows] = _attend(q_THC[rows], k_GCl, v_GlV, seen.bias_nl, layer.scale, sinks_H)
+        o_THV[T:] = o_THV[T - 1]
+        return o_THV
 
-    def _prepare_decodes(self, decodes: Sequence[Chunk]) -> None:
-        size = self.cache.page_size
-        longest = max(chunk.end for chunk in decodes)
-        width = self.cache.pages_for(longest)
-        table = [_padded(chunk.request.pages, width) for chunk in decodes]
-        pages_BP = torch.tensor(table, device=self.device)
-        ends_B1 = torch.tensor([[chunk.end] for chunk in decodes], device=self.device)
-        offsets = torch.arange(size, device=self.device)
-        slots_BL = (pages_BP[:, :, None] * size + offsets).flatten(1)[:, :longest]
-        outside_BL = torch.arange(longest, device=self.device) >= ends_B1
-        # the null page is zero; what a page holds beyond its owner's tokens may be anything
-        self.slots_BL = slots_BL.masked_fill(outside_BL, 0)
-        self.own_B = slots_BL.gather(1, ends_B1 - 1).squeeze(1)
-        mask_BL = torch.zeros(outside_BL.shape, dtype=self.cache.pool.dtype, device=self.device)
-        self.mask_B11L = mask_BL.masked_fill_(outside_BL, -torch.inf)[:, None, None]
+    def _latent(
+        self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: Linear,
+        config: AttentionConfig,
+    ) -> Tensor:  # fmt: skip
+        T, rank = len(self.pages_T), latent_TR.shape[1]
+        latents = self.cache.latents(layer.index)
+        latents[self.pages_T, self.offsets_T] = torch.cat([latent_TR, k_rope_TC], -1)[:T]
+        o_THV = q_THC.new_empty(*q_THC.shape[:2], config.v_head_dim)
+        for b, seen in enumerate(self._seen(layer)):
+            rows = slice(self.starts[b], self.starts[b + 1])
+            kept_lN = _cut(latents[seen.pages].flatten(0, 1), 0, seen)
+            if self.absorbed:
+                o_THV[rows] = _attend_absorbed(
+                    q_THC[rows], kept_lN, wkv_b, config, seen.bias_nl, layer.scale
+                )
+                continue
+            k_lHC, v_lHV = expanded(kept_lN[:, :rank], kept_lN[:, None, rank:], wkv_b, config)
+            k_HCl, v_HlV = k_lHC.permute(1, 2, 0), v_lHV.transpose(0, 1)
+            o_THV[rows] = _attend(q_THC[rows], k_HCl, v_HlV, seen.bias_nl, layer.scale, None)
+        o_THV[T:] = o_THV[T - 1]
+        return o_THV
 
-    def _decode(self, q_BHC: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        B, L = self.slots_BL.shape
-        G, C = keys.shape[1:]
-        slots = self.slots_BL.flatten()
-        k_BGLC = keys.index_select(0, slots).view(B, L, G, C).transpose(1, 2)
-        v_BGLC = values.index_select(0, slots).view(B, L, G, C).transpose(1, 2)
-        q = q_BHC.view(B, G, -1, C)
-        o = F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=self.mask_B11L, scale=scale)
-        return o.reshape(B, -1, C)
+    def _seen(self, layer: Layer) -> list[_Seen]:
+        """Of every request; layers with the same window share it."""
+        key = layer.window, layer.chunk
+        if key not in self.seen:
+            self.seen[key] = [self._see(b, *key) for b in range(len(self.lengths))]
+        return self.seen[key]
 
-    def _prepare_prefill(self, chunk: Chunk) -> tuple[int, Tensor, Tensor | None]:
-        """Number of queries n, slots of all keys `[L]`, mask `[n, L]` (None: causal, L = n)."""
-        size = self.cache.page_size
-        pages = torch.tensor(chunk.request.pages[: self.cache.pages_for(chunk.end)])
-        slots_L = (pages[:, None] * size + torch.arange(size)).flatten()[: chunk.end]
-        mask_nL = None
-        if chunk.start:
-            mask_nL = torch.ones(chunk.length, chunk.end, dtype=torch.bool, device=self.device)
-            mask_nL = mask_nL.tril(chunk.start)
-        return chunk.length, slots_L.to(self.device), mask_nL
+    def _see(self, b: int, window: int, chunk: int) -> _Seen:
+        end, n = self.lengths[b], self.starts[b + 1] - self.starts[b]
+        first = max(end - n - window + 1, 0) if window else 0
+        first = (end - n) // chunk * chunk if chunk else first
+        first = first // KEY_BLOCK * KEY_BLOCK  # sums start where those of training do
+        size, device = self.cache.page_size, self.cache.device
+        pages = self.tables[b, first // size : self.cache.pages_for(end)].to(device)
+        queries = torch.arange(end - n, end, device=device)[:, None]
+        keys = first + torch.arange(-(-(end - first) // ALIGN) * ALIGN, device=device)
+        visible = keys <= queries
+        if window:
+            visible &= queries - keys < window
+        if chunk:
+            visible &= queries // chunk == keys // chunk
+        return _Seen(pages, first % size, end - first, bias_of_mask(visible))
+
+
+def _cut(pages: Tensor, dim: int, seen: _Seen) -> Tensor:
+    """The l keys of copied pages along `dim`; zero beyond the last valid one, where a page may hold
+    anything."""
+    valid = pages.narrow(dim, seen.skip, seen.n_valid)
+    missing = seen.bias_nl.shape[1] - seen.n_valid
+    return F.pad(valid, [0, 0] * (pages.dim() - 1 - dim) + [0, missing])
 
 
 def _attend(
-    q_nHC: Tensor, k_LGC: Tensor, v_LGC: Tensor, mask_nL: Tensor | None, scale: float
-) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_nHC, k_LGC, v_LGC))
-    o = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask_nL,
-        is_causal=mask_nL is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return o[0].transpose(0, 1)
+    q_nHC: Tensor, k_GCl: Tensor, v_GlV: Tensor, bias_nl: Tensor, scale: float,
+    sinks_H: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`[n, H, V]`, as `kernels.layers.attention_cpu` computes it for a piece of queries."""
+    (n, H, _), G = q_nHC.shape, len(k_GCl)
+    probs = _probabilities(q_nHC.float() * scale, k_GCl.float(), bias_nl, sinks_H)
+    out_GMV = v_GlV.new_empty(G, probs.shape[1], v_GlV.shape[2])
+    weighted_values(probs.to(v_GlV.dtype), v_GlV.contiguous(), out_GMV)
+    return out_GMV[:, : H // G * n].reshape(H, n, -1).transpose(0, 1)
 
 
-def _padded(pages: Sequence[int], width: int) -> list[int]:
-    return [*pages[:width], *[0] * (width - len(pages))]
+def _probabilities(q_nHC: Tensor, k_GCl: Tensor, bias_nl: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """fp32 `[G, M, l]`; M is at least n H / G, and a multiple of ALIGN."""
+    (n, H, C), G = q_nHC.shape, len(k_GCl)
+    q_GMC = q_nHC.transpose(0, 1).reshape(G, H // G * n, C)
+    used = q_GMC.shape[1]
+    q_GMC = F.pad(q_GMC, (0, 0, 0, -used % ALIGN))
+    scores_GMl = torch.bmm(q_GMC, k_GCl)
+    scores = scores_GMl[:, :used].reshape(H, n, -1) + bias_nl
+    softmax_with_sinks(scores, sinks_H)
+    scores_GMl.zero_()[:, :used] = scores.view(G, used, -1)
+    return scores_GMl
+
+
+def _attend_absorbed(
+    q_nHC: Tensor, kept_lN: Tensor, wkv_b: Linear, config: AttentionConfig, bias_nl: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """`[n, H, V]`: every head is a query of one shared key, the latent and its rotated part."""
+    n, H = q_nHC.shape[:2]
+    plain, rank = config.qk_nope_head_dim, config.kv_lora_rank
+    w_HXR = _values(wkv_b).unflatten(0, (H, -1))
+    q_HmC = F.pad(q_nHC.float().transpose(0, 1), (0, 0, 0, -n % ALIGN))
+    q_HmR = _product(q_HmC[..., :plain], w_HXR[:, :plain])
+    q_nHN = torch.cat([q_HmR, q_HmC[..., plain:]], -1).transpose(0, 1)[:n] * scale
+    kept_1lN = kept_lN.float()[None]
+    probs_1Ml = _probabilities(q_nHN, kept_1lN.transpose(1, 2), bias_nl, None)
+    o_1MR = probs_1Ml.new_empty(1, probs_1Ml.shape[1], rank)
+    weighted_values(probs_1Ml, kept_1lN[:, :, :rank].contiguous(), o_1MR)
+    o_HmR = F.pad(o_1MR[0, : H * n].view(H, n, rank), (0, 0, 0, -n % ALIGN))
+    return _product(o_HmR, w_HXR[:, plain:].mT)[:, :n].transpose(0, 1).to(q_nHC.dtype)
+
+
+def _values(linear: Linear) -> Tensor:
+    """The weight in fp32; of a module in FP8, what its blocks mean."""
+    if isinstance(linear, Fp8Linear):
+        weight = linear.fp8_weight("weight")
+        return dequantize_128x128(weight.data, weight.scales)
+    values: Tensor = linear.weight.float()
+    return values
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` with a multiple of ALIGN columns: MKL treats rows of narrow ones unlike."""
+    n = b.shape[2]
+    return torch.bmm(a, F.pad(b, (0, -n % ALIGN)))[..., :n]

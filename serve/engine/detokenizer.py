@@ -95,8 +95,10 @@ class TextStream:
         """A stop string was found; nothing after it is given out."""
         return self.matcher.stopped
 
-    def add(self, token: int) -> str:
-        return self.matcher.add(self.characters.add(token))
+    def add(self, token: int, may_stop: bool = True) -> str:
+        """Text that is certain now. may_stop: False while no stop string counts yet."""
+        text = self.characters.add(token)
+        return self.matcher.add(text) if may_stop else text
 
     def finish(self) -> str:
         """What is still held back. Held bytes may complete a stop string even now."""

@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer
 
 from configs.errors import UserError
-from configs.model import ModelConfig
 from models.decoder import Decoder
 from models.hf.files import read_config, read_model
 from models.hf.folder import inside, read_json
@@ -42,7 +41,8 @@ class Export:
 def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Export:
     """Read an export.
 
-    dtype: `auto` (that of the export), `fp32` or `bf16`. device: `auto`, `cpu`, `cuda`, `cuda:1`.
+    dtype: `auto` (that of the export, where weights in FP8 blocks stay in FP8), `fp32` or `bf16`.
+    device: `auto`, `cpu`, `cuda`, `cuda:1`.
     UserError: one line that names the file and what is wrong with it.
     """
     model_config, raw = read_config(folder)
@@ -50,31 +50,18 @@ def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Expo
     max_length = raw.get("max_position_embeddings")
     if type(max_length) is not int or max_length < 2:
         raise UserError(f"{place}: max_position_embeddings must be an integer of at least 2")
-    _refuse_unserved(model_config, place)
     tokenizer = _open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
     kind = _dtype(dtype, raw, place)
     where = _device(device)
     return Export(
         name=folder.resolve().name,
-        model=read_model(folder, kind, where),
+        model=read_model(folder, kind, where, fp8=dtype == "auto" and kind == torch.bfloat16),
         tokenizer=tokenizer,
         end_tokens=_end_tokens(folder, raw),
         max_length=max_length,
         dtype=kind,
         device=where,
     )
-
-
-def _refuse_unserved(model: ModelConfig, place: Path) -> None:
-    """The paged core knows full attention over grouped heads; training knows more."""
-    a = model.attention
-    for unserved, name in (
-        (a.kind != "gqa", "multi-head latent attention"),
-        (a.local != "none", "windowed or chunked attention"),
-        (a.sinks, "attention sinks"),
-    ):
-        if unserved:
-            raise UserError(f"{place}: {name} is not served yet; transformers and vLLM load it")
 
 
 def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:

@@ -1,74 +1,124 @@
-"""One forward pass over the chunks of a step: the training network with a paged core.
+"""One forward pass over the tokens of a step: the training network with a paged core.
 
 The head is the largest matrix of a small model, so the final hidden states are cut to the rows
-whose logits somebody reads before they meet it. T tokens, R rows that are read, V vocabulary.
+whose logits somebody reads before they meet it.
+
+T tokens, R rows that are read, D model width, V vocabulary, L MoE layers, K experts per token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import Decoder
+from models.step_context import MicrobatchContext
 from serve.cache.kv_cache import KvCache
 from serve.engine.attention import PagedAttention
-from serve.engine.request import Request
-from serve.engine.scheduler import Chunk
+from serve.engine.batch import ForwardBatch, lay_out
+from serve.engine.fused import FusedModel, build_fused
 
+log = logging.getLogger("serve")
 
-@dataclass(frozen=True)
-class Row:
-    """Whose logits a row holds: those of the token after `position`."""
+_ROWS = 8
+"""Numbers of rows are multiples of it, as `kernels.grouped_gemm.grouped_gemm_cpu` explains."""
+_SCORED_ROWS = 64
+"""Rows whose logits exist at a time, where they are only scored."""
 
-    request: Request
-    position: int
-
-    @property
-    def samples(self) -> bool:
-        """The next token is not known yet."""
-        return self.position + 1 == len(self.request.tokens)
-
-
-def wanted_rows(chunk: Chunk) -> list[Row]:
-    """The rows of a chunk that are read: those that score the prompt, and the newest token's."""
-    request = chunk.request
-    positions: list[int] = []
-    if request.params.scores_prompt:  # not twice, when the request was preempted
-        begin = max(chunk.start, len(request.prompt_logprobs))
-        positions += range(begin, min(chunk.end, len(request.prompt) - 1))
-    if chunk.samples:
-        positions.append(chunk.end - 1)
-    return [Row(request, position) for position in positions]
+Score = Callable[[int, Tensor], None]
+"""Takes the index of a first row in `scored_rows` and the fp32 logits `[n, V]` from there on."""
+Routing = Callable[[Tensor], None]
+"""Takes the experts of every token, int64 `[L, T, K]`."""
 
 
 class ModelRunner:
     """The model and its cache."""
 
-    def __init__(self, model: Decoder, cache: KvCache) -> None:
+    def __init__(
+        self, model: Decoder, cache: KvCache, absorbed: bool = False, fuses: bool = True
+    ) -> None:
+        """absorbed: see `serve.engine.attention.PagedAttention`. fuses: compute with
+        `serve.engine.fused` where that gives the same bits."""
         self.model = model
         self.cache = cache
+        self.absorbed = absorbed
+        self.fused = build_fused(model, cache) if fuses else None
+        if self.fused is not None and not _agrees(self.fused, model):
+            self.fused = None
 
     @torch.inference_mode()
-    def run(self, batch: Sequence[Chunk]) -> tuple[Tensor, list[Row]]:
-        """fp32 logits `[R, V]` and what each row is; keys and values enter the cache."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        rows: list[Row] = []
-        wanted: list[int] = []
-        for chunk in batch:
-            tokens += chunk.request.tokens[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            for row in wanted_rows(chunk):
-                rows.append(row)
-                wanted.append(len(positions) - chunk.end + row.position)
-        device = self.cache.pool.device
-        wanted_R = torch.tensor(wanted, dtype=torch.long, device=device)
-        logits_RV: Tensor = self.model(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            PagedAttention(self.cache, batch),
-            output=lambda x_TD, head_VD: F.linear(x_TD.index_select(0, wanted_R), head_VD),
+    def run(
+        self, batch: ForwardBatch, score: Score | None = None, routing: Routing | None = None
+    ) -> Tensor:
+        """fp32 logits `[R, V]` of `batch.rows`; keys and values enter the cache.
+
+        score: gets the logits of `batch.scored_rows`, a few at a time. routing: gets the experts
+        that were chosen.
+        """
+        context = None
+        if routing is not None:
+            context = MicrobatchContext.recording(self.model.config)
+        if self.fused is not None:
+            x_TD = self.fused.hidden(batch, context)
+            logits = partial(self.fused.logits, x_TD)
+        else:
+            logits = partial(_logits, *self._hidden(batch, context))
+        if routing is not None and context is not None:
+            routing(context.routed_experts()[:, : len(batch.tokens)])
+        if score is not None:
+            for first in range(0, len(batch.scored_rows), _SCORED_ROWS):
+                score(first, logits(batch.scored_rows[first : first + _SCORED_ROWS]))
+        return logits(batch.rows)
+
+    def _hidden(
+        self, batch: ForwardBatch, context: MicrobatchContext | None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states `[T, D]`, some rows more than tokens, and the head's weight."""
+        device = self.cache.device
+        hidden_TD, head_VD = self.model(
+            _padded(batch.tokens).to(device),
+            _padded(batch.positions).to(device),
+            PagedAttention(self.cache, batch, self.absorbed),
+            output=lambda x_TD, weight_VD: (x_TD, weight_VD),
+            context=context,
         )
-        return logits_RV.float(), rows
+        return hidden_TD, head_VD
+
+
+@torch.inference_mode()
+def _agrees(fused: FusedModel, model: Decoder) -> bool:
+    """Whether the logits of `fused` are those of the torch form, bit by bit, on two requests whose
+    last two tokens are computed one by one."""
+    cache, size = fused.cache, fused.cache.page_size
+    small = [KvCache(model.config, 5, size, cache.dtype, cache.device) for _ in range(2)]
+    plain, length = ModelRunner(model, small[0], fuses=False), min(size, 64) + 11
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (2, length), generator=draw).tolist()
+    fused.bind(small[1])
+    difference = 0.0
+    for first, last in ((0, length - 2), (length - 2, length - 1), (length - 1, length)):
+        chunks = [(tokens[b][first:last], first, [2 * b + 1, 2 * b + 2]) for b in range(2)]
+        batch = lay_out(chunks, size, range(2 * (last - first)))
+        found = fused.logits(fused.hidden(batch), batch.rows)
+        difference = max(difference, float((found - plain.run(batch)).abs().max()))
+    fused.bind(cache)
+    if difference:
+        log.warning(
+            "computed by torch's operations: kernels.fused_cpu has other bits than training on "
+            "this machine (largest difference of logits %.1e)", difference,
+        )  # fmt: skip
+    return not difference
+
+
+def _logits(hidden_TD: Tensor, head_VD: Tensor, rows: Tensor) -> Tensor:
+    """fp32 `[n, V]`."""
+    picked_TD = hidden_TD.index_select(0, _padded(rows).to(hidden_TD.device))
+    return F.linear(picked_TD, head_VD)[: len(rows)].float()
+
+
+def _padded(values: Tensor) -> Tensor:
+    """With the last one repeated, so that a token beside it visits no expert but its own."""
+    return torch.cat([values, values[-1:].expand(-len(values) % _ROWS)])

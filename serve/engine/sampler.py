@@ -1,79 +1,260 @@
 """From logits to the next token of every request.
 
-A request draws one number per token from a generator of its own and looks it up in the cumulative
-distribution, so a seeded request gets the same tokens whatever else is in the batch, and a
-preempted one goes on undisturbed. The number has 24 bits: fp32 holds it exactly, so scaled by the
-total it stays below it and never falls behind the last likely token.
+The number that a request draws for its i-th token is a hash of its seed and i, looked up in the
+cumulative distribution. So a seeded request gets the same tokens whatever else is in the batch, and
+a retracted one goes on undisturbed. The number has 24 bits: fp32 holds it exactly, so scaled by
+the total it stays below it and never falls behind the last likely token.
 
-Only rows that limit `top_k` or `top_p` pay for a sort. Logits are fp32. R rows, V vocabulary.
+`top_k`, `top_p` and `min_p` all become one threshold per row: the probability of the last token
+that stays. Equally likely tokens stay or go together, and the threshold is a function of the row
+alone, however many candidates the neighbors make us sort.
+
+Preparing a step (`Sampler.plan`) is the host's work and needs no result of the step before;
+everything else happens on the device. Tokens above the tokenizer's (padded vocabulary) are cut off
+first. R rows, V vocabulary. Logits are fp32.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serve.engine.request import Request, SamplingParams, TokenLogprob
+from serve.engine.logprobs import Scores, score
+from serve.engine.penalties import TokenHistory, penalize
+from serve.engine.request import Request
+from serve.engine.scheduler import Chunk
 
-_LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot spell."""
-
-
-@torch.inference_mode()
-def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | None]:
-    """The next token of each row's request; None where the model gave no finite logits."""
-    best_R, tokens_R = logits_RV.max(-1)
-    drawn = [r for r, request in enumerate(requests) if request.params.temperature > 0]
-    if drawn:
-        rows = torch.tensor(drawn, device=logits_RV.device)
-        tokens_R[rows] = _draw(logits_RV[rows], [requests[r] for r in drawn])
-    finite = best_R.isfinite().tolist()
-    return [token if fine else None for token, fine in zip(tokens_R.tolist(), finite, strict=True)]
+_CANDIDATES = 256
+"""Most likely tokens that a CPU sorts for `top_p` before it sorts them all."""
+_MASK = (1 << 64) - 1
 
 
-def _draw(logits_RV: Tensor, requests: Sequence[Request]) -> Tensor:
-    device = logits_RV.device
-    params = [request.params for request in requests]
-    temperatures = torch.tensor([p.temperature for p in params], device=device)
-    # below 1e-4 the division could overflow; the choice is greedy there anyhow
-    logits_RV = logits_RV - logits_RV.max(-1, keepdim=True).values
-    probs_RV = (logits_RV / temperatures.clamp(min=1e-4)[:, None]).softmax(-1)
-    limited = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if limited:
-        rows = torch.tensor(limited, device=device)
-        probs_RV[rows] = _limit(probs_RV[rows], [params[r] for r in limited])
-    cumulative_RV = probs_RV.cumsum(-1)
-    draws = [request.rng.getrandbits(24) / 2**24 for request in requests]
-    targets_R1 = torch.tensor(draws, device=device)[:, None] * cumulative_RV[:, -1:]
-    found_R1 = torch.searchsorted(cumulative_RV, targets_R1, right=True)
-    return found_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)
+@dataclass(frozen=True)
+class _Params:
+    """What stays the same as long as the same requests are sampled."""
+
+    requests: list[Request]
+    greedy: bool
+    """All of them."""
+    temperature_R: Tensor
+    drawn_R: Tensor
+    """Not greedy."""
+    limited: Tensor | None
+    """Rows with top_k, top_p or min_p, and these."""
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    bias: tuple[Tensor, Tensor, Tensor] | None
+    """Rows, tokens, values."""
+    penalized: list[int]
+    penalties_3P: Tensor
+    prompt_lens_P: Tensor
+    scored: list[int]
+    tops: list[int]
 
 
-def _limit(probs_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Set what `top_k` and then `top_p` exclude to zero; the most likely token always stays."""
-    device, vocab = probs_RV.device, probs_RV.shape[1]
-    top_k = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
-    top_k_R1 = torch.tensor(top_k, device=device)[:, None]
-    top_p_R1 = torch.tensor([p.top_p for p in params], device=device)[:, None]
-    sorted_RV, order_RV = probs_RV.sort(stable=True, dim=-1, descending=True)
-    sorted_RV = sorted_RV.masked_fill(torch.arange(vocab, device=device) >= top_k_R1, 0.0)
-    total_R1 = sorted_RV.sum(-1, keepdim=True)
-    before_RV = sorted_RV.cumsum(-1) - sorted_RV
-    before_RV[:, 0] = 0.0
-    beyond_RV = (before_RV >= top_p_R1 * total_R1) & (top_p_R1 < 1)
-    beyond_RV[:, 0] = False
-    return torch.zeros_like(probs_RV).scatter_(1, order_RV, sorted_RV.masked_fill(beyond_RV, 0.0))
+@dataclass(frozen=True)
+class SamplingPlan:
+    """One step of sampling, prepared by the host."""
+
+    params: _Params
+    draws: list[float]
+    banned: tuple[list[int], list[int]]
+    """Rows and tokens that `min_tokens` forbids."""
+    history_rows: list[int]
+    history_ends: list[int]
+    history_new: list[tuple[int, list[int]]]
 
 
-@torch.inference_mode()
-def score(logits_RV: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability of each row's token and of its `tops[r]` most likely ones."""
-    logprobs_RV = logits_RV.log_softmax(-1).clamp(min=_LEAST_LOGPROB)
-    chosen_R1 = torch.tensor(tokens, device=logits_RV.device)[:, None]
-    own = logprobs_RV.gather(1, chosen_R1).squeeze(1).tolist()
-    best = logprobs_RV.topk(min(max(tops), logits_RV.shape[1]), dim=-1)
-    values, ids = best.values.tolist(), best.indices.tolist()
-    return [
-        TokenLogprob(token, own[r], list(zip(ids[r][:n], values[r][:n], strict=True)))
-        for r, (token, n) in enumerate(zip(tokens, tops, strict=True))
-    ]
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens of a step, still on the device."""
+
+    tokens_R: Tensor
+    finite_R: Tensor
+    """Whether the model gave usable logits."""
+    scored: list[int]
+    tops: list[int]
+    scores: Scores | None
+
+
+class Sampler:
+    """Samples among the first `n_tokens` of the vocabulary.
+
+    end_tokens: of the model. n_rows: most requests that run at a time.
+    """
+
+    def __init__(
+        self, n_tokens: int, end_tokens: frozenset[int], n_rows: int, device: torch.device
+    ) -> None:
+        self.n_tokens = n_tokens
+        self.end_tokens = end_tokens
+        self.device = device
+        self.history = TokenHistory(n_rows, device)
+        self._params: _Params | None = None
+
+    def plan(self, sampled: Sequence[Chunk]) -> SamplingPlan:
+        """Prepare the sampling of a step on the host."""
+        requests = [chunk.request for chunk in sampled]
+        if self._params is None or self._params.requests != requests:
+            self._params = self._pack(requests)
+        params = self._params
+        banned: tuple[list[int], list[int]] = ([], [])
+        draws = []
+        if not params.greedy:
+            draws = [_uniform(chunk.request.seed, chunk.index) for chunk in sampled]
+        for r, chunk in enumerate(sampled):
+            if chunk.index < chunk.request.params.min_tokens:
+                ends = self.end_tokens.union(chunk.request.params.stop_token_ids)
+                banned[0].extend([r] * len(ends))
+                banned[1].extend(ends)
+        rows, ends_, new = [], [], []
+        for r in params.penalized:
+            chunk = sampled[r]
+            rows.append(chunk.request.sequence.row)
+            ends_.append(chunk.end)
+            missing = self.history.missing(chunk.request, chunk.end)
+            if missing is not None:
+                new.append((rows[-1], missing))
+        return SamplingPlan(params, draws, banned, rows, ends_, new)
+
+    @torch.inference_mode()
+    def sample(self, logits_RV: Tensor, plan: SamplingPlan) -> Sampled:
+        """The next token of each row."""
+        params = plan.params
+        allowed_RV = self._adjust(logits_RV[:, : self.n_tokens], plan)
+        best_R, tokens_R = allowed_RV.max(-1)
+        if not params.greedy:
+            tokens_R = torch.where(params.drawn_R, self._draw(allowed_RV, plan), tokens_R)
+        if params.penalized:
+            self.history.append(
+                torch.tensor(plan.history_rows, device=self.device),
+                torch.tensor(plan.history_ends, device=self.device),
+                tokens_R[torch.tensor(params.penalized, device=self.device)],
+                max(plan.history_ends),
+            )
+        scores = None
+        if params.scored:
+            rows = torch.tensor(params.scored, device=self.device)
+            scores = score(logits_RV[rows], tokens_R[rows], max(params.tops), self.n_tokens)
+        return Sampled(tokens_R, best_R.isfinite(), params.scored, params.tops, scores)
+
+    def _pack(self, requests: list[Request]) -> _Params:
+        params = [request.params for request in requests]
+        limited = [r for r, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+        limits = [params[r] for r in limited]
+        biases = [(r, t, b) for r, p in enumerate(params) for t, b in p.logit_bias.items()]
+        penalized = [r for r, p in enumerate(params) if p.has_penalties]
+        scored = [r for r, p in enumerate(params) if p.logprobs is not None]
+        vocab = self.n_tokens
+        penalties = [
+            [float(p.repetition_penalty), float(p.frequency_penalty), float(p.presence_penalty)]
+            for p in (params[r] for r in penalized)
+        ]
+        return _Params(
+            requests=requests,
+            greedy=all(p.temperature == 0 for p in params),
+            # below 1e-4 the division could overflow; the choice is greedy there anyhow
+            temperature_R=self._tensor([max(float(p.temperature), 1e-4) for p in params]),
+            drawn_R=self._tensor([p.temperature > 0 for p in params]),
+            limited=self._tensor(limited) if limited else None,
+            top_k=self._tensor([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in limits]),
+            top_p=self._tensor([float(p.top_p) for p in limits]),
+            min_p=self._tensor([float(p.min_p) for p in limits]),
+            bias=(
+                self._tensor([r for r, _, _ in biases]),
+                self._tensor([t for _, t, _ in biases]),
+                self._tensor([float(b) for _, _, b in biases]),
+            )
+            if biases
+            else None,
+            penalized=penalized,
+            penalties_3P=self._tensor(penalties).view(-1, 3).T,
+            prompt_lens_P=self._tensor([len(requests[r].prompt) for r in penalized]),
+            scored=scored,
+            tops=[params[r].logprobs or 0 for r in scored],
+        )
+
+    def _tensor(self, values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def _adjust(self, logits_RV: Tensor, plan: SamplingPlan) -> Tensor:
+        """Bias, penalties and `min_tokens`; a copy where anything changes."""
+        params, (rows, tokens) = plan.params, plan.banned
+        if params.bias is None and not params.penalized and not rows:
+            return logits_RV
+        logits_RV = logits_RV.clone()
+        if params.bias is not None:
+            logits_RV.index_put_(params.bias[:2], params.bias[2], accumulate=True)
+        if params.penalized:
+            for row, new in plan.history_new:
+                self.history.write(row, new)
+            at = torch.tensor(params.penalized, device=self.device)
+            history = self.history.tokens[plan.history_rows, : max(plan.history_ends)]
+            ends_P = torch.tensor(plan.history_ends, device=self.device)
+            some_PV = logits_RV[at]
+            penalize(some_PV, history, ends_P, params.prompt_lens_P, *params.penalties_3P)
+            logits_RV[at] = some_PV
+        if rows:
+            logits_RV[rows, tokens] = -torch.inf
+        return logits_RV
+
+    def _draw(self, logits_RV: Tensor, plan: SamplingPlan) -> Tensor:
+        params = plan.params
+        logits_RV = logits_RV - logits_RV.max(-1, keepdim=True).values
+        probs_RV = (logits_RV / params.temperature_R[:, None]).softmax(-1)
+        if params.limited is not None:
+            probs = probs_RV[params.limited]
+            least = threshold(probs, params.top_k, params.top_p, params.min_p)
+            probs_RV[params.limited] = probs.masked_fill(probs < least[:, None], 0.0)
+        cumulative_RV = probs_RV.cumsum(-1)
+        draws_R1 = torch.tensor(plan.draws, device=self.device)[:, None]
+        found_R1 = torch.searchsorted(cumulative_RV, draws_R1 * cumulative_RV[:, -1:], right=True)
+        return found_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)
+
+
+def threshold(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
+    """`[R]`: the probability of the least likely token that stays.
+
+    `top_p` counts within what `top_k` left; the most likely token always stays.
+    """
+    vocab = probs_RV.shape[1]
+    counts = top_k_R.where(top_k_R < vocab, 1)
+    most = int(counts.max()) if probs_RV.device.type == "cpu" else vocab
+    if (top_p_R < 1).any():
+        most = max(most, _CANDIDATES)
+    most = min(most, vocab)
+    sorted_RK = probs_RV.topk(most, dim=-1).values
+    least_R, enough_R = _nucleus(sorted_RK, top_k_R, top_p_R, vocab)
+    if most < vocab and not bool(enough_R.all()):
+        short = ~enough_R
+        sorted_RV = probs_RV[short].sort(-1, descending=True).values
+        least_R[short] = _nucleus(sorted_RV, top_k_R[short], top_p_R[short], vocab)[0]
+    return torch.maximum(least_R, min_p_R * sorted_RK[:, 0])
+
+
+def _nucleus(
+    sorted_RK: Tensor, top_k_R: Tensor, top_p_R: Tensor, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """The threshold of `top_k` and `top_p`, and whether these candidates were enough for it."""
+    most = sorted_RK.shape[1]
+    cumulative_RK = sorted_RK.cumsum(-1)
+    has_k_R = top_k_R < vocab
+    last_R1 = (top_k_R.clamp(max=most) - 1)[:, None]
+    total_R = cumulative_RK.gather(1, last_R1).squeeze(1).where(has_k_R, 1.0)
+    before_RK = cumulative_RK - sorted_RK
+    stays_RK = (before_RK < (top_p_R * total_R)[:, None]) | (top_p_R >= 1)[:, None]
+    stays_RK &= torch.arange(most, device=sorted_RK.device) < top_k_R[:, None]
+    n_stay_R = stays_RK.sum(-1).clamp(min=1)
+    enough_R = (n_stay_R < most) | (n_stay_R >= top_k_R) | (top_p_R >= 1)
+    least_R = sorted_RK.gather(1, (n_stay_R - 1)[:, None]).squeeze(1)
+    return least_R.where(has_k_R | (top_p_R < 1), 0.0), enough_R
+
+
+def _uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) with 24 bits: SplitMix64 of both (doi:10.1145/2660193.2660195)."""
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((z ^ (z >> 31)) >> 40) / (1 << 24)

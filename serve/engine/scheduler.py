@@ -1,22 +1,39 @@
 """Which tokens of which requests are computed in the next step.
 
 Continuous batching (Orca, OSDI'22) with one token budget per step: every running request that
-only lacks its newest token gets one (decode); what is left of the budget goes to prompts, oldest
-first, cut into chunks where they are longer (Sarathi-Serve, arXiv:2403.02310). So a long prompt
-never stops the others for more than one step of bounded size.
+only lacks its newest token gets one (decode); what is left of the budget goes to prompts, cut into
+chunks where they are longer (Sarathi-Serve, arXiv:2403.02310). So a long prompt never stops the
+others for more than one step of bounded size.
 
-First come, first served: every running request is older than every waiting one. A request is
-admitted when the cache has pages for all tokens it has, plus one spare page per running request.
-When a decode finds no page, the youngest running request is preempted: it gives its pages back,
-keeps its tokens, and is recomputed later. The oldest one therefore always moves on.
+**Order of admission.** Higher priority first; within a priority the longest cached prefix first
+(RadixAttention, arXiv:2312.07104), which keeps what is hot from being evicted and computed again;
+then order of arrival. Nobody starves: who was overtaken `max_overtaken` times by later requests,
+of whatever priority, is next, and nobody is admitted before it. A request whose prefix another one
+is about to compute waits for it, if that takes less than computing it twice.
+
+**Memory.** A request holds pages for the tokens it has, not for those it may generate. It is
+admitted when its pages are there and, beyond them, room for every running request to grow by some
+tokens (`headroom`). When a running request finds no page, the last one in rank is retracted: it
+gives its pages back, keeps its tokens, and goes on later. The first in rank therefore always
+moves. Each retraction doubles the headroom, each step lowers it a little: who was retracted comes
+back only when there is room for some time.
 """
 
-from collections import deque
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve.cache.kv_cache import KvCache
+from serve.cache.manager import PageManager
+from serve.cache.prefix_cache import TOKEN_BYTES, common_pages
 from serve.engine.request import FinishReason, Request, RequestError
+
+_MOST_SORTED = 128
+"""Waiting requests that are ordered by their cached prefix; those behind wait for their turn."""
+_MOST_REFUSED = 8
+"""Requests that are tried and do not fit before admission ends for this step."""
+_MOST_HEADROOM = 1 << 14
+_DECAY = 0.995
+"""Of the headroom, per step."""
 
 
 @dataclass(frozen=True)
@@ -26,32 +43,48 @@ class Chunk:
     request: Request
     start: int
     length: int
+    samples: bool
+    """It reaches the newest token, so the next one can be sampled."""
+    index: int
+    """Which token of the output that is, from 0."""
 
     @property
     def end(self) -> int:
         return self.start + self.length
 
-    @property
-    def samples(self) -> bool:
-        """The chunk reaches the newest token, so the next one can be sampled."""
-        return self.end == len(self.request.tokens)
+
+def _rank(request: Request) -> tuple[bool, int, int]:
+    return not request.aged, -request.priority, request.number
 
 
 class Scheduler:
-    """Queues, admission and preemption. Owns the pages of all requests."""
+    """Queues, admission and retraction."""
 
     def __init__(
-        self, cache: KvCache, *, max_running: int, max_batch_tokens: int, max_waiting: int
+        self,
+        pages: PageManager,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        max_waiting: int,
+        max_overtaken: int = 64,
     ) -> None:
         assert max_batch_tokens >= max_running, "every running request must get its token"
-        self.cache = cache
+        self.pages = pages
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
         self.max_waiting = max_waiting
-        self.waiting: deque[Request] = deque()
+        self.max_overtaken = max_overtaken
+        self.waiting: list[Request] = []
+        """In rank: those that were overtaken too often, then by priority and arrival."""
         self.running: list[Request] = []
-        self.n_preempted = 0
+        """In rank."""
+        self.n_retracted = 0
+        self.n_prompt_tokens = 0
+        """Of requests admitted for the first time; of these `n_cached_tokens` were cached."""
+        self.n_cached_tokens = 0
         self._n_added = 0
+        self._headroom = float(pages.page_size)
 
     @property
     def busy(self) -> bool:
@@ -66,82 +99,203 @@ class Scheduler:
             )
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queue new requests, in the order in which they are to be served."""
+        """Queue new requests, in order of arrival."""
         for request in requests:
             assert request.number < 0, "a request is added once"
             request.number = self._n_added
             self._n_added += 1
-            self.waiting.append(request)
+            self._enqueue(request)
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """Take a request out, wherever it is, and free its pages. Again has no effect."""
+    def finish(self, request: Request, reason: FinishReason, keep: bool = True) -> None:
+        """Take a request out, wherever it is, and free its pages. Again has no effect.
+
+        keep: what it computed may be used again.
+        """
         if request.finish_reason is not None:
             return
         request.finish_reason = reason
-        if request.pages:
+        if request.running:
             self.running.remove(request)
-            self._free(request)
+            n_tokens = request.num_committed if keep else 0
+            self.pages.release(request.sequence, request.tokens, n_tokens)
         else:
             self.waiting.remove(request)
 
-    def next_batch(self) -> list[Chunk]:
-        """The chunks of the next step, those of length 1 first; empty when there is no work."""
-        batch = []
+    def next_batch(self, in_flight: bool = False) -> list[Chunk] | None:
+        """The chunks of the next step, those of length 1 first; empty when nothing can be done.
+
+        They count as given to a step. in_flight: a step is under way whose results are not known.
+        None: a request must be retracted, which needs these results; ask again when they are here.
+        """
+        decodes: list[Request] = []
         for request in tuple(self.running):
-            if request.pages and request.remaining == 1 and self._grow(request):
-                batch.append(Chunk(request, request.computed, 1))
-        budget = self.max_batch_tokens - len(batch)
+            if request.running and request.remaining == 1 and request.budget > 0:
+                if self._grow(request, in_flight):
+                    decodes.append(request)
+                elif in_flight:
+                    return None
+        batch = [self._launch(request, 1) for request in decodes]
+        room = self.max_batch_tokens - len(batch)
         for request in self.running:
-            if request.remaining > 1 and budget:
-                batch.append(Chunk(request, request.computed, min(request.remaining, budget)))
-                budget -= batch[-1].length
-        while budget and self._admit():
-            request = self.running[-1]
-            batch.append(Chunk(request, 0, min(request.remaining, budget)))
-            budget -= batch[-1].length
-        assert batch or not self.busy, "there is work but nothing can run"
+            if not room:
+                break
+            if request.remaining > 1:
+                batch.append(self._launch(request, min(request.remaining, room)))
+                room -= batch[-1].length
+        for request in self._admitted() if room else ():
+            batch.append(self._launch(request, min(request.remaining, room)))
+            room -= batch[-1].length
+            if not room:
+                break
+        self._headroom = max(self.pages.page_size, self._headroom * _DECAY)
+        assert batch or in_flight or not self.busy, "there is work but nothing can run"
         return sorted(batch, key=lambda chunk: chunk.length > 1)
 
-    def check(self) -> None:
-        """Assert the invariants: order of arrival, limits, and no page lost or shared."""
-        numbers = [request.number for request in (*self.running, *self.waiting)]
-        assert numbers == sorted(numbers), "a younger request overtook an older one"
-        assert len(self.running) <= self.max_running
-        assert not any(request.pages or request.computed for request in self.waiting)
-        for request in self.running:
-            assert request.computed <= len(request.pages) * self.cache.page_size
-        self.cache.allocator.check(request.pages for request in self.running)
+    def commit(self, chunk: Chunk) -> None:
+        """The step of `chunk` has succeeded; call it before the sampled token is appended."""
+        request = chunk.request
+        request.num_committed = chunk.end
+        if chunk.end >= len(request.prompt) and chunk.start < len(request.prompt):
+            self.pages.commit(request.sequence, request.tokens, chunk.end)
+        self.pages.slide(request.sequence, request.num_computed)
 
-    def _admit(self) -> bool:
-        """Move the oldest waiting request to the running ones, if it fits."""
+    def retract_all(self) -> None:
+        """Make all running requests wait and forget what they computed. No step is under way."""
+        while self.running:
+            self._retract(self.running[-1], keep=False)
+
+    def check(self) -> None:
+        """Assert the invariants: order, limits, and no page lost or shared."""
+        assert self.waiting == sorted(self.waiting, key=_rank)
+        assert self.running == sorted(self.running, key=_rank)
+        assert len(self.running) <= self.max_running
+        for request in self.waiting:
+            assert not (request.running or request.num_computed or request.num_pending)
+            assert not request.sequence.pages
+            assert request.num_overtaken <= self.max_overtaken, "a request starves"
+        for request in self.running:
+            held = len(request.sequence.pages)
+            assert request.num_committed <= request.num_computed <= held * self.pages.page_size
+            assert held <= self.pages.pages_for(request.num_tokens), "more is held than used"
+            assert 0 <= request.num_pending <= 1
+        self.pages.check(request.sequence for request in self.running)
+
+    def _launch(self, request: Request, length: int) -> Chunk:
+        samples = length == request.remaining
+        index = request.n_output + request.num_pending
+        chunk = Chunk(request, request.num_computed, length, samples, index)
+        request.num_computed += length
+        request.num_pending += samples
+        return chunk
+
+    def _enqueue(self, request: Request) -> None:
+        limit = len(request.tokens) - 1  # one must be computed, for its logits
+        scored = len(request.prompt_logprobs)
+        if request.params.scored_prompt is not None and scored < len(request.prompt) - 1:
+            limit = min(limit, scored)
+        request.key = self.pages.key_of(request.tokens, limit)
+        request.match = (-1, 0)
+        bisect.insort(self.waiting, request, key=_rank)
+
+    def _admitted(self) -> Iterator[Request]:
+        """Move waiting requests to the running ones, as long as they fit and the caller asks."""
         if not self.waiting or len(self.running) >= self.max_running:
+            return
+        refused = 0
+        for request in self._candidates():
+            if len(self.running) >= self.max_running or refused == _MOST_REFUSED:
+                return
+            if not request.aged and self._awaits_prefix(request):
+                continue
+            if not self._admit(request):
+                refused += 1
+                if request.aged:
+                    return
+                continue
+            aged = self._count_overtaken(request)
+            yield request
+            if aged:
+                return
+
+    def _candidates(self) -> list[Request]:
+        """The first waiting requests in the order in which they are to be admitted."""
+        first = self.waiting[:_MOST_SORTED]
+        version = self.pages.prefixes.version
+        for request in first:
+            if request.match[0] != version:
+                request.match = (version, self.pages.prefixes.match(request.key))
+        first.sort(key=lambda r: (not r.aged, -r.priority, 0 if r.aged else -r.match[1], r.number))
+        return first
+
+    def _awaits_prefix(self, request: Request) -> bool:
+        """A running prompt will soon bring pages that are worth waiting for."""
+        if not self.pages.prefixes.reuses or self.pages.window:
             return False
-        request = self.waiting[0]
-        needed = self.cache.pages_for(len(request.tokens))
-        if self.cache.allocator.n_free < needed + len(self.running):
+        size = self.pages.page_size
+        for leader in self.running:
+            left = len(leader.prompt) - leader.num_committed
+            if left > 0:
+                shared = common_pages(request.key, leader.key, size * TOKEN_BYTES)
+                if 2 * (shared - request.match[1]) * size >= left:
+                    return True
+        return False
+
+    def _admit(self, request: Request) -> bool:
+        n_tokens = len(request.tokens)
+        spare = sum(self._growth(one) for one in self.running) + self._growth(request)
+        if not self.running:
+            spare = 0  # alone, it always fits
+        if not self.pages.admit(request.sequence, request.key, n_tokens, spare):
             return False
-        pages = self.cache.allocator.allocate(needed)
-        assert pages is not None
-        request.pages = pages
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(request)
+        bisect.insort(self.running, request, key=_rank)
+        cached = request.sequence.n_shared * self.pages.page_size
+        request.num_computed = request.num_committed = cached
+        if request.num_cached is None:
+            request.num_cached = cached
+            self.n_prompt_tokens += len(request.prompt)
+            self.n_cached_tokens += cached
         return True
 
-    def _grow(self, request: Request) -> bool:
-        """Give `request` room for its newest token. False if that cost it its own place."""
-        while self.cache.pages_for(len(request.tokens)) > len(request.pages):
-            page = self.cache.allocator.allocate(1)
-            if page is not None:
-                request.pages += page
-                continue
-            youngest = self.running.pop()
-            self._free(youngest)
-            self.waiting.appendleft(youngest)
-            self.n_preempted += 1
-            if youngest is request:
+    def _growth(self, request: Request) -> int:
+        """Pages that `request` may still need for as many tokens as the headroom says."""
+        tokens = request.num_tokens
+        more = min(int(self._headroom), request.budget)
+        held = len(request.sequence.pages) or self.pages.pages_for(tokens)
+        return max(0, self.pages.pages_for(tokens + more) - held)
+
+    def _count_overtaken(self, admitted: Request) -> bool:
+        """Count for all who came earlier. True if one of them must be next now."""
+        aged = []
+        for request in self.waiting:
+            if request.number < admitted.number and not request.aged:
+                request.num_overtaken += 1
+                if request.num_overtaken >= self.max_overtaken:
+                    aged.append(request)
+        for request in aged:
+            self.waiting.remove(request)
+            request.aged = True
+            bisect.insort(self.waiting, request, key=_rank)
+        return bool(aged)
+
+    def _grow(self, request: Request, in_flight: bool) -> bool:
+        """Make room for the newest token. False if that cost the request its place, or would."""
+        while not self.pages.grow(request.sequence, request.num_tokens):
+            if in_flight:
+                return False
+            last = self.running[-1]
+            self._retract(last)
+            if last is request:
                 return False
         return True
 
-    def _free(self, request: Request) -> None:
-        self.cache.allocator.release(request.pages)
-        request.pages = []
-        request.computed = 0
+    def _retract(self, request: Request, keep: bool = True) -> None:
+        assert not request.num_pending, "its token is still to come"
+        self.running.remove(request)
+        n_tokens = request.num_committed if keep else 0
+        self.pages.release(request.sequence, request.tokens, n_tokens)
+        request.num_computed = request.num_committed = 0
+        request.num_retracted += 1
+        self.n_retracted += 1
+        self._headroom = min(2 * self._headroom, _MOST_HEADROOM)
+        self._enqueue(request)

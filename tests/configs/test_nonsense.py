@@ -16,7 +16,7 @@ from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.init import initialize
-from models.rope import inverse_frequencies, logit_scale, table_scale
+from models.layers.rope import inverse_frequencies, logit_scale, table_scale
 from tests.configs.random_models import random_models
 from tests.runs import ROOT, TINY
 

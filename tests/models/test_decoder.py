@@ -12,7 +12,7 @@ from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.init import initialize
-from models.rope import apply_rope, rope_tables
+from models.layers.rope import apply_rope, rope_tables
 from tests.runs import ROOT, TINY
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from configs.errors import UserError
-from models.hf.defaults import DEFAULTS, MODEL_TYPES, STRETCHED, UNUSED, OrNull
+from models.hf.config.defaults import DEFAULTS, MODEL_TYPES, STRETCHED, UNUSED, OrNull
 from models.hf.dense import dense_model
 from models.hf.table import from_hf_config
 from tests.models.transformers_peer import (

@@ -15,7 +15,7 @@ from kernels.gemm.linear_fp8 import Fp8Weight
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
 from models.init import initialize
-from models.linear import Fp8Linear, Linear, project
+from models.layers.linear import Fp8Linear, Linear, project
 from models.moe import MoE
 from tests.step_contexts import layer_context, totals_of
 

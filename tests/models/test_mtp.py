@@ -18,8 +18,8 @@ from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.init import initialize
+from models.layers.rope import rope_tables
 from models.mtp import MtpModule
-from models.rope import rope_tables
 from tests.models.families import DEEPSEEK_V3_MTP
 from tests.runs import ROOT, TINY
 from tests.step_contexts import counts_of, model_step

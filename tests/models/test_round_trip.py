@@ -18,9 +18,9 @@ from configs.model import ModelConfig
 from configs.schema import DataConfig, JobConfig, OptimizerConfig, RunConfig, TrainConfig
 from models.decoder import Decoder
 from models.documents import DocumentAttention
+from models.hf.config.undetermined_settings import KEY
 from models.hf.files import read_model
 from models.hf.table import architecture, from_hf_config, hf_config, hf_tensors
-from models.hf.undetermined_settings import KEY
 from models.router import routers
 from parallel.shards import box_of
 from tests.models.families import FAMILIES

@@ -35,9 +35,9 @@ from models.attention import GroupedQueryAttention, LatentAttention
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.fp8 import apply_fp8
+from models.layers.rope import rope_tables
 from models.moe import MoE
 from models.parameters import spec_of
-from models.rope import rope_tables
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from tests.parallel import fp8_models
 from tests.parallel.checkpoint_run import Run

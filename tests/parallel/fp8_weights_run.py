@@ -22,7 +22,7 @@ import parallel.fp8_weights
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.quantization.quantize import quantize_128x128
 from models.fp8 import Fp8Experts, Fp8FeedForward, fp8_modules
-from models.linear import Fp8Module, as_matrices
+from models.layers.linear import Fp8Module, as_matrices
 from parallel.fp8_weights import GatheredWeight
 from parallel.mesh import Mesh
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks

@@ -21,7 +21,7 @@ from configs.precision import FP8Config
 from models.attention import GroupedQueryAttention
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
-from models.linear import project
+from models.layers.linear import project
 from parallel.apply import parallelize
 from parallel.mesh import Mesh
 from tests.parallel.fp8_models import GQA, Case

@@ -20,7 +20,7 @@ from kernels.moe.permute import permutation
 from models.block import Block
 from models.documents import DocumentAttention
 from models.init import initialize
-from models.rope import rope_tables
+from models.layers.rope import rope_tables
 from parallel.memory import layers as layers_of
 from parallel.memory.fake_group import fake_group
 from parallel.memory.layers import fewest, reduced

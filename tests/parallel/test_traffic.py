@@ -20,7 +20,7 @@ from configs.parallel_dims import resolve
 from configs.precision import FP8Config
 from models.decoder import Decoder
 from models.fp8 import apply_fp8
-from models.linear import as_matrices
+from models.layers.linear import as_matrices
 from tests.models.families import FAMILIES
 from tests.parallel.fp8_models import GQA, MLA
 from tests.parallel.meshes import GLOBAL_BATCH, PASSES, SEQ_LEN, Case, wide

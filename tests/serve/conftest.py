@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,14 @@ from models.hf.files import read_model, write_tensors
 from models.hf.table import hf_config
 from models.init import initialize
 from serve.api.app import build_app
-from serve.api.thread import EngineThread
-from serve.engine.engine import Engine, EngineOptions
+from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export, open_export
+from serve.frontend.thread import EngineThread
+from tests.serve.drive import assert_no_page_lost
 
 VOCAB = 320
+TOKENS = 300
+"""Of the tokenizer; the rest of the vocabulary is padding."""
 MAX_LENGTH = 192
 TEXT = """The quick brown fox jumps over the lazy dog. A model reads tokens, not letters.
 def add(a, b):
@@ -56,7 +60,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=TOKENS,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -97,11 +101,11 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def make_engine(export: Export) -> Callable[..., Engine]:
-    """`make_engine(**options)`: a fresh engine with a small cache unless told otherwise."""
+def make_core(export: Export) -> Callable[..., EngineCore]:
+    """`make_core(**options)`: a fresh core with a small cache unless told otherwise."""
 
-    def make(**options: int) -> Engine:
-        return Engine(export, EngineOptions(**{"kv_tokens": 4096, **options}))
+    def make(**options: Any) -> EngineCore:
+        return EngineCore(export, EngineOptions(**{"kv_tokens": 4096, **options}))
 
     return make
 
@@ -118,7 +122,8 @@ def greedy_reference(export_folder: Path) -> Callable[[Sequence[int], int], list
         while len(tokens) < len(prompt) + n:
             positions = torch.arange(len(tokens))
             core = DocumentAttention(positions[None])
-            tokens.append(int(model(torch.tensor(tokens), positions, core)[-1].argmax()))
+            logits = model(torch.tensor(tokens), positions, core)[-1]
+            tokens.append(int(logits[:TOKENS].argmax()))  # the others are padding
         known[tuple(prompt)] = tokens[len(prompt) :]
         return tokens[len(prompt) : len(prompt) + n]
 
@@ -128,22 +133,21 @@ def greedy_reference(export_folder: Path) -> Callable[[Sequence[int], int], list
 class RunningServer:
     def __init__(self, thread: EngineThread, port: int) -> None:
         self.thread = thread
-        self.engine = thread.engine
+        self.core = thread.core
         self.url = f"http://127.0.0.1:{port}"
 
     def wait_until_idle(self, seconds: float = 10.0) -> None:
         """Until no request is left; then assert that no page is."""
         deadline = time.monotonic() + seconds
-        while self.engine.scheduler.busy or self.thread._cancelled or self.thread._submitted:
+        while self.core.busy or self.thread._cancelled or self.thread._submitted:
             assert time.monotonic() < deadline, "requests are still running"
             time.sleep(0.01)
-        self.engine.scheduler.check()
-        assert self.engine.cache.allocator.n_free == self.engine.cache.allocator.n_pages - 1
+        assert_no_page_lost(self.core)
 
 
 @contextlib.contextmanager
-def run_server(engine: Engine, name: str = "tiny") -> Iterator[RunningServer]:
-    thread = EngineThread(engine)
+def run_server(core: EngineCore, name: str = "tiny") -> Iterator[RunningServer]:
+    thread = EngineThread(core)
     ready = threading.Event()
     app = build_app(thread, name, ready.set)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -160,7 +164,7 @@ def run_server(engine: Engine, name: str = "tiny") -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def server(export: Export) -> Iterator[RunningServer]:
-    with run_server(Engine(export, EngineOptions(kv_tokens=4096))) as running:
+    with run_server(EngineCore(export, EngineOptions(kv_tokens=4096))) as running:
         yield running
 
 
@@ -168,5 +172,5 @@ def server(export: Export) -> Iterator[RunningServer]:
 def small_server(export: Export) -> Iterator[RunningServer]:
     """Two requests run, two wait, the fifth is refused."""
     options = EngineOptions(kv_tokens=512, max_running=2, max_waiting=2)
-    with run_server(Engine(export, options)) as running:
+    with run_server(EngineCore(export, options)) as running:
         yield running

@@ -12,13 +12,13 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from serve.api.thread import EngineThread
-from serve.engine.engine import Engine
+from serve.engine.core import EngineCore
+from serve.frontend.thread import EngineThread
 
 
 class Running(Protocol):
     url: str
-    engine: Engine
+    core: EngineCore
     thread: EngineThread
 
     def wait_until_idle(self, seconds: float = 10.0) -> None: ...
@@ -78,7 +78,11 @@ def test_streaming_equals_not_streaming(client: openai.OpenAI, extra: dict[str, 
         client.completions.create(**call, stream=True, stream_options={"include_usage": True})
     )
     assert pieces[-1].choices == []
-    assert pieces[-1].usage == whole.usage
+    assert pieces[-1].usage is not None and whole.usage is not None
+    counts = [
+        vars(one) | {"prompt_tokens_details": None} for one in (pieces[-1].usage, whole.usage)
+    ]
+    assert counts[0] == counts[1], "all but what was cached meanwhile"
     for choice in whole.choices:
         mine = [c for p in pieces for c in p.choices if c.index == choice.index]
         assert "".join(c.text for c in mine) == choice.text
@@ -95,6 +99,31 @@ def test_choices_of_a_seed_differ_and_repeat(client: openai.OpenAI) -> None:
     texts = [choice.text for choice in first.choices]
     assert len(set(texts)) == 4
     assert texts == [choice.text for choice in second.choices]
+
+
+def test_sampling_fields_reach_the_sampler(http: httpx.Client) -> None:
+    def ids(**fields: Any) -> list[int]:
+        body = {"prompt": "The", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        answer = http.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
+        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        return found
+
+    plain = ids()
+    assert ids(logit_bias={"77": 100}) == [77] * 12
+    assert len(set(ids(logit_bias={"77": 5}, frequency_penalty=2.0))) > 2
+    assert ids(stop_token_ids=[plain[3]]) == plain[: plain.index(plain[3]) + 1]
+    later = ids(stop_token_ids=[plain[0]], min_tokens=5)
+    assert len(later) >= 5 and plain[0] not in later[:5]
+    assert ids(temperature=1, min_p=1) == plain
+
+
+def test_usage_says_what_was_cached(http: httpx.Client) -> None:
+    body = {"prompt": list(range(1, 41)), "max_tokens": 1, "n": 2}
+    cached = [
+        http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]
+        for _ in range(2)
+    ]
+    assert cached == [{"cached_tokens": 0}, {"cached_tokens": 32}]
 
 
 def test_echo_and_logprobs_score_a_prompt(http: httpx.Client) -> None:
@@ -174,12 +203,22 @@ BAD: list[tuple[Any, int, str]] = [
     ({"prompt": "a", "n": 129}, 400, "invalid_value"),
     ({"prompt": ["a", "b"], "n": 65}, 400, "invalid_value"),
     ({"prompt": "a", "n": 1.0}, 400, "invalid_type"),
-    ({"prompt": "a", "logprobs": 6}, 400, "invalid_value"),
+    ({"prompt": "a", "logprobs": 21}, 400, "invalid_value"),
+    ({"prompt": "a", "n": 0}, 400, "invalid_value"),
+    ({"prompt": "a", "min_p": 1.5}, 400, "invalid_value"),
+    ({"prompt": "a", "presence_penalty": 2.5}, 400, "invalid_value"),
+    ({"prompt": "a", "repetition_penalty": 0}, 400, "invalid_value"),
+    ({"prompt": "a", "min_tokens": 17}, 400, "invalid_value"),
+    ({"prompt": "a", "stop_token_ids": 5}, 400, "invalid_type"),
+    ({"prompt": "a", "stop_token_ids": [300]}, 400, "invalid_value"),
+    ({"prompt": "a", "logit_bias": {"5": "x"}}, 400, "invalid_type"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "invalid_type"),
+    ({"prompt": "a", "logit_bias": {"300": 1}}, 400, "invalid_value"),
     ({"prompt": "a", "logprobs": True}, 400, "invalid_type"),
     ({"prompt": "a", "stop": 5}, 400, "invalid_type"),
     ({"prompt": "a", "stop": [5]}, 400, "invalid_type"),
     ({"prompt": "a", "stop": ""}, 400, "invalid_value"),
-    ({"prompt": "a", "stop": ["a"] * 5}, 400, "invalid_value"),
+    ({"prompt": "a", "stop": ["a"] * 17}, 400, "invalid_value"),
     ({"prompt": "a", "stop": ["a" * 257]}, 400, "invalid_value"),
     ({"prompt": "a", "stream": "yes"}, 400, "invalid_type"),
     ({"prompt": "a", "stream_options": []}, 400, "invalid_type"),
@@ -187,8 +226,6 @@ BAD: list[tuple[Any, int, str]] = [
     ({"prompt": "a", "ignore_eos": 1}, 400, "invalid_type"),
     ({"prompt": "a", "suffix": "b"}, 400, "unsupported_parameter"),
     ({"prompt": "a", "best_of": 2}, 400, "unsupported_parameter"),
-    ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "unsupported_parameter"),
-    ({"prompt": "a", "presence_penalty": 0.5}, 400, "unsupported_parameter"),
     ({"prompt": "a", "response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
     ({"prompt": "a", "model": "gpt"}, 404, "model_not_found"),
     ({"prompt": "a", "model": 5}, 404, "model_not_found"),
@@ -251,14 +288,14 @@ def test_wrong_places(http: httpx.Client, method: str, path: str, status: int) -
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def slow_down(engine: Engine, seconds: float) -> None:
-    step = engine.step
+def slow_down(core: EngineCore, seconds: float) -> None:
+    step = core.step
 
     def slow() -> Any:
         time.sleep(seconds)
         return step()
 
-    engine.step = slow  # type: ignore[method-assign]
+    core.step = slow  # type: ignore[method-assign]
 
 
 LONG = {"prompt": "a", "max_tokens": 180, "ignore_eos": True}
@@ -266,13 +303,13 @@ LONG = {"prompt": "a", "max_tokens": 180, "ignore_eos": True}
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_frees_pages(small_server: Running, stream: bool) -> None:
-    slow_down(small_server.engine, 0.05)  # 180 tokens would take nine seconds
+    slow_down(small_server.core, 0.05)  # 180 tokens would take nine seconds
     body = json.dumps({**LONG, "stream": stream, "n": 2}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     port = int(small_server.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(head.encode() + body)
-        while not small_server.engine.scheduler.running:
+        while not small_server.core.scheduler.running:
             time.sleep(0.01)
     begin = time.monotonic()
     small_server.wait_until_idle()
@@ -280,14 +317,14 @@ def test_disconnect_frees_pages(small_server: Running, stream: bool) -> None:
 
 
 def test_overload_is_refused_and_passes(small_server: Running) -> None:
-    slow_down(small_server.engine, 0.02)
+    slow_down(small_server.core, 0.02)
     url = f"{small_server.url}/v1/completions"
     with httpx.Client(timeout=30) as client:
         four = threading.Thread(
             target=client.post, args=(url,), kwargs={"json": {**LONG, "max_tokens": 40, "n": 4}}
         )
         four.start()
-        while len(small_server.engine.scheduler.running) < 2:
+        while len(small_server.core.scheduler.running) < 2:
             time.sleep(0.01)
         refused = client.post(url, json={"prompt": "a"})
         assert refused.status_code == 503
@@ -300,12 +337,12 @@ def test_overload_is_refused_and_passes(small_server: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_fault_in_the_engine_is_one_clean_error(small_server: Running, stream: bool) -> None:
-    run = small_server.engine.runner.run
+    run = small_server.core.executor.runner.run
 
-    def broken(batch: object) -> Any:
+    def broken(*step: Any) -> Any:
         raise RuntimeError("secret /path")
 
-    small_server.engine.runner.run = broken  # type: ignore[method-assign]
+    small_server.core.executor.runner.run = broken  # type: ignore[method-assign, assignment]
     url = f"{small_server.url}/v1/completions"
     answer = httpx.post(url, json={"prompt": "a", "stream": stream})
     assert "secret" not in answer.text
@@ -315,7 +352,7 @@ def test_fault_in_the_engine_is_one_clean_error(small_server: Running, stream: b
         assert done == "data: [DONE]"
     else:
         assert answer.status_code == 500
-    small_server.engine.runner.run = run  # type: ignore[method-assign]
+    small_server.core.executor.runner.run = run  # type: ignore[method-assign]
     assert httpx.post(url, json={"prompt": "a"}).status_code == 200
     assert httpx.get(f"{small_server.url}/health").status_code == 200
     small_server.wait_until_idle()

@@ -27,7 +27,7 @@ from kernels.gemm.gemm_fp8 import gemm_fp8_nn, gemm_fp8_nt, gemm_fp8_tn
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.mlp.swiglu import Activation, swiglu_backward
 from kernels.quantization.quantize import dequantize_128x128, quantize_1x128, quantize_1x128_128x1
-from models.linear import Fp8Module, as_matrices
+from models.layers.linear import Fp8Module, as_matrices
 from parallel.fp8_weights import GatheredWeight
 
 PRODUCTS = ("forward", "dgrad", "wgrad")

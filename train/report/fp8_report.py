@@ -1,10 +1,10 @@
 """Reports of what FP8 costs each layer of a running training (`precision.fp8.diagnose_every`).
 
 On a step that is due, an observer sits at the modules that compute in FP8
-(`models.linear.Observer`). It keeps a sample of the rows that enter each product, and when their
-gradient arrives computes what `train.report.fp8_figures` says, from the same weights, and lets go
-of both. Nothing in the step is replaced, so its numbers stay what they are; on other steps there is
-no observer.
+(`models.layers.linear.Observer`). It keeps a sample of the rows that enter each product, and when
+their gradient arrives computes what `train.report.fp8_figures` says, from the same weights, and
+lets go of both. Nothing in the step is replaced, so its numbers stay what they are; on other steps
+there is no observer.
 
 The sample is of the first microbatch: its first rows, up to ROWS, or of every expert its first rows
 up to ROWS_OF_EXPERT. What SwiGLU lies between is computed again for them. With several ranks a
@@ -34,7 +34,7 @@ from kernels.grouped_gemm.grouped_gemm import true_rows
 from kernels.mlp.mlp_fp8 import Groups
 from kernels.mlp.swiglu import Activation
 from models.fp8 import fp8_modules
-from models.linear import Fp8Linear, Fp8Module
+from models.layers.linear import Fp8Linear, Fp8Module
 from train.report.fp8_figures import PRODUCTS, TENSORS, Figures, add_mlp, weights_of
 
 ROWS, ROWS_OF_EXPERT = 2048, 256
@@ -107,7 +107,7 @@ class Fp8Diagnosis:
     def linear(
         self, module: Fp8Module, name: str, x_TD: Tensor, y_TN: Tensor, groups: Groups | None
     ) -> None:
-        """`models.linear.Observer.linear`"""
+        """`models.layers.linear.Observer.linear`"""
         key = self._names[module] + ("" if isinstance(module, Fp8Linear) else f".{name}")
         if not y_TN.requires_grad or key in self._seen:
             return
@@ -129,7 +129,7 @@ class Fp8Diagnosis:
         self, module: Fp8Module, x_RD: Tensor, y_RD: Tensor, weights_R: Tensor | None,
         groups: Groups | None, activation: Activation,
     ) -> None:  # fmt: skip
-        """`models.linear.Observer.mlp`"""
+        """`models.layers.linear.Observer.mlp`"""
         key = self._names[module]
         if not y_RD.requires_grad or key in self._seen:
             return

@@ -5,10 +5,10 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import AttentionConfig, ModelConfig, MoEConfig
-from models.hf.config_reader import Family, HFConfigReader, clashes
+from models.hf.config.config_reader import Family, HFConfigReader, clashes
+from models.hf.config.rope import rope_of
 from models.hf.families.glm4 import deepseek_moe_config, mtp_depth_of, sigmoid_moe_of
 from models.hf.families.qwen3 import common_sizes, only_full_attention
-from models.hf.rope import rope_of
 from models.hf.tensors import (
     HfTensor,
     Layout,

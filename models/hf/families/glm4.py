@@ -5,9 +5,9 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig, MoEConfig
-from models.hf.config_reader import Family, HFConfigReader, clashes, plain_gqa_clashes
+from models.hf.config.config_reader import Family, HFConfigReader, clashes, plain_gqa_clashes
+from models.hf.config.rope import rope_of, rope_parameters
 from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
-from models.hf.rope import rope_of, rope_parameters
 from models.hf.tensors import (
     HfTensor,
     Layout,

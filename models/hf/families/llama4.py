@@ -5,10 +5,10 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig, MoEConfig
-from models.hf.config_reader import Family, HFConfigReader, clashes
+from models.hf.config.config_reader import Family, HFConfigReader, clashes
+from models.hf.config.rope import rope_of
 from models.hf.families.qwen3 import common_sizes, gqa_of
 from models.hf.messages import shown
-from models.hf.rope import rope_of
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
 
 

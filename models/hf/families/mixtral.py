@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.model import ModelConfig, MoEConfig
-from models.hf.config_reader import (
+from models.hf.config.config_reader import (
     Family,
     HFConfigReader,
     clashes,
     plain_gqa_clashes,
     plain_softmax_clashes,
 )
+from models.hf.config.rope import rope_of
 from models.hf.families.qwen3 import common_sizes, gqa_of, only_full_attention
-from models.hf.rope import rope_of
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain
 
 

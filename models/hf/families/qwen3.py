@@ -5,15 +5,15 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import AttentionConfig, ModelConfig, MoEConfig
-from models.hf.config_reader import (
+from models.hf.config.config_reader import (
     Family,
     HFConfigReader,
     clashes,
     plain_gqa_clashes,
     plain_softmax_clashes,
 )
+from models.hf.config.rope import rope_of
 from models.hf.messages import shown
-from models.hf.rope import rope_of
 from models.hf.tensors import HfTensor, Layout, expert_tensors, gqa_tensors, plain, swiglu_tensors
 
 

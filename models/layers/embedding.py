@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from models.local_view import LocalViews, local_view
+from models.layers.local_view import LocalViews, local_view
 
 
 class Embedding(nn.Embedding, LocalViews):

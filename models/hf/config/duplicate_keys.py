@@ -9,8 +9,8 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from models.hf.config_reader import HFConfigReader
-from models.hf.defaults import DTYPES, EXPERTS, MODEL_TYPES, UNUSED
+from models.hf.config.config_reader import HFConfigReader
+from models.hf.config.defaults import DTYPES, EXPERTS, MODEL_TYPES, UNUSED
 from models.hf.messages import one_line, shown
 
 _ELSEWHERE = {

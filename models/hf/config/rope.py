@@ -11,8 +11,8 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import RopeConfig
-from models.hf.config_reader import HFConfigReader, number_of
-from models.hf.defaults import STRETCHED
+from models.hf.config.config_reader import HFConfigReader, number_of
+from models.hf.config.defaults import STRETCHED
 from models.hf.messages import shown
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")

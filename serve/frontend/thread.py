@@ -7,9 +7,11 @@ Commands wait in an inbox and take effect between two steps, so the engine itsel
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 
-from serve.engine.engine import Engine
+from serve.engine.core import EngineCore
 from serve.engine.request import Output, Request, RequestError
 
 log = logging.getLogger("serve")
@@ -21,11 +23,12 @@ Deliver = Callable[[Output], None]
 class EngineThread:
     """Runs an engine until `stop`."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
         self._wake = threading.Condition()
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
+        self._calls: list[tuple[Callable[[], list[Output]], Future[None]]] = []
         self._deliver: dict[Request, Deliver] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -35,25 +38,41 @@ class EngineThread:
         return self._thread.is_alive() and not self._stopping
 
     def start(self) -> None:
-        self._thread.start()
+        """Start the thread. Again has no effect."""
+        with self._wake:
+            if self._thread.ident is None:
+                self._thread.start()
 
     def stop(self, wait: bool = True) -> None:
         """End the thread after its current step; what was under way is delivered as cancelled."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if wait:
+        if wait and self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
-        """Queue all of `requests` or, with RequestError (503), none of them."""
+    def submit(self, requests: Sequence[Request], deliver: Deliver, limited: bool = True) -> None:
+        """Queue all of `requests` or, with RequestError (503), none of them.
+
+        limited: refuse what exceeds the queue.
+        """
         with self._wake:
             if not self.alive:
                 raise RequestError("the server is shutting down", None, 503, "unavailable")
-            self.engine.scheduler.refuse_if_full(len(self._submitted) + len(requests))
+            if limited:
+                self.core.scheduler.refuse_if_full(len(self._submitted) + len(requests))
             self._submitted += requests
             self._deliver |= dict.fromkeys(requests, deliver)
             self._wake.notify()
+
+    @contextmanager
+    def submitted(self, requests: Sequence[Request], deliver: Deliver) -> Iterator[None]:
+        """Submit any number of requests, and cancel at the end what is unfinished."""
+        self.submit(requests, deliver, limited=False)
+        try:
+            yield
+        finally:
+            self.cancel(requests)
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Stop requests and deliver no more of them. Finished ones are left as they are."""
@@ -61,11 +80,21 @@ class EngineThread:
             self._cancelled += [r for r in requests if self._deliver.pop(r, None) is not None]
             self._wake.notify()
 
+    def call(self, function: Callable[[], list[Output]]) -> None:
+        """Run `function` between two steps, deliver its outputs, and wait for it."""
+        future: Future[None] = Future()
+        with self._wake:
+            if not self.alive:
+                raise RequestError("the server is shutting down", None, 503, "unavailable")
+            self._calls.append((function, future))
+            self._wake.notify()
+        future.result()
+
     def _run(self) -> None:
-        scheduler = self.engine.scheduler
+        scheduler = self.core.scheduler
         try:
             while self._take_commands():
-                for output in self.engine.step():
+                for output in self.core.step():
                     self._hand_out(output)
         except BaseException:
             log.exception("the engine stopped")
@@ -73,22 +102,38 @@ class EngineThread:
             with self._wake:  # nothing is submitted after this
                 self._stopping = True
                 left = [*scheduler.running, *scheduler.waiting, *self._submitted]
+                calls, self._calls = self._calls, []
+            for _, future in calls:
+                future.set_exception(RequestError("the engine has stopped", None, 503))
+            self.core.close()
             for request in left:
                 self._hand_out(Output(request, "", [], [], "cancelled"))
 
     def _take_commands(self) -> bool:
         """Wait until there is work, and take it over. False: it is time to stop."""
-        scheduler = self.engine.scheduler
+        scheduler = self.core.scheduler
         with self._wake:
-            while not (self._stopping or scheduler.busy or self._submitted or self._cancelled):
+            while not (self._stopping or self.core.busy or self._has_commands):
                 self._wake.wait()
             if self._stopping:
                 return False
             scheduler.add(self._submitted)
             for request in self._cancelled:
                 scheduler.finish(request, "cancelled")
+            calls, self._calls = self._calls, []
             self._submitted, self._cancelled = [], []
+        for function, future in calls:
+            try:
+                for output in function():
+                    self._hand_out(output)
+                future.set_result(None)
+            except Exception as error:
+                future.set_exception(error)
         return True
+
+    @property
+    def _has_commands(self) -> bool:
+        return bool(self._submitted or self._cancelled or self._calls)
 
     def _hand_out(self, output: Output) -> None:
         deliver = self._deliver.get(output.request)

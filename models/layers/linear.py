@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8
 from kernels.mlp.mlp_fp8 import Groups
 from kernels.mlp.swiglu import Activation
-from models.local_view import LocalViews, local_view
+from models.layers.local_view import LocalViews, local_view
 
 Source = Callable[[], Fp8Weight]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from models.hf.defaults import DEFAULTS, OrNull
+from models.hf.config.defaults import DEFAULTS, OrNull
 from models.hf.messages import shown
 from models.hf.tensors import HfTensor, Layout
 
@@ -44,7 +44,7 @@ class HFConfigReader:
     raw: dict[str, Any]
     place: str
     architecture: str
-    """The row of `models.hf.defaults.DEFAULTS`."""
+    """The row of `models.hf.config.defaults.DEFAULTS`."""
 
     @property
     def defaults(self) -> Mapping[str, Any]:

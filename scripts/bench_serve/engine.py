@@ -1,4 +1,4 @@
-"""`python -m scripts.bench_serve EXPORT`: output tokens per second of the engine, in process.
+"""`python -m scripts.bench_serve.engine EXPORT`: output tokens per second, in process.
 
 Random token prompts of 128 tokens, 64 greedy tokens each (less where the model is shorter), for
 1, 4 and 16 requests at once; best of three, since whatever else the machine does only slows it.
@@ -14,30 +14,31 @@ from pathlib import Path
 import torch
 
 from configs.errors import UserError
-from serve.engine.engine import Engine, EngineOptions
-from serve.engine.loading import open_export
 from serve.engine.request import SamplingParams
+from serve.frontend.engine import Engine
 
 
 def main() -> int:
     """Print one line per number of requests."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_serve", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_serve.engine", description=__doc__
+    )
     parser.add_argument("export", type=Path)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
-        engine = Engine(open_export(options.export, dtype=options.dtype), EngineOptions())
+        engine = Engine(options.export, dtype=options.dtype, cache="naive")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    length = min(192, engine.export.max_length)
+    length = min(192, engine.core.export.max_length)
     n_in, n_out = length * 2 // 3, length - length * 2 // 3
     params = SamplingParams(max_tokens=n_out, temperature=0, ignore_eos=True)
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {options.threads} threads, torch "
-        f"{torch.__version__}, {engine.export.dtype}, {n_in} tokens in, {n_out} out"
+        f"{torch.__version__}, {engine.core.export.dtype}, {n_in} tokens in, {n_out} out"
     )
     for n_requests in (1, 4, 16):
         seconds = min(_seconds(engine, n_requests, n_in, params) for _ in range(3))
@@ -49,7 +50,7 @@ def main() -> int:
 
 def _seconds(engine: Engine, n_requests: int, n_in: int, params: SamplingParams) -> float:
     rng = random.Random(0)
-    vocab = engine.export.model.config.vocab_size
+    vocab = engine.core.export.model.config.vocab_size
     prompts = [[rng.randrange(1, vocab) for _ in range(n_in)] for _ in range(n_requests)]
     start = time.perf_counter()
     engine.generate(prompts, params)

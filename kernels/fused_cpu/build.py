@@ -1,0 +1,72 @@
+"""Compiles the C++ of this package where a compiler is present, once per source, torch and CPU.
+
+Plain C++ without torch's headers: it takes 3 seconds, not a minute. The library is put into the
+user's cache folder by a rename, so two processes may compile at the same time.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+_SOURCES = Path(__file__).parent
+_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+_MAX_SECONDS = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where this CPU or machine cannot have it (the log says why)."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        log.info("no C++ compiler: serving computes with torch's operations")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning("the C++ of kernels.fused_cpu cannot be used: %s", str(reason).strip()[-300:])
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phalanx"
+    target = folder / f"fused_cpu-{_version(compiler)}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "made.so"
+        subprocess.run(
+            [
+                compiler, *_FLAGS, str(_SOURCES / "block.cpp"), "-o", str(made),
+                f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}",
+            ],
+            check=True, capture_output=True, text=True, timeout=_MAX_SECONDS,
+        )  # fmt: skip
+        os.replace(made, target)
+    return target
+
+
+def _version(compiler: str) -> str:
+    """Changes with whatever the library depends on."""
+    digest = hashlib.sha256(f"{compiler} {_FLAGS} {torch.__version__} {torch.__file__}".encode())
+    for path in sorted(_SOURCES.glob("*.[ch]*")):
+        digest.update(path.read_bytes())
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        digest.update(next((x for x in lines if x.startswith("flags")), "").encode())
+    except OSError:
+        pass
+    return digest.hexdigest()[:16]

@@ -1,0 +1,82 @@
+"""What `block.cpp` reads: structures, and weights as it wants them.
+
+Packed weights: blocks of 64 outputs one after another, the last one shorter (whole 16); in a block,
+for every pair of input columns, the two values of each output. So a product reads a weight from
+front to back, whatever the number of rows.
+
+N outputs, K inputs, E experts, F hidden width.
+"""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 64
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("packed", c_void_p), ("n", c_int64), ("k", c_int64)]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in (
+            "d_model", "n_heads", "n_groups", "width", "page_size", "interleaved", "threads",
+        )),
+        ("eps", c_float),
+    ]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "q_norm", "k_norm")),
+        ("qkv", Matrix), ("wo", Matrix), ("keys", c_void_p), ("values", c_void_p),
+        ("scale", c_float),
+        *((name, c_int32) for name in (
+            "window", "chunk", "has_rope", "n_experts", "top_k", "d_expert", "d_shared",
+        )),
+        ("experts13", c_void_p), ("experts2", c_void_p), ("shared13", Matrix), ("shared2", Matrix),
+        ("router", c_void_p), ("bias", c_void_p), ("softmax", c_int32), ("normalize", c_int32),
+        ("route_scale", c_float),
+    ]  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("n_tokens", "n_requests", "n_columns", "longest")),
+        *((name, c_void_p) for name in (
+            "positions", "starts", "lengths", "tables", "cos", "sin", "x", "normed", "ids",
+            "weights",
+        )),
+    ]  # fmt: skip
+
+
+def packed(weight_ENK: Tensor) -> Tensor:
+    """bf16 `[E, n * K]` of `[E, N, K]`, n the next multiple of 16."""
+    E, N, K = weight_ENK.shape
+    weight_ENK = F.pad(weight_ENK, (0, 0, 0, -N % 16))
+    whole = weight_ENK.shape[1] // _BLOCK * _BLOCK
+    parts = []
+    for part, size in ((weight_ENK[:, :whole], _BLOCK), (weight_ENK[:, whole:], 16)):
+        if not part.shape[1]:
+            continue
+        size = _BLOCK if size == _BLOCK else part.shape[1]
+        blocks = part.reshape(E, -1, size, K // 2, 2).transpose(2, 3)
+        parts.append(blocks.reshape(E, -1))
+    return torch.cat(parts, 1).contiguous()
+
+
+def interleaved_halves(w13_E2FD: Tensor) -> Tensor:
+    """`[E, 2F, D]` with 32 rows of gate and 32 of up in turn, so that a block has both."""
+    blocks = w13_E2FD.unflatten(2, (-1, _BLOCK // 2))
+    return blocks.transpose(1, 2).flatten(1, 3)
+
+
+def matrix(weight_NK: Tensor, keep: list[Tensor]) -> Matrix:
+    """A packed weight; `keep` gets the tensor that must live as long."""
+    keep.append(packed(weight_NK[None]))
+    N, K = weight_NK.shape
+    return Matrix(keep[-1].data_ptr(), N + -N % 16, K)

@@ -1,0 +1,1 @@
+"""Reading an untrusted `config.json`: its keys, what is meant where they are missing, RoPE."""

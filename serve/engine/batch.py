@@ -1,0 +1,168 @@
+"""From the chunks of a step to the tensors of its forward pass.
+
+Whoever computes a step knows no request and no queue: a `ForwardBatch` is all it gets. A decode
+costs a few numbers here, whatever its length: its pages are a row of the page table, which the page
+manager keeps from step to step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve.cache.manager import PageManager
+from serve.engine.request import Request
+from serve.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Host tensors: T tokens of B requests, P pages of the longest one."""
+
+    tokens: Tensor
+    """int64 `[T]`, requests one after another, those with one token first."""
+    positions: Tensor
+    """int64 `[T]`, of each token in its request."""
+    query_starts: Tensor
+    """int32 `[B + 1]`: rows `query_starts[b]` to `query_starts[b + 1]` belong to request b."""
+    key_lengths: Tensor
+    """int32 `[B]`: tokens of request b up to its last row, so the keys which that row may see."""
+    page_tables: Tensor
+    """int32 `[B, P]`: pages in order of position, padded with the null page. Where every layer has
+    a window, pages behind it may be null too. Position p is at slot `page * page_size + offset`."""
+    rows: Tensor
+    """int64 `[R]`: the rows whose logits are wanted."""
+    scored_rows: Tensor
+    """int64 `[Q]`: the rows whose logits are wanted a few at a time; there may be thousands."""
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """The row of a prompt token whose successor is to be scored."""
+
+    request: Request
+    token: int
+    """The successor."""
+    top: int
+    """How many most likely tokens to report beside it."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step, ready to be computed."""
+
+    chunks: list[Chunk]
+    batch: ForwardBatch
+    sampled: list[Chunk]
+    """The chunks behind `batch.rows`."""
+    scored: list[ScoredRow]
+    """What is behind `batch.scored_rows`."""
+    unknown: list[tuple[int, int]]
+    """Rows whose token the step before is still to sample, each with its place in the `sampled` of
+    that step."""
+
+    def slots(self, page_size: int) -> Tensor:
+        """int64 `[T]`: where the keys and values of each row go."""
+        batch = self.batch
+        lengths = batch.query_starts.diff()
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        pages = batch.page_tables[sequences, batch.positions // page_size].long()
+        return pages * page_size + batch.positions % page_size
+
+
+def plan_step(
+    chunks: list[Chunk], pages: PageManager, before: Mapping[Request, int] | None = None
+) -> StepPlan:
+    """Lay out a step. before: places of requests among the sampled ones of the step under way."""
+    tokens: list[int] = []
+    rows: list[int] = []
+    sampled: list[Chunk] = []
+    scored_rows: list[int] = []
+    scored: list[ScoredRow] = []
+    unknown: list[tuple[int, int]] = []
+    for chunk in chunks:
+        request, first = chunk.request, len(tokens)
+        if request.params.scored_prompt is not None:
+            _score_prompt(chunk, first, scored_rows, scored)
+        if chunk.end > len(request.tokens):
+            assert before is not None and chunk.length == 1
+            unknown.append((first, before[request]))
+            tokens.append(0)
+        elif chunk.length == 1:
+            tokens.append(request.tokens[chunk.start])
+        else:
+            tokens += request.tokens[chunk.start : chunk.end]
+        if chunk.samples:
+            rows.append(len(tokens) - 1)
+            sampled.append(chunk)
+    batch = _layout(chunks, pages, tokens, rows, scored_rows)
+    return StepPlan(chunks, batch, sampled, scored, unknown)
+
+
+def _score_prompt(
+    chunk: Chunk, first: int, scored_rows: list[int], scored: list[ScoredRow]
+) -> None:
+    """Add the rows of `chunk` that score the prompt, but none twice after a retraction."""
+    request = chunk.request
+    top = request.params.scored_prompt
+    assert top is not None
+    begin = max(chunk.start, len(request.prompt_logprobs))
+    for position in range(begin, min(chunk.end, len(request.prompt) - 1)):
+        scored_rows.append(first + position - chunk.start)
+        scored.append(ScoredRow(request, request.prompt[position + 1], top))
+
+
+def _layout(
+    chunks: Sequence[Chunk],
+    pages: PageManager,
+    tokens: list[int],
+    rows: list[int],
+    scored_rows: list[int],
+) -> ForwardBatch:
+    starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+    lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
+    ends = starts + lengths
+    query_starts = np.zeros(len(chunks) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=query_starts[1:])
+    positions = np.arange(len(tokens)) + np.repeat(starts - query_starts[:-1], lengths)
+    held = -(-ends // pages.page_size)
+    table = pages.page_table[[chunk.request.sequence.row for chunk in chunks], : held.max()]
+    table[np.arange(table.shape[1]) >= held[:, None]] = 0  # given, but for later steps
+    return ForwardBatch(
+        tokens=torch.tensor(tokens),
+        positions=torch.from_numpy(positions),
+        query_starts=torch.from_numpy(query_starts.astype(np.int32)),
+        key_lengths=torch.from_numpy(ends.astype(np.int32)),
+        page_tables=torch.from_numpy(np.ascontiguousarray(table)),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        scored_rows=torch.tensor(scored_rows, dtype=torch.int64),
+    )
+
+
+def lay_out(
+    chunks: Sequence[tuple[Sequence[int], int, Sequence[int]]], page_size: int, rows: Sequence[int]
+) -> ForwardBatch:
+    """The batch of chunks `(tokens, start, pages)`: tokens from position `start` on of a request
+    that owns `pages`. rows: those whose logits are wanted."""
+    ends = [start + len(tokens) for tokens, start, _ in chunks]
+    starts = [0]
+    for tokens, _, _ in chunks:
+        starts.append(starts[-1] + len(tokens))
+    width = max(-(-end // page_size) for end in ends)
+    table = torch.zeros(len(chunks), width, dtype=torch.int32)
+    for b, ((_, _, pages), end) in enumerate(zip(chunks, ends, strict=True)):
+        used = pages[: -(-end // page_size)]
+        table[b, : len(used)] = torch.tensor(used, dtype=torch.int32)
+    return ForwardBatch(
+        tokens=torch.tensor([token for tokens, _, _ in chunks for token in tokens]),
+        positions=torch.cat(
+            [torch.arange(start, end) for (_, start, _), end in zip(chunks, ends, strict=True)]
+        ),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        key_lengths=torch.tensor(ends, dtype=torch.int32),
+        page_tables=table,
+        rows=torch.tensor(rows, dtype=torch.int64),
+        scored_rows=torch.zeros(0, dtype=torch.int64),
+    )

@@ -1,0 +1,377 @@
+"""The engine's core: scheduler, model, sampler and detokenizer, one step at a time.
+
+A step asks the scheduler for a batch, lays it out, computes it, and reads what came of it: a token
+for every request whose newest token was reached. Nothing here knows of HTTP or threads; a test or a
+benchmark calls `step`, `serve.frontend.thread` calls it for everybody else.
+
+A fault in one request ends that request; a fault in the forward pass ends those of its batch. The
+engine itself goes on.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from configs.errors import UserError
+from configs.model import ModelConfig
+from serve.cache.allocator import PageAllocator
+from serve.cache.kv_cache import build_cache
+from serve.cache.manager import PageManager
+from serve.cache.prefix_cache import NaiveCache
+from serve.cache.radix import RadixCache
+from serve.cache.routing_cache import MAX_EXPERTS, RoutingCache
+from serve.engine.batch import StepPlan, plan_step
+from serve.engine.detokenizer import TextStream
+from serve.engine.executor import StepExecutor, StepUnderWay
+from serve.engine.loading import Export, open_export
+from serve.engine.logprobs import Scores
+from serve.engine.request import (
+    FinishReason,
+    Output,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprob,
+)
+from serve.engine.runner import ModelRunner
+from serve.engine.sampler import Sampled, Sampler
+from serve.engine.scheduler import Chunk, Scheduler
+
+log = logging.getLogger("serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Sizes and modes of the engine; each is an option of `python -m serve`."""
+
+    max_running: int = 16
+    """Requests computed together."""
+    max_waiting: int = 256
+    """Requests that may wait; more are refused with 503."""
+    max_batch_tokens: int = 512
+    """Tokens per step: longer prompts are cut into chunks of what the decodes leave."""
+    kv_tokens: int = 0
+    """Capacity of the KV cache. 0: `max_running` requests of full length, if memory allows."""
+    page_size: int = 16
+    """Tokens per page of the KV cache."""
+    cache: Literal["radix", "naive"] = "radix"
+    """`radix`: prefixes that were computed before are used again. `naive`: never."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Choose and lay out the next batch while the device computes. `auto`: on a GPU."""
+    routed_experts: bool = False
+    """Keep the experts of every token, for requests with `return_routed_experts`."""
+    absorb_mla: bool = False
+    """MLA multiplies queries and outputs with the projection of keys and values instead of
+    expanding what it keeps: less work per key, other last bits than training."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_waiting", "page_size"):
+            _check(name, getattr(self, name), 1, 1 << 16)
+        _check("max_batch_tokens", self.max_batch_tokens, 1, 1 << 20)
+        _check("kv_tokens", self.kv_tokens, 0, 1 << 40)
+        if self.cache not in ("radix", "naive"):
+            raise UserError(f"--cache {self.cache}: must be radix or naive")
+        if self.overlap not in ("auto", "on", "off"):
+            raise UserError(f"--overlap {self.overlap}: must be auto, on or off")
+        if self.max_batch_tokens < self.max_running:
+            raise UserError(
+                f"--max-batch-tokens {self.max_batch_tokens}: must be at least "
+                f"--max-running {self.max_running}, for every running request needs one per step"
+            )
+        if 0 < self.kv_tokens < self.page_size:
+            raise UserError(
+                f"--page-size {self.page_size}: must not exceed --kv-tokens {self.kv_tokens}"
+            )
+
+
+def _check(name: str, value: object, low: int, high: int) -> None:
+    option = "--" + name.replace("_", "-")
+    if type(value) is not int:
+        raise UserError(f"{option} {value}: must be an integer")
+    if not low <= value <= high:
+        raise UserError(f"{option} {value}: must lie between {low} and {high}")
+
+
+def freed_window(model: ModelConfig) -> int:
+    """Tokens behind which no layer looks, so that their pages can be freed. 0: some layer does.
+
+    All layers share the pages of a token, so one layer with full attention keeps all of them.
+    """
+    local = not any(model.attention.is_full(layer) for layer in range(model.n_layers))
+    return model.attention.local_size if local else 0
+
+
+class EngineCore:
+    """Model, cache and scheduler of one export. One thread at a time may call its methods."""
+
+    def __init__(self, export: Export, options: EngineOptions) -> None:
+        self.export = export
+        self.options = options
+        self.cache = build_cache(
+            export.model.config,
+            kv_tokens=options.kv_tokens,
+            page_size=options.page_size,
+            wanted=options.max_running * (export.max_length + options.page_size),
+            dtype=export.dtype,
+            device=export.device,
+        )
+        self.allocator = PageAllocator(self.cache.n_pages)
+        self.pages = self._manage_pages()
+        self.scheduler = Scheduler(
+            self.pages,
+            max_running=options.max_running,
+            max_batch_tokens=options.max_batch_tokens,
+            max_waiting=options.max_waiting,
+        )
+        self.routing = self._record_routing() if options.routed_experts else None
+        vocab = export.model.config.vocab_size
+        self.sampler = Sampler(
+            min(vocab, _highest_token(export) + 1),
+            export.end_tokens,
+            options.max_running,
+            export.device,
+        )
+        on_gpu = export.device.type == "cuda"
+        self.overlap = on_gpu if options.overlap == "auto" else options.overlap == "on"
+        self.executor = StepExecutor(
+            self._make_runner(export),
+            self.sampler,
+            self.routing,
+            threaded=self.overlap and not on_gpu,
+        )
+        self._under_way: StepUnderWay | None = None
+
+    def _manage_pages(self) -> PageManager:
+        size, window = self.options.page_size, freed_window(self.export.model.config)
+        if self.options.routed_experts:
+            window = 0  # the record of a page would go with the page
+        radix = self.options.cache == "radix"
+        return PageManager(
+            self.allocator,
+            RadixCache(self.allocator, size, window) if radix else NaiveCache(),
+            size,
+            self.options.max_running,
+            min(self.allocator.n_pages - 1, -(-self.export.max_length // size)),
+            window,
+        )
+
+    def _make_runner(self, export: Export) -> ModelRunner:
+        if self.options.absorb_mla and not self.cache.is_latent:
+            raise UserError("--absorb-mla: the model has no multi-head latent attention")
+        return ModelRunner(export.model, self.cache, self.options.absorb_mla)
+
+    def _record_routing(self) -> RoutingCache:
+        model = self.export.model.config
+        n_layers = sum(model.is_moe(layer) for layer in range(model.n_layers))
+        if not n_layers or model.moe.n_experts > MAX_EXPERTS:
+            raise UserError("--routed-experts: the model has no experts, or more than 65536")
+        size, device = self.options.page_size, self.export.device
+        return RoutingCache(self.cache.n_pages, size, n_layers, model.moe.top_k, device)
+
+    @property
+    def busy(self) -> bool:
+        """There is something to compute, or to read."""
+        return self.scheduler.busy or self._under_way is not None
+
+    def make_requests(
+        self, prompt: Sequence[int], params: SamplingParams, priority: int = 0
+    ) -> list[Request]:
+        """A request for each of `params.n` choices. RequestError: could never be served."""
+        self._check(prompt, params)
+        tokenizer = self.export.tokenizer
+        return [
+            Request(
+                list(prompt),
+                params.choice(index),
+                None if tokenizer is None else TextStream(tokenizer, params.stop),
+                priority,
+            )
+            for index in range(params.n)
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text prompt, with the begin token where the tokenizer adds one."""
+        if self.export.tokenizer is None:
+            raise RequestError("this model has no tokenizer; send token ids", "prompt")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError("the prompt is not valid Unicode", "prompt") from None
+        tokens: list[int] = self.export.tokenizer.encode(text).ids
+        return tokens
+
+    def update_weights(self, folder: Path) -> list[Output]:
+        """Go on with the weights of another export of the same model.
+
+        Requests keep their tokens; everything that the old weights computed is forgotten. Both
+        models are in memory for a moment. UserError, and nothing changes, where they differ.
+        """
+        kind = str(self.export.dtype).removeprefix("torch.")
+        new = open_export(folder, kind, str(self.export.device))
+        if new.model.config != self.export.model.config:
+            raise UserError(f"{folder}: is another model than the one that is served")
+        outputs = self.flush_cache()
+        self.export = replace(self.export, model=new.model)
+        self.executor.runner = self._make_runner(new)
+        return outputs
+
+    def flush_cache(self) -> list[Output]:
+        """Forget all cached prefixes. Running requests compute theirs again.
+
+        Returns the outputs of the step that was under way.
+        """
+        outputs = self.drain()
+        self.scheduler.retract_all()
+        self.pages.prefixes.clear()
+        return outputs
+
+    def step(self) -> list[Output]:
+        """Compute one batch. Empty where there is nothing to do, or where prompts only began.
+
+        Overlapped, the outputs are those of the step before: the next batch is chosen and laid out
+        while the device computes, and its results are read while the device goes on. A request that
+        ended meanwhile is computed once more, which nobody reads.
+        """
+        before = self._under_way
+        chunks = self.scheduler.next_batch(in_flight=before is not None)
+        after = self._start(chunks, before) if chunks else None
+        if before is not None:
+            self._under_way = after
+            return self._finish(before)
+        if self.overlap or after is None:
+            self._under_way = after
+            return []
+        return self._finish(after)
+
+    def drain(self) -> list[Output]:
+        """Finish the step under way, if there is one."""
+        before, self._under_way = self._under_way, None
+        return [] if before is None else self._finish(before)
+
+    def close(self) -> None:
+        """Free the thread of the device. No step may be under way."""
+        self.executor.close()
+
+    def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
+        places = {} if before is None else before.places
+        plan = plan_step(chunks, self.pages, places)
+        sampling = self.sampler.plan(plan.sampled) if plan.sampled else None
+        return self.executor.start(plan, sampling)
+
+    def _finish(self, step: StepUnderWay) -> list[Output]:
+        try:
+            return self._read(step.plan, *step.result())
+        except Exception:
+            chunks = step.plan.chunks
+            log.exception("a step failed; its %d requests end with an error", len(chunks))
+            return [self._fail(c.request) for c in chunks if c.request.finish_reason is None]
+
+    def _read(
+        self, plan: StepPlan, sampled: Sampled | None, prompt_scores: Scores | None
+    ) -> list[Output]:
+        """Commit what was computed, and give requests their tokens and scores."""
+        if prompt_scores is not None:
+            rows = plan.scored
+            found = prompt_scores.read([row.token for row in rows], [row.top for row in rows])
+            for row, one in zip(rows, found, strict=True):
+                row.request.prompt_logprobs.append(one)
+        tokens: dict[Request, tuple[int | None, TokenLogprob | None]] = {}
+        if sampled is not None:
+            tokens = self._tokens_of(plan.sampled, sampled)
+        outputs = []
+        for chunk in plan.chunks:
+            request = chunk.request
+            request.num_pending -= chunk.samples
+            if request.finish_reason is not None:
+                continue  # it ended while the step was under way
+            token, logprob = tokens.get(request, (None, None))
+            try:
+                if chunk.samples and token is None:
+                    log.error("request %d: the logits are not finite", request.number)
+                    outputs.append(self._fail(request))
+                    continue
+                self.scheduler.commit(chunk)
+                if token is not None:
+                    outputs.append(self._append(request, token, logprob))
+            except Exception:
+                log.exception("request %d ends with an error", request.number)
+                outputs.append(self._fail(request))
+        return outputs
+
+    def _tokens_of(
+        self, chunks: Sequence[Chunk], sampled: Sampled
+    ) -> dict[Request, tuple[int | None, TokenLogprob | None]]:
+        tokens, finite = sampled.tokens_R.tolist(), sampled.finite_R.tolist()
+        logprobs: dict[int, TokenLogprob] = {}
+        if sampled.scores is not None:
+            own = [tokens[r] for r in sampled.scored]
+            found = sampled.scores.read(own, sampled.tops)
+            logprobs = dict(zip(sampled.scored, found, strict=True))
+        return {
+            chunk.request: (tokens[r] if finite[r] else None, logprobs.get(r))
+            for r, chunk in enumerate(chunks)
+        }
+
+    def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> Output:
+        """Give a request its next token."""
+        params, stream = request.params, request.text
+        request.tokens.append(token)
+        n_output = request.n_output
+        ended = token in params.stop_token_ids or (
+            token in self.export.end_tokens and not params.ignore_eos
+        )
+        text = ""
+        if stream is not None and not ended:
+            text = stream.add(token, n_output > params.min_tokens)
+        reason: FinishReason | None = None
+        if ended or (stream is not None and stream.stopped):
+            reason = "stop"
+        elif n_output == params.max_tokens:
+            reason = "length"
+        if reason is not None:
+            if stream is not None:
+                text += stream.finish()
+                reason = "stop" if stream.stopped else reason
+            if params.return_routed_experts and self.routing is not None:
+                n_tokens = len(request.tokens) - 1
+                request.routed_experts = self.routing.read(request.sequence.pages, n_tokens)
+            self.scheduler.finish(request, reason)
+        return Output(request, text, [token], [] if logprob is None else [logprob], reason)
+
+    def _fail(self, request: Request) -> Output:
+        self.scheduler.finish(request, "error", keep=False)
+        return Output(request, "", [], [], "error")
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        vocab, tokenizer = self.export.model.config.vocab_size, self.export.tokenizer
+        if not prompt:
+            raise RequestError("the prompt is empty", "prompt")
+        if not all(type(token) is int and 0 <= token < vocab for token in prompt):
+            raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "prompt")
+        longest = min(self.export.max_length, self.cache.capacity + 1)
+        if len(prompt) + params.max_tokens > longest:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
+                f"together at most {longest} are possible",
+                "prompt",
+                code="context_length_exceeded",
+            )
+        for name in ("logit_bias", "stop_token_ids"):
+            if any(token >= self.sampler.n_tokens for token in getattr(params, name)):
+                most = self.sampler.n_tokens - 1
+                raise RequestError(f"tokens of {name} must lie between 0 and {most}", name)
+        if params.return_routed_experts and self.routing is None:
+            raise RequestError(
+                "the engine was not started with routed_experts", "return_routed_experts"
+            )
+        if tokenizer is None and params.stop:
+            raise RequestError("this model has no tokenizer; stop strings need one", "stop")
+
+
+def _highest_token(export: Export) -> int:
+    """Of the tokenizer: what a padded vocabulary has beyond is never sampled."""
+    if export.tokenizer is None:
+        return export.model.config.vocab_size - 1
+    return max(export.tokenizer.get_vocab(with_added_tokens=True).values())

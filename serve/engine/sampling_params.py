@@ -1,0 +1,153 @@
+"""How the tokens of a request are chosen and when it ends, checked: what a client may ask for."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+MAX_TOKENS = 1 << 20
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKENS = 64
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+
+
+class RequestError(ValueError):
+    """A request that cannot be served. The message is one line, fit for the client to read."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str = "invalid_value",
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Types and ranges are checked: RequestError.
+
+    The logits of a token pass, in this order: `logit_bias`, penalties, `min_tokens`, temperature,
+    `top_k`, `top_p` (within what `top_k` left), `min_p`.
+    """
+
+    max_tokens: int = 16
+    """Most tokens to generate, the end token included."""
+    n: int = 1
+    """Independent choices; they share the prompt's pages where a prefix cache is on."""
+    temperature: float = 1.0
+    """Divides the logits. 0: greedy, whatever `top_k`, `top_p` and `min_p` are."""
+    top_p: float = 1.0
+    """Sample from the fewest tokens whose probabilities reach this sum (arXiv:1904.09751)."""
+    top_k: int = 0
+    """Sample from this many most likely tokens. 0 or -1: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this times as likely as the likeliest (arXiv:2407.01082)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the output has."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every time that the output has the token."""
+    repetition_penalty: float = 1.0
+    """Divides the positive, multiplies the negative logits of tokens of prompt and output
+    (arXiv:1909.05858)."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    seed: int | None = None
+    """Makes the choices repeatable, whatever else is in the batch. None: never the same."""
+    stop: tuple[str, ...] = ()
+    """End before the first of these strings; it is not part of the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End with any of these tokens, as with the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's end tokens (benchmarks)."""
+    min_tokens: int = 0
+    """No end token and no stop token before so many tokens."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of so many most likely ones (0 to 20), as the
+    model gives them, before everything above."""
+    prompt_logprobs: int | None = None
+    """The same of the tokens of the prompt, whose cached prefix is then computed again."""
+    echo: bool = False
+    """Put the prompt in front of the text; with `logprobs`, score it as well."""
+    return_routed_experts: bool = False
+    """Report which experts every token visited; the engine must have been started for it."""
+
+    def __post_init__(self) -> None:
+        _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("n", self.n, 1, MAX_CHOICES)
+        _number("temperature", self.temperature, 0.0, 2.0)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p must be greater than 0", "top_p")
+        _integer("top_k", self.top_k, -1, 1 << 31)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        if self.min_tokens > self.max_tokens:
+            raise RequestError("min_tokens must not exceed max_tokens", "min_tokens")
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
+        for name in ("ignore_eos", "echo", "return_routed_experts"):
+            if type(getattr(self, name)) is not bool:
+                raise RequestError(f"{name} must be true or false", name, code="invalid_type")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        self._check_stops()
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise RequestError(f"logit_bias takes at most {MAX_LOGIT_BIASES} tokens", "logit_bias")
+        for token, bias in self.logit_bias.items():
+            _integer("a token of logit_bias", token, 0, (1 << 31) - 1, "logit_bias")
+            _number("a value of logit_bias", bias, -100.0, 100.0, "logit_bias")
+
+    def _check_stops(self) -> None:
+        for name, most in (("stop", MAX_STOPS), ("stop_token_ids", MAX_STOP_TOKENS)):
+            if not isinstance(getattr(self, name), tuple):
+                raise RequestError(f"{name} must be a tuple", name, code="invalid_type")
+            if len(getattr(self, name)) > most:
+                raise RequestError(f"{name} takes at most {most}", name)
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise RequestError("stop must be a string or strings", "stop", code="invalid_type")
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise RequestError(f"a stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
+        for token in self.stop_token_ids:
+            _integer("a stop token", token, 0, (1 << 31) - 1, "stop_token_ids")
+
+    @property
+    def scored_prompt(self) -> int | None:
+        """How many most likely tokens to report beside each of the prompt; None: no scores."""
+        if self.prompt_logprobs is not None:
+            return self.prompt_logprobs
+        return self.logprobs if self.echo else None
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    def choice(self, index: int) -> "SamplingParams":
+        """Those of choice `index` alone: a seeded one has seed + index, so choices differ."""
+        seed = None if self.seed is None else (self.seed + index) % (1 << 64)
+        return replace(self, n=1, seed=seed)
+
+
+def _integer(name: str, value: object, low: int, high: int, param: str = "") -> None:
+    if type(value) is not int:  # bool is an int to isinstance
+        raise RequestError(f"{name} must be an integer", param or name, code="invalid_type")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must lie between {low} and {high}", param or name)
+
+
+def _number(name: str, value: object, low: float, high: float, param: str = "") -> None:
+    if type(value) not in (int, float):
+        raise RequestError(f"{name} must be a number", param or name, code="invalid_type")
+    assert isinstance(value, int | float)
+    if not (math.isfinite(value) and low <= value <= high):
+        raise RequestError(f"{name} must lie between {low:g} and {high:g}", param or name)

@@ -1,0 +1,1 @@
+"""The engine for its users: `serve.Engine`, the thread that computes for all, chat templates."""

@@ -1,0 +1,208 @@
+"""`serve.Engine`: answers from any script or notebook of the checkout, without a server.
+
+Every call goes through one thread that computes, so calls from several threads and coroutines are
+batched together. The thread starts with the first call.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from serve.engine.core import EngineCore, EngineOptions
+from serve.engine.loading import Export, open_export
+from serve.engine.request import (
+    FinishReason,
+    Output,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprob,
+)
+from serve.frontend.chat import ChatTemplate, Message, read_chat_template
+from serve.frontend.thread import EngineThread
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Completion:
+    """One whole answer to one prompt."""
+
+    prompt: list[int]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    request: Request | None = field(default=None, repr=False)
+    """Has more of it: `num_cached`, `prompt_logprobs`, `routed_experts`."""
+
+    def add(self, output: Output) -> None:
+        self.text += output.text
+        self.tokens += output.tokens
+        self.logprobs += output.logprobs
+        self.finish_reason = output.finish_reason
+
+
+class Engine:
+    """A model that answers. Use it as a context manager, or `close` it, to end its thread."""
+
+    def __init__(
+        self,
+        model: str | Path | Export,
+        options: EngineOptions | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        **settings: Any,
+    ) -> None:
+        """model: the folder of an export, or one that is open already. settings: those of
+        `EngineOptions`, instead of `options`. UserError: one line of what cannot work."""
+        assert options is None or not settings, "options or settings, not both"
+        self.chat_template: ChatTemplate | None = None
+        if not isinstance(model, Export):
+            self.chat_template = read_chat_template(Path(model))
+            model = open_export(Path(model), dtype, device)
+        self.core = EngineCore(model, options or EngineOptions(**settings))
+        self.thread = EngineThread(self.core)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread; what is under way ends as cancelled."""
+        self.thread.stop()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Complete prompts, text or token ids, batched as they fit; `n` answers to each in turn."""
+        requests = self._requests(prompts, params)
+        found = {request: Completion(request.prompt, request=request) for request in requests}
+        done, left = threading.Event(), len(requests)
+
+        def deliver(output: Output) -> None:
+            nonlocal left
+            found[output.request].add(output)
+            left -= output.finish_reason is not None
+            if not left:
+                done.set()
+
+        if requests:
+            with self._submitted(requests, deliver):
+                done.wait()
+        return list(found.values())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
+        """The outputs to one prompt as they come; leaving the loop cancels the rest."""
+        requests = self._requests(prompt, params)
+        outputs: SimpleQueue[Output] = SimpleQueue()
+        with self._submitted(requests, outputs.put):
+            left = len(requests)
+            while left:
+                output = outputs.get()
+                left -= output.finish_reason is not None
+                yield output
+
+    async def generate_async(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """`generate` for coroutines; cancelling the task cancels the requests."""
+        found: dict[Request, Completion] = {}
+        async for output in self._outputs(await asyncio.to_thread(self._requests, prompts, params)):
+            one = Completion(output.request.prompt, request=output.request)
+            found.setdefault(output.request, one).add(output)
+        return sorted(found.values(), key=lambda one: one.request.number)  # type: ignore[union-attr]
+
+    async def stream_async(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[Output]:
+        """`stream` for coroutines."""
+        async for output in self._outputs(await asyncio.to_thread(self._requests, prompt, params)):
+            yield output
+
+    async def _outputs(self, requests: list[Request]) -> AsyncIterator[Output]:
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+
+        def deliver(output: Output) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        with self._submitted(requests, deliver):
+            left = len(requests)
+            while left:
+                output = await outputs.get()
+                left -= output.finish_reason is not None
+                yield output
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Answer a conversation of `{"role": ..., "content": ...}`; `params.n` answers."""
+        return self.generate(self.chat_prompt(messages), params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[Output]:
+        """`chat`, as it comes."""
+        return self.stream(self.chat_prompt(messages), params)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation, up to where the answer begins."""
+        tokenizer = self.core.export.tokenizer
+        if self.chat_template is None or tokenizer is None:
+            raise RequestError("this model has no chat template; use generate", "messages")
+        text = self.chat_template.render(messages)
+        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return tokens
+
+    def flush_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.thread.start()
+        self.thread.call(self.core.flush_cache)
+
+    def update_weights(self, folder: str | Path) -> None:
+        """Go on with the weights of another export of the same model; requests under way go on
+        with them too, and everything the old ones computed is forgotten."""
+        self.thread.start()
+        self.thread.call(lambda: self.core.update_weights(Path(folder)))
+
+    def _submitted(
+        self, requests: list[Request], deliver: Callable[[Output], None]
+    ) -> AbstractContextManager[None]:
+        self.thread.start()
+        return self.thread.submitted(requests, deliver)
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        each: list[Any] = [prompts] if one else list(prompts)
+        params = params or SamplingParams()
+        many = [params] * len(each) if isinstance(params, SamplingParams) else params
+        return [
+            request
+            for prompt, p in zip(each, many, strict=True)
+            for request in self.core.make_requests(
+                self.core.encode(prompt) if isinstance(prompt, str) else prompt, p
+            )
+        ]

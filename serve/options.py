@@ -1,0 +1,66 @@
+"""The options that every command of `python -m serve` has: which export, and the engine's sizes."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from configs.errors import UserError
+from serve.engine.core import EngineOptions
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as UserError: one line instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def make_parser(command: str, description: str) -> Parser:
+    """A parser that knows the common options."""
+    sizes = EngineOptions()
+    parser = Parser(
+        prog=f"python -m {command}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="export, such as runs/demo/export")
+    parser.add_argument(
+        "--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the export"
+    )
+    parser.add_argument("--device", default="auto", help="auto: cuda where there is one, or cpu")
+    for name, value, text in (
+        ("--max-running", sizes.max_running, "requests computed together"),
+        ("--max-waiting", sizes.max_waiting, "requests that may wait; more get 503"),
+        ("--max-batch-tokens", sizes.max_batch_tokens, "tokens per step; longer prompts are cut"),
+        ("--kv-tokens", sizes.kv_tokens, "size of the KV cache; 0: what max-running needs"),
+        ("--page-size", sizes.page_size, "tokens per page of the KV cache"),
+    ):
+        parser.add_argument(name, type=int, default=value, help=text)
+    parser.add_argument(
+        "--cache",
+        choices=["radix", "naive"],
+        default=sizes.cache,
+        help="radix: computed prefixes are used again; naive: never",
+    )
+    parser.add_argument(
+        "--overlap",
+        choices=["auto", "on", "off"],
+        default=sizes.overlap,
+        help="choose the next batch while the device computes; auto: on a GPU",
+    )
+    parser.add_argument(
+        "--routed-experts",
+        action="store_true",
+        help="keep the experts of every token, for requests that ask for them",
+    )
+    parser.add_argument(
+        "--absorb-mla",
+        action="store_true",
+        help="multi-head latent attention with less work per key, and other last bits",
+    )
+    return parser
+
+
+def engine_options(options: argparse.Namespace) -> EngineOptions:
+    """Those of a parsed command line. UserError where they make no sense."""
+    return EngineOptions(**{name: getattr(options, name) for name in vars(EngineOptions())})

@@ -1,0 +1,63 @@
+"""What training's forward pass makes of a token does not depend on what is computed beside it.
+
+So a server can give the bits of training although it never computes the same batch.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.model import ModelConfig
+from models.decoder import Decoder
+from models.documents import DocumentAttention
+from models.init import initialize
+from models.router import Router
+from tests.models.families import FAMILIES
+
+
+def logits(decoder: Decoder, tokens_BL: Tensor) -> Tensor:
+    """`[B, L, V]`."""
+    positions_BL = torch.arange(tokens_BL.shape[1]).expand(tokens_BL.shape)
+    with torch.no_grad():
+        out: Tensor = decoder(
+            tokens_BL.flatten(), positions_BL.flatten(), DocumentAttention(positions_BL)
+        )
+    return out.unflatten(0, tokens_BL.shape)
+
+
+def lively(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Decoder:
+    """Weights that make every part of the model matter."""
+    torch.manual_seed(seed)
+    decoder = Decoder(config)
+    initialize(decoder, config, seed=0)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if not name.endswith("norm.weight"):
+                parameter.normal_(0, 0.3)
+    decoder = decoder.to(dtype).eval()
+    for module in decoder.modules():
+        if isinstance(module, Router):
+            module.float_bias()
+    return decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batch_and_length_do_not_matter(name: str, dtype: torch.dtype) -> None:
+    decoder = lively(FAMILIES[name], dtype)
+    tokens_BL = torch.randint(0, 96, (3, 152))
+    whole = logits(decoder, tokens_BL)
+    for length in (8, 15, 16, 37, 127, 128, 129, 149):
+        for row in (slice(0, 1), slice(1, 3)):
+            part = logits(decoder, tokens_BL[row, :length])
+            assert torch.equal(part, whole[row, :length]), (length, row)
+
+
+def test_long_sequences_too() -> None:
+    """Beyond 512 queries are cut into pieces, and more than one block of keys is summed."""
+    for dtype in (torch.float32, torch.bfloat16):
+        decoder = lively(FAMILIES["gpt-oss"], dtype)
+        tokens_BL = torch.randint(0, 96, (1, 1100))
+        whole = logits(decoder, tokens_BL)
+        for length in (500, 530, 1099):
+            assert torch.equal(logits(decoder, tokens_BL[:, :length]), whole[:, :length])
