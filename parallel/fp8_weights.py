@@ -151,7 +151,7 @@ def gather_in_fp8(model: nn.Module) -> Fp8Weights:
             continue
         assert not sharded.offload_to_cpu, "refused by configs.schema"
         weight = GatheredWeight(sharded, isinstance(owner, Fp8Experts), owner.power_of_two)
-        owner.sources[name] = weight
+        owner.read_from(name, weight)
         weights.append(weight)
     return Fp8Weights(weights)
 

@@ -40,8 +40,8 @@ def keep_fp8(decoder: Decoder, source: HFCheckpoint) -> set[str]:
         replacement = in_fp8(module, powers)
         if replacement is None:
             continue
-        replacement.sources |= {key: partial(_same, weight) for key, weight in kept.items()}
-        for key in kept:
+        for key, weight in kept.items():
+            replacement.read_from(key, partial(_same, weight))
             shape = (*module.get_parameter(key).shape[:-1], 0)
             empty = torch.empty(shape, dtype=module.get_parameter(key).dtype, device="meta")
             replacement.register_parameter(key, nn.Parameter(empty, requires_grad=False))

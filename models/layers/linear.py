@@ -73,6 +73,10 @@ class Fp8Module(LocalViews):
         finally:
             self.observer = None
 
+    def read_from(self, name: str, source: Source) -> None:
+        """Take the quantized weight of that name from `source` from now on."""
+        self.sources[name] = source
+
     def fp8_weight(self, name: str) -> Fp8Weight:
         """The quantized weight, a matrix or one per expert."""
         source = self.sources.get(name)
