@@ -110,7 +110,7 @@ def test_absorbed_latents_in_fp8(tmp_path: Path) -> None:
     export = open_export(tmp_path, "auto", "cpu")
     kept = fp8_modules(export.model)["layers.0.attention.wkv_b"]
     assert isinstance(kept, Fp8Linear) and not kept.weight.numel()
-    meant = dequantised(decoder).layers[0].attention.wkv_b.weight
+    meant = dequantised(decoder).get_parameter("layers.0.attention.wkv_b.weight")
     assert torch.equal(plain_weight(kept), meant)
     cache = KvCache(model, 10, 16, torch.bfloat16, torch.device("cpu"))
     (s,) = random_sequences(random.Random(0), cache, [40])
