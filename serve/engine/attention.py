@@ -167,7 +167,7 @@ def _attend_absorbed(
     """`[n, H, V]`: every head is a query of one shared key, the latent and its rotated part."""
     n, H = q_nHC.shape[:2]
     plain, rank = config.qk_nope_head_dim, config.kv_lora_rank
-    w_HXR = _values(wkv_b).unflatten(0, (H, -1))
+    w_HXR = plain_weight(wkv_b).unflatten(0, (H, -1))
     q_HmC = F.pad(q_nHC.float().transpose(0, 1), (0, 0, 0, -n % ALIGN))
     q_HmR = _product(q_HmC[..., :plain], w_HXR[:, :plain])
     q_nHN = torch.cat([q_HmR, q_HmC[..., plain:]], -1).transpose(0, 1)[:n] * scale
@@ -179,7 +179,7 @@ def _attend_absorbed(
     return _product(o_HmR, w_HXR[:, plain:].mT)[:, :n].transpose(0, 1).to(q_nHC.dtype)
 
 
-def _values(linear: Linear) -> Tensor:
+def plain_weight(linear: Linear) -> Tensor:
     """The weight in fp32; of a module in FP8, what its blocks mean."""
     if isinstance(linear, Fp8Linear):
         weight = linear.fp8_weight("weight")

@@ -89,10 +89,12 @@ def test_one_group(n_rows: int, wide: bool, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["multiply_rows", "multiply", "sum_over_rows"])
 def test_few_sizes_are_multiplied(kind: str) -> None:
-    """Exact ones up to 64 rows, then 32 per octave; at most 1/32 more rows than there are."""
+    """Up to 64 rows multiples of 8, and exact ones where rows are summed over; then 32 per octave,
+    at most 1/32 more rows than there are."""
     sizes = sorted(sizes_multiplied(kind, range(1, 513)))
-    assert sizes[:64] == [*range(1, 65)] and len(sizes) == 64 + 3 * 32
-    assert max(b / a for a, b in pairwise(sizes[64:])) <= 1 + 1 / 32
+    few = [*range(1, 65)] if kind == "sum_over_rows" else [*range(8, 65, 8)]
+    assert sizes[: len(few)] == few and len(sizes) == len(few) + 3 * 32
+    assert max(b / a for a, b in pairwise(sizes[len(few) :])) <= 1 + 1 / 32
 
 
 def test_steps_shrink_as_rows_cost_more() -> None:
