@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configs.loader import from_dict
-from configs.parallel_dims import resolve
 from configs.schema import JobConfig
-from models.decoder import Decoder
-from parallel import mesh as meshes
-from parallel.apply import materialize, parallelize
+from parallel.apply import materialize
 from parallel.fp8_weights import gather_in_fp8
-from parallel.ranks import start_ranks, stop_ranks
+from parallel.ranks import Ranks, start_ranks, stop_ranks
 from scripts.gpu_suite.harness import Check, Place, Timing
+from train.build import shard_model
 from train.data.batches import Batch, Sequences, TrainingData
 from train.step import train_step
 
@@ -62,15 +60,14 @@ class StepTiming(Timing):
 
 
 class Training:
-    """A model on one device, and steps of it."""
+    """A model on one device, and steps of it; with torch's own optimizer (torchtitan may be
+    missing)."""
 
-    def __init__(self, settings: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, settings: dict[str, Any], ranks: Ranks) -> None:
         config: JobConfig = from_dict(settings, "gpu_suite")
-        parallel_dims = resolve(config, 1)
-        with torch.device("meta"):
-            self.model = Decoder(config.model)
+        device = ranks.device
         compute = torch.float32 if config.precision.recipe == "fp32" else torch.bfloat16
-        parallelize(self.model, meshes.build(parallel_dims, device.type), config, compute)
+        self.model = shard_model(config, ranks, compute).model
         materialize(self.model, config.model, config.run.seed, device)
         self.weights = gather_in_fp8(self.model)
         self.weights.refresh()
@@ -125,8 +122,9 @@ def settings(
 def check(place: Place) -> Iterator[Check]:
     """FP8 on the device against the emulation: the loss, and every gradient."""
     small = settings("fp8_blockwise", 2, 128, 4, 256)
-    with _one_rank():
-        results = [_gradients(small, device) for device in (place.device, torch.device("cpu"))]
+    with _one_rank() as ranks:
+        devices = place.device, torch.device("cpu")
+        results = [_gradients(small, replace(ranks, device=device)) for device in devices]
     (loss, ours), (expected, theirs) = results
     yield Check("loss in FP8, device and CPU", abs(loss - expected) / expected, 1e-3)
     worst = max(
@@ -136,8 +134,8 @@ def check(place: Place) -> Iterator[Check]:
     yield Check("gradients in FP8, device and CPU, worst parameter", worst, 0.1)
 
 
-def _gradients(small: dict[str, Any], device: torch.device) -> tuple[float, dict[str, Tensor]]:
-    training = Training(small, device)
+def _gradients(small: dict[str, Any], ranks: Ranks) -> tuple[float, dict[str, Tensor]]:
+    training = Training(small, ranks)
     kept: dict[str, Tensor] = {}
 
     class Keep:
@@ -162,8 +160,8 @@ def measure(place: Place) -> Iterator[Timing]:
     n_layers, seq_len, sequences, _ = shape
     milliseconds, peaks, copies = {}, [], []
     for recipe, name in RECIPES.items():
-        with _one_rank():
-            training = Training(settings(recipe, *shape), place.device)
+        with _one_rank() as ranks:
+            training = Training(settings(recipe, *shape), replace(ranks, device=place.device))
             milliseconds[name] = _time(training, place)
             peaks.append(_peak(training, place))
             copies.append(_host_copies(training, place))
@@ -217,10 +215,10 @@ def _wait(place: Place) -> None:
 
 
 @contextmanager
-def _one_rank() -> Iterator[None]:
+def _one_rank() -> Iterator[Ranks]:
     """A process group of this process alone, gone afterwards: others make their own."""
-    start_ranks()
+    ranks = start_ranks()
     try:
-        yield
+        yield ranks
     finally:
         stop_ranks()
