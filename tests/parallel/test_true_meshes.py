@@ -1,7 +1,8 @@
 """Every shipped experiment at its real number of ranks, with a process group that moves nothing.
 
 Each rank's share is built on the meta device, so that a mesh of 1,024 ranks takes seconds; what is
-looked at are mesh shapes, divisibility and the bytes that the last and the first rank hold.
+looked at are mesh shapes, divisibility and the bytes that the last and the first rank hold. Of the
+layers, which are alike, some are enough; all of them are marked slow.
 """
 
 import json
@@ -18,25 +19,30 @@ from tests.runs import ROOT, run
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.toml"))
 
 
-def held(which: int, path: Path) -> dict[str, Any]:
+SOME = 6
+
+
+def held(which: int, path: Path, *overrides: str) -> dict[str, Any]:
     """What the first or last rank holds, in a process of its own: torch remembers a mesh's
     coordinates by its shape."""
-    found: dict[str, Any] = json.loads(
-        run("-m", "tests.parallel.true_mesh_run", which, path).stdout
-    )
-    return found[path.stem]
+    done = run("-m", "tests.parallel.true_mesh_run", which, path, *overrides)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
+@pytest.mark.parametrize("layers", [SOME, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_rank_holds_its_share(path: Path) -> None:
-    config = load(path)
+def test_every_rank_holds_its_share(path: Path, layers: int) -> None:
+    layers = min(layers, load(path).model.n_layers)
+    overrides = [f"--model.n_layers={layers}"]
+    config = load(path, overrides)
     parallel_dims = resolve(config, default_world(config))
     counts = parameter_counts(config.model)
     share = (counts.total + counts.mtp - counts.experts) / (
         parallel_dims.dp_shard * parallel_dims.tp
     )
     share += counts.experts / (parallel_dims.efsdp * parallel_dims.ep * parallel_dims.etp)
-    first, last = (held(which, path) for which in (0, -1))
+    first, last = (held(which, path, *overrides) for which in (0, -1))
     # vectors that the ranks cannot divide evenly are rounded up on the first
     assert first["elements"] == pytest.approx(share, rel=0.01)
     assert last["elements"] <= first["elements"]

@@ -1,8 +1,7 @@
-"""One rank of each experiment at its real size: `true_mesh_run.py RANK FILE.toml ...`."""
+"""One rank of an experiment at its real size: `true_mesh_run.py RANK FILE.toml [OVERRIDE ...]`."""
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from parallel.apply import parallelize
 from parallel.shards import box_of, local_of
 
 
-def held(file: str, which: int) -> dict[str, Any]:
+def held(which: int, file: str, *overrides: str) -> dict[str, Any]:
     """What rank `which` (negative: from the end) holds, in elements, and the meshes' shapes."""
-    config = load(file)
+    config = load(file, overrides)
     parallel_dims = resolve(config, default_world(config))
     rank = which % parallel_dims.world
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel_dims.world)
@@ -38,4 +37,4 @@ def held(file: str, which: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({Path(f).stem: held(f, int(sys.argv[1])) for f in sys.argv[2:]}))
+    print(json.dumps(held(int(sys.argv[1]), *sys.argv[2:])))
