@@ -59,8 +59,8 @@ class GatheredWeight:
         self.scales = torch.empty(self.grid, device=self.local.device)
         # what FSDP2 gathers: the shard, with its padding where the ranks do not divide it evenly
         self.wire = torch.zeros(length, dtype=torch.uint8, device=self.local.device)
-        self.version = -1
-        """Of the master weight when it was quantized (torch counts changes in place)."""
+        self.is_current = False
+        """Whether the bytes are those of the master weight (`Fp8Weights.expire`)."""
         self.stand_in: Tensor | None = None
         self.whole: Fp8Weight | None = None
         self.local.fsdp_pre_all_gather = self._before
@@ -72,7 +72,7 @@ class GatheredWeight:
 
     def quantize(self, maxima_nk: Tensor) -> None:
         """This rank's piece anew, with scales that all ranks agree on."""
-        self.version = self.local._version
+        self.is_current = True
         self.scales.copy_(scales_of(maxima_nk, self.power_of_two))
         mine = self.wire
         for dim, size in enumerate(self.local.shape):
@@ -94,7 +94,7 @@ class GatheredWeight:
     def _before(
         self, mesh: Any, outer_size: Any, outer_stride: Any, module: nn.Module, policy: Any
     ) -> tuple[tuple[Tensor, ...], None]:
-        if self.version != self.local._version:
+        if not self.is_current:
             raise RuntimeError(
                 "a weight changed after it was quantized; call Fp8Weights.refresh after every "
                 "optimizer step and every load"
@@ -120,6 +120,11 @@ class Fp8Weights:
 
     def __init__(self, weights: list[GatheredWeight]) -> None:
         self.weights = weights
+
+    def expire(self) -> None:
+        """The master weights have changed: gathering raises until they are quantized anew."""
+        for weight in self.weights:
+            weight.is_current = False
 
     def refresh(self) -> None:
         """Quantise the shards anew; all ranks call it whenever the weights have changed."""

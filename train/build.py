@@ -66,4 +66,6 @@ def build_training(
     materialize(model, config.model, config.run.seed, ranks.device, config.parallel.cpu_offload)
     model.train()
     optimizer = build_optimizer(model, config.optimizer, config.precision.moments)
-    return Training(sharded.mesh, model, sharded.compute, gather_in_fp8(model), optimizer)
+    fp8_weights = gather_in_fp8(model)
+    optimizer.register_step_post_hook(lambda *_: fp8_weights.expire())  # a refresh cannot be missed
+    return Training(sharded.mesh, model, sharded.compute, fp8_weights, optimizer)

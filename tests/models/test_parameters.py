@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from torch import nn
-from train.torchtitan_adapter import build_optimizer
 
 from configs.model import ModelConfig
 from configs.schema import OptimizerConfig
@@ -13,6 +12,7 @@ from models.decoder import Decoder
 from models.init import initialize
 from models.parameters import PARAMETERS, ParamSpec, spec_of
 from tests.models.families import FAMILIES, GLM4
+from train.optim.optimizer import build_optimizer
 
 
 def shapes() -> dict[str, set[torch.Size]]:
