@@ -135,6 +135,13 @@ class _Step:
         # the microbatches before it are there to the end of the step
         self.held[MASKS] += (self.passes - 1) * masks
         self.held[BATCH] *= self.passes
+        # counts of choices (int64) and three losses of the MoE layers that are not traced
+        absent_moe = sum(
+            self.traced.layers.times[place] - 1
+            for place, is_moe in enumerate(self.model.moe_blocks())
+            if is_moe
+        )
+        self.held["other"] += absent_moe * (8 * self.config.model.moe.n_experts + 12)
         return segments
 
     def needs(self, segments: list[Segment]) -> Needs:

@@ -172,14 +172,14 @@ class TracedModel:
             self.leave()
 
     def _name_axes(self, mesh: meshes.Mesh) -> None:
-        groups: dict[str, Any] = {}
+        groups: list[tuple[str, Any]] = []  # meshes have groups of their own for the same axis
         for view in (mesh.dense, mesh.whole, mesh.expert):
-            groups |= {axis: view[axis].get_group() for axis in view.mesh_dim_names or ()}
+            groups += [(axis, view[axis].get_group()) for axis in view.mesh_dim_names or ()]
         for _, dispatcher in routed_dispatchers(self.module):
             if isinstance(dispatcher.planner, Hierarchical):
-                groups["ep between nodes"] = dispatcher.planner.across.group
-                groups["ep in a node"] = dispatcher.planner.within.group
-        self.tracker.axes = {g.group_name: axis for axis, g in groups.items() if g.size() > 1}
+                groups += [("ep between nodes", dispatcher.planner.across.group)]
+                groups += [("ep in a node", dispatcher.planner.within.group)]
+        self.tracker.axes = {g.group_name: axis for axis, g in groups if g.size() > 1}
 
     def _watch_modules(self) -> None:
         """Name the category of what each part allocates, and mark where layers begin."""

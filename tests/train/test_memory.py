@@ -1,9 +1,9 @@
 """`--check` predicts the bytes of a rank; torch's memory tracker counts those of a real step.
 
-Tolerance: 10 percent of what was counted, on every rank. Most cases agree within 1 percent; what is
-left is how rows fall into groups, and when gloo lets go of a copy. How many rows a rank gets is not
-known beforehand: where experts lie on several ranks routing is forced, to be even or to be the
-worst.
+Tolerance: 1 percent of what was counted on one rank. On several, 10 percent on every rank: all
+agree within 1, but for a busy machine where gloo lets go of its copies late. How many rows a rank
+gets is not known beforehand: where experts lie on several ranks routing is forced, to be even or
+to be the worst.
 """
 
 import json
@@ -28,7 +28,7 @@ from train.check import report
 from train.compute_dtype import compute_dtype
 from train.memory import predict
 
-TOLERANCE = 0.10
+TOLERANCE, OF_ONE_RANK = 0.10, 0.01
 CPU = torch.device("cpu")
 
 
@@ -164,7 +164,8 @@ NOTICED = {"recomputed": "none", "activations": "full", "partly recomputed": "no
 def test_prediction_is_what_the_tracker_counts(case: Case, tmp_path: Path) -> None:
     found = measured(tmp_path, case)
     errors = [predicted(case) / size - 1 for size in (found[:1] if case.one_choice else found)]
-    assert max(map(abs, errors)) <= TOLERANCE, [f"{error:+.1%}" for error in errors]
+    tolerance = OF_ONE_RANK if case.ranks == 1 else TOLERANCE
+    assert max(map(abs, errors)) <= tolerance, [f"{error:+.1%}" for error in errors]
     if case.name in NOTICED:
         error = predicted(case, recompute=NOTICED[case.name]) / found[0] - 1
         assert abs(error) > TOLERANCE, f"{error:+.1%}"

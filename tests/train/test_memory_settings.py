@@ -1,6 +1,7 @@
 """Every setting that changes memory or traffic is traced, alone and beside every other, and moves
 the prediction the way it should."""
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -161,9 +162,9 @@ def test_every_pair_of_settings_is_traced(chosen: Combination) -> None:
     parallel_dims = resolve(config, RANKS)
     even, worst = needs(config, device)
     home = even.host if config.parallel.cpu_offload and device == "cuda" else even.peak
-    assert home["parameters"] == pytest.approx(4 * own_parameters(config, parallel_dims), rel=0.02)
+    assert home["parameters"] == pytest.approx(4 * own_parameters(config, parallel_dims), rel=2e-3)
     moment = 2 if config.precision.moments == "bf16" else 4
-    assert home["AdamW moments"] >= 2 * moment * own_parameters(config, parallel_dims)
+    assert home["AdamW moments"] >= 2 * moment * own_parameters(config, parallel_dims) * (1 - 2e-3)
     assert bool(even.host) == (home is even.host)
     axes = {exchange.rsplit(" ", 1)[0] for exchange in even.exchanged}
     assert axes == axes_of(config, parallel_dims)
@@ -299,3 +300,15 @@ def test_with_limited_room_no_routing_is_worse() -> None:
     even, worst = needs(experiment(ep=4, dispatch={"kind": "sync_free"}), "cuda")
     assert worst == needs(experiment(ep=4), "cuda")[1]
     assert worst.peak.total() > even.peak.total()
+
+
+def test_ten_thousand_layers_take_seconds() -> None:
+    start = time.process_time()
+    sizes = [
+        needs(experiment(wide("qwen3", n_layers=n), recompute="full"), "cuda")[0].peak
+        for n in (4000, 7000, 10_000)
+    ]
+    assert time.process_time() - start < 10
+    for kind in {kind for peak in sizes for kind in peak}:
+        small, middle, large = (peak[kind] for peak in sizes)
+        assert middle - small == large - middle, kind
