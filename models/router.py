@@ -61,7 +61,9 @@ class Router(nn.Module):
         n_tokens, x_TD = len(x_TD), x_TD.float()
         if 0 < n_tokens < _LEAST_ROWS:  # fewer rows are summed in another order on a CPU
             x_TD = F.pad(x_TD, (0, 0, 0, _LEAST_ROWS - n_tokens))
-        logits_TE = F.linear(x_TD, self.weight.float(), bias)[:n_tokens]
+        logits_TE = F.linear(x_TD, self.weight.float(), bias)
+        if n_tokens < len(x_TD):
+            logits_TE = logits_TE[:n_tokens]
         if layer is None:
             return self._route(logits_TE)[:2]
         if layer.step is None or layer.totals is None or not any(coefficients(config)):

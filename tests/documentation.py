@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shlex
 import signal
 import sys
 from contextlib import redirect_stderr
@@ -40,7 +41,7 @@ class Command:
         """The words, each optional part in brackets left out and each placeholder filled in."""
         text = re.sub(r" \[-[^\]]*\]", "", self.text)  # [--ranks N]: may be left out
         text = text.split(" > ")[0]
-        return [_PLACEHOLDERS.get(word, word) for word in text.split()]
+        return [_PLACEHOLDERS.get(word, word) for word in _words(text)]
 
 
 _PLACEHOLDERS = {
@@ -102,3 +103,11 @@ def run_module(module: str, *arguments: str) -> tuple[int, str]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code, errors.getvalue()
+
+
+def _words(text: str) -> list[str]:
+    """As a shell splits it; at spaces where its quotes do not close."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return text.split()
