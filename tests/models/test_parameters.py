@@ -78,6 +78,6 @@ def test_a_declaration_is_all_it_takes(
     parameter = model.get_parameter("layers.1.attention.temperature")
     assert parameter.tolist() == [value] * 3
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.5))
-    groups = [group for inner in optimizer for group in inner.param_groups]
+    groups = optimizer.param_groups
     found = [g["weight_decay"] for g in groups if any(p is parameter for p in g["params"])]
     assert found == [decay]

@@ -9,23 +9,20 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.loader import load
-from configs.parallel_dims import default_world, resolve
-from models.decoder import Decoder
-from parallel import mesh as meshes
-from parallel.apply import parallelize
+from configs.parallel_dims import default_world
+from parallel.ranks import Ranks
 from parallel.shards import box_of, local_of
+from train.build import shard_model
 
 
 def held(which: int, file: str, *overrides: str) -> dict[str, Any]:
     """What rank `which` (negative: from the end) holds, in elements, and the meshes' shapes."""
     config = load(file, overrides)
-    parallel_dims = resolve(config, default_world(config))
-    rank = which % parallel_dims.world
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel_dims.world)
-    mesh = meshes.build(parallel_dims, "cpu")
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    parallelize(model, mesh, config, torch.bfloat16)
+    world, store = default_world(config), FakeStore()
+    ranks = Ranks(which % world, world, torch.device("cpu"), store)
+    dist.init_process_group("fake", store=store, rank=ranks.rank, world_size=world)
+    sharded = shard_model(config, ranks, torch.bfloat16)
+    mesh, model = sharded.mesh, sharded.model
     elements = 0
     for parameter in model.parameters():
         assert tuple(local_of(parameter).shape) == box_of(parameter).shape

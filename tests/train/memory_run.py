@@ -10,22 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from configs.loader import from_dict
-from configs.parallel_dims import resolve
 from configs.schema import JobConfig
-from models.decoder import Decoder
 from models.router import routers
-from parallel import mesh as meshes
-from parallel.apply import materialize, parallelize
-from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh_run import random_corpus
-from train.compute_dtype import compute_dtype
+from train.build import build_training
 from train.data.batches import Sequences, TrainingData
-from train.optim.optimizer import build_optimizer
 from train.step import train_step
 
 
@@ -49,18 +42,13 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
 
     one_choice: all tokens choose the same experts.
     """
-    parallel_dims = resolve(config, ranks.world)
-    mesh = meshes.build(parallel_dims, ranks.device.type)
-    with torch.device("meta"):
-        model = Decoder(config.model)
-    parallelize(model, mesh, config, compute_dtype(config, ranks.device))
-    materialize(model, config.model, config.run.seed, ranks.device)
+    training = build_training(config, ranks)
+    model, optimizer = training.model, training.optimizer
+    parallel_dims, fp8_weights = training.mesh.parallel_dims, training.fp8_weights
     for router in routers(model):
         if one_choice:
             router.bias_E[: router.config.top_k] = 100.0  # scores are at most 1
-    fp8_weights = gather_in_fp8(model)
     fp8_weights.refresh()
-    optimizer = build_optimizer(model, config.optimizer, config.precision.moments)
     data = TrainingData(
         Sequences(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, 0),
         seed=config.run.seed,
