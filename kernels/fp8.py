@@ -44,7 +44,7 @@ def fp8_dtype(device: torch.device) -> torch.dtype:
 def empty_column_major(
     shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """An uninitialised `[..., R, D]`, each matrix with contiguous columns that start at multiples
+    """An uninitialized `[..., R, D]`, each matrix with contiguous columns that start at multiples
     of 16 bytes."""
     *matrices, rows, columns = shape
     step = 16 // dtype.itemsize

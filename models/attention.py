@@ -1,6 +1,6 @@
 """Attention layers around an exchangeable core.
 
-The layer projects, normalises and rotates; what may look at what is the *core*'s business. In
+The layer projects, normalizes and rotates; what may look at what is the *core*'s business. In
 training that is `models.documents.DocumentAttention` (causal, within a document); the serving
 engine passes a core with a paged KV cache. Both see tokens in one flat dimension.
 

@@ -37,7 +37,7 @@ class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in 
     """`[R, D]`; FP8 where there are scales."""
     scales: Tensor | None
     """A scale per 128 values of a row (`kernels.quantization.quantize`), or None where `data` is
-    not quantised."""
+    not quantized."""
     weights_R: Tensor
     """Routing weight of every row, fp32."""
     ends_e: Tensor
@@ -45,7 +45,7 @@ class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in 
     align: int = 1
     """A promise: every group starts at a multiple of it."""
     stand_in: Tensor | None = None
-    """Quantised rows: a tensor of the shape and dtype they had, without memory of its own. It
+    """Quantized rows: a tensor of the shape and dtype they had, without memory of its own. It
     takes their place in autograd, where a gradient must have its tensor's dtype."""
 
 
@@ -53,7 +53,7 @@ ExpertsFn = Callable[[Rows], Tensor]
 
 
 def row_values(rows: Rows) -> Tensor:
-    """`[R, D]` in the compute dtype; the gradient passes the quantisation as it is."""
+    """`[R, D]` in the compute dtype; the gradient passes the quantization as it is."""
     if rows.scales is None:
         return rows.data
     return _Dequantize.apply(rows.stand_in, rows.data, rows.scales)

@@ -1,7 +1,7 @@
 """Sparse upcycling: the feed-forwards of a dense model become experts (arXiv:2212.05055).
 
 A feed-forward is a sum over its hidden neurons, so it may be cut into G pieces (granularity) whose
-outputs add up to its own. Each piece appears `copies` times; the experts of one copy are neighbours
+outputs add up to its own. Each piece appears `copies` times; the experts of one copy are neighbors
 and start with the same router row, so they score the same and are chosen together: the top-k of
 the first step is a whole cover of the feed-forward ("virtual group", arXiv:2410.07524). With G = 1
 every expert is a whole copy.
@@ -13,7 +13,7 @@ where it takes all of them, half of the output. The factors lie in the down proj
 linear, because few exported families have a factor of their own.
 
 What makes the copies differ later is the data alone: a router of small random rows sends them
-different tokens. Left out: re-initialising part of an expert (Drop-Upcycling, arXiv:2502.19261).
+different tokens. Left out: re-initializing part of an expert (Drop-Upcycling, arXiv:2502.19261).
 
 D model width, F width of the dense feed-forward, f of a piece, G pieces, E experts.
 """
@@ -174,7 +174,7 @@ def upcycled_layer(
 def _routed_scale(recipe: Recipe, moe: MoEConfig) -> float:
     """What the down projections are multiplied by, so that the routed experts add up.
 
-    Without normalisation the sum of the weights is only known for a router that says nothing:
+    Without normalization the sum of the weights is only known for a router that says nothing:
     top_k / n_experts for softmax, top_k / 2 for sigmoid.
     """
     if moe.norm_top_k:

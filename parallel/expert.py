@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of `ep` holds `n_experts / ep` neighbouring experts, and the ranks
+"""Expert parallelism: each rank of `ep` holds `n_experts / ep` neighboring experts, and the ranks
 of `etp` divide the width F of those.
 
 | weight | over ep | over etp |

@@ -1,11 +1,11 @@
-"""Weights in FP8 under FSDP2: quantised once per optimizer step, gathered as bytes.
+"""Weights in FP8 under FSDP2: quantized once per optimizer step, gathered as bytes.
 
-FSDP2 would gather a weight in bf16, and each rank quantise the whole of it at every use. Instead,
-after each optimizer step, every rank quantises its own shard of the fp32 master weight, and FSDP2
+FSDP2 would gather a weight in bf16, and each rank quantize the whole of it at every use. Instead,
+after each optimizer step, every rank quantizes its own shard of the fp32 master weight, and FSDP2
 gathers those bytes: half of bf16's, in forward and backward of all microbatches. Blocks of 128x128
 need not respect the borders of shards. The largest value of each block is a maximum over ranks, one
 all-reduce per step and group of ranks for all weights together (4 bytes per 16,384 elements), from
-which every rank knows all scales. Every mesh therefore quantises a weight to the same bits.
+which every rank knows all scales. Every mesh therefore quantizes a weight to the same bits.
 
 FSDP2 has hooks for this, which it finds as attributes of the local shard. The parameter that it
 shows to the module while it is gathered is needed for its shape, dtype and gradient only: its
@@ -127,7 +127,7 @@ class Fp8Weights:
             weight.is_current = False
 
     def refresh(self) -> None:
-        """Quantise the shards anew; all ranks call it whenever the weights have changed."""
+        """Quantize the shards anew; all ranks call it whenever the weights have changed."""
         by_group: dict[Any, list[GatheredWeight]] = defaultdict(list)
         for weight in self.weights:
             by_group[weight.group].append(weight)

@@ -1,6 +1,6 @@
 """Who is still there, asked when a collective has failed.
 
-A rank that is killed says nothing, and the error that its neighbours get from gloo or NCCL names an
+A rank that is killed says nothing, and the error that its neighbors get from gloo or NCCL names an
 address at best, often that of a rank which only left because of it. So every rank answers a call on
 the store, in a thread of its own, also while it waits in a collective. Who does not answer is gone.
 Nothing is sent but one small question to the store per second and rank.

@@ -1,7 +1,7 @@
 """What a rank owns of a tensor: a box of the logical tensor, and whether it is the primary
 replica.
 
-Checkpoints, clipping and initialisation need the same facts about a DTensor: the offset and shape
+Checkpoints, clipping and initialization need the same facts about a DTensor: the offset and shape
 of the local shard in the whole tensor, and, where several ranks hold the same shard (replicas),
 which one of them counts.
 """

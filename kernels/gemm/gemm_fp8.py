@@ -1,4 +1,4 @@
-"""Matrix products of blockwise-quantised FP8 operands, one for each product of a linear layer.
+"""Matrix products of blockwise-quantized FP8 operands, one for each product of a linear layer.
 
 | product | function | sums over | a | b |
 |---|---|---|---|---|
@@ -14,7 +14,7 @@ The result is bf16 or fp32, or is added to an fp32 matrix: a main gradient that 
 microbatches without rounding and without a second pass. A NaN scale makes its row, or its 128
 columns, NaN.
 
-On a CPU the operands are dequantised to fp32 and multiplied by its BLAS. Where all scales are
+On a CPU the operands are dequantized to fp32 and multiplied by its BLAS. Where all scales are
 powers of two, bf16 holds data x scale exactly: there a bf16 result comes from bf16 products, if the
 CPU has them, the same but for the order of the sum and several times as fast. On a GPU
 `implementation` names the kernel: "triton" runs everywhere, "gluon" (`kernels.gemm.gemm_fp8_gluon`)

@@ -11,7 +11,7 @@ have read it. The n-th use of a barrier completes its n-th phase, and a wait nam
 parity. Nothing else synchronises the loader and the groups.
 
 Left out: 256x128 tiles (two accumulators and a product in each thread: they spill), operands
-shared between neighbouring SMs (multicast), results stored through TMA, Blackwell.
+shared between neighboring SMs (multicast), results stored through TMA, Blackwell.
 
 Gluon fixes the layout of every tensor, and its interface changes between versions of Triton: this
 file knows 3.6 to 3.9. Sizes and scales are as in `kernels.gemm.gemm_fp8_triton`.

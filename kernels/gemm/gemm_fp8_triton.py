@@ -147,7 +147,7 @@ def k_major(x_RK: Tensor, target: Target) -> Tensor:
 
 
 def rows_contiguous(scales_Rk: Tensor) -> Tensor:
-    """Scales of neighbouring rows side by side, as `kernels.quantization.quantize` makes them."""
+    """Scales of neighboring rows side by side, as `kernels.quantization.quantize` makes them."""
     return scales_Rk if scales_Rk.stride(0) == 1 else scales_Rk.T.contiguous().T
 
 

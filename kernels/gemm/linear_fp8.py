@@ -1,14 +1,14 @@
 """Linear layers whose three products run in FP8, blockwise.
 
-Forward quantises x twice in one pass: per 1x128 along its width for the output, per 128x1 along the
+Forward quantizes x twice in one pass: per 1x128 along its width for the output, per 128x1 along the
 tokens for the weight gradient. Only the second form is kept for backward, at one byte per element:
-half of what a bf16 layer keeps. Backward quantises dy the same way, once for each of its products.
-x in bf16 is not kept, so the weight gradient is that of the quantised x (DeepSeek-V3,
+half of what a bf16 layer keeps. Backward quantizes dy the same way, once for each of its products.
+x in bf16 is not kept, so the weight gradient is that of the quantized x (DeepSeek-V3,
 arXiv:2412.19437, section 3.3). Layers that read the same x (queries, keys and values) share both
 forms.
 
-The weight is quantised per 128x128, once for the products of forward and backward. It changes only
-when the optimizer steps, so whoever knows of steps keeps the quantised form (`Fp8Weight`) and gives
+The weight is quantized per 128x128, once for the products of forward and backward. It changes only
+when the optimizer steps, so whoever knows of steps keeps the quantized form (`Fp8Weight`) and gives
 it to all microbatches of one.
 
 Shapes: T tokens, D input width, N output width; d, n, t their numbers of blocks of 128.
@@ -46,7 +46,7 @@ class Fp8Weight(NamedTuple):
 
     @staticmethod
     def of(weight: Tensor, power_of_two: bool = False) -> "Fp8Weight":
-        """Quantise a weight; without autograd."""
+        """Quantize a weight; without autograd."""
         (data, scales), transposed = quantize_128x128(weight.detach(), power_of_two)
         return Fp8Weight(data, transposed, scales)
 
@@ -78,7 +78,7 @@ def linears_fp8_reference(
     x_TD: Tensor, weights: Sequence[Tensor], fp8_weights: Sequence[Fp8Weight],
     power_of_two: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Plain-torch form of `linears_fp8`: dequantised operands, fp32 products."""
+    """Plain-torch form of `linears_fp8`: dequantized operands, fp32 products."""
     flat = x_TD.reshape(-1, x_TD.shape[-1])
     outputs = (
         _Reference.apply(flat, weight, fp8_weight, power_of_two)
@@ -90,7 +90,7 @@ def linears_fp8_reference(
 def _forms(
     x: Tensor, power_of_two: bool, rows: bool, columns: bool
 ) -> tuple[Quantized | None, Quantized | None]:
-    """The quantised forms that are needed, in one pass."""
+    """The quantized forms that are needed, in one pass."""
     if rows and columns:
         return quantize_1x128_128x1(x, power_of_two)
     return (

@@ -1,4 +1,4 @@
-"""Grouped GEMMs of blockwise-quantised FP8 operands: the experts' products of
+"""Grouped GEMMs of blockwise-quantized FP8 operands: the experts' products of
 `kernels.gemm.gemm_fp8`.
 
 | product | function | sums over | operands |
@@ -12,7 +12,7 @@ the device, zero rows between them, nobody's rows behind the last end. Scales ar
 `kernels.quantization.quantize`; those of the weight gradient come from `quantize_128x1_grouped`,
 whose blocks restart with every group, so a block of 128 rows never mixes experts.
 
-On a CPU one group after the other is dequantised and multiplied, as `kernels.gemm.gemm_fp8` does
+On a CPU one group after the other is dequantized and multiplied, as `kernels.gemm.gemm_fp8` does
 it.
 
 Shapes: R rows, N output width, K input width, E experts; n, k their numbers of blocks of 128,

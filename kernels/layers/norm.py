@@ -7,7 +7,7 @@ The gradient of the weight sums over all rows: every program adds up its own row
 a second sum adds the programs. No atomics, so two runs give the same bits. On a CPU `F.rms_norm` is
 the fastest form, and `rms_norm` is that.
 
-The output is not quantised here where it feeds products in FP8: the gradient of their weights needs
+The output is not quantized here where it feeds products in FP8: the gradient of their weights needs
 it per 128 rows, from unrounded values, so it would be written in bf16 all the same.
 
 Shapes: D width; the other dimensions are free.

@@ -1,6 +1,6 @@
 """Rotation of heads by the angles of their tokens (RoPE, arXiv:2104.09864), from tables.
 
-Dimension i of a head is paired with i + C/2, or with its neighbour where `interleaved`; the
+Dimension i of a head is paired with i + C/2, or with its neighbor where `interleaved`; the
 arithmetic is fp32, whatever the dtype of x. Backward is the rotation by the negative angle, so
 nothing is kept but the tables. x may be part of a wider tensor, such as the rotated part of MLA's
 queries and keys (arXiv:2405.04434, section 2.1.3): its heads are read where they lie.

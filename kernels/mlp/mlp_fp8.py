@@ -6,13 +6,13 @@
 | gate and up, 1x128 | 2 F | SwiGLU and its gradient are computed again from them |
 
 That is everything, in FP8 with its scales: h is not kept, since backward makes it again, and
-quantises it, in the same pass as the gradient of gate and up (DeepSeek-V3, arXiv:2412.19437,
+quantizes it, in the same pass as the gradient of gate and up (DeepSeek-V3, arXiv:2412.19437,
 section 3.3.3). A bf16 layer keeps 2 D + 6 F bytes.
 
 Rows that a dispatcher brought in FP8 go into the first product as they are. Only for the weight
-gradient are they quantised once more, since its scales run the other way.
+gradient are they quantized once more, since its scales run the other way.
 
-x's gradient for rows in FP8 is that of the values before their quantisation (straight through).
+x's gradient for rows in FP8 is that of the values before their quantization (straight through).
 
 R rows, D model width, F hidden width, E groups of rows (experts).
 """
@@ -60,7 +60,7 @@ def swiglu_mlp_fp8(
     """`y_RD = (silu(x w1.T) * (x w3.T) * weight) w2.T`, in x's dtype, row by row.
 
     x_RD: bf16 or fp32. w13 `[2F, D]`, w2 `[D, F]`, with groups `[E, ...]`: what gets the gradients;
-    the products take their quantised forms. rows: x in FP8, 1x128, where it is so already; x then
+    the products take their quantized forms. rows: x in FP8, 1x128, where it is so already; x then
     only lends its dtype and takes the gradient. Differentiable in x, w13, w2 and weights_R.
     """
     wants_weights = torch.is_grad_enabled() and (w13.requires_grad or w2.requires_grad)
@@ -171,7 +171,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Products:
-    """The three products and the quantisers they need, for rows in groups or in none."""
+    """The three products and the quantizers they need, for rows in groups or in none."""
 
     groups: Groups | None
     power_of_two: bool

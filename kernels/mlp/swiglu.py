@@ -10,8 +10,8 @@ linear: `w * (W2 @ h) = W2 @ (w * h)`; combining the rows is then a plain sum.
 `clamped_swiglu` (GPT-OSS): `h = (up + 1) * gate * sigmoid(1.702 gate) * weight`, with the gate at
 most 7 and up within +-7; what is clamped has no gradient.
 
-For products in FP8 the results leave quantised and are never written in bf16: `swiglu_quantized`
-and `swiglu_backward_quantized` give the bits of quantising what `swiglu` and `swiglu_backward`
+For products in FP8 the results leave quantized and are never written in bf16: `swiglu_quantized`
+and `swiglu_backward_quantized` give the bits of quantizing what `swiglu` and `swiglu_backward`
 give. The latter takes gate and up in FP8 too, as DeepSeek-V3 keeps them (arXiv:2412.19437,
 section 3.3.3). These two are parts of a recipe's own backward and have no gradient.
 
@@ -103,7 +103,7 @@ def swiglu_backward_quantized(
     counts_E: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedGradients:
-    """`swiglu_backward` with h, everything quantised for the products that follow, in one pass.
+    """`swiglu_backward` with h, everything quantized for the products that follow, in one pass.
 
     gate_up_R2F: in grad's dtype, or FP8 data with its `scales` of `quantize_1x128`.
     ends_E, counts_E: as in `grouped_gemm_nt`; None for one group of all rows. Blocks of 128 rows

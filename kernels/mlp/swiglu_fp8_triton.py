@@ -1,10 +1,10 @@
-"""Triton form of the quantised `kernels.mlp.swiglu`: what a product will read, written once, in
+"""Triton form of the quantized `kernels.mlp.swiglu`: what a product will read, written once, in
 FP8.
 
 Forward: a program owns 32 rows of one block of 128 columns of h, so no maximum crosses programs.
 Backward: a program owns a block of 128 rows of one group and 128 columns. It goes through them in
-strips of rows twice: first for the maxima over columns, writing what is quantised along rows on
-the way; then again, from cache, for what is quantised along columns. That recomputes a sigmoid
+strips of rows twice: first for the maxima over columns, writing what is quantized along rows on
+the way; then again, from cache, for what is quantized along columns. That recomputes a sigmoid
 rather than hold three 128x128 tiles, which would not fit into registers. The sum over a row for the
 gradient of its weight is made of one partial sum per program, added up afterwards: no atomics, so
 always the same bits.
@@ -124,7 +124,7 @@ def _store_rows(  # type: ignore[no-untyped-def]
     x, data_ptr, scales_ptr, block, rows, columns, inside, end, D, scales_stride,
     LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """A strip quantised along its rows; `block` of their scales."""
+    """A strip quantized along its rows; `block` of their scales."""
     scale = block_scale(tl.max(magnitude_bits(x), 1), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
     data = divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
     tl.store(data_ptr + rows[:, None] * D + columns[None, :], data, mask=inside)
@@ -135,7 +135,7 @@ def _store_rows(  # type: ignore[no-untyped-def]
 def _store_columns(  # type: ignore[no-untyped-def]
     x, data_ptr, scale, rows, columns, inside, stride, POWER_OF_TWO: tl.constexpr
 ):  # fmt: skip
-    """A strip quantised with the scales of its columns, transposed."""
+    """A strip quantized with the scales of its columns, transposed."""
     data = tl.trans(divide(x, scale[None, :], POWER_OF_TWO).to(data_ptr.dtype.element_ty))
     at = data_ptr + columns[:, None].to(tl.int64) * stride + rows[None, :]
     tl.store(at, data, mask=tl.trans(inside))

@@ -19,8 +19,8 @@ Routing weights travel the same way, as rows one wide: they are applied between 
 an expert (`kernels.mlp.swiglu`), which is free there, and the way back is a plain sum.
 
 Gathering in the loads of the grouped product (`kernels.grouped_gemm.grouped_gemm_triton`) is not
-used: TMA reads neighbouring rows, and the row-grouped copy is needed for the weight gradient
-anyway. Nor are rows quantised on their way to experts in FP8: the gradient of the weights needs
+used: TMA reads neighboring rows, and the row-grouped copy is needed for the weight gradient
+anyway. Nor are rows quantized on their way to experts in FP8: the gradient of the weights needs
 them per 128 rows, from unrounded values.
 
 Shapes: T tokens, K experts per token, R = T * K rows, P slots, D width, E experts.

@@ -1,7 +1,7 @@
 """The router's arithmetic: from logits to expert ids, routing weights and counts.
 
 Scores are a softmax over all experts or a sigmoid of each logit. The choice takes the `top_k` best
-of score + balancing bias, where wanted only within the `top_groups` best groups of neighbouring
+of score + balancing bias, where wanted only within the `top_groups` best groups of neighboring
 experts, so that a token's experts lie on few nodes (DeepSeek-V2, arXiv:2405.04434, section
 2.2.2); a group counts for its best expert (softmax) or its two best (sigmoid). The weight of a
 chosen expert is its score without that bias, divided by the sum of the chosen ones where wanted.
@@ -43,7 +43,7 @@ class RouterOptions(NamedTuple):
     softmax: bool
     """Scores: softmax over all experts, else a sigmoid of each."""
     n_groups: int = 1
-    """Groups of neighbouring experts."""
+    """Groups of neighboring experts."""
     top_groups: int = 1
     """Groups that a token may choose from."""
     normalize: bool = True

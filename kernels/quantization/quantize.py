@@ -1,7 +1,7 @@
-"""Quantisation to FP8 with a scale per block: `x ~ data * scale`.
+"""Quantization to FP8 with a scale per block: `x ~ data * scale`.
 
 Why blocks: e4m3 spans 448 down to 2^-9, five decades less than bf16. One scale per tensor lets a
-single outlier push everything else to zero; one per 128 neighbours confines the damage to them
+single outlier push everything else to zero; one per 128 neighbors confines the damage to them
 (DeepSeek-V3, arXiv:2412.19437, section 3.3). Activations and gradients get a scale per 1x128 along
 the dimension that a product sums over, weights per 128x128: one scale per block of the product and
 no second copy of scales for the transposed product. e4m3 serves gradients too: with a scale this

@@ -1,4 +1,4 @@
-"""128x128 quantisation of a weight that several ranks hold in pieces.
+"""128x128 quantization of a weight that several ranks hold in pieces.
 
 A block may lie on several ranks: its largest value is then the largest of theirs. So it is done in
 two halves: `block_maxima` of what is here, whose element-wise maximum over the ranks is that of the

@@ -1,4 +1,4 @@
-"""The GGUF container: metadata, and tensors that the `gguf` package dequantises.
+"""The GGUF container: metadata, and tensors that the `gguf` package dequantizes.
 
 The header is read here and not by `gguf.GGUFReader`, which trusts the lengths it finds: an array
 that claims 2^60 numbers keeps it busy for ever. Every length is compared with what is left of the
@@ -31,7 +31,7 @@ class Stored:
     shape: tuple[int, ...]
     """Rows first, as torch has it."""
     kind: int
-    """ggml's number of the (quantised) type."""
+    """ggml's number of the (quantized) type."""
     start: int
     n_bytes: int
 
@@ -52,7 +52,7 @@ class GgufFile:
         return value
 
     def read(self, name: str) -> Tensor:
-        """A tensor, dequantised to fp32."""
+        """A tensor, dequantized to fp32."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 

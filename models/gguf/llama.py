@@ -1,6 +1,6 @@
 """A Llama in GGUF form, read as the Hugging Face checkpoint it was converted from.
 
-llama.cpp rotates neighbouring dimensions of a head, Hugging Face's Llama dimension i with
+llama.cpp rotates neighboring dimensions of a head, Hugging Face's Llama dimension i with
 i + half, so the converter interleaves the two halves of every query and key head
 (`convert_hf_to_gguf.py`, `LlamaModel.permute`). Reading takes that back. Everything else is names.
 """

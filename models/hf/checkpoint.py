@@ -42,7 +42,7 @@ _SCALE_DTYPES = ["F32", "BF16", "F8_E8M0"]
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor and, where it is quantised, its factors."""
+    """A tensor and, where it is quantized, its factors."""
 
     data: RawTensor
     scale: RawTensor | None
@@ -194,7 +194,7 @@ class HFCheckpoint:
         )
 
     def _pair_with_scales(self, found: dict[str, RawTensor]) -> dict[str, _Stored]:
-        """Quantised tensors under the name they have unquantised, with their factors."""
+        """Quantized tensors under the name they have unquantized, with their factors."""
         method = self._quantisation.method
         pairs = {"none": [], "fp8": [("", "_scale_inv")], "mxfp4": [("_blocks", "_scales")]}[method]
         stored: dict[str, _Stored] = {}

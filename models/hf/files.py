@@ -44,7 +44,7 @@ def write_tensors(
     """Write every tensor of `model` into `folder` and return the files.
 
     read: gives `ours[index]` for one of our names, in fp32. The index ends with a slice of rows.
-    dtype: float8_e4m3fn quantises what `fp8_plan` says and rounds the rest to bf16.
+    dtype: float8_e4m3fn quantizes what `fp8_plan` says and rounds the rest to bf16.
     """
     quantized: frozenset[str] = frozenset()
     if dtype == torch.float8_e4m3fn:

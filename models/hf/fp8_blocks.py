@@ -5,13 +5,13 @@ Blocks begin anew in every tensor of the export: gate and up each have their own
 one matrix. The numbers are those of `kernels.quantization.quantize`, which are those of training in
 FP8.
 
-What is quantised is what all readers hold quantised. Embeddings, head, router, norms, biases and
+What is quantized is what all readers hold quantized. Embeddings, head, router, norms, biases and
 MTP's `eh_proj` never are, as published. A projection of the layers is, unless its shape forbids it:
 
 - vLLM and SGLang join projections that read the same input (query, key and value; gate and up;
   MLA's two compressions) and put their grids of factors one below the other, so that only the last
   may end within a block. Joined projections share a precision, and so do all experts of a layer.
-- transformers, where it dequantises, takes size / number of blocks for the size of a block. A
+- transformers, where it dequantizes, takes size / number of blocks for the size of a block. A
   matrix of 192 rows would be read in blocks of 96 without a word.
 
 Left out: GPT-OSS and Llama 4. Their experts are published fused, the input dimension first, and no
@@ -46,7 +46,7 @@ _EXPERT_UPS = ("gate_proj", "up_proj", "w1", "w3")
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """Which tensors of an export are quantised."""
+    """Which tensors of an export are quantized."""
 
     quantized: frozenset[str]
     """Names of the tensors that are; each has factors of name + SCALE."""
@@ -55,7 +55,7 @@ class Fp8Plan:
     unfit: tuple[str, ...]
     """Those projections among them whose shape forbids it; joined ones under one name."""
     share: float
-    """Share of all parameters that is quantised."""
+    """Share of all parameters that is quantized."""
 
     def quantization_config(self) -> dict[str, Any]:
         """For config.json: the keys of DeepSeek-V3's, and the modules that transformers, vLLM and
@@ -70,7 +70,7 @@ class Fp8Plan:
 
 
 def fp8_plan(model: ModelConfig) -> Fp8Plan:
-    """What an export of `model` quantises. UserError where it can be nothing."""
+    """What an export of `model` quantizes. UserError where it can be nothing."""
     name = architecture(model)
     if publishes_fused_experts(model):
         raise UserError(
@@ -120,7 +120,7 @@ def grid(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _unit(module: str) -> str | None:
-    """The modules that share a precision, by one name; None: never quantised."""
+    """The modules that share a precision, by one name; None: never quantized."""
     parent, _, last = module.rpartition(".")
     if ".experts." in module:
         return module.partition(".experts.")[0] + ".experts"

@@ -2,13 +2,13 @@
 
 DeepSeek-V3 stores `weight` as E4M3 and beside it `weight_scale_inv`, one fp32 factor for each block
 of 128 x 128 (arXiv:2412.19437, section 3.3); blocks at the edge are cut off. GPT-OSS stores its
-experts as MXFP4 (OCP Microscaling Formats 1.0): 32 neighbours along the input dimension share a
+experts as MXFP4 (OCP Microscaling Formats 1.0): 32 neighbors along the input dimension share a
 power of two, stored as a byte e for 2^(e - 127) (255: NaN), and a byte holds two E2M1 numbers, the
 first in its low half. Its two-byte tensors have the input dimension first, the packed ones last.
 
 Both become fp32, the dtype of master weights: a product of an E4M3 number and an fp32 factor rounds
 once, MXFP4 not at all. Other methods (AWQ, GPTQ, bitsandbytes, ...) are refused: who has such a
-checkpoint has the unquantised one too.
+checkpoint has the unquantized one too.
 
 E experts, R rows (output dimension), G groups of 32, B bytes of a group (16).
 """
@@ -37,7 +37,7 @@ class Quantization:
 
 
 def quantization_of(raw: dict[str, Any], place: str) -> Quantization:
-    """The quantisation of a `config.json`; UserError where it is none that we read."""
+    """The quantization of a `config.json`; UserError where it is none that we read."""
     given = raw.get("quantization_config")
     if given is None:
         return Quantization()

@@ -112,7 +112,7 @@ class Fp8Linear(Fp8Module, Linear):
 
 
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Every layer applied to the same x; in FP8, x is quantised and kept once for all.
+    """Every layer applied to the same x; in FP8, x is quantized and kept once for all.
 
     Each layer is called even so: FSDP2 frees weights when every module of a group has run, and
     would else keep them to the end of the forward pass.

@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) and its stretches to longer contexts.
 
-Dimension i of a head is paired with dimension i + C/2 (Llama), or with its neighbour where
+Dimension i of a head is paired with dimension i + C/2 (Llama), or with its neighbor where
 `interleaved` (DeepSeek, Llama 4). Angles and rotation are fp32: at position 10^5 bf16 angles would
 be wrong by whole turns.
 

@@ -2,15 +2,15 @@
 
 Links between nodes are several times slower than those within. The flat exchange sends a token
 across once per chosen expert; here it goes once to every node that holds one of its experts, to the
-rank with the same place in the node, and that rank passes it on to its neighbours. On the way
+rank with the same place in the node, and that rank passes it on to its neighbors. On the way
 back a node first sums what its experts made of a token, so one row returns. With routing limited
 to M nodes (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) a token crosses at most M times, whatever
 its number of experts.
 
 With the row its K routing weights and expert ids are sent, 8 K bytes: from these a node finds its
 own experts. After one all-gather of counts every rank has all splits of both levels; they are read
-on the host once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantised once on
-their way to experts; on the way back only what crosses is quantised.
+on the host once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantized once on
+their way to experts; on the way back only what crosses is quantized.
 
 Rank r of the group is place r % m of node r // m, and has experts r * e up to (r + 1) * e.
 

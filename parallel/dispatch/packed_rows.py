@@ -2,7 +2,7 @@
 
 A row is its values plus, in fp32, what belongs to it: the scales of an FP8 row, a routing weight.
 The latter are in one tensor, so that an exchange costs two messages, not four. FP8 halves the bytes
-of bf16; each row is quantised on its own, 128 values per scale (DeepSeek-V3, arXiv:2412.19437,
+of bf16; each row is quantized on its own, 128 values per scale (DeepSeek-V3, arXiv:2412.19437,
 section 3.3.2), and is sent as bytes, since gloo has no FP8.
 
 R rows, D width, s scales per row.

@@ -1,6 +1,6 @@
 """The fewest layers whose trace tells that of all: layers in equal surroundings behave alike.
 
-FSDP2 gathers ahead and frees late, so what a layer allocates depends on its neighbours as well.
+FSDP2 gathers ahead and frees late, so what a layer allocates depends on its neighbors as well.
 Wherever two layers have equal surroundings, those between may be left out of the traced model, as
 long as their own surroundings occur elsewhere.
 """
@@ -42,7 +42,7 @@ class Layers:
 
 
 def fewest(kinds: Sequence[Hashable], radius: int, n_trunk: int) -> Layers:
-    """radius: how many neighbours on either side matter."""
+    """radius: how many neighbors on either side matter."""
     padded = [*[None] * radius, *kinds, *[None] * radius]
     around = [tuple(padded[i : i + 2 * radius + 1]) for i in range(len(kinds))]
     to_come = Counter(around)

@@ -115,7 +115,7 @@ class TracedModel:
         return fp8_weights
 
     def refresh(self) -> None:
-        """Quantise the weights of all layers anew, one layer after another."""
+        """Quantize the weights of all layers anew, one layer after another."""
         for index, weights in enumerate(self.fp8_weights):
             self.tracker.mark(REFRESH, index)
             weights.refresh()

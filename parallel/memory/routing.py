@@ -26,7 +26,7 @@ def even(moe: MoEConfig, ep: int, n_tokens: int) -> Tensor:
     """As many tokens for every rank of `ep`, and about as many for every expert.
 
     Not exactly: where groups of rows are aligned, loads that are all alike would all fill their
-    last rows, or all leave them half empty. Of two neighbours one has more by as much as the other
+    last rows, or all leave them half empty. Of two neighbors one has more by as much as the other
     has less.
     """
     n_local, experts = moe.n_experts // ep, torch.arange(moe.n_experts)
