@@ -19,8 +19,7 @@ class DispatchConfig:
     distributed there. `deepep`: the DeepEP library (CUDA, bf16)."""
     chunks: int = 1
     """Chunks that a rank's tokens are split into: one is sent while experts compute another. With
-    1,
-    only shared experts overlap with communication. Expert weights that are sharded over ranks
+    1, only shared experts overlap with communication. Expert weights that are sharded over ranks
     outside `ep` are gathered for every chunk."""
     dispatch_dtype: Wire = "compute"
     """Tokens that are sent to experts. `fp8` adds the rounding error of the quantization."""

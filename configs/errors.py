@@ -13,8 +13,7 @@ class UserError(ValueError):
 
     The message is one line: what is wrong, where, and what would be right. Quoted text cannot break
     the line: control characters and unpaired surrogates are escaped. A message that is too long
-    loses
-    its middle, because the remedy is at the end.
+    loses its middle, because the remedy is at the end.
     """
 
     def __init__(self, message: str) -> None:

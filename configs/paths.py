@@ -18,8 +18,8 @@ def check_folder(key: str, setting: str) -> None:
 
 def local_path(setting: str | Path) -> Path:
     """The path of a setting. A `~` that is alone or before a slash is the user's home folder;
-    nothing
-    else is expanded (`~name` is a file of that name). Raises ConfigError without a home folder."""
+    nothing else is expanded (`~name` is a file of that name). Raises ConfigError without a home
+    folder."""
     text = str(setting)
     if text != "~" and not text.startswith("~/"):
         return Path(text)

@@ -12,8 +12,8 @@ class FP8Config:
     keep: tuple[str, ...] = ()
     """Modules to leave in bf16: shell patterns of their names, for example `layers.0.*` or
     `*.attention.wo`. Every pattern must match a module. These are never quantized and need no
-    pattern:
-    embeddings, head, router, norms, biases and the attention between queries, keys and values."""
+    pattern: embeddings, head, router, norms, biases and the attention between queries, keys and
+    values."""
     power_of_two: bool = False
     """Round all scales up to powers of two (the MX format's scales), so that multiplying by them is
     exact. On a CPU with fast bf16 the emulated products are then four times as fast."""
@@ -26,8 +26,7 @@ class FP8Config:
     values flushed to zero or clipped to the largest, range of scales. 0: never."""
     warn_below_db: float = 15.0
     """A report warns of products with a lower signal-to-noise ratio. About 28 dB is usual; less
-    means
-    that a block spans a wider range than e4m3."""
+    means that a block spans a wider range than e4m3."""
 
     def __post_init__(self) -> None:
         between(self, 0, 10_016, "first_bf16", "last_bf16")

@@ -38,9 +38,9 @@ class DataConfig:
     """Column that holds the document, for JSONL, Parquet and Hugging Face datasets."""
     unreadable_rows: Literal["refuse", "skip"] = "refuse"
     """What to do with unreadable rows of JSONL and Parquet files: a line that is not a JSON object
-    or
-    is truncated, a text that is not a string, the rest of a damaged file. `refuse`: an error with
-    file and line. `skip`: leave them out, count them in the log and list them in the manifest."""
+    or is truncated, a text that is not a string, the rest of a damaged file. `refuse`: an error
+    with file and line. `skip`: leave them out, count them in the log and list them in the
+    manifest."""
     tokenizer: str = ""
     """Folder or file of an existing `tokenizer.json`. Empty: train a byte-level BPE tokenizer of
     `model.vocab_size` tokens on the training documents."""
@@ -153,8 +153,8 @@ class ParallelConfig:
     the vocabulary, and the tokens between those layers (sequence parallelism)."""
     ep: int = 1
     """Expert parallelism: ranks that divide the experts; they are a subset of the ranks of
-    `dp_shard`
-    and `tp`. -1: the largest degree that divides both the number of those ranks and `n_experts`."""
+    `dp_shard` and `tp`. -1: the largest degree that divides both the number of those ranks and
+    `n_experts`."""
     etp: int = 1
     """Tensor parallelism inside the experts: 1 (the ranks of `tp` send different tokens to the
     experts) or `tp` (they divide the width of every expert)."""
@@ -167,10 +167,8 @@ class ParallelConfig:
     """Keep parameters, gradients and optimizer state in host memory and update them there."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Run blocks again in backward instead of keeping their intermediate results. `selective` keeps
-    the
-    results of the operations in `recompute_keep`, `full` only the block's input. The expert choice
-    is
-    always kept."""
+    the results of the operations in `recompute_keep`, `full` only the block's input. The expert
+    choice is always kept."""
     recompute_keep: tuple[Literal["attention", "matmul", "exchange"], ...] = ("attention", "matmul")
     """selective: operations whose results are kept: torch's fused attention, matrix products,
     communication between ranks."""
@@ -178,10 +176,8 @@ class ParallelConfig:
     """Recompute the blocks 0, n, 2n, ...; the others keep everything."""
     recompute_swiglu: bool = False
     """Experts keep gate and up and recompute their activation in the backward kernel that reads
-    both
-    anyway: 15 to 30 percent less activation memory per expert, and no extra product. Not for
-    experts
-    with biases; FP8 always does so."""
+    both anyway: 15 to 30 percent less activation memory per expert, and no extra product. Not for
+    experts with biases; FP8 always does so."""
     compile: bool = False
     """Compile each block with `torch.compile`; faster on CUDA, rarely on a CPU."""
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)

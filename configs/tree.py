@@ -23,8 +23,7 @@ def build(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> JobCo
     """The config of a tree.
 
     source: origin of the tree for error messages. places: keys (or sections) that an override set,
-    with
-    that override. Raises ConfigError.
+    with that override. Raises ConfigError.
     """
     config: JobConfig = _Builder(shortened(source, 200), places).section(JobConfig, tree, "")
     return config
