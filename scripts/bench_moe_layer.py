@@ -161,7 +161,7 @@ def call(layer: Layer, tokens: Tokens, backward: bool) -> Step:
 
 
 def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
-    """Qwen3's kind of layer: softmax scores, normalised weights, no shared expert."""
+    """Qwen3's kind of layer: softmax scores, normalized weights, no shared expert."""
     moe = MoEConfig(
         n_experts=shape.n_experts, top_k=shape.top_k, d_expert=shape.d_expert,
         score_func="softmax", norm_top_k=True,
