@@ -1,4 +1,4 @@
-"""The options that every command of `python -m serve` has: which export, and the engine's sizes."""
+"""The common options of all commands of `python -m serve`: the export, and the engine's sizes."""
 
 import argparse
 from pathlib import Path
@@ -9,14 +9,14 @@ from serve.engine.core import EngineOptions
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as UserError: one line instead of the usage."""
+    """Reports a user's mistake as UserError: one line instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def make_parser(command: str, description: str) -> Parser:
-    """A parser that knows the common options."""
+    """A parser with the common options."""
     sizes = EngineOptions()
     parser = Parser(
         prog=f"python -m {command}",
@@ -62,5 +62,5 @@ def make_parser(command: str, description: str) -> Parser:
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """Those of a parsed command line. UserError where they make no sense."""
+    """The options of a parsed command line. Raises UserError if they are invalid."""
     return EngineOptions(**{name: getattr(options, name) for name in vars(EngineOptions())})
