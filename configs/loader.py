@@ -30,9 +30,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises ConfigError: one line with place and remedy.
     """
     config = from_dict(read_toml(Path(path)), str(path), overrides)
+    check_folders(config)
+    return config
+
+
+def check_folders(config: JobConfig) -> None:
+    """Raise ConfigError for a folder that a run could not write to, whatever is there now."""
     check_folder("run.dir", config.run.dir)
     check_folder("data.cache_dir", config.data.cache_dir)
-    return config
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | None]:

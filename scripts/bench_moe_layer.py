@@ -14,7 +14,6 @@ this. The bare products always have the sizes of the first tokens.
 T tokens, D model width, F expert width, E experts, K experts per token.
 """
 
-import argparse
 import platform
 import statistics
 import time
@@ -25,6 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from configs.command_line import CommandParser
 from configs.model import AttentionConfig, ModelConfig, MoEConfig
 from kernels.moe.permute import permutation
 from models.moe import MoE
@@ -61,7 +61,7 @@ Tokens = Callable[[], Tensor]
 
 def main() -> None:
     """Measure and print a table in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_moe_layer")
+    parser = CommandParser(prog="python -m scripts.bench_moe_layer")
     parser.add_argument("--tokens", type=int, default=2048, help="default 2048")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")

@@ -61,8 +61,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(config: JobConfig, ranks: int | None) -> int:
+    import torch
+
     from train.check import missing_inputs, report
 
+    torch.set_num_threads(1)  # there is next to no data, and threads that wait cost time
     world = ranks or read_world() or default_world(config)
     print(report(config, resolve(config, world)), flush=True)
     # after the sizes: the data may be missing where only the model's file is available

@@ -21,16 +21,22 @@ class Collective(NamedTuple):
     kind: str
     run: Callable[..., Any]
     """The operation, on the tensors of a `MemoryTracker`."""
-    larger: Callable[[Any, Any], list[Tensor]]
-    """Selects, from the arguments and the result, the tensors that are counted as exchanged."""
+    counted: int | None
+    """Index of the argument that is the larger side; None: the result is."""
     group: int = -1
     """Index of the argument with the group."""
 
+    def n_bytes(self, args: Any, result: Any) -> int:
+        return _n_bytes(result if self.counted is None else args[self.counted])
+
     def group_name(self, args: Any) -> str:
         group = args[self.group]
-        if isinstance(group, torch.ScriptObject):
-            return str(dist.ProcessGroup.unbox(group).group_name)
-        return str(group)
+        boxed = isinstance(group, torch.ScriptObject)
+        return dist.ProcessGroup.unbox(group).group_name if boxed else str(group)
+
+
+def _n_bytes(x: Any) -> int:
+    return int(x.nbytes) if isinstance(x, Tensor) else sum(map(_n_bytes, x))
 
 
 def _gathered(x: Tensor, size: int, _: str) -> Tensor:
@@ -59,30 +65,16 @@ def _gathered_in_place(outputs: list[list[Tensor]], inputs: list[Tensor], *_: An
     return outputs, FakeWork().boxed()
 
 
-REDUCE_SCATTER = "reduce-scatter"
+ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER = "all-gather", "all-reduce", "reduce-scatter"
 COLLECTIVES: dict[Any, Collective] = {
-    _functional.all_gather_into_tensor.default: Collective(
-        "all-gather", _gathered, lambda _, result: [result]
-    ),
-    _functional.reduce_scatter_tensor.default: Collective(
-        REDUCE_SCATTER, _scattered, lambda args, _: [args[0]]
-    ),
-    _functional.all_to_all_single.default: Collective(
-        "all-to-all", _exchanged, lambda args, _: [args[0]]
-    ),
-    _functional.all_reduce.default: Collective(
-        "all-reduce", lambda x, *_: x.clone(), lambda args, _: [args[0]]
-    ),
-    _c10d._allgather_base_.default: Collective(
-        "all-gather", _in_place, lambda args, _: [args[0]], 2
-    ),
-    _c10d._reduce_scatter_base_.default: Collective(
-        REDUCE_SCATTER, _in_place, lambda args, _: [args[1]], 2
-    ),
-    _c10d.allgather_.default: Collective(
-        "all-gather", _gathered_in_place, lambda args, _: args[0][0], 2
-    ),
-    _c10d.allreduce_.default: Collective("all-reduce", _in_place, lambda args, _: args[0], 1),
+    _functional.all_gather_into_tensor.default: Collective(ALL_GATHER, _gathered, None),
+    _functional.reduce_scatter_tensor.default: Collective(REDUCE_SCATTER, _scattered, 0),
+    _functional.all_to_all_single.default: Collective("all-to-all", _exchanged, 0),
+    _functional.all_reduce.default: Collective(ALL_REDUCE, lambda x, *_: x.clone(), 0),
+    _c10d._allgather_base_.default: Collective(ALL_GATHER, _in_place, 0, 2),
+    _c10d._reduce_scatter_base_.default: Collective(REDUCE_SCATTER, _in_place, 1, 2),
+    _c10d.allgather_.default: Collective(ALL_GATHER, _gathered_in_place, 0, 2),
+    _c10d.allreduce_.default: Collective(ALL_REDUCE, _in_place, 0, 1),
 }
 """By operation."""
 WAIT = _functional.wait_tensor.default

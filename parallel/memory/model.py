@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -225,12 +224,11 @@ class TracedModel:
 
     def _watch_group(self, group: Any) -> None:
         """Set the category of FSDP2's allocations for a group of parameters."""
-        reduce, is_root = group.post_backward, group is fsdp_groups(self.module)[0]
+        is_root = group is fsdp_groups(self.module)[0]
+        reduce = self._within(REDUCTION, group.post_backward)
 
-        @wraps(reduce)
         def post_backward(*arguments: Any) -> None:
-            with self.category(REDUCTION):
-                reduce(*arguments)
+            reduce(*arguments)
             for record in group.fsdp_params:
                 grad = record.sharded_param.grad
                 if grad is not None:
@@ -240,12 +238,11 @@ class TracedModel:
 
         group.post_backward = post_backward
         for name in ("unshard", "wait_for_unshard"):
-            setattr(group, name, self._gathering(getattr(group, name)))
+            setattr(group, name, self._within(GATHERED, getattr(group, name)))
 
-    def _gathering(self, run: Callable[..., None]) -> Callable[..., None]:
-        @wraps(run)
-        def gather(*arguments: Any, **options: Any) -> None:
-            with self.category(GATHERED):
+    def _within(self, category: str, run: Callable[..., None]) -> Callable[..., None]:
+        def named(*arguments: Any, **options: Any) -> None:
+            with self.category(category):
                 run(*arguments, **options)
 
-        return gather
+        return named

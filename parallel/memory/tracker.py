@@ -197,7 +197,7 @@ class MemoryTracker(TorchDispatchMode):
     def _exchange(self, operation: Any, args: Any) -> Any:
         collective = COLLECTIVES[operation]
         result = collective.run(*args)
-        n_bytes = sum(x.nbytes for x in collective.larger(args, result))
+        n_bytes = collective.n_bytes(args, result)
         if self.is_gloo and collective.kind == REDUCE_SCATTER:
             Storage(self, n_bytes)  # gloo copies its input; freed at once
         axis = self.axes.get(collective.group_name(args))
