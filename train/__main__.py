@@ -65,7 +65,7 @@ def _check(config: JobConfig, ranks: int | None) -> int:
 
     from train.check import missing_inputs, report
 
-    torch.set_num_threads(1)  # there is next to no data, and threads that wait cost time
+    torch.set_num_threads(1)  # there is almost no data, and waiting threads take time
     world = ranks or read_world() or default_world(config)
     print(report(config, resolve(config, world)), flush=True)
     # after the sizes: the data may be missing where only the model's file is available

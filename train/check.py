@@ -127,7 +127,7 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
     lines += [_row(kind, [peak[kind] for peak in even]) for kind in CATEGORIES if kind in kinds]
     lines += [_row("sum", [peak.total() for peak in even]) + "   at the worst moment of a step"]
     if any(memory.total() for memory in host):
-        lines += [_row("besides in host memory", [memory.total() for memory in host])]
+        lines += [_row("in addition, host memory", [memory.total() for memory in host])]
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]

@@ -33,9 +33,9 @@ def main() -> None:
     parser = CommandParser(prog="python -m scripts.bench_dispatch", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds per table (default 15)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
-    parser.add_argument("--link", action="store_true", help="two hosts with a slow cable")
-    parser.add_argument("--mbit", type=float, default=300, help="of the cable (default 300)")
-    parser.add_argument("--delay-ms", type=float, default=1, help="of the cable (default 1)")
+    parser.add_argument("--link", action="store_true", help="two hosts with a slow link")
+    parser.add_argument("--mbit", type=float, default=300, help="of the link (default 300)")
+    parser.add_argument("--delay-ms", type=float, default=1, help="of the link (default 1)")
     parser.add_argument(
         "--device-ms",
         type=float,

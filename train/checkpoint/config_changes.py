@@ -59,7 +59,7 @@ CHANGES: dict[str, ConfigChange] = {
     "model.moe.global_aux_loss_coef": _ALWAYS,
     "model.moe.router_z_loss_coef": _ALWAYS,
     "model.moe.force_balance": _NEW,
-    "data": _ALWAYS,  # what it leads to, the tokens, is compared itself (`refuse_other_corpus`)
+    "data": _ALWAYS,  # the resulting tokens are compared (`refuse_other_corpus`)
     "data.seq_len": _NEW,
     "train": _ALWAYS,
     "train.global_batch": _NEW,
@@ -113,7 +113,7 @@ def compare_for_resume(then: JobConfig, config: JobConfig, done: int) -> list[st
 
 
 def refuse_other_corpus(then: JobConfig, config: JobConfig) -> NoReturn:
-    """Raise UserError for a run whose tokens are not those that its checkpoint was trained on."""
+    """Raise UserError for a run with other tokens than those its checkpoint was trained on."""
     changed = [line for key, line in _changed(then, config).items() if key.startswith("data.")]
     cause = (
         f"with another {', '.join(changed)}"
@@ -144,7 +144,7 @@ def mtp_lines(then: int, now: int) -> list[str]:
     """Lines about the modules of multi-token prediction if their number changes."""
     modules = f"MTP modules {min(then, now) + 1} to {max(then, now)}"
     if now > then:
-        return [f"{modules}: new, initialised from run.seed"]
+        return [f"{modules}: new, initialized from run.seed"]
     return [f"{modules}: left out, this run has {now}"] if now < then else []
 
 

@@ -178,9 +178,7 @@ def _report(
             else f"function: that of the dense model ({measured}, fp32)"
         )
         if not moe.router_learns:
-            lines.append(
-                "router: learns nothing: with top_k = 1 a normalised weight is 1 whatever it says"
-            )
+            lines.append("router: learns nothing: with top_k = 1 a normalized weight is always 1")
     else:
         lines.append("layers: all dense: the same model in our format")
     try:

@@ -221,8 +221,8 @@ def _fill_from_files(
 
 
 def _decoded(raw: bytes) -> str:
-    """The text of a file. UnicodeDecodeError also where it has NUL bytes near its beginning, which
-    are valid UTF-8 but mean UTF-16, UTF-32 or no text (git's test of binary files, too)."""
+    """The text of a file. Raises UnicodeDecodeError also for NUL bytes near its beginning, which are
+    valid UTF-8 but indicate UTF-16, UTF-32 or a binary file (as in git's test of binary files)."""
     nul = raw.find(0, 0, _PROBED)
     if nul >= 0:
         raise UnicodeDecodeError("utf-8", raw, nul, nul + 1, "NUL, as in UTF-16 or a binary file")
@@ -250,7 +250,7 @@ def _fill_from_table(
                 break
             else:
                 hint = 'data.unreadable_rows = "skip" leaves such rows out'
-                raise _error(data, f"{place}{row}; mend it, or {hint}")
+                raise _error(data, f"{place}{row}; fix it, or {hint}")
     except WrongColumn as error:
         if single or data.unreadable_rows == "refuse":
             raise _wrong_column(data, place, error) from None

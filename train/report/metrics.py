@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FORCED_BALANCE = "FORCED BALANCE: a benchmark, tokens go round-robin and the router learns nothing"
-ROUTER_LEARNS_NOTHING = (
-    "router: the loss teaches it nothing (model.moe.norm_top_k = true with top_k = 1: one score "
-    "divided by itself is 1 whatever the router says)"
-)
 """Warning in every report of a run with `model.moe.force_balance`."""
+ROUTER_LEARNS_NOTHING = (
+    "router: the loss has no gradient for it (model.moe.norm_top_k = true with top_k = 1: one "
+    "score divided by itself is 1 for every router)"
+)
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 PICTURES = LOSS_PICTURE, EXPERTS_PICTURE = "loss.png", "experts.png"
 

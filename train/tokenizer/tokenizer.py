@@ -153,7 +153,7 @@ def load_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, str]:
             return tokenizer, name
     raise UserError(
         f"{where}: has no end-of-text token; documents need one of {', '.join(EOT_NAMES)}, "
-        "or name yours as eos_token in a tokenizer_config.json beside it"
+        "or name yours as eos_token in a tokenizer_config.json next to it"
     )
 
 
@@ -273,7 +273,7 @@ class Encoder:
                 raise UserError(
                     f"data.tokenizer: it makes its end-of-text token {name!r} of {shown!r} in a "
                     "document, which would end it there; name another eos_token in the "
-                    "tokenizer_config.json beside it"
+                    "tokenizer_config.json next to it"
                 )
             pending += reversed(parts)
         return ids
