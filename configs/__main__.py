@@ -1,6 +1,6 @@
 """`python -m configs FILE.toml [--ranks N] [--section.key=value ...]`: check without torch.
 
-Checks keys, types and mesh, as a login node can, and says which settings have no effect.
+Checks keys, types and the mesh, for example on a login node, and lists settings without effect.
 `--reference` prints every key with its type, default and documentation as Markdown instead
 (docs/config.md is that output).
 """

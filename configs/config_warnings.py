@@ -1,5 +1,7 @@
-"""Settings that are valid but have no effect, or an unusual one: said where a run starts, and by
-`--check`, since a setting is never skipped silently."""
+"""Warnings about valid settings that have no effect or an unusual one.
+
+A run prints them when it starts, and so does `--check`: no setting is ignored silently.
+"""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -12,7 +14,7 @@ _USUAL_LR = 1.0
 
 
 def config_warnings(config: JobConfig) -> list[str]:
-    """A line for each of them, beginning with the key."""
+    """One line per such setting, which begins with the key."""
     return [*_of_model(config), *_of_training(config)]
 
 
@@ -65,7 +67,7 @@ def _of_training(config: JobConfig) -> Iterator[str]:
 
 
 def _unused(section: Any, name: str, why: str, *keys: str) -> Iterator[str]:
-    """A line for each of the keys that is not at its default."""
+    """Yield a line for each of the keys that is not at its default."""
     defaults = {spec.name: spec.default for spec in fields(section)}
     for key in keys:
         value = getattr(section, key)

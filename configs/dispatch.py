@@ -7,37 +7,37 @@ from configs.errors import ConfigError
 from configs.rules import between
 
 Wire = Literal["compute", "fp8"]
-"""What rows travel as: the compute dtype, or FP8 with an fp32 scale per 128 values."""
+"""Format of the rows that are sent: the compute dtype, or FP8 with an fp32 scale per 128 values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchConfig:
     kind: Literal["all_to_all", "sync_free", "hierarchical", "deepep"] = "all_to_all"
-    """How rows travel between the ranks of `ep`; one rank alone sends nothing.
+    """Dispatcher: how tokens are sent between the ranks of `ep` (a single rank sends nothing).
     `all_to_all`: exact, one row per token and expert. `sync_free`: the same into buffers of
-    fixed size, without a copy to the host. `hierarchical`: a token crosses to each node once and
-    fans out there. `deepep`: the DeepEP library (CUDA, bf16)."""
+    fixed size, without a copy to the host. `hierarchical`: a token is sent to each node once and
+    distributed there. `deepep`: the DeepEP library (CUDA, bf16)."""
     chunks: int = 1
-    """Parts that a rank's tokens are cut into: one travels while experts work on another. 1: no
-    overlap but with shared experts. Experts that are sharded over ranks beside `ep` are gathered
-    for every chunk."""
+    """Chunks that a rank's tokens are split into: one is sent while experts compute another. With
+    1, only shared experts overlap with communication. Expert weights that are sharded over ranks
+    outside `ep` are gathered for every chunk."""
     dispatch_dtype: Wire = "compute"
-    """Tokens on their way to experts. `fp8` loses what quantisation loses."""
+    """Tokens that are sent to experts. `fp8` adds the rounding error of the quantization."""
     combine_dtype: Wire = "compute"
-    """Expert outputs on their way back. hierarchical: only between nodes."""
+    """Expert outputs that are sent back. hierarchical: only between nodes."""
     combine_grad_dtype: Wire = "compute"
-    """Backward: gradients of expert outputs on their way to experts."""
+    """Backward: gradients of expert outputs that are sent to experts."""
     dispatch_grad_dtype: Wire = "compute"
-    """Backward: gradients of tokens on their way back. hierarchical: only between nodes."""
+    """Backward: gradients of tokens that are sent back. hierarchical: only between nodes."""
     node_size: int = 0
-    """Neighbouring ranks of `ep` that count as one node, for hierarchical and for the statistics
-    of bytes between nodes. 0: those on the same host."""
+    """Consecutive ranks of `ep` that form one node, for hierarchical and for the statistics
+    of bytes between nodes. 0: the ranks on the same host."""
     capacity_factor: float = 2.0
-    """sync_free: rows that a rank has room for from each other rank, as a multiple of the even
-    share. From the number of `ep` ranks on nothing can overflow."""
+    """sync_free: buffer rows that a rank reserves for each other rank, as a multiple of the even
+    share. With a factor of at least the number of `ep` ranks nothing can overflow."""
     on_overflow: Literal["redo", "stop"] = "redo"
-    """sync_free, when rows of a step found no room: repeat the step exactly, or stop the run and
-    name the layer."""
+    """sync_free, when rows of a step did not fit the buffer: repeat the step exactly, or stop the
+    run with an error that names the layer."""
 
     def __post_init__(self) -> None:
         between(self, 1, 64, "chunks")
@@ -53,7 +53,7 @@ class DispatchConfig:
 
 
 def check_nodes(dispatch: DispatchConfig, ep: int) -> None:
-    """Raise ConfigError where `ep` ranks do not make several nodes of the wanted size."""
+    """Raise ConfigError if `node_size` does not divide `ep` ranks into several nodes."""
     size = dispatch.node_size
     if dispatch.kind == "hierarchical" and ep > 1 and size and (ep % size or ep == size):
         fitting = [str(n) for n in range(1, ep) if ep % n == 0]

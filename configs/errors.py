@@ -1,18 +1,19 @@
-"""Errors that are the user's to mend: one line each, without a traceback."""
+"""Errors that the user can fix: one line each, without a traceback."""
 
 import re
 
 _LONGEST = 1000
-"""Characters of a message; an experiment's own values are shown much shorter."""
+"""Characters of a message; values of an experiment are shortened much more."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """Something that the user gave cannot be used: a file, a folder, an option, the environment.
+    """Something that the user specified cannot be used: a file, folder, option or environment
+    variable.
 
-    The message is one line: what is wrong, where, and what would be right. Whatever it quotes
-    stays within that line: control characters and halves of surrogate pairs are escaped, and of a
-    message that is too long the middle is left out, since the remedy is last.
+    The message is one line: what is wrong, where, and what would be right. Quoted text cannot break
+    the line: control characters and unpaired surrogates are escaped. A message that is too long
+    loses its middle, because the remedy is at the end.
     """
 
     def __init__(self, message: str) -> None:

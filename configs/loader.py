@@ -1,7 +1,8 @@
-"""From a TOML file and `--section.key=value` overrides to one frozen `JobConfig`, and back.
+"""Load a TOML file and `--section.key=value` overrides as one frozen `JobConfig`, and write it
+back.
 
-Strict on purpose: an unknown key names its nearest neighbour, a wrong type says which was
-expected, and every message begins with where the value came from (the file or the override).
+Loading is strict: an unknown key is reported with its nearest neighbor, a wrong type with the
+expected one, and every message begins with the origin of the value (the file or the override).
 """
 
 from collections.abc import Sequence
@@ -22,13 +23,21 @@ _MOST_RANKS = 2**20
 def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read an experiment.
 
-    path: TOML file. overrides: strings of the form `--section.key=value`, the value in TOML
-    syntax (strings may go without quotes). Raises ConfigError: one line with place and remedy.
+    Args:
+        path: The TOML file.
+        overrides: `--section.key=value`, the value in TOML syntax (strings also without quotes).
+
+    Raises ConfigError: one line with place and remedy.
     """
     config = from_dict(read_toml(Path(path)), str(path), overrides)
+    check_folders(config)
+    return config
+
+
+def check_folders(config: JobConfig) -> None:
+    """Raise ConfigError for a folder that a run could not write to, whatever is there now."""
     check_folder("run.dir", config.run.dir)
     check_folder("data.cache_dir", config.data.cache_dir)
-    return config
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | None]:
@@ -59,9 +68,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | Non
 
 
 def from_dict(tree: dict[str, Any], place: str, overrides: Sequence[str] = ()) -> JobConfig:
-    """The config that `asdict` made `tree` of, changed by overrides as in `load`.
+    """Build the config from `tree`, the result of `asdict`, changed by overrides as in `load`.
 
-    place: what an error calls its origin.
+    place: the origin that an error message quotes.
     """
     places: dict[str, str] = {}
     for override in overrides:
@@ -92,7 +101,7 @@ def flatten(config: JobConfig) -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """The nested form of what `flatten` returned."""
+    """The nested form of the result of `flatten`."""
     tree: dict[str, Any] = {}
     for dotted, value in flat.items():
         *sections, leaf = dotted.split(".")

@@ -1,6 +1,6 @@
-"""The model's sections of an experiment: one decoder, its families told apart by settings.
+"""The model sections of an experiment: one decoder whose settings select the model family.
 
-| family | settings that make it |
+| family | settings that select it |
 |---|---|
 | Qwen3-MoE | qk_norm rms, softmax scores |
 | GLM-4 MoE | qk_norm rms, sigmoid scores, balancing bias, shared experts |
@@ -38,18 +38,18 @@ class AttentionConfig:
     v_head_dim: int = 0
     """mla: width of a value head."""
     qk_norm: Literal["none", "rms", "l2"] = "none"
-    """gqa: normalise every query and key head. `rms`: with a weight, before RoPE (Qwen3). `l2`:
+    """gqa: normalize every query and key head. `rms`: with a weight, before RoPE (Qwen3). `l2`:
     without a weight, after RoPE, on layers that have RoPE (Llama 4)."""
     bias: bool = False
     """Biases on the query, key, value and output projections (GPT-OSS)."""
     sinks: bool = False
-    """A learned logit per head that takes part in the softmax and holds no value (GPT-OSS)."""
+    """A learned logit per head that the softmax includes and that has no value (GPT-OSS)."""
     local: Literal["none", "window", "chunk"] = "none"
-    """What a local layer may see: the last `local_size` tokens, or its own chunk of so many."""
+    """What a token attends to in a local layer: the last `local_size` tokens, or its chunk."""
     local_size: int = 0
     """Tokens of a window or chunk."""
     full_every: int = 1
-    """Every so many layers attention is full: layers full_every - 1, 2 * full_every - 1, ..."""
+    """Period of layers with full attention: layers full_every - 1, 2 * full_every - 1, ..."""
     rope_on_full: bool = True
     """Whether the full layers have RoPE (in Llama 4 they have none)."""
     temperature_floor: int = 0
@@ -87,7 +87,7 @@ class AttentionConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads, as the attention core sees them."""
+        """Key and value heads of the attention core."""
         return self.n_kv_heads or self.n_heads
 
     @property
@@ -102,11 +102,11 @@ class AttentionConfig:
 
     @property
     def rope_dim(self) -> int:
-        """How much of a head is rotated."""
+        """Dimensions of a head that are rotated."""
         return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
 
     def is_full(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) sees everything before it."""
+        """Whether tokens of layer `layer` (from 0) attend to all earlier tokens."""
         return self.local == "none" or (layer + 1) % self.full_every == 0
 
     def has_rope(self, layer: int) -> bool:
@@ -117,7 +117,7 @@ class AttentionConfig:
 _WIDTHS = (
     "head_dim", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
-"""Of gqa the first, of mla the others, of which all but `q_lora_rank` must be given."""
+"""The first is of gqa, the others are of mla, which requires all but `q_lora_rank`."""
 _GQA_ONLY = (
     "n_kv_heads", "head_dim", "qk_norm", "bias", "sinks", "rope_on_full", "temperature_floor",
     "temperature_scale",
@@ -132,28 +132,28 @@ class RopeConfig:
     theta: float = 10000.0
     """Base of the wavelengths, above 1."""
     interleaved: bool = False
-    """Rotate neighbouring dimensions (DeepSeek, Llama 4) instead of dimension i with i + half."""
+    """Rotate neighboring dimensions (DeepSeek, Llama 4) instead of dimension i with i + half."""
     scaling: Literal["none", "yarn", "llama3"] = "none"
-    """Stretch to longer contexts: YaRN (arXiv:2309.00071) or Llama 3.1's rule."""
+    """Extension to longer contexts: YaRN (arXiv:2309.00071) or Llama 3.1's rule."""
     factor: float = 1.0
-    """How much longer than `original_length` the context became."""
+    """Ratio of the extended context length to `original_length`."""
     original_length: int = 0
-    """Context length before the stretch, tokens."""
+    """Context length before the extension, tokens."""
     beta_fast: float = 32.0
-    """yarn: rotations over the original length above which a dimension is not stretched."""
+    """yarn: rotations over the original length above which a dimension is not scaled."""
     beta_slow: float = 1.0
-    """yarn: rotations below which it is stretched in full."""
+    """yarn: rotations below which a dimension is scaled in full."""
     truncate: bool = True
     """yarn: round the two bounds to whole dimensions."""
     mscale: float = 0.0
-    """yarn: weight of the logarithmic attention scale on cos and sin. 0 with `mscale_all_dim` 0: 1
-    on cos and sin (the paper)."""
+    """yarn: weight of the logarithmic attention scale on cos and sin. If this and `mscale_all_dim`
+    are 0, the weight is 1 (the paper)."""
     mscale_all_dim: float = 0.0
     """yarn: weight of the attention scale on the logits instead (DeepSeek)."""
     low_freq_factor: float = 1.0
-    """llama3: original_length over this is the wavelength above which all is stretched."""
+    """llama3: wavelengths above original_length divided by this are scaled in full."""
     high_freq_factor: float = 4.0
-    """llama3: original_length over this is the wavelength below which nothing is."""
+    """llama3: wavelengths below original_length divided by this are not scaled."""
 
     def __post_init__(self) -> None:
         if not 1 < self.theta <= 1e12:
@@ -186,32 +186,32 @@ class MoEConfig:
     n_experts: int
     """Routed experts per MoE layer."""
     top_k: int
-    """Routed experts that each token visits."""
+    """Routed experts per token."""
     d_expert: int
     """Hidden width of one expert (SwiGLU)."""
     n_shared_experts: int = 0
-    """Experts that every token visits, fused into one of `n_shared_experts * d_expert` wide."""
+    """Experts that process every token, fused into one of width `n_shared_experts * d_expert`."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
     """How router logits become scores, in fp32. Exports with a balancing bias or shared experts
     need `sigmoid`."""
     n_groups: int = 1
-    """Groups of neighbouring experts; each token chooses `top_groups` of them first (node-limited
-    routing). A group's score is the sum of its two best (sigmoid) or its best (softmax)."""
+    """Groups of consecutive experts; each token chooses `top_groups` of them first (node-limited
+    routing). A group's score is the sum of its two best scores (sigmoid) or its best (softmax)."""
     top_groups: int = 1
     """Groups a token may choose from."""
     router_bias: bool = False
     """A learned bias on the router's logits (GPT-OSS)."""
     weight_on: Literal["output", "input"] = "output"
-    """Whether routing weights multiply what an expert gives or what it gets (Llama 4)."""
+    """Whether routing weights multiply an expert's output or its input (Llama 4)."""
     expert_bias: bool = False
     """Biases on both expert projections (GPT-OSS)."""
     activation: Literal["swiglu", "clamped_swiglu"] = "swiglu"
     """`clamped_swiglu`: (up + 1) * gate * sigmoid(1.702 * gate), gate at most 7, up within +-7
     (GPT-OSS)."""
     norm_top_k: bool = True
-    """Divide the chosen scores by their sum. With `top_k` 1 that is 1 whatever the router says."""
+    """Divide the chosen scores by their sum. With `top_k` 1 the result is always 1."""
     route_scale: float = 1.0
-    """Factor on the routing weights after normalisation."""
+    """Factor on the routing weights after normalization."""
     bias_update_rate: float = 0.0
     """Step of the aux-loss-free balancing bias per optimizer step (arXiv:2408.15664). 0: the
     router has no bias."""
@@ -225,7 +225,7 @@ class MoEConfig:
     """Factor of the router z-loss (ST-MoE, arXiv:2202.08906), of every MoE layer; it keeps the
     router's logits small. 0: off."""
     force_balance: bool = False
-    """Benchmarks only: ignore the router's choice and send tokens round-robin."""
+    """Benchmarks only: ignore the router's choice and assign tokens to experts round-robin."""
 
     def __post_init__(self) -> None:
         between(self, 1, 2**16, "n_experts", "top_k", "n_groups")
@@ -253,14 +253,14 @@ class MoEConfig:
     @property
     def router_learns(self) -> bool:
         """Whether routing weights depend on the scores, so that the loss has a gradient for the
-        router; one score divided by itself does not. Of one expert there is nothing to learn."""
+        router. One score divided by itself does not; with one expert there is no choice."""
         return not (self.top_k == 1 and self.norm_top_k and self.n_experts > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     vocab_size: int
-    """Rows of the embedding. A tokenizer trained here gets exactly as many tokens."""
+    """Rows of the embedding. A tokenizer trained for the run has exactly this many tokens."""
     d_model: int
     """Width of the residual stream."""
     n_layers: int
@@ -269,20 +269,20 @@ class ModelConfig:
     moe: MoEConfig
     rope: RopeConfig = field(default_factory=RopeConfig)
     n_dense_layers: int = 0
-    """The first layers that use a dense feed-forward instead of experts."""
+    """Number of first layers with a dense feed-forward instead of experts."""
     moe_every: int = 1
-    """Experts on every so many layers, the others dense (Llama 4 Maverick: 2)."""
+    """Period of layers with experts, the others are dense (Llama 4 Maverick: 2)."""
     d_ff: int = 0
-    """Hidden width of the dense feed-forward (only where there are dense layers)."""
+    """Hidden width of the dense feed-forward (only if there are dense layers)."""
     norm_eps: float = 1e-6
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = True
     """Use the embedding as output head."""
     mtp_depth: int = 0
     """Modules of multi-token prediction, used in training only: module k predicts the (k+1)-th next
-    token (DeepSeek-V3, arXiv:2412.19437, section 2.2) with a block like the last. 0: none."""
+    token (DeepSeek-V3, arXiv:2412.19437, section 2.2) with a block like the last layer. 0: none."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections get it divided by
+    """Standard deviation of the initial weights, for output projections divided by
     sqrt(2 * n_layers) (GPT-2)."""
 
     def __post_init__(self) -> None:
@@ -304,14 +304,15 @@ class ModelConfig:
             )
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) has experts; MTP modules are like the last layer."""
+        """Whether layer `layer` (from 0) has experts; MTP modules have the type of the last
+        layer."""
         layer = min(layer, self.n_layers - 1)
         return layer >= self.n_dense_layers and (layer + 1) % self.moe_every == 0
 
     @property
     def n_parameters(self) -> int:
-        """All matrices together, MTP modules included: norms, biases and sinks are left out, so
-        that it takes no time and no torch (`models.counts` has the exact numbers)."""
+        """Elements of all matrices, MTP modules included. Norms, biases and sinks are left out, so
+        that this is fast and needs no torch (`models.counts` has the exact numbers)."""
         a, moe, width = self.attention, self.moe, self.d_model
         value_out = a.n_heads * a.value_dim
         if a.kind == "mla":
@@ -330,4 +331,4 @@ class ModelConfig:
 
 
 _MOST_PARAMETERS = 10**15
-"""Beyond it sizes in bytes and FLOPs no longer fit the integers of torch."""
+"""Above this number, sizes in bytes and FLOPs overflow torch's integers."""

@@ -1,4 +1,4 @@
-"""The parallel degrees of a run, resolved for a number of ranks: plain arithmetic, no torch.
+"""The parallel degrees of a run, resolved for a number of ranks by arithmetic, without torch.
 
 Ranks are row-major in `(dp_replicate, dp_shard, tp)` for dense parameters and in
 `(dp_replicate, efsdp, ep, etp)` for experts; both cover the same ranks, so
@@ -15,7 +15,7 @@ from configs.schema import JobConfig
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of all mesh axes; every value is at least 1 and the products agree."""
+    """Sizes of all mesh axes, each at least 1: `dp_shard * tp = efsdp * ep * etp`."""
 
     dp_replicate: int
     dp_shard: int
@@ -34,11 +34,11 @@ class ParallelDims:
         return self.dp_replicate * self.dp_shard
 
     def data_rank(self, rank: int) -> int:
-        """Which of the data ranks `rank` is; those of one `tp` group read the same."""
+        """Index of the data rank of `rank`; the ranks of one `tp` group read the same data."""
         return rank // self.tp
 
     def table(self) -> list[tuple[str, int, str]]:
-        """Rows (axis, size, meaning) for people."""
+        """Rows (axis, size, meaning) to print."""
         return [
             ("dp_replicate", self.dp_replicate, "replicas of the sharded model"),
             ("dp_shard", self.dp_shard, "ranks that shard dense parameters"),
@@ -50,7 +50,7 @@ class ParallelDims:
 
 
 def resolve(config: JobConfig, world: int) -> ParallelDims:
-    """ParallelDims for `world` ranks. Raises ConfigError that shows the product that failed."""
+    """ParallelDims for `world` ranks. Raises ConfigError that shows the wrong product."""
     parallel, n_experts = config.parallel, config.model.moe.n_experts
     replicate, shard, tp, etp = parallel.dp_replicate, parallel.dp_shard, parallel.tp, parallel.etp
     if shard == -1:
@@ -89,7 +89,7 @@ def resolve(config: JobConfig, world: int) -> ParallelDims:
 
 
 def _check_tensor_parallel(config: JobConfig) -> None:
-    """Raise ConfigError where tp or etp does not divide what it has to."""
+    """Raise ConfigError if tp or etp does not divide every size that it splits."""
     tp, etp, model = config.parallel.tp, config.parallel.etp, config.model
     attention, moe = model.attention, model.moe
     divided = {
@@ -113,8 +113,8 @@ def _check_tensor_parallel(config: JobConfig) -> None:
 
 
 def default_world(config: JobConfig) -> int:
-    """The ranks an experiment names itself: the product of its degrees, with -1 counted as
-    the smallest size that works."""
+    """The number of ranks that the experiment itself implies: the product of its degrees, with -1
+    replaced by the smallest possible size."""
     parallel = config.parallel
     shard, ep = parallel.dp_shard, max(parallel.ep, 1) * parallel.etp
     if shard == -1:
@@ -123,7 +123,8 @@ def default_world(config: JobConfig) -> int:
 
 
 def _remedy(others: int, shard: int, world: int) -> str:
-    """others: the product of the degrees beside dp_shard."""
+    """What to do if the degrees do not match `world`. others: product of the degrees but
+    dp_shard."""
     if shard == -1:
         return f"start a multiple of {others} ranks"
     if world % others == 0:

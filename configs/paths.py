@@ -1,4 +1,4 @@
-"""Paths as settings spell them."""
+"""Paths in settings."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from configs.rules import shown
 
 
 def check_folder(key: str, setting: str) -> None:
-    """Raise ConfigError where a folder to write in is the root of the file system, be it by `~`,
+    """Raise ConfigError if an output folder is the root of the file system, also through `~`,
     `..` or a link."""
     if os.path.realpath(local_path(setting)) == "/":
         raise ConfigError(
@@ -17,8 +17,9 @@ def check_folder(key: str, setting: str) -> None:
 
 
 def local_path(setting: str | Path) -> Path:
-    """The path a setting means: `~` alone or before a slash is the user's home folder, and nothing
-    else is interpreted (`~name` is a file of that name). Raises ConfigError without a home."""
+    """The path of a setting. A `~` that is alone or before a slash is the user's home folder;
+    nothing else is expanded (`~name` is a file of that name). Raises ConfigError without a home
+    folder."""
     text = str(setting)
     if text != "~" and not text.startswith("~/"):
         return Path(text)

@@ -9,7 +9,7 @@ from configs import schema
 
 
 def reference() -> str:
-    """Markdown made from `configs.schema`, so that it cannot disagree with it."""
+    """Markdown made from `configs.schema`, so that the two always match."""
     lines = [
         "# Settings",
         "",

@@ -1,4 +1,4 @@
-"""Checks that every section of the schema shares, and how their messages quote a value."""
+"""Checks that all sections of the schema share, and how their messages quote a value."""
 
 from dataclasses import fields
 from typing import Any
@@ -7,27 +7,27 @@ from configs.errors import ConfigError, shortened
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: its repr, at most 80 characters of it."""
+    """A value as a message quotes it: at most 80 characters of its repr."""
     if isinstance(value, str | bytes):
-        value = value[:200]  # more than is shown: repr takes time
+        value = value[:200]  # longer than the result: repr takes time
     try:
         return shortened(repr(value), 80)
-    except ValueError:  # Python writes no more than 4,300 digits
+    except ValueError:  # Python converts at most 4,300 digits
         return "an integer of thousands of digits"
     except RecursionError:
         return "a deeply nested value"
 
 
 def at_least(section: object, minimum: float, *keys: str) -> None:
-    """Raise ConfigError where one of the section's keys is below `minimum`."""
+    """Raise ConfigError if one of the section's keys is below `minimum`."""
     for key in keys:
         value = getattr(section, key)
-        if not value >= minimum:  # catches NaN, too
+        if not value >= minimum:  # also true for NaN
             raise ConfigError(f"{key} = {shown(value)}: must be at least {minimum}")
 
 
 def between(section: object, low: float, high: float, *keys: str) -> None:
-    """Raise ConfigError where one of the section's keys is outside [low, high]."""
+    """Raise ConfigError if one of the section's keys is outside [low, high]."""
     for key in keys:
         value = getattr(section, key)
         if not low <= value <= high:
@@ -35,8 +35,8 @@ def between(section: object, low: float, high: float, *keys: str) -> None:
 
 
 def at_most(limit: int, what: str, **sizes: int) -> None:
-    """Raise ConfigError where the product of the sizes, given by their keys (`__` for a dot),
-    exceeds `limit`. what: what the product counts."""
+    """Raise ConfigError if the product of the sizes, given by their keys (`__` for a dot),
+    exceeds `limit`. what: the unit of the product."""
     product = 1
     for size in sizes.values():
         product *= size
@@ -48,8 +48,10 @@ def at_most(limit: int, what: str, **sizes: int) -> None:
 
 
 def belongs_to(section: Any, condition: str, *keys: str) -> None:
-    """Raise ConfigError where one of the section's keys is not at its default. condition: the
-    setting without which they have no meaning."""
+    """Raise ConfigError if one of the section's keys is not at its default.
+
+    condition: the setting without which the keys have no meaning.
+    """
     defaults = {spec.name: spec.default for spec in fields(section)}
     for key in keys:
         value = getattr(section, key)
@@ -60,7 +62,7 @@ def belongs_to(section: Any, condition: str, *keys: str) -> None:
 
 
 def not_empty(section: object, example: str, *keys: str) -> None:
-    """Raise ConfigError where one of the section's strings is empty or blank."""
+    """Raise ConfigError if one of the section's strings is empty or blank."""
     for key in keys:
         if not getattr(section, key).strip():
             raise ConfigError(f"{key} is empty: {example}")

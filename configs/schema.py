@@ -1,9 +1,9 @@
-"""Every setting of a run, typed and explained: the one place where a key exists.
+"""Every setting of a run, with type and documentation: the only definition of the keys.
 
-The schema imports the standard library only, so a login node can check an experiment. The string
-under a field is its documentation (`python -m configs --reference` prints them all). A value that
-is wrong is refused here, in `__post_init__`; what depends on the number of ranks is checked in
-`configs.parallel_dims`.
+The schema imports only the standard library, so that a login node can check an experiment. The
+string under a field is its documentation (`python -m configs --reference` prints them all).
+`__post_init__` rejects wrong values; `configs.parallel_dims` checks what depends on the number of
+ranks.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +19,10 @@ from configs.rules import at_most, between, not_empty, shown
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     dir: str
-    """Folder of the run: checkpoints, metrics, plots, export. The same folder resumes."""
+    """Folder of the run: checkpoints, metrics, plots, export. A run in an existing folder
+    resumes."""
     seed: int = 0
-    """Seed of initialisation and data order. The same seed gives the same model on every mesh."""
+    """Seed of initialization and data order. The same seed gives the same model on every mesh."""
 
     def __post_init__(self) -> None:
         between(self, 0, 2**63 - 1, "seed")
@@ -36,9 +37,10 @@ class DataConfig:
     text_field: str = "text"
     """Column that holds the document, for JSONL, Parquet and Hugging Face datasets."""
     unreadable_rows: Literal["refuse", "skip"] = "refuse"
-    """What to do with rows of JSONL and Parquet files that cannot be read: a line that is no JSON
-    object or is cut, a text that is no string, the rest of a damaged file. `refuse`: an error with
-    file and line. `skip`: leave them out, counted in the log and listed in the manifest."""
+    """What to do with unreadable rows of JSONL and Parquet files: a line that is not a JSON object
+    or is truncated, a text that is not a string, the rest of a damaged file. `refuse`: an error
+    with file and line. `skip`: leave them out, count them in the log and list them in the
+    manifest."""
     tokenizer: str = ""
     """Folder or file of an existing `tokenizer.json`. Empty: train a byte-level BPE tokenizer of
     `model.vocab_size` tokens on the training documents."""
@@ -47,10 +49,10 @@ class DataConfig:
     validation_fraction: float = 0.02
     """Share of the documents held out for validation (at least one document)."""
     near_duplicate_threshold: float = 0.8
-    """Documents whose estimated Jaccard similarity of lines reaches this are dropped but one.
-    1.0 drops exact copies only."""
+    """Of documents whose estimated Jaccard similarity of lines is at least this, all but one are
+    dropped. 1.0 drops exact copies only."""
     cache_dir: str = "cache"
-    """Folder of tokenizers and tokenised corpora, shared by runs."""
+    """Folder of tokenizers and tokenized corpora, shared by runs."""
 
     def __post_init__(self) -> None:
         between(self, 2, 2**24, "seq_len")
@@ -74,8 +76,8 @@ class TrainConfig:
     first 10T tokens, 0.1 for the other 4.8T."""
     z_loss_coef: float = 0.0
     """Factor of the mean over target tokens of logsumexp(logits)^2 (z-loss, PaLM: 1e-4), in the
-    loss of the model and of each MTP module. It adds its gradient; the loss that is reported stays
-    the cross-entropy. 0: off."""
+    loss of the model and of each MTP module. It contributes its gradient only; the reported loss is
+    still the cross-entropy. 0: off."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     log_every: int = 1
@@ -83,7 +85,7 @@ class TrainConfig:
     profile_steps: tuple[int, ...] = ()
     """Steps whose profiler trace is written to `<run>/profile` (Chrome trace format)."""
     gc_every: int = 200
-    """Steps between Python garbage collections, made at the same step on all ranks."""
+    """Steps between Python garbage collections, which all ranks run at the same step."""
     threads: int = 0
     """CPU threads per rank. 0: OMP_NUM_THREADS, or all cores divided by the ranks of this host."""
 
@@ -98,7 +100,7 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     lr: float
-    """Peak learning rate of AdamW, which moves a weight by about as much per step: usual are 1e-5
+    """Peak learning rate of AdamW, which changes a weight by about this much per step: usually 1e-5
     to 1e-2. At most 1e38, about the largest that fp32 holds."""
     beta1: float = 0.9
     """Decay of the running mean of gradients."""
@@ -122,13 +124,13 @@ class ScheduleConfig:
     """`wsd`: warmup, stable, then linear decay over the last `decay_fraction` of the steps
     (arXiv:2404.06395). `cosine`, `linear`: decay from the end of the warmup to the last step."""
     steps: int = 0
-    """Steps of the whole schedule, which may be longer than this run, or shorter: then the rate
+    """Steps of the whole schedule. It may be longer than this run, or shorter: then the rate
     stays at its last value. The rate depends on the step and on this number alone. 0:
     `train.steps`, so that another `train.steps` is another schedule."""
     warmup_steps: int = 0
     """Steps of linear warmup, at most those of the whole schedule. 0: `warmup_fraction` of them."""
     warmup_fraction: float = 0.0
-    """Share of the steps that is warmup where `warmup_steps` is 0: fits runs of any length."""
+    """Share of the steps that is warmup if `warmup_steps` is 0; works for runs of any length."""
     decay_fraction: float = 0.2
     """Share of the steps in which `wsd` decays."""
     min_lr_fraction: float = 0.0
@@ -144,38 +146,40 @@ class ParallelConfig:
     dp_replicate: int = 1
     """Replicas of the sharded model (HSDP)."""
     dp_shard: int = -1
-    """Ranks that shard parameters, gradients and optimizer state (FSDP2). -1: all the rest."""
+    """Ranks that shard parameters, gradients and optimizer state (FSDP2). -1: all remaining
+    ranks."""
     tp: int = 1
-    """Tensor parallelism: neighbouring ranks that divide attention heads, feed-forward widths and
+    """Tensor parallelism: consecutive ranks that divide attention heads, feed-forward widths and
     the vocabulary, and the tokens between those layers (sequence parallelism)."""
     ep: int = 1
-    """Expert parallelism: ranks that divide the experts among them; they are taken from
-    `dp_shard` and `tp`. -1: the largest degree that divides their number and `n_experts`."""
+    """Expert parallelism: ranks that divide the experts; they are a subset of the ranks of
+    `dp_shard` and `tp`. -1: the largest degree that divides both the number of those ranks and
+    `n_experts`."""
     etp: int = 1
-    """Tensor parallelism inside the experts: 1 (the ranks of `tp` bring different tokens to the
+    """Tensor parallelism inside the experts: 1 (the ranks of `tp` send different tokens to the
     experts) or `tp` (they divide the width of every expert)."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward: less memory, one more all-gather."""
     prefetch: int = 1
-    """Blocks whose parameters are gathered ahead of the one that computes, in forward and backward:
-    their exchange runs beside its computation, their weights take memory."""
+    """Blocks whose parameters are gathered ahead of the current one, in forward and backward: the
+    gather overlaps with the computation, and the gathered weights use memory."""
     cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory and update them there."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Run blocks again in backward instead of keeping what they computed. `selective` keeps the
-    results of the operations in `recompute_keep`, `full` nothing but the block's input. The expert
+    """Run blocks again in backward instead of keeping their intermediate results. `selective` keeps
+    the results of the operations in `recompute_keep`, `full` only the block's input. The expert
     choice is always kept."""
     recompute_keep: tuple[Literal["attention", "matmul", "exchange"], ...] = ("attention", "matmul")
     """selective: operations whose results are kept: torch's fused attention, matrix products,
-    exchanges between ranks."""
+    communication between ranks."""
     recompute_every: int = 1
     """Recompute the blocks 0, n, 2n, ...; the others keep everything."""
     recompute_swiglu: bool = False
-    """Experts keep gate and up, and compute their activation again in backward, in the pass that
-    reads them anyway: 15 to 30 percent less kept of an expert, no product more. Not for experts
-    with biases; in FP8 it is always so."""
+    """Experts keep gate and up and recompute their activation in the backward kernel that reads
+    both anyway: 15 to 30 percent less activation memory per expert, and no extra product. Not for
+    experts with biases; FP8 always does so."""
     compile: bool = False
-    """Compile each block with `torch.compile`; pays on CUDA, seldom on a CPU."""
+    """Compile each block with `torch.compile`; faster on CUDA, rarely on a CPU."""
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
 
     def __post_init__(self) -> None:
@@ -208,12 +212,12 @@ class ValidationConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 0
-    """Steps between checkpoints; the last step and a stop save too. 0: only those."""
+    """Steps between checkpoints; the last step and a stop also save one. 0: only those."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     init_from: str = ""
-    """Start from the weights of this checkpoint (a run folder or one step of it) with a fresh
-    optimizer and step 0. Ignored once the run has a checkpoint of its own."""
+    """Start from the weights of this checkpoint (a run folder or one step of it) with a new
+    optimizer state at step 0. Ignored once the run has its own checkpoint."""
 
     def __post_init__(self) -> None:
         between(self, 0, 2**31, "every")
@@ -222,7 +226,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
-    """One experiment, complete and immutable."""
+    """One complete, immutable experiment."""
 
     run: RunConfig
     model: ModelConfig
@@ -257,7 +261,7 @@ class JobConfig:
                 f"or beta2 = {self.optimizer.beta2} often changes by less than bf16 can tell; use "
                 f"at most {SLOWEST_BF16_DECAY}, or moments = 'fp32'"
             )
-        # a model that came from elsewhere is as it is
+        # the settings of a model that is loaded are fixed
         if not self.model.moe.router_learns and not self.checkpoint.init_from:
             raise ConfigError(
                 "model.moe.norm_top_k = true with top_k = 1: one score divided by itself is 1 "
@@ -288,7 +292,7 @@ class JobConfig:
             )
 
     def _check_sizes(self) -> None:
-        """Raise ConfigError where a forward pass would have more numbers than torch can count."""
+        """Raise ConfigError if a tensor of a forward pass would overflow torch's element count."""
         model, moe = self.model, self.model.moe
         micro_batch, seq_len = self.train.micro_batch, self.data.seq_len
         own = {"train__micro_batch": micro_batch, "data__seq_len": seq_len}
@@ -305,5 +309,5 @@ class JobConfig:
 
 _MOST_RANKS = 2**20
 SLOWEST_BF16_DECAY = 0.98
-"""bf16 rounds away a change of up to 2^-8, so a mean stays where it is while what comes in differs
-from it by less than 2^-8 / (1 - decay): 8 percent at 0.95, 20 at 0.98."""
+"""bf16 rounds away a change of up to 2^-8, so a mean does not change if a new value differs from it
+by less than 2^-8 / (1 - decay): 8 percent at 0.95, 20 at 0.98."""

@@ -1,6 +1,6 @@
-"""From a tree of values to a `JobConfig`: names, types and ranges of types.
+"""Convert a tree of values to a `JobConfig`: checks names, types and ranges of types.
 
-Every message begins with where the value came from: the file and the key, or the override.
+Every message begins with the origin of the value: the file and the key, or the override.
 """
 
 import difflib
@@ -15,22 +15,22 @@ from configs.rules import shown
 from configs.schema import JobConfig
 
 _LONGEST_STRING = 4096
-"""Characters: more than the paths that Linux takes."""
+"""Characters: longer than any path on Linux."""
 _BARE = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 
 def build(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> JobConfig:
     """The config of a tree.
 
-    source: what an error calls the tree's origin. places: keys (or sections) that an override set,
-    and that override. Raises ConfigError.
+    source: origin of the tree for error messages. places: keys (or sections) that an override set,
+    with that override. Raises ConfigError.
     """
     config: JobConfig = _Builder(shortened(source, 200), places).section(JobConfig, tree, "")
     return config
 
 
 def nearest(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
-    """What an unknown key of the section `prefix` may have been meant to be."""
+    """A suggestion for an unknown key of the section `prefix`."""
     near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5) if len(key) < 100 else []
     if near:
         return f"did you mean {prefix}{near[0]}?"
@@ -53,7 +53,7 @@ class _Builder:
     places: Mapping[str, str]
 
     def section(self, kind: Any, tree: dict[str, Any], prefix: str) -> Any:
-        """Dataclass `kind` of `tree`; prefix: its dotted key with a trailing dot."""
+        """Build dataclass `kind` from `tree`; prefix: its dotted key with a trailing dot."""
         hints = get_type_hints(kind)
         for key in tree:
             if key not in hints:
@@ -77,7 +77,7 @@ class _Builder:
             raise ConfigError(f"{given or self.source}: {prefix}{error}") from None
 
     def _override(self, dotted: str) -> str | None:
-        """The override that set a key or a section around it."""
+        """The override that set a key or a section that contains it."""
         found = [known for known in self.places if f"{dotted}.".startswith(f"{known}.")]
         return self.places[max(found, key=len)] if found else None
 

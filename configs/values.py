@@ -1,7 +1,7 @@
-"""From the text of an experiment to a tree of values: the TOML file, and one override.
+"""Parse the text of an experiment to a tree of values: the TOML file, and one override.
 
-Both come from people and other programs, so both are bounded before they are parsed, and whatever
-the parser says of them is one ConfigError. Types are checked later, in `configs.tree`.
+Both are untrusted input, so their size is limited before they are parsed, and every error of the
+parser becomes one ConfigError. Types are checked later, in `configs.tree`.
 """
 
 import difflib
@@ -17,13 +17,13 @@ from configs.schema import JobConfig
 from configs.tree import nearest
 
 _LARGEST_FILE = 2**20
-"""Bytes; the longest experiment shipped here has 2 thousand."""
+"""Bytes; the longest shipped experiment has 2 thousand."""
 _LONGEST_OVERRIDE = 2**16
 """Characters."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The values of a TOML file. Raises ConfigError, in one line, where there is none."""
+    """The values of a TOML file. Raises ConfigError, in one line, if it cannot be read."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -37,7 +37,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{_name(path)}: cannot be read: {error.strerror}") from None
     except ConfigError:
         raise
-    except ValueError:  # Python takes no NUL in a path
+    except ValueError:  # Python allows no NUL in a path
         raise ConfigError(f"{_name(path)}: no file can have this name") from None
     if len(raw) > _LARGEST_FILE:
         raise ConfigError(f"{_name(path)}: larger than 1 MiB, so it is no experiment")
@@ -55,7 +55,7 @@ def _name(path: Path) -> str:
 
 
 def _shipped(path: Path) -> Path:
-    """The experiment of ours whose name is nearest."""
+    """The shipped experiment with the most similar name."""
     here = Path(__file__).resolve().parent
     shipped = {file.name: file for file in here.rglob("*.toml") if file.is_file()}
     shipped |= {file.name: file for file in here.glob("*.toml") if file.is_file()}
@@ -73,13 +73,13 @@ def _parse(text: str, place: str) -> dict[str, Any]:
         problem = str(error) or "nested too deep"
     except tomli.TOMLDecodeError as error:
         problem = str(error)
-    except ValueError:  # of Python's int
+    except ValueError:  # raised by Python's int
         problem = "an integer of thousands of digits; the largest is 2^63 - 1"
     raise ConfigError(f"{place}: not valid TOML: {shortened(problem, 200)}")
 
 
 def apply_override(tree: dict[str, Any], override: str, places: dict[str, str]) -> None:
-    """Change `tree` as `--section.key=value` says; `places` remembers what set the key."""
+    """Set the key of `--section.key=value` in `tree`; `places` records which override set it."""
     key, equals, text = override.removeprefix("--").partition("=")
     place = shortened(override[:_LONGEST_OVERRIDE], 120)
     if not override.startswith("--") or not equals or "." not in key:
@@ -92,18 +92,18 @@ def apply_override(tree: dict[str, Any], override: str, places: dict[str, str]) 
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
-        if not isinstance(child, dict):  # said of the file, or of the override before
+        if not isinstance(child, dict):  # set by the file or an earlier override
             return
         node = child
     node[leaf] = value
-    # what was said before of this key, or of a part of it, counts no more
+    # this override replaces earlier ones of this key and of its parts
     for below in [known for known in places if f"{known}.".startswith(f"{key}.")]:
         del places[below]
     places[key] = place
 
 
 def _check_key(dotted: str, place: str) -> Any:
-    """The annotated type at a dotted key. Raises ConfigError where there is none."""
+    """The annotated type at a dotted key. Raises ConfigError if there is none."""
     kind: Any = JobConfig
     *sections, leaf = dotted.split(".")
     for depth, part in enumerate([*sections, leaf]):
@@ -118,7 +118,7 @@ def _check_key(dotted: str, place: str) -> Any:
 
 
 def _value(kind: Any, text: str, place: str) -> Any:
-    """The value of an override: TOML, where strings and choices may go without quotes."""
+    """Parse the value of an override: TOML, but strings and choices may have no quotes."""
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
     if kind is str and not quoted:
         return text
@@ -127,7 +127,7 @@ def _value(kind: Any, text: str, place: str) -> Any:
     import tomli
 
     try:
-        # within a list, too: a comment would swallow the bracket, so all of the text is the value
+        # within a list, too: a comment would include the bracket, so all of the text is the value
         tomli.loads(f"value = [{text}]")
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError as error:
@@ -136,6 +136,6 @@ def _value(kind: Any, text: str, place: str) -> Any:
                 f"{place}: not a TOML string ({shortened(str(error), 100)}); write the value "
                 "without quotes"
             ) from None
-        return text  # a bare word: for a choice such as "bf16"; other types refuse it later
+        return text  # unquoted: for a choice such as "bf16"; other types raise later
     except (RecursionError, ValueError):
         raise ConfigError(f"{place} = {shown(text)}: nested too deep, or too many digits") from None

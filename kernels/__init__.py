@@ -1,1 +1,1 @@
-"""Kernels with their plain-torch references; the name of a function is its contract."""
+"""Kernels with their plain-torch references; the docstring of a function is its contract."""

@@ -1,4 +1,4 @@
-"""What the device at hand does well, and where Triton runs."""
+"""Capabilities of the current device, and where Triton runs."""
 
 from contextlib import AbstractContextManager
 
@@ -8,18 +8,19 @@ from torch import Tensor
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32: CUDA from sm_80 on, ROCm, and CPUs with
-    AVX512-BF16 or AMX. Other CPUs emulate bf16 and are slower than in fp32."""
+    AVX512-BF16 or AMX. Other CPUs emulate bf16 more slowly than they compute fp32."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def on_accelerator(x: Tensor) -> bool:
-    """Whether Triton runs where x is. Asked for as `device.on_accelerator(x)`, so that the tests
-    in Triton's interpreter can say yes for a CPU, in one place."""
+    """Whether Triton runs on the device of x. Callers write `device.on_accelerator(x)`, so that
+    tests in Triton's interpreter can replace it in one place to return True for a CPU."""
     return x.is_cuda
 
 
 def launching_on(x: Tensor) -> AbstractContextManager[None]:
-    """Around every launch: Triton launches on the current device, which need not be that of x."""
+    """Context for every launch: Triton launches on the current device, which may not be that of
+    x."""
     return torch.cuda.device(x.device)

@@ -1,4 +1,4 @@
-"""What all FP8 kernels agree on: the size of a block, the type of a device, memory layouts."""
+"""Definitions that all FP8 kernels share: block size, data type of a device, memory layouts."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,12 @@ from torch import Tensor
 BLOCK = 128
 """Side of a block."""
 MIN_SCALE = 2.0**-80
-"""Smallest scale. A quotient by it can neither overflow nor meet denormals that matter."""
+"""Smallest scale. Division by it cannot overflow, and fp32 denormals do not change the FP8
+result."""
 
 
 class Quantized(NamedTuple):
-    """FP8 data and the fp32 scales that its blocks are to be multiplied with."""
+    """FP8 data and the fp32 scales by which its blocks must be multiplied."""
 
     data: Tensor
     scales: Tensor
@@ -21,7 +22,7 @@ class Quantized(NamedTuple):
 def fp8_dtype(device: torch.device) -> torch.dtype:
     """The e4m3 of a device: `fnuz` (largest value 240) on MI300, `fn` (448) everywhere else.
 
-    Raises ValueError where the device has no FP8 tensor cores.
+    Raises ValueError if the device has no FP8 tensor cores.
     """
     if device.type != "cuda":
         return torch.float8_e4m3fn
@@ -44,7 +45,7 @@ def fp8_dtype(device: torch.device) -> torch.dtype:
 def empty_column_major(
     shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """An uninitialised `[..., R, D]`, each matrix with contiguous columns that start at multiples
+    """An uninitialized `[..., R, D]`, each matrix with contiguous columns that start at multiples
     of 16 bytes."""
     *matrices, rows, columns = shape
     step = 16 // dtype.itemsize
@@ -53,10 +54,10 @@ def empty_column_major(
 
 
 def fp8_values(data: Tensor) -> Tensor:
-    """FP8 data as bf16, which holds every value exactly; in data's memory order.
+    """FP8 data as bf16, which represents every value exactly; in data's memory order.
 
-    On a CPU in the bits: e4m3 shifted into bf16's place is its value times 2^-120, for denormals
-    too. torch's own cast takes three times as long there.
+    On a CPU the conversion works on the bits: e4m3 shifted into bf16's position is its value times
+    2^-120, also for denormals. torch's own cast takes three times as long there.
     """
     if data.dtype != torch.float8_e4m3fn or data.device.type != "cpu":
         return data.to(torch.bfloat16)
@@ -68,7 +69,7 @@ def fp8_values(data: Tensor) -> Tensor:
 
 
 def empty_rows(shape: tuple[int, ...] | torch.Size, here: torch.device) -> Quantized:
-    """What `quantize_1x128` of `[R, D]` fills."""
+    """Uninitialized output of `quantize_1x128` of `[R, D]`."""
     R, D = shape
     scales = empty_column_major((R, -(-D // BLOCK)), torch.float32, here)
     return Quantized(torch.empty(R, D, dtype=fp8_dtype(here), device=here), scales)
@@ -77,7 +78,7 @@ def empty_rows(shape: tuple[int, ...] | torch.Size, here: torch.device) -> Quant
 def empty_columns(
     shape: tuple[int, ...] | torch.Size, ends_E: Tensor | None, here: torch.device
 ) -> Quantized:
-    """What `quantize_128x1` of `[R, D]` fills, or its grouped form."""
+    """Uninitialized output of `quantize_128x1` of `[R, D]`, or of its grouped form."""
     R, D = shape
     blocks = -(-R // BLOCK) if ends_E is None else R // BLOCK + ends_E.shape[0]
     scales = torch.empty(blocks, D, dtype=torch.float32, device=here)

@@ -1,9 +1,9 @@
-"""Groups of rows cut into tiles, by the device.
+"""Cuts groups of rows into tiles on the device.
 
-How long groups are is known to the device alone, and a host that asks waits for it. So the list of
-tiles has room for the most that R rows in E groups can make, `ceil(R / size) + E`, and the device
-writes how many there are. One program per group: it counts the tiles before its own by itself,
-which costs a load of all ends and needs no order among programs.
+Only the device knows the group sizes, and a host that reads them waits for it. So the list of
+tiles has room for the maximum for R rows in E groups, `ceil(R / size) + E`, and the device
+writes their number. There is one program per group: it counts the tiles of earlier groups itself,
+which costs a load of all ends and requires no order among programs.
 
 Shapes: E groups.
 """
@@ -21,22 +21,23 @@ ENTRY = 4
 
 @dataclass(frozen=True)
 class Schedule:
-    """What `schedule` writes."""
+    """Output of `schedule`."""
 
     tiles: Tensor
-    """int32 `[1 + n, 4]`: how many tiles have true rows and how many have none, then the tiles in
+    """int32 `[1 + n, 4]`: the numbers of tiles with and without true rows, then the tiles in
     this order; unused entries are 0."""
     first_E: Tensor
     """int32: tiles before each group, true or not."""
 
     @property
     def n_most(self) -> int:
-        """No more tiles than this, whatever the groups are."""
+        """Upper bound on the number of tiles for any groups."""
         return len(self.tiles) - 1
 
 
 def schedule(ends_E: Tensor, counts_E: Tensor, n_rows: int, size: int, split: bool) -> Schedule:
-    """Every group cut into tiles of `size` rows; `split`: those without true rows go to the end."""
+    """Cut every group into tiles of `size` rows; `split` moves tiles without true rows to the
+    end."""
     n_groups = len(ends_E)
     tiles = ends_E.new_zeros(1 + triton.cdiv(n_rows, size) + n_groups, ENTRY, dtype=torch.int32)
     first_E = ends_E.new_empty(n_groups, dtype=torch.int32)
@@ -52,7 +53,7 @@ def _schedule(  # type: ignore[no-untyped-def]
     ends_ptr, counts_ptr, tiles_ptr, first_ptr, n_groups,
     SIZE: tl.constexpr, SPLIT: tl.constexpr, ENTRY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program e writes the tiles of group e; each counts those before it for itself."""
+    """Program e writes the tiles of group e and counts those of earlier groups itself."""
     expert = tl.program_id(0)
     true_before, before, true_in_all, in_all = 0, 0, 0, 0
     for first in range(0, n_groups, CHUNK):

@@ -1,1 +1,2 @@
-"""The decoder, its initialisation, its counts and its Hugging Face form. Knows no parallelism."""
+"""The decoder, its initialization, its counts and its Hugging Face form; independent of
+parallelism."""

@@ -1,8 +1,8 @@
 """Attention layers around an exchangeable core.
 
-The layer projects, normalises and rotates; what may look at what is the *core*'s business. In
+The layer projects, normalizes and rotates; the *core* implements the mask and the attention. In
 training that is `models.documents.DocumentAttention` (causal, within a document); the serving
-engine passes a core with a paged KV cache. Both see tokens in one flat dimension.
+engine passes a core with a paged KV cache. Both take tokens in one flat dimension.
 
 GQA: arXiv:2305.13245. T tokens, D model width, H query heads, G key/value heads, C head width,
 V value width.
@@ -27,28 +27,28 @@ Tables = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """What a core needs to know of the layer that calls it."""
+    """Properties of the calling layer that a core uses."""
 
     index: int
-    """Blocks are counted from 0."""
+    """Index of the block, from 0."""
     scale: float
     """Factor on the logits."""
     window: int = 0
-    """A token sees so many tokens, itself included. 0: all."""
+    """Number of tokens that a token attends to, itself included. 0: all."""
     chunk: int = 0
-    """A token sees its own chunk of so many positions. 0: all."""
+    """Size of the chunks of positions within which tokens attend. 0: all."""
 
 
 class AttentionCore(Protocol):
-    """Softmax attention of one layer over whatever keys the implementation holds."""
+    """Softmax attention of one layer over the keys that the implementation stores."""
 
     latent: "LatentCore | None"
-    """What MLA calls instead, where the core keeps latents and not the keys and values in them."""
+    """Called by MLA instead, if the core stores latents and not their keys and values."""
 
     def __call__(
         self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
-        """Output `[T, H, V]` for the queries. sinks_H: logits that hold no value, or None."""
+        """Output `[T, H, V]` for the queries. sinks_H: logits without values, or None."""
         ...
 
 
@@ -59,12 +59,12 @@ class LatentCore(Protocol):
         self, layer: Layer, q_THC: Tensor, latent_TR: Tensor, k_rope_TC: Tensor, wkv_b: Linear,
         config: AttentionConfig,
     ) -> Tensor:  # fmt: skip
-        """Output `[T, H, V]` of MLA, whose keys and values are `expanded` latents."""
+        """Output `[T, H, V]` of MLA, whose keys and values are `expanded` from the latents."""
         ...
 
 
 def layer_of(model: ModelConfig, index: int) -> Layer:
-    """The facts of layer `index` for its core."""
+    """The properties of layer `index` for its core."""
     attention = model.attention
     local = 0 if attention.is_full(index) else attention.local_size
     return Layer(
@@ -126,9 +126,9 @@ def _temperature(positions_T: Tensor, config: AttentionConfig) -> Tensor:
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-    Keys and values are projections of one narrow vector per token, which a cache may keep instead;
-    position enters by a separate rotated part, whose keys all heads share. Queries may be
-    compressed likewise. Here the keys and values are expanded before the core.
+    Keys and values are projections of one narrow vector per token, which a cache may store instead;
+    positions are encoded in a separate rotated part, whose keys all heads share. Queries may be
+    compressed in the same way. Here the keys and values are expanded before the core.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -160,7 +160,7 @@ class LatentAttention(nn.Module):
             compressed = self.q_a_norm(queries)
         else:
             (kv_a,) = project(x_TD, self.wkv_a)
-        # what all heads share is exchanged while it is narrow
+        # the vectors that all heads share are exchanged while they are narrow
         compressed, kv_a = self.tp_comm.gather(compressed), self.tp_comm.gather(kv_a)
         latent, k_rope = kv_a.split([a.kv_lora_rank, a.qk_rope_head_dim], dim=-1)
         n_tokens = compressed.shape[0]
@@ -191,4 +191,4 @@ def expanded(
 
 
 _LATENT_EPS = 1e-6
-"""DeepSeek's epsilon inside the compressions, whatever that of the other norms."""
+"""DeepSeek's epsilon inside the compressions, for any epsilon of the other norms."""

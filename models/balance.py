@@ -1,4 +1,4 @@
-"""Auxiliary losses of the router: what they are, and how their gradient enters.
+"""Auxiliary losses of the router: their definitions, and the injection of their gradient.
 
 | loss | of one layer | source |
 |---|---|---|
@@ -7,18 +7,18 @@
 | z | mean over tokens of logsumexp(logits)^2 | ST-MoE, arXiv:2202.08906, eq. 5 |
 
 P_i is the mean over the same tokens of expert i's score, scores divided by their sum. Both
-balance losses are 1 where load and scores are even. The sequence loss counts the `top_k` best
-scores, before bias and groups (eq. 18 says so); the global one counts what was really chosen.
-Layers add up; all is fp32.
+balance losses are 1 if load and scores are even. The sequence loss counts the `top_k` best
+scores, before bias and groups (as in eq. 18); the global one counts the actual choices.
+The losses of all layers are added; all is fp32.
 
 World-size independence: a rank adds the sum over its tokens divided by the tokens of the whole
-step, never a mean of its own. The global loss knows the choices of all data ranks in all
-microbatches of the step up to the running one (the buffer of arXiv:2501.11873, section 3): later ones are not known
-when the gradient is taken. So N ranks equal one process that takes as many microbatches.
+step, never its local mean. The global loss uses the choices of all data ranks in all microbatches
+of the step up to the current one (the buffer of arXiv:2501.11873, section 3): later ones are not
+known when the gradient is computed. So N ranks equal one process with as many microbatches.
 
-The gradient is injected: `attach` is the identity on the routing weights, and gives the loss its
-gradient in backward. So the loss need not be returned to the trainer, and its reported value is
-added up in backward, which runs once, also where activation recomputation runs forward twice.
+The gradient is injected: `attach` is the identity on the routing weights, and adds the gradient of
+the losses in backward. So the loss need not be returned to the trainer. Its reported value is
+added up in backward, which runs once, even if activation recomputation runs forward twice.
 (The idea is that of Megatron's MoEAuxLossAutoScaler.)
 
 T tokens, E experts, K experts per token, N sequences, L their length.
@@ -49,7 +49,7 @@ def auxiliary_losses(
     made: RoutingDecision,
     tp_comm: TPComm,
 ) -> Tensor:
-    """These tokens' part of each loss of one layer, without coefficients, fp32 `[3]`."""
+    """The share of these tokens in each loss of one layer, without coefficients, fp32 `[3]`."""
     sequence, over_all, z = coefficients(config)
     zero = logits_TE.new_zeros(())
     parts = [zero, zero, zero]
@@ -72,7 +72,7 @@ def auxiliary_losses(
 
 
 def sequence_frequency(scores_TE: Tensor, top_k: int, step: StepContext, tp_comm: TPComm) -> Tensor:
-    """f_i of every sequence of the microbatch, `[N, E]`; a sequence may lie on several ranks."""
+    """f_i of every sequence of the microbatch, `[N, E]`; a sequence may span several ranks."""
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, top_indices(scores_TE, top_k), 1.0)
     n_ranks = 1 if tp_comm.group is None else tp_comm.group.size()
     n_sequences = scores_TE.shape[0] * n_ranks // step.seq_len
@@ -89,8 +89,8 @@ def _sequences(scores_TE: Tensor, step: StepContext, tp_comm: TPComm) -> Tensor:
 
 
 def attach(weights_TK: Tensor, losses_3: Tensor, config: MoEConfig, totals_3: Tensor) -> Tensor:
-    """`weights_TK`, unchanged; in backward the losses get their gradient, coefficients included,
-    and their values are added to `totals_3`."""
+    """Return `weights_TK` unchanged; backward adds the gradient of the losses, coefficients
+    included, and adds their values to `totals_3`."""
     pairs = zip(coefficients(config), losses_3.unbind(), strict=True)
     total = torch.stack([factor * loss for factor, loss in pairs]).sum()
     return _Attach.apply(weights_TK, total, losses_3.detach(), totals_3)
@@ -103,7 +103,7 @@ class _Attach(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(losses_3)
         ctx.totals_3 = totals_3  # not saved: it changes between forward and backward
-        return weights_TK.view_as(weights_TK)
+        return weights_TK.clone()  # a view could not leave a module that FSDP2 wraps
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -115,7 +115,7 @@ class _Attach(torch.autograd.Function):
 def mean_losses(
     config: MoEConfig, step: StepContext, reduce: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """The auxiliary losses in use, of the whole step without coefficients, mean over layers.
+    """The auxiliary losses in use, of the whole step without coefficients, averaged over layers.
 
     reduce: sums a tensor over all data ranks, which call this together.
     """

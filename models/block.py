@@ -1,7 +1,8 @@
 """One transformer block; the decoder stacks them, and an MTP module contains one.
 
-`Block.runner` is the seam of activation recomputation: it may run the computation again in backward
-(`parallel.recompute`). It lies within the module's call, so that hooks of the module run once.
+`Block.runner` is where activation recomputation is inserted: it may run the computation again in
+backward (`parallel.recompute`). It is inside the module's call, so that hooks of the module run
+once.
 
 T tokens, D model width.
 """
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.runner: Runner = _run
 
     def forward(self, *arguments: Any) -> Tensor:
-        """`compute` through the runner."""
+        """Call `compute` through the runner."""
         return self.runner(self.compute, *arguments)
 
     def compute(
@@ -51,7 +52,7 @@ class Block(nn.Module):
         core: AttentionCore,
         layer: LayerContext | None = None,
     ) -> Tensor:
-        """layer: of the training step, in blocks with experts (`models.step_context`)."""
+        """layer: context of the training step, in blocks with experts (`models.step_context`)."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), positions_T, tables, core)
         normed_TD = self.ffn_norm(x_TD)
         if isinstance(self.ffn, MoE):

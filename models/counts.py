@@ -1,4 +1,4 @@
-"""How large a model is and what a token costs."""
+"""The number of parameters of a model and the FLOPs of a token."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ from models.mtp import MtpModule
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters. `active` counts those one token uses; the input embedding is part
-    of both, and given apart because some published counts leave it out. MTP modules count in
-    neither: published sizes leave them out, and serving may."""
+    """Numbers of parameters. `active` counts those that one token uses. The input embedding is
+    included in both, and also listed separately because some published counts leave it out. MTP
+    modules are in neither: published sizes leave them out, and serving may."""
 
     total: int
     active: int
@@ -24,14 +24,14 @@ class ParameterCounts:
     mtp: int
     """Parameters of the MTP modules, which share embedding and head with the model."""
     experts: int
-    """Of routed experts, in MTP modules too."""
+    """Of routed experts, including those of MTP modules."""
     layers: tuple[tuple[int, int], ...]
     """(all parameters, those of routed experts) of every block, MTP modules last."""
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
-    """Counted on the meta device, so the counts are those of the model that trains; of blocks that
-    are alike one is counted."""
+    """Count on the meta device, so that the counts are those of the trained model; of identical
+    blocks one is counted."""
     outer = {name: p.numel() for name, p in _outer(model).items()}
     layers, known = [], dict[int, tuple[int, int]]()
     for parameters in _blocks(model):
@@ -63,7 +63,7 @@ def _outer(model: ModelConfig) -> dict[str, nn.Parameter]:
 
 
 def _blocks(model: ModelConfig) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters of every block, MTP modules last; those of like blocks are one object."""
+    """The parameters of every block, MTP modules last; identical blocks share one object."""
     known = dict[tuple[bool, bool], dict[str, nn.Parameter]]()
     for i in range(model.n_layers + model.mtp_depth):
         kind = is_mtp, _ = i >= model.n_layers, model.is_moe(i)
@@ -77,13 +77,13 @@ def _blocks(model: ModelConfig) -> Iterator[dict[str, nn.Parameter]]:
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs (forward and backward) per token of full sequences.
 
-    6 per active matrix parameter (2 forward, 4 backward), the head and the router included, the
-    embedding look-up and the vectors (norms, biases, sinks) not; attention: 6 * heads * (query
-    width + value width) per key seen, and a query sees on average (seq_len + 1) / 2 keys, or what
-    its window or chunk leaves of them. MTP modules are part of it, each with the head once more.
+    6 per active matrix parameter (2 forward, 4 backward), including the head and the router,
+    without the embedding look-up and the vectors (norms, biases, sinks). Attention: 6 * heads *
+    (query width + value width) per unmasked key; a query has on average (seq_len + 1) / 2 of them,
+    or fewer with a window or chunk. MTP modules are included, each with the head once more.
     """
     head = model.vocab_size * model.d_model
-    # a tied embedding multiplies once, as the head; an untied one only looks up
+    # a tied embedding is multiplied once, as the head; an untied one only by look-up
     matrices, known = float(head * (model.mtp_depth + 1)), dict[int, float]()
     for parameters in _blocks(model):
         if id(parameters) not in known:
@@ -97,7 +97,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
 
 def _multiplied(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> float:
-    """Parameters of a block's matrices that a token multiplies with."""
+    """Parameters of the matrices of a block that each token is multiplied by."""
     share, found = model.moe.top_k / model.moe.n_experts, 0.0
     for name, p in parameters.items():
         expert = ".experts." in name
@@ -107,7 +107,7 @@ def _multiplied(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> floa
 
 
 def _keys_seen(model: ModelConfig, index: int, seq_len: int) -> float:
-    """Keys that a query of layer `index` sees, averaged over a sequence."""
+    """Keys that a query of layer `index` attends to, averaged over a sequence."""
     attention = model.attention
     size = min(attention.local_size, seq_len)
     if attention.is_full(index):

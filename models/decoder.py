@@ -1,10 +1,10 @@
 """The decoder: embedding, blocks, final norm, head. One definition for training and serving.
 
-Tokens come in one flat dimension T; which of them belong together is known to the attention core
-alone. What becomes of the last hidden states is the caller's choice, the argument `output`: by
-default logits, in training the loss (never holding all logits), in serving the logits of each
-request's last token. The routers' auxiliary losses are not part of the output: they join in
-backward (`models.balance`), in a training step alone, which the argument `context` stands for.
+Tokens have one flat dimension T; only the attention core distinguishes sequences. The argument
+`output` computes the result from the last hidden states: by default logits, in training the loss
+(without storing all logits), in serving the logits of each request's last token. The routers'
+auxiliary losses are not part of the output: their gradient is added in backward
+(`models.balance`), only in a training step, which passes the argument `context`.
 
 T tokens, D model width, V vocabulary.
 """
@@ -28,14 +28,14 @@ from models.step_context import MicrobatchContext
 from models.tp_comm import TPComm
 
 Output = Callable[[Tensor, Tensor], Any]
-"""What to make of the final hidden states `x_TD` and the head's weight `[V, D]`."""
+"""Computes the result from the final hidden states `x_TD` and the head's weight `[V, D]`."""
 
 
 class Decoder(nn.Module):
     """The whole language model. Built on any device, the meta device included."""
 
     def __init__(self, config: ModelConfig, layers: Iterable[int] | None = None) -> None:
-        """layers: indices of those to build; by default all."""
+        """layers: indices of the layers to build; by default all."""
         super().__init__()
         self.config = config
         layers = range(config.n_layers) if layers is None else layers
@@ -49,11 +49,11 @@ class Decoder(nn.Module):
         self.tp_comm = TPComm()
 
     def blocks(self) -> list[Block]:
-        """Every block, those of the MTP modules last: what is sharded one by one."""
+        """Every block, those of the MTP modules last: the units of sharding."""
         return [block for stack in (self.layers, self.mtp) for block in stack]  # type: ignore[misc]
 
     def moe_blocks(self) -> list[bool]:
-        """Of every block, in the order of `blocks`, whether it has experts."""
+        """For every block, in the order of `blocks`, whether it has experts."""
         return [isinstance(block.ffn, MoE) for block in self.blocks()]
 
     def forward(
@@ -67,12 +67,15 @@ class Decoder(nn.Module):
     ) -> Any:
         """`output(x_TD, head_weight_VD)`; with the default, logits `[T, V]`.
 
-        tokens_T, positions_T: integers; a position counts from the start of its document.
-        mtp_outputs: for each MTP module to run, the tokens it reads (`[T]`, module k: the k-th
-        successor of every token) and what to make of its hidden states; a tuple of all outputs is
-        returned.
-        context: of a training step; routers then count and add the gradient of their auxiliary
-        losses in backward.
+        Args:
+            tokens_T, positions_T: Integers; a position counts from the start of its document.
+            core: Attention over the tokens.
+            output: Computes the result from the hidden states.
+            mtp_outputs: For each MTP module to run, its input tokens (`[T]`, module k: the k-th
+                successor of every token) and the function of its hidden states; the result is then
+                a tuple of all outputs.
+            context: Of a training step; routers then count and add the gradient of their auxiliary
+                losses in backward.
         """
         x_TD = self.embed(tokens_T)
         tables = rope_tables(positions_T, self.config.rope, self.config.attention.rope_dim)

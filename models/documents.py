@@ -13,8 +13,8 @@ from models.attention import Layer
 class DocumentAttention:
     """Causal attention that never crosses a document boundary.
 
-    positions_BL: position of every token within its document; a document begins where it is 0.
-    Each sequence attends to itself only, so a document cut by the end of a sequence begins anew.
+    positions_BL: position of every token within its document; a document begins at position 0.
+    Attention stays within a sequence, so a document cut by the end of a sequence starts anew.
     """
 
     latent = None
@@ -28,7 +28,7 @@ class DocumentAttention:
         self._masks: dict[tuple[int, int], Tensor | None] = {}
 
     def to(self, device: torch.device) -> "DocumentAttention":
-        """The same on another device."""
+        """A copy on another device."""
         self.positions_BL = self.positions_BL.to(device, non_blocking=True)
         return self
 
@@ -39,10 +39,11 @@ class DocumentAttention:
         out = document_attention(q, k, v, self.mask(layer), layer.scale, sinks_H)
         return out.transpose(1, 2).flatten(0, 1)
 
-    @torch.compiler.disable  # what it asks changes with every batch: each answer is another graph
+    # its conditions change with every batch, and each result would compile another graph
+    @torch.compiler.disable
     def mask(self, layer: Layer) -> Tensor | None:
-        """Bool `[B, L, L]`, true where a query (row) may see a key; None for plain causal."""
-        # what no document reaches needs no mask: layers then share one, or none
+        """Bool `[B, L, L]`, true where a query (row) attends to a key; None for plain causal."""
+        # a window or chunk longer than all documents needs no mask: layers then share one, or none
         window = layer.window if layer.window < self.longest else 0
         chunk = layer.chunk if layer.chunk < self.longest else 0
         if not (self.has_boundaries or window or chunk):

@@ -1,10 +1,10 @@
 """The recipe `fp8_blockwise` applied to a model: which modules compute in FP8, and how.
 
-All projections of attention (MLA's compressions too), dense and shared feed-forwards and experts;
-never embeddings, head, router, norms or the attention core: they are a small part of the work, and
-the choice of experts and the loss depend on their exact values (DeepSeek-V3, arXiv:2412.19437,
-section 3.3.1). A module is replaced by one that computes in FP8 and has the same parameters, under
-the same names: initialization, sharding and checkpoints know nothing of it.
+Modules: all projections of attention (MLA's compressions too), dense and shared feed-forwards and
+experts; never embeddings, head, router, norms or the attention core. These are a small part of the
+computation, and the choice of experts and the loss depend on their exact values (DeepSeek-V3,
+arXiv:2412.19437, section 3.3.1). A module is replaced by one that computes in FP8 and has the same
+parameters, under the same names, so initialization, sharding and checkpoints are unchanged.
 
 Experts with biases (GPT-OSS) run their products one by one: the gradient of a bias is a sum of
 rows that the fused form never has in one piece. SwiGLU then keeps its input in bf16.
@@ -34,7 +34,7 @@ class Fp8FeedForward(Fp8Module, FeedForward):
 
     @staticmethod
     def of(module: FeedForward, power_of_two: bool) -> "Fp8FeedForward":
-        """In FP8 what `module` is."""
+        """The FP8 form of `module`."""
         with torch.device("meta"):
             made = Fp8FeedForward(module.w2.shape[0], module.width, power_of_two=power_of_two)
         return made.share_parameters(module)
@@ -51,11 +51,11 @@ class Fp8FeedForward(Fp8Module, FeedForward):
 
 
 class Fp8Experts(Fp8Module, Experts):
-    """SwiGLU experts in FP8; rows that came in FP8 are not quantized again."""
+    """SwiGLU experts in FP8; rows received in FP8 are not quantized again."""
 
     @staticmethod
     def of(module: Experts, power_of_two: bool) -> "Fp8Experts":
-        """In FP8 what `module` is."""
+        """The FP8 form of `module`."""
         with torch.device("meta"):
             made = Fp8Experts(module.w2.shape[1], module.config, power_of_two=power_of_two)
         return made.share_parameters(module)
@@ -99,15 +99,15 @@ _IN_FP8: dict[type[nn.Module], Callable[[Any, bool], Fp8Module]] = {
 
 
 def in_fp8(module: nn.Module, power_of_two: bool) -> Fp8Module | None:
-    """In FP8 what `module` is, with the same parameters; None where it has no such form."""
+    """The FP8 form of `module`, with the same parameters; None if there is none."""
     form = _IN_FP8.get(type(module))
     return None if form is None else form(module, power_of_two)
 
 
 def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
-    """Replace the eligible modules of a model, before anything else is done to it; their names.
+    """Replace the eligible modules of a new model before any other change; returns their names.
 
-    Raises ConfigError for a pattern that matches no module, or where none would be left.
+    Raises ConfigError for a pattern that matches no module, or if no module is left.
     """
     modules, blocks = dict(model.named_modules()), _blocks(model)
     eligible = [
@@ -131,7 +131,7 @@ def apply_fp8(model: Decoder, options: FP8Config) -> list[str]:
 
 
 def eligible_names(block: nn.Module) -> list[str]:
-    """The modules of a block that the recipe may take."""
+    """The modules of a block that the recipe can replace."""
     return [name for name, module in block.named_modules() if type(module) in _IN_FP8]
 
 
@@ -144,7 +144,7 @@ def stays_in_bf16(options: FP8Config, index: int, n_blocks: int, name: str) -> b
 def check_patterns(options: FP8Config, names: Sequence[str], eligible: Sequence[str]) -> None:
     """Raise ConfigError for a pattern that matches none of the modules called `names`.
 
-    eligible: those that the recipe may take, for an example.
+    eligible: modules that the recipe can replace, for an example.
     """
     for pattern in options.keep:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -155,7 +155,7 @@ def check_patterns(options: FP8Config, names: Sequence[str], eligible: Sequence[
 
 
 def check_device(device: torch.device, name: str) -> None:
-    """Refuse a device without FP8, in the name of the first layer that would need it."""
+    """Raise ConfigError on a device without FP8, with the name of the first layer that needs it."""
     try:
         fp8_dtype(device)
     except ValueError as error:
@@ -163,13 +163,13 @@ def check_device(device: torch.device, name: str) -> None:
 
 
 def _within(name: str, pattern: str) -> bool:
-    """Whether a pattern matches a module or one that it is part of."""
+    """Whether a pattern matches a module or one that contains it."""
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
 
 
 def fp8_weights(model: nn.Module) -> dict[str, tuple[Fp8Module, str]]:
-    """The weights that products in FP8 multiply with: by name, the module and the name there."""
+    """The weights of FP8 products: by name, the module and the name within it."""
     return {
         f"{name}.{key}": (module, key)
         for name, module in fp8_modules(model).items()
@@ -190,7 +190,8 @@ class GemmShares:
     fp8: float
     """In products of FP8."""
     eligible: float
-    """In products that the recipe may take: those of all modules that `apply_fp8` knows."""
+    """In products that the recipe can run in FP8: those of all modules that `apply_fp8`
+    replaces."""
     every: float
     """In all matrix products: head, router and the attention core too."""
 
@@ -202,7 +203,7 @@ class GemmShares:
 
 
 def gemm_shares(model: Decoder, seq_len: int) -> GemmShares:
-    """How much of a model's work is done in FP8, from the shapes of its weights."""
+    """The share of a model's FLOPs in FP8, from the shapes of its weights."""
     share = model.config.moe.top_k / model.config.moe.n_experts
     fp8 = eligible = 0.0
     for name, parameter in model.named_parameters():

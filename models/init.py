@@ -1,10 +1,10 @@
 """Initial weights that do not depend on the number of ranks.
 
-Every parameter has a generator of its own, seeded by (seed, name) and, for experts, by the expert
-index; so a rank that holds experts 8 to 15 draws those alone, and every mesh starts from the same
-model. Truncated normal of `init_std`; projections that write into the residual stream get it
-divided by sqrt(2 * n_layers) (GPT-2); norms start at one, biases and sinks at zero
-(`models.parameters`).
+Every parameter has a separate generator, seeded by (seed, name) and, for experts, by the expert
+index; so a rank that holds experts 8 to 15 draws only those, and every mesh starts from the same
+model. The distribution is a truncated normal of `init_std`, divided by sqrt(2 * n_layers) for
+projections that write into the residual stream (GPT-2); norms start at one, biases and sinks at
+zero (`models.parameters`).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def initial_value(
 ) -> Tensor:
     """Rows `rows` (first dimension) of the initial value of parameter `name`: fp32, on the CPU.
 
-    shape: the whole logical shape. Of expert parameters only the wanted experts are drawn.
+    shape: the whole logical shape. Of expert parameters only the requested experts are drawn.
     """
     spec = spec_of(name)
     if spec.init == "ones":

@@ -1,10 +1,10 @@
-"""Mixture of experts: dispatch seam, experts, shared experts.
+"""Mixture of experts: dispatcher interface, experts, shared experts.
 
-A token's path: the router chooses `top_k` experts; the *dispatcher* brings the token's row to each
-of them and sums what comes back. The dispatcher is the seam where expert parallelism enters:
+The router chooses `top_k` experts per token; the *dispatcher* sends the token's row to each of
+them and sums the results. Expert parallelism replaces the dispatcher:
 `run(x_TD, expert_ids_TK, weights_TK, experts, shared_experts, layer)`; the default here does not
-communicate. `experts` is a callable on `Rows`, so a dispatcher may feed it any number of chunks;
-`shared_experts` is work that does not depend on the exchange.
+communicate. `experts` is a callable on `Rows`, so a dispatcher may pass it any number of chunks;
+`shared_experts` is work that does not depend on the communication.
 
 T tokens, K experts per token, R rows, D model width, F expert width, E experts, e local experts.
 """
@@ -28,32 +28,32 @@ from models.step_context import LayerContext
 from models.tp_comm import TPComm
 
 
-class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 sees tensors in pytrees only
+class Rows(NamedTuple):  # not a dataclass: FSDP2 of torch 2.11 finds tensors in pytrees only
     """Rows grouped by expert. Group e ends at `ends_e[e]` and has `counts_e[e]` true rows; rows
     between these and the next group are zero, with weight zero. Rows from the last end on belong
-    to no expert: what is computed from them is not read."""
+    to no expert, and their results are not read."""
 
     data: Tensor
-    """`[R, D]`; FP8 where there are scales."""
+    """`[R, D]`; FP8 if there are scales."""
     scales: Tensor | None
-    """A scale per 128 values of a row (`kernels.quantization.quantize`), or None where `data` is
-    not quantised."""
+    """A scale per 128 values of a row (`kernels.quantization.quantize`), or None if `data` is not
+    quantized."""
     weights_R: Tensor
     """Routing weight of every row, fp32."""
     ends_e: Tensor
     counts_e: Tensor
     align: int = 1
-    """A promise: every group starts at a multiple of it."""
+    """The creator guarantees that every group starts at a multiple of this."""
     stand_in: Tensor | None = None
-    """Quantised rows: a tensor of the shape and dtype they had, without memory of its own. It
-    takes their place in autograd, where a gradient must have its tensor's dtype."""
+    """For quantized rows: a tensor of their shape and dtype before quantization, without memory. It
+    replaces them in autograd, where a gradient must have its tensor's dtype."""
 
 
 ExpertsFn = Callable[[Rows], Tensor]
 
 
 def row_values(rows: Rows) -> Tensor:
-    """`[R, D]` in the compute dtype; the gradient passes the quantisation as it is."""
+    """`[R, D]` in the compute dtype; the gradient passes through the quantization unchanged."""
     if rows.scales is None:
         return rows.data
     return _Dequantize.apply(rows.stand_in, rows.data, rows.scales)
@@ -82,7 +82,7 @@ def rows_for(x_TD: Tensor, weights: Tensor, to: Permutation, align: int) -> Rows
 
 
 class Dispatcher(Protocol):
-    """Brings rows to experts and their results back; see the head of this file."""
+    """Sends rows to experts and returns their results; see the module docstring."""
 
     def run(
         self,
@@ -95,13 +95,13 @@ class Dispatcher(Protocol):
     ) -> Tensor:
         """`y_TD`: the sum of each token's weighted expert outputs, plus `shared_experts()`.
 
-        layer: where a training step counts what travels.
+        layer: counts the communication of a training step.
         """
         ...
 
 
 class LocalDispatcher:
-    """All experts are here: sort rows by expert, run them, sum them back."""
+    """For local experts only: sort rows by expert, run the experts, sum the results per token."""
 
     def __init__(self, n_experts: int, align: int = 1) -> None:
         self.n_experts, self.align = n_experts, align
@@ -130,7 +130,7 @@ class Experts(LocalViews):
     b2: Any = local_view("b2")
 
     recompute_h: bool = False
-    """Keep gate and up only, and compute the activation again in backward (without biases)."""
+    """Keep only gate and up, and recompute the activation in backward (without biases)."""
 
     def __init__(self, d_model: int, config: MoEConfig) -> None:
         super().__init__()
@@ -156,7 +156,8 @@ class Experts(LocalViews):
         gate_up = self.product(data_RD, "w13", rows)
         if self.b13 is not None:
             gate_up = gate_up + self._of_rows(self.b13.flatten(1), rows)
-        # the weight may enter before the down projection: that is linear (its bias gets it below)
+        # the weight may be applied before the down projection, which is linear (its bias: see
+        # below)
         h_RF = swiglu(gate_up, weights_R, self.config.activation)
         y_RD = self.product(h_RF, "w2", rows)
         if self.b2 is not None:
@@ -165,7 +166,7 @@ class Experts(LocalViews):
         return y_RD
 
     def product(self, x_RD: Tensor, name: str, rows: Rows) -> Tensor:
-        """`x @ w.T` of every row with its expert's weight; gate and up of w13 are one."""
+        """`x @ w.T` of every row with its expert's weight; gate and up of w13 are one matrix."""
         weight = self.w13.flatten(1, 2) if name == "w13" else self.w2
         return grouped_gemm_nt(x_RD, weight, rows.ends_e, rows.counts_e)
 
@@ -179,7 +180,7 @@ class Experts(LocalViews):
 
 
 class FeedForward(LocalViews):
-    """Dense SwiGLU: the shared experts, and the first layers where they are dense."""
+    """Dense SwiGLU: the shared experts, and the dense first layers."""
 
     w13: Any = local_view("w13")
     w2: Any = local_view("w2")
@@ -210,7 +211,7 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher(moe.n_experts)
 
     def forward(self, x_TD: Tensor, layer: LayerContext | None = None) -> Tensor:
-        """layer: of the training step, where there is one (`models.step_context`)."""
+        """layer: context of the training step, if there is one (`models.step_context`)."""
         ids_TK, weights_TK = self.router(x_TD, layer)
         shared = self.shared_experts
         shared_experts = None if shared is None else lambda: shared(x_TD)

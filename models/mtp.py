@@ -5,10 +5,10 @@ it predicts token i + k + 1 with the model's own head (DeepSeek-V3, arXiv:2412.1
 So the causal chain of tokens is complete at every depth, and the model learns to plan further than
 one token. In serving the modules may draft tokens for speculative decoding, or be left out.
 
-The report does not say which hidden state the next module reads. Here it is the one the head sees,
-after the final norm: so does the code that DeepSeek ships with its weights, and serving engines
-feed their drafts the same (with the state before the norm, acceptance drops). The embedding comes
-first in the projected pair, as in the published weights.
+The report does not specify which hidden state the next module reads. Here it is the input of the
+head, after the final norm, as in the code that DeepSeek ships with its weights and in the drafts of
+serving engines (with the state before the norm, the acceptance rate drops). The embedding is first
+in the projected pair, as in the published weights.
 
 T tokens, D model width.
 """
@@ -25,7 +25,7 @@ from models.step_context import LayerContext
 
 
 class MtpModule(Block):
-    """Two norms, a projection of both inputs to one, a block like the model's last, a norm."""
+    """Two norms, a projection of both inputs to one, a block like the model's last one, a norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, config.n_layers - 1)
@@ -45,7 +45,8 @@ class MtpModule(Block):
     ) -> Tensor:
         """Hidden states of this depth, ready for the head and for the next module.
 
-        x_TD: those of the depth before. embedded_TD: the embedding of each token's k-th successor.
+        x_TD: those of the previous depth. embedded_TD: the embedding of each token's k-th
+        successor.
         """
         pair_T2D = torch.cat([self.enorm(embedded_TD), self.hnorm(x_TD)], dim=-1)
         x_TD = super().compute(self.eh_proj(pair_T2D), positions_T, tables, core, layer)

@@ -1,9 +1,9 @@
-"""What the rest of the project must know of a parameter, in one table.
+"""The properties of every parameter that other modules use, in one table.
 
 Initialization (`models.init`), weight decay (`train.optimizer`), tensor and expert parallelism
-(`parallel.tensor`, `parallel.expert`) and FP8 (`models.fp8`, `parallel.fp8_weights`) read it here.
+(`parallel.tensor`, `parallel.expert`) and FP8 (`models.fp8`, `parallel.fp8_weights`) read it.
 A parameter that is not in the table is an error, not a default. Its Hugging Face name is in the
-family's file (`models.hf.families`), which must name every parameter of the model.
+family's file (`models.hf.families`), which must contain every parameter of the model.
 
 E experts, F width of a feed-forward, D model width, H heads with their width, V vocabulary.
 """
@@ -14,24 +14,24 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One kind of parameter."""
+    """Properties of one parameter."""
 
     init: Literal["normal", "residual", "ones", "zeros"]
-    """normal: of `init_std`; residual: that over sqrt(2 * n_layers), for what writes into the
-    residual stream."""
+    """normal: of `init_std`; residual: that over sqrt(2 * n_layers), for parameters that write into
+    the residual stream."""
     decay: bool = True
-    """Whether weight decay shrinks it."""
+    """Whether weight decay applies to it."""
     tp: int | None = None
-    """The dimension that tensor parallelism divides. None: no rank divides it."""
+    """The dimension that tensor parallelism divides. None: not divided."""
     ep: int | None = None
-    """The dimension that counts experts."""
+    """The dimension of the expert index."""
     etp: int | None = None
     """The dimension of an expert that the ranks of `etp` divide."""
     padded: bool = False
-    """A divided bias that is added before a sum over the ranks: each rank adds its own slice, with
-    zeros around it, so that the sum counts it once."""
+    """A divided bias that is added before a sum over the ranks: each rank adds its slice, padded
+    with zeros, so that the sum counts it once."""
     fp8: bool = False
-    """Whether a product multiplies with it that the recipe `fp8_blockwise` may take."""
+    """Whether it is an operand of a product that the recipe `fp8_blockwise` can run in FP8."""
 
 
 _NORM = ParamSpec("ones", decay=False)
@@ -72,11 +72,11 @@ PARAMETERS = {
     "experts.b13": ParamSpec("zeros", decay=False, ep=0, etp=2),  # [E, 2, F]
     "experts.b2": ParamSpec("zeros", decay=False, ep=0, etp=1, padded=True),  # [E, D]
 }  # fmt: skip
-"""By the last two parts of its name: the module's and its own."""
+"""By the last two parts of the name: the module's and the parameter's."""
 
 
 def spec_of(name: str) -> ParamSpec:
-    """The facts of the parameter of that (dotted, whole) name."""
+    """The properties of the parameter of that (dotted, whole) name."""
     key = ".".join(name.split(".")[-2:])
     if key not in PARAMETERS:
         raise LookupError(

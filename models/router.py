@@ -1,11 +1,12 @@
-"""Which experts a token visits, and with what weight. The arithmetic is fp32, whatever the dtype
-of the weights, and `kernels.moe.router` has it; here is what surrounds it: parameters, counts, what
-is decided once and replayed, and balance. (Softmax over the chosen logits, as Mixtral and GPT-OSS
-define it, is softmax over all with `norm_top_k`.)
+"""The choice of a token's experts and their weights.
+
+The arithmetic is fp32 for any dtype of the weights and is implemented in `kernels.moe.router`; this
+module has the parameters, the counts, recording and replay of the choice, and balancing. (Softmax
+over the chosen logits, as in Mixtral and GPT-OSS, is softmax over all with `norm_top_k`.)
 
 Balancing without an auxiliary loss (arXiv:2408.15664): a bias on the scores moves by a fixed step
-against the load, once per optimizer step, from the counts of all ranks; it takes part in the
-choice, not in the weights. Auxiliary losses: `models.balance`.
+against the load, once per optimizer step, from the counts of all ranks; it affects the choice, not
+the weights. Auxiliary losses: `models.balance`.
 
 T tokens, K experts per token, E experts, D model width, L MoE layers.
 """
@@ -42,19 +43,19 @@ class Router(nn.Module):
         )
         self.weight = nn.Parameter(torch.empty(config.n_experts, d_model))
         self.bias = nn.Parameter(torch.empty(config.n_experts)) if config.router_bias else None
-        # no gradient: moved by `update_biases`; part of every checkpoint and export
+        # no gradient: changed by `update_biases`; part of every checkpoint and export
         self.register_buffer("bias_E", torch.zeros(config.n_experts), persistent=True)
         self.tp_comm = TPComm()
 
     def float_bias(self) -> None:
-        """Undo `module.to(dtype)` for the balancing bias: it is fp32 always."""
+        """Undo `module.to(dtype)` for the balancing bias, which is always fp32."""
         self.bias_E = self.bias_E.float()
 
     def forward(self, x_TD: Tensor, layer: LayerContext | None = None) -> tuple[Tensor, Tensor]:
         """Expert ids `[T, K]` (int64) and routing weights `[T, K]` (fp32).
 
-        layer: where a training step counts choices and adds auxiliary losses up, and where the
-        choice is recorded or replayed. None: nothing of it.
+        layer: counts choices and adds up auxiliary losses in a training step, and records or
+        replays the choice. None: none of this.
         """
         config = self.config
         bias = None if self.bias is None else self.bias.float()
@@ -77,11 +78,11 @@ class Router(nn.Module):
     def _decide(
         self, logits_TE: Tensor, scores_TE: Tensor | None, layer: LayerContext
     ) -> tuple[RoutingDecision, Tensor]:
-        """What is decided once per microbatch, and the weights, which are always computed anew.
+        """The decision, made once per microbatch, and the weights, which are always recomputed.
 
-        A recomputed pass finds the decision in `layer`; the first one counts the choice, collects
-        what the balance losses need and leaves all of it there. scores_TE: where the losses need
-        them.
+        A recomputed pass reads the decision from `layer`; the first one counts the choice, computes
+        the inputs of the balance losses and stores all of it there. scores_TE: required by these
+        losses.
         """
         config, step = self.config, layer.step
         if layer.decision is not None:
@@ -101,13 +102,13 @@ class Router(nn.Module):
         return layer.decision, weights_TK
 
     def _route(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, weights and the counts of every expert, chosen anew."""
+        """Ids, weights and the counts of every expert, newly chosen."""
         given_TK = self._given_choice(logits_TE)
         ids_TK, weights_TK, counts_E = route(logits_TE, self.bias_E, self.options, given_TK)
         return ids_TK if given_TK is None else given_TK, weights_TK, counts_E  # no second copy
 
     def _given_choice(self, logits_TE: Tensor) -> Tensor | None:
-        """Ids `[T, K]` that do not depend on the scores; None: the scores decide."""
+        """Ids `[T, K]` that do not depend on the scores; None if the scores determine them."""
         config, n_tokens = self.config, len(logits_TE)
         if not config.force_balance:
             return None

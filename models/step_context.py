@@ -1,11 +1,11 @@
-"""The state of an optimizer step: what it gives to the layers of a model, what they add up in it.
+"""The state of an optimizer step: its inputs to the layers of a model, and the sums they add up.
 
-`train.step` makes one `StepContext` per step and gives `Decoder.forward` a fresh
+`train.step` creates one `StepContext` per step and passes `Decoder.forward` a new
 `MicrobatchContext` of it; every MoE layer is called with its own `LayerContext`. Without a context
-(validation, serving) a layer computes its output and nothing else: no counts, no auxiliary losses.
+(validation, serving) a layer only computes its output: no counts, no auxiliary losses.
 
-What is decided once per microbatch is kept in the `LayerContext`. A recomputed block is called with
-the same object again, finds the decision there and replays it: it never routes or counts twice.
+The decision of a microbatch is stored in the `LayerContext`. A recomputed block is called with
+the same object again, reads the decision and replays it: it never routes or counts twice.
 
 E experts, K experts per token, T tokens, N sequences, L MoE layers.
 """
@@ -19,32 +19,33 @@ from torch import Tensor
 from configs.model import ModelConfig
 
 AUXILIARY_LOSSES = ("sequence_balance", "global_balance", "router_z")
-"""Losses of the router (`models.balance`), in the order of every tensor that holds one of each."""
+"""Losses of the router (`models.balance`), in the order of every tensor with one value of each."""
 
 
 @dataclass
 class DispatchStats:
-    """What one MoE layer sent and received on this rank in a step; zero where no rows travel."""
+    """Rows that one MoE layer sent and received on this rank in a step; zero without
+    communication."""
 
     rows_sent: int | Tensor = 0
     """Rows (a token for one expert) whose expert is on another rank."""
     rows_received: int | Tensor = 0
     """Rows of this rank's experts."""
     bytes: int = 0
-    """To other ranks, forward and backward, without the counts."""
+    """Bytes to other ranks, forward and backward, without the counts."""
     bytes_between_nodes: int = 0
     """The part of `bytes` to ranks of other nodes."""
     max_rows: int | Tensor = 0
-    """Most rows that one rank had for another in one exchange; kept where room is limited."""
+    """Most rows that one rank sent to another in one exchange; recorded if capacity is limited."""
     capacity: int = 0
-    """Rows there was room for; 0: for any number."""
+    """Rows that fit the buffers; 0: any number."""
     rows_without_room: int | Tensor = 0
 
     def on_device(self, like: Tensor) -> None:
-        """Go on counting on the device, where the exchange is not known to the host.
+        """Continue counting on the device, if the host does not know the numbers of rows.
 
-        Before the first number, not with it: selective recomputation repeats the operations of
-        forward, and a sum of a tensor and an int is another than that of two tensors.
+        Call it before the first number, not with it: selective recomputation repeats the operations
+        of forward, and adding a tensor and an int is another operation than adding two tensors.
         """
         for name in ("rows_sent", "rows_received", "max_rows", "rows_without_room"):
             total = getattr(self, name)
@@ -54,14 +55,14 @@ class DispatchStats:
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """What a router decides once per microbatch, recomputed or not."""
+    """The decision of a router, made once per microbatch, recomputed or not."""
 
     ids_TK: Tensor
     """The experts of every token."""
     load_E: Tensor | None
-    """Choices of all data ranks in this step so far, where the global loss needs them."""
+    """Choices of all data ranks in this step so far, if the global loss needs them."""
     frequency_NE: Tensor | None
-    """f_i of every sequence, where the sequence loss needs them."""
+    """f_i of every sequence, if the sequence loss needs them."""
 
 
 @dataclass
@@ -82,7 +83,7 @@ class LayerTotals:
         )
 
     def restarted(self) -> "LayerTotals":
-        """All sums at zero but those of the exchange, which has taken place."""
+        """All sums at zero except those of the exchange, which has already happened."""
         return replace(
             LayerTotals.zeros(len(self.counts_E), self.counts_E.device), dispatch=self.dispatch
         )
@@ -90,38 +91,38 @@ class LayerTotals:
 
 @dataclass
 class LayerContext:
-    """One microbatch in one MoE layer."""
+    """State of one microbatch in one MoE layer."""
 
     decision: RoutingDecision | None = None
-    """Recorded by the first pass; a pass that finds it replays it."""
+    """Recorded by the first pass; later passes replay it."""
     step: "StepContext | None" = None
     """None: the choice is recorded or replayed, and nothing is counted."""
     totals: LayerTotals | None = None
-    """Of the step, where there is one."""
+    """Sums of the step, if there is one."""
 
 
 @dataclass(frozen=True)
 class MicrobatchContext:
-    """One forward pass of a step, and its recomputation."""
+    """State of one forward pass of a step, and of its recomputation."""
 
     layers: tuple[LayerContext | None, ...]
     """As in `StepContext`."""
 
     @staticmethod
     def recording(model: ModelConfig) -> "MicrobatchContext":
-        """For a pass outside of training: it records what the routers decide, and a second pass
-        with the same context replays it, with weights from its own scores (routing replay)."""
+        """Context of a pass outside training: it records the routers' decisions, and a second pass
+        with the same context replays them, with weights from its own scores (routing replay)."""
         indices = [*range(model.n_layers), *[model.n_layers - 1] * model.mtp_depth]
         layers = (LayerContext() if model.is_moe(index) else None for index in indices)
         return MicrobatchContext(tuple(layers))
 
     @staticmethod
     def replaying(model: ModelConfig, ids_LTK: Tensor) -> "MicrobatchContext":
-        """For a pass that takes the choice of another one, such as a server's: routing weights come
-        from its own scores, so gradients reach the router.
+        """Context of a pass that uses the choice of another one, such as a server's: routing
+        weights are computed from its own scores, so gradients reach the router.
 
-        ids_LTK: integers, of the MoE layers of the main stack; MTP modules choose for themselves.
-        ValueError where these cannot be the model's choice.
+        ids_LTK: integers, for the MoE layers of the main stack; MTP modules choose for themselves.
+        Raises ValueError if these cannot be the model's choice.
         """
         moe = model.moe
         context = MicrobatchContext.recording(model)
@@ -139,7 +140,7 @@ class MicrobatchContext:
         return context
 
     def routed_experts(self) -> Tensor:
-        """int64 `[L, T, K]`: what the layers decided that ran with this context, MTP modules
+        """int64 `[L, T, K]`: the decisions of the layers that ran with this context, MTP modules
         last."""
         return torch.stack([
             layer.decision.ids_TK
@@ -150,7 +151,7 @@ class MicrobatchContext:
 
 @dataclass(frozen=True)
 class StepContext:
-    """One optimizer step, and its sums per MoE layer."""
+    """State of one optimizer step, with its sums per MoE layer."""
 
     seq_len: int
     """Tokens per sequence."""
@@ -159,9 +160,9 @@ class StepContext:
     reduce_counts: Callable[[Tensor], Tensor]
     """Sums a tensor over all data ranks, in place."""
     layers: tuple[LayerTotals | None, ...]
-    """Of every block, those of MTP modules last; None for blocks without experts."""
+    """For every block, those of MTP modules last; None for blocks without experts."""
     exact_dispatch: bool = False
-    """Dispatchers use an exchange that has room for all rows."""
+    """Dispatchers use an exchange without a capacity limit."""
 
     @staticmethod
     def begin(
@@ -173,7 +174,10 @@ class StepContext:
     ) -> "StepContext":
         """A step with all sums at zero, on the device of `tokens`; see the fields.
 
-        moe_blocks: of every block whether it has experts (`Decoder.moe_blocks`).
+        Args:
+            moe_blocks: For every block whether it has experts (`Decoder.moe_blocks`).
+            n_experts: Experts per layer.
+            seq_len, tokens, reduce_counts: The fields of the class.
         """
         layers = (
             LayerTotals.zeros(n_experts, tokens.device) if is_moe else None for is_moe in moe_blocks
@@ -186,7 +190,7 @@ class StepContext:
         return [totals for totals in self.layers if totals is not None]
 
     def microbatch(self) -> MicrobatchContext:
-        """What the next forward pass is called with."""
+        """The context for the next forward pass."""
         return MicrobatchContext(
             tuple(
                 None if totals is None else LayerContext(step=self, totals=totals)
@@ -195,6 +199,6 @@ class StepContext:
         )
 
     def redo_exactly(self) -> "StepContext":
-        """The step from its beginning, with exact dispatch; what was sent already stays counted."""
+        """Restart the step with exact dispatch; communication so far stays counted."""
         layers = (None if totals is None else totals.restarted() for totals in self.layers)
         return replace(self, layers=tuple(layers), exact_dispatch=True)

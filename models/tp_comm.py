@@ -1,9 +1,9 @@
-"""The seam of tensor parallelism: how tokens reach divided weights, and partial sums come together.
+"""Communication of tensor parallelism: gathers tokens and sums partial results.
 
 Ranks that divide the heads and feed-forward widths of a layer among them (tensor parallelism,
-arXiv:1909.08053) keep different tokens between those layers (sequence parallelism,
-arXiv:2205.05198): `gather` brings all tokens before a divided projection, `reduce_scatter` sums
-what the ranks made of them and leaves each its own tokens. With nothing divided, both do nothing.
+arXiv:1909.08053) hold different tokens between those layers (sequence parallelism,
+arXiv:2205.05198): `gather` returns all tokens before a divided projection, `reduce_scatter` sums
+the ranks' results and returns each rank its tokens. Without division, both do nothing.
 """
 
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch.distributed import ProcessGroup
 
 
 class TPComm:
-    """Nothing is divided."""
+    """Default without tensor parallelism: nothing is divided."""
 
     group: ProcessGroup | None = None
     """The ranks that divide the layers, and the vocabulary."""
 
     place: int = 0
-    """Which of these ranks this one is: it has the `place`-th share of the tokens."""
+    """Index of this rank among them: it has the `place`-th share of the tokens."""
 
     def gather(self, x_tD: Tensor) -> Tensor:
         """All tokens `[T, D]` from this rank's share of them."""

@@ -1,19 +1,20 @@
 """Sparse upcycling: the feed-forwards of a dense model become experts (arXiv:2212.05055).
 
-A feed-forward is a sum over its hidden neurons, so it may be cut into G pieces (granularity) whose
-outputs add up to its own. Each piece appears `copies` times; the experts of one copy are neighbours
-and start with the same router row, so they score the same and are chosen together: the top-k of
-the first step is a whole cover of the feed-forward ("virtual group", arXiv:2410.07524). With G = 1
-every expert is a whole copy.
+A feed-forward is a sum over its hidden neurons, so it can be cut into G pieces (granularity) whose
+outputs add up to its output. Each piece has `copies` copies; the experts of one copy are adjacent
+and start with the same router row, so they have the same score and are chosen together: the top-k
+of the first step is a whole copy of the feed-forward ("virtual group", arXiv:2410.07524). With G =
+1 every expert is a whole copy.
 
 Routing weights that are divided by their sum add up to 1, spread over the R routed pieces of every
-chosen copy, so the down projections are multiplied by R and the layer computes what the dense one
-did, whatever the router says. A shared expert takes some of the pieces from the routed ones, or,
-where it takes all of them, half of the output. The factors lie in the down projection, which is
-linear, because few exported families have a factor of their own.
+chosen copy, so the down projections are multiplied by R and the layer computes the same as the
+dense one for any router. A shared expert has some of the pieces instead of the routed ones, or, if
+it has all of them, half of the output. The factors are part of the down projection, which is
+linear, because few exported families have a separate factor.
 
-What makes the copies differ later is the data alone: a router of small random rows sends them
-different tokens. Left out: re-initialising part of an expert (Drop-Upcycling, arXiv:2502.19261).
+The copies become different only through the data: a router of small random rows assigns them
+different tokens. Not implemented: re-initializing part of an expert (Drop-Upcycling,
+arXiv:2502.19261).
 
 D model width, F width of the dense feed-forward, f of a piece, G pieces, E experts.
 """
@@ -34,19 +35,19 @@ from models.moe import FeedForward, MoE
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a dense model is turned into experts."""
+    """Parameters of the conversion of a dense model to experts."""
 
     copies: int = 4
-    """How often every routed piece appears in a layer."""
+    """Number of copies of every routed piece in a layer."""
     granularity: int = 1
     """Pieces a feed-forward is cut into."""
     top_k: int = 0
-    """Experts a token visits. 0: one copy where it has several pieces, otherwise two copies."""
+    """Experts per token. 0: one copy if it has several pieces, otherwise two copies."""
     shared: int = 0
-    """Pieces that go to the shared expert instead of the routed ones; `granularity`: all of them,
-    and the routed experts hold them too, each side giving half of the output."""
+    """Pieces of the shared expert, which are then not routed; `granularity`: all pieces are both
+    shared and routed, each side with half of the output."""
     dense_layers: int = 0
-    """First layers that stay dense."""
+    """Number of first layers that stay dense."""
     score_func: Literal["auto", "softmax", "sigmoid"] = "auto"
     """`auto`: softmax, unless only sigmoid scores have a Hugging Face architecture."""
     norm_top_k: bool = True
@@ -88,11 +89,11 @@ class Recipe:
 
     @property
     def covers(self) -> bool:
-        """Whether a token visits whole copies."""
+        """Whether a token's experts are whole copies."""
         return self.visited % self.routed == 0
 
     def changes(self, moe: MoEConfig) -> list[str]:
-        """Why the MoE does not compute what the dense model does; empty: it does."""
+        """Why the MoE does not compute the same as the dense model; empty if it does."""
         complete = moe.score_func == "softmax" and moe.top_k == moe.n_experts
         reasons = {
             f"noise = {self.noise} moves the experts": self.noise > 0,
@@ -105,7 +106,7 @@ class Recipe:
 
 
 def upcycled_model(dense: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """The MoE's model for a dense one. Raises UserError where the recipe does not fit."""
+    """The MoE's model for a dense one. Raises UserError if the recipe does not fit."""
     if recipe.dense_layers > dense.n_layers:
         raise UserError(
             f"dense_layers = {recipe.dense_layers}: the model has n_layers = {dense.n_layers}"
@@ -145,8 +146,8 @@ def upcycled_layer(
 ) -> dict[str, Tensor]:
     """The MoE of one layer, by the names of `models.moe.MoE`.
 
-    ffn: the dense `w13` [2, F, D] and `w2` [D, F]. name: of the layer; its random numbers belong to
-    (seed, name).
+    ffn: the dense `w13` [2, F, D] and `w2` [D, F]. name: of the layer; (seed, name) determines its
+    random numbers.
     """
     g, s, moe = recipe.granularity, recipe.shared, model.moe
     w13_G2fD = ffn["w13"].unflatten(1, (g, -1)).transpose(0, 1)
@@ -172,10 +173,10 @@ def upcycled_layer(
 
 
 def _routed_scale(recipe: Recipe, moe: MoEConfig) -> float:
-    """What the down projections are multiplied by, so that the routed experts add up.
+    """Factor on the down projections, so that the routed experts add up.
 
-    Without normalisation the sum of the weights is only known for a router that says nothing:
-    top_k / n_experts for softmax, top_k / 2 for sigmoid.
+    Without normalization the sum of the weights is known only for a router whose logits are all
+    zero: top_k / n_experts for softmax, top_k / 2 for sigmoid.
     """
     if moe.norm_top_k:
         return recipe.routed
@@ -184,7 +185,7 @@ def _routed_scale(recipe: Recipe, moe: MoEConfig) -> float:
 
 
 def _router(model: ModelConfig, recipe: Recipe, seed: int, name: str) -> Tensor:
-    """`[E, D]`: one row per copy, or per expert where tokens do not visit whole copies."""
+    """`[E, D]`: one row per copy, or per expert if the experts of a token are not whole copies."""
     rows = recipe.copies if recipe.covers else recipe.n_experts
     weight = draw(seed, f"{name}.router.weight", (rows, model.d_model), recipe.router_std)
     return weight.repeat_interleave(recipe.n_experts // rows, dim=0)
@@ -192,7 +193,7 @@ def _router(model: ModelConfig, recipe: Recipe, seed: int, name: str) -> Tensor:
 
 @torch.no_grad()
 def layer_difference(ffn: dict[str, Tensor], layer: dict[str, Tensor], model: ModelConfig) -> float:
-    """||MoE(x) - FFN(x)|| / ||FFN(x)|| on 64 random rows, fp32: what the recipe really did."""
+    """||MoE(x) - FFN(x)|| / ||FFN(x)|| on 64 random rows, fp32: the actual effect of the recipe."""
     with torch.device("meta"):
         dense, sparse = FeedForward(model.d_model, ffn["w13"].shape[1]), MoE(model)
     dense.load_state_dict(ffn, assign=True)

@@ -1,1 +1,1 @@
-"""Meshes, their application to a model, token dispatch, and what a rank owns of a tensor."""
+"""Meshes, parallelization of a model, token dispatch, and the shards of a tensor on each rank."""

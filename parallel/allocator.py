@@ -1,6 +1,6 @@
-"""What glibc's malloc needs to be told by a process whose tensors live in the CPU's memory.
+"""Settings of glibc's malloc for a process whose tensors are in the CPU's memory.
 
-Only the standard library: `restart_without_thread_cache` is for the first line of a program.
+This module uses only the standard library: call `restart_without_thread_cache` first in a program.
 """
 
 import ctypes
@@ -12,14 +12,14 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for reuse.
+    """Make glibc keep freed memory for reuse.
 
-    By default every large tensor is mapped afresh from the kernel, which clears its pages: 12,000
-    page faults per step of the demo, a tenth of its time. Elsewhere than on glibc nothing happens.
+    By default every large tensor is newly mapped by the kernel, which clears its pages: 12,000 page
+    faults per step of the demo, a tenth of its time. Without glibc this function does nothing.
     """
     if not _is_glibc():
         return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # constants of mallopt(3)
     libc = ctypes.CDLL("libc.so.6")
     for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
         libc.mallopt(parameter, value)
@@ -28,11 +28,12 @@ def keep_freed_memory() -> None:
 def restart_without_thread_cache() -> None:
     """Run this command again, in the same process, with glibc's thread cache off.
 
-    That cache keeps small freed pieces, also those that lie between the holes of large freed
-    tensors. Then the holes never join, and no aligned tensor fits into a hole of its own size: a
-    training with experts 3,584 wide grew by 0.22 GiB per step until memory was full, and does not
-    grow without the cache. glibc reads the setting only when a process starts. Nothing happens
-    where it is set already, on another C library, or where a GPU holds the tensors.
+    That cache keeps small freed pieces, including those between the holes of large freed tensors.
+    Then the holes never merge, and no aligned tensor fits into a hole of its own size: a training
+    with experts 3,584 wide grew by 0.22 GiB per step until memory was full, and does not grow
+    without the cache. glibc reads the setting only when a process starts. This function does
+    nothing if the setting is already present, with another C library, or if the tensors are on a
+    GPU.
     """
     given = os.environ.get(_TUNABLES, "")
     if "glibc.malloc.tcache_count" in given or not _is_glibc() or _has_gpu():

@@ -1,20 +1,20 @@
-"""The one function that applies parallelism to a model, in one order: FP8, expert parallelism,
-tensor parallelism, recomputation, compilation, FSDP2.
+"""Applies all parallelism to a model, in this order: FP8, expert parallelism, tensor parallelism,
+recomputation, compilation, FSDP2.
 
 Gradients are sums, never means: every rank divides its loss by the target tokens of the whole
 step, so a sum over ranks is the gradient of the global mean, for dense parameters and experts
-alike. FSDP2's own division is therefore switched off: its factor is 1 and the reduction a plain sum
-(gloo has no other). Groups of one rank divide by nothing as they are; there torch 2.13 would divide
-twice.
+alike. FSDP2's own division is therefore disabled: its factor is 1 and the reduction a plain sum
+(gloo supports no other). Groups of one rank keep the default, which divides by one; with this
+setting torch 2.13 would divide twice there.
 
-FSDP2 makes one group of collectives per block and kind of weight: those that `tp` divides are
-sharded over `dp_shard`, those that nothing divides over `dp_shard * tp`, experts over `efsdp`.
+FSDP2 creates one group of collectives per block and type of weight: weights that `tp` divides are
+sharded over `dp_shard`, undivided ones over `dp_shard * tp`, experts over `efsdp`.
 
 Communication of one microbatch per rank and group of N elements (its part after tp, ep, etp):
-gather N in the compute dtype, twice where parameters are freed after forward; reduce-scatter N in
-fp32; with replicas, all-reduce N / (ranks that shard) in fp32. Nothing in groups of one rank.
-Weights in FP8 are gathered at one byte per element, and once per step the ranks that shard
-all-reduce 4 bytes per 16,384 of their elements (`parallel.fp8_weights`).
+all-gather of N in the compute dtype, twice if parameters are freed after forward; reduce-scatter of
+N in fp32; with replicas, all-reduce of N / (ranks that shard) in fp32. Groups of one rank do not
+communicate. Weights in FP8 are gathered at one byte per element, and once per step the ranks that
+shard them all-reduce 4 bytes per 16,384 of their elements (`parallel.fp8_weights`).
 """
 
 import torch
@@ -46,11 +46,11 @@ from parallel.shards import box_of, local_of
 from parallel.tensor import apply_tensor_parallel
 
 GRAPHS = 64
-"""Graphs that torch may compile of one function."""
+"""Maximum number of graphs that torch compiles of one function."""
 
 
 def parallelize(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dtype) -> None:
-    """Turn a model on the meta device into this rank's part of it, still on the meta device.
+    """Convert a model on the meta device to this rank's part of it, still on the meta device.
 
     compute: dtype of forward and backward; parameters, gradients and their reduction are fp32.
     """
@@ -69,8 +69,8 @@ def parallelize(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dt
         check_divided(model, shapes)
     apply_recompute(model, config.parallel)
     if config.parallel.compile:
-        # all blocks are one function for torch, which gives up compiling it at 8 graphs: a dense
-        # block and one with experts, with and without RoPE, gradients and fixed sizes are more
+        # all blocks are one function for torch, which stops compiling it after 8 graphs. There are
+        # more: dense and MoE blocks, with and without RoPE, gradients and fixed sizes
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for block in model.blocks():
             block.compile()
@@ -101,7 +101,7 @@ def _apply_fsdp(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dt
 
 
 def _undivided(block: nn.Module) -> list[nn.Module]:
-    """The modules of a block whose own weights no rank divides."""
+    """The modules of a block whose own weights are not divided."""
     found = []
     for module in block.modules():
         own = list(module.parameters(recurse=False))
@@ -111,7 +111,7 @@ def _undivided(block: nn.Module) -> list[nn.Module]:
 
 
 def _groups(blocks: list[Block]) -> list[FSDPModule]:
-    """The FSDP2 modules of some blocks, each group of collectives once."""
+    """The FSDP2 modules of the blocks, one per group of collectives."""
     states: set[int] = set()
     found: list[FSDPModule] = []
     for block in blocks:
@@ -123,7 +123,7 @@ def _groups(blocks: list[Block]) -> list[FSDPModule]:
 
 
 class _Fsdp:
-    """FSDP2 as this run wants it."""
+    """FSDP2 with the options of this run."""
 
     def __init__(self, config: JobConfig, compute: torch.dtype, device_type: str) -> None:
         self.reshard = config.parallel.reshard_after_forward
@@ -135,7 +135,7 @@ class _Fsdp:
             self.offload = CPUOffloadPolicy(pin_memory=device_type == "cuda")
 
     def __call__(self, modules: list[nn.Module], mesh: DeviceMesh, root: bool = False) -> None:
-        """Shard the parameters of `modules`, but for those sharded already, as one group."""
+        """Shard the parameters of `modules` that are not sharded yet, as one group."""
         n_ranks = mesh.shape[-1]
         experts = {
             id(p)
@@ -159,15 +159,15 @@ class _Fsdp:
 
 
 def placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
-    """The dimension that FSDP2 divides among `n_ranks`: the first, or where that would leave ranks
-    with less than others another that divides evenly; of experts the model width.
+    """The dimension that FSDP2 divides among `n_ranks`: the first, or, if some ranks would then
+    have less than others, another that divides evenly; for experts the model width.
 
-    FSDP2 divides other dimensions than the first only evenly.
+    FSDP2 divides dimensions other than the first only evenly.
     """
     shape = local_of(parameter).shape
     if shape[0] % n_ranks == 0:
         return Shard(0)
-    # D of w13 [E, 2, F, D], w2 [E, D, F] and b2 [E, D]; what is left of b13 [E, 2, F] is small
+    # D of w13 [E, 2, F, D], w2 [E, D, F] and b2 [E, D]; b13 [E, 2, F] is small
     width = 3 if parameter.ndim == 4 else 1
     others = [width] if expert else sorted(range(1, len(shape)), key=lambda dim: -shape[dim])
     even = [dim for dim in others if shape[dim] % n_ranks == 0]
@@ -177,9 +177,9 @@ def placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:
 def materialize(
     model: Decoder, config: ModelConfig, seed: int, device: torch.device, offload: bool = False
 ) -> None:
-    """Allocate this rank's shards and draw their initial values; identical for every mesh.
+    """Allocate this rank's shards and draw their initial values, which are the same for every mesh.
 
-    offload: keep the shards in host memory; FSDP2 brings them to the device.
+    offload: keep the shards in host memory; FSDP2 copies them to the device.
     """
     home = torch.device("cpu") if offload else device
     try:

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of `ep` holds `n_experts / ep` neighbouring experts, and the ranks
+"""Expert parallelism: each rank of `ep` holds `n_experts / ep` consecutive experts, and the ranks
 of `etp` divide the width F of those.
 
 | weight | over ep | over etp |
@@ -8,11 +8,11 @@ of `etp` divide the width F of those.
 | b2 `[E, D]` | E | D: each rank adds its slice, so that the sum over ranks counts it once |
 
 The dispatcher of every MoE layer is replaced by one that exchanges rows over `ep`. With `etp` 1 the
-ranks of `tp` bring different tokens to the experts. With `etp` = `tp` they first gather them, each
-computes its part of the width, and the partial sums are reduce-scattered: the router still sees
-every token once.
+ranks of `tp` send different tokens to the experts. With `etp` = `tp` they first gather them, each
+computes its part of the width, and the partial sums are reduce-scattered: the router still
+processes every token once.
 
-Communication of one forward pass per rank and layer: over `ep` what the dispatcher says
+Communication of one forward pass per rank and layer: over `ep` that of the dispatcher
 (`parallel.dispatch`); over `etp`, for T tokens of the group, gather T * D in the compute dtype and
 T * K ids (int64) and weights (fp32), reduce-scatter T * D. Backward: reduce-scatter T * D and
 T * K weights, gather T * D.
@@ -31,11 +31,10 @@ from parallel.sharded_parameters import pad_local, shard_parameters
 def apply_expert_parallel(
     model: Decoder, mesh: Mesh, options: DispatchConfig, align: int = 1, power_of_two: bool = False
 ) -> None:
-    """Divide the experts of a model on the meta device, where `ep` or `etp` says so.
+    """Divide the experts of a model on the meta device by `ep` and `etp`.
 
-    align: what an expert's rows shall start at a multiple of
-    (`kernels.grouped_gemm.grouped_gemm_fp8`). power_of_two: of the scales of rows that travel in
-    FP8.
+    align: an expert's rows start at a multiple of this (`kernels.grouped_gemm.grouped_gemm_fp8`).
+    power_of_two: round the scales of rows sent in FP8 up to powers of two.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:

@@ -1,18 +1,18 @@
-"""Weights in FP8 under FSDP2: quantised once per optimizer step, gathered as bytes.
+"""Weights in FP8 under FSDP2: quantized once per optimizer step, gathered as bytes.
 
-FSDP2 would gather a weight in bf16, and each rank quantise the whole of it at every use. Instead,
-after each optimizer step, every rank quantises its own shard of the fp32 master weight, and FSDP2
+FSDP2 would gather a weight in bf16, and each rank quantize the whole weight at every use. Instead,
+after each optimizer step, every rank quantizes its own shard of the fp32 master weight, and FSDP2
 gathers those bytes: half of bf16's, in forward and backward of all microbatches. Blocks of 128x128
-need not respect the borders of shards. The largest value of each block is a maximum over ranks, one
-all-reduce per step and group of ranks for all weights together (4 bytes per 16,384 elements), from
-which every rank knows all scales. Every mesh therefore quantises a weight to the same bits.
+may span shards. The largest value of each block is a maximum over ranks: one all-reduce per step
+and group of ranks for all weights together (4 bytes per 16,384 elements), from which every rank
+computes all scales. Every mesh therefore quantizes a weight to the same bits.
 
-FSDP2 has hooks for this, which it finds as attributes of the local shard. The parameter that it
-shows to the module while it is gathered is needed for its shape, dtype and gradient only: its
-memory is given back at the first use (2 bytes per element).
+FSDP2 has hooks for this, which it finds as attributes of the local shard. The parameter that the
+module has while it is gathered is used for its shape, dtype and gradient only: its memory is freed
+at the first use (2 bytes per element).
 
-Left out: shards in host memory (`cpu_offload`, refused with the config), whose bytes would have to
-follow them.
+Not supported: shards in host memory (`cpu_offload`, rejected with the config), whose bytes would
+have to be moved with them.
 """
 
 from collections import defaultdict
@@ -34,10 +34,11 @@ from parallel.shards import local_of
 
 
 class GatheredWeight:
-    """One weight: this rank's piece in FP8, and the whole while FSDP2 has gathered it."""
+    """One weight: this rank's piece in FP8, and the whole weight while FSDP2 has gathered it."""
 
     def __init__(self, sharded: Any, stacked: bool, power_of_two: bool) -> None:
-        """sharded: FSDP2's record of the parameter. stacked: its first dimension counts experts."""
+        """sharded: FSDP2's object of the parameter. stacked: its first dimension is the expert
+        index."""
         self.power_of_two, self.group = power_of_two, sharded.mesh_info.shard_process_group
         self.local: Tensor = sharded.sharded_param._local_tensor
         self.shape = torch.Size(sharded._orig_size)
@@ -57,7 +58,7 @@ class GatheredWeight:
             block = block[(slice(None),) * dim + (here,)]
         self.block_R = block.flatten().to(self.local.device)
         self.scales = torch.empty(self.grid, device=self.local.device)
-        # what FSDP2 gathers: the shard, with its padding where the ranks do not divide it evenly
+        # FSDP2 gathers this: the shard, with its padding if the ranks do not divide it evenly
         self.wire = torch.zeros(length, dtype=torch.uint8, device=self.local.device)
         self.is_current = False
         """Whether the bytes are those of the master weight (`Fp8Weights.expire`)."""
@@ -67,11 +68,11 @@ class GatheredWeight:
         self.local.fsdp_post_all_gather = self._after
 
     def raise_maxima(self, grid_nk: Tensor) -> None:
-        """Of every block, over the values here."""
+        """Raise every block's maximum to that of the local values."""
         block_maxima(self._piece(self.local), self.block_R, self.first_column, grid_nk)
 
     def quantize(self, maxima_nk: Tensor) -> None:
-        """This rank's piece anew, with scales that all ranks agree on."""
+        """Quantize this rank's piece again, with scales that are the same on all ranks."""
         self.is_current = True
         self.scales.copy_(scales_of(maxima_nk, self.power_of_two))
         mine = self.wire
@@ -105,7 +106,7 @@ class GatheredWeight:
         self, gathered: Sequence[Tensor], metadata: None, dtype: torch.dtype,
         *, out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:  # fmt: skip
-        if out is not None:  # the memory that `whole` looks at has been filled again
+        if out is not None:  # the memory of `whole` has been filled again
             return None
         flat = gathered[0].view(-1)[: self.shape.numel()].view(fp8_dtype(gathered[0].device))
         data = flat.view(*self.experts, self.rows, self.columns)
@@ -122,12 +123,12 @@ class Fp8Weights:
         self.weights = weights
 
     def expire(self) -> None:
-        """The master weights have changed: gathering raises until they are quantized anew."""
+        """Mark the master weights as changed: gathering raises until they are quantized again."""
         for weight in self.weights:
             weight.is_current = False
 
     def refresh(self) -> None:
-        """Quantise the shards anew; all ranks call it whenever the weights have changed."""
+        """Quantize the shards again; all ranks call it whenever the weights have changed."""
         by_group: dict[Any, list[GatheredWeight]] = defaultdict(list)
         for weight in self.weights:
             by_group[weight.group].append(weight)
@@ -148,7 +149,7 @@ class Fp8Weights:
 
 
 def gather_in_fp8(model: nn.Module) -> Fp8Weights:
-    """Let FSDP2 gather the weights of FP8 modules in FP8; after the model is materialised."""
+    """Make FSDP2 gather the weights of FP8 modules in FP8; call it once the model has memory."""
     weights, in_fp8 = [], set(fp8_weights(model).values())
     for sharded in (record for group in fsdp_groups(model) for record in group.fsdp_params):
         owner, name = sharded._module_info.module, sharded._module_info.param_name
@@ -162,8 +163,9 @@ def gather_in_fp8(model: nn.Module) -> Fp8Weights:
 
 
 def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse FP8 weights that `tp` or `etp` cut within a block: their blocks, and the groups of
-    128 activations along them, would lie on two ranks and differ from those of other meshes.
+    """Raise ConfigError for FP8 weights that `tp` or `etp` cut within a block: their blocks, and
+    the groups of 128 activations along them, would span two ranks and differ from those of other
+    meshes.
 
     shapes: of the whole parameters, by name.
     """
@@ -182,7 +184,7 @@ def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
 
 
 def fsdp_groups(model: nn.Module) -> list[Any]:
-    """FSDP2's groups of parameters, each once, the outermost first."""
+    """FSDP2's groups of parameters, each once, outermost first."""
     states = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):

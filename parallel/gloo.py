@@ -1,12 +1,12 @@
-"""One worker thread per gloo group: torch's two corrupt the heap.
+"""One worker thread per gloo group, because torch's default of two corrupts the heap.
 
-torch 2.13 gives every gloo group two threads. When one of them has finished an operation it writes
-the operation's name into a string of the group (`lastCompletedWorkName`), without a lock. Up to 15
-characters are in the string itself; a longer name is allocated, and two threads that replace it at
-once both free the old one. `ALLGATHER_COALESCED`, as every all-gather of a DTensor is called there,
-has 19: one process that keeps 16 of them running dies within seconds, a training once in a great
-many steps and anywhere in malloc. With one thread no string is shared. The operations of a
-group then run one after another, in the order in which all its ranks start them anyway.
+torch 2.13 starts two threads for every gloo group. When one of them has finished an operation it
+writes the operation's name into a string of the group (`lastCompletedWorkName`), without a lock. Up
+to 15 characters are in the string itself; a longer name is allocated, and two threads that replace
+it at the same time both free the old one. `ALLGATHER_COALESCED`, the name of every all-gather of a
+DTensor, has 19: one process with 16 of them running crashes within seconds, a training rarely and
+anywhere in malloc. With one thread no string is shared. The operations of a group then run one
+after another, in the order in which all its ranks start them anyway.
 """
 
 import os
@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 @cache
 def one_thread_per_group() -> None:
-    """Give every gloo group that torch makes from now on one worker thread.
+    """Create one worker thread for every gloo group that torch creates from now on.
 
-    torch passes no options on to gloo, so this changes how its class is made.
+    torch passes no options to gloo, so this replaces the constructor of its class.
     """
     gloo: Any = dist.ProcessGroupGloo
     made = gloo.__init__

@@ -1,12 +1,12 @@
-"""Gradient norm and clipping over parameters that live on different meshes.
+"""Gradient norm and clipping over parameters on different meshes.
 
 Every element of every gradient is counted exactly once: each rank sums the squares of the shards
-of which it is the primary replica, one all-reduce over all ranks adds them. Which mesh a shard
-belongs to does not matter, so dense parameters and experts need no separate treatment.
+of which it is the primary replica, one all-reduce over all ranks adds them. The mesh of a shard
+is irrelevant, so dense parameters and experts need no separate treatment.
 
-A sum of squares that fp32 cannot hold is where numbers fail unseen: a clip factor of 1 / inf makes
-an update of nothing, and RMSNorm turns a row into zeros, with a gradient of zero. So a number
-beyond `LARGEST` counts as not finite, in norms and in weights.
+A sum of squares that overflows fp32 would be a silent error: a clip factor of 1 / inf makes
+an update of zero, and RMSNorm converts a row to zeros, with a gradient of zero. So a number
+above `LARGEST` is treated as not finite, in norms and in weights.
 """
 
 from collections.abc import Iterable
@@ -18,30 +18,30 @@ from parallel.ranks import sum_over_ranks
 from parallel.shards import is_primary_replica, local_of
 
 LARGEST = torch.finfo(torch.float32).max ** 0.5
-"""1.8e19: the square of more overflows in fp32."""
+"""1.8e19: the square of a larger number overflows in fp32."""
 
 
 def largest_values(tensors: Iterable[Tensor]) -> Tensor:
-    """The largest absolute value of this rank's part of each tensor, NaN where that has one; on
+    """The largest absolute value of this rank's part of each tensor, NaN if the part has one; on
     the device of the first. One pass over memory."""
     parts = [local_of(tensor).detach() for tensor in tensors]
-    # a part without elements has no largest
+    # a part without elements has no maximum
     parts = [part if part.numel() else part.new_zeros(1) for part in parts]
     device = parts[0].device
     return torch.stack([each.to(device) for each in torch._foreach_norm(parts, torch.inf)])
 
 
 def in_range(values: Tensor) -> Tensor:
-    """Whether all are at most `LARGEST`; a NaN is not."""
+    """Whether all are at most `LARGEST`; false for NaN."""
     return (values <= LARGEST).all()
 
 
 def global_grad_norm(parameters: Iterable[nn.Parameter], rank: int) -> Tensor:
     """The 2-norm of the whole gradient, an fp64 scalar on the gradients' device.
 
-    Not by torch's norm on a CPU: that of 4 M elements is off by 8e-5 in fp32 (torch 2.13), which
-    would make the clipped gradient depend on how it is sharded. Its sum is pairwise, and exact to
-    4e-9; norms on CUDA are too.
+    On a CPU torch's norm is not used: that of 4 M elements is off by 8e-5 in fp32 (torch 2.13),
+    which would make the clipped gradient depend on how it is sharded. Its sum is pairwise, and
+    exact to 4e-9; so are norms on CUDA.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     spoken = [local_of(g) for g in grads if is_primary_replica(g, rank)]

@@ -1,7 +1,7 @@
-"""What the launcher says of this process, in environment variables; read without torch.
+"""Reads the environment variables that the launcher sets for this process, without torch.
 
-torchrun sets them all. Other launchers, and people, set some: what is missing or cannot be right is
-refused here with its name, where torch would wait for ranks that never come.
+torchrun sets all of them. Other launchers, and people, set some: a missing or invalid variable is
+an error with its name here, where torch would wait for ranks that never connect.
 """
 
 import os
@@ -16,15 +16,15 @@ _ALONE = "unset it to train in one process, or start the ranks with torchrun"
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """Which rank this process is, of how many, and where rank 0 listens."""
+    """The rank of this process, the number of ranks, and the address of rank 0."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    """Among the processes of this host; the number of its CUDA device."""
+    """Index among the processes of this host, and of its CUDA device."""
     local_world: int = 1
     address: str = ""
-    """Host of rank 0, with `port`; empty for a process on its own."""
+    """Host of rank 0, with `port`; empty for a single process."""
     port: int = 0
 
     @property
@@ -64,7 +64,7 @@ def read_launch_environment(env: Mapping[str, str] = os.environ) -> LaunchEnviro
 
 
 def read_world(env: Mapping[str, str] = os.environ) -> int | None:
-    """WORLD_SIZE, the number of ranks; None where it is not set. Raises UserError."""
+    """WORLD_SIZE, the number of ranks; None if it is not set. Raises UserError."""
     if "WORLD_SIZE" not in env:
         return None
     return _number(env, "WORLD_SIZE", 1, 2**20, "the number of ranks")

@@ -1,14 +1,14 @@
 """Device meshes from resolved degrees.
 
-The same ranks carry three meshes, all row-major:
+The same ranks form three meshes, all row-major:
 
 - dense `(dp_replicate, dp_shard, tp)`: weights that the ranks of `tp` divide;
-- whole `(dp_replicate, dp_shard_tp)`: weights that no rank divides (norms, router); between the
-  divided layers the ranks of `tp` have different tokens, so here they are data ranks;
+- whole `(dp_replicate, dp_shard_tp)`: undivided weights (norms, router); between the divided layers
+  the ranks of `tp` have different tokens, so here they are data ranks;
 - expert `(dp_replicate, efsdp, ep, etp)`, with `efsdp * ep * etp = dp_shard * tp`.
 
-The busiest axes are innermost: tensor parallelism, then token dispatch stay within a node for as
-long as they fit there.
+The axes with the most communication are innermost: tensor parallelism, then token dispatch stay
+within a node if they fit.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from configs.parallel_dims import ParallelDims
 
 @dataclass(frozen=True)
 class Mesh:
-    """The views of all ranks."""
+    """The three meshes of all ranks."""
 
     parallel_dims: ParallelDims
     dense: DeviceMesh
     whole: DeviceMesh
     expert: DeviceMesh
     device_type: str
-    """Of the devices that the ranks compute on."""
+    """Device type of the ranks' computation."""
 
     def fsdp(self, mesh: DeviceMesh, shard: str) -> DeviceMesh:
         """The part of a mesh over which FSDP2 shards (two-dimensional for HSDP)."""
@@ -35,7 +35,7 @@ class Mesh:
 
 
 def build(parallel_dims: ParallelDims, device_type: str) -> Mesh:
-    """Make the meshes; all ranks call this together, `degrees.world` of them."""
+    """Create the meshes; all `parallel_dims.world` ranks call this together."""
     d = parallel_dims
     return Mesh(
         parallel_dims,

@@ -1,9 +1,9 @@
-"""Who is still there, asked when a collective has failed.
+"""Finds the ranks that no longer run when a collective has failed.
 
-A rank that is killed says nothing, and the error that its neighbours get from gloo or NCCL names an
-address at best, often that of a rank which only left because of it. So every rank answers a call on
-the store, in a thread of its own, also while it waits in a collective. Who does not answer is gone.
-Nothing is sent but one small question to the store per second and rank.
+A killed rank reports nothing, and the error that other ranks get from gloo or NCCL names an address
+at best, often that of a rank which only exited because of it. So every rank answers requests in the
+store, in a separate thread, also while it waits in a collective. A rank that does not answer is
+reported as absent. The only traffic is one small request to the store per second and rank.
 """
 
 import socket
@@ -17,15 +17,15 @@ from parallel.launch_environment import LaunchEnvironment
 
 _EVERY_S = 1.0
 _PATIENCE_S = 6.0
-"""How long an answer may take: the pause between two looks, and a busy interpreter."""
+"""Time limit of an answer: the pause between two polls, and a busy interpreter."""
 
 
 class RankMonitor:
-    """Answers the calls of other ranks until `stop`, and makes them."""
+    """Answers the requests of other ranks until `stop`, and sends them."""
 
     def __init__(self, store: dist.Store, placement: LaunchEnvironment) -> None:
         self.rank, self.world = placement.rank, placement.world
-        # a connection of its own: in another one a rank may be waiting
+        # a separate connection: a rank may be waiting in another one
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self.store.set(f"host/{self.rank}", socket.gethostname())
         self._over = threading.Event()
@@ -33,14 +33,14 @@ class RankMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Answer no longer; before the store goes."""
+        """Stop answering; call it before the store ends."""
         self._over.set()
         self._thread.join(_PATIENCE_S)
 
     def absent(self) -> str | None:
-        """The ranks that do not answer, in words, as far as that can be told; None: all are there.
+        """A description of the ranks that do not answer, as far as known; None if all answer.
 
-        Called where a collective failed, by as many ranks as noticed.
+        Called after a collective failed, by all ranks that noticed.
         """
         try:
             call = self.store.add("calls", 1)
@@ -52,11 +52,11 @@ class RankMonitor:
             named = ", ".join(f"{rank} ({self._host(rank)})" for rank in missing[:20])
             more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
             return f"rank {named}{more}" if missing else None
-        except RuntimeError:  # the store has gone with the process that held it
+        except RuntimeError:  # the store ended with its process
             return "rank 0, or the launcher that held the store,"
 
     def is_first_to_tell(self) -> bool:
-        """True for one of the ranks that ask; for all where there is no store to ask."""
+        """True for one of the ranks that ask; for all of them if there is no store."""
         try:
             return bool(self.store.add("told", 1) == 1)
         except RuntimeError:
@@ -64,7 +64,7 @@ class RankMonitor:
 
     def _answer(self) -> None:
         answered = 0
-        with suppress(RuntimeError):  # the store is gone with its rank
+        with suppress(RuntimeError):  # the store ended with its rank
             while not self._over.wait(_EVERY_S):
                 calls = self.store.add("calls", 0)
                 for call in range(answered + 1, calls + 1):

@@ -1,9 +1,9 @@
-"""This process among the others: its rank, its device, its process group.
+"""Rank, device and process group of this process.
 
-One code path for one process and for many: without torchrun a one-rank group is made from a
-`HashStore`, so FSDP2 and the collectives run the same code everywhere. On CUDA the default group
-has two backends, NCCL for tensors on the device and gloo for those on the host, so that control
-messages (stop flags, JSON) never wait for the device.
+The code path is the same for one process and many: without torchrun a one-rank group is created
+from a `HashStore`, so FSDP2 and the collectives run the same code everywhere. On CUDA the default
+group has two backends, NCCL for tensors on the device and gloo for those on the host, so that
+control messages (stop flags, JSON) never wait for the device.
 """
 
 import json
@@ -26,19 +26,19 @@ from parallel.rank_monitor import RankMonitor
 from parallel.rendezvous import join, meet
 
 _ROLL_CALLS: list[RankMonitor] = []
-"""That of this process, from `start_ranks` to `stop_ranks`."""
+"""The monitor of this process, from `start_ranks` to `stop_ranks`."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which rank this process is, and of how many."""
+    """The rank of this process, and the number of ranks."""
 
     rank: int
     world: int
     device: torch.device
     store: dist.Store
     rank_monitor: RankMonitor | None = None
-    """Finds ranks that no longer answer; None for one rank."""
+    """Finds ranks that no longer answer; None for a single rank."""
     _decisions: "count[int]" = field(default_factory=count)
 
     @property
@@ -49,8 +49,8 @@ class Ranks:
         """Run `function` on rank 0; all ranks get its result (JSON), or its error as UserError.
 
         The others wait on the store, without a limit: preparing a corpus may take hours, and a
-        collective would time out. Whatever reads or writes shared files and decides what all ranks
-        do next belongs here, since ranks on other hosts may see the files later.
+        collective would time out. Use it for code that reads or writes shared files and decides
+        what all ranks do next, since ranks on other hosts may see the files later.
         """
         key = f"decision/{next(self._decisions)}"
         if self.is_first:
@@ -69,7 +69,7 @@ class Ranks:
         return answer["result"]
 
     def on_every(self, function: Callable[[], Any]) -> Any:
-        """Run `function` on every rank and return what it gave here. Where it fails on one, all
+        """Run `function` on every rank and return the local result. If it fails on one, all ranks
         raise the error of the first such rank, so that no rank waits for it."""
         result, failed = None, ""
         try:
@@ -85,20 +85,20 @@ class Ranks:
 
 
 def one_line(error: OSError) -> str:
-    """The system's error in one line, with its file where that is known."""
+    """The system's error in one line, with its file if that is known."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 
 
 def start_ranks(threads: int = 0) -> Ranks:
-    """Join the process group that the launcher describes, or make a group of one.
+    """Join the process group that the launcher describes, or create a group of one.
 
-    threads: CPU threads of this process; 0: OMP_NUM_THREADS where somebody set it, else the cores
-    it may use, divided among the ranks of this host. Raises UserError where the launcher's
-    variables cannot be right, or the ranks do not find each other.
+    threads: CPU threads of this process; 0: OMP_NUM_THREADS if the user set it, else the available
+    cores, divided among the ranks of this host. Raises UserError if the launcher's variables are
+    invalid, or the ranks do not connect to each other.
     """
     placement = read_launch_environment()
-    # torchrun sets OMP_NUM_THREADS to 1 where the user did not, so 1 there has no meaning
+    # torchrun sets OMP_NUM_THREADS to 1 if the user did not, so 1 has no meaning there
     given = os.environ.get("OMP_NUM_THREADS", "")
     if threads or not given or (placement.is_launched and given == "1"):
         torch.set_num_threads(threads or max(usable_cores() // placement.local_world, 1))
@@ -123,16 +123,16 @@ def start_ranks(threads: int = 0) -> Ranks:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: a batch system may give it fewer than the machine has."""
+    """Cores available to this process, which may be fewer than the machine has (batch systems)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def stop_ranks() -> None:
-    """Leave the process group together; a gloo rank that leaves early can abort its peers."""
+    """Leave the process group together; a gloo rank that exits early can abort its peers."""
     while _ROLL_CALLS:
-        _ROLL_CALLS.pop().stop()  # before the store goes with its process
+        _ROLL_CALLS.pop().stop()  # before the store ends with its process
     dist.barrier()
     dist.destroy_process_group()
 
@@ -144,7 +144,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on at least one rank. A host-side exchange: no device is touched."""
+    """Whether `flag` is true on at least one rank. A host-side exchange that uses no device."""
     tensor = torch.tensor([int(flag)])
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return bool(tensor.item())

@@ -1,15 +1,15 @@
 """Activation recomputation: a block keeps its input and is run again in backward.
 
-| `parallel.recompute` | kept of a block beside its input | run again |
+| `parallel.recompute` | kept of a block in addition to its input | run again |
 |---|---|---|
 | none | everything backward needs | nothing |
 | full | the expert choice | all of it, up to the last tensor that backward needs |
 | selective | the expert choice and the results of the operations in `recompute_keep` | the rest |
 
 The expert choice is never computed twice: a recomputation that rounds differently (another kernel,
-another order of a sum) could choose other experts, and the rows would no longer match what forward
-sent. Both passes are called with the same `models.step_context.LayerContext`: the first leaves the
-router's decision there, recomputation finds it and counts nothing.
+another order of a sum) could choose other experts, and the rows would no longer match those that
+forward sent. Both passes are called with the same `models.step_context.LayerContext`: the first
+stores the router's decision there, recomputation reads it and counts nothing.
 
 Non-reentrant checkpointing of torch, with its selective policy (arXiv:2205.05198, section 5).
 """
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import (
 
 import kernels.gemm.gemm_fp8
 import kernels.grouped_gemm.grouped_gemm
-import kernels.grouped_gemm.grouped_gemm_fp8  # noqa: F401  (all three for the operations that they define)
+import kernels.grouped_gemm.grouped_gemm_fp8  # noqa: F401  (all three define operators)
 from configs.schema import ParallelConfig
 from models.block import Block
 from models.decoder import Decoder
@@ -58,9 +58,9 @@ KEEP: dict[str, tuple[Any, ...]] = {
         _c10d.all_to_all_single.default,
     ),
 }
-"""The operations behind each name of `parallel.recompute_keep`."""
-# FSDP2's hooks within a block label what they do for the profiler, in backward more than in
-# forward; torch's selective policy refuses an operation that forward did not have
+"""The operations of each name in `parallel.recompute_keep`."""
+# FSDP2's hooks within a block label their work for the profiler, with more labels in backward than
+# in forward; torch's selective policy raises for an operation that forward did not have
 SAC_IGNORED_OPS.update(
     (
         torch.ops.profiler._record_function_enter_new.default,
@@ -70,8 +70,7 @@ SAC_IGNORED_OPS.update(
 
 
 def apply_recompute(model: Decoder, config: ParallelConfig) -> None:
-    """Let every `recompute_every`-th block be run again in backward; names of parameters do not
-    change."""
+    """Run every `recompute_every`-th block again in backward; names of parameters do not change."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.recompute_h = config.recompute_swiglu
@@ -87,7 +86,7 @@ class RecomputeRunner:
     """Runs a block's computation again in backward (`models.block.Block.runner`)."""
 
     def __init__(self, block: Block, operations: frozenset[Any]) -> None:
-        """operations: whose results forward keeps."""
+        """operations: forward keeps their results."""
         self.block, self.operations = block, operations
 
     def __call__(self, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -97,12 +96,13 @@ class RecomputeRunner:
             compute,
             *arguments,
             use_reentrant=False,
-            preserve_rng_state=False,  # nothing in a block is random
+            preserve_rng_state=False,  # no random operations in a block
             context_fn=self._contexts if self.operations else noop_context_fn,
         )
 
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Around forward, and around its recomputation: what the first keeps the second reads."""
+        """Contexts of forward and of its recomputation, which reads the results that the first
+        kept."""
         first, again = create_selective_checkpoint_contexts(self._policy)
         return first, self._gathered(again)
 
@@ -112,11 +112,10 @@ class RecomputeRunner:
 
     @contextmanager
     def _gathered(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        """Within `inner`, with all weights of the block gathered. Forward mostly finds them
-        gathered ahead; gathering them in recomputation would be another operation that forward did
-        not have."""
+        """Run `inner` with all weights of the block gathered. In forward they usually are already;
+        gathering them in recomputation would be another operation that forward did not have."""
         for module in self.block.modules():
-            if isinstance(module, FSDPModule):  # it is sharded after this was made
+            if isinstance(module, FSDPModule):  # it is sharded after this object was created
                 module.unshard()
         with inner:
             yield

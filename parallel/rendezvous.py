@@ -1,7 +1,7 @@
-"""How the ranks meet: the store of rank 0, and one line where they cannot.
+"""Connects the ranks: the store of rank 0, and a one-line error if they cannot connect.
 
-torch waits five minutes for ranks that do not come, and ends with a traceback. Here the port is
-opened first and given to torch, the name resolved and the connection tried before torch does it.
+torch waits five minutes for ranks that do not connect, and ends with a traceback. Here the port is
+opened first and passed to torch, and the name resolved and the connection tried before torch does.
 """
 
 import errno
@@ -19,18 +19,18 @@ from parallel.launch_environment import LaunchEnvironment
 
 _BRIEF_S = 10.0
 """How long a host name may be unknown: in a cluster it may appear after its process. Also how long
-rank 0 tries to reach itself, and how long a wait is silent."""
+rank 0 tries to connect to itself, and how long a wait prints nothing."""
 _PATIENCE_S = 300.0
-"""How long a rank waits for the others."""
+"""Time that a rank waits for the others."""
 _BACKLOG = 2048
-"""Connections that may wait to be accepted; all ranks come at once."""
+"""Connections that may wait to be accepted; all ranks connect at once."""
 
 
 def meet(placement: LaunchEnvironment) -> dist.Store:
-    """The store that all ranks share. Raises UserError, one line, where they do not meet.
+    """The store that all ranks share. Raises UserError, one line, if they do not connect.
 
-    Keys are kept apart by attempt: torchrun reuses its store when it restarts the workers, which
-    would otherwise find the addresses of the processes before them.
+    Keys are separate for each attempt: torchrun reuses its store when it restarts the workers,
+    which would otherwise find the addresses of earlier processes.
     """
     if placement.world == 1:
         return dist.HashStore()
@@ -48,12 +48,13 @@ def meet(placement: LaunchEnvironment) -> dist.Store:
 
 
 def join(store: dist.Store, backend: str, placement: LaunchEnvironment) -> None:
-    """Make the default process group. Raises UserError where the ranks do not find each other."""
+    """Create the default process group. Raises UserError if the ranks do not connect to each
+    other."""
     try:
         dist.init_process_group(
             backend, store=store, rank=placement.rank, world_size=placement.world
         )
-    except RuntimeError as error:  # an interface that does not exist, a rank that never comes
+    except RuntimeError as error:  # an interface that does not exist, a rank that never connects
         raise UserError(
             f"rank {placement.rank}: cannot join the {placement.world} ranks: {_first(error)}"
         ) from None
@@ -70,7 +71,7 @@ def _listen(placement: LaunchEnvironment) -> socket.socket:
                 )
             except OSError as error:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                    raise  # else IPv6 is switched off on this host
+                    raise  # otherwise IPv6 is off on this host
         return socket.create_server(address, backlog=_BACKLOG)
     except OSError as error:
         raise UserError(
@@ -113,8 +114,8 @@ def _reach(placement: LaunchEnvironment, patience: float) -> None:
 def _connect(
     placement: LaunchEnvironment, hosts: bool, listener: socket.socket | None
 ) -> dist.Store:
-    """The store of rank 0. In a thread: torch waits without a limit for an answer from a port that
-    belongs to another program."""
+    """The store of rank 0, created in a thread: torch waits without a limit for an answer from a
+    port that belongs to another program."""
     made: list[dist.Store | str] = []
 
     def connect() -> None:
@@ -126,7 +127,7 @@ def _connect(
                     placement.world,
                     is_master=hosts,
                     timeout=timedelta(seconds=_PATIENCE_S),
-                    wait_for_workers=False,  # `_gather` says who is missing
+                    wait_for_workers=False,  # `_gather` reports missing ranks
                     master_listen_fd=None if listener is None else listener.detach(),
                 )
             )
@@ -143,8 +144,8 @@ def _connect(
 
 
 def _gather(store: dist.Store, placement: LaunchEnvironment) -> None:
-    """Wait for all: every rank once, and each with the same number of ranks. Whoever finds a fault
-    tells the others. It polls, since torch logs a wait that times out."""
+    """Wait for all: every rank once, and each with the same number of ranks. A rank that finds an
+    error reports it to the others. It polls, since torch logs a wait that times out."""
     fault = ""
     if store.add(f"world/{placement.world}", 1) == 1 and store.add("worlds", 1) > 1:
         fault = f"WORLD_SIZE = {placement.world}: other ranks were given another number"

@@ -1,8 +1,8 @@
-"""Parameters that several ranks divide: DTensors to everyone, a local tensor to their module.
+"""Parameters that several ranks divide: a DTensor for other code, a local tensor for their module.
 
-Initialization, clipping, checkpoints and FSDP2 see the whole, by its logical name and shape. The
-module that computes with it sees this rank's part, with a gradient back into the DTensor
-(`models.layers.local_view`). While FSDP2 has sharded the parameter further, nothing computes with
+Initialization, clipping, checkpoints and FSDP2 use the whole parameter, by its logical name and
+shape. The module that computes with it reads this rank's part, with a gradient to the DTensor
+(`models.layers.local_view`). While FSDP2 has sharded the parameter further, no module computes with
 it.
 """
 
@@ -39,9 +39,10 @@ def shard_parameters(
 
 
 def pad_local(module: LocalViews, name: str, dim: int, mesh: DeviceMesh) -> None:
-    """Let the module read its slice of parameter `name` with zeros around it, in full length.
+    """Make the module read its slice of parameter `name` padded with zeros to full length.
 
-    For a bias that is added before a sum over the ranks of `mesh`, which then counts it once.
+    This is for a bias that is added before a sum over the ranks of `mesh`, which then counts it
+    once.
     """
     parameter = module._parameters[name]
     assert isinstance(parameter, DTensor)
@@ -56,7 +57,7 @@ class LocalPart:
     """The view of a parameter that is sharded over `mesh`."""
 
     def __init__(self, mesh: DeviceMesh, padding: tuple[int, ...] = ()) -> None:
-        """padding: zeros around this rank's part, as `torch.nn.functional.pad` takes them."""
+        """padding: zeros around this rank's part, in the format of `torch.nn.functional.pad`."""
         self.mesh, self.padding = mesh, padding
 
     def __call__(self, parameter: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""What a rank owns of a tensor: a box of the logical tensor, and whether it is the primary
-replica.
+"""The part of a tensor that a rank holds: a box of the logical tensor, and whether it is the
+primary replica.
 
-Checkpoints, clipping and initialisation need the same facts about a DTensor: the offset and shape
-of the local shard in the whole tensor, and, where several ranks hold the same shard (replicas),
-which one of them counts.
+Checkpoints, clipping and initialization need the same properties of a DTensor: the offset and shape
+of the local shard in the whole tensor, and, if several ranks hold the same shard (replicas), which
+of them is the primary one.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Box:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
     def intersect(self, other: "Box") -> "Box | None":
-        """The common part of two boxes of the same tensor, or None where there is none."""
+        """The common part of two boxes of the same tensor, or None if there is none."""
         offset = tuple(map(max, self.offset, other.offset))
         ends = [
             min(a + n, b + m)
@@ -37,7 +37,7 @@ class Box:
         return Box(self.whole, offset, shape) if min(shape, default=1) > 0 else None
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
-        """Index of this box in a tensor that holds just `outer`."""
+        """Index of this box in a tensor that contains just `outer`."""
         return tuple(
             slice(o - p, o - p + n)
             for o, p, n in zip(self.offset, outer.offset, self.shape, strict=True)
@@ -65,7 +65,7 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_primary_replica(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank, of all that hold the same box, is the one that counts."""
+    """Whether this rank is the primary one of all that hold the same box."""
     if not isinstance(tensor, DTensor):
         return rank == 0
     coordinate = tensor.device_mesh.get_coordinate()

@@ -1,22 +1,22 @@
 """Tensor parallelism with sequence parallelism: ranks of `tp` divide heads, widths and vocabulary,
 along the dimension `tp` of `models.parameters`.
 
-| weight | divided along | what a rank makes of it |
+| weight | divided along | result on a rank |
 |---|---|---|
 | wq, wk, wv, wkv_b, their biases, sinks | heads | its heads, for all tokens |
 | wo | heads | a partial sum for all tokens |
 | w13, w2 of dense and shared feed-forwards | width F | a partial sum for all tokens |
-| embedding, head | vocabulary | rows of its words; logits of its words |
+| embedding, head | vocabulary | rows of its tokens; logits of its tokens |
 | wo's bias | model width D | its slice of the bias, so that the sum over ranks counts it once |
 
 Norms, the router and MLA's compressions are not divided: between the divided layers each rank has
-its own tokens (`models.tp_comm`), so to them the ranks of `tp` are so many data ranks, and FSDP2
-shards them over `dp_shard * tp` and sums their gradients there.
+different tokens (`models.tp_comm`), so for them the ranks of `tp` are data ranks, and FSDP2 shards
+them over `dp_shard * tp` and sums their gradients there.
 
 Communication of one forward pass per rank, in elements of the compute dtype, t = T / tp tokens:
 every attention layer and dense or shared feed-forward gathers T * D (MLA: T * (compressed query +
 kv_lora_rank + qk_rope_head_dim), narrower) and reduce-scatters T * D; the embedding reduce-scatters
-and the head gathers T * D once. Backward does the same with the two exchanged.
+and the head gathers T * D once. Backward does the same with gather and reduce-scatter swapped.
 
 arXiv:1909.08053 (tensor), arXiv:2205.05198 (sequence parallelism).
 """
@@ -41,7 +41,7 @@ _c10d = torch.ops._c10d_functional  # each returns a new tensor, so recomputatio
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Divide a model on the meta device over the ranks of `mesh` (one axis); names and shapes stay
-    logical. Nothing happens where the axis has one rank."""
+    logical. With one rank nothing changes."""
     if mesh.size() == 1:
         return
     tp_comm = TPGroupComm(mesh.get_group())
@@ -63,7 +63,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 class TPGroupComm(TPComm):
-    """The exchange between the ranks of one tensor-parallel group."""
+    """Communication between the ranks of one tensor-parallel group."""
 
     group: dist.ProcessGroup
 
@@ -84,7 +84,7 @@ class TPGroupComm(TPComm):
 
 
 class VocabularyEmbedding(Embedding):
-    """An embedding that holds the rows of some words; all ranks look up all tokens together."""
+    """An embedding with the rows of some tokens; all ranks look up all tokens together."""
 
     def __init__(self, whole: Embedding, tp_comm: TPGroupComm) -> None:
         """whole: on the meta device."""
@@ -114,7 +114,8 @@ def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of rows; the gradient of a rank's rows is the sum of what every rank made."""
+    """All-gather of rows; the gradient of a rank's rows is the sum of the gradients of all
+    ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

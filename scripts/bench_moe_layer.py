@@ -14,7 +14,6 @@ this out. The bare products always have the sizes of the first tokens.
 T tokens, D model width, F expert width, E experts, K experts per token.
 """
 
-import argparse
 import platform
 import statistics
 import time
@@ -25,6 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from configs.command_line import CommandParser
 from configs.model import AttentionConfig, ModelConfig, MoEConfig
 from kernels.moe.permute import permutation
 from models.moe import MoE
@@ -61,7 +61,7 @@ Tokens = Callable[[], Tensor]
 
 def main() -> None:
     """Measure and print a table in Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_moe_layer")
+    parser = CommandParser(prog="python -m scripts.bench_moe_layer")
     parser.add_argument("--tokens", type=int, default=2048, help="default 2048")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")
@@ -161,7 +161,7 @@ def call(layer: Layer, tokens: Tokens, backward: bool) -> Step:
 
 
 def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
-    """Qwen3's kind of layer: softmax scores, normalised weights, no shared expert."""
+    """Qwen3's kind of layer: softmax scores, normalized weights, no shared expert."""
     moe = MoEConfig(
         n_experts=shape.n_experts, top_k=shape.top_k, d_expert=shape.d_expert,
         score_func="softmax", norm_top_k=True,

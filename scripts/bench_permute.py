@@ -4,18 +4,18 @@ Bytes that must move (each row read once and written once; each token's K rows r
 written) over the time, beside what a plain copy of the same size reaches on the same device.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
 import torch
 
+from configs.command_line import CommandParser
 from kernels.moe.permute import combine_rows, gather_rows, permutation
 
 
 def main() -> None:
     """Measure on the GPU where there is one, else on the CPU, and print one line each."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_permute", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.bench_permute", description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="default 8192")
     parser.add_argument("--width", type=int, default=7168, help="default 7168")
     parser.add_argument("--top-k", type=int, default=8, help="default 8")

@@ -5,7 +5,6 @@ serves the export, asks the server for completions, and lists what was made. Sta
 resumes, or ends at once where all is done; remove runs/demo to start anew.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from configs.loader import load
 from configs.paths import local_path
@@ -37,7 +37,7 @@ PROMPTS = (
 
 def main() -> int:
     """Run all stages; the exit code is that of the first that fails."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.demo", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.demo", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="--section.key=value of the experiment")
     _, overrides = parser.parse_known_args()
     try:

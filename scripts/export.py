@@ -8,12 +8,12 @@
 What the folder holds is in `train.convert.hf_export`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from models.hf.files import read_config
 from models.hf.fp8_blocks import Fp8Plan, fp8_plan
@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.export")
+    parser = CommandParser(prog="python -m scripts.export")
     parser.add_argument("source", type=Path, help="run folder, or one of its checkpoints")
     parser.add_argument("--out", type=Path, help="folder to write (default: <run>/export)")
     names = ", ".join(_DTYPES)

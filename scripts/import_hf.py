@@ -8,10 +8,10 @@ PATH is a folder on this disk with config.json and safetensors; OUT is new and l
 (`train.convert.hf_import`).
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from parallel.ranks import one_line
 from train.atomic_files import naming
@@ -20,7 +20,7 @@ from train.convert.hf_import import import_hf
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.import_hf")
+    parser = CommandParser(prog="python -m scripts.import_hf")
     parser.add_argument("path", type=Path, help="Hugging Face folder with safetensors")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(

@@ -5,13 +5,13 @@ half the microbatch (the same sums in another order: this is fp32 noise), and on
 dp_shard 2, tp 2, ep 4. Draws the curves and both differences, and prints the largest of each.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from configs.command_line import CommandParser
 from train.report.metrics import METRICS, read_lines
 
 EXPERIMENT = "configs/demo.toml"
@@ -25,7 +25,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
 
 def main() -> None:
     """Train, draw, print."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.mesh_curves", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.mesh_curves", description=__doc__)
     parser.add_argument("picture", type=Path, help="file of the picture")
     parser.add_argument("--steps", type=int, default=300, help="steps per run (default 300)")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens per sequence")

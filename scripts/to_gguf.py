@@ -6,17 +6,17 @@
 `--python` (default: this one). What llama.cpp makes of the file, `scripts.check_readers` compares.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from train.convert.gguf_export import DTYPES, export_gguf
 
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.to_gguf")
+    parser = CommandParser(prog="python -m scripts.to_gguf")
     parser.add_argument("export", type=Path, help="folder written by scripts.export")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source tree")
     parser.add_argument("--python", default=sys.executable, help="runs the converter")

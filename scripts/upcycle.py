@@ -17,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from configs.paths import local_path
 from configs.reference import field_docs
@@ -28,7 +29,7 @@ from train.convert.dense_to_moe import upcycle_checkpoint
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.upcycle",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

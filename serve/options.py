@@ -2,23 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from configs.errors import UserError
+from configs.command_line import CommandParser
 from serve.engine.core import EngineOptions
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake as UserError: one line instead of the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def make_parser(command: str, description: str) -> Parser:
+def make_parser(command: str, description: str) -> CommandParser:
     """A parser that knows the common options."""
     sizes = EngineOptions()
-    parser = Parser(
+    parser = CommandParser(
         prog=f"python -m {command}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

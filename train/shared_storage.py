@@ -1,6 +1,6 @@
 """What all ranks must share, checked when a run starts and not when it first saves.
 
-Every rank writes its part of a checkpoint into the run's folder and reads the tokenised corpus from
+Every rank writes its part of a checkpoint into the run's folder and reads the tokenized corpus from
 the cache. On another host a path may be another folder: a relative path from another directory, `~`
 of another home, a disk that is not mounted. So rank 0 writes a token into both, every other rank
 looks for it there, and adds to the one in the run's folder.

@@ -1,7 +1,7 @@
-"""Compiles the C++ of this package where a compiler is present, once per source, torch and CPU.
+"""Compiles the C++ of this package if a compiler is present, once per source, torch and CPU.
 
-Plain C++ without torch's headers: it takes 3 seconds, not a minute. The library is put into the
-user's cache folder by a rename, so two processes may compile at the same time.
+It is plain C++ without torch's headers, which compiles in 3 seconds instead of a minute. The
+library is renamed into the user's cache folder, so two processes may compile at the same time.
 """
 
 import ctypes
@@ -24,7 +24,8 @@ _MAX_SECONDS = 120
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where this CPU or machine cannot have it (the log says why)."""
+    """The compiled library; None if this CPU or machine cannot build or run it (the log has
+    why)."""
     if not torch.cpu._is_avx512_bf16_supported():
         return None
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -60,7 +61,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _version(compiler: str) -> str:
-    """Changes with whatever the library depends on."""
+    """A hash of everything the library depends on."""
     digest = hashlib.sha256(f"{compiler} {_FLAGS} {torch.__version__} {torch.__file__}".encode())
     for path in sorted(_SOURCES.glob("*.[ch]*")):
         digest.update(path.read_bytes())

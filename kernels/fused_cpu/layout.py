@@ -1,8 +1,8 @@
-"""What `block.cpp` reads: structures, and weights as it wants them.
+"""Input of `block.cpp`: structures, and weights packed in its layout.
 
-Packed weights: blocks of 64 outputs one after another, the last one shorter (whole 16); in a block,
-for every pair of input columns, the two values of each output. So a product reads a weight from
-front to back, whatever the number of rows.
+Packed weights: consecutive blocks of 64 outputs, the last one shorter (a multiple of 16). A block
+stores, for every pair of input columns, the two values of each output. So a product reads a weight
+sequentially, for any number of rows.
 
 N outputs, K inputs, E experts, F hidden width.
 """
@@ -70,13 +70,13 @@ def packed(weight_ENK: Tensor) -> Tensor:
 
 
 def interleaved_halves(w13_E2FD: Tensor) -> Tensor:
-    """`[E, 2F, D]` with 32 rows of gate and 32 of up in turn, so that a block has both."""
+    """`[E, 2F, D]` with alternating 32 rows of gate and 32 of up, so that every block has both."""
     blocks = w13_E2FD.unflatten(2, (-1, _BLOCK // 2))
     return blocks.transpose(1, 2).flatten(1, 3)
 
 
 def matrix(weight_NK: Tensor, keep: list[Tensor]) -> Matrix:
-    """A packed weight; `keep` gets the tensor that must live as long."""
+    """A packed weight; its tensor is appended to `keep`, which must outlive the structure."""
     keep.append(packed(weight_NK[None]))
     N, K = weight_NK.shape
     return Matrix(keep[-1].data_ptr(), N + -N % 16, K)

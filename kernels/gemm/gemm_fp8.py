@@ -1,4 +1,4 @@
-"""Matrix products of blockwise-quantised FP8 operands, one for each product of a linear layer.
+"""Matrix products of blockwise-quantized FP8 operands, one for each product of a linear layer.
 
 | product | function | sums over | a | b |
 |---|---|---|---|---|
@@ -6,22 +6,23 @@
 | input gradient `dy @ w` | `gemm_fp8_nn` | output width | dy, 1x128 | w, 128x128 |
 | weight gradient `dy.T @ x` | `gemm_fp8_tn` | tokens | dy, 128x1 | x, 128x1 |
 
-Every 128 of the summed dimension the partial product is multiplied with its two scales and added in
-fp32, so a scale never has to be the same for more than one block, and the tensor cores' short
-accumulators never hold more than 128 products (DeepSeek-V3, arXiv:2412.19437, section 3.3).
+After every 128 elements of the summed dimension the partial product is multiplied by its two scales
+and added in fp32. So each block has its own scale, and the tensor cores' short accumulators never
+add more than 128 products (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 
-The result is bf16 or fp32, or is added to an fp32 matrix: a main gradient that collects
+The result is bf16 or fp32, or is added to an fp32 matrix: a main gradient that accumulates
 microbatches without rounding and without a second pass. A NaN scale makes its row, or its 128
 columns, NaN.
 
-On a CPU the operands are dequantised to fp32 and multiplied by its BLAS. Where all scales are
-powers of two, bf16 holds data x scale exactly: there a bf16 result comes from bf16 products, if the
-CPU has them, the same but for the order of the sum and several times as fast. On a GPU
-`implementation` names the kernel: "triton" runs everywhere, "gluon" (`kernels.gemm.gemm_fp8_gluon`)
-on Hopper; it has not been measured, so nothing chooses it.
+On a CPU the operands are dequantized to fp32 and multiplied by its BLAS. If all scales are powers
+of two, bf16 represents data x scale exactly: then a bf16 result is computed by bf16 products, if
+the CPU has them. It differs only by the order of the sum and is several times as fast. On a GPU
+`implementation` selects the kernel: "triton" runs everywhere, "gluon"
+(`kernels.gemm.gemm_fp8_gluon`) on Hopper; the latter has not been measured, so it is never the
+default.
 
-Any M, N, K; FP8 tensor cores want both operands contiguous along K, as
-`kernels.quantization.quantize` stores them, and other memory orders are copied. Left out: e5m2,
+M, N and K are arbitrary. FP8 tensor cores require both operands contiguous along K, as
+`kernels.quantization.quantize` stores them; other memory orders are copied. Not supported: e5m2,
 biases.
 
 Shapes: M x N output, K summed; m, n, k their numbers of blocks of 128, rounded up.
@@ -57,8 +58,8 @@ def gemm_fp8_nn(
     a_MK: Tensor, scales_a_Mk: Tensor, b_KN: Tensor, scales_b_kn: Tensor,
     out_dtype: torch.dtype = torch.bfloat16, implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
-    """`a @ b`, otherwise as `gemm_fp8_nt`. b: the column-major form that `quantize_128x128` makes
-    besides; row-major data is copied on CUDA."""
+    """`a @ b`, otherwise as `gemm_fp8_nt`. b: the column-major form that `quantize_128x128` also
+    returns; row-major data is copied on CUDA."""
     _check("nn", a_MK, b_KN.T, out_dtype, implementation)
     _check_scales("a", scales_a_Mk, a_MK, (1, BLOCK))
     _check_scales("b", scales_b_kn, b_KN, (BLOCK, BLOCK))
@@ -115,7 +116,7 @@ def _blockwise(a_MK: Tensor, scales_a_Mk: Tensor, b_NK: Tensor, scales_b_Nk: Ten
 
 
 def factors(scales: tuple[Tensor, ...], out_dtype: torch.dtype) -> torch.dtype:
-    """In which dtype a CPU holds data x scale for a product: bf16 where that is exact and fast."""
+    """Dtype in which a CPU stores data x scale for a product: bf16 if that is exact and fast."""
     if out_dtype != torch.bfloat16 or not device.bf16_is_fast(scales[0].device):
         return torch.float32
     exact = all(not (s.contiguous().view(torch.int32) & 0x7FFFFF).any() for s in scales)
@@ -127,8 +128,8 @@ def operand(
 ) -> Tensor:  # fmt: skip
     """data x scale, one scale per block, in data's memory order and in a dtype of `factors`.
 
-    Widened in the bits, as in `kernels.fp8.fp8_values`, but the factor 2^120 that this asks for
-    goes into the scales, where they leave room for it, and NaNs are looked for first.
+    Converted bitwise, as in `kernels.fp8.fp8_values`, but the required factor 2^120 is multiplied
+    into the scales if they cannot overflow, and NaNs are checked first.
     """
     if data.stride(0) == 1 and data.stride(1) != 1:
         return operand(data.T, scales.T, block[::-1], dtype).T
@@ -189,7 +190,7 @@ def _compute(
         _matmul(a.T if by_columns else a, b.T if layout == "nt" else b, c_MN)
         return
     gemm = _kernel(implementation)
-    fp8_dtype(a.device)  # refuses devices without FP8
+    fp8_dtype(a.device)  # raises on devices without FP8
     if layout == "tn":
         a, scales_a = a.T, scales_a.T
     if layout != "nt":
@@ -210,7 +211,8 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _kernel(implementation: str) -> Callable[..., None]:
-    """Imported late: a CPU needs no Triton, and Triton's Gluon changes between versions."""
+    """Import the kernel when it is needed: a CPU has no Triton, and Gluon changes between
+    versions."""
     if implementation == "triton":
         from kernels.gemm.gemm_fp8_triton import gemm
 

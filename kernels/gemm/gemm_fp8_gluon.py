@@ -1,20 +1,20 @@
-"""Gluon form of `kernels.gemm.gemm_fp8` for Hopper: warps with different work. Not measured.
+"""Gluon form of `kernels.gemm.gemm_fp8` for Hopper, with warp specialization. Not measured.
 
-The plain Triton kernel makes all warps do the same, so the tensor cores stand still while partial
-products are promoted to fp32. Here the warps of a program specialise: one loads operands through
-TMA into a ring of slots in shared memory, and two groups of 4 warps each make half of the rows of
-a tile. The groups do not wait for each other: one promotes while the products of the other run, and
-whoever is done with a tile goes on while the other stores. This is the structure of DeepGEMM.
+In the plain Triton kernel all warps do the same work, so the tensor cores idle while partial
+products are promoted to fp32. Here one warp of a program loads operands through TMA into a ring of
+slots in shared memory, and two groups of 4 warps each compute half of the rows of a tile. The
+groups do not wait for each other: one promotes while the products of the other run, and a group
+that has finished a tile continues while the other stores. This is the structure of DeepGEMM.
 
 A slot has two barriers: `ready` completes when its bytes have arrived, `empty` when both groups
-have read it. The n-th use of a barrier completes its n-th phase, and a wait names the phase by its
-parity. Nothing else synchronises the loader and the groups.
+have read it. The n-th use of a barrier completes its n-th phase, and a wait identifies the phase by
+its parity. There is no other synchronization between the loader and the groups.
 
-Left out: 256x128 tiles (two accumulators and a product in each thread: they spill), operands
-shared between neighbouring SMs (multicast), results stored through TMA, Blackwell.
+Not implemented: 256x128 tiles (two accumulators and a product in each thread spill), operands
+shared between neighboring SMs (multicast), results stored through TMA, Blackwell.
 
-Gluon fixes the layout of every tensor, and its interface changes between versions of Triton: this
-file knows 3.6 to 3.9. Sizes and scales are as in `kernels.gemm.gemm_fp8_triton`.
+Gluon requires an explicit layout for every tensor, and its interface changes between versions of
+Triton: this file supports 3.6 to 3.9. Sizes and scales are as in `kernels.gemm.gemm_fp8_triton`.
 """
 
 from typing import Any
@@ -34,13 +34,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.gemm.gemm_fp8_triton import Target, k_major, rows_contiguous
 
 BLOCK = 128
-"""Rows and columns of a tile, and the part of K that a slot holds."""
+"""Rows and columns of a tile, and the length along K of a slot."""
 SLOTS = 6
-"""Steps of K in flight: what fits into shared memory beside 16 KiB for a tile on its way out."""
+"""Steps of K in flight: as many as fit into shared memory with 16 KiB for an output tile."""
 GROUP = 8
-"""Rows of tiles that are walked together."""
+"""Rows of tiles that are processed together."""
 _REGISTERS = (232, 24)
-"""Per thread of the second group and of the loader; the first group gets the rest, 248."""
+"""Registers per thread of the second group and of the loader; the first group has the other 248."""
 
 # Triton 3.9 has renamed it
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -116,7 +116,7 @@ def _corner(tile, M, N, BLOCK: gl.constexpr, GROUP: gl.constexpr):  # type: igno
 
 @gluon.jit
 def _fill(a, b, ring, M, N, K, SLOTS: gl.constexpr, BLOCK: gl.constexpr, GROUP: gl.constexpr):  # type: ignore[no-untyped-def]
-    """The loader. `used` counts steps over all tiles, so that a slot's turn follows from it."""
+    """The loader. `used` counts steps over all tiles, from which a slot's phase follows."""
     slots_a, slots_b, ready, empty = ring
     n_tiles = gl.cdiv(M, BLOCK) * gl.cdiv(N, BLOCK)
     used = 0
@@ -126,7 +126,7 @@ def _fill(a, b, ring, M, N, K, SLOTS: gl.constexpr, BLOCK: gl.constexpr, GROUP: 
             slot = used % SLOTS
             # the phase before the first counts as complete: the first round does not wait
             mbarrier.wait(empty.index(slot), ((used // SLOTS) & 1) ^ 1)
-            mbarrier.expect(ready.index(slot), 2 * BLOCK * BLOCK)  # also beyond the edges
+            mbarrier.expect(ready.index(slot), 2 * BLOCK * BLOCK)  # also outside the matrix
             _load(a, [row, k], ready.index(slot), slots_a.index(slot))
             _load(b, [column, k], ready.index(slot), slots_b.index(slot))
             used += 1
@@ -158,7 +158,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         total = gl.zeros((HEIGHT, BLOCK), gl.float32, layout)
         for _ in range(0, K, BLOCK):
             slot = used % SLOTS
-            # under way while the operands are awaited and multiplied
+            # in flight during the wait for the operands and the product
             scale_a = gl.load(scales_a, mask=rows < M, other=0.0)
             if SCALE_PER_ROW_OF_B:
                 scale_b = gl.load(scales_b, mask=columns < N, other=0.0)
@@ -187,7 +187,7 @@ def _store(  # type: ignore[no-untyped-def]
     c_ptr, total, row, column, M, N, stride_m,
     HEIGHT: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Turned into whole rows per warp first: the layout of products has 2 elements per thread."""
+    """Convert to whole rows per warp first: the layout of products has 2 elements per thread."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     total = gl.convert_layout(total.to(c_ptr.dtype.element_ty), layout)
     rows = row + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, layout))

@@ -1,19 +1,19 @@
-"""Triton form of `kernels.gemm.gemm_fp8`: one persistent kernel behind all three layouts.
+"""Triton form of `kernels.gemm.gemm_fp8`: one persistent kernel for all three layouts.
 
 Tensor cores accumulate FP8 products with fewer mantissa bits than fp32 (about 14 on Hopper), so
-every 128 of K the partial product leaves them, is multiplied with its scales and added in fp32 on
-the CUDA cores (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). This is the price of the format: two
-accumulators in registers instead of one, and a wait for the tensor cores at every step. Hence
-128x128 tiles on 8 warps: on 4 warps the two accumulators spill, and so does 128x256 on 8.
+after every 128 of K the partial product is read from them, multiplied by its scales and added in
+fp32 on the CUDA cores (DeepSeek-V3, arXiv:2412.19437, section 3.3.2). This costs two accumulators
+in registers instead of one, and a wait for the tensor cores at every step. Hence 128x128 tiles on 8
+warps: on 4 warps the two accumulators spill, and so does 128x256 on 8.
 
-One program per SM walks over the tiles, in groups of 8 rows of tiles, so that programs that run at
-the same time share operands in L2. Where the target has TMA, operands come through tensor
+One program per SM iterates over the tiles, in groups of 8 rows of tiles, so that programs that run
+at the same time share operands in L2. If the target has TMA, operands are loaded through tensor
 descriptors, and the loop over tiles is flattened into the loop over K: the first loads of the next
 tile are in flight while this one is stored. (Not for weight gradients: their second vector of
-scales leaves no registers for it, and their K is long.) Elsewhere operands come through pointers
-with 64-bit offsets.
+scales leaves no registers for it, and their K is long.) Otherwise operands are loaded through
+pointers with 64-bit offsets.
 
-No autotuning: it costs minutes at start-up on every rank, and ranks may choose differently.
+No autotuning: it takes minutes at start-up on every rank, and ranks may choose differently.
 """
 
 import functools
@@ -31,7 +31,7 @@ BLOCK_K = 128
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of the output that one program makes at a time."""
+    """Rows and columns of the output that one program computes at a time."""
 
     rows: int
     columns: int
@@ -43,25 +43,26 @@ class Tile:
 
 TILES = (
     Tile(rows=128, columns=128, warps=8, programs_per_sm=1, cost=1.0),
-    # two programs overlap one's promotion with the other's products, but read 1.5 times as much
+    # with two programs one's promotion overlaps the other's products, but they read 1.5 times as
+    # much
     Tile(rows=64, columns=128, warps=4, programs_per_sm=2, cost=0.625),
 )
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the launcher has to know of a device."""
+    """Device properties that the launcher uses."""
 
     n_sm: int
     shared_bytes: int
     amd: bool
     descriptors: bool
     hopper: bool = False
-    """For `kernels.gemm.gemm_fp8_gluon`."""
+    """Whether `kernels.gemm.gemm_fp8_gluon` runs on it."""
 
     @staticmethod
     def current() -> "Target":
-        """The device that Triton launches on."""
+        """The device on which Triton launches."""
         return _target_of(triton.runtime.driver.active.get_current_device())
 
 
@@ -86,8 +87,8 @@ def gemm(
 ) -> None:  # fmt: skip
     """`c = a @ b.T`; scales_b is `[n, k]` or, a scale per row of b, `[N, k]`.
 
-    Any strides are right; what the tensor cores cannot read as it lies is copied first. No
-    dimension may be 0.
+    Any strides are allowed; operands in a memory order that the tensor cores cannot read are copied
+    first. No dimension may be 0.
     """
     (M, _), N = a_MK.shape, b_NK.shape[0]
     target = target or Target.current()
@@ -113,9 +114,10 @@ def gemm(
 
 
 def choose_tile(M: int, N: int, n_sm: int) -> Tile:
-    """The tile with the least time: tiles of the fullest SM x cost. A prediction from reads: the
-    small tile reads 1.5 times as much for each product, which L2 is assumed to slow by 1.25; it
-    pays where large tiles would leave most SMs idle in the last round."""
+    """The tile with the least time: tiles of the fullest SM x cost. This is a prediction from
+    reads: the small tile reads 1.5 times as much for each product, which is assumed to cost 1.25
+    times as much through L2; it is faster if large tiles would leave most SMs idle in the last
+    round."""
 
     def time(tile: Tile) -> float:
         n_tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
@@ -125,9 +127,8 @@ def choose_tile(M: int, N: int, n_sm: int) -> Tile:
 
 
 def stages(tile: Tile, target: Target, element_size: int) -> int:
-    """Loads in flight, each of `BLOCK_K` bytes of a tile's rows and columns: at most 4, and what
-    fits into shared memory beside the tile on its way out. AMD keeps the second stage in
-    registers."""
+    """Loads in flight, each of `BLOCK_K` bytes of a tile's rows and columns: at most 4, and as many
+    as fit into shared memory with the output tile. AMD keeps the second stage in registers."""
     if target.amd:
         return 2
     free = target.shared_bytes // tile.programs_per_sm - tile.rows * tile.columns * element_size
@@ -135,8 +136,9 @@ def stages(tile: Tile, target: Target, element_size: int) -> int:
 
 
 def k_major(x_RK: Tensor, target: Target) -> Tensor:
-    """x, or a copy: rows contiguous, address and stride in whole 16 bytes as TMA and wide loads
-    want them. Without TMA, which fills with zeros beyond the end, K too must be in whole 16s."""
+    """x, or a copy with contiguous rows whose address and stride are multiples of 16 bytes, as TMA
+    and wide loads require. Without TMA, which fills with zeros beyond the end, K is a multiple of
+    16 too."""
     R, K = x_RK.shape
     aligned = x_RK.stride(1) == 1 and x_RK.stride(0) % 16 == 0 and x_RK.data_ptr() % 16 == 0
     if aligned and (target.descriptors or K % 16 == 0):
@@ -147,7 +149,7 @@ def k_major(x_RK: Tensor, target: Target) -> Tensor:
 
 
 def rows_contiguous(scales_Rk: Tensor) -> Tensor:
-    """Scales of neighbouring rows side by side, as `kernels.quantization.quantize` makes them."""
+    """Scales with contiguous rows, as `kernels.quantization.quantize` stores them."""
     return scales_Rk if scales_Rk.stride(0) == 1 else scales_Rk.T.contiguous().T
 
 
@@ -183,7 +185,8 @@ def _gemm(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def tile_at(tile, tiles_m, tiles_n, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Row and column of a tile, in tiles: GROUP rows of tiles together, down before right."""
+    """Row and column of a tile, in tiles: groups of GROUP rows of tiles, in a group column by
+    column."""
     first_m = tile // (GROUP * tiles_n) * GROUP
     group = tl.minimum(tiles_m - first_m, GROUP)
     within = tile % (GROUP * tiles_n)

@@ -1,15 +1,15 @@
-"""Linear layers whose three products run in FP8, blockwise.
+"""Linear layers whose three products run in blockwise FP8.
 
-Forward quantises x twice in one pass: per 1x128 along its width for the output, per 128x1 along the
+Forward quantizes x twice in one pass: per 1x128 along its width for the output, per 128x1 along the
 tokens for the weight gradient. Only the second form is kept for backward, at one byte per element:
-half of what a bf16 layer keeps. Backward quantises dy the same way, once for each of its products.
-x in bf16 is not kept, so the weight gradient is that of the quantised x (DeepSeek-V3,
+half of what a bf16 layer keeps. Backward quantizes dy the same way, once for each of its products.
+x in bf16 is not kept, so the weight gradient is that of the quantized x (DeepSeek-V3,
 arXiv:2412.19437, section 3.3). Layers that read the same x (queries, keys and values) share both
 forms.
 
-The weight is quantised per 128x128, once for the products of forward and backward. It changes only
-when the optimizer steps, so whoever knows of steps keeps the quantised form (`Fp8Weight`) and gives
-it to all microbatches of one.
+The weight is quantized per 128x128, once for the products of forward and backward. It changes only
+when the optimizer steps, so a caller can keep the quantized form (`Fp8Weight`) and pass it to
+all microbatches of a step.
 
 Shapes: T tokens, D input width, N output width; d, n, t their numbers of blocks of 128.
 """
@@ -40,13 +40,13 @@ class Fp8Weight(NamedTuple):
 
     data: Tensor
     transposed: Tensor
-    """The same data, best with columns contiguous, for the product that sums over N: FP8 tensor
-    cores read nothing else. Where it is not, the product makes that copy."""
+    """The same data, preferably with contiguous columns, for the product that sums over N: FP8
+    tensor cores require that layout, and the product copies data in any other."""
     scales: Tensor
 
     @staticmethod
     def of(weight: Tensor, power_of_two: bool = False) -> "Fp8Weight":
-        """Quantise a weight; without autograd."""
+        """Quantize a weight; without autograd."""
         (data, scales), transposed = quantize_128x128(weight.detach(), power_of_two)
         return Fp8Weight(data, transposed, scales)
 
@@ -57,13 +57,13 @@ def linears_fp8(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`x @ weight.T` in x's dtype for each of several weights `[N, D]`.
 
-    Leading dimensions of x are free. power_of_two: of all scales. Differentiable in x and the
-    weights.
+    Leading dimensions of x are arbitrary. power_of_two: round all scales up to powers of two.
+    Differentiable in x and the weights.
     """
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"linears_fp8 takes bf16 or fp32, got {x_TD.dtype}")
     keep_x = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    # Dynamo takes no tensor twice: data stands for itself where it is not stored transposed too
+    # Dynamo rejects a tensor passed twice: data replaces `transposed` if both are the same tensor
     turned = tuple(weight.transposed is not weight.data for weight in fp8_weights)
     parts = [part for weight in fp8_weights for part in (weight.data, weight.scales)]
     parts += [w.transposed for w, other in zip(fp8_weights, turned, strict=True) if other]
@@ -78,7 +78,7 @@ def linears_fp8_reference(
     x_TD: Tensor, weights: Sequence[Tensor], fp8_weights: Sequence[Fp8Weight],
     power_of_two: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Plain-torch form of `linears_fp8`: dequantised operands, fp32 products."""
+    """Plain-torch form of `linears_fp8`: dequantized operands, fp32 products."""
     flat = x_TD.reshape(-1, x_TD.shape[-1])
     outputs = (
         _Reference.apply(flat, weight, fp8_weight, power_of_two)
@@ -90,7 +90,7 @@ def linears_fp8_reference(
 def _forms(
     x: Tensor, power_of_two: bool, rows: bool, columns: bool
 ) -> tuple[Quantized | None, Quantized | None]:
-    """The quantised forms that are needed, in one pass."""
+    """The requested quantized forms, in one pass."""
     if rows and columns:
         return quantize_1x128_128x1(x, power_of_two)
     return (
@@ -124,7 +124,8 @@ class _LinearsFp8(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         n, needs_x, needs = ctx.n, ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        saved = ctx.saved_tensors  # once: a recomputed block hands each out one time
+        # read once: a recomputed block returns each saved tensor only once
+        saved = ctx.saved_tensors
         grad_x, grad_weights = None, []
         for i, grad_TN in enumerate(grads):
             by_row, by_column = _forms(grad_TN, ctx.power_of_two, needs_x, needs[i])

@@ -1,4 +1,4 @@
-"""Grouped GEMM: one matrix product per expert over rows that lie together.
+"""Grouped GEMM: one matrix product per expert over contiguous rows.
 
 | product | function | sums over |
 |---|---|---|
@@ -6,18 +6,18 @@
 | input gradient, `dx[r] = dy[r] @ w[e]` | `grouped_gemm_nn` | output width |
 | weight gradient, `dw[e] = dy_e.T @ x_e` | `grouped_gemm_tn` | rows of the group |
 
-Group e owns rows `[ends[e - 1], ends[e])`, of which the first `counts[e]` are true rows; between a
-group's last true row and its end there may be zero rows (alignment), whose outputs are zero. Rows
-past the last end belong to no group: they are neither read nor defined in the output. A group
+Group e consists of rows `[ends[e - 1], ends[e])`, of which the first `counts[e]` are true rows. The
+rows between a group's last true row and its end must be zero (alignment), and so are their outputs.
+Rows past the last end belong to no group: they are not read, and undefined in the output. A group
 without rows has the weight gradient zero.
 
-Dtype: the operands' (bf16 or fp32) with fp32 accumulation inside; gradients of weights in fp32 on
-request. On CUDA bf16 goes to torch's own `_grouped_mm` where that takes it,
-until `kernels.grouped_gemm.grouped_gemm_triton` has been measured, which does the rest. On a CPU it
-is a loop of `mm` with rounded sizes (`kernels.grouped_gemm.grouped_gemm_cpu`). `_grouped_mm` is a
-loop there, too, as fast once there is code for every size; until then the forward of 4096 rows in 8
-groups (N 512, K 256, bf16) takes it 5.1 ms instead of 2.8 (one thread of a 2-core AMD EPYC, torch
-2.13).
+Dtype: that of the operands (bf16 or fp32) with fp32 accumulation inside; gradients of weights in
+fp32 on request. On CUDA, bf16 uses torch's own `_grouped_mm` where that supports the operands,
+until `kernels.grouped_gemm.grouped_gemm_triton` has been measured, which computes the rest. On a
+CPU it is a loop of `mm` with rounded sizes (`kernels.grouped_gemm.grouped_gemm_cpu`). `_grouped_mm`
+is a loop there, too, and as fast once code for every size is generated; until then its forward of
+4096 rows in 8 groups (N 512, K 256, bf16) takes 5.1 ms instead of 2.8 (one thread of a 2-core AMD
+EPYC, torch 2.13).
 
 Shapes: R rows, N output width, K input width, E groups.
 """
@@ -39,8 +39,8 @@ def grouped_gemm_nt(
 ) -> Tensor:  # fmt: skip
     """`y_RN`, with `y[r] = x[r] @ w[e].T` for the rows of group e. Differentiable in x and w.
 
-    ends_E: int32 or int64, non-decreasing, at most R. counts_E: true rows per group, no more
-    than the group is long. implementation: on CUDA; None chooses by what was measured.
+    ends_E: int32 or int64, non-decreasing, at most R. counts_E: true rows per group, at most the
+    length of the group. implementation: on CUDA; None chooses by measurements.
     """
     _check("nt", x_RK, w_ENK, x_RK.shape[1], w_ENK.shape[2], ends_E, counts_E)
     y_RN: Tensor = _nt(x_RK, w_ENK, ends_E, counts_E, _named(implementation))
@@ -107,7 +107,7 @@ def grouped_gemm_tn_reference(
 
 
 def true_rows(ends_E: Tensor, counts_E: Tensor) -> list[slice]:
-    """Every group's rows without the zero rows behind them; waits for the device."""
+    """Every group's rows without the zero rows after them; waits for the device."""
     starts = [0, *ends_E.tolist()][:-1]
     return [slice(s, s + n) for s, n in zip(starts, counts_E.tolist(), strict=True)]
 
@@ -201,7 +201,7 @@ def _by_rows(
 def zeros_outside(
     like_R: Tensor, width: int, groups: list[slice], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """An output whose rows outside all groups are zero; rows inside are still to be written."""
+    """An output whose rows outside all groups are zero; the caller writes the rows inside."""
     covered = sum(rows.stop - rows.start for rows in groups)
     make = like_R.new_empty if covered == like_R.shape[0] else like_R.new_zeros
     return make(like_R.shape[0], width, dtype=dtype)
@@ -232,14 +232,14 @@ def _launch_by_groups(
 
 
 def _is_torch(implementation: str, a: Tensor, b: Tensor) -> bool:
-    """Whether `torch._grouped_mm(a, b)` shall do it."""
+    """Whether `torch._grouped_mm(a, b)` computes the product."""
     if not device.on_accelerator(a) or implementation == "triton":
         return False
     return implementation == "torch" or (a.dtype == torch.bfloat16 and _whole_words(a, b))
 
 
 def _whole_words(*operands: Tensor) -> bool:
-    """What torch asks for: one dimension contiguous, the others' strides whole 16 bytes."""
+    """What torch requires: one dimension contiguous, the others' strides multiples of 16 bytes."""
     for x in operands:
         *_, rows, columns = x.stride()
         step = rows if columns == 1 else columns
@@ -249,7 +249,7 @@ def _whole_words(*operands: Tensor) -> bool:
 
 
 def _named(implementation: Implementation | None) -> str:
-    """An operation takes plain arguments: "" where the caller did not choose."""
+    """The implementation for an operator, which allows no None: "" if the caller did not choose."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(
             f"grouped_gemm: implementation is {implementation!r}, must be 'torch' or 'triton'"

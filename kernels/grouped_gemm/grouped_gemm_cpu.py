@@ -1,22 +1,21 @@
 """Products of groups of rows on a CPU, with few different numbers of rows.
 
-oneDNN, which multiplies bf16 on a CPU, generates code for every shape that it sees: 0.4 to 2 ms,
+oneDNN, which multiplies bf16 on a CPU, generates code for every new shape: that takes 0.4 to 2 ms,
 while the product of 500 rows with a matrix of 512x256 takes 0.3 (one thread of a 2-core AMD EPYC,
-torch 2.13). It keeps the code of 1,024 shapes, but group sizes differ at every step: a training
-step of the demo model (4 layers of 8 experts, six products each) met 250 new ones and spent a
+torch 2.13). It caches the code of 1,024 shapes, but group sizes differ at every step: a training
+step of the demo model (4 layers of 8 experts, six products each) had 250 new shapes and spent a
 quarter of its time on them. So numbers of rows are rounded up, to one of 32 sizes per octave. That
-is 1 percent more rows on average. Steps are smaller where the matrix is so large that rows cost
-more than code.
+is 1 percent more rows on average. The sizes are closer together if the matrix is so large that the
+added rows cost more than generating code.
 
-Where outputs have a row for each row, the surplus rows are those of the groups that follow, and
-what is written for them is overwritten when their turn comes: nothing is copied. Where rows are
-summed over, they are copied and followed by zeros. Other dtypes than bf16 go to libraries that
-generate nothing.
+If outputs have a row for each row, the added rows are those of the following groups, and their
+outputs are overwritten when those groups are computed: nothing is copied. If rows are summed over,
+they are copied and padded with zeros. Dtypes other than bf16 use libraries that generate no code.
 
-Of a few rows left over both libraries sum in another order (MKL 2024.2 where less than 4 are, with
-2 threads 5 rows are 4 and 1; oneDNN 3.12 with less than 4 rows of 24 values); otherwise a row's
-bits do not depend on the number of rows. So up to 64 rows are rounded up to a multiple of 8, and
-what an expert makes of a token does not depend on how many others visit it.
+For a small remainder of rows both libraries sum in another order (MKL 2024.2 for a remainder of
+less than 4, with 2 threads 5 rows are 4 and 1; oneDNN 3.12 for less than 4 rows of 24 values);
+otherwise a row's bits do not depend on the number of rows. So up to 64 rows are rounded up to a
+multiple of 8, and an expert's output for a token does not depend on its number of other tokens.
 
 Shapes: R rows, M rows of one group, N output width, K input width, E groups.
 """
@@ -25,17 +24,17 @@ import torch
 from torch import Tensor
 
 _CODE_NS = 3e5
-"""What code for a new shape costs, in nanoseconds."""
+"""Time to generate code for a new shape, in nanoseconds."""
 _OPERATION_NS, _COPY_NS = 1 / 450, 0.1
-"""A floating-point operation of a product, and the copy of an element."""
+"""Time of a floating-point operation of a product, and of the copy of an element."""
 _FEW_ROWS, ALIKE = 64, 8
 """Numbers of rows up to the first are multiples of the second."""
 
 
 def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor) -> None:
-    """`y[r] = x[r] @ w[e].T` for the rows of group e; groups lie in this order.
+    """`y[r] = x[r] @ w[e].T` for the rows of group e; the groups are in ascending order.
 
-    Rows between groups must be zero and their outputs may become zero; rows from the end of the
+    Rows between groups must be zero, and their outputs may be set to zero; rows from the end of the
     last group on are neither read nor written.
     """
     end = groups[-1].stop if groups else 0
@@ -53,7 +52,7 @@ def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor
             continue
         if window.start == rows.start:
             torch.mm(x_RK[window], w_NK.T, out=y_RN[window])
-        else:  # rows of groups before, whose outputs are there already
+        else:  # includes rows of earlier groups, whose outputs are complete
             first = rows.start - window.start
             y_RN[rows] = torch.mm(x_RK[window], w_NK.T)[first : first + size]
 
@@ -80,18 +79,18 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:
-    """How many rows to multiply instead of `n_rows`, where `copied` elements per row are copied for
-    it. As many, where that costs more than code."""
+    """Number of rows to multiply instead of `n_rows`, if each added row copies `copied` elements.
+    It is `n_rows` if more rows would cost more than generating code."""
     if like.dtype != torch.bfloat16 or n_rows * copied * _COPY_NS > _CODE_NS:
         return n_rows
     affordable = int(_CODE_NS / max(2 * N * K * _OPERATION_NS, 1))
-    # 32 sizes per octave, so exact up to 64 rows, but no step that costs more than code
+    # 32 sizes per octave, so exact up to 64 rows, but no step that costs more than generating code
     step = 1 << max(min((n_rows - 1).bit_length() - 6, affordable.bit_length() - 1), 0)
     return -(-n_rows // step) * step
 
 
 def _alike(n_rows: int) -> int:
-    """How many rows give each of `n_rows` the bits it has among others."""
+    """Least number of rows for which each of `n_rows` has the same bits as among more rows."""
     return n_rows if n_rows > _FEW_ROWS else -(-n_rows // ALIKE) * ALIKE
 
 

@@ -1,4 +1,4 @@
-"""Grouped GEMMs of blockwise-quantised FP8 operands: the experts' products of
+"""Grouped GEMMs of blockwise-quantized FP8 operands: the experts' products of
 `kernels.gemm.gemm_fp8`.
 
 | product | function | sums over | operands |
@@ -8,12 +8,12 @@
 | weight gradient, `dw[e] = dy_e.T @ x_e` | `grouped_gemm_fp8_tn` | the group's rows | both 128x1 |
 
 Groups are those of `kernels.grouped_gemm.grouped_gemm`: contiguous rows, ends and true counts on
-the device, zero rows between them, nobody's rows behind the last end. Scales are as in
+the device, zero rows between them, and rows of no group after the last end. Scales are as in
 `kernels.quantization.quantize`; those of the weight gradient come from `quantize_128x1_grouped`,
 whose blocks restart with every group, so a block of 128 rows never mixes experts.
 
-On a CPU one group after the other is dequantised and multiplied, as `kernels.gemm.gemm_fp8` does
-it.
+On a CPU the groups are dequantized and multiplied one after the other, as in
+`kernels.gemm.gemm_fp8`.
 
 Shapes: R rows, N output width, K input width, E experts; n, k their numbers of blocks of 128,
 g = R // 128 + E.
@@ -52,7 +52,7 @@ def grouped_gemm_fp8_nn(
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
     """`dx_RK`: `dy[r] @ w[e]`, otherwise as `grouped_gemm_fp8_nt`. w: the column-major form that
-    `quantize_128x128` makes besides; row-major data is copied on CUDA."""
+    `quantize_128x128` also returns; row-major data is copied on CUDA."""
     _check_rows("nn", dy_RN, scales_Rn, w_ENK, scales_Enk, 1, ends_E, counts_E, out_dtype)
     dx_RK: Tensor = _nn(dy_RN, scales_Rn, w_ENK, scales_Enk, ends_E, counts_E, out_dtype)
     return dx_RK
@@ -66,7 +66,7 @@ def grouped_gemm_fp8_tn(
     """`dw_ENK`: `dy_e.T @ x_e` over the rows of group e, zero for an empty one. Operands from
     `quantize_128x1_grouped` with the same ends and counts.
 
-    align: what all ends are a multiple of. 128 is fastest; below 16 TMA cannot be used.
+    align: a number that divides all ends. 128 is fastest; below 16 TMA cannot be used.
     """
     n_blocks = len(x_RK) // BLOCK + len(ends_E)
     problem = _problem_of_groups(dy_RN, x_RK, ends_E, counts_E, len(ends_E), out_dtype)
@@ -85,8 +85,8 @@ def grouped_gemm_fp8_tn(
 
 
 def row_alignment(device_type: str) -> int:
-    """What groups of rows should start at a multiple of, for the weight gradient: there rows are
-    the innermost dimension in memory, and TMA reads whole blocks without masks."""
+    """Number of rows that group starts should be a multiple of, for the weight gradient: there rows
+    are the innermost dimension in memory, and TMA reads whole blocks without masks."""
     return BLOCK if device_type == "cuda" else 1
 
 
@@ -196,7 +196,7 @@ def _by_rows(
         return c_RN
     from kernels.grouped_gemm.grouped_gemm_triton import by_rows
 
-    fp8_dtype(a_RK.device)  # refuses devices without FP8
+    fp8_dtype(a_RK.device)  # raises on devices without FP8
     c_RN = a_RK.new_empty(R, N, dtype=out_dtype)
     if not K:
         return c_RN.zero_()
@@ -213,7 +213,7 @@ def _by_groups(
     if device.on_accelerator(x_RK):
         from kernels.grouped_gemm.grouped_gemm_triton import by_groups
 
-        fp8_dtype(x_RK.device)  # refuses devices without FP8
+        fp8_dtype(x_RK.device)  # raises on devices without FP8
         if dw_ENK.numel() and len(x_RK):
             operands = dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E
             with device.launching_on(x_RK):

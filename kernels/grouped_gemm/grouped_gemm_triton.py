@@ -1,23 +1,23 @@
 """Triton form of `kernels.grouped_gemm.grouped_gemm` and `kernels.grouped_gemm.grouped_gemm_fp8`:
 two kernels, bf16 and FP8.
 
-The host knows neither the groups' sizes nor their places, so it launches for the most tiles that R
-rows in E groups can make, and the device finds the true ones. For outputs by rows (NT, NN) a small
-kernel first writes a list of tiles, expert after expert (`schedule`); a tile never spans two
-groups, and only tiles with true rows are multiplied. Persistent programs then walk the list in the
-order of `kernels.gemm.gemm_fp8_triton`: 8 tiles of rows, mostly of one expert, share each block of
-a weight in L2. The list ends with tiles that hold nothing but zero rows; they are only written.
+The host does not know the sizes and offsets of the groups, so it launches the maximum number of
+tiles for R rows in E groups, and the device computes the actual ones. For outputs by rows (NT, NN)
+a small kernel first writes a list of tiles, expert after expert (`schedule`); a tile never spans
+two groups, and only tiles with true rows are multiplied. Persistent programs then process the list
+in the order of `kernels.gemm.gemm_fp8_triton`: 8 tiles of rows, mostly of one expert, share each
+block of a weight in L2. The list ends with tiles of zero rows only; these are only written.
 
-For outputs by experts (TN) the length of the sum differs from tile to tile, as much as the groups
-do: there a program makes one tile, and the device hands the next tile to whoever is free. A group's
-last, partial step of the sum is masked, in both operands, because what follows the group may be
-another's rows or NaN; where the caller promises zero rows up to whole steps it is a step like the
-others. Empty groups write zeros.
+For outputs by experts (TN) the length of the sum differs from tile to tile, as much as the group
+sizes do: there a program computes one tile, and the hardware starts the next program on any free
+SM. A group's last, partial step of the sum is masked in both operands, because the following rows
+may belong to another group or be NaN; if the caller guarantees zero rows up to whole steps, it is a
+step like the others. Empty groups write zeros.
 
-Where the target has TMA and the operands' strides allow it, operands come through descriptors:
+If the target has TMA and the operands' strides allow it, operands are loaded through descriptors:
 rows of another group may then be loaded, but are never stored; a weight's descriptor has a
-dimension for experts, so the edge of one weight is filled with zeros and not with the next weight.
-Elsewhere operands come through masked pointers with 64-bit offsets.
+dimension for experts, so that values beyond one weight are zeros and not those of the next weight.
+Otherwise operands are loaded through masked pointers with 64-bit offsets.
 
 A step sums over 128 bytes of each row: 128 values of FP8, which is also what one scale covers, 64
 of bf16, 32 of fp32. FP8 steps are promoted as in `kernels.gemm.gemm_fp8_triton`; bf16 accumulates
@@ -44,7 +44,7 @@ BF16_TILES = (
 GROUPS_TILE = FP8_TILES[0]
 """For outputs by experts, FP8 and bf16: 128x256 spills there, and experts are never narrow."""
 BYTEWISE_TILE = Tile(rows=64, columns=64, warps=8, programs_per_sm=1, cost=1.0)
-"""The same for FP8 whose groups begin anywhere: bytes are loaded one by one, and larger tiles
+"""The same for FP8 if groups begin at any row: bytes are loaded one by one, and larger tiles
 spill their addresses (not on AMD)."""
 FP32_TILE = Tile(rows=64, columns=32, warps=8, programs_per_sm=2, cost=1.0)
 
@@ -54,10 +54,10 @@ def by_rows(
     ends_E: Tensor, counts_E: Tensor, c_RN: Tensor,
     target: Target | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """`c[r] = a[r] @ b[e].T` for the rows of group e; FP8 where there are scales.
+    """`c[r] = a[r] @ b[e].T` for the rows of group e; FP8 if there are scales.
 
-    b may be contiguous along N or K; FP8 must be along K, and is copied otherwise. No dimension may
-    be 0.
+    b may be contiguous along N or K; FP8 must be contiguous along K, and is copied otherwise. No
+    dimension may be 0.
     """
     (R, K), (E, N, _) = a_RK.shape, b_ENK.shape
     target = target or Target.current()
@@ -92,10 +92,10 @@ def by_groups(
     ends_E: Tensor, counts_E: Tensor, c_EMN: Tensor, align: int = 1,
     target: Target | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    """`c[e] = a_e.T @ b_e` over the rows of group e; FP8 where there are scales.
+    """`c[e] = a_e.T @ b_e` over the rows of group e; FP8 if there are scales.
 
-    bf16 operands are contiguous along M and N, FP8 along R; others are copied. align: what every
-    end is a multiple of; the rows of a group behind its true ones are zero. No dimension may be 0.
+    bf16 operands are contiguous along M and N, FP8 along R; others are copied. align: a number that
+    divides every end; the rows of a group after its true ones are zero. No dimension may be 0.
     """
     (R, M), N, E = a_RM.shape, b_RN.shape[1], len(ends_E)
     fp8 = scales_a_gM is not None
@@ -105,7 +105,7 @@ def by_groups(
     a, b = (_lie_along(x, along_rows=fp8) for x in (a_RM, b_RN))
     descriptors = target.descriptors and _tma_reads(a) and _tma_reads(b)
     if fp8 and align % 16:
-        descriptors = False  # rows are innermost there, and boxes start at whole 16 bytes
+        descriptors = False  # rows are innermost there, and boxes start at multiples of 16 bytes
     blocks, strides = None, (0, 0)
     if scales_a_gM is not None and scales_b_gN is not None:
         blocks = schedule(ends_E, counts_E, R, BLOCK, split=False).first_E
@@ -115,7 +115,7 @@ def by_groups(
     boxes = [[size, step] if fp8 else [step, size] for size in (tile.rows, tile.columns)]
     n_stages = stages(tile, target, c_EMN.element_size())
     if fp8 and target.amd and align % BLOCK:
-        n_stages = 1  # masks of the bytes under way fill registers there
+        n_stages = 1  # masks of the bytes in flight fill registers there
     through = [
         TensorDescriptor.from_tensor(x, box) if descriptors else x
         for x, box in zip((a, b), boxes, strict=True)
@@ -131,8 +131,8 @@ def by_groups(
 
 
 def choose_tile(dtype: torch.dtype, R: int, E: int, N: int, n_sm: int) -> Tile:
-    """The tile with the least time, as for dense products; of sizes only the mean is known, and a
-    group wastes half a tile of rows."""
+    """The tile with the least time, as for dense products. Of the group sizes only the mean is
+    known, and a group wastes half a tile of rows."""
     if dtype == torch.float32:
         return FP32_TILE
     tiles = FP8_TILES if dtype.itemsize == 1 else BF16_TILES
@@ -152,13 +152,14 @@ def _tile_of_groups(dtype: torch.dtype, align: int, target: Target) -> Tile:
 
 
 def _tma_reads(x: Tensor) -> bool:
-    """Whether address and strides are whole 16 bytes, and the last dimension is contiguous."""
+    """Whether address and strides are multiples of 16 bytes, and the last dimension is
+    contiguous."""
     whole = (stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(whole)
 
 
 def _lie_along(x_RD: Tensor, along_rows: bool) -> Tensor:
-    """x, or its transpose where rows are wanted innermost; a copy where it lies otherwise."""
+    """x, or its transpose if rows are to be innermost; a copy if its memory order differs."""
     x = x_RD.T if along_rows else x_RD
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -218,7 +219,8 @@ def _weight(  # type: ignore[no-untyped-def]
     b, expert, column, BLOCK_N: tl.constexpr, N, k, K, stride_e, stride_n, stride_k,
     ALONG_K: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK_K, BLOCK_N]`: step k of a weight's columns of the output, zero outside it."""
+    """`[BLOCK_K, BLOCK_N]`: step k of a weight for the output's columns, zero outside the
+    weight."""
     if DESCRIPTORS:
         if ALONG_K:
             block = b.load([expert, column, k * BLOCK_K]).reshape(BLOCK_N, BLOCK_K).T

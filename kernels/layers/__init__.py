@@ -1,1 +1,1 @@
-"""Operations between the products: RMSNorm, RoPE, attention on a CPU, cross-entropy in chunks."""
+"""Layers other than products: RMSNorm, RoPE, attention on a CPU, cross-entropy in chunks."""

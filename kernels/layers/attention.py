@@ -1,9 +1,9 @@
 """Causal attention within documents: softmax(scale * q k^T) v, grouped heads, optional sinks.
 
-On a CPU this is `kernels.layers.attention_cpu`, but for gradients of long sequences; on CUDA, and
-for those, torch's `scaled_dot_product_attention`.
+On a CPU this is `kernels.layers.attention_cpu`, except for gradients of long sequences; on CUDA,
+and for those, torch's `scaled_dot_product_attention`.
 
-A sink is a learned logit per head that takes its share of the softmax and holds no value (GPT-OSS;
+A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453). For torch it is one more key of zeros with the sink as its bias, and a value of
 zeros.
 
@@ -27,8 +27,12 @@ def document_attention(
 ) -> Tensor:
     """`o_BHLV`. Differentiable in q, k, v and the sinks.
 
-    mask_BLL: bool, true where query (row) may see key (column), each row at least once; None
-    stands for plain causal attention. scale: factor on the logits. sinks_H: logits, or None.
+    Args:
+        q_BHLC, k_BGLC, v_BGLV: Queries, keys and values.
+        mask_BLL: bool, true where a query (row) may attend to a key (column), at least once per
+            row; None for plain causal attention.
+        scale: Factor on the logits.
+        sinks_H: Logits, or None.
     """
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q_BHLC, k_BGLC, v_BGLV, sinks_H)
@@ -72,7 +76,7 @@ def _bias_with_sinks(mask_BLL: Tensor | None, q_BHLC: Tensor, sinks_H: Tensor) -
 
 
 def _bias(mask_BLL: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Minus infinity where attention is forbidden, else 0: fp32 `[B or 1, L, L]`."""
+    """fp32 `[B or 1, L, L]`: minus infinity where attention is forbidden, else 0."""
     if mask_BLL is None:
         return torch.full((1, length, length), float("-inf"), device=device).triu_(1)
     return torch.zeros(mask_BLL.shape, device=device).masked_fill_(~mask_BLL, float("-inf"))

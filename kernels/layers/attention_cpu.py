@@ -1,25 +1,26 @@
 """Attention on a CPU: plain products over some queries of one sequence at a time.
 
-Scores and softmax of a piece stay in cache, the products are large matrix products, and the keys
-that no query of the piece can see are left out. At L = 256, C = 32 in bf16 torch's flash kernel
-needs 13.6 ms forward and backward where this needs 5.3 (2-core AMD EPYC, one thread, torch 2.13).
-Scores and softmax are fp32; probabilities are rounded to the operands' dtype for the second
+Scores and softmax of a block of queries stay in cache, the products are large matrix products, and
+keys that are masked for all queries of the block are left out. At L = 256, C = 32 in bf16 torch's
+flash kernel needs 13.6 ms forward and backward; this needs 5.3 (2-core AMD EPYC, one thread, torch
+2.13). Scores and softmax are fp32; probabilities are rounded to the operands' dtype for the second
 product and kept for backward. Long sequences have a forward pass only: their backward is faster in
-torch's flash kernel (FlashAttention, arXiv:2205.14135), which keeps no probabilities, and the
-forward pass must then be its own (8 heads of 64, L = 1024: 50 ms against 84 here).
+torch's flash kernel (FlashAttention, arXiv:2205.14135), which keeps no probabilities and requires
+its own forward pass (8 heads of 64, L = 1024: 50 ms against 84 here).
 
-A query's output has the same bits whatever comes after it in its sequence and however many queries
-are computed together, so a server that computes one token at a time gets what training got. That
-takes: a number of keys that is a multiple of 16 (torch's softmax sums 16 columns at a time, what is
-masked adds exact zeros); at least 16 queries to a product; and, in other dtypes than bf16, sums
-over at most 128 values at a time, added up in order, since MKL divides longer sums by their length.
+A query's output has the same bits for any later tokens in its sequence and any number of queries
+that are computed together, so a server that computes one token at a time has the results of
+training. This requires: a number of keys that is a multiple of 16 (torch's softmax sums 16 columns
+at a time, masked columns add exact zeros); at least 16 queries per product; and, in dtypes other
+than bf16, sums over at most 128 values at a time, added up in order, since MKL divides longer sums
+by their length.
 
-A sink is a learned logit per head that takes its share of the softmax and holds no value (GPT-OSS;
+A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453): the softmax without it is multiplied by 1 / (1 + exp(sink - logsumexp)), where
 1 / sum(exp(s - max)) is the largest probability.
 
 Shapes: B sequences, H query heads, G key/value heads, L length, C head width, V value width, n
-queries of a piece, l keys that they can see, M = H / G * n.
+queries of a block, l keys that they attend to, M = H / G * n.
 """
 
 from typing import Any
@@ -29,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIGN = 16
-"""Numbers of queries and keys are multiples of it."""
+"""Numbers of queries and keys are multiples of this."""
 KEY_BLOCK = 128
-"""Keys that are summed over at a time where values are not bf16."""
+"""Keys that are summed over at a time if values are not bf16."""
 SHORT = 512
-"""Longest sequence that has a backward pass: stored probabilities are worth their memory."""
+"""Longest sequence that has a backward pass; for longer ones stored probabilities cost too much."""
 _PIECE = 2**21
-"""Scores of one piece of a long sequence."""
+"""Scores of one block of queries of a long sequence."""
 
 
 def attention_cpu(
@@ -67,7 +68,7 @@ def softmax_with_sinks(scores_Hnl: Tensor, sinks_H: Tensor | None) -> Tensor | N
 def weighted_values(probs_GMl: Tensor, v_GlV: Tensor, out_GMV: Tensor) -> None:
     """`out = probs @ v`, summed in the order described above."""
     V, is_odd = v_GlV.shape[2], v_GlV.dtype != torch.bfloat16 and v_GlV.shape[2] % 4 != 0
-    if is_odd:  # MKL treats odd rows unlike even ones there
+    if is_odd:  # MKL computes odd rows differently from even ones there
         wide = out_GMV.new_empty(*out_GMV.shape[:2], V + -V % 4)
         weighted_values(probs_GMl, F.pad(v_GlV, (0, -V % 4)), wide)
         out_GMV.copy_(wide[..., :V])
@@ -83,13 +84,13 @@ def weighted_values(probs_GMl: Tensor, v_GlV: Tensor, out_GMV: Tensor) -> None:
 
 
 def bias_of_mask(mask: Tensor) -> Tensor:
-    """Minus infinity where attention is forbidden, else 0, in fp32."""
+    """fp32: minus infinity where attention is forbidden, else 0."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 class _Pieces:
-    """Cuts the queries of a sequence: all at once where it is short, else as many as keep the
-    scores in cache. Holds the scores' memory, which all pieces share."""
+    """Cuts the queries of a sequence into blocks: one block for a short sequence, else as many
+    queries as keep the scores in cache. Owns the scores' memory, which all blocks share."""
 
     def __init__(self, q_BHLC: Tensor, k_BGLC: Tensor, mask_BLL: Tensor | None) -> None:
         self.H, self.L = q_BHLC.shape[1:3]
@@ -108,7 +109,7 @@ class _Pieces:
         self, q_HnC: Tensor, k_GlC: Tensor, b: int, rows: slice, scale: float,
         sinks_H: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """fp32 `[G, M, l]` (until the next call), and those of the sinks `[H, n, 1]`."""
+        """fp32 `[G, M, l]` (valid until the next call), and those of the sinks `[H, n, 1]`."""
         n, end = rows.stop - rows.start, rows.stop
         scores = self.scores[: self.H * n * end].view(self.H, n, end)
         q, k = self.grouped(q_HnC).float() * scale, k_GlC.float()
@@ -118,7 +119,7 @@ class _Pieces:
         return scores.view(self.G, -1, end), sunk
 
     def _bias(self, b: int, rows: slice) -> Tensor:
-        """`[n, l]`."""
+        """The mask as a bias `[n, l]`."""
         if self.mask_BLL is not None:
             return bias_of_mask(self.mask_BLL[b % len(self.mask_BLL), rows, : rows.stop])
         n = rows.stop - rows.start

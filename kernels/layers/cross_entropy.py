@@ -1,20 +1,20 @@
-"""Output projection and cross-entropy in one, without ever holding all logits.
+"""Output projection and cross-entropy in one operation that never stores all logits.
 
 For T tokens and a vocabulary of V the logits are the largest tensor of a training step (16 GiB for
-32 k tokens and 128 k words in fp32). Here a chunk of tokens at a time goes through the head; its
-loss, and in training its gradients for the hidden states and the head, are made at once, and the
-chunk's logits are dropped. The products run in the operands' dtype, log-sum-exp and softmax in
-fp32, the head's gradient is accumulated in fp32. On a GPU the gradient of the logits takes their
-place: per token one pass for maximum and sum together, one that writes (Milakov and Gimelshein,
+32 k tokens and a vocabulary of 128 k in fp32). Here one chunk of tokens at a time is projected; its
+loss, and in training its gradients for the hidden states and the head, are computed at once, and
+the chunk's logits are freed. The products run in the operands' dtype, log-sum-exp and softmax in
+fp32, and the head's gradient is accumulated in fp32. On a GPU the gradient overwrites the logits:
+per token one pass for maximum and sum together, one that writes (Milakov and Gimelshein,
 arXiv:1805.02867).
 
-The z-loss holds log-sum-exp, which cross-entropy leaves free, near 0: `coef * logsumexp^2` per
-token (PaLM, arXiv:2204.02311, section 5, with coef 1e-4). It adds its gradient alone, so that the
-value stays the cross-entropy, comparable between runs.
+The z-loss keeps log-sum-exp, which cross-entropy does not constrain, near 0: `coef * logsumexp^2`
+per token (PaLM, arXiv:2204.02311, section 5, with coef 1e-4). It contributes only its gradient, so
+that the value is the cross-entropy and stays comparable between runs.
 
 Idea: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009;
-gradients made in the forward pass as in Liger Kernel, arXiv:2410.10989. Ranks may divide the
-vocabulary (arXiv:1909.08053, section 3): per chunk they share the maximum and the sum of
+gradients computed in the forward pass as in Liger Kernel, arXiv:2410.10989. Ranks may divide the
+vocabulary (arXiv:1909.08053, section 3): per chunk they exchange the maximum and the sum of
 exponentials of each token, 8 bytes.
 
 Shapes: T tokens, t of a chunk, D width, V vocabulary, v of this rank.
@@ -32,10 +32,10 @@ from kernels import device
 IGNORE = -1
 """Target of a token that has no loss."""
 FOREIGN = -2
-"""Target that another rank of a divided vocabulary holds; its loss is counted there."""
+"""Target in another rank's part of a divided vocabulary; its loss is counted there."""
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 """Logits per chunk. CPU: 4 MiB in fp32 stay in cache (22 ms against 36 ms with four times as many,
-for 1024 tokens of width 256 and 4096 words). CUDA: 512 MiB in bf16 fill the device."""
+for 1024 tokens of width 256 and a vocabulary of 4096). CUDA: 512 MiB in bf16 occupy the device."""
 
 
 def linear_cross_entropy(
@@ -47,26 +47,31 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of `-log softmax(x @ weight.T)[target]` over tokens, an fp32 scalar.
 
-    targets_T: int64 in [0, V), or IGNORE. Differentiable in x and weight.
-    group: ranks that divide the vocabulary evenly, in order; each gives the same tokens and its
-    rows of the weight, and gets the loss of the tokens whose targets are among its words. The sum
-    over ranks of these losses, and of the gradients for x, is that of the whole.
-    z_loss_coef: the gradients are those of the sum plus `z_loss_coef * logsumexp^2` of every token
-    that has a loss; the value is without.
+    Differentiable in x and weight.
+
+    Args:
+        x_TD: Hidden states.
+        weight_vD: Rows of the head that this rank holds.
+        targets_T: int64 in [0, V), or IGNORE.
+        group: Ranks that divide the vocabulary evenly, in order. Each passes the same tokens and
+            its rows of the weight; its result is the loss of the targets in its rows. The sums over
+            ranks of these losses, and of the gradients for x, are those of the whole vocabulary.
+        z_loss_coef: The gradients are those of the sum plus `z_loss_coef * logsumexp^2` of every
+            token that has a loss; the value does not include it.
     """
-    wants_grad = torch.is_grad_enabled()  # within forward it always is off
+    wants_grad = torch.is_grad_enabled()  # always off within forward
     if group is not None:
         targets_T = _local_targets(targets_T, weight_vD.shape[0], group)
     elif torch.compiler.is_compiling():
         needs_grad = wants_grad and (x_TD.requires_grad or weight_vD.requires_grad)
         loss: Tensor = _operation(x_TD, weight_vD, targets_T, z_loss_coef, needs_grad)[0]
         return loss
-    # else in the open: what an operation holds meanwhile is hidden from who counts memory
+    # otherwise no custom operator: memory tracing cannot observe allocations inside one
     return _LinearCrossEntropy.apply(x_TD, weight_vD, targets_T, wants_grad, group, z_loss_coef)
 
 
 def _local_targets(targets_T: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
-    """Targets counted from this rank's first word; FOREIGN where another rank holds them."""
+    """Targets relative to this rank's first row; FOREIGN if another rank holds them."""
     local_T = targets_T - group.rank() * width
     local_T = local_T.where((local_T >= 0) & (local_T < width), FOREIGN)
     return local_T.where(targets_T != IGNORE, IGNORE)
@@ -89,10 +94,11 @@ def token_losses_(
     z_loss_coef: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and loss of every token, fp32. `with_gradient`, the gradient takes the place of
-    the logits, in their dtype.
+    """Log-sum-exp and loss of every token, fp32. If `with_gradient`, the gradient overwrites the
+    logits, in their dtype.
 
-    logsumexp_t: over all words, where the logits are those of some; else it is made of these.
+    logsumexp_t: over the whole vocabulary, if the logits are only a part of it; None computes it
+    here.
     """
     found: tuple[Tensor, Tensor] = _token_losses_(
         logits_tv, targets_t, logsumexp_t, z_loss_coef, with_gradient
@@ -132,7 +138,7 @@ def _loss_and_gradients(
     z_loss_coef: float,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss and, where needed, the gradients for x and weight, the latter in fp32."""
+    """Loss and, if needed, the gradients for x and weight, the latter in fp32."""
     on_cpu = x_TD.device.type == "cpu" and not device.on_accelerator(x_TD)
     loss = torch.zeros((), dtype=torch.float32, device=x_TD.device)
     grad_x = torch.empty_like(x_TD) if needs_grad else None
@@ -159,7 +165,7 @@ def _loss_and_gradients(
 
 
 def _sum_over(group: dist.ProcessGroup, logsumexp_t: Tensor) -> Tensor:
-    """Log-sum-exp over the words of all ranks."""
+    """Log-sum-exp over the vocabulary of all ranks."""
     largest_t = logsumexp_t.clone()
     dist.all_reduce(largest_t, dist.ReduceOp.MAX, group)
     sum_t = (logsumexp_t - largest_t).exp_()
@@ -194,7 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_w = ctx.saved_tensors
-    # a 0-dimensional fp32 factor multiplies in fp32 and rounds once, whatever the dtype
+    # a 0-dimensional fp32 factor multiplies in fp32 and rounds once, for every dtype
     return grad_x * grad, (grad_w * grad).to(ctx.weight_dtype)
 
 
@@ -202,7 +208,7 @@ def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 def _operation(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss_coef: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients for x and weight; these are empty where they are not needed."""
+    """Loss and gradients for x and weight, which are empty if they are not needed."""
     loss, grad_x, grad_w = _loss_and_gradients(
         x_TD, weight_VD, targets_T, None, z_loss_coef, needs_grad
     )

@@ -1,8 +1,8 @@
 """Triton form of `kernels.layers.cross_entropy.token_losses_`: a program per token.
 
-The first pass keeps a maximum and a sum of exponentials per lane, both made anew when the maximum
-grows; the second reads the token's logits again, from cache where they fit, and writes their
-gradient over them.
+The first pass keeps a maximum and a sum of exponentials per lane and rescales the sum when the
+maximum grows; the second reads the token's logits again, from cache if they fit, and overwrites
+them with their gradient.
 """
 
 import torch
@@ -51,7 +51,7 @@ def _token_losses(  # type: ignore[no-untyped-def]
             x = tl.load(logits_ptr + words, mask=words < n_words, other=float("-inf"))
             x = x.to(tl.float32)
             grown = tl.where(x > largest, x, largest)
-            # a lane that has seen only -inf: exp(-inf - -inf) is no number
+            # a lane with only -inf so far: exp(-inf - -inf) is NaN
             finite = tl.where(grown == float("-inf"), 0.0, grown)
             total = total * tl.exp(largest - finite) + tl.exp(x - finite)
             largest = grown
@@ -65,7 +65,7 @@ def _token_losses(  # type: ignore[no-untyped-def]
     tl.store(loss_ptr + token, loss)
     if WITH_GRADIENT:
         factor = 1 + 2 * z_loss_coef * logsumexp
-        tl.debug_barrier()  # the target's logit has been read before it is written over
+        tl.debug_barrier()  # the target's logit is read before it is overwritten
         for start in range(0, n_words, BLOCK):
             words = start + tl.arange(0, BLOCK)
             inside = words < n_words

@@ -1,14 +1,14 @@
 """RMSNorm (arXiv:1910.07467): `x / rms(x) * weight` over the last dimension.
 
-Statistics in fp32, the weight applied before the one rounding to x's dtype. Kept for backward: x,
-which is kept anyway, and the inverse root mean square, 4 bytes per row.
+Statistics are fp32, and the weight is applied before the only rounding to x's dtype. Kept for
+backward: x, which is kept anyway, and the inverse root mean square, 4 bytes per row.
 
-The gradient of the weight sums over all rows: every program adds up its own rows in a fixed order,
-a second sum adds the programs. No atomics, so two runs give the same bits. On a CPU `F.rms_norm` is
-the fastest form, and `rms_norm` is that.
+The gradient of the weight sums over all rows: every program adds up its rows in a fixed order, and
+a second sum adds the programs. There are no atomics, so two runs produce the same bits. On a CPU
+`F.rms_norm` is the fastest form, and `rms_norm` calls it.
 
-The output is not quantised here where it feeds products in FP8: the gradient of their weights needs
-it per 128 rows, from unrounded values, so it would be written in bf16 all the same.
+The output is not quantized here if it is an operand of FP8 products: the gradient of their weights
+needs it per 128 rows, from unrounded values, so it would be written in bf16 anyway.
 
 Shapes: D width; the other dimensions are free.
 """
@@ -25,7 +25,7 @@ from kernels import device
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """`x / rms(x) * weight`, in x's shape and dtype. Differentiable in both.
 
-    x: `[..., D]`; rows may be apart (a split of something wider). weight_D: None for 1.
+    x: `[..., D]`; rows may be strided (a split of a wider tensor). weight_D: None for 1.
     """
     if x.device.type == "cpu" and not device.on_accelerator(x):
         return F.rms_norm(x, x.shape[-1:], weight_D, eps)
@@ -72,7 +72,7 @@ def _(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight_D: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The second is empty where there is no weight: an operation cannot return None."""
+    """The second result is empty without a weight: an operator cannot return None."""
     if device.on_accelerator(x):
         from kernels.layers.norm_triton import backward
 

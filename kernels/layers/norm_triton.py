@@ -1,8 +1,8 @@
 """Triton form of `kernels.layers.norm`: a tile of whole rows per program, read once.
 
-Narrow rows (QK-norm: 64 or 128 wide) share a program, so that it has work for all its warps. The
-backward is persistent: a fixed number of programs walk over the rows and keep the gradient of the
-weight in registers; with rows wider than 8192 that spills, and is slower but right.
+Narrow rows (QK-norm: 64 or 128 wide) share a program, so that all its warps have work. The
+backward is persistent: a fixed number of programs iterate over the rows and keep the gradient of
+the weight in registers; for rows wider than 8192 that spills, and is slower but correct.
 """
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 _TILE = 4096
 """Elements of a tile of narrow rows."""
 _PROGRAMS = 264
-"""In backward: two for each of a large GPU's processors."""
+"""In backward: two for each SM of a large GPU."""
 
 
 def forward(x: Tensor, weight_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """`kernels.layers.norm.rms_norm` without autograd, and what it keeps."""
+    """`kernels.layers.norm.rms_norm` without autograd, and the values to keep for backward."""
     x_RD, y = _rows(x), x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     R, D = x_RD.shape
@@ -51,7 +51,7 @@ def backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[R, D]`, a view where rows are evenly apart."""
+    """`[R, D]`, a view if the rows have a constant stride."""
     x_RD = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
     return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
 

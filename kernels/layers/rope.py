@@ -1,9 +1,9 @@
-"""Rotation of heads by the angles of their tokens (RoPE, arXiv:2104.09864), from tables.
+"""Rotation of heads by position-dependent angles (RoPE, arXiv:2104.09864), from tables.
 
-Dimension i of a head is paired with i + C/2, or with its neighbour where `interleaved`; the
-arithmetic is fp32, whatever the dtype of x. Backward is the rotation by the negative angle, so
-nothing is kept but the tables. x may be part of a wider tensor, such as the rotated part of MLA's
-queries and keys (arXiv:2405.04434, section 2.1.3): its heads are read where they lie.
+Dimension i of a head is paired with i + C/2, or with its neighbor if `interleaved`; the arithmetic
+is fp32 for every dtype of x. Backward is the rotation by the negative angle, so only the tables are
+kept. x may be part of a wider tensor, such as the rotated part of MLA's queries and keys
+(arXiv:2405.04434, section 2.1.3): its heads are read in place.
 
 T tokens, H heads, C width of the rotated part.
 """
@@ -19,12 +19,12 @@ from kernels import device
 def rotate(
     x_THC: Tensor, cos_Tc: Tensor, sin_Tc: Tensor, interleaved: bool, inverse: bool = False
 ) -> Tensor:
-    """Every pair turned by its angle (back, if `inverse`); contiguous, in x's shape and dtype.
+    """Every pair rotated by its angle (back, if `inverse`); contiguous, in x's shape and dtype.
 
     cos_Tc, sin_Tc: fp32 `[T, C / 2]`. Differentiable in x alone.
     """
     if not (torch.is_grad_enabled() or device.on_accelerator(x_THC)):
-        # a token at a time, on a CPU, an operation takes as long as what it does
+        # for one token at a time on a CPU, calling an operator takes as long as its work
         return rotate_reference(x_THC, cos_Tc, sin_Tc, interleaved, inverse)
     rotated_THC: Tensor = _rotate(x_THC, cos_Tc, sin_Tc, interleaved, inverse)
     return rotated_THC
@@ -42,7 +42,7 @@ def rotate_reference(
     else:
         first, second = x.chunk(2, dim=-1)
         out_first, out_second = out_THC.chunk(2, dim=-1)
-    # few temporaries: on a CPU fresh memory costs more than arithmetic
+    # few temporaries: on a CPU allocating memory costs more than arithmetic
     out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
     out_second.copy_((second * cos).addcmul_(first, sin))
     return out_THC

@@ -1,5 +1,4 @@
-"""Triton form of `kernels.layers.rope`: each head is read and written once, from wherever it
-lies."""
+"""Triton form of `kernels.layers.rope`: each head is read and written once, with any strides."""
 
 import triton
 import triton.language as tl
@@ -42,7 +41,7 @@ def _rotate(  # type: ignore[no-untyped-def]
     base = x_ptr + (tokens * token_stride + (rows - tokens * H) * head_stride)[:, None]
     out = out_ptr + (rows * C)[:, None]
     if INTERLEAVED:
-        # whole lines, then told apart: loads two apart would each fetch every line
+        # whole cache lines, then split: loads with stride two would each fetch every line
         columns = tl.arange(0, 2 * PAIRS)[None, :]
         mask = (rows < n_rows)[:, None] & (columns < C)
         x = tl.load(base + columns, mask=mask, other=0.0).to(tl.float32)

@@ -1,1 +1,1 @@
-"""SwiGLU, and the two products around it as one operation: dense or grouped, bf16 or FP8."""
+"""SwiGLU, and its MLP with the two products as one operation: dense or grouped, bf16 or FP8."""

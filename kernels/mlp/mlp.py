@@ -1,9 +1,9 @@
-"""SwiGLU experts in bf16 or fp32 that keep less: h is computed again in backward.
+"""SwiGLU experts in bf16 or fp32 with less activation memory: backward recomputes h.
 
 As two products and an activation, the experts keep x, gate and up, and h: 2 (D + 3 F) bytes per
-row in bf16. h follows from gate and up, which SwiGLU's backward reads anyway, and it gives h in the
-same pass: so x, gate and up are enough, 2 (D + 2 F) bytes, for no product more (as in
-SonicMoE, arXiv:2512.14080).
+row in bf16. h follows from gate and up, which SwiGLU's backward reads anyway and from which it
+computes h in the same pass: so x, gate and up are enough, 2 (D + 2 F) bytes, without an extra
+product (as in SonicMoE, arXiv:2512.14080).
 
 R rows, D model width, F expert width, E experts.
 """

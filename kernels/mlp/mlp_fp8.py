@@ -1,18 +1,18 @@
 """A SwiGLU feed-forward whose six products run in FP8: the experts of an MoE layer, or a dense one.
 
-| kept for backward | bytes per row | why in this form |
+| kept for backward | bytes per row | reason for this form |
 |---|---|---|
 | x, 128x1 | D | operand of w13's gradient, which sums over rows |
-| gate and up, 1x128 | 2 F | SwiGLU and its gradient are computed again from them |
+| gate and up, 1x128 | 2 F | SwiGLU and its gradient are recomputed from them |
 
-That is everything, in FP8 with its scales: h is not kept, since backward makes it again, and
-quantises it, in the same pass as the gradient of gate and up (DeepSeek-V3, arXiv:2412.19437,
+These are all activations, in FP8 with their scales: h is not kept, since backward recomputes and
+quantizes it in the same pass as the gradient of gate and up (DeepSeek-V3, arXiv:2412.19437,
 section 3.3.3). A bf16 layer keeps 2 D + 6 F bytes.
 
-Rows that a dispatcher brought in FP8 go into the first product as they are. Only for the weight
-gradient are they quantised once more, since its scales run the other way.
+Rows that a dispatcher received in FP8 are the operand of the first product as they are. They are
+quantized again only for the weight gradient, whose scales run along the other dimension.
 
-x's gradient for rows in FP8 is that of the values before their quantisation (straight through).
+x's gradient for rows in FP8 is that of the values before their quantization (straight through).
 
 R rows, D model width, F hidden width, E groups of rows (experts).
 """
@@ -44,12 +44,12 @@ from kernels.quantization.quantize import (
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows belong to which expert, as in `kernels.grouped_gemm.grouped_gemm`."""
+    """The rows of each expert, as in `kernels.grouped_gemm.grouped_gemm`."""
 
     ends_E: Tensor
     counts_E: Tensor
     align: int = 1
-    """A promise: every group starts at a multiple of it."""
+    """The caller guarantees that every group starts at a multiple of this."""
 
 
 def swiglu_mlp_fp8(
@@ -59,9 +59,18 @@ def swiglu_mlp_fp8(
 ) -> Tensor:  # fmt: skip
     """`y_RD = (silu(x w1.T) * (x w3.T) * weight) w2.T`, in x's dtype, row by row.
 
-    x_RD: bf16 or fp32. w13 `[2F, D]`, w2 `[D, F]`, with groups `[E, ...]`: what gets the gradients;
-    the products take their quantised forms. rows: x in FP8, 1x128, where it is so already; x then
-    only lends its dtype and takes the gradient. Differentiable in x, w13, w2 and weights_R.
+    Differentiable in x, w13, w2 and weights_R.
+
+    Args:
+        x_RD: bf16 or fp32.
+        w13, w2: `[2F, D]` and `[D, F]`, with groups `[E, ...]`: they receive the gradients.
+        fp8_w13, fp8_w2: Their quantized forms, which the products use.
+        weights_R: Factor per row of h.
+        groups: The rows of each expert; None for a dense layer.
+        rows: x in FP8, 1x128, if it already is; x then only defines the dtype and receives the
+            gradient.
+        activation: The activation function.
+        power_of_two: Round all scales up to powers of two.
     """
     wants_weights = torch.is_grad_enabled() and (w13.requires_grad or w2.requires_grad)
     wants_rows = torch.is_grad_enabled() and any(
@@ -104,7 +113,7 @@ class _Mlp(torch.autograd.Function):
         gate_up = products.nt(rows, fp8_w13)
         h = swiglu_quantized(gate_up, weights_R, activation, power_of_two)
         kept = quantize_1x128(gate_up, power_of_two) if wants_any else (None, None)
-        del rows, gate_up  # before the output takes their place
+        del rows, gate_up  # before the output is allocated
         y_RD = products.nt(h, fp8_w2)
         ctx.save_for_backward(weights_R, *kept, *fp8_w13, *fp8_w2, *(columns or ()))
         ctx.products, ctx.activation, ctx.power_of_two = products, activation, power_of_two
@@ -122,7 +131,7 @@ class _Mlp(torch.autograd.Function):
         else:
             grad_rows, grad_columns = quantize_1x128(grad_RD, ctx.power_of_two), None
         grad_h = products.nn(grad_rows, fp8_w2)
-        del grad_rows  # here and below: before something of its size is made
+        del grad_rows  # here and below: before a tensor of its size is allocated
         groups = products.groups
         gate_up_rows, gate_up_columns, h_columns, grad_weights_R = swiglu_backward_quantized(
             grad_h, gate_up, weights_R, ctx.activation, ctx.power_of_two,
@@ -171,12 +180,12 @@ class _GroupedLinear(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Products:
-    """The three products and the quantisers they need, for rows in groups or in none."""
+    """The three products and the quantizers they need, for grouped or ungrouped rows."""
 
     groups: Groups | None
     power_of_two: bool
     dtype: torch.dtype
-    """Of activations and their gradients."""
+    """Dtype of activations and their gradients."""
 
     def both(self, x: Tensor) -> tuple[Quantized, Quantized]:
         """1x128 and 128x1, in one pass."""

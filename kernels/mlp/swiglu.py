@@ -1,19 +1,20 @@
 """SwiGLU with the routing weight folded in: `h = silu(gate) * up * weight`, and GPT-OSS's variant.
 
-Why fused: between the two expert projections lie only element-wise operations; one pass reads
-gate and up once and writes h once. Backward saves gate and up (the projection's output) and
-recomputes silu, so nothing else is kept; it gives h as well where asked, so that the gradient of
-the down projection's weight needs no saved h either. Arithmetic is fp32, storage the operands'
-dtype. The routing weight may enter here, before the down projection, because that projection is
-linear: `w * (W2 @ h) = W2 @ (w * h)`; combining the rows is then a plain sum.
+Why fused: only element-wise operations are between the two expert projections; one pass reads
+gate and up once and writes h once. Backward saves only gate and up (the projection's output) and
+recomputes silu. On request it also returns h, so that the gradient of the down projection's weight
+needs no saved h either. Arithmetic is fp32, storage the operands' dtype. The routing weight may be
+applied here, before the down projection, because that projection is linear:
+`w * (W2 @ h) = W2 @ (w * h)`; combining the rows is then a plain sum.
 
 `clamped_swiglu` (GPT-OSS): `h = (up + 1) * gate * sigmoid(1.702 gate) * weight`, with the gate at
-most 7 and up within +-7; what is clamped has no gradient.
+most 7 and up within +-7; clamped values have no gradient.
 
-For products in FP8 the results leave quantised and are never written in bf16: `swiglu_quantized`
-and `swiglu_backward_quantized` give the bits of quantising what `swiglu` and `swiglu_backward`
-give. The latter takes gate and up in FP8 too, as DeepSeek-V3 keeps them (arXiv:2412.19437,
-section 3.3.3). These two are parts of a recipe's own backward and have no gradient.
+For products in FP8 the results are quantized and never written in bf16: `swiglu_quantized`
+and `swiglu_backward_quantized` return the bits of quantizing the results of `swiglu` and
+`swiglu_backward`. The latter accepts gate and up in FP8 too, as DeepSeek-V3 keeps them
+(arXiv:2412.19437, section 3.3.3). Both are called within a recipe's own backward and have no
+gradient.
 
 SwiGLU: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202. F hidden width, R rows,
 E groups of rows (experts), f = ceil(F / 128).
@@ -43,7 +44,7 @@ CLAMPED: Activation = "clamped_swiglu"
 
 
 class QuantizedGradients(NamedTuple):
-    """What the two products of each projection's backward read."""
+    """Operands of the two backward products of each projection."""
 
     gate_up_rows: Quantized
     """Gradient of gate and up, 1x128: for the gradient of the input."""
@@ -52,7 +53,7 @@ class QuantizedGradients(NamedTuple):
     h_columns: Quantized
     """h, 128x1 within groups: for the gradient of the down projection's weight."""
     weights_R: Tensor
-    """Gradient of the routing weights, fp32; empty where there are none."""
+    """Gradient of the routing weights, fp32; empty if there are none."""
 
 
 def swiglu(
@@ -75,7 +76,7 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swiglu` for gate_up (its dtype) and weights (fp32), and h in the same pass.
 
-    The second is empty where there are no weights, the third where h is not wanted.
+    The second result is empty without weights, the third unless `with_h`.
     """
     found: tuple[Tensor, Tensor, Tensor] = _swiglu_backward(
         grad_RF, gate_up_R2F, weights_R, activation, with_h
@@ -103,14 +104,21 @@ def swiglu_backward_quantized(
     counts_E: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedGradients:
-    """`swiglu_backward` with h, everything quantised for the products that follow, in one pass.
+    """`swiglu_backward` with h, everything quantized for the following products, in one pass.
 
-    gate_up_R2F: in grad's dtype, or FP8 data with its `scales` of `quantize_1x128`.
-    ends_E, counts_E: as in `grouped_gemm_nt`; None for one group of all rows. Blocks of 128 rows
-    start anew in every group: the block of a row is counted over the groups before, each rounded up
-    to whole blocks, and scales are `[R // 128 + E, D]`, 2^-80 where there is no block. Rows between
-    a group's true rows and its end are taken to be zero; rows beyond the last end are not defined
-    in the results, but for the gradient of their weights, which is zero.
+    Args:
+        grad_RF: Gradient of h.
+        gate_up_R2F: In grad's dtype, or FP8 data with its `scales` of `quantize_1x128`.
+        weights_R: fp32 factor per row, or None.
+        activation: The activation function.
+        power_of_two: Round scales up to powers of two.
+        ends_E, counts_E: As in `grouped_gemm_nt`; None for one group of all rows. Blocks of 128
+            rows restart in every group: the index of a row's block counts the earlier groups, each
+            rounded up to whole blocks, and scales are `[R // 128 + E, D]`, 2^-80 where there is no
+            block. Rows between a group's true rows and its end are treated as zero; rows beyond the
+            last end are undefined in the results, except the gradient of their weights, which is
+            zero.
+        scales: Of gate_up_R2F, if that is FP8.
     """
     found = _swiglu_backward_quantized(
         grad_RF, gate_up_R2F, weights_R, activation, power_of_two, ends_E, counts_E, scales
@@ -141,7 +149,7 @@ def swiglu_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch form of `swiglu_backward`; results have grad's dtype.
 
-    In place wherever a temporary has served: on a CPU fresh memory costs more than arithmetic.
+    Temporaries are reused in place: on a CPU allocating memory costs more than arithmetic.
     """
     gate, up, alpha = _factors(gate_up_R2F, activation)
     grad = grad_RF.to(torch.float32, copy=True)
@@ -179,7 +187,7 @@ def swiglu_backward_quantized_reference(
     counts_E: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedGradients:
-    """Plain-torch form of `swiglu_backward_quantized`; rows of no expert are zero."""
+    """Plain-torch form of `swiglu_backward_quantized`; rows outside every group are zero."""
     backward = partial(swiglu_backward_reference, activation=activation, with_h=True)
     groups = (ends_E, counts_E, scales)
     return _backward_quantized(backward, grad_RF, gate_up_R2F, weights_R, power_of_two, *groups)
@@ -214,7 +222,7 @@ def _factors(gate_up_R2F: Tensor, activation: Activation) -> tuple[Tensor, Tenso
 
 
 def _outside(n_rows: int, ends_E: Tensor, counts_E: Tensor) -> Tensor:
-    """Which of the rows are no true rows of any group."""
+    """Mask of the rows that are not true rows of any group."""
     rows_R = torch.arange(n_rows, device=ends_E.device)
     group_R = torch.searchsorted(ends_E, rows_R, right=True).clamp(max=len(ends_E) - 1)
     starts_E = F.pad(ends_E, (1, 0))[:-1]
@@ -224,7 +232,7 @@ def _outside(n_rows: int, ends_E: Tensor, counts_E: Tensor) -> Tensor:
 def _quantize_columns(
     x_RD: Tensor, ends_E: Tensor | None, counts_E: Tensor | None, power_of_two: bool
 ) -> Quantized:
-    """128x1, anew in every group."""
+    """128x1, restarted in every group."""
     if ends_E is None or counts_E is None:
         return quantize_128x1(x_RD, power_of_two)
     return quantize_128x1_grouped(x_RD, ends_E, counts_E, power_of_two)

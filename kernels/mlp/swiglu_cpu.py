@@ -1,9 +1,9 @@
 """`kernels.mlp.swiglu` on a CPU: a few rows at a time, in buffers that stay in cache.
 
-As operations on whole tensors every fp32 intermediate goes to memory and back. For 4096 rows of
-width 3584 the whole took 107 ms forward and 222 backward; in pieces of 2^19 elements it is 9.7 and
-22 (bf16, one thread of a 2-core AMD EPYC with 32 MiB of cache, torch 2.13; pieces of 2^17 cost 2 ms
-more in calls). A piece's gate and up are converted together, one contiguous copy each way.
+With operations on whole tensors every fp32 intermediate is written to memory and read back. For
+4096 rows of width 3584 that took 107 ms forward and 222 backward; in chunks of 2^19 elements it is
+9.7 and 22 (bf16, one thread of a 2-core AMD EPYC with 32 MiB of cache, torch 2.13; chunks of 2^17
+add 2 ms of calls). A chunk's gate and up are converted together, one contiguous copy each way.
 
 R rows, F hidden width.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 from kernels.threads import whole_rows
 
 LIMIT, ALPHA = 7.0, 1.702
-"""Of `clamped_swiglu`: where it clamps, and its factor inside the sigmoid."""
+"""Bound and sigmoid factor of `clamped_swiglu`."""
 _PIECE = 2**19
-"""Elements of h in one piece."""
+"""Elements of h in one chunk."""
 
 
 def forward(gate_up_R2F: Tensor, weights_R: Tensor | None, clamped: bool) -> Tensor:
@@ -41,8 +41,8 @@ def forward(gate_up_R2F: Tensor, weights_R: Tensor | None, clamped: bool) -> Ten
 def backward(
     grad_RF: Tensor, gate_up_R2F: Tensor, weights_R: Tensor | None, clamped: bool, with_h: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate_up (in grad's dtype) and of the weights (fp32), and h; empty what is not
-    there or not wanted."""
+    """Gradients of gate_up (in grad's dtype) and of the weights (fp32), and h; a result is empty if
+    there are no weights, or without `with_h`."""
     grad_gate_up = grad_RF.new_empty(gate_up_R2F.shape)
     grad_weights = grad_RF.new_empty(0) if weights_R is None else torch.empty_like(weights_R)
     h_RF = grad_RF.new_empty(grad_RF.shape if with_h else 0)
@@ -76,8 +76,8 @@ def backward(
 def _pieces(
     like_RF: Tensor, n: int, *tensors: Tensor | None
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...], tuple[Any, ...]]]:
-    """For every few rows: fp32 buffers, one for gate and up and n for half of that, and those rows
-    of each tensor (None where there is none)."""
+    """For each chunk of rows: fp32 buffers, one for gate and up and n of half that size, and the
+    rows of each tensor (None for None)."""
     n_rows, F = like_RF.shape
     if not n_rows or not F:
         return
@@ -90,14 +90,14 @@ def _pieces(
 
 
 def _silu(gate_RF: Tensor) -> None:
-    """In place, in the first half of a piece's buffer, with as many of its unused rows as make a
-    row's bits the same in every batch (`kernels.threads`)."""
+    """Apply silu in place, in the first half of a chunk's buffer, with as many of its unused rows
+    as make a row's bits the same in every batch (`kernels.threads`)."""
     n_rows, width = gate_RF.shape
     whole_RF = gate_RF.as_strided((whole_rows(n_rows, width), width), gate_RF.stride())
     torch.ops.aten.silu.out(whole_RF, out=whole_RF)
 
 
 def _clamp(gate: Tensor, up: Tensor) -> None:
-    """Make `silu(gate) * up` what GPT-OSS computes, since x sigmoid(c x) is silu(c x) / c."""
+    """Clamp in place, so that `silu(gate) * up` is GPT-OSS's: x sigmoid(c x) is silu(c x) / c."""
     gate.clamp_(max=LIMIT).mul_(ALPHA)
     up.clamp_(-LIMIT, LIMIT).add_(1).div_(ALPHA)

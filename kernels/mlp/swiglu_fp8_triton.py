@@ -1,16 +1,15 @@
-"""Triton form of the quantised `kernels.mlp.swiglu`: what a product will read, written once, in
-FP8.
+"""Triton form of the quantized `kernels.mlp.swiglu`: products' operands, written once, in FP8.
 
-Forward: a program owns 32 rows of one block of 128 columns of h, so no maximum crosses programs.
-Backward: a program owns a block of 128 rows of one group and 128 columns. It goes through them in
-strips of rows twice: first for the maxima over columns, writing what is quantised along rows on
-the way; then again, from cache, for what is quantised along columns. That recomputes a sigmoid
-rather than hold three 128x128 tiles, which would not fit into registers. The sum over a row for the
-gradient of its weight is made of one partial sum per program, added up afterwards: no atomics, so
-always the same bits.
+Forward: a program computes 32 rows of one block of 128 columns of h, so no maximum spans programs.
+Backward: a program computes a block of 128 rows of one group and 128 columns. It processes them in
+strips of rows twice: first for the maxima over columns, writing the results that are quantized
+along rows; then again, from cache, for those that are quantized along columns. That recomputes a
+sigmoid instead of storing three 128x128 tiles, which would not fit into registers. The sum over a
+row for the gradient of its weight is made of one partial sum per program, added up afterwards:
+there are no atomics, so the bits are always the same.
 
-The grid covers the most blocks that groups can have; which group a program's block is in, it finds
-from the groups' ends on the device.
+The grid covers the maximum number of blocks; each program computes the group of its block from the
+groups' ends on the device.
 """
 
 import torch
@@ -29,7 +28,7 @@ from kernels.quantization.quantize_triton import (
 
 _STRIP = 32
 _BACKWARD_STRIP = 16
-"""With 32 rows the three results and what they are made of do not fit into registers."""
+"""With 32 rows the three results and their inputs do not fit into registers."""
 
 
 def forward(
@@ -68,7 +67,7 @@ def backward(
     (R, width), here = grad_RF.shape, grad_RF.device
     n_groups = 1 if ends_E is None else len(ends_E)
     blocks = triton.cdiv(R, BLOCK) if ends_E is None else R // BLOCK + n_groups
-    # a block of 128 that begins in gate and ends in up belongs to two programs: not done here
+    # a block of 128 that begins in gate and ends in up spans two programs: not done here
     aligned = width % BLOCK == 0
     rows = _empty_rows(R, 2 * width, dtype, here) if aligned else None
     grad_gate_up = None if aligned else grad_RF.new_empty(R, 2 * width)
@@ -124,7 +123,7 @@ def _store_rows(  # type: ignore[no-untyped-def]
     x, data_ptr, scales_ptr, block, rows, columns, inside, end, D, scales_stride,
     LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
 ):  # fmt: skip
-    """A strip quantised along its rows; `block` of their scales."""
+    """Store a strip quantized along its rows; `block` of their scales."""
     scale = block_scale(tl.max(magnitude_bits(x), 1), LARGEST, SMALLEST_SCALE, POWER_OF_TWO)
     data = divide(x, scale[:, None], POWER_OF_TWO).to(data_ptr.dtype.element_ty)
     tl.store(data_ptr + rows[:, None] * D + columns[None, :], data, mask=inside)
@@ -135,7 +134,7 @@ def _store_rows(  # type: ignore[no-untyped-def]
 def _store_columns(  # type: ignore[no-untyped-def]
     x, data_ptr, scale, rows, columns, inside, stride, POWER_OF_TWO: tl.constexpr
 ):  # fmt: skip
-    """A strip quantised with the scales of its columns, transposed."""
+    """Store a strip quantized with the scales of its columns, transposed."""
     data = tl.trans(divide(x, scale[None, :], POWER_OF_TWO).to(data_ptr.dtype.element_ty))
     at = data_ptr + columns[:, None].to(tl.int64) * stride + rows[None, :]
     tl.store(at, data, mask=tl.trans(inside))
@@ -166,7 +165,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _place(ends_ptr, counts_ptr, n_groups, block, BLOCK: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First row of a block, where the true rows of its group end, and where the group ends."""
+    """First row of a block, end of the true rows of its group, and end of the group."""
     groups = tl.arange(0, GROUPS)
     known = groups < n_groups
     ends = tl.load(ends_ptr + groups, mask=known, other=0).to(tl.int64)

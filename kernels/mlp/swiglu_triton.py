@@ -49,7 +49,7 @@ def swiglu_backward(
 
 @triton.jit
 def factors(gate, up, CLAMPED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is made of the gate, its derivative, and the factor made of up."""
+    """The factor computed from the gate, its derivative, and the factor computed from up."""
     if CLAMPED:  # comparisons, not minima: those would drop NaNs
         gate = tl.where(gate > _LIMIT, _LIMIT, gate)
         up = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up)) + 1

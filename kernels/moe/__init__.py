@@ -1,1 +1,1 @@
-"""Router, choice of the best experts, and the movement of rows to experts and back."""
+"""Router, choice of the best experts, and permutation of rows to experts and back."""

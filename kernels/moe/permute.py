@@ -1,27 +1,27 @@
-"""Rows of tokens into rows grouped by expert, and back.
+"""Permute rows of tokens to rows grouped by expert, and back.
 
-A token that visits K experts becomes K rows; rows of one expert lie together, in token order (a
-stable order, so the result is deterministic). Both directions are written from the token's side:
-going there a token is read once and written to its K slots, coming back its K slots are read and
-summed in the order of its choices. So neither needs atomics, no row is read twice, and the gradient
-of each is the other.
+A token with K experts becomes K rows; rows of one expert are contiguous, in token order (a
+stable order, so the result is deterministic). Both directions are parallel over tokens: for the
+experts, a token is read once and written to its K slots; back, its K slots are read and summed in
+the order of its choices. So neither needs atomics, no row is read twice, and each is the gradient
+of the other.
 
-Groups may start at a multiple of `align`. A slot that holds no row says so in `order_P`, and
-whoever fills the slots writes zeros there: there is no separate clearing and no list of such slots,
+Groups may start at a multiple of `align`. A slot without a row is -1 in `order_P`, and the kernel
+that fills the slots writes zeros there: there is no separate clearing and no list of such slots,
 whose length a host would have to wait for. For the same reason the number of slots is an upper
 bound on an accelerator; slots from the last end on belong to no expert. A CPU, which need not wait,
-has exactly as many as the groups take.
+has exactly as many as the groups occupy.
 
-A choice may name no expert (id E): it gets no slot, and its result is zero. That is how tokens
-have unequal numbers of rows, and how a buffer of fixed size is less than full.
+A choice may be no expert (id E): it has no slot, and its result is zero. This allows tokens with
+different numbers of rows, and partly filled buffers of fixed size.
 
-Routing weights travel the same way, as rows one wide: they are applied between the two products of
-an expert (`kernels.mlp.swiglu`), which is free there, and the way back is a plain sum.
+Routing weights are permuted the same way, as rows of width one: they are applied between the two
+products of an expert (`kernels.mlp.swiglu`), which is free there, and combining is a plain sum.
 
-Gathering in the loads of the grouped product (`kernels.grouped_gemm.grouped_gemm_triton`) is not
-used: TMA reads neighbouring rows, and the row-grouped copy is needed for the weight gradient
-anyway. Nor are rows quantised on their way to experts in FP8: the gradient of the weights needs
-them per 128 rows, from unrounded values.
+The gather is not fused into the loads of the grouped product
+(`kernels.grouped_gemm.grouped_gemm_triton`): TMA reads neighboring rows, and the weight gradient
+needs the row-grouped copy anyway. In FP8 rows are not quantized during the permutation either: the
+gradient of the weights needs them per 128 rows, from unrounded values.
 
 Shapes: T tokens, K experts per token, R = T * K rows, P slots, D width, E experts.
 """
@@ -35,7 +35,7 @@ from kernels import device
 
 
 class Permutation(NamedTuple):
-    """Where the R routed rows lie in P slots."""
+    """Positions of the R routed rows in P slots."""
 
     order_P: Tensor
     """Flat index t * K + k of the row in every slot, int64; -1 where there is none."""
@@ -48,7 +48,7 @@ class Permutation(NamedTuple):
 
 
 def count_choices(ids_TK: Tensor, n_experts: int) -> Tensor:
-    """How often each expert is named, int64 `[E]`. (`bincount` would wait for a CUDA device.)"""
+    """Number of choices of each expert, int64 `[E]`. (`bincount` would wait for a CUDA device.)"""
     flat_R = ids_TK.reshape(-1)
     return flat_R.new_zeros(n_experts).scatter_add_(0, flat_R, torch.ones_like(flat_R))
 
@@ -58,14 +58,14 @@ def permutation(
 ) -> Permutation:
     """Group routed rows by expert, stably.
 
-    ids_TK: expert of every (token, choice), int64, any shape; `n_experts` names no expert. n_rows:
-    how many name an expert, where the host knows it: there will be no slots for others.
+    ids_TK: expert of every (token, choice), int64, any shape; `n_experts` means no expert. n_rows:
+    number of choices of an expert, if the host knows it: the others then have no slots.
     """
     ids_R = ids_TK.reshape(-1)
     n_rows = len(ids_R) if n_rows is None else n_rows
     n_slots: int | None = n_rows
     if align > 1:
-        # whole groups of `align`, at most one of them begun in vain for each expert named
+        # whole groups of `align`, at most one of them incomplete for each chosen expert
         bound = (n_rows + min(n_experts, n_rows) * (align - 1)) // align * align
         exact = ids_R.device.type == "cpu" and not device.on_accelerator(ids_R)
         n_slots = None if exact else bound
@@ -130,7 +130,7 @@ def _top_k(x_TD: Tensor, to: Permutation) -> int:
 def _permutation(
     ids_R: Tensor, n_experts: int, align: int, n_slots: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """n_slots: None for exactly as many as the groups take."""
+    """n_slots: None for exactly as many as the groups occupy."""
     if device.on_accelerator(ids_R):
         from kernels.moe.permute_triton import permutation as launch
 
@@ -209,13 +209,13 @@ def _select(x_ND: Tensor, index_M: Tensor, divisor: int) -> Tensor:
 
 
 _PIECE = 2**17
-"""Elements of the buffers of `_sum_rows`: they stay in cache."""
+"""Elements of the buffers of `_sum_rows`, which stay in cache."""
 
 
 def _sum_rows(rows_PD: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
-    """`combine_rows` on a CPU, some tokens at a time, in fp32 or in one addition (which rounds
-    once, too). 4096 rows of width 1024 in bf16, two per token: 0.6 ms; one gather and one sum,
-    whose rows go to memory and back, 3.9."""
+    """`combine_rows` on a CPU, some tokens at a time, in fp32 or in one addition (which also rounds
+    once). 4096 rows of width 1024 in bf16, two per token: 0.6 ms; one gather and one sum, whose
+    rows are written to memory and read back: 3.9 ms."""
     width = rows_PD.shape[1]
     slots_KT = inverse_R.view(-1, top_k).T.contiguous()
     y_TD = rows_PD.new_empty(slots_KT.shape[1], width)

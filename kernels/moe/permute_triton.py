@@ -1,16 +1,17 @@
 """Triton forms of `kernels.moe.permute`.
 
-The permutation takes two launches. The first gives every chunk of rows its histogram and every row
-its rank among the rows of its expert in that chunk: within a tile of rows by comparing all pairs,
-across tiles by a running histogram. The second sums the histograms before each chunk, which is
-where its rows begin, and writes both directions. Everything is an integer that one program alone
-computes, so no order of execution can be seen in the result.
+The permutation takes two launches. The first computes the histogram of every chunk of rows and
+every row's rank among the rows of its expert in that chunk: within a tile of rows by comparing all
+pairs, across tiles by a running histogram. The second sums the histograms before each chunk, which
+gives the chunk's first slots, and writes both directions. All values are integers that a single
+program computes, so the result does not depend on the order of execution.
 
-Moving rows is a matter of bandwidth, so each element is read once: as torch operations the gather
+Moving rows is limited by bandwidth, so each element is read once: as torch operations the gather
 would read a token K times, and the sum would write and read K rows of a token in between. A
-program takes a few tokens and a block of their columns; rows one wide (routing weights) are taken
-a thousand at a time. Sums are in fp32 in the order of choices. After the programs that copy come
-those that look for empty slots, and zero them. Row offsets are 64-bit; numbers of rows are 32-bit.
+program processes a few tokens and a block of their columns; rows of width one (routing weights)
+are processed a thousand at a time. Sums are in fp32 in the order of choices. The programs that copy
+are followed by programs that search for empty slots and zero them. Row offsets are 64-bit; numbers
+of rows are 32-bit.
 """
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor
 _TILE = 64
 """Rows that are compared with each other."""
 _TILES = 16
-"""Of them in a chunk, at least."""
+"""Minimum number of tiles in a chunk."""
 _MOST_CHUNKS = 512
-"""Their histograms are read by every program."""
+"""Maximum number of chunks, whose histograms every program reads."""
 _BYTES = 4096
-"""Of a row that one program takes: two vectors of 16 bytes per thread."""
+"""Bytes of a row per program: two vectors of 16 bytes per thread."""
 _SLOTS = 64
-"""That one program looks through for empty ones."""
+"""Slots per program that searches for empty ones."""
 
 
 def permutation(
@@ -60,7 +61,7 @@ def ranks(ids_R: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
 def places(
     ids_R: Tensor, rank_R: Tensor, histograms: Tensor, n_experts: int, align: int, n_slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The second: ranks become slots, in place; and order, ends and counts."""
+    """The second launch: converts ranks to slots in place; returns order, ends and counts."""
     order_P = ids_R.new_empty(n_slots)
     ends_E, counts_E = ids_R.new_empty(n_experts), ids_R.new_empty(n_experts)
     (n_chunks, width), n_rows = histograms.shape, len(ids_R)
@@ -74,7 +75,7 @@ def places(
 
 
 def _tiles(n_rows: int) -> int:
-    """Of rows, in a chunk."""
+    """Tiles of rows in a chunk."""
     return max(_TILES, triton.cdiv(n_rows, _MOST_CHUNKS * _TILE))
 
 

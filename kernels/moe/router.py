@@ -1,21 +1,22 @@
 """The router's arithmetic: from logits to expert ids, routing weights and counts.
 
-Scores are a softmax over all experts or a sigmoid of each logit. The choice takes the `top_k` best
-of score + balancing bias, where wanted only within the `top_groups` best groups of neighbouring
-experts, so that a token's experts lie on few nodes (DeepSeek-V2, arXiv:2405.04434, section
-2.2.2); a group counts for its best expert (softmax) or its two best (sigmoid). The weight of a
-chosen expert is its score without that bias, divided by the sum of the chosen ones where wanted.
+Scores are a softmax over all experts or a sigmoid of each logit. The choice is the `top_k` best
+of score + balancing bias, optionally only within the `top_groups` best groups of consecutive
+experts, so that a token's experts are on few nodes (DeepSeek-V2, arXiv:2405.04434, section
+2.2.2); a group's score is its best expert (softmax) or the sum of its two best (sigmoid). The
+weight of a chosen expert is its score without that bias, optionally divided by the sum of the
+chosen ones.
 
 Why one operation: as torch operations it is some twenty launches over `[T, E]`, each far too small
 for a GPU, and keeps the scores for backward. Here logits are read once, forward and backward, and
-only they and the ids are kept. All is fp32: the choice is discrete, and what rounding decides
-differently is decided for a whole expert.
+only they and the ids are kept. All is fp32: the choice is discrete, so a rounding error can change
+a whole expert.
 
-Equal scores (a saturated sigmoid, experts that were copied) go to the lowest index everywhere, so
-that runs repeat bit for bit. Counts are integers, whose sum does not depend on the order.
+The lowest index of equal scores (a saturated sigmoid, experts that were copied) is always chosen,
+so that runs repeat bit for bit. Counts are integers, whose sum does not depend on the order.
 
-A choice may be given instead: recomputation replays one, and it must be the same operation that
-forward used, since selective recomputation knows operations by name.
+A choice may be an argument instead: recomputation replays one, and it must be the same operation
+that forward used, since selective recomputation identifies operations by name.
 
 T tokens, K experts per token, E experts, G groups of S experts.
 """
@@ -37,13 +38,13 @@ against 0.05 for 2,048 tokens)."""
 
 
 class RouterOptions(NamedTuple):
-    """How experts are chosen and weighted."""
+    """Options of the choice and the weights of experts."""
 
     top_k: int
     softmax: bool
     """Scores: softmax over all experts, else a sigmoid of each."""
     n_groups: int = 1
-    """Groups of neighbouring experts."""
+    """Groups of neighboring experts."""
     top_groups: int = 1
     """Groups that a token may choose from."""
     normalize: bool = True
@@ -58,8 +59,8 @@ def route(
     """Expert ids `[T, K]` (int64), best first; their weights `[T, K]` (fp32); and how often every
     expert was chosen, `[E]` (int64). The weights are differentiable in the logits.
 
-    logits_TE: fp32. bias_E: fp32, added to the scores for the choice only. given_TK: ids that were
-    chosen already.
+    logits_TE: fp32. bias_E: fp32, added to the scores for the choice only. given_TK: an earlier
+    choice to use instead.
     """
     weights_TK, ids_TK, counts_E = _route(logits_TE, bias_E, given_TK, *rule)
     return ids_TK, weights_TK, counts_E
@@ -107,8 +108,8 @@ def scores(logits_TE: Tensor, softmax: bool) -> Tensor:
 
 
 def _sigmoid(logits_TE: Tensor) -> Tensor:
-    """On a CPU every element in torch's vector code, however many tokens there are, so that a
-    token's scores do not depend on those beside it (`kernels.threads`)."""
+    """On a CPU every element uses torch's vector code for any number of tokens, so that a token's
+    scores do not depend on the other tokens (`kernels.threads`)."""
     n = logits_TE.numel()
     whole = whole_rows(-(-n // VECTOR), VECTOR) * VECTOR
     if logits_TE.device.type != "cpu" or whole == n:
@@ -119,7 +120,7 @@ def _sigmoid(logits_TE: Tensor) -> Tensor:
 
 def choose(biased_TE: Tensor, rule: RouterOptions) -> Tensor:
     """Ids `[T, K]` of the experts with the best biased scores, within the best groups, best first;
-    of equals the lowest index."""
+    of equal scores the lowest index is first."""
     if rule.top_groups < rule.n_groups:
         groups_TGS = biased_TE.unflatten(1, (rule.n_groups, -1))
         n_best = 1 if rule.softmax else min(2, groups_TGS.shape[2])
@@ -135,7 +136,7 @@ def _route(
     logits_TE: Tensor, bias_E: Tensor, given_TK: Tensor | None, top_k: int, softmax: bool,
     n_groups: int, top_groups: int, normalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Weights, ids and counts: what has a gradient comes first, as `opcheck` wants it."""
+    """Weights, ids and counts: differentiable results come first, as `opcheck` requires."""
     rule = RouterOptions(top_k, softmax, n_groups, top_groups, normalize, scale)
     if device.on_accelerator(logits_TE):
         from kernels.moe.router_triton import route as launch

@@ -1,10 +1,10 @@
 """Triton forms of `kernels.moe.router`: one launch forward, one backward.
 
-A warp takes a token and holds all its scores, as groups by places in a group, so that the best of
-a group and of all are reductions within the warp: no shared memory, no barrier. The k-th best is
-the maximum of what is left, then the lowest index that has it. A warp takes a few tokens one after
-another and adds up its choices before it adds them to the counts of all, so that tokens which all
-want the same expert do not queue for one address.
+A warp processes a token and holds all its scores, as groups x experts of a group, so that the best
+of a group and of all are reductions within the warp: no shared memory, no barrier. The k-th best is
+the maximum of the remaining scores, then the lowest index with it. A warp processes a few tokens
+one after another and adds up their choices before it adds them to the global counts, so that tokens
+that all choose the same expert do not serialize on one address.
 """
 
 import torch
@@ -13,16 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 _TOKENS = 4
-"""Of one program, where there are enough for all."""
+"""Tokens per program, if there are enough for all programs."""
 _ENOUGH = 4096
-"""Tokens up to which every one has a program of its own."""
+"""Number of tokens up to which there is a program per token."""
 
 
 def route(
     logits_TE: Tensor, bias_E: Tensor, given_TK: Tensor | None, top_k: int, softmax: bool,
     n_groups: int, top_groups: int, normalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Ids, weights and counts; the arguments after the tensors are those of `router.Rule`."""
+    """Ids, weights and counts; the arguments after the tensors are those of `RouterOptions`."""
     logits_TE = logits_TE.contiguous()
     n_tokens, n_experts = logits_TE.shape
     ids_TK = logits_TE.new_empty(n_tokens, top_k, dtype=torch.int64)
@@ -133,7 +133,7 @@ def _forward(  # type: ignore[no-untyped-def]
                 best = tl.max(tl.max(value, 1), 0)
                 one = tl.where((value == best) & inside, expert, n_experts)
                 one = tl.min(tl.min(one, 1), 0)
-                one = tl.minimum(one, n_experts - 1)  # nothing compares with NaN
+                one = tl.minimum(one, n_experts - 1)  # comparisons with NaN are false
                 value = tl.where(expert == one, float("-inf"), value)
                 count += (expert == one).to(tl.int32)
                 chosen = tl.where(choices == k, one.to(tl.int64), chosen)

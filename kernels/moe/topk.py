@@ -1,11 +1,11 @@
-"""The k largest of each row, best first; of equal values the lowest index wins.
+"""The k largest of each row, best first; of equal values the lowest index is first.
 
-`torch.topk` promises no order among equals, and its kernels for CPU and CUDA differ. Routing needs
-one: scores are equal where a sigmoid saturates or experts were copied, and a run must repeat bit
-for bit. `max` returns the first of equals by contract, so k passes of it are exact. On a CPU it
-looks at one value at a time, though, while `amax` and comparisons use vectors: beyond a few dozen
-columns it is faster to ask for the maximum, and then for the first place that holds it. On CUDA k
-passes would be 2k launches per layer; there one stable sort does it (and `kernels.moe.router`
+`torch.topk` guarantees no order among equals, and its kernels for CPU and CUDA differ. Routing
+needs one: scores are equal if a sigmoid saturates or experts were copied, and a run must repeat bit
+for bit. `max` is specified to return the first of equals, so k passes of it are exact. On a CPU,
+however, it compares one value at a time, while `amax` and comparisons use vectors: beyond a few
+dozen columns it is faster to compute the maximum, and then the first index that has it. On CUDA k
+passes would be 2k launches per layer; there one stable sort is used (and `kernels.moe.router` uses
 neither).
 
 T rows, E values per row.
@@ -42,7 +42,7 @@ def _by_comparison(values_TE: Tensor) -> Tensor:
     hits_TE = torch.empty_like(values_TE, dtype=torch.float32)
     torch.ge(values_TE, values_TE.amax(-1, keepdim=True), out=hits_TE)
     first_T1 = n - hits_TE.mul_(from_the_end_E).amax(-1, keepdim=True).long()
-    return first_T1.clamp_(max=n - 1)  # nothing compares with NaN: any index will do
+    return first_T1.clamp_(max=n - 1)  # comparisons with NaN are false: any index will do
 
 
 def top_indices_reference(values_TE: Tensor, k: int) -> Tensor:

@@ -1,33 +1,33 @@
-"""Quantisation to FP8 with a scale per block: `x ~ data * scale`.
+"""Quantization to FP8 with a scale per block: `x ~ data * scale`.
 
-Why blocks: e4m3 spans 448 down to 2^-9, five decades less than bf16. One scale per tensor lets a
-single outlier push everything else to zero; one per 128 neighbours confines the damage to them
-(DeepSeek-V3, arXiv:2412.19437, section 3.3). Activations and gradients get a scale per 1x128 along
+Why blocks: e4m3 spans 448 down to 2^-9, five decades less than bf16. With one scale per tensor, a
+single outlier makes all other values zero; one scale per 128 values limits that to the block
+(DeepSeek-V3, arXiv:2412.19437, section 3.3). Activations and gradients have a scale per 1x128 along
 the dimension that a product sums over, weights per 128x128: one scale per block of the product and
-no second copy of scales for the transposed product. e4m3 serves gradients too: with a scale this
-local, mantissa is worth more than e5m2's range.
+no second copy of scales for the transposed product. Gradients are e4m3 too: with such local scales
+more mantissa is more useful than e5m2's range.
 
-The order of operations is fixed, so every device gives the same bits: in fp32, `scale = amax / 448`
-and `data = x / scale`, both divisions rounded to nearest, then one rounding to FP8. `power_of_two`
-rounds the scale up to a power of two, which makes the division exact (the format of Blackwell's
-MX scales). Scales are at least 2^-80, so values below 2^-90 become zero. An infinity or a NaN makes
-its block NaN, data and scale, since e4m3 has no infinity and a finite number there would be a lie.
-Blocks at the edges may be partial; the grid of scales is rounded up.
+The order of operations is fixed, so every device produces the same bits: in fp32, `scale = amax /
+448` and `data = x / scale`, both divisions rounded to nearest, then one rounding to FP8.
+`power_of_two` rounds the scale up to a power of two, which makes the division exact (the format of
+Blackwell's MX scales). Scales are at least 2^-80, so values below 2^-90 become zero. An infinity or
+a NaN makes its block NaN, data and scale, since e4m3 has no infinity and a finite number would hide
+it. Blocks at the edges may be partial; the grid of scales is rounded up.
 
-Memory follows the readers. FP8 tensor cores of Hopper read only operands that are contiguous along
-the summed dimension, so `128x1` data (summed over rows, for weight gradients) is stored transposed,
-its stride padded to 16 bytes for TMA. Scales are stored column by column where a GEMM tile reads
-128 rows of them: `.contiguous()` before sending rows elsewhere.
+Memory layouts follow the readers. FP8 tensor cores of Hopper read only operands that are contiguous
+along the summed dimension, so `128x1` data (summed over rows, for weight gradients) is stored
+transposed, its stride padded to 16 bytes for TMA. Scales are column-major if a GEMM tile reads 128
+rows of them: call `.contiguous()` before sending rows to other ranks.
 
 In a grouped product the sum over rows ends with its group, so there the 128x1 blocks restart with
 every group (`quantize_128x1_grouped`): group e of len_e = ends[e] - ends[e - 1] rows has
 ceil(len_e / 128) blocks, the last of which may be partial, and its scales follow those of group
-e - 1. How many there are in all only the device knows, so there is room for the most there can be.
+e - 1. Only the device knows their total number, so the maximum is allocated.
 
-Every function is an operation of torch's (`phalanx::...`), opaque to a compiler.
+Every function is an operator of torch's (`phalanx::...`), opaque to a compiler.
 
-Left out: e5m2, stochastic rounding, delayed scaling (a history of maxima saves one pass that fusion
-saves as well, and is wrong after every jump).
+Not implemented: e5m2, stochastic rounding, delayed scaling (a history of maxima saves one pass that
+fusion saves as well, and is wrong after every jump).
 
 Shapes: R rows, D columns, r = ceil(R / 128), d = ceil(D / 128), E experts or groups,
 g = R // 128 + E.
@@ -70,7 +70,8 @@ def quantize_128x1(x_RD: Tensor, power_of_two: bool = False) -> Quantized:
 
 
 def quantize_1x128_128x1(x_RD: Tensor, power_of_two: bool = False) -> tuple[Quantized, Quantized]:
-    """Both forms in one pass over x: a gradient feeds two products, each summed its own way."""
+    """Both forms in one pass over x: a gradient is an operand of two products with different
+    sums."""
     _check(x_RD)
     rows, row_scales, columns, column_scales = _both(x_RD, None, None, power_of_two)
     return Quantized(rows, row_scales), Quantized(columns, column_scales)
@@ -79,11 +80,12 @@ def quantize_1x128_128x1(x_RD: Tensor, power_of_two: bool = False) -> tuple[Quan
 def quantize_128x1_grouped(
     x_RD: Tensor, ends_E: Tensor, counts_E: Tensor, power_of_two: bool = False
 ) -> Quantized:
-    """`quantize_128x1` of every group by itself: data `[R, D]`, stored transposed, scales `[g, D]`.
+    """`quantize_128x1` of every group separately: data `[R, D]`, stored transposed, scales `[g,
+    D]`.
 
     ends_E: end of every group, int32 or int64, non-decreasing, at most R. counts_E: its true rows,
-    the first ones; the others count as zeros, whatever they hold. Rows from the last end on are not
-    read, and undefined in the data. Scales that no block has are 2^-80.
+    which come first; the others are treated as zeros. Rows from the last end on are not read, and
+    undefined in the data. Scales without a block are 2^-80.
     """
     _check(x_RD)
     return Quantized(*_columns(x_RD, ends_E, counts_E, power_of_two))
@@ -100,8 +102,9 @@ def quantize_1x128_128x1_grouped(
 
 
 def quantize_128x128(w_RD: Tensor, power_of_two: bool = False) -> tuple[Quantized, Tensor]:
-    """Data `[R, D]` and scales `[r, d]`, a scale per square block; and the data a second time in
-    column-major memory, for the product that sums over rows. `[E, R, D]`: each matrix by itself."""
+    """Data `[R, D]` and scales `[r, d]`, a scale per square block; and the data again in
+    column-major memory, for the product that sums over rows. `[E, R, D]`: each matrix
+    separately."""
     _check(w_RD, matrices=True)
     data, scales, transposed = _blocks(w_RD, power_of_two)
     return Quantized(data, scales), transposed
@@ -215,7 +218,7 @@ def _check(x: Tensor, matrices: bool = False) -> None:
 
 
 def group_blocks(ends_E: Tensor, counts_E: Tensor) -> Iterator[tuple[slice, int, slice]]:
-    """Of every group: its rows, how many of them are true, and its blocks."""
+    """For every group: its rows, the number of true rows, and its blocks."""
     start = block = 0
     for end, n_true in zip(ends_E.tolist(), counts_E.tolist(), strict=True):
         n_blocks = -(-(end - start) // BLOCK)
@@ -235,7 +238,7 @@ def _reference(
     x = x.reshape(r, height, d, width)
     amax = x.abs().amax((1, 3)) if x.numel() else x.new_zeros(r, d)
     scales = block_scales(amax, dtype, power_of_two)
-    if power_of_two:  # dividing by it is multiplying by its inverse, to the bit
+    if power_of_two:  # equals multiplying by its inverse, bit by bit
         x = torch.mul(x, 1 / scales[:, None, :, None], out=x if is_own else None)
     else:
         x = torch.div(x, scales[:, None, :, None], out=x if is_own else None)
@@ -250,7 +253,7 @@ def _reference(
 
 
 def block_scales(maxima: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
-    """The scales of blocks with these largest magnitudes, fp32; NaN where that is not finite.
+    """fp32 scales of blocks from their largest magnitudes; NaN if that is not finite.
 
     dtype: of the data, e4m3 or e5m2.
     """
@@ -260,7 +263,7 @@ def block_scales(maxima: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tens
 
 
 def _round_up_to_power_of_two(scales: Tensor) -> Tensor:
-    """In the bits: add all of the mantissa, so that anything above a power carries, and cut it."""
+    """Round up bitwise: add the maximum mantissa, which carries unless it is zero, and clear it."""
     rounded = (scales.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32)
     return rounded.masked_fill_(scales.isnan(), float("nan"))
 

@@ -1,17 +1,17 @@
-"""Triton form of `kernels.quantization.quantize`: every element is read once, whatever is written.
+"""Triton form of `kernels.quantization.quantize`: every element is read once for all outputs.
 
-A program owns a tile as large as its blocks, so that no maximum crosses programs: 128x128 where
-columns are wanted, a strip of 32x128 for rows alone (the limit is memory bandwidth; more, smaller
-programs hide latency better). Transposed data goes through shared memory on its way out, which is
-what makes its stores contiguous.
+A program processes a tile as large as its blocks, so that no maximum spans programs: 128x128 if
+columns are requested, a strip of 32x128 for rows alone (the limit is memory bandwidth; more,
+smaller programs hide latency better). Transposed data is stored through shared memory, which makes
+its stores contiguous.
 
 The maximum is taken over the bits of |x| as integers: their order is that of the values, and every
 NaN compares above infinity, so one comparison finds blocks that must become NaN (a floating maximum
 would drop NaNs).
 
-Blocks that restart with every group come from a list that the device makes
-(`kernels.group_schedule.schedule`). There are as many programs as there can be blocks; one
-without a block writes the smallest scale and no data.
+Blocks that restart with every group come from a list that the device writes
+(`kernels.group_schedule.schedule`). The number of programs is the maximum number of blocks; a
+program without a block writes the smallest scale and no data.
 """
 
 import torch
@@ -29,9 +29,9 @@ def quantize_groups(
     x_RD: Tensor, dtype: torch.dtype, power_of_two: bool, rows: bool, columns: bool,
     groups: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Quantized | None, Quantized | None]:  # fmt: skip
-    """`quantize_1x128` where `rows`, `quantize_128x1` where `columns`; one pass for both.
+    """`quantize_1x128` if `rows`, `quantize_128x1` if `columns`; one pass for both.
 
-    groups: ends and counts, where the blocks of columns restart with every group.
+    groups: ends and counts, if the blocks of columns restart with every group.
     """
     assert columns or groups is None
     x_RD = x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
@@ -93,7 +93,7 @@ def magnitude_bits(x):  # type: ignore[no-untyped-def]
 def block_scale(  # type: ignore[no-untyped-def]
     bits, LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr
 ):  # fmt: skip
-    """amax / LARGEST rounded to nearest: LARGEST is 7 * 64 or 15 * 16, so no quotient lies within
+    """amax / LARGEST rounded to nearest: LARGEST is 7 * 64 or 15 * 16, so no quotient is within
     1/30 ulp of a rounding boundary, and one correction of the product is enough."""
     amax = bits.to(tl.float32, bitcast=True)
     largest = tl.full(bits.shape, LARGEST, tl.float32)
@@ -109,11 +109,11 @@ def block_scale(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def divide(x, scale, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / scale rounded to nearest, in 5 instructions where the general division takes about 20.
+    """x / scale rounded to nearest, in 5 instructions; the general division takes about 20.
 
-    The reciprocal is made once per block. `x * inverse` is within 1.5 ulp; a first correction by
-    its exact remainder brings it within 1, a second rounds correctly (Markstein, IBM J. Res. Dev.
-    34, 1990). The remainder is negated so that -0 / scale stays -0. It may underflow only where
+    The reciprocal is computed once per block. `x * inverse` is within 1.5 ulp; a first correction
+    by its exact remainder brings it within 1, a second rounds correctly (Markstein, IBM J. Res.
+    Dev. 34, 1990). The remainder is negated so that -0 / scale stays -0. It may underflow only if
     |x| < 2^-102, and such a quotient, at a scale of at least 2^-80, is zero in FP8 anyway.
     """
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
@@ -140,7 +140,7 @@ def _groups(  # type: ignore[no-untyped-def]
     LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     TILE: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, ENTRY: tl.constexpr,
 ):  # fmt: skip
-    """Of rows [first, end) those from true_end on count as zeros."""
+    """Quantize rows [first, end), of which those from true_end on are treated as zeros."""
     if blocks_ptr is not None:
         entry = blocks_ptr + (1 + tl.program_id(0)) * ENTRY
         first = tl.load(entry + 1).to(tl.int64)

@@ -1,11 +1,11 @@
-"""128x128 quantisation of a weight that several ranks hold in pieces.
+"""128x128 quantization of a weight that is sharded over several ranks.
 
-A block may lie on several ranks: its largest value is then the largest of theirs. So it is done in
-two halves: `block_maxima` of what is here, whose element-wise maximum over the ranks is that of the
-whole, and `quantize_piece` with the scales that follow from it. All ranks together make exactly
-the bits of `kernels.quantization.quantize.quantize_128x128` of the whole weight.
+A block may be spread over several ranks: its largest value is the maximum over them. So there are
+two steps: `block_maxima` of the local values, whose element-wise maximum over the ranks is that of
+the whole weight, and `quantize_piece` with the scales that follow from it. All ranks together
+produce exactly the bits of `kernels.quantization.quantize.quantize_128x128` of the whole weight.
 
-A weight is a matrix, or one per expert; pieces are cut out of its rows and columns anyhow.
+A weight is a matrix, or one per expert; pieces are arbitrary rectangles of its rows and columns.
 
 R rows and C columns of the piece; n, k blocks of the whole weight along its rows (of all experts,
 one after another) and columns.
@@ -20,10 +20,10 @@ from kernels.quantization.quantize import block_scales
 
 
 def block_maxima(w_RC: Tensor, block_R: Tensor, first_column: int, grid_nk: Tensor) -> None:
-    """Raise every block's entry of `grid` to the largest magnitude among its values here.
+    """Raise every block's entry of `grid` to the largest magnitude among its local values.
 
-    block_R: the row of blocks that each row lies in. first_column: of the piece in the whole. A
-    NaN counts as infinity, since a maximum over ranks may lose NaNs.
+    block_R: the row of blocks of each row. first_column: offset of the piece in the whole weight. A
+    NaN is treated as infinity, since a maximum over ranks may drop NaNs.
     """
     if not w_RC.numel():
         return
@@ -34,7 +34,7 @@ def block_maxima(w_RC: Tensor, block_R: Tensor, first_column: int, grid_nk: Tens
 
 
 def scales_of(maxima: Tensor, power_of_two: bool) -> Tensor:
-    """The scales of blocks with these largest magnitudes, fp32; NaN where that is infinite."""
+    """fp32 scales of blocks from their largest magnitudes; NaN if that is infinite."""
     return block_scales(maxima, fp8_dtype(maxima.device), power_of_two)
 
 
@@ -52,7 +52,7 @@ def quantize_piece(
 
 
 def _in_blocks(w_RC: Tensor, first_column: int) -> tuple[Tensor, int]:
-    """`[R, blocks, 128]`, zero outside the piece, and the first block's number."""
+    """`[R, blocks, 128]`, zero outside the piece, and the first block's index."""
     before = first_column % BLOCK
     after = -(before + w_RC.shape[1]) % BLOCK
     padded = F.pad(w_RC.float(), (before, after)) if before or after else w_RC.float()

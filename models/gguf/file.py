@@ -1,8 +1,8 @@
-"""The GGUF container: metadata, and tensors that the `gguf` package dequantises.
+"""The GGUF container: metadata, and tensors that the `gguf` package dequantizes.
 
-The header is read here and not by `gguf.GGUFReader`, which trusts the lengths it finds: an array
-that claims 2^60 numbers keeps it busy for ever. Every length is compared with what is left of the
-file before anything of its size is made, and every tensor's bytes must lie in the file.
+The header is parsed here and not by `gguf.GGUFReader`, which does not check lengths: an array
+with a claimed length of 2^60 numbers keeps it busy forever. Every length is compared with the rest
+of the file before memory of its size is allocated, and every tensor's bytes must be in the file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3).
 """
@@ -26,12 +26,12 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     shape: tuple[int, ...]
-    """Rows first, as torch has it."""
+    """Rows first, as in torch."""
     kind: int
-    """ggml's number of the (quantised) type."""
+    """ggml's number of the (quantized) type."""
     start: int
     n_bytes: int
 
@@ -52,7 +52,7 @@ class GgufFile:
         return value
 
     def read(self, name: str) -> Tensor:
-        """A tensor, dequantised to fp32."""
+        """A tensor, dequantized to fp32."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -67,7 +67,7 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read the header of `path`. Raises UserError where it is damaged or `gguf` is missing."""
+    """Read the header of `path`. Raises UserError if it is damaged or `gguf` is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -109,7 +109,8 @@ class _Header:
         return bytes(self.data[self.at - n : self.at])
 
     def checked(self, count: int, size: int) -> int:
-        """`count`, once that many things of `size` bytes or more fit into the rest of the file."""
+        """Return `count` after checking that the rest of the file has `count` entries of `size`
+        bytes."""
         if count * size > len(self.data) - self.at:
             raise ValueError(f"it has no room for {count} entries at {self.at}")
         return count

@@ -1,8 +1,9 @@
 """A Llama in GGUF form, read as the Hugging Face checkpoint it was converted from.
 
-llama.cpp rotates neighbouring dimensions of a head, Hugging Face's Llama dimension i with
+llama.cpp rotates neighboring dimensions of a head, Hugging Face's Llama dimension i with
 i + half, so the converter interleaves the two halves of every query and key head
-(`convert_hf_to_gguf.py`, `LlamaModel.permute`). Reading takes that back. Everything else is names.
+(`convert_hf_to_gguf.py`, `LlamaModel.permute`). Reading reverts that. Otherwise only the names
+differ.
 """
 
 from pathlib import Path
@@ -33,9 +34,9 @@ _OF_LAYER = {
 
 
 def open_llama_gguf(path: Path) -> tuple[DenseCheckpoint, GgufFile]:
-    """The checkpoint in a GGUF file, and the file, which holds the tokenizer too.
+    """The checkpoint in a GGUF file, and the file, which also contains the tokenizer.
 
-    Raises UserError where it is no Llama, or a name or shape is not what its metadata says.
+    Raises UserError if it is not a Llama, or a name or shape contradicts its metadata.
     """
     file = open_gguf(path)
     raw = _config(file)
@@ -71,7 +72,7 @@ def open_llama_gguf(path: Path) -> tuple[DenseCheckpoint, GgufFile]:
 
 
 def halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of every head from (0, half, 1, half + 1, ...) back to (0, 1, 2, ...)."""
+    """Reorder rows of every head from (0, half, 1, half + 1, ...) to (0, 1, 2, ...)."""
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
@@ -84,7 +85,7 @@ def gguf_name(name: str) -> str:
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
-    """The `config.json` that the metadata stand for."""
+    """The `config.json` that corresponds to the metadata."""
     if file.metadata.get("general.architecture") != "llama":
         given = file.metadata.get("general.architecture")
         raise UserError(f"{file.path}: general.architecture = {given!r}: only llama is read")
@@ -110,7 +111,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": file.metadata.get("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        # stored in fp32: 1e-5 comes back as 9.99999974e-6
+        # stored in fp32: 1e-5 is read as 9.99999974e-6
         "rms_norm_eps": float(f"{file.get('llama.attention.layer_norm_rms_epsilon', float):.6g}"),
         "rope_theta": file.metadata.get("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,

@@ -1,10 +1,10 @@
-"""The tokenizer that a GGUF file carries, as a `tokenizer.json`.
+"""Converts the tokenizer in a GGUF file to a `tokenizer.json`.
 
-GGUF keeps the tokens and merges of a byte-level BPE, and the *name* of the rule that cuts text into
-words; the rule itself lies in llama.cpp's source (`llama-vocab.cpp`). Only rules known here are
-taken: another cut gives other tokens, silently. Tokens that llama.cpp calls control or user-defined
-matched whole, before the cut. Special tokens, what opens and ends a text, chat templates and stop
-tokens come along.
+GGUF stores the tokens and merges of a byte-level BPE, and the *name* of its pre-tokenizer, which
+splits text into words; the rule itself is in llama.cpp's source (`llama-vocab.cpp`). Only known
+rules are accepted: another split would silently produce other tokens. Tokens of llama.cpp's types
+control and user-defined are matched whole, before the split. Special tokens, the tokens that begin
+and end a text, chat templates and stop tokens are converted too.
 """
 
 import json
@@ -21,7 +21,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": lambda: _BYTES,
-    # every digit alone, then GPT-2's words
+    # every digit separately, then GPT-2's words
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), _BYTES]
     ),
@@ -42,8 +42,8 @@ _TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> dict[str, Any]:
     """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
 
-    vocab_size: rows of the embedding. Returns the special ids as a config.json has them. Raises
-    UserError where the file has another kind of tokenizer, or names a token it does not have.
+    vocab_size: rows of the embedding. Returns the special ids as in a config.json. Raises UserError
+    if the file has another type of tokenizer, or refers to a token it does not have.
     """
     tokens, kinds = _strings(file, "tokenizer.ggml.tokens"), _kinds(file)
     if len(tokens) != vocab_size or len(set(tokens)) != len(tokens):
@@ -76,7 +76,7 @@ def write_gguf_tokenizer(file: GgufFile, folder: Path, vocab_size: int) -> dict[
 
 
 def _id(file: GgufFile, word: str, n_tokens: int) -> int | None:
-    """The id of a special token; None where the file names none."""
+    """The id of a special token; None if the file has none."""
     key = f"tokenizer.ggml.{word}_token_id"
     if key not in file.metadata:
         return None
@@ -89,7 +89,7 @@ def _id(file: GgufFile, word: str, n_tokens: int) -> int | None:
 def _open_and_end(
     tokenizer: Tokenizer, path: Path, special: dict[str, str], adds: dict[str, bool]
 ) -> None:
-    """Let a text begin and end with the tokens that llama.cpp adds. Raises UserError."""
+    """Make a text begin and end with the tokens that llama.cpp adds. Raises UserError."""
     wanted = [key for key, added in adds.items() if added]
     for key in wanted:
         if key.removeprefix("add_") not in special:
@@ -143,7 +143,7 @@ def _build(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer, tokenizer.decoder = _CUTS[cut](), decoders.ByteLevel()
     whole = ((t, kind) for t, kind in zip(tokens, kinds, strict=True) if kind != _NORMAL)
-    for token, kind in whole:  # all are in the vocabulary and keep their numbers
+    for token, kind in whole:  # all are in the vocabulary and keep their ids
         special = kind == _CONTROL
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     return tokenizer

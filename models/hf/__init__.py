@@ -1,1 +1,1 @@
-"""Hugging Face form: one file per family, one table that both directions read, and the files."""
+"""Hugging Face form: one file per family, one table for export and import, and the files."""

@@ -1,9 +1,9 @@
-"""The weights of a Hugging Face folder as ours, whatever layout and precision they lie in.
+"""Converts the weights of a Hugging Face folder to ours, from any supported layout and precision.
 
-All names, shapes and dtypes are compared with the model before anything of their size is made.
-Then rows of our tensors are filled piece by piece, so that what a reader holds is its own result
-and a piece of at most PIECE_BYTES, and every element that was taken is counted: a converter that
-loses experts silently is the classic of its kind.
+All names, shapes and dtypes are compared with the model before memory of their size is allocated.
+Then rows of our tensors are filled piece by piece, so that a reader holds only its own result and
+a piece of at most PIECE_BYTES. Every element that was read is counted, because a typical converter
+bug silently loses experts.
 """
 
 import math
@@ -35,14 +35,14 @@ from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
 
 PIECE_BYTES = 2**26
-"""Most bytes, in fp32, that are taken from a file at a time (one row at least)."""
+"""Maximum number of bytes, in fp32, that are read from a file at a time (at least one row)."""
 _PLAIN = ("F32", "F16", "BF16")
 _SCALE_DTYPES = ["F32", "BF16", "F8_E8M0"]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor and, where it is quantised, its factors."""
+    """A tensor and, if it is quantized, its factors."""
 
     data: RawTensor
     scale: RawTensor | None
@@ -50,7 +50,7 @@ class _Stored:
 
 
 class HFCheckpoint:
-    """An opened folder. `fill` copies rows of one of our tensors out of it."""
+    """An opened folder. `fill` copies rows of one of our tensors from it."""
 
     def __init__(self, folder: Path, model: ModelConfig, raw: dict[str, Any]) -> None:
         """model, raw: from `models.hf.files.read_config`. UserError: one line, what is wrong."""
@@ -60,7 +60,8 @@ class HFCheckpoint:
         self._quantisation = quantization_of(text, str(folder / "config.json"))
         found, left_out = raw_tensors(folder, self._files)
         self.left_out: Counter[str] = Counter(dict.fromkeys(left_out, 1))
-        """What the folder holds beyond the model, and how many tensors of it."""
+        """Contents of the folder that the model does not use, with the number of tensors of
+        each."""
         if raw.get("architectures") == [LLAMA4_WITH_IMAGES]:
             found = self._language_model(found)
         self._stored = self._pair_with_scales(found)
@@ -69,13 +70,13 @@ class HFCheckpoint:
             model = replace(model, mtp_depth=0)  # transformers, for one, drops the modules
             self.left_out["config.json's multi-token prediction, which has no weights"] += 1
         self.model = model
-        """The model of config.json, without MTP modules where the folder has none."""
+        """The model of config.json, without MTP modules if the folder has none."""
         tensors = list(hf_tensors(model, self._stored))
         self.tensors = [t for t in tensors if not t.is_copy]
         whole = {t.ours: t.name for t in self.tensors if not t.index}
         self._copies = {t.name: whole[t.ours] for t in tensors if t.is_copy}
         self._twins: dict[str, str] = {}
-        """Names of tensors that must equal another; who it is."""
+        """Names of tensors that must equal another, with the name of the other."""
         self._check_names(model, text)
         self._by_ours: dict[str, list[HfTensor]] = {}
         for t in self.tensors:
@@ -90,7 +91,7 @@ class HFCheckpoint:
         return ours in self._by_ours
 
     def fill(self, ours: str, out: Tensor, start: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
-        """Copy rows `start` and on of our tensor into `out`, of any dtype and device."""
+        """Copy rows from `start` on of our tensor into `out`, of any dtype and device."""
         for t in self._by_ours[ours]:
             if not t.index:
                 self._copy(t, out, start, piece_bytes)
@@ -99,7 +100,7 @@ class HFCheckpoint:
                 self._copy(t, part, 0, piece_bytes)
 
     def is_fp8(self, ours: str, block: int) -> bool:
-        """Whether all of our tensor lies there as matrices of E4M3 with factors per block x block,
+        """Whether all of our tensor is stored as matrices of E4M3 with factors per block x block,
         none of them permuted."""
         return (
             ours in self._by_ours
@@ -112,7 +113,7 @@ class HFCheckpoint:
         )
 
     def fill_fp8(self, ours: str, data: Tensor, scales: Tensor) -> None:
-        """Copy our tensor, of which `is_fp8` holds, as it lies there: E4M3 and fp32 factors. Where
+        """Copy our tensor, for which `is_fp8` is true, as it is stored: E4M3 and fp32 factors. If
         ours is several matrices, the factors have the same leading dimensions."""
         for t in self._by_ours[ours]:
             stored = self._stored[t.name]
@@ -125,7 +126,8 @@ class HFCheckpoint:
             self._taken[t.name] += math.prod(t.shape)
 
     def check_complete(self) -> None:
-        """Every element of every tensor was taken, once; what has no place in the model is zero."""
+        """Check that every element was read once, and that tensors which the model lacks are
+        zero."""
         for t in self.tensors:
             if t.ours is None:
                 self._check_zero(t)
@@ -133,7 +135,7 @@ class HFCheckpoint:
                 assert self._taken[t.name] == math.prod(t.shape), f"{t.name} was not read in full"
 
     def _check_zero(self, t: HfTensor) -> None:
-        """An architecture may have a shared expert where the model has none."""
+        """For architectures with a shared expert that the model does not have."""
         rows = max(1, PIECE_BYTES // max(4 * math.prod(t.shape[1:]), 1))
         for a in range(0, t.shape[0], rows):
             if self._rows(self._stored[t.name], a, min(a + rows, t.shape[0])).any():
@@ -194,7 +196,7 @@ class HFCheckpoint:
         )
 
     def _pair_with_scales(self, found: dict[str, RawTensor]) -> dict[str, _Stored]:
-        """Quantised tensors under the name they have unquantised, with their factors."""
+        """Quantized tensors under the name they have unquantized, with their factors."""
         method = self._quantisation.method
         pairs = {"none": [], "fp8": [("", "_scale_inv")], "mxfp4": [("_blocks", "_scales")]}[method]
         stored: dict[str, _Stored] = {}
@@ -237,7 +239,7 @@ class HFCheckpoint:
                 raise UserError(f"{self.folder}: {len(names)} tensors {kind}, the first is {first}")
 
     def _may_leave_out(self, name: str, model: ModelConfig, raw: dict[str, Any]) -> bool:
-        """Whether the model is the same without the tensor; noted in `left_out`."""
+        """Whether the model is the same without the tensor; recorded in `left_out`."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         given = (raw.get(key) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
         modules = next((n for n in given if type(n) is int), 0)
@@ -257,7 +259,7 @@ class HFCheckpoint:
         return True
 
     def _check_copy(self, name: str, of: str) -> None:
-        """A tensor that is left out is the one that is read. Raises UserError."""
+        """Check that a tensor that is left out equals the one that is read. Raises UserError."""
         copy, main = self._stored[name], self._stored[of]
         read = (partial(self._rows, copy), partial(self._rows, main))
         plain = copy.scale is not None or copy.data.dtype in _PLAIN
@@ -291,7 +293,7 @@ class HFCheckpoint:
 
 
 def _quantized(data: RawTensor, scale: RawTensor, how: Quantization) -> _Stored:
-    """UserError where data and factors do not fit each other."""
+    """Combine data and factors. Raises UserError if they do not match."""
     if how.method == "fp8":
         dtypes, wanted = ["F8_E4M3"], _SCALE_DTYPES
         fits = len(data.shape) > 1 and scale.shape == scale_shape(data.shape, how.block)

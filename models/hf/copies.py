@@ -1,4 +1,4 @@
-"""Weights that a folder holds twice: they are left out only where they are the same numbers."""
+"""Weights that a folder contains twice: one copy is ignored only if both have the same numbers."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ def same_rows(
     read: tuple[Callable[[int, int], Tensor], Callable[[int, int], Tensor]],
     piece_bytes: int,
 ) -> bool:
-    """Whether two tensors hold the same numbers, in whatever precision; NaN equals nothing.
+    """Whether two tensors have the same numbers, in any precision; NaN equals nothing.
 
-    read: gives rows [start, stop) of each. At most `piece_bytes` of each, in fp32, are held.
+    read: returns rows [start, stop) of each. At most `piece_bytes` of each, in fp32, are in memory.
     """
     if shapes[0] != shapes[1] or not shapes[0]:
         return False

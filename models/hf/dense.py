@@ -1,8 +1,8 @@
-"""Dense checkpoints (Llama, Mistral, Qwen3): what upcycling starts from.
+"""Dense checkpoints (Llama, Mistral, Qwen3), from which upcycling starts.
 
 They are read, never written, so they are no `Family` of the export table: a dense model is our
 decoder with all layers dense. The names are those of the MoE families (grouped-query attention,
-SwiGLU); what differs is `config.json`, where older writers leave keys out.
+SwiGLU); only `config.json` differs, in which older writers omit keys.
 """
 
 import re
@@ -44,19 +44,19 @@ class DenseCheckpoint:
     """A dense checkpoint whose names and shapes were checked; no weight is in memory yet."""
 
     place: str
-    """What errors call it."""
+    """Its name in error messages."""
     architecture: str
     model: ModelConfig
     """Our decoder with all layers dense."""
     max_positions: int
-    """Longest sequence it was made for, tokens."""
+    """Longest sequence it was trained for, tokens."""
     read: Callable[[str], Tensor]
-    """Gives a tensor by its Hugging Face name."""
+    """Returns a tensor by its Hugging Face name."""
     left_out: tuple[str, ...] = ()
-    """Files that were not read, in words."""
+    """Descriptions of files that were not read."""
 
     def parts(self) -> Iterator[dict[str, Tensor]]:
-        """The weights by our names, fp32: layer by layer, and last what is outside of them."""
+        """The weights by our names, fp32: layer by layer, and last those outside the layers."""
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in Decoder(self.model).named_parameters()}
         for tensors in _parts(self.model):
@@ -105,7 +105,7 @@ def open_dense(folder: Path) -> DenseCheckpoint:
 
 
 def _check_tied(place: Path, found: dict[str, RawTensor], files: MappedFiles) -> None:
-    """A head beside a tied embedding is the embedding. Raises UserError."""
+    """Check that a head next to a tied embedding equals the embedding. Raises UserError."""
     head, embedding = found[_HEAD], found[_EMBEDDING]
     read = [partial(_rows, files, tensor) for tensor in (head, embedding)]
     if not same_rows((head.shape, embedding.shape), (read[0], read[1]), _PIECE_BYTES):
@@ -134,7 +134,7 @@ def _check(
     expected: dict[str, HfTensor],
     ignored: re.Pattern[str],
 ) -> None:
-    """Compare names and shapes with what the model needs. Raises UserError."""
+    """Compare names and shapes with those of the model. Raises UserError."""
     missing = expected.keys() - found.keys()
     extra = {n for n in found.keys() - expected.keys() if not ignored.fullmatch(n)}
     for kind, names in (("missing", missing), ("unexpected", extra)):
@@ -151,7 +151,7 @@ def _check(
 
 
 def dense_model(raw: dict[str, Any], place: str) -> ModelConfig:
-    """Our model for the `config.json` of a dense checkpoint; UserError names the key at fault."""
+    """Our model for the `config.json` of a dense checkpoint; UserError names the invalid key."""
     values = HFConfigReader(raw, place, architecture_of(raw, place, list(_QK_NORM)))
     refuse_code(raw, place)
     quantized = raw.get("quantization_config")
@@ -178,7 +178,7 @@ def dense_model(raw: dict[str, Any], place: str) -> ModelConfig:
             rope=rope_of(values, interleaved=False),
             n_dense_layers=n_layers,
             d_ff=d_ff,
-            moe=MoEConfig(n_experts=1, top_k=1, d_expert=d_ff),  # stands in no layer
+            moe=MoEConfig(n_experts=1, top_k=1, d_expert=d_ff),  # used in no layer
         )
         if model.rope.mscale or model.rope.mscale_all_dim:
             raise UserError("only DeepSeek's attention has RoPE's mscale")
@@ -195,7 +195,7 @@ def dense_tensors(model: ModelConfig) -> Iterator[HfTensor]:
 
 
 def _parts(model: ModelConfig) -> Iterator[list[HfTensor]]:
-    """The tensors of every layer, and last those outside of the layers."""
+    """The tensors of every layer, and last those outside the layers."""
     for layer in range(model.n_layers):
         names = f"model.layers.{layer}.mlp.", f"layers.{layer}.ffn."
         ffn = swiglu_tensors(*names, model.d_ff, model.d_model)
@@ -205,6 +205,6 @@ def _parts(model: ModelConfig) -> Iterator[list[HfTensor]]:
 
 
 def _leftovers(model: ModelConfig) -> re.Pattern[str]:
-    """Tensors that carry nothing: RoPE tables of old writers, and the head where it is tied."""
+    """Redundant tensors: RoPE tables of old writers, and the head if it is tied."""
     tables = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
     return re.compile(rf"{tables}|lm_head\.weight" if model.tie_embeddings else tables)

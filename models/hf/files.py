@@ -1,8 +1,8 @@
 """Reading and writing a Hugging Face folder: safetensors shards, index, config.json.
 
-Writing goes shard by shard, and within a shard by pieces of rows: what is held is one shard and one
-piece (in FP8: of whole blocks). Reading checks every name and shape against the model before it
-makes anything of their size (`models.hf.checkpoint`).
+Writing proceeds shard by shard, and within a shard by pieces of rows, so that one shard and one
+piece (in FP8: of whole blocks) are in memory. Reading checks every name and shape against the model
+before memory of their size is allocated (`models.hf.checkpoint`).
 """
 
 import json
@@ -29,7 +29,7 @@ from models.hf.tensors import HfTensor
 from models.router import routers
 
 SHARD_BYTES = 5 * 2**30
-"""Shards are closed before they grow beyond this."""
+"""Maximum size of a shard."""
 Index = tuple[int | slice, ...]
 """An element of a tensor's leading dimensions, then a range of rows."""
 
@@ -43,8 +43,13 @@ def write_tensors(
 ) -> list[Path]:
     """Write every tensor of `model` into `folder` and return the files.
 
-    read: gives `ours[index]` for one of our names, in fp32. The index ends with a slice of rows.
-    dtype: float8_e4m3fn quantises what `fp8_plan` says and rounds the rest to bf16.
+    Args:
+        folder: Where the files are written.
+        model: The model.
+        read: Returns `ours[index]` for one of our names, in fp32. The index ends with a slice of
+            rows.
+        dtype: float8_e4m3fn quantizes the tensors of `fp8_plan` and rounds the others to bf16.
+        shard_bytes: Maximum size of a shard.
     """
     quantized: frozenset[str] = frozenset()
     if dtype == torch.float8_e4m3fn:
@@ -73,12 +78,12 @@ def write_tensors(
 def _gather(
     t: HfTensor, read: Callable[[str, Index], Tensor], dtype: torch.dtype, shard_bytes: int
 ) -> Tensor:
-    """Their tensor, put together from pieces that are small beside a shard."""
+    """Their tensor, assembled from pieces that are small compared to a shard."""
     out = torch.zeros(t.shape, dtype=torch.float32 if t.keep_fp32 else dtype)
     if t.ours is not None:
         for rows in _pieces(t, shard_bytes):
             out[rows] = t.to_hf(read(t.ours, (*t.index, rows)))
-            if not out[rows].isfinite().all():  # no reader could use it, our import included
+            if not out[rows].isfinite().all():  # unusable for every reader, including our import
                 kind = str(out.dtype).removeprefix("torch.")
                 raise UserError(f"{t.name} holds inf or NaN as {kind}")
     return out
@@ -101,7 +106,7 @@ def _gather_fp8(
 
 
 def _pieces(t: HfTensor, shard_bytes: int, step: int = 1) -> Iterator[slice]:
-    """Ranges of rows, each a multiple of `step` but the last."""
+    """Ranges of rows, each but the last a multiple of `step`."""
     piece = min(PIECE_BYTES, shard_bytes // 8)
     rows = max(1, piece // max(4 * math.prod(t.shape[1:]) * step, 1)) * step
     for a in range(0, t.shape[0], rows):
@@ -147,8 +152,8 @@ def read_model(
 ) -> Decoder:  # fmt: skip
     """The decoder of an export, in evaluation mode. Biases that are fp32 on disk stay fp32.
 
-    mtp: with its MTP modules, where the folder has any; they serve training only. fp8: what lies in
-    FP8 blocks stays in FP8, and computes in it.
+    mtp: include MTP modules, if the folder has any; only training uses them. fp8: keep weights that
+    are stored in FP8 blocks in FP8, and compute in FP8.
     """
     described, raw = read_config(folder)
     source = HFCheckpoint(folder, described if mtp else replace(described, mtp_depth=0), raw)

@@ -1,10 +1,10 @@
-"""A Hugging Face folder somebody else made: what may be opened, before anything is.
+"""Checks of an untrusted Hugging Face folder before any of its files is opened.
 
 Weights are read from safetensors only: a pickle runs code when it is opened, so files that may be
-one (an optimizer's state, training arguments, an older copy of the weights) are left where they
-lie. A file outside the folder (a path in the index, a symbolic link) is refused. Code
-that comes with a checkpoint (`auto_map`) is never run here; a folder that asks for it is refused
-too, since its weights may mean something else than the architecture's name says.
+one (an optimizer's state, training arguments, an older copy of the weights) are never opened. A
+file outside the folder (a path in the index, a symbolic link) is an error. Code that is part of a
+checkpoint (`auto_map`) is never run; a folder that requires it is an error too, since its weights
+may have another meaning than the architecture's name implies.
 """
 
 import json
@@ -21,32 +21,32 @@ from models.hf.safetensors_files import MappedFiles
 
 INDEX = "model.safetensors.index.json"
 JSON_BYTES = 2**24
-"""Longest JSON file that is read; a tokenizer's may be longer, and is read by its library."""
+"""Longest JSON file that is read; a tokenizer's may be longer, and its library reads it."""
 INDEX_BYTES = 2**28
-"""Longest index: 100 bytes for each of a million tensors, and some."""
+"""Longest index: somewhat more than 100 bytes for each of a million tensors."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 _ORIGINAL = "consolidated"
-"""Mistral ships its own copy of the weights beside Hugging Face's, under this name."""
+"""Mistral ships its own copy of the weights next to Hugging Face's, under this name."""
 
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor as its file's header lists it."""
+    """A tensor as listed in its file's header."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """In safetensors' names: F32, BF16, F8_E4M3, U8, ..."""
+    """Dtype in safetensors' names: F32, BF16, F8_E4M3, U8, ..."""
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` (a relative path) of `folder`; UserError where it lies elsewhere or is no
-    plain file.
+    """The file `name` (a relative path) of `folder`. Raises UserError if it is outside the folder
+    or not a regular file.
 
-    A snapshot in the cache of the Hugging Face hub is a folder of links into `blobs` beside it.
-    Anything else is never opened: a pipe would wait for its other end, a device has none.
+    A snapshot in the cache of the Hugging Face hub is a folder of links into the adjacent `blobs`.
+    Nothing else is ever opened: a pipe would wait for its other end, a device has no end.
     """
     path = folder / name
     try:
@@ -57,7 +57,7 @@ def inside(folder: Path, name: str) -> Path:
         within = within and not Path(name).is_absolute() and ".." not in Path(name).parts
         mode = path.stat().st_mode
     except FileNotFoundError:
-        mode = stat.S_IFREG  # who opens it says so
+        mode = stat.S_IFREG  # reported when it is opened
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a zero byte
         raise UserError(f"{folder}: {named(name)} cannot be opened: {one_line(error)}") from None
     if not within:
@@ -72,7 +72,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object of a file. FileNotFoundError where there is none, else UserError."""
+    """The JSON object of a file. Raises FileNotFoundError if there is none, else UserError."""
     inside(path.parent, path.name)
     try:
         with path.open("rb") as file:
@@ -90,7 +90,7 @@ def read_json(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
 
 
 def refuse_code(raw: dict[str, Any], place: str) -> None:
-    """Raise UserError where `config.json` asks for Python code of the folder."""
+    """Raise UserError if `config.json` requires Python code from the folder."""
     for key in ("auto_map", "custom_pipelines"):
         if raw.get(key):
             raise UserError(
@@ -101,11 +101,11 @@ def refuse_code(raw: dict[str, Any], place: str) -> None:
 
 
 def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor], list[str]]:
-    """Every tensor of the folder by its name, from the headers alone, and what was left out: whole
-    files, in words.
+    """Every tensor of the folder by its name, from the headers alone, and descriptions of ignored
+    files.
 
     UserError: no safetensors, a missing index or shard, an index that contradicts its files, a
-    tensor in two files, a file that is cut off or whose header is wrong.
+    tensor in two files, a file that is truncated or whose header is wrong.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -153,7 +153,7 @@ def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor],
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, RawTensor]) -> None:
-    """The index lists every tensor where it lies. Raises UserError."""
+    """Check that the index lists every tensor in the right file. Raises UserError."""
     place = f"{folder / INDEX}: weight_map"
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:

@@ -1,21 +1,21 @@
-"""Weights in DeepSeek-V3's FP8: `weight` as E4M3 and beside it `weight_scale_inv`, an fp32 factor
-for each block of 128 x 128 (arXiv:2412.19437, section 3.3). `models.hf.quantized` reads it.
+"""Weights in DeepSeek-V3's FP8: `weight` as E4M3 and `weight_scale_inv`, an fp32 factor for each
+block of 128 x 128 (arXiv:2412.19437, section 3.3). `models.hf.quantized` reads it.
 
-Blocks begin anew in every tensor of the export: gate and up each have their own, though ours are
-one matrix. The numbers are those of `kernels.quantization.quantize`, which are those of training in
-FP8.
+Blocks restart in every tensor of the export: gate and up have separate blocks, though ours are one
+matrix. The numbers are those of `kernels.quantization.quantize`, the same as in FP8 training.
 
-What is quantised is what all readers hold quantised. Embeddings, head, router, norms, biases and
-MTP's `eh_proj` never are, as published. A projection of the layers is, unless its shape forbids it:
+Only tensors that all readers support in FP8 are quantized. Embeddings, head, router, norms, biases
+and MTP's `eh_proj` never are, as published. A projection of the layers is, unless its shape
+prevents it:
 
-- vLLM and SGLang join projections that read the same input (query, key and value; gate and up;
-  MLA's two compressions) and put their grids of factors one below the other, so that only the last
-  may end within a block. Joined projections share a precision, and so do all experts of a layer.
-- transformers, where it dequantises, takes size / number of blocks for the size of a block. A
-  matrix of 192 rows would be read in blocks of 96 without a word.
+- vLLM and SGLang fuse projections that read the same input (query, key and value; gate and up;
+  MLA's two compressions) and concatenate their grids of factors along rows, so that only the last
+  may end within a block. Fused projections share a precision, and so do all experts of a layer.
+- transformers, when it dequantizes, derives the size of a block as size / number of blocks. It
+  would silently read a matrix of 192 rows in blocks of 96.
 
-Left out: GPT-OSS and Llama 4. Their experts are published fused, the input dimension first, and no
-reader has blocks for that; their FP8 and MXFP4 are other formats.
+Not supported: GPT-OSS and Llama 4. Their experts are published fused, the input dimension first,
+and no reader has blocks for that; their FP8 and MXFP4 are other formats.
 """
 
 import math
@@ -33,33 +33,34 @@ from models.hf.table import architecture, hf_tensors, publishes_fused_experts
 from models.hf.tensors import HfTensor
 
 SCALE = "_scale_inv"
-"""What the name of the factors has beyond that of their tensor."""
+"""Suffix of the factors' name after that of their tensor."""
 _JOINED = {
     ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
     ("gate_proj", "up_proj"): ("gate_up_proj",),
     ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
 }
-"""Projections that readers join, in their order, and what vLLM and SGLang call the whole."""
+"""Projections that readers fuse, in their order, and the name of the fused one in vLLM and
+SGLang."""
 _ALONE = ("o_proj", "down_proj", "q_b_proj", "kv_b_proj")
 _EXPERT_UPS = ("gate_proj", "up_proj", "w1", "w3")
 
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """Which tensors of an export are quantised."""
+    """The tensors of an export that are quantized."""
 
     quantized: frozenset[str]
-    """Names of the tensors that are; each has factors of name + SCALE."""
+    """Names of the quantized tensors; each has factors of name + SCALE."""
     plain: tuple[str, ...]
-    """Modules whose matrices are not, by all names that readers have for them."""
+    """Modules whose matrices are not quantized, by all names that readers use for them."""
     unfit: tuple[str, ...]
-    """Those projections among them whose shape forbids it; joined ones under one name."""
+    """Those projections among them whose shape prevents it; fused ones under one name."""
     share: float
-    """Share of all parameters that is quantised."""
+    """Share of all parameters that is quantized."""
 
     def quantization_config(self) -> dict[str, Any]:
-        """For config.json: the keys of DeepSeek-V3's, and the modules that transformers, vLLM and
-        SGLang are to leave alone, in the key that all three read."""
+        """The entry of config.json: the keys of DeepSeek-V3's, and the modules that transformers,
+        vLLM and SGLang must not convert, in the key that all three read."""
         return {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
@@ -70,7 +71,7 @@ class Fp8Plan:
 
 
 def fp8_plan(model: ModelConfig) -> Fp8Plan:
-    """What an export of `model` quantises. UserError where it can be nothing."""
+    """The tensors to quantize in an export of `model`. Raises UserError if there are none."""
     name = architecture(model)
     if publishes_fused_experts(model):
         raise UserError(
@@ -108,19 +109,19 @@ def fp8_plan(model: ModelConfig) -> Fp8Plan:
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 data and fp32 factors of a matrix, or of rows of it that begin with a block."""
+    """E4M3 data and fp32 factors of a matrix, or of rows of it that start at a block."""
     (data, scales), _ = quantize_128x128(rows)
     return data, scales
 
 
 def grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many blocks a matrix has along rows and columns."""
+    """The number of blocks of a matrix along rows and columns."""
     rows, columns = shape
     return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
 def _unit(module: str) -> str | None:
-    """The modules that share a precision, by one name; None: never quantised."""
+    """The modules that share a precision, by one name; None if they are never quantized."""
     parent, _, last = module.rpartition(".")
     if ".experts." in module:
         return module.partition(".experts.")[0] + ".experts"
@@ -131,7 +132,7 @@ def _unit(module: str) -> str | None:
 
 
 def _names(unit: str, tensors: Iterable[HfTensor]) -> list[str]:
-    """All names that readers have for the modules of a unit."""
+    """All names that readers use for the modules of a unit."""
     if unit.endswith(".experts"):
         return [unit]
     parent, _, last = unit.rpartition(".")
@@ -140,7 +141,7 @@ def _names(unit: str, tensors: Iterable[HfTensor]) -> list[str]:
 
 
 def _fits(unit: str, tensors: list[HfTensor]) -> bool:
-    """Whether all readers hold the tensors of a unit in blocks."""
+    """Whether all readers support the tensors of a unit in blocks."""
     last = {t.name: t.name.removesuffix(".weight").rpartition(".")[2] for t in tensors}
     if unit.endswith(".experts"):
         whole = [t for t in tensors if last[t.name] in _EXPERT_UPS]
@@ -152,6 +153,6 @@ def _fits(unit: str, tensors: list[HfTensor]) -> bool:
 
 
 def _misread(t: HfTensor) -> bool:
-    """Whether transformers takes other blocks without noticing."""
+    """Whether transformers would use other blocks without an error."""
     divides = all(n % count == 0 for n, count in zip(t.shape, grid(t.shape), strict=True))
     return divides and any(n > BLOCK and n % BLOCK for n in t.shape)

@@ -18,12 +18,12 @@ _MANTISSA = 0x7FFFFF
 
 def keep_fp8(decoder: Decoder, source: HFCheckpoint) -> set[str]:
     """Replace the modules of a decoder on the meta device whose weights are FP8 in `source`, and
-    read these as they are; the names of the parameters that are read by that.
+    load these unchanged; returns the names of the parameters that this loads.
 
-    A module all of whose matrices are E4M3 with factors per 128x128 then computes what training in
-    FP8 computes. Weights are dequantized within a product only. The parameters keep their names and
-    lose their last dimension, since their values are never read. Gate and up of ours are one
-    matrix, so their own factors fit only where a block ends with the gate.
+    If all matrices of a module are E4M3 with factors per 128x128, it computes the same as in FP8
+    training. Weights are dequantized only within a product. The parameters keep their names and
+    lose their last dimension, since their values are never read. Our gate and up are one matrix, so
+    separate factors are possible only if a block ends at the end of the gate.
     """
     read: set[str] = set()
     for prefix, module in list(decoder.named_modules()):

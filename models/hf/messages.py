@@ -1,7 +1,7 @@
-"""What somebody else's folder holds, as an error may repeat it: on one line and not without end.
+"""Quotes contents of an untrusted folder in error messages: on one line and with limited length.
 
 A value of config.json can be 60 KB long or nested a thousand deep, the name of a tensor or of a
-file can hold a line break. Errors repeat enough to find the place, no more.
+file can contain a line break. Errors quote only enough to find the place.
 """
 
 import reprlib
@@ -17,23 +17,24 @@ _REPR.maxlist = _REPR.maxdict = 12
 
 
 def shown(value: object) -> str:
-    """`value` in Python's notation, cut in its middle where it is long; never more than a line."""
+    """`value` in Python's notation, shortened in its middle if it is long; always one line."""
     return _cut(_REPR.repr(value), _MOST)
 
 
 def named(name: object) -> str:
-    """The name of a tensor or file: as it is where it is short and plain, else as `shown`."""
+    """The name of a tensor or file: unchanged if it is short and plain, else as `shown`."""
     text = str(name)
     return text if len(text) <= _MOST and text.isprintable() else _cut(repr(text), _MOST)
 
 
 def located(path: Path) -> str:
-    """A path whose last part somebody else chose."""
+    """A path whose last part is untrusted."""
     return str(path.parent / named(path.name))
 
 
 def one_line(error: object) -> str:
-    """The text of a library's error, on one line and at most as long as an error may be."""
+    """The text of a library's error, on one line and shortened to the maximum length of an
+    error."""
     return _cut(" ".join(str(error).split()), _MOST_LINE)
 
 

@@ -1,14 +1,14 @@
-"""Weights that were published in 8 or 4 bits, back in fp32.
+"""Converts weights that were published in 8 or 4 bits to fp32.
 
-DeepSeek-V3 stores `weight` as E4M3 and beside it `weight_scale_inv`, one fp32 factor for each block
-of 128 x 128 (arXiv:2412.19437, section 3.3); blocks at the edge are cut off. GPT-OSS stores its
-experts as MXFP4 (OCP Microscaling Formats 1.0): 32 neighbours along the input dimension share a
-power of two, stored as a byte e for 2^(e - 127) (255: NaN), and a byte holds two E2M1 numbers, the
-first in its low half. Its two-byte tensors have the input dimension first, the packed ones last.
+DeepSeek-V3 stores `weight` as E4M3 and `weight_scale_inv`, one fp32 factor for each block of 128 x
+128 (arXiv:2412.19437, section 3.3); blocks at the edge are partial. GPT-OSS stores its experts as
+MXFP4 (OCP Microscaling Formats 1.0): 32 neighbors along the input dimension share a power of two,
+stored as a byte e for 2^(e - 127) (255: NaN), and a byte contains two E2M1 numbers, the first in
+its low half. Its two-byte tensors have the input dimension first, the packed ones last.
 
 Both become fp32, the dtype of master weights: a product of an E4M3 number and an fp32 factor rounds
-once, MXFP4 not at all. Other methods (AWQ, GPTQ, bitsandbytes, ...) are refused: who has such a
-checkpoint has the unquantised one too.
+once, MXFP4 never. Other methods (AWQ, GPTQ, bitsandbytes, ...) are an error: for such checkpoints
+an unquantized one exists too.
 
 E experts, R rows (output dimension), G groups of 32, B bytes of a group (16).
 """
@@ -24,12 +24,12 @@ from models.hf.messages import shown
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUP = 32
-"""Numbers that share a scale in MXFP4; two of them in a byte."""
+"""Numbers that share a scale in MXFP4; a byte contains two of them."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What `quantization_config` says of a folder."""
+    """The contents of a folder's `quantization_config`."""
 
     method: Literal["none", "fp8", "mxfp4"] = "none"
     block: tuple[int, int] = (0, 0)
@@ -37,7 +37,7 @@ class Quantization:
 
 
 def quantization_of(raw: dict[str, Any], place: str) -> Quantization:
-    """The quantisation of a `config.json`; UserError where it is none that we read."""
+    """The quantization of a `config.json`. Raises UserError if it is not supported."""
     given = raw.get("quantization_config")
     if given is None:
         return Quantization()
@@ -87,8 +87,8 @@ def dequantize_fp8(
 ) -> Tensor:
     """fp32 `weight * scale`, each factor for its block.
 
-    weight: E4M3 `[..., rows, columns]`, rows `first_row` and on of the tensor. scale: the factors
-    from the block on in which `first_row` lies, fp32, bf16 or E8M0.
+    weight: E4M3 `[..., rows, columns]`, rows of the tensor from `first_row` on. scale: the factors
+    from the block that contains `first_row` on, fp32, bf16 or E8M0.
     """
     rows, columns = weight.shape[-2:]
     block_of_row = torch.arange(first_row, first_row + rows) // block[0] - first_row // block[0]

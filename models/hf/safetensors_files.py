@@ -1,9 +1,8 @@
-"""safetensors files: slices with a bound on how much stays mapped, and writing as any file of ours.
+"""safetensors files: slices with bounded mapped memory, and writing with the usual permissions.
 
-safetensors maps a file into memory and gives views of it. Pages once touched count as memory of the
-process until the file is closed, and reading a model of many files one after the other would end
-with all of it mapped. So the files are closed each time that 32 MiB have been taken, and opened
-again on demand.
+safetensors maps a file into memory and returns views of it. Pages that were read count as memory of
+the process until the file is closed, so reading a model of many files one after the other would map
+all of it. So the files are closed after every 32 MiB that were read, and reopened on demand.
 """
 
 import os
@@ -17,12 +16,12 @@ from torch import Tensor
 from configs.errors import UserError
 
 MAPPED_BYTES = 2**25
-"""Files are closed once so many bytes were taken from them."""
+"""Number of bytes read after which files are closed."""
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class MappedFiles:
-    """Open safetensors files by path; errors are those of the library and of the system."""
+    """Open safetensors files by path; raises the errors of the library and of the system."""
 
     def __init__(self) -> None:
         self._open: dict[Path, Any] = {}
@@ -52,8 +51,8 @@ def save_tensors(
 ) -> None:
     """Write `tensors` to `path`.
 
-    The library writes a file that only its owner may read; this one is for whom the umask lets
-    read. Raises OSError with the file's name where the disk takes no more, UserError else.
+    The library writes a file that only its owner may read; this one has the permissions of the
+    umask. Raises OSError with the file's name if the disk is full, otherwise UserError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -62,7 +61,7 @@ def save_tensors(
     mode = path.stat().st_mode & 0o777
     try:
         save_file(dict(tensors), path, metadata)
-    except SafetensorError as error:  # what the system said is in its text
+    except SafetensorError as error:  # its text contains the system's error
         if found := _SYSTEM_ERROR.search(str(error)):
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(path)) from None

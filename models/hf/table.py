@@ -1,7 +1,7 @@
-"""Which Hugging Face architecture expresses a model, and its config and tensors.
+"""Selects the Hugging Face architecture of a model, and converts its config and tensors.
 
-The features of a model choose the architecture: the first of `FAMILIES` that can express all of
-them. The model itself never asks which family it is.
+The features of a model determine the architecture: the first of `FAMILIES` that can express all of
+them. The model code never depends on the family.
 """
 
 from collections.abc import Container, Iterator
@@ -34,28 +34,29 @@ from models.hf.families.qwen3 import QWEN3
 from models.hf.tensors import HfTensor, Layout, mtp_tensors, outer_tensors
 
 _MOST_EXPERTS = 2**20
-"""More tensor names than any real model has; checked before they are listed."""
+"""More tensor names than any real model has; checked before they are created."""
 LLAMA4_WITH_IMAGES = "Llama4ForConditionalGeneration"
-"""How Llama 4 is published: the language model under `language_model.`, beside a vision model."""
+"""How Llama 4 is published: the language model under `language_model.`, next to a vision model."""
 FAMILIES = (QWEN3, GLM4, MIXTRAL, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS, LLAMA4)
 _NEVER_TIED = (GLM4, DEEPSEEK_V3, DEEPSEEK_V2, GPT_OSS)
-"""No published model of these ties its embeddings, so vLLM does not look at tie_word_embeddings:
-its GLM-4 computed with a head of zeros, in silence. llama.cpp wants GPT-OSS's head."""
+"""No published model of these ties its embeddings, so vLLM ignores tie_word_embeddings: its GLM-4
+silently computed with a head of zeros. llama.cpp requires GPT-OSS's head."""
 
 
 def architecture(model: ModelConfig) -> str:
-    """The Hugging Face architecture that expresses `model`. UserError where none does."""
+    """The Hugging Face architecture that expresses `model`. Raises UserError if there is none."""
     return _family(model).architecture
 
 
 def publishes_fused_experts(model: ModelConfig) -> bool:
-    """Whether the published checkpoints of its family have the experts of a layer in one tensor."""
+    """Whether the published checkpoints of its family store the experts of a layer in one
+    tensor."""
     return _family(model).layout == "fused"
 
 
 @lru_cache(maxsize=64)
 def _family(model: ModelConfig) -> Family:
-    """The first family that can express `model`, and whose config.json gives it again."""
+    """The first family that can express `model` and whose config.json converts back to it."""
     if model.moe.force_balance:
         raise UserError(
             "model.moe.force_balance = true: no other program routes so; for benchmarks"
@@ -74,8 +75,8 @@ def _family(model: ModelConfig) -> Family:
 
 
 def _refusals(family: Family, model: ModelConfig) -> list[str]:
-    """Settings of `model` that `family` cannot express. A layer beyond the last has experts for
-    its readers, wherever the dense layers end."""
+    """Settings of `model` that `family` cannot express. Readers assume experts in a layer beyond
+    the last, for any position of the dense layers."""
     has_mtp = family.has_mtp and model.is_moe(model.n_layers - 1)
     return family.refusals(model) + clashes(
         mtp_depth=model.mtp_depth > 0 and not has_mtp, moe__force_balance=model.moe.force_balance
@@ -83,7 +84,7 @@ def _refusals(family: Family, model: ModelConfig) -> list[str]:
 
 
 def _check_readable(family: Family, model: ModelConfig) -> None:
-    """Raise UserError where the model's config.json would not give the model again."""
+    """Raise UserError if the model's config.json would not convert back to the model."""
     described, name = _keys(family, model), family.architecture
     try:
         as_read = _parse(family, described, f"its config.json as {name}")
@@ -100,9 +101,9 @@ def _check_readable(family: Family, model: ModelConfig) -> None:
 def hf_config(
     model: ModelConfig, *, max_positions: int, eos_token_id: int, dtype: str
 ) -> dict[str, Any]:
-    """The export's `config.json`; `from_hf_config` makes `model` of it.
+    """The export's `config.json`; `from_hf_config` converts it to `model`.
 
-    Old and new spellings stand side by side where readers disagree (`rope_theta` and
+    It has both old and new spellings of keys on which readers disagree (`rope_theta` and
     `rope_parameters`, `num_experts` and `num_local_experts`).
     """
     family = _family(model)
@@ -119,7 +120,7 @@ def hf_config(
 
 
 def _keys(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """What `config.json` says of the model itself; the same for models that compute the same."""
+    """The keys of `config.json` for the model itself; the same for models that compute the same."""
     a, rope = model.attention, rope_parameters(model.rope)
     common: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -144,7 +145,7 @@ def _keys(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 
 def text_config(config: dict[str, Any], place: str) -> dict[str, Any]:
-    """A `config.json` itself, or that of the language model within one of Llama 4 with images."""
+    """The `config.json`, or the part for the language model of a Llama 4 with images."""
     if config.get("architectures") != [LLAMA4_WITH_IMAGES]:
         return config
     check_model_type(config, place, LLAMA4_WITH_IMAGES)
@@ -154,8 +155,8 @@ def text_config(config: dict[str, Any], place: str) -> dict[str, Any]:
 def from_hf_config(config: dict[str, Any], place: str) -> ModelConfig:
     """Our model for a `config.json`.
 
-    place: what errors call the file. Raises UserError naming the key that is missing, has the
-    wrong type or size, contradicts another, or asks for something this decoder does not have.
+    place: the file's name in errors. Raises UserError naming the key that is missing, has the wrong
+    type or size, contradicts another, or requires a feature this decoder does not have.
     """
     config = text_config(config, place)
     families = {family.architecture: family for family in FAMILIES}
@@ -184,7 +185,7 @@ def _parse(family: Family, config: dict[str, Any], place: str) -> ModelConfig:
             raise UserError(f"{family.architecture} has no model with this model.{refused[0]}")
         check_second_spellings(values, model)
         return model
-    except UserError as error:  # our own rules, in our names: say whose file broke them
+    except UserError as error:  # our own rules, in our names: add the file that broke them
         raise in_their_names(error, values) from None
 
 
@@ -192,8 +193,8 @@ def hf_tensors(model: ModelConfig, given: Container[str] | None = None) -> Itera
     """Every tensor of `model` in Hugging Face form, layer by layer; MTP modules are layers beyond
     the last.
 
-    given: the names of a checkpoint; each layer comes in the layout of which they lack least. None:
-    the layout of the family's published checkpoints.
+    given: the names in a checkpoint; each layer has the layout of which the fewest names are
+    missing. None: the layout of the family's published checkpoints.
     """
     family, (before, after) = _family(model), outer_tensors(model)
     yield from before

@@ -1,12 +1,12 @@
 """How Hugging Face tensors map to ours.
 
-Every Hugging Face tensor is a slice of one of ours, permuted and flattened at most: `w13[e, 0]` is
+Every Hugging Face tensor is a slice of one of ours, at most permuted and flattened: `w13[e, 0]` is
 an expert's `gate_proj`; all of `w13`, its dimensions permuted, is GPT-OSS's `gate_up_proj`. So
-export reads slices, import writes them, and nothing is rounded or computed on the way. No
-permutation moves the first dimension, so large tensors go through in pieces of some rows.
+export reads slices, import writes them, and neither rounds or computes. No permutation moves the
+first dimension, so large tensors are converted in pieces of some rows.
 
 The routed experts exist in two layouts: one tensor per expert and matrix, or all experts of a layer
-fused in one. A family is published in one of them and met in both.
+fused in one. A family is published in one of them, but checkpoints exist in both.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from torch import Tensor
 from configs.model import ModelConfig
 
 Layout = Literal["per_expert", "fused"]
-"""How the routed experts of a layer lie."""
+"""Storage layout of the routed experts of a layer."""
 
 
 @dataclass(frozen=True)
 class HfTensor:
-    """One tensor of the export: `ours[index]`, or zeros where `ours` is None."""
+    """One tensor of the export: `ours[index]`, or zeros if `ours` is None."""
 
     name: str
     ours: str | None
@@ -54,7 +54,7 @@ class HfTensor:
 
 
 def outer_tensors(model: ModelConfig) -> tuple[list[HfTensor], list[HfTensor]]:
-    """What comes before and after the layers; the same in all families."""
+    """The tensors before and after the layers, the same in all families."""
     before = [plain("model.embed_tokens.weight", "embed.weight", model.vocab_size, model.d_model)]
     after = [plain("model.norm.weight", "norm.weight", model.d_model)]
     if not model.tie_embeddings:
@@ -63,8 +63,8 @@ def outer_tensors(model: ModelConfig) -> tuple[list[HfTensor], list[HfTensor]]:
 
 
 def mtp_tensors(model: ModelConfig, layer: int) -> Iterator[HfTensor]:
-    """What an MTP module has beyond a layer, in the names of DeepSeek-V3's published weights; these
-    repeat embedding and head in every module."""
+    """The tensors that an MTP module has in addition to a layer, in the names of DeepSeek-V3's
+    published weights, which repeat embedding and head in every module."""
     theirs, ours, d_model = f"model.layers.{layer}.", prefix(model, layer), model.d_model
     for their_name, our_name in (("enorm",) * 2, ("hnorm",) * 2, ("shared_head.norm", "norm")):
         yield plain(f"{theirs}{their_name}.weight", f"{ours}{our_name}.weight", d_model)
@@ -76,7 +76,7 @@ def mtp_tensors(model: ModelConfig, layer: int) -> Iterator[HfTensor]:
 
 
 def prefix(model: ModelConfig, layer: int) -> str:
-    """Our name of their layer `layer`: those beyond the last are MTP modules."""
+    """Our name of their layer `layer`; layers beyond the last are MTP modules."""
     beyond = layer - model.n_layers
     return f"layers.{layer}." if beyond < 0 else f"mtp.{beyond}."
 
@@ -129,8 +129,8 @@ def swiglu_tensors(
 def deepseek_moe_tensors(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     """Router, balancing bias, shared and routed experts, in DeepSeek's and GLM's names.
 
-    Their architectures always have a shared expert; where ours has none it is written as zeros,
-    which add exactly zero.
+    Their architectures always have a shared expert; if ours has none it is written as zeros, which
+    add exactly zero.
     """
     theirs, ours = f"model.layers.{layer}.mlp.", f"{prefix(model, layer)}ffn."
     moe = model.moe
@@ -154,9 +154,14 @@ def expert_tensors(
 ) -> Iterator[HfTensor]:
     """The routed experts of a layer.
 
-    fused: how gate and up lie in `gate_up_proj`: one above the other with the output dimension
-    first (as transformers holds most families), or with the input dimension first, side by side
-    (Llama 4) or in turns (GPT-OSS). names: of an expert's matrices where each is on its own.
+    Args:
+        model: The model.
+        theirs, ours: Prefixes of the names.
+        layout: One tensor per expert and matrix, or all experts fused.
+        fused: Layout of gate and up in `gate_up_proj`: concatenated along rows with the output
+            dimension first (as in transformers for most families), or with the input dimension
+            first, concatenated (Llama 4) or interleaved (GPT-OSS).
+        names: Of an expert's matrices in the layout `per_expert`.
     """
     n, width, d_model = model.moe.n_experts, model.moe.d_expert, model.d_model
     w13, w2, b13, b2 = (f"{ours}{name}" for name in ("w13", "w2", "b13", "b2"))

@@ -1,1 +1,1 @@
-"""Projections, embedding, norm and RoPE, whose parameters may be sharded; they know no model."""
+"""Projections, embedding, norm and RoPE, with support for sharded parameters, for any model."""

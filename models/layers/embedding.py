@@ -1,4 +1,4 @@
-"""The embedding of tokens; its weight may be the head's, too."""
+"""The embedding of tokens, whose weight may be shared with the head."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """Projections of activations, in the compute dtype or with their products in FP8.
 
-A module in FP8 still has its weight as a parameter: that is what the optimizer steps, a checkpoint
-holds and a gradient belongs to. The products take the quantized form, from a *source*: by default
-the weight is quantized where it is used; sharded training puts a source in its place that holds
-what was gathered in FP8, and then nothing reads the parameter's values.
+A module in FP8 still has its weight as a parameter: the optimizer updates it, a checkpoint stores
+it and it has the gradient. The products read the quantized form, from a *source*: by default the
+weight is quantized where it is used; sharded training sets a source that holds the weight gathered
+in FP8, and then the parameter's values are never read.
 
 T tokens, N output width, D input width.
 """
@@ -30,43 +30,43 @@ class Linear(nn.Linear, LocalViews):
 
 
 class Observer(Protocol):
-    """Is shown what modules in FP8 compute, and has no part in it."""
+    """Receives the inputs and outputs of modules in FP8 and does not change them."""
 
     def linear(
         self, module: "Fp8Module", name: str, x_TD: Tensor, y_TN: Tensor, groups: Groups | None
     ) -> None:
-        """y is x times the weight of that name, transposed."""
+        """y is x times the transposed weight `name`."""
         ...
 
     def mlp(
         self, module: "Fp8Module", x_RD: Tensor, y_RD: Tensor, weights_R: Tensor | None,
         groups: Groups | None, activation: Activation,
     ) -> None:  # fmt: skip
-        """y is what `swiglu_mlp_fp8` makes of x with w13 and w2."""
+        """y is the result of `swiglu_mlp_fp8` for x with w13 and w2."""
         ...
 
 
 class Fp8Module(LocalViews):
-    """What modules with weights in FP8 have in common. Each is made from the module whose place it
-    takes, whose parameters it shares."""
+    """Base class of modules with weights in FP8. Each is created from the module that it replaces,
+    and shares its parameters."""
 
     def __init__(self, *arguments: Any, power_of_two: bool = False, **options: Any) -> None:
-        """power_of_two: the scales of weights and activations."""
+        """power_of_two: round the scales of weights and activations up to powers of two."""
         super().__init__(*arguments, **options)
         self.power_of_two = power_of_two
         self.sources: dict[str, Source] = {}
-        """Where quantized weights come from, by name of the parameter."""
+        """Sources of quantized weights, by name of the parameter."""
         self.observer: Observer | None = None
 
     def share_parameters(self, module: nn.Module) -> Self:
-        """Take the parameters of `module`, which must not be sharded yet, and its mode."""
+        """Use the parameters of `module`, which must not be sharded yet, and its mode."""
         for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         return self.train(module.training)
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
-        """Inside, show `observer` what is computed."""
+        """Context in which `observer` receives inputs and outputs."""
         self.observer = observer
         try:
             yield
@@ -74,7 +74,7 @@ class Fp8Module(LocalViews):
             self.observer = None
 
     def read_from(self, name: str, source: Source) -> None:
-        """Take the quantized weight of that name from `source` from now on."""
+        """Read the quantized weight `name` from `source` from now on."""
         self.sources[name] = source
 
     def fp8_weight(self, name: str) -> Fp8Weight:
@@ -86,8 +86,8 @@ class Fp8Module(LocalViews):
 
 
 def as_matrices(name: str, weight: Tensor) -> Tensor:
-    """A weight as its products see it: gate and up of w13, `[2, F, D]` or `[E, 2, F, D]`, are
-    one."""
+    """The shape of a weight in products: gate and up of w13, `[2, F, D]` or `[E, 2, F, D]`, become
+    one dimension."""
     return weight.flatten(-3, -2) if name == "w13" else weight
 
 
@@ -96,13 +96,13 @@ class Fp8Linear(Fp8Module, Linear):
 
     @staticmethod
     def of(linear: Linear, power_of_two: bool) -> "Fp8Linear":
-        """In FP8 what `linear` is."""
+        """The FP8 form of `linear`."""
         shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
         made = Fp8Linear(*shape, bias=bias, power_of_two=power_of_two, device="meta")
         return made.share_parameters(linear)
 
     def forward(self, x_TD: Tensor, product_TN: Tensor | None = None) -> Tensor:
-        """product_TN: what `project` has made already."""
+        """product_TN: the product, if `project` has already computed it."""
         if product_TN is None:
             fp8_weights, power_of_two = [self.fp8_weight("weight")], self.power_of_two
             (product_TN,) = linears_fp8(x_TD, [self.weight], fp8_weights, power_of_two)
@@ -112,10 +112,10 @@ class Fp8Linear(Fp8Module, Linear):
 
 
 def project(x_TD: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """Every layer applied to the same x; in FP8, x is quantised and kept once for all.
+    """Every layer applied to the same x; in FP8, x is quantized and kept once for all.
 
-    Each layer is called even so: FSDP2 frees weights when every module of a group has run, and
-    would else keep them to the end of the forward pass.
+    Each layer is still called: FSDP2 frees weights when every module of a group has run, and would
+    otherwise keep them until the end of the forward pass.
     """
     fp8 = [layer for layer in layers if isinstance(layer, Fp8Linear)]
     if len(fp8) < len(layers):

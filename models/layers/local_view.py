@@ -1,9 +1,9 @@
-"""The seam of sharded parameters: a module reads `self.w13` and gets the tensor to compute with.
+"""Access to sharded parameters: a module reads `self.w13` and gets the tensor to compute with.
 
-A parameter that several ranks divide is registered as a whole (a DTensor), so that names and shapes
-stay logical for checkpoints, clipping and initialization. The module multiplies with this rank's
-part. `parallel.sharded_parameters` sets a view for every such parameter; without one a parameter is
-read as it is registered.
+A parameter that is divided among ranks is registered as a whole (a DTensor), so that names and
+shapes stay logical for checkpoints, clipping and initialization. The module computes with this
+rank's part. `parallel.sharded_parameters` sets a view for every such parameter; without a view the
+registered parameter is read.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ class LocalViews(nn.Module):
     """A module whose parameters may be sharded; each is declared as `name = local_view("name")`."""
 
     local_views: Mapping[str, View] = MappingProxyType({})
-    """By name of the parameter."""
+    """Views by name of the parameter."""
 
     def set_local_view(self, name: str, view: View) -> None:
-        """Let the module compute with `view(parameter)`."""
+        """Make the module compute with `view(parameter)`."""
         self.local_views = {**self.local_views, name: view}
 
 

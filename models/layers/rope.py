@@ -1,12 +1,12 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864) and its stretches to longer contexts.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and its scaling to longer contexts.
 
-Dimension i of a head is paired with dimension i + C/2 (Llama), or with its neighbour where
+Dimension i of a head is paired with dimension i + C/2 (Llama), or with its neighbor if
 `interleaved` (DeepSeek, Llama 4). Angles and rotation are fp32: at position 10^5 bf16 angles would
 be wrong by whole turns.
 
-Stretching by a factor s lowers the frequencies of dimensions that turn slowly, so that their
-angles at position s * n are those of position n in training; dimensions that turn often are left
-alone. YaRN (arXiv:2309.00071) moves between the two linearly over the dimensions, Llama 3.1 over
+Scaling by a factor s lowers the frequencies of dimensions with slow rotation, so that their angles
+at position s * n are those of position n in training; dimensions with fast rotation are unchanged.
+YaRN (arXiv:2309.00071) interpolates between the two linearly over the dimensions, Llama 3.1 over
 wavelengths. YaRN also sharpens attention by 0.1 ln(s) + 1, on cos and sin (the paper) or on the
 logits (DeepSeek).
 
@@ -56,7 +56,7 @@ def table_scale(rope: RopeConfig) -> float:
 
 
 def logit_scale(rope: RopeConfig) -> float:
-    """Factor on the attention logits; DeepSeek puts YaRN's scale there, squared for q and k."""
+    """Factor on the attention logits; DeepSeek applies YaRN's scale here, squared for q and k."""
     if rope.scaling != "yarn" or not rope.mscale_all_dim:
         return 1.0
     return yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2

@@ -1,1 +1,1 @@
-"""Token dispatchers: one strategy per file, all behind `models.moe.Dispatcher`."""
+"""Token dispatchers: one strategy per file, all with the interface `models.moe.Dispatcher`."""

@@ -1,11 +1,10 @@
-"""Exact all-to-all dispatch: every row travels to the rank of its expert and back.
+"""Exact all-to-all dispatch: every row is sent to the rank of its expert and its result back.
 
 Expert e is on rank `e // (E / ep)`. Rows are sorted by expert, hence by rank. The ranks first
-exchange how many rows each expert gets (one small all-to-all for all chunks, read on the host
-because uneven splits are host arguments), then the rows and their routing weights. They arrive
+exchange the number of rows per expert (one small all-to-all for all chunks, read on the host
+because uneven splits are host arguments), then the rows and their routing weights. Rows arrive
 ordered by sender and, within a sender, by expert; one more gather orders them by expert. No row is
-dropped or padded, whatever the router chose. The backward pass needs no counts: it uses the
-same splits.
+ever dropped or padded. The backward pass exchanges no counts, since it has the same splits.
 
 T tokens, K experts per token, R rows sent, S rows received, P slots, D width, E experts,
 e local experts, C chunks.
@@ -57,9 +56,9 @@ class AllToAll:
 
 
 def expert_major(received_re: Tensor, n_rows: int, align: int) -> Permutation:
-    """The received rows, which lie by sender and then expert, by expert and then sender.
+    """Permutation of the received rows from (sender, expert) order to (expert, sender) order.
 
-    received_re: rows from each rank for each local expert, `n_rows` in all.
+    received_re: rows from each rank for each local expert, `n_rows` in total.
     """
     n_ranks, n_local = received_re.shape
     experts = torch.arange(n_local, device=received_re.device).repeat(n_ranks)
@@ -69,7 +68,7 @@ def expert_major(received_re: Tensor, n_rows: int, align: int) -> Permutation:
 
 @dataclass
 class DirectPlan:
-    """One exchange: tokens into R rows by rank, S rows received, those by expert."""
+    """One exchange: tokens to R rows by rank, S rows received, these ordered by expert."""
 
     comm: RowAllToAll
     stats: DispatchStats
@@ -77,7 +76,7 @@ class DirectPlan:
     by_expert: Permutation
     sent: list[int] | None
     got: list[int] | None
-    """Rows to and from every rank; None: evenly many."""
+    """Rows to and from every rank; None: the same number for each."""
     top_k: int
 
     def __post_init__(self) -> None:

@@ -1,14 +1,14 @@
-"""Adapter to DeepEP (https://github.com/deepseek-ai/DeepEP, version 2), where it is installed.
+"""Adapter to DeepEP (https://github.com/deepseek-ai/DeepEP, version 2), if it is installed.
 
 Its `dispatch` sends a token once to every rank that holds one of its experts (over NVLink and RDMA,
-without NCCL) and says which experts of that rank were meant; its `combine` sums back. They are each
-other's transpose, so they make a route; what remains is to copy a token's row for each of its
-experts on this rank, and to sum these. bf16 only here; the host waits for the counts.
+without NCCL) and returns the chosen experts of that rank; its `combine` sums the results. Each is
+the transpose of the other, as a plan requires; this module only copies a token's row for each of
+its experts on this rank, and sums these. Only bf16 is supported; the host waits for the counts.
 
-Written against the public API of 2.0 (`ElasticBuffer`); tested with a stand-in of the same calls
-over gloo, never on the hardware that DeepEP needs.
+Written for the public API of 2.0 (`ElasticBuffer`); tested with a replacement that implements the
+same calls over gloo, never on the hardware that DeepEP requires.
 
-T tokens, U tokens that came to this rank, K experts per token, P slots, D width, e local experts.
+T tokens, U tokens received by this rank, K experts per token, P slots, D width, e local experts.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from parallel.dispatch.plan import CombinedRows, DispatchPlan
 
 
 def elastic_buffer() -> Any:
-    """The class of DeepEP's buffers. Raises ConfigError where DeepEP is missing."""
+    """The class of DeepEP's buffers. Raises ConfigError if DeepEP is missing."""
     try:
         import deep_ep  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -48,7 +48,7 @@ def elastic_buffer() -> Any:
 
 
 class DeepEP:
-    """`Planner` that leaves the exchange to DeepEP; one buffer serves all layers."""
+    """`Planner` that uses DeepEP for communication; all layers share one buffer."""
 
     def __init__(
         self, n_experts: int, group: dist.ProcessGroup, buffers: dict[str, Any], align: int = 1
@@ -62,7 +62,7 @@ class DeepEP:
         return [DeepEPPlan(self, stats, ids_TK) for ids_TK in ids]
 
     def buffer(self, n_tokens: int, width: int, top_k: int) -> Any:
-        """The common buffer, made anew where a batch is larger than all before it."""
+        """The shared buffer, recreated if a batch is larger than all earlier ones."""
         needed = self.make.get_buffer_size_hint(self.group, n_tokens, width, num_topk=top_k)
         found = self.buffers.get("elastic")
         if found is None or found.num_bytes < needed:
@@ -74,7 +74,7 @@ class DeepEP:
 
 
 class PendingDispatch(NamedTuple):
-    """What DeepEP's `dispatch` returned; ids and weights where they were sent along."""
+    """Result of DeepEP's `dispatch`; ids and weights if they were sent."""
 
     data_UD: Tensor
     ids_UK: Tensor | None
@@ -83,7 +83,7 @@ class PendingDispatch(NamedTuple):
 
 
 class PendingCombine(NamedTuple):
-    """What DeepEP's `combine` returned."""
+    """Result of DeepEP's `combine`."""
 
     y_TD: Tensor
     weights_TK: Tensor | None
@@ -92,15 +92,15 @@ class PendingCombine(NamedTuple):
 
 @dataclass
 class DeepEPPlan:
-    """DeepEP's exchange, then a row for each of a token's experts here; and back."""
+    """DeepEP's exchange, then a row for each of a token's local experts; and the transpose."""
 
     planner: DeepEP
     stats: DispatchStats
     ids_TK: Tensor
     handle: Any = None
-    """DeepEP's own, from its first dispatch."""
+    """DeepEP's handle, from its first dispatch."""
     here: Permutation | None = None
-    """From the U tokens here to the rows of experts; known once they have come."""
+    """Permutation from the U local tokens to the rows of experts; set when they have arrived."""
 
     def start_dispatch(
         self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
@@ -147,7 +147,7 @@ class DeepEPPlan:
         return CombinedRows(handle.y_TD, handle.weights_TK)
 
     def _arrange(self, ids_UK: Tensor) -> None:
-        """Order the rows by expert. ids_UK: experts of this rank; -1 for those elsewhere."""
+        """Order the rows by expert. ids_UK: experts of this rank; -1 for those of other ranks."""
         n_local = self.planner.n_experts // dist.get_world_size(self.planner.group)
         n_rows = sum(self.handle.num_recv_tokens_per_expert_list)
         named_UK = torch.where(ids_UK < 0, n_local, ids_UK).long()

@@ -1,4 +1,5 @@
-"""From `[parallel.dispatch]` and a process group to the dispatchers of a model's MoE layers."""
+"""Creates the dispatchers of a model's MoE layers from `[parallel.dispatch]` and a process
+group."""
 
 import os
 from collections.abc import Callable
@@ -22,11 +23,16 @@ def dispatcher_maker(
     n_experts: int, group: dist.ProcessGroup, options: DispatchConfig, align: int = 1,
     power_of_two: bool = False,
 ) -> Callable[[], Dispatcher]:  # fmt: skip
-    """A function that makes one layer's dispatcher; layers share process groups and buffers.
+    """A function that creates one layer's dispatcher; layers share process groups and buffers.
 
-    group: the ranks that divide the experts. All of them call this together. align: what an
-    expert's rows shall start at a multiple of. power_of_two: of the scales of rows that travel in
-    FP8.
+    All ranks of `group` call it together.
+
+    Args:
+        n_experts: Number of experts.
+        group: The ranks that divide the experts.
+        options: The settings.
+        align: An expert's rows start at a multiple of this.
+        power_of_two: Round the scales of rows sent in FP8 up to powers of two.
     """
     nodes = node_of_ranks(group, options.node_size)
     me = dist.get_rank(group)
@@ -57,9 +63,9 @@ def dispatcher_maker(
 
 
 def node_of_ranks(group: dist.ProcessGroup, node_size: int) -> list[int]:
-    """The node of every rank of a group, as numbers that differ from node to node.
+    """The node index of every rank of a group.
 
-    node_size: ranks of the group per node; 0: those whose host, as torchrun counts, is the same.
+    node_size: ranks of the group per node; 0: ranks on the same host, by torchrun's numbering.
     """
     ranks = dist.get_process_group_ranks(group)
     if node_size:
@@ -71,7 +77,7 @@ def node_of_ranks(group: dist.ProcessGroup, node_size: int) -> list[int]:
 def _groups_of_levels(
     group: dist.ProcessGroup, nodes: list[int]
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The ranks with this rank's place on every node, and the ranks of this rank's node."""
+    """The ranks with this rank's index on every node, and the ranks of this rank's node."""
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
     m = nodes.count(nodes[0])
     if nodes != [node for node in nodes[::m] for _ in range(m)] or len(nodes) == m:

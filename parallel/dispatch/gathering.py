@@ -1,6 +1,6 @@
-"""Experts whose width several ranks divide: their tokens are gathered first, their sums scattered.
+"""Experts whose width several ranks divide: gathers their tokens first, reduce-scatters the sums.
 
-Around any other strategy. Which ranks, and what it costs: `parallel.expert`.
+It wraps any other strategy. The ranks and the communication are described in `parallel.expert`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from parallel.tensor import TPGroupComm
 
 
 class GatheringDispatcher:
-    """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums what they give."""
+    """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums its results."""
 
     def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
         self.inner, self.tp_comm = inner, TPGroupComm(group)

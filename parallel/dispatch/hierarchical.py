@@ -1,20 +1,20 @@
-"""Two-level dispatch: a token crosses to each node once and fans out there.
+"""Two-level dispatch: a token is sent to each node once and distributed there.
 
 Links between nodes are several times slower than those within. The flat exchange sends a token
-across once per chosen expert; here it goes once to every node that holds one of its experts, to the
-rank with the same place in the node, and that rank passes it on to its neighbours. On the way
-back a node first sums what its experts made of a token, so one row returns. With routing limited
-to M nodes (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) a token crosses at most M times, whatever
-its number of experts.
+between nodes once per chosen expert; here it is sent once to every node that has one of its
+experts, to the rank with the same index in that node, which forwards it within the node. For the
+results a node first sums the outputs of its experts for a token, so one row returns. With routing
+limited to M nodes (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) a token is sent between nodes at
+most M times, for any number of experts.
 
-With the row its K routing weights and expert ids are sent, 8 K bytes: from these a node finds its
+With the row its K routing weights and expert ids are sent, 8 K bytes, from which a node selects its
 own experts. After one all-gather of counts every rank has all splits of both levels; they are read
-on the host once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantised once on
-their way to experts; on the way back only what crosses is quantised.
+on the host once. A sum is rounded twice, in the node and over nodes. FP8 rows are quantized once
+when sent to experts; results are quantized only between nodes.
 
-Rank r of the group is place r % m of node r // m, and has experts r * e up to (r + 1) * e.
+Rank r of the group has index r % m in node r // m, and experts r * e up to (r + 1) * e.
 
-T tokens, U tokens that came to this rank from all nodes, K experts per token, N nodes, m ranks per
+T tokens, U tokens received by this rank from all nodes, K experts per token, N nodes, m ranks per
 node, E experts, F experts of one node, e of one rank, C chunks, R rows sent and S rows received in
 the node, P slots, J = 2 K.
 """
@@ -51,7 +51,8 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class Hierarchical:
-    """`Planner` over nodes of ranks. `across` joins the ranks of one place, `within` a node."""
+    """`Planner` for nodes of ranks. Group `across` has the ranks of one index, `within` of a
+    node."""
 
     n_experts: int
     group: dist.ProcessGroup
@@ -71,7 +72,7 @@ class Hierarchical:
         ]
         counts = _all_gather(torch.stack(mine_C), self.group).unflatten(0, (n_nodes, m))
         rows_NmCE, tokens_NmCN = counts.split([self.n_experts, n_nodes], -1)
-        # what reaches this node's rank of every place, from all nodes: rows per expert here
+        # rows that this node's rank of every index receives from all nodes, per local expert
         here_mCme = rows_NmCE.unflatten(-1, (n_nodes, m, -1))[:, :, :, node].sum(0)
         to_all = tokens_NmCN[node, place], tokens_NmCN[:, place, :, node].T
         fan = here_mCme[place].sum(-1), here_mCme[:, :, place].sum(-1).T
@@ -90,7 +91,7 @@ class Hierarchical:
         return plans
 
     def choices_here(self, ids_UK: Tensor) -> Tensor:
-        """Ids of experts counted from the first of this node; F for experts elsewhere."""
+        """Ids of experts relative to the first of this node; F for experts of other nodes."""
         per_node = self.n_experts // self.across.size
         here_UK = ids_UK - self.across.group.rank() * per_node
         return torch.where((here_UK >= 0) & (here_UK < per_node), here_UK, per_node)
@@ -98,7 +99,8 @@ class Hierarchical:
 
 @dataclass
 class TwoLevelPlan:
-    """To nodes, there to the ranks of experts, there by expert; and back."""
+    """The exchange between nodes, then to the ranks of experts, then by expert; and the
+    transpose."""
 
     planner: Hierarchical
     stats: DispatchStats
@@ -108,7 +110,7 @@ class TwoLevelPlan:
     level_2: Splits
     by_expert: Permutation
     to_ranks: Permutation | None = None
-    """From the U tokens here to R rows. It follows from the expert ids that come with them."""
+    """Permutation from the U local tokens to R rows, derived from the expert ids sent with them."""
 
     def __post_init__(self) -> None:
         self.ends_e, self.counts_e = self.by_expert.ends_E, self.by_expert.counts_E
@@ -119,7 +121,7 @@ class TwoLevelPlan:
         self, x_TD: Tensor, weights_TK: Tensor | None, wire: WireFormat
     ) -> PendingRows:
         extra = None
-        if weights_TK is not None:  # not in backward, when the ids have come already
+        if weights_TK is not None:  # not in backward, when the ids have already arrived
             extra_TJ = torch.cat([weights_TK, self.ids_TK.to(weights_TK.dtype)], 1)
             extra = gather_rows(extra_TJ, self.to_nodes)
         leaving = pack(x_TD, wire).gathered(self.to_nodes, extra)
@@ -162,7 +164,7 @@ class TwoLevelPlan:
 
 
 def _nodes_of(ids_TK: Tensor, n_experts: int, n_nodes: int) -> Tensor:
-    """The nodes a token visits, each once, `[T, min(N, K)]`; N fills what is left."""
+    """The nodes of a token's experts, each once, `[T, min(N, K)]`; the remaining entries are N."""
     nodes_TK = ids_TK // (n_experts // n_nodes)
     visited_TN = ids_TK.new_full((len(ids_TK), n_nodes), n_nodes)
     return visited_TN.scatter_(1, nodes_TK, nodes_TK).sort(1).values[:, : ids_TK.shape[1]]

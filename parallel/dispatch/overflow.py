@@ -1,7 +1,7 @@
-"""Rows that found no room: asked for once per step, before anything has changed.
+"""Checks once per step for rows that exceeded the capacity, before any state has changed.
 
-The dispatchers add up on the device how many did (`DispatchStats.rows_without_room`). One sum over
-ranks and one read per step tell whether the step counts; if not, it is redone with exact dispatch,
+The dispatchers count them on the device (`DispatchStats.rows_without_room`). One sum over ranks and
+one read per step determine whether the step is valid; if not, it is repeated with exact dispatch,
 or the run stops.
 """
 
@@ -15,14 +15,16 @@ from parallel.ranks import sum_over_ranks
 
 
 class CapacityOverflow(RuntimeError):
-    """Rows found no room and the run was told to stop; the message names the layers."""
+    """Rows exceeded the capacity and the run is configured to stop; the message names the
+    layers."""
 
 
 def overflowed(model: nn.Module, context: StepContext, step: int) -> bool:
-    """Whether rows of the step found no room on any rank, so that it has to be redone exactly.
+    """Whether rows of the step exceeded the capacity on any rank, so that it must be repeated
+    exactly.
 
-    All ranks call it together, and get the same answer. Raises CapacityOverflow where
-    `on_overflow` is "stop".
+    All ranks call it together and get the same result. Raises CapacityOverflow if `on_overflow` is
+    "stop".
     """
     found = routed_dispatchers(model)
     if not found or not isinstance(found[0][1].planner, SyncFree):

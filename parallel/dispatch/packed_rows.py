@@ -1,9 +1,9 @@
-"""Rows in a wire format, and the asynchronous all-to-all that exchanges them.
+"""Rows in the format in which they are sent, and the asynchronous all-to-all that sends them.
 
-A row is its values plus, in fp32, what belongs to it: the scales of an FP8 row, a routing weight.
-The latter are in one tensor, so that an exchange costs two messages, not four. FP8 halves the bytes
-of bf16; each row is quantised on its own, 128 values per scale (DeepSeek-V3, arXiv:2412.19437,
-section 3.3.2), and is sent as bytes, since gloo has no FP8.
+A row consists of its values and, in fp32, additional numbers: the scales of an FP8 row, a routing
+weight. The latter are in one tensor, so that an exchange takes two messages, not four. FP8 halves
+the bytes of bf16; each row is quantized separately, 128 values per scale (DeepSeek-V3,
+arXiv:2412.19437, section 3.3.2), and is sent as bytes, since gloo does not support FP8.
 
 R rows, D width, s scales per row.
 """
@@ -22,7 +22,7 @@ from models.step_context import DispatchStats
 
 WireFormat = Literal["compute", "fp8", "fp8_power_of_two"]
 """How values are sent: in the compute dtype, or in FP8, whose scales may be powers of two."""
-_c10d = torch.ops._c10d_functional  # each gives a new tensor, which recomputation can keep
+_c10d = torch.ops._c10d_functional  # each returns a new tensor, which recomputation can keep
 
 
 class PackedRows(NamedTuple):
@@ -33,10 +33,10 @@ class PackedRows(NamedTuple):
     scales: Tensor | None
     """`[R, s]` where `data` is FP8."""
     extra: Tensor | None
-    """`[R, any]`, fp32: what else belongs to the rows."""
+    """`[R, any]`, fp32: other numbers of the rows."""
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The rows themselves."""
+        """The rows in `dtype`."""
         if self.scales is None:
             return self.data
         return dequantize_1x128(self.fp8(), self.scales, dtype)
@@ -45,13 +45,13 @@ class PackedRows(NamedTuple):
         return self.data.view(fp8_dtype(self.data.device))
 
     def gathered(self, to: Permutation, extra: Tensor | None) -> "PackedRows":
-        """The rows of these tokens in the slots of `to`; `extra` is per row already."""
+        """The rows of these tokens in the slots of `to`; `extra` is already per row."""
         scales = None if self.scales is None else gather_rows(self.scales, to)
         return PackedRows(gather_rows(self.data, to), scales, extra)
 
 
 def pack(x_RD: Tensor, wire: WireFormat, extra: Tensor | None = None) -> PackedRows:
-    """Rows in a wire format."""
+    """Convert rows to the format `wire`."""
     if wire == "compute":
         return PackedRows(x_RD, None, extra)
     data, scales = quantize_1x128(x_RD, power_of_two=wire == "fp8_power_of_two")
@@ -85,7 +85,8 @@ class RowAllToAll:
     ) -> "PendingRows":
         """Begin to exchange rows.
 
-        sent, got: rows to and from every rank. None: evenly many. stats: where bytes are counted.
+        sent, got: rows to and from every rank. None: the same number for each. stats: counts the
+        bytes.
         """
         fp32 = [part for part in (rows.scales, rows.extra) if part is not None]
         data = self._start(rows.data, sent, got, stats)
@@ -94,7 +95,7 @@ class RowAllToAll:
         return PendingRows(data, beside, n_scales, rows.extra is not None)
 
     def exchange_counts(self, counts_r: Tensor) -> Tensor:
-        """What every rank had for this one; the first dimension runs over ranks. Not counted."""
+        """The counts of every rank for this one; the first dimension is the rank. Not counted."""
         even = [1] * self.size
         got = _c10d.all_to_all_single(counts_r.contiguous(), even, even, self.group.group_name)
         arrived: Tensor = _c10d.wait_tensor(got)
@@ -119,16 +120,16 @@ class RowAllToAll:
 
 @dataclass(frozen=True)
 class PendingRows:
-    """Rows on their way."""
+    """Rows that are being sent."""
 
     data: Tensor
     fp32: Tensor | None
-    """Scales and extra in one tensor, where there are any."""
+    """Scales and extra in one tensor, if there are any."""
     n_scales: int
     has_extra: bool
 
     def wait(self) -> PackedRows:
-        """The rows that arrived."""
+        """The received rows."""
         data = _c10d.wait_tensor(self.data)
         if self.fp32 is None:
             return PackedRows(data, None, None)

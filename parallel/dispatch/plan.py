@@ -1,9 +1,9 @@
-"""Where the rows of a batch go: the contract of a dispatch strategy.
+"""The interface of a dispatch strategy.
 
-A *plan* is a linear map A from tokens to the rows of this rank's experts, which copies and sends,
-and its transpose, which sends back and sums. Dispatch is A, its gradient the transpose; combine is
-the transpose, its gradient A. So a strategy writes down two exchanges without thinking of autograd
-(that is `parallel.dispatch.routed`), and the gradients are right if the two are transposes.
+A *plan* is a linear map A from tokens to the rows of this rank's experts, which copies and sends
+rows, and its transpose, which returns and sums them. Dispatch is A, its gradient the transpose;
+combine is the transpose, its gradient A. So a strategy implements two exchanges without autograd
+(that is `parallel.dispatch.routed`), and the gradients are correct if the two are transposes.
 
 T tokens, K experts per token, P slots of rows, D width, e local experts.
 """
@@ -20,16 +20,16 @@ from parallel.dispatch.packed_rows import PackedRows, WireFormat
 
 
 class CombinedRows(NamedTuple):
-    """What the transpose of a plan gives."""
+    """Result of the transpose of a plan."""
 
     y_TD: Tensor
     weights_TK: Tensor | None
-    """Sums of what `weights_P` held, where it was given."""
+    """Sums of `weights_P`, if it was passed."""
 
 
 class DispatchPlan(Protocol):
-    """Where the rows of one batch go. Each map begins in its first half, which gives a handle of
-    what is on its way, and ends in its second, which waits for it."""
+    """Communication of the rows of one batch. The first half of each map starts it and returns a
+    handle; the second half waits for it."""
 
     ends_e: Tensor
     counts_e: Tensor
@@ -52,11 +52,11 @@ class DispatchPlan(Protocol):
 
 
 class Planner(Protocol):
-    """A strategy: turns choices of experts into plans, over the ranks it was made for."""
+    """A strategy: converts choices of experts to plans, for the ranks it was created for."""
 
     @property
     def align(self) -> int:
-        """What an expert's rows start at a multiple of."""
+        """An expert's rows start at a multiple of this."""
         ...
 
     def plan(
@@ -64,14 +64,14 @@ class Planner(Protocol):
     ) -> list[DispatchPlan]:
         """The plans of several batches of choices `[T, K]`; all ranks call it together.
 
-        stats: where they count what travels. exact: there must be room for all rows.
+        stats: counts the communication. exact: all rows must fit.
         """
         ...
 
 
 @dataclass(frozen=True)
 class WireFormats:
-    """The wire format of every kind of rows."""
+    """The format in which every type of rows is sent."""
 
     dispatch: WireFormat
     dispatch_grad: WireFormat

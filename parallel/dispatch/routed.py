@@ -1,15 +1,14 @@
 """The dispatcher over plans: chunks of tokens, overlap, and the gradients of the exchanges.
 
-Every exchange has a start and an end, and each is a node of the graph: forward launches in the
-first and waits in the second, backward launches in the second's gradient and waits in the first's.
-Autograd runs nodes in the opposite order of their creation. What ran between the two in
-forward (experts of another chunk, shared experts) therefore runs between them in backward, too:
-backward overlaps as forward does, without code of its own.
+Every exchange has a start and an end, each a node of the graph: forward launches in the first and
+waits in the second; backward launches in the second's gradient and waits in the first's. Autograd
+runs nodes in the opposite order of their creation. What ran between the two in forward (experts of
+another chunk, shared experts) therefore runs between them in backward, too: backward overlaps as
+forward does, without separate code.
 
-What is exact: with the wire format "compute" everything, up to the order of sums. FP8 rounds the
-rows that are sent; the gradient takes that rounding for the identity (straight through), and
-gradients that are sent as FP8 are rounded likewise. Routing weights and their gradients are fp32
-always.
+With the format "compute" the result is exact, up to the order of sums. FP8 rounds the rows that are
+sent; the gradient treats that rounding as the identity (straight through), and gradients that are
+sent as FP8 are rounded likewise. Routing weights and their gradients are always fp32.
 
 T tokens, K experts per token, P slots of rows, D width.
 """
@@ -31,16 +30,16 @@ Tensors = tuple[Tensor | None, ...]
 
 
 class RoutedDispatcher:
-    """`models.moe.Dispatcher` over plans, a chunk of tokens after another."""
+    """`models.moe.Dispatcher` with plans, one chunk of tokens after another."""
 
     def __init__(
         self, planner: Planner, options: DispatchConfig, power_of_two: bool = False
     ) -> None:
-        """power_of_two: of the scales of rows that travel in FP8."""
+        """power_of_two: round the scales of rows sent in FP8 up to powers of two."""
         self.planner, self.options = planner, options
         self.wires = WireFormats.of(options, power_of_two)
 
-    @torch.compiler.disable  # splits are read on the host, and every layer's plans are others
+    @torch.compiler.disable  # splits are read on the host, and differ in every layer
     def run(
         self,
         x_TD: Tensor,
@@ -50,10 +49,10 @@ class RoutedDispatcher:
         shared_experts: Callable[[], Tensor] | None = None,
         layer: LayerContext | None = None,
     ) -> Tensor:
-        n = self.options.chunks  # the same on all ranks, however many tokens each has
+        n = self.options.chunks  # the same on all ranks, for any number of tokens
         sizes = [len(x_TD) // n + (i < len(x_TD) % n) for i in range(n)]
         x, weights = x_TD.split(sizes), weights_TK.split(sizes)
-        stats, exact = DispatchStats(), True  # outside of a training step nothing could be redone
+        stats, exact = DispatchStats(), True  # only a training step can be repeated
         if layer is not None and layer.step is not None and layer.totals is not None:
             stats, exact = layer.totals.dispatch, layer.step.exact_dispatch
         plans = self.planner.plan(list(expert_ids_TK.split(sizes)), stats, exact)
@@ -74,18 +73,18 @@ class RoutedDispatcher:
 
 @dataclass
 class _Dispatch:
-    """Tokens to experts, and the gradients back. `pending` is what is on its way.
+    """Tokens to experts, and the gradients back. `pending` is the handle of the communication.
 
-    The graph holds it, so it must not hold tensors of the graph: that circle would never be freed.
+    The graph holds it, so it must not hold tensors of the graph: that cycle would never be freed.
     """
 
     plan: DispatchPlan
     wires: WireFormats
     pending: Any = None
     dtype: torch.dtype = torch.float32
-    """Of the rows as autograd sees them."""
+    """Dtype of the rows in autograd."""
     arrived: PackedRows | None = None
-    """Until `_arrived` takes it: rows in FP8 do not pass through autograd."""
+    """Rows in FP8, which bypass autograd, until `_arrived` reads them."""
 
     def start(self, x_TD: Tensor, weights_TK: Tensor) -> None:
         self.dtype = x_TD.dtype
@@ -110,7 +109,7 @@ class _Dispatch:
 
 @dataclass
 class _Combine:
-    """Outputs of experts back to tokens, and the gradients to experts; as `_Dispatch`."""
+    """Outputs of experts back to tokens, and the gradients to experts; otherwise as `_Dispatch`."""
 
     plan: DispatchPlan
     wires: WireFormats
@@ -137,12 +136,12 @@ _Exchange = _Dispatch | _Combine
 
 
 def _started(exchange: _Exchange, *inputs: Tensor) -> tuple[Any, Tensor]:
-    """Launch it; the second is what ties its end to its start in the graph."""
+    """Launch it; the second result connects its end to its start in the graph."""
     return exchange, _Start.apply(exchange, *inputs)
 
 
 def _arrived(started: tuple[Any, Tensor], plan: DispatchPlan, align: int) -> Rows:
-    """Wait for the rows that were sent here."""
+    """Wait for the rows sent to this rank."""
     dispatch, token = started
     data_PD, weights_P = _End.apply(dispatch, token)
     rows, dispatch.arrived = dispatch.arrived, None
@@ -153,7 +152,7 @@ def _arrived(started: tuple[Any, Tensor], plan: DispatchPlan, align: int) -> Row
 
 
 class _Start(torch.autograd.Function):
-    """Launches; gives a tensor of one element that ties the end to it."""
+    """Launches; returns a tensor of one element that connects the end to it."""
 
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, *inputs: Tensor) -> Tensor:

@@ -1,20 +1,20 @@
-"""What the exchange of rows did in a step, per MoE layer, from all ranks.
+"""Statistics of the row exchange in a step, per MoE layer, from all ranks.
 
-The numbers travel in the all-reduce of the routers' counts, which every step makes anyway. Each
-rank fills its own column of those that are compared between ranks, zero elsewhere: the sum is then
-the list of all ranks.
+The numbers are part of the all-reduce of the routers' counts, which every step performs anyway. For
+numbers that are compared between ranks, each rank fills its own column and zero elsewhere: the sum
+is then the list of all ranks.
 
 | field, all `moe/layer_i/...` | meaning |
 |---|---|
-| rows_sent | rows (a token for one expert) that left a rank, mean over ranks |
-| rows_received | rows that a rank's experts got, mean over ranks |
+| rows_sent | rows (a token for one expert) sent by a rank to others, mean over ranks |
+| rows_received | rows received by a rank's experts, mean over ranks |
 | rank_max_over_mean | largest number of rows received over that mean |
 | dispatch_mib | sent to other ranks, forward and backward, all ranks, MiB |
 | between_nodes_mib | the part of it to ranks of other nodes |
 | capacity_use | sync_free: rows of the fullest buffer over its size; above 1 it overflowed |
 
-and `dispatch_redone`, 1 where the step was redone on the exact path. Numbers are of all
-microbatches of the step, of both passes where it was redone, and of recomputation.
+and `dispatch_redone`, 1 if the step was repeated with exact dispatch. Numbers are of all
+microbatches of the step, of both passes if it was repeated, and of recomputation.
 
 L MoE layers, E experts, W ranks, X numbers.
 """
@@ -31,9 +31,9 @@ _COLUMNS = ("rows_received", "max_rows")
 
 
 def sum_counts(step: StepContext, rows_travel: bool) -> tuple[Tensor, Tensor | None]:
-    """Over all ranks: the choices of experts `[L, E]`, and the numbers of the exchange.
+    """Sum over all ranks: the choices of experts `[L, E]`, and the numbers of the exchange.
 
-    rows_travel: whether the model's dispatchers exchange rows; else there are no numbers.
+    rows_travel: whether the model's dispatchers exchange rows; otherwise there are no numbers.
     """
     layers = step.moe_layers
     if not layers:
@@ -48,7 +48,7 @@ def sum_counts(step: StepContext, rows_travel: bool) -> tuple[Tensor, Tensor | N
 
 
 def _own(stats: DispatchStats, like: Tensor) -> Tensor:
-    """This rank's numbers of a layer; of those that are compared between ranks, in its column."""
+    """This rank's numbers of a layer; numbers that are compared between ranks are in its column."""
     world, rank = dist.get_world_size(), dist.get_rank()
     own_X = like.new_zeros(len(_SUMS) + len(_COLUMNS) * world)
     for i, name in enumerate(_SUMS):

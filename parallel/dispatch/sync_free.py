@@ -1,17 +1,17 @@
-"""Dispatch that the host never waits for: every rank sends every other a buffer of the same size.
+"""Dispatch without host synchronization: every rank sends every other a buffer of the same size.
 
-Uneven all-to-alls need their splits on the host: one wait per layer, in which the device runs
-dry, and which no CUDA graph can contain. Here a rank has room for C rows from each rank, C a fixed
+Uneven all-to-alls need their splits on the host: one wait per layer, during which the device idles,
+and which no CUDA graph can contain. Here a rank has a capacity of C rows from each rank, C a fixed
 multiple of the even share; a buffer that is not full is padded. Group ends stay on the
 device, where the grouped GEMM reads them.
 
-A router may want more than C. Such rows are not sent, and their number is added up on the
-device; `parallel.dispatch.overflow` reads it once per step, before anything has changed, and the
-step is redone exactly, or the run stops. So nothing is ever dropped unseen. (GShard,
+A router may choose more than C. The excess rows are not sent, and their number is added up on the
+device; `parallel.dispatch.overflow` reads it once per step, before any state has changed, and the
+step is repeated exactly, or the run stops. So rows are never dropped silently. (GShard,
 arXiv:2006.16668, drops; a buffer for the worst case is the third choice: `capacity_factor` = ep
-ranks.) Validation cannot be redone: there the exact exchange is used.
+ranks.) Validation cannot be repeated, so it uses the exact exchange.
 
-All ranks must bring the same number of tokens, since C follows from it.
+All ranks must have the same number of tokens, since C depends on it.
 
 T tokens, K experts per token, R = T * K rows, S = ep * C slots, E experts, e local experts.
 """
@@ -39,7 +39,7 @@ class SyncFree:
     align: int = 1
 
     def capacity(self, n_rows: int, top_k: int) -> int:
-        """Rows that one rank may send another, of `n_rows` it has."""
+        """Rows that one rank may send to another, of its `n_rows`."""
         even = n_rows / self.comm.size
         most = n_rows // top_k * min(top_k, self.n_experts // self.comm.size)
         return min(math.ceil(self.capacity_factor * even), most)
@@ -47,7 +47,7 @@ class SyncFree:
     def plan(
         self, ids: list[Tensor], stats: DispatchStats, exact: bool = False
     ) -> list[DispatchPlan]:
-        """exact: by the exchange that waits for the device."""
+        """exact: use the exchange that waits for the device."""
         if exact:
             return AllToAll(self.n_experts, self.comm, self.align).plan(ids, stats)
         return [self._plan(ids_TK, stats) for ids_TK in ids]
@@ -77,7 +77,7 @@ class SyncFree:
 
 
 def _first(counts_re: Tensor, room: int) -> Tensor:
-    """What of each rank's experts' rows, in this order, finds room."""
+    """The number of each rank's experts' rows, in this order, that fit."""
     ends_re = counts_re.cumsum(1).clamp(max=room)
     return ends_re.diff(dim=1, prepend=ends_re.new_zeros(len(ends_re), 1))
 
@@ -94,7 +94,7 @@ def _into_buffers(every: Permutation, wanted_r: Tensor, room: int) -> Permutatio
     place_R = row_R - (ends_r - wanted_r)[rank_R]
     fits_R = place_R < room
     slot_R = torch.where(fits_R, rank_R * room + place_R, n_slots)
-    order_P = every.order_P.new_full((n_slots + 1,), -1)  # the last takes what does not fit
+    order_P = every.order_P.new_full((n_slots + 1,), -1)  # the last is for rows that do not fit
     order_P[slot_R] = every.order_P
     inverse_R = torch.empty_like(slot_R)
     inverse_R[every.order_P] = torch.where(fits_R, slot_R, -1)
@@ -102,6 +102,6 @@ def _into_buffers(every: Permutation, wanted_r: Tensor, room: int) -> Permutatio
 
 
 def _expert_of_slot(got_re: Tensor, room: int) -> Tensor:
-    """The local expert of every received slot, `[ep, C]`; e where the slot holds nothing."""
+    """The local expert of every received slot, `[ep, C]`; e if the slot is empty."""
     places_rC = torch.arange(room, device=got_re.device).repeat(len(got_re), 1)
     return torch.searchsorted(got_re.cumsum(1), places_rC, right=True)

@@ -1,2 +1,2 @@
-"""Memory tracing: a step of the real model, on a fake process group and tensors without data, with
-every byte that it holds and exchanges counted by category."""
+"""Memory tracing: runs a step of the real model on a fake process group and tensors without data,
+and counts all bytes that it holds and exchanges by category."""

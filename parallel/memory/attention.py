@@ -1,8 +1,8 @@
-"""What torch's fused attention for CUDA keeps and allocates, for traced tensors.
+"""Memory of torch's fused attention for CUDA, for traced tensors.
 
-For their device torch itself has a composition of small operations, which keeps more. Attention
-with a mask is taken to be a fused kernel as well, except where torch has none: a bias that needs a
-gradient (sinks) with grouped heads; that one stores its probabilities on CUDA too.
+On their device torch runs a composition of small operations, which keeps more memory. Attention
+with a mask is assumed to be a fused kernel as well, except where torch has none: a bias that needs
+a gradient (sinks) with grouped heads; that one stores its probabilities on CUDA too.
 """
 
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ _composed = F.scaled_dot_product_attention
 
 
 def fused_attention() -> AbstractContextManager[Any]:
-    """Within it, torch's attention is the fused one for CUDA where it has one."""
+    """Context in which torch's attention is the fused one for CUDA if there is one."""
     return patch.object(F, "scaled_dot_product_attention", _attention)
 
 

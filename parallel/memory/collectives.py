@@ -1,7 +1,7 @@
-"""Collectives between ranks that do not exist: what each gives on this rank, and its bytes.
+"""Collectives between ranks that do not exist: their results on this rank, and their bytes.
 
-All ranks are taken to be alike, and this one to be the first. Bytes are those of the larger side:
-what a gather gives, what this rank puts into any other.
+All ranks are assumed to be alike, and this one to be the first. Bytes are those of the larger side:
+the result of a gather, this rank's input of any other collective.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ _c10d, _functional = torch.ops.c10d, torch.ops._c10d_functional
 
 
 class Collective(NamedTuple):
-    """What a tracker knows of an operation."""
+    """Properties of an operation that a tracker uses."""
 
     kind: str
     run: Callable[..., Any]
-    """The operation, on tensors as a `MemoryTracker` has them."""
+    """The operation, on the tensors of a `MemoryTracker`."""
     counted: int | None
-    """Which argument is the larger side; None: the result is."""
+    """Index of the argument that is the larger side; None: the result is."""
     group: int = -1
-    """Which argument names the group."""
+    """Index of the argument with the group."""
 
     def n_bytes(self, args: Any, result: Any) -> int:
         return _n_bytes(result if self.counted is None else args[self.counted])

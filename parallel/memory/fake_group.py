@@ -10,11 +10,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def fake_group(n_ranks: int) -> Iterator[None]:
-    """Within it the default group has so many ranks, this one is the first, and nothing is sent.
+    """Context with a default group of `n_ranks`, in which this rank is the first and nothing is
+    sent.
 
-    Raises ValueError where a process group is running.
+    Raises ValueError if a process group is running.
     """
-    hook = sys.excepthook  # torch's for ranks would name one in front of every error
+    hook = sys.excepthook  # torch's hook for ranks prints one before every error
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
     try:
         yield

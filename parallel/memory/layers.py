@@ -1,8 +1,8 @@
-"""The fewest layers whose trace tells that of all: layers in equal surroundings behave alike.
+"""The fewest layers whose trace determines that of all: layers with equal neighbors are alike.
 
-FSDP2 gathers ahead and frees late, so what a layer allocates depends on its neighbours as well.
-Wherever two layers have equal surroundings, those between may be left out of the traced model, as
-long as their own surroundings occur elsewhere.
+FSDP2 gathers early and frees late, so the allocations of a layer also depend on its neighbors. If
+two layers have equal neighbors, the layers between them may be left out of the traced model, as
+long as their own combinations of neighbors occur elsewhere.
 """
 
 from collections import Counter
@@ -22,17 +22,18 @@ from models.mtp import MtpModule
 
 @dataclass(frozen=True)
 class Layers:
-    """Which blocks of a model are traced, those of MTP modules last, and for which they stand."""
+    """The blocks of a model that are traced, those of MTP modules last, and the blocks they
+    represent."""
 
     kept: list[int]
     place: list[int]
-    """For every block, where in `kept` the one is whose trace is also its own."""
+    """For every block, the index in `kept` of the block with the same trace."""
     n_trunk: int
-    """Blocks of the model that are not those of MTP modules."""
+    """Blocks of the model without those of MTP modules."""
 
     @property
     def times(self) -> Counter[int]:
-        """For how many blocks each of `kept` stands."""
+        """The number of blocks that each of `kept` represents."""
         return Counter(self.place)
 
     @property
@@ -42,7 +43,7 @@ class Layers:
 
 
 def fewest(kinds: Sequence[Hashable], radius: int, n_trunk: int) -> Layers:
-    """radius: how many neighbours on either side matter."""
+    """radius: number of neighbors on either side that affect a layer."""
     padded = [*[None] * radius, *kinds, *[None] * radius]
     around = [tuple(padded[i : i + 2 * radius + 1]) for i in range(len(kinds))]
     to_come = Counter(around)
@@ -64,9 +65,9 @@ def fewest(kinds: Sequence[Hashable], radius: int, n_trunk: int) -> Layers:
 
 
 def reduced(config: JobConfig) -> tuple[JobConfig, Layers]:
-    """An experiment with the fewest layers that tell all, and which these are. Its model says how
-    many layers there are as before, which decides what each of them is. ConfigError as from
-    `models.fp8.apply_fp8`."""
+    """An experiment with the fewest layers that determine all, and these layers. The model's number
+    of layers is unchanged, because it determines the type of each layer. Raises ConfigError as
+    `models.fp8.apply_fp8` does."""
     model, parallel, fp8 = config.model, config.parallel, config.precision.fp8
     made = [_made(model, index) for index in range(model.n_layers + model.mtp_depth)]
     in_bf16: list[tuple[str, ...]] = [()] * len(made)
@@ -90,7 +91,7 @@ def reduced(config: JobConfig) -> tuple[JobConfig, Layers]:
 
 
 class _Made(NamedTuple):
-    """What the modules of a block depend on."""
+    """Settings that determine the modules of a block."""
 
     is_mtp: bool
     is_moe: bool
@@ -106,7 +107,7 @@ def _made(model: ModelConfig, index: int) -> _Made:
 
 
 def _in_bf16(fp8: FP8Config, model: ModelConfig, made: Sequence[_Made]) -> list[tuple[str, ...]]:
-    """Of every block the modules that `fp8` leaves in bf16."""
+    """For every block, the modules that `fp8` leaves in bf16."""
     blocks = {}
     for index, one in enumerate(made):
         if one not in blocks:

@@ -1,5 +1,5 @@
-"""A model as `parallel.apply` makes it for one rank, with all that a trace of its step needs:
-weights without data, hooks that say which category of memory is allocated and where layers begin.
+"""A model as `parallel.apply` creates it for one rank, prepared for a trace of its step: weights
+without data, and hooks that set the category of allocated memory and mark where layers begin.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "AdamW moments"
 GATHERED, REDUCTION, FP8_SHARDS = "gathered weights", "gradient reduction", "shards in FP8"
 BATCH, MASKS, RUNNING, NORM = "batch", "attention masks", "running backward", "gradient norm"
 ENDS, RESIDUAL, LOSS = "embedding and last norm", "residual stream", "logits and loss"
-"""Categories of memory, beside those of modules."""
+"""Categories of memory other than those of modules."""
 MODULES: dict[type[nn.Module], str] = {
     GroupedQueryAttention: "attention",
     LatentAttention: "attention",
@@ -45,16 +45,16 @@ MODULES: dict[type[nn.Module], str] = {
     FeedForward: "dense feed-forward",
 }
 ROUTED = ("routing and dispatch", "experts")
-"""Categories that follow the choice of experts."""
+"""Categories that depend on the choice of experts."""
 CATEGORIES = (
     PARAMETERS, GRADIENTS, MOMENTS, FP8_SHARDS, GATHERED, REDUCTION, BATCH, MASKS, ENDS, RESIDUAL,
     "attention", *ROUTED, "dense feed-forward", LOSS, RUNNING, NORM, "other",
 )  # fmt: skip
-"""All of them, in the order of a report."""
+"""All categories, in the order of a report."""
 
 
 class TracedModel:
-    """One rank's part of a model with as few layers as tell all of them; within `fake_group`."""
+    """One rank's part of a model with the fewest layers that determine all; within `fake_group`."""
 
     def __init__(
         self, config: JobConfig, parallel_dims: ParallelDims, device: str, compute: torch.dtype
@@ -62,7 +62,7 @@ class TracedModel:
         """device: `cpu` or `cuda`. compute: dtype of forward and backward."""
         self.config, self.layers = reduced(config)
         self.tracker, self.device = MemoryTracker(device), device
-        # what FSDP2 would ask a CUDA device for need not be there
+        # FSDP2 queries a CUDA device, which need not exist
         mesh = replace(meshes.build(parallel_dims, "cpu"), device_type=device)
         with torch.device("meta"):
             self.module = Decoder(self.config.model, self.layers.trunk)
@@ -77,8 +77,8 @@ class TracedModel:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Within it, new tensors are traced. What FSDP2 and the fused optimizer refuse, since it is
-        not on a device that they know, they take."""
+        """Context in which new tensors are traced, and in which FSDP2 and the fused optimizer
+        accept them although their device is unknown."""
         known = "torch.optim.optimizer._get_fused_kernels_supported_devices"
         with ExitStack() as stack:
             for check in ("_validate_no_meta_params", "_validate_cpu_offload_params"):
@@ -90,19 +90,19 @@ class TracedModel:
             yield
 
     def _materialise(self) -> list[Fp8Weights]:
-        """Allocate weights, shards in FP8 (by layer), and what FSDP2 makes before its first
-        step."""
+        """Allocate weights, shards in FP8 (by layer), and the tensors that FSDP2 creates before its
+        first step."""
         with self.category(PARAMETERS):
             self.module.to_empty(device=self.tracker.device)
             self.module.train()
         with self.category(FP8_SHARDS):
             fp8_weights = [gather_in_fp8(block) for block in self.blocks]
-        # FSDP2 pads uneven shards again where it does not see that they are the same storage
+        # FSDP2 pads uneven shards again if it does not detect that they are the same storage
         with patch.object(FSDPParam, "reset_sharded_param", lambda _: None):
             assert isinstance(self.module, FSDPModule)
             self.module._get_fsdp_state()._lazy_init()
         for block, weights in zip(self.blocks, fp8_weights, strict=True):
-            # once: what FSDP2 shows to modules instead of bytes is given back at the first use
+            # once: the memory that FSDP2 allocates for modules is freed at the first use
             weights.refresh()
             sharded = [m for m in block.modules() if weights.weights and isinstance(m, FSDPModule)]
             for module in sharded:
@@ -114,19 +114,19 @@ class TracedModel:
         return fp8_weights
 
     def refresh(self) -> None:
-        """Quantise the weights of all layers anew, one layer after another."""
+        """Quantize the weights of all layers again, one layer after another."""
         for index, weights in enumerate(self.fp8_weights):
             self.tracker.mark(REFRESH, index)
             weights.refresh()
 
     def give_gradients(self) -> None:
-        """Gradients of all parameters, as an earlier microbatch leaves them."""
+        """Allocate gradients of all parameters, as after an earlier microbatch."""
         with self.category(GRADIENTS):
             for parameter in self.module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
     def held(self, states: Mapping[Tensor, Iterable[Tensor]]) -> Bytes:
-        """What is held now, by all layers of the model.
+        """Memory that all layers of the model hold now.
 
         states: the optimizer's tensors of each parameter.
         """
@@ -155,11 +155,11 @@ class TracedModel:
         return self.tracker.begin("")
 
     def enter(self, category: str) -> None:
-        """What is allocated next is of that category."""
+        """Set the category of the next allocations."""
         self.tracker.categories.append(category)
 
     def leave(self) -> None:
-        """What is allocated next is of the category before."""
+        """Restore the previous category."""
         self.tracker.categories.pop()
 
     @contextmanager
@@ -171,7 +171,7 @@ class TracedModel:
             self.leave()
 
     def _name_axes(self, mesh: meshes.Mesh) -> None:
-        groups: list[tuple[str, Any]] = []  # meshes have groups of their own for the same axis
+        groups: list[tuple[str, Any]] = []  # meshes have separate groups for the same axis
         for view in (mesh.dense, mesh.whole, mesh.expert):
             groups += [(axis, view[axis].get_group()) for axis in view.mesh_dim_names or ()]
         for _, dispatcher in routed_dispatchers(self.module):
@@ -181,7 +181,7 @@ class TracedModel:
         self.tracker.axes = {g.group_name: axis for axis, g in groups if g.size() > 1}
 
     def _watch_modules(self) -> None:
-        """Name the category of what each part allocates, and mark where layers begin."""
+        """Set the category of each part's allocations, and mark where layers begin."""
         model = self.module
         kinds: dict[nn.Module, str] = {model.embed: ENDS, model.norm: ENDS}
         kinds.update((block, RESIDUAL) for block in self.blocks)
@@ -192,7 +192,7 @@ class TracedModel:
         for module, name in kinds.items():
             module.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
             module.register_forward_hook(lambda *_: self.leave(), always_call=True)
-        # before FSDP2's, which belong to the layer
+        # before the hooks of FSDP2, which are part of the layer
         for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._marking(FORWARD, index), prepend=True)
             block.register_forward_hook(self._marking_backward(BACKWARD, index), prepend=True)
@@ -205,7 +205,7 @@ class TracedModel:
         return lambda *_: self.tracker.mark(name, layer)
 
     def _marking_backward(self, name: str, layer: int | None = None) -> Callable[..., None]:
-        """A forward hook: mark when the gradient of the output is there."""
+        """A forward hook that marks when the gradient of the output is computed."""
 
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
             is_first = name != END or self.tracker.segments[-1].mark[0] == STEP
@@ -219,11 +219,11 @@ class TracedModel:
             loss.register_hook(lambda _: self._now(RUNNING))
 
     def _now(self, category: str) -> None:
-        """What is allocated outside all that has a category of its own."""
+        """Set the category of allocations outside all that have their own."""
         self.tracker.categories[0] = category
 
     def _watch_group(self, group: Any) -> None:
-        """Name what FSDP2 allocates for a group of parameters."""
+        """Set the category of FSDP2's allocations for a group of parameters."""
         is_root = group is fsdp_groups(self.module)[0]
         reduce = self._within(REDUCTION, group.post_backward)
 

@@ -1,5 +1,5 @@
-"""Choices of experts that are given: routing is not known before a run, so a trace takes the even
-one and the worst.
+"""Prescribed choices of experts: routing is unknown before a run, so a trace uses the even choice
+and the worst one.
 
 T tokens of a router, K experts per token; ids are int64.
 """
@@ -17,17 +17,17 @@ from models.router import Router
 
 @contextmanager
 def chosen(ids_TK: Tensor) -> Iterator[None]:
-    """Within it every router takes what is given."""
+    """Context in which every router returns `ids_TK`."""
     with patch.object(Router, "_given_choice", lambda *_: ids_TK.clone()):
         yield
 
 
 def even(moe: MoEConfig, ep: int, n_tokens: int) -> Tensor:
-    """As many tokens for every rank of `ep`, and about as many for every expert.
+    """The same number of tokens for every rank of `ep`, and about the same for every expert.
 
-    Not exactly: where groups of rows are aligned, loads that are all alike would all fill their
-    last rows, or all leave them half empty. Of two neighbours one has more by as much as the other
-    has less.
+    It is not exact: if groups of rows are aligned, equal loads would either all fill their last
+    rows, or all leave them half empty. Of two neighbors one has more by as much as the other has
+    less.
     """
     n_local, experts = moe.n_experts // ep, torch.arange(moe.n_experts)
     pair_E = experts % n_local // 2

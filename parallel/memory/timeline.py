@@ -1,10 +1,10 @@
-"""From the trace of a step of few layers to the bytes of a step of all.
+"""Computes the bytes of a step of all layers from the trace of a step of few layers.
 
 A trace is a list of segments between marks: one for each layer's forward and for its backward, and
-those between. A layer's segments are repeated as often as it stands for others. What every layer
-leaves behind (gradients, reduced values that FSDP2 holds to the end of backward) is let go of after
-the backward of the first: there, and before the step, a storage counts as often as the layer that
-allocated it.
+those between. A layer's segments are repeated for each layer that it represents. Memory that a
+layer holds after its segments (gradients, reduced values that FSDP2 holds to the end of backward)
+is freed after the backward of the first: there, and before the step, a storage is multiplied by the
+number of layers that its layer represents.
 """
 
 from collections import Counter
@@ -15,18 +15,19 @@ from parallel.memory.layers import Layers
 from parallel.memory.tracker import Event, Mark, Segment
 
 Bytes = Counter[str]
-"""By category of memory, or by axis of the mesh and kind of collective."""
+"""Bytes by category of memory, or by axis of the mesh and type of collective."""
 FORWARD, BACKWARD, REFRESH = "forward", "backward", "refresh"
-"""Marks of a layer: where its forward and its backward begin, and the refresh of its weights in
-FP8 after the update."""
+"""Marks of a layer: the beginning of its forward and of its backward, and the refresh of its
+weights in FP8 after the update."""
 STEP, HEAD, END = "step", "head", "end"
-"""Marks outside: where a step begins, its head after the last layer, and what follows the backward
-of the first."""
+"""Marks outside layers: the beginning of a step, its head after the last layer, and the part after
+the backward of the first."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a rank holds at the worst moment of a step and what it exchanges in a whole one."""
+    """Memory that a rank holds at the peak of a step, and bytes that it exchanges in the whole
+    step."""
 
     peak: Bytes
     host: Bytes
@@ -41,7 +42,7 @@ def needs_of(
     passes: int,
     on_host: frozenset[str] = frozenset(),
 ) -> Needs:
-    """What a step of all layers needs.
+    """Memory and communication of a step of all layers.
 
     held: before the step, by all layers. segments: of the last of its microbatches, traced with
     `layers`. passes: microbatches of the step. on_host: categories that are in host memory.
@@ -58,7 +59,7 @@ def needs_of(
 
 
 def _order(layers: Layers) -> Iterator[Mark]:
-    """The marks of a step of all layers as they come."""
+    """The marks of a step of all layers in order."""
     n, place = layers.n_trunk, layers.place
     yield STEP, None
     yield from ((FORWARD, at) for at in place[:n])
@@ -72,7 +73,7 @@ def _order(layers: Layers) -> Iterator[Mark]:
 def _peak(
     held: Bytes, way: Sequence[Segment], layers: Layers, is_counted: Callable[[str], bool]
 ) -> Bytes:
-    """What is held at the worst moment, of the categories that are counted."""
+    """Memory held at the peak, of the categories that are counted."""
     times = layers.times
     extents: dict[Mark, tuple[Bytes, Bytes]] = {}
     now: Bytes = Counter({kind: n_bytes for kind, n_bytes in held.items() if is_counted(kind)})
@@ -97,7 +98,7 @@ def _times(event: Event, times: Counter[int]) -> int:
 
 
 def _extent(events: Sequence[Event]) -> tuple[Bytes, Bytes]:
-    """The most that is held at any moment, and what is left, relative to the beginning."""
+    """The maximum held at any moment, and the amount at the end, relative to the beginning."""
     now, peak = Counter[str](), Counter[str]()
     total = most = 0
     for category, n_bytes, _ in events:

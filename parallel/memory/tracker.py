@@ -1,15 +1,15 @@
 """A mode that counts the bytes that tensors hold, by category, while code runs on tensors without
 data.
 
-What a step keeps and needs for the moment is decided by its code, by autograd, FSDP2 and
+The memory that a step keeps or needs temporarily depends on its code, autograd, FSDP2 and
 recomputation. That code itself runs, on tensors that have shape, dtype, strides and a storage that
-is counted, but no data: operations on floating-point tensors are carried out on torch's meta
-device. Integers have data as long as they are small, since the host reads some of them: how many
-rows an expert gets. So a block of a 671B model runs in a fraction of a second and in no memory.
+is counted, but no data: operations on floating-point tensors run on torch's meta device. Small
+integer tensors have data, since the host reads some of them: the number of rows of an expert. So a
+block of a 671B model runs in a fraction of a second and without memory.
 
-A storage is counted from the first tensor on it until the last one, or autograd, lets go of it:
-what an allocator is asked for, without what it adds, and without temporaries inside a single
-operation of torch. (Torch's `MemTracker` counts the same of real tensors.)
+A storage is counted from the creation of its first tensor until the last one, or autograd, releases
+it: the size requested from an allocator, without the allocator's overhead, and without temporaries
+inside a single operation of torch. (Torch's `MemTracker` counts the same of real tensors.)
 """
 
 from collections import Counter
@@ -26,39 +26,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parallel.memory.collectives import COLLECTIVES, REDUCE_SCATTER, WAIT
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
-"""Where traced tensors say that they are: `meta` is where code takes the path of an accelerator
-without launching a kernel."""
+"""The device that traced tensors report: with `meta`, code uses the path of an accelerator without
+launching a kernel."""
 _LARGEST_REAL = 2**24
-"""Elements up to which tensors of integers have data."""
+"""Maximum number of elements of integer tensors with data."""
 _WITH_DATA = (torch.int64, torch.int32, torch.bool)
-"""Not bytes: FP8 travels as such."""
+"""Not bytes: FP8 values are sent as bytes."""
 
 
 class Event(NamedTuple):
-    """Bytes that begin or cease to be held."""
+    """Bytes that are allocated or freed."""
 
     category: str
     n_bytes: int
     layer: int | None
-    """Within which layer the storage was allocated; None: outside all."""
+    """The layer that allocated the storage; None outside all layers."""
 
 
 Mark = tuple[str, int | None]
-"""What begins, and in which layer; None: outside all."""
+"""What begins, and in which layer; None outside all layers."""
 
 
 class Segment:
-    """What happens between two marks."""
+    """The events between two marks."""
 
     def __init__(self, mark: Mark) -> None:
         self.mark = mark
         self.events: list[Event] = []
         self.exchanged: Counter[str] = Counter()
-        """Bytes by axis of the mesh and kind of collective."""
+        """Bytes by axis of the mesh and type of collective."""
 
 
 class Storage:
-    """What is counted of a storage, and the methods of `torch.UntypedStorage` that FSDP2 uses."""
+    """The counted size of a storage, and the methods of `torch.UntypedStorage` that FSDP2 uses."""
 
     def __init__(self, tracker: "MemoryTracker", n_bytes: int) -> None:
         self.tracker, self.n_bytes = tracker, n_bytes
@@ -88,10 +88,10 @@ class Traced(Tensor):
     """A tensor of a `MemoryTracker`."""
 
     content: Tensor
-    """On the meta device; integers on the CPU where they have data."""
+    """On the meta device; integers with data are on the CPU."""
     storage_: Storage
     is_meta = False
-    """Else FSDP2 would take parameters for not materialised."""
+    """Otherwise FSDP2 would treat parameters as not materialized."""
 
     @staticmethod
     def __new__(cls, content: Tensor, device: torch.device, storage: Storage) -> "Traced":
@@ -108,7 +108,7 @@ class Traced(Tensor):
         return self.storage_
 
     def tolist(self) -> Any:
-        """Torch refuses this for subclasses. What has no data is all zeros."""
+        """Torch raises for subclasses. Values without data are zeros."""
         return (np.zeros(self.shape, int) if self.content.is_meta else self.content).tolist()
 
     @classmethod
@@ -117,28 +117,28 @@ class Traced(Tensor):
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While active, new tensors are traced ones."""
+    """Mode in which new tensors are traced."""
 
     def __init__(self, device: str) -> None:
-        """device: type of the one that is meant, a key of `DEVICES`."""
+        """device: the simulated device type, a key of `DEVICES`."""
         super().__init__()
         self.device, self.is_gloo = DEVICES[device], device == "cpu"
         self.storages: WeakValueDictionary[int, Storage] = WeakValueDictionary()
         self.categories = ["other"]
-        """What is allocated next is of the last of these."""
+        """Stack of categories; the next allocations belong to the last."""
         self.layer: int | None = None
-        """And within this layer."""
+        """The layer of the next allocations."""
         self.segments = [Segment(("", None))]
         self.axes: dict[str, str] = {}
-        """Axis of the mesh by name of its group; exchanges in other groups are not counted."""
+        """Axis of the mesh by name of its group; communication in other groups is not counted."""
 
     def mark(self, name: str, layer: int | None = None) -> None:
-        """Begin another segment."""
+        """Begin a new segment."""
         self.layer = layer
         self.segments.append(Segment((name, layer)))
 
     def begin(self, name: str) -> list[Segment]:
-        """Begin another trace, with that mark; returns the one so far."""
+        """Begin a new trace with that mark; returns the previous one."""
         trace, self.segments = self.segments, []
         self.mark(name)
         return trace
@@ -161,7 +161,7 @@ class MemoryTracker(TorchDispatchMode):
         if torch._C._get_dispatch_mode(_FAKE) is not None or operation.namespace == "profiler":
             return operation(*args, **kwargs)
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # comes again for the local tensors
+            return NotImplemented  # called again for the local tensors
         contents: list[Tensor] = []
         given: dict[int, Tensor] = {}
         """By id of the content."""
@@ -177,7 +177,7 @@ class MemoryTracker(TorchDispatchMode):
         return _map(lambda x: given[id(x)] if id(x) in given else self.wrap(x), results)
 
     def _run(self, operation: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        """The operation on contents."""
+        """Run the operation on contents."""
         if operation in COLLECTIVES:
             return self._exchange(operation, args)
         if operation is WAIT:
@@ -199,7 +199,7 @@ class MemoryTracker(TorchDispatchMode):
         result = collective.run(*args)
         n_bytes = collective.n_bytes(args, result)
         if self.is_gloo and collective.kind == REDUCE_SCATTER:
-            Storage(self, n_bytes)  # gloo copies its input; let go of at once
+            Storage(self, n_bytes)  # gloo copies its input; freed at once
         axis = self.axes.get(collective.group_name(args))
         if axis is not None:
             self.segments[-1].exchanged[f"{axis} {collective.kind}"] += n_bytes
@@ -207,18 +207,18 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def storage_of(tensor: Tensor) -> Storage:
-    """What is counted of a traced tensor's storage."""
+    """The counted storage of a traced tensor."""
     assert isinstance(tensor, Traced)
     return tensor.storage_
 
 
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-"""DTensor computes on fake tensors what becomes of shapes."""
+"""DTensor uses fake tensors to compute shapes."""
 _item = torch.ops.aten._local_scalar_dense.default
 
 
 def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
-    """`x` with the function applied to all tensors in it."""
+    """Apply `function` to all tensors in `x`."""
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, list | tuple):
@@ -229,12 +229,12 @@ def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
 
 
 def _without_data(x: Tensor) -> Tensor:
-    """Integers with data that meet a tensor without leave theirs behind."""
+    """Convert an integer tensor to one without data, for operations with such a tensor."""
     return x if x.is_meta else x.to("meta")
 
 
 def _make(operation: Any, args: Any, kwargs: Any) -> Any:
-    """A new tensor: with data if it is one of few integers."""
+    """A new tensor, with data if it has few integers."""
     made = operation(*args, **kwargs | {"device": "meta"})
     if made.dtype not in _WITH_DATA or made.numel() > _LARGEST_REAL:
         return made

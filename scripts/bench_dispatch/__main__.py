@@ -9,7 +9,6 @@ the experts wait instead of compute, as for an accelerator of their own. Prints 
 `--picture FILE.png` draws it.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from configs.command_line import CommandParser
 from scripts.bench_dispatch import slow_link
 
 _PORT = "29517"
@@ -30,7 +30,7 @@ _SIZES = {"experts": 8, "top_k": 4, "tokens": 2048, "width": 256, "d_expert": 10
 
 def main() -> None:
     """Measure, print the tables and, where wanted, draw."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_dispatch", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.bench_dispatch", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds per table (default 15)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--link", action="store_true", help="two hosts with a slow cable")

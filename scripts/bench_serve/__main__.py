@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from scripts.bench_serve.client import Answer, run
 from scripts.bench_serve.workloads import NAMES, build
@@ -115,7 +116,7 @@ def start(export: Path, threads: int, max_running: int) -> tuple[subprocess.Pope
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.bench_serve", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

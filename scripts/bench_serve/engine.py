@@ -4,7 +4,6 @@ Random token prompts of 128 tokens, 64 greedy tokens each (less where the model 
 1, 4 and 16 requests at once; best of three, since whatever else the machine does only slows it.
 """
 
-import argparse
 import os
 import random
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from serve.engine.request import SamplingParams
 from serve.frontend.engine import Engine
@@ -20,9 +20,7 @@ from serve.frontend.engine import Engine
 
 def main() -> int:
     """Print one line per number of requests."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.bench_serve.engine", description=__doc__
-    )
+    parser = CommandParser(prog="python -m scripts.bench_serve.engine", description=__doc__)
     parser.add_argument("export", type=Path)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=1)

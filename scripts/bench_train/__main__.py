@@ -6,7 +6,6 @@ runs alternate, so that what else the machine does touches both; the figure to t
 the medians. CPU only.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from configs.command_line import CommandParser
 from configs.loader import load
 from train.data.corpus import prepare
 from train.report.metrics import FORCED_BALANCE
@@ -39,7 +39,7 @@ WARMUP = 5
 
 def main() -> None:
     """Alternate the two, print every run and the ratio."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_train", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.bench_train", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="runs of each (default 4)")
     parser.add_argument("--steps", type=int, default=40, help="steps per run (default 40)")
     options = parser.parse_args()

@@ -14,7 +14,6 @@ experts missing still writes text; its tokens and log-probabilities are others.
 The exit code is 0 where all four agree, 1 where one disagrees or fails, 3 where one was not tried.
 """
 
-import argparse
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from configs.command_line import CommandParser
 from configs.errors import UserError
 from models.decoder import Decoder
 from models.documents import DocumentAttention
@@ -224,7 +224,7 @@ def check(
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.check_readers")
+    parser = CommandParser(prog="python -m scripts.check_readers")
     parser.add_argument("export", type=Path, help="folder written by scripts.export, in fp32")
     for reader in READERS:
         default = sys.executable if reader.name == "transformers" else None

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from configs.command_line import CommandParser
 from configs.loader import load
 from models.decoder import Decoder
 from models.fp8 import apply_fp8, gemm_shares
@@ -138,7 +139,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.fp8_convergence", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.fp8_convergence", description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the runs, the table and the pictures")
     parser.add_argument("--steps", type=int, default=1500, help="steps per run (default 1500)")
     parser.add_argument(

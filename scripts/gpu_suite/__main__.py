@@ -1,6 +1,5 @@
 """Command line of the suite."""
 
-import argparse
 import json
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from configs.command_line import CommandParser
 from scripts.gpu_suite import elementwise, gemm, grouped, layers, moe, quantize, training
 from scripts.gpu_suite.harness import Place
 
@@ -24,7 +24,7 @@ SECTIONS = {
 
 def main() -> None:
     """Run the chosen sections; exit 1 where a kernel is wrong or there is no device."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m scripts.gpu_suite",
         description="Every kernel on a CUDA device: correctness first, then time.",
     )

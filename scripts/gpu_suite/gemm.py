@@ -26,7 +26,7 @@ from scripts.gpu_suite.harness import measure as take_time
 
 NAME = "gemm"
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-6}
-"""Against the exact product of the quantised operands."""
+"""Against the exact product of the quantized operands."""
 UNQUANTISED = 1e-3
 CHECKED = [(256, 384, 512), (300, 260, 400), (1, 1, 1), (129, 576, 2880), (1000, 128, 64)]
 MANY_TILES = (2000, 2100, 1700)
@@ -80,7 +80,7 @@ def _product(
     implementation: gemm_fp8.Implementation, layout: str, a_MK: Tensor, b_NK: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ours, and the fp64 product of the same quantised operands."""
+    """Ours, and the fp64 product of the same quantized operands."""
     options: dict[str, Any] = {"out_dtype": dtype, "implementation": implementation}
     if layout == "tn":
         a, b = quantize_128x1(a_MK.T), quantize_128x1(b_NK.T)

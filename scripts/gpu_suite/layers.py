@@ -79,7 +79,7 @@ def _linear(
     x: Tensor, w: Tensor, fp8_weight: Fp8Weight | None = None,
     linears: Callable[..., tuple[Tensor, ...]] = linears_fp8,
 ) -> Tensor:  # fmt: skip
-    """One layer; its weight is quantised here unless that is done."""
+    """One layer; its weight is quantized here unless that is done."""
     (y,) = linears(x, [w], [fp8_weight or Fp8Weight.of(w)])
     return y
 

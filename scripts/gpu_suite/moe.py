@@ -111,7 +111,7 @@ def _check_router(place: Place, experts: int, rule: RouterOptions) -> Iterator[C
     ids, weights, counts = route(leaf, bias.to(place.device), rule)
     expected = route_reference(logits, bias, rule)
     # the exponentials of a device differ in their last bit, and with them a choice between
-    # neighbours now and then
+    # neighbors now and then
     yield Check(f"{case}: share of ids that differ", _share(ids, expected[0]), 1e-3)
     wrong = int((counts.cpu() != torch.bincount(ids.cpu().flatten(), minlength=experts)).sum())
     yield Check(f"{case}: counts that differ", wrong, 0)

@@ -1,4 +1,4 @@
-"""FP8 quantisation: the bits of the reference, and the share of copy bandwidth."""
+"""FP8 quantization: the bits of the reference, and the share of copy bandwidth."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """A training step of Qwen3-30B-A3B's layers, in bf16 and in FP8: tokens/s, memory, host waits.
 
 As many layers as fit with fp32 masters, gradients and both moments. The whole of `train_step` is
-timed, on random tokens, with the router as it is initialised (unbalanced, as training begins).
+timed, on random tokens, with the router as it is initialized (unbalanced, as training begins).
 Beside it the loss and the gradients of a small model in FP8 on the device and in the emulation on
 the CPU, from the same weights and tokens: they differ by the order of sums, and by the FP8 codes
 that this flips.

@@ -4,12 +4,12 @@ Needs no GPU: `scripts.kernel_table.offline` compiles what the launchers would l
 goes to docs/kernels.md between its two marks; `--check` compiles and prints without writing.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import triton
 
+from configs.command_line import CommandParser
 from scripts.kernel_table import elementwise, fp8, grouped, moe, swiglu
 from scripts.kernel_table.case import TARGETS, Case, fp8_of
 from scripts.kernel_table.offline import Build, offline
@@ -51,7 +51,7 @@ def table() -> list[str]:
 
 def main() -> None:
     """Compile everything, print it, and write the page."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.kernel_table", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.kernel_table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="print only, leave the page as it is")
     options = parser.parse_args()
     lines = table()

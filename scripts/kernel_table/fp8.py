@@ -1,4 +1,4 @@
-"""Quantisation and FP8 products."""
+"""Quantization and FP8 products."""
 
 from collections.abc import Callable
 from functools import partial

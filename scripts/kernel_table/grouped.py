@@ -1,4 +1,4 @@
-"""Grouped products, and the quantisation that restarts with every group.
+"""Grouped products, and the quantization that restarts with every group.
 
 NN in FP8 is NT on transposed views: the same machine code.
 """

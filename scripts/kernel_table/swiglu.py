@@ -1,4 +1,4 @@
-"""SwiGLU, plain and quantised."""
+"""SwiGLU, plain and quantized."""
 
 from functools import partial
 

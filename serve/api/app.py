@@ -1,6 +1,6 @@
 """HTTP: an OpenAI-compatible server in front of the engine's thread.
 
-The event loop only moves bytes: parsing and tokenising happen in worker threads, computing in the
+The event loop only moves bytes: parsing and tokenizing happen in worker threads, computing in the
 engine's. However a connection ends, its requests are cancelled, which frees their pages.
 Errors carry one line for the client; tracebacks go to the server's log.
 """
@@ -124,7 +124,7 @@ class _Api:
             self.thread.cancel(requests)
 
     def _prepare(self, body: bytes) -> tuple[Call, list[Request], dict[Request, ChoiceWriter]]:
-        """Check, tokenise, and make one request per choice."""
+        """Check, tokenize, and make one request per choice."""
         call = parse_call(body, self.model_name)
         writers: dict[Request, ChoiceWriter] = {}
         for prompt in call.prompts:

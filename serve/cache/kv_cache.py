@@ -10,7 +10,7 @@ What is kept per token depends on the attention:
 | grouped heads | keys `[pages, G, C, size]`, values `[pages, G, size, C]` | 2 G C |
 | latent (MLA) | latents `[pages, size, N]`: compressed keys and values, rotated key | kv_lora_rank + qk_rope_head_dim |
 
-Keys lie with neighbouring tokens side by side, as the product with a query wants them: it sums over
+Keys lie with neighboring tokens side by side, as the product with a query wants them: it sums over
 C for 16 tokens at a time. A slot is a token's place: page * size + offset.
 
 G key/value heads, C head width, N = kv_lora_rank + qk_rope_head_dim.

@@ -12,6 +12,7 @@ from configs.config_warnings import config_warnings
 from configs.errors import ConfigError
 from configs.loader import load
 from configs.model import ModelConfig, RopeConfig
+from configs.rules import shown
 from models.counts import flops_per_token, parameter_counts
 from models.decoder import Decoder
 from models.documents import DocumentAttention
@@ -121,7 +122,7 @@ def test_the_root_of_the_file_system_by_any_way(
     up = "/".join([".."] * len(tmp_path.parts))
     for way in (up, "link", f"link/tmp/{up}", f"~/{up}", f"{tmp_path}/{up}"):
         monkeypatch.setenv("HOME", str(tmp_path))
-        expected = f"{key} = {way!r}: leads to the root of the file system"
+        expected = f"{key} = {shown(way)}: leads to the root of the file system"
         assert expected in refusal(TINY, f"--{key}={way}"), way
     monkeypatch.setenv("HOME", "/")
     assert "root of the file system" in refusal(TINY, f"--{key}=~")

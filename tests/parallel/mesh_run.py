@@ -10,6 +10,7 @@ random, documents of unequal length.
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -253,4 +254,6 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    # a view that leaves a module of FSDP2's loses its hook with the next in-place operation
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")
     main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

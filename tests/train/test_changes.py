@@ -181,3 +181,31 @@ def test_mtp_modules_come_and_go_with_given_weights(
     assert "MTP modules 1 to 1: left out, this run has 0" in capfd.readouterr().out
     (third,) = read_lines(tmp_path / "back" / "metrics.jsonl")
     assert third["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_data_may_move_but_not_change(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a resume needs is the same tokens, wherever their text and tokenizer are now."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    for name in ("a.py", "b.py"):
+        (here / name).write_text("\n".join(f"def {name[0]}_{n}(): ..." for n in range(300)))
+    arguments = [*overrides, "--checkpoint.every=0", "--schedule.steps=20"]
+    assert train(*arguments, f"--data.source={here}", "--train.steps=2") == 0
+    here.rename(there)
+    kept = tmp_path / "run" / "tokenizer"
+    moved = [f"--data.source={there}", f"--data.tokenizer={kept}"]
+    assert train(*arguments, f"--data.source={there}", "--train.steps=3") == 0
+    assert f"data.source (was '{here}', is '{there}')" in capfd.readouterr().out
+    assert train(*arguments, *moved, "--train.steps=4") == 0
+    assert "data.tokenizer (was '', is" in capfd.readouterr().out
+    (there / "b.py").write_text("b = 1\n" * 3000)
+    for then, cause in (
+        (moved, f"the documents of data.source = '{there}' have changed"),
+        ([*moved, "--data.text_field=other"], "with another data.text_field (was 'text'"),
+    ):
+        assert train(*arguments, *then, "--train.steps=5") == 2
+        error = capfd.readouterr().err
+        assert f"cannot resume: {cause}" in error and error.count("\n") == 1
+        assert "the tokens are not those of its checkpoint" in error

@@ -57,10 +57,11 @@ def test_a_folder_takes_what_it_knows(tmp_path: Path) -> None:
     write(tmp_path, {"b.md": "# b", "sub/a.txt": "first\n<|endoftext|>\nsecond\n<|endoftext|>\n"})
     write(tmp_path, {"x.pdf": b"%PDF", ".git/c.txt": "c", "bom.txt": b"\xef\xbb\xbfbom"})
     write(tmp_path, {"rows.jsonl": '{"text": "row"}\n{"text": null}\n', "bad.txt": b"\xff"})
+    write(tmp_path, {"utf16.txt": "valid UTF-8, and no text".encode("utf-16-le")})
     source = locate(DataConfig(source=str(tmp_path), cache_dir=str(tmp_path / "cache")))
     documents = source.read()
     assert list(documents) == ["# b", "bom", "first\n", "second\n", "row", ""]
-    assert documents.not_utf8 == [str(tmp_path / "bad.txt")]
+    assert documents.not_utf8 == [str(tmp_path / name) for name in ("bad.txt", "utf16.txt")]
     assert documents.take([4, 0, 5, 3, 4]) == ["row", "# b", "", "second\n", "row"]
     assert documents.notes == ["passed over 1 files of other kinds (1 .pdf)"]
     names = ["a.jsonl.zst", "b.ZST", "Makefile", "c.csv", "d.json", "e.bin", "sub/f.csv"]
@@ -124,6 +125,9 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails(tmp_path / "corpsu.txt", "no such file or folder", str(tmp_path / "corpus.txt"))
     fails(tmp_path / "no" / "where.txt", "no such file or folder")
     fails(tmp_path / "latin.txt", "not UTF-8", "byte 3")
+    for encoding, nul in {"utf-16-le": 1, "utf-16-be": 0, "utf-32-le": 1, "utf-16": 3}.items():
+        write(tmp_path, {"wide.txt": ("words " * 2000).encode(encoding)})
+        fails(tmp_path / "wide.txt", "not UTF-8", f"byte {nul}")
     fails(tmp_path / "paper.pdf", ".pdf is not supported", ".jsonl")
     fails(tmp_path / "rows.json", "name it .jsonl")
     fails(tmp_path / "pictures", "no document", ".png")

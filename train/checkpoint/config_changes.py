@@ -6,6 +6,7 @@ others may change, and are listed.
 """
 
 from enum import Enum
+from typing import NoReturn
 
 from configs.errors import UserError
 from configs.loader import flatten, from_dict, unflatten
@@ -58,8 +59,8 @@ CHANGES: dict[str, ConfigChange] = {
     "model.moe.global_aux_loss_coef": _ALWAYS,
     "model.moe.router_z_loss_coef": _ALWAYS,
     "model.moe.force_balance": _NEW,
-    "data": _NEW,
-    "data.cache_dir": _ALWAYS,
+    "data": _ALWAYS,  # what it leads to, the tokens, is compared itself (`refuse_other_corpus`)
+    "data.seq_len": _NEW,
     "train": _ALWAYS,
     "train.global_batch": _NEW,
     "optimizer": _ALWAYS,
@@ -109,6 +110,20 @@ def compare_for_resume(then: JobConfig, config: JobConfig, done: int) -> list[st
         )
     lines = [f"changed since that checkpoint: {line}" for line in told.values()]
     return lines + rate_lines(then, config, done)
+
+
+def refuse_other_corpus(then: JobConfig, config: JobConfig) -> NoReturn:
+    """Raise UserError for a run whose tokens are not those that its checkpoint was trained on."""
+    changed = [line for key, line in _changed(then, config).items() if key.startswith("data.")]
+    cause = (
+        f"with another {', '.join(changed)}"
+        if changed
+        else (f"the documents of data.source = {config.data.source!r} have changed")
+    )
+    raise UserError(
+        f"{config.run.dir}: cannot resume: {cause}: the tokens are not those of its checkpoint; "
+        "choose another run.dir"
+    )
 
 
 def compare_for_start(then: JobConfig, config: JobConfig) -> list[str]:

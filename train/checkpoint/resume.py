@@ -16,6 +16,7 @@ from train.checkpoint.config_changes import (
     compare_for_resume,
     compare_for_start,
     is_new,
+    refuse_other_corpus,
     settings_then,
 )
 from train.checkpoint.manifest_content import short
@@ -126,12 +127,10 @@ def _same_tokenizer(checkpoint_folder: Path, config: JobConfig) -> bool:
 def _compare(manifest: checkpoint.Manifest, config: JobConfig, facts: dict[str, str]) -> list[str]:
     """Refuse a change of what must not change; describe what else is different."""
     state = _state(manifest)
-    lines = compare_for_resume(settings_then(manifest), config, manifest.step)
+    then = settings_then(manifest)
+    lines = compare_for_resume(then, config, manifest.step)
     if state["corpus"] != facts["corpus"]:
-        raise UserError(
-            f"{config.run.dir}: cannot resume: the documents of data.source = "
-            f"{config.data.source} have changed; choose another run.dir"
-        )
+        refuse_other_corpus(then, config)
     if state["compute"] != facts["compute"]:
         was, is_ = state["compute"], facts["compute"]
         lines.append(f"changed since that checkpoint: compute dtype (was {short(was)}, is {is_})")

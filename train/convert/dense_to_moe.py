@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.loader import flatten, from_dict, to_toml
+from configs.loader import check_folders, flatten, from_dict, to_toml
 from configs.model import ModelConfig
 from configs.paths import local_path
 from configs.schema import (
@@ -121,6 +121,7 @@ def _config(
     )
     plain = flatten(config)
     config = from_dict(asdict(config), str(out / "config.toml"), overrides)
+    check_folders(config)
     decided = [
         key
         for key, value in flatten(config).items()

@@ -33,7 +33,7 @@ from train.tokenizer.tokenizer import load_tokenizer
 def export_hf(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     """Write the newest checkpoint of `source` (or that very checkpoint) to `out`.
 
-    dtype: with float8_e4m3fn, what readers do not hold quantised is bf16 (`models.hf.fp8_blocks`).
+    dtype: with float8_e4m3fn, what readers do not hold quantized is bf16 (`models.hf.fp8_blocks`).
     out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
     Raises UserError if the model has no Hugging Face form or the checkpoint is damaged.
     """

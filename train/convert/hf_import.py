@@ -3,7 +3,7 @@
 (`checkpoint.init_from`) into a run of its own.
 
 Weights become fp32, the dtype of our master weights: exact for fp32, bf16 and fp16; FP8 blocks and
-MXFP4 are dequantised. The checkpoint is written in files of at most 5 GiB, one after the other, so
+MXFP4 are dequantized. The checkpoint is written in files of at most 5 GiB, one after the other, so
 a model of any size passes through one file's worth of memory.
 """
 

@@ -1,1 +1,1 @@
-"""From a source of text to the microbatches of a step: reading, duplicates, tokenised corpora."""
+"""From a source of text to the microbatches of a step: reading, duplicates, tokenized corpora."""

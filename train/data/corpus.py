@@ -47,7 +47,7 @@ class DamagedCache(ValueError):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus, opened. T tokens."""
+    """A tokenized corpus, opened. T tokens."""
 
     folder: Path
     train: np.ndarray

@@ -1,8 +1,8 @@
-"""One corpus from source to files: read, drop duplicates, split, tokenise.
+"""One corpus from source to files: read, drop duplicates, split, tokenize.
 
 The stream: every document is `<|endoftext|>` and then its tokens. The token starts a document, and
 is what the last token of the document before it learns to predict. Documents stand in the order of
-their content hash: a shuffle without a seed, in which neighbours have nothing in common and which
+their content hash: a shuffle without a seed, in which neighbors have nothing in common and which
 moves no document when others are added.
 
 The split is by document, after duplicates are gone: held out is a document whose hash, read as a

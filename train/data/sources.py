@@ -65,6 +65,7 @@ _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _FULL = re.compile("[Nn]o space left|disk space")  # libraries that lose the number of the error
 _BATCH = 64  # rows
+_PROBED = 8000  # bytes
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,12 @@ def _fill_from_files(
     documents.notes += [note] if note else []
     for file in texts:
         try:
-            text = file.read_bytes().decode("utf-8-sig")
+            text = _decoded(file.read_bytes())
         except UnicodeDecodeError as error:
             if single:
                 raise _error(
-                    data, f"not UTF-8 text (byte {error.start}); it takes {SUPPORTED}"
+                    data,
+                    f"not UTF-8 text (byte {error.start}: {error.reason}); it takes {SUPPORTED}",
                 ) from None
             documents.not_utf8.append(shown(file))
             continue
@@ -207,6 +209,15 @@ def _fill_from_files(
     columns = [_fill_from_table(data, file, documents, log, single) for file in tables]
     if any(column.missed for column in columns) and not any(column.found for column in columns):
         raise _no_column(data, [name for column in columns for name in column.others])
+
+
+def _decoded(raw: bytes) -> str:
+    """The text of a file. UnicodeDecodeError also where it has NUL bytes near its beginning, which
+    are valid UTF-8 but mean UTF-16, UTF-32 or no text (git's test of binary files, too)."""
+    nul = raw.find(0, 0, _PROBED)
+    if nul >= 0:
+        raise UnicodeDecodeError("utf-8", raw, nul, nul + 1, "NUL, as in UTF-16 or a binary file")
+    return raw.decode("utf-8-sig")
 
 
 def _fill_from_table(

@@ -1,6 +1,6 @@
 """What FP8 costs one weight: the noise of its three products, and what became of their operands.
 
-Noise is the difference between a product as it runs (quantised operands, the kernels' own
+Noise is the difference between a product as it runs (quantized operands, the kernels' own
 accumulation) and the same product in fp32 of the operands as they were before: activations and
 gradients in the compute dtype, the weight as its fp32 master. Signal to noise in decibels is
 `10 log10(sum of squares of the fp32 product / sum of squares of the difference)`. e4m3 has 4
@@ -44,7 +44,7 @@ class Weight:
     """fp32."""
     fp8: Fp8Weight
     unseen: float = 0.0
-    """Share of the energy of `values` that quantising them cost and they do not show."""
+    """Share of the energy of `values` that quantizing them cost and they do not show."""
 
 
 @dataclass
@@ -134,7 +134,7 @@ def weights_of(module: Fp8Module, name: str) -> Iterator[Weight]:
     """The matrices of a weight: one, or one per expert.
 
     Where this rank does not hold the whole master, products are compared with those of the
-    dequantised weight, and the noise of the weight is that of this rank's shard: errors of two
+    dequantized weight, and the noise of the weight is that of this rank's shard: errors of two
     operands are independent, so their shares of the energy add up.
     """
     fp8, source, unseen = module.fp8_weight(name), module.sources.get(name), 0.0
@@ -156,7 +156,7 @@ def weights_of(module: Fp8Module, name: str) -> Iterator[Weight]:
 
 
 def _noise_of_shard(source: GatheredWeight) -> float:
-    """Share of the energy of this rank's piece of a weight that quantising it cost."""
+    """Share of the energy of this rank's piece of a weight that quantizing it cost."""
     bytes_ = source.wire
     for dim, size in enumerate(source.local.shape):
         bytes_ = bytes_.narrow(dim, 0, size)

@@ -1,4 +1,4 @@
-"""What a device could do at most, for the utilisation (MFU): torchtitan's table, which is kept up
+"""What a device could do at most, for the utilization (MFU): torchtitan's table, which is kept up
 with the makers' data sheets."""
 
 import torch

@@ -4,7 +4,7 @@ A given tokenizer keeps its special tokens, padding side and chat templates: the
 into the run and the export. That of an imported model goes with all its files, byte for byte
 (`train.tokenizer.files`). Where nothing says how a chat looks, the template below is written. It
 spells the roles as words, because a pretrained model has seen words, while reserved tokens such as
-ChatML's would still have the embeddings they were initialised with. The end-of-text token opens the
+ChatML's would still have the embeddings they were initialized with. The end-of-text token opens the
 chat, as it opens every document in training, and ends each answer, so that a model fine-tuned with
 this template stops by itself.
 

@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE, trained here or given, and the encoding of whole documents.
 
 Byte-level BPE (Radford et al. 2019, after Sennrich et al., arXiv:1508.07909): a regular expression
-cuts text into words, each word is a string of bytes, and the most frequent pair of neighbours
+cuts text into words, each word is a string of bytes, and the most frequent pair of neighbors
 becomes a new token until the vocabulary is full. Its 256 bytes can spell any text, so there is no
 unknown token. Training and encoding are the `tokenizers` library's; ours is one shortcut.
 

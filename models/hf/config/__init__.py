@@ -1,1 +1,1 @@
-"""Reading an untrusted `config.json`: its keys, what is meant where they are missing, RoPE."""
+"""Parsing of an untrusted `config.json`: its keys, defaults of missing keys, RoPE."""

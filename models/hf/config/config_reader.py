@@ -1,4 +1,4 @@
-"""Values of an untrusted config.json, checked before anything of their size is made."""
+"""Values of an untrusted config.json, checked before memory of their size is allocated."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,32 +13,32 @@ from models.hf.tensors import HfTensor, Layout
 
 @dataclass(frozen=True)
 class Family:
-    """One Hugging Face architecture and what of ours it can express."""
+    """One Hugging Face architecture and the settings of ours that it can express."""
 
     architecture: str
     refusals: Callable[[ModelConfig], list[str]]
-    """Settings of a model that the architecture cannot express; empty: it can."""
+    """Settings of a model that the architecture cannot express; empty if it can express all."""
     config: Callable[[ModelConfig], dict[str, Any]]
-    """The keys of config.json that are this family's own."""
+    """The keys of config.json that only this family has."""
     parse: Callable[["HFConfigReader"], ModelConfig]
     """The model of a config.json."""
     layer: Callable[[ModelConfig, int, Layout], Iterator[HfTensor]]
     """The tensors of a layer, its routed experts in the given layout."""
     layout: Layout
-    """The layout of the family's published checkpoints: what an export has."""
+    """The layout of the family's published checkpoints, which exports have."""
     has_mtp: bool = False
-    """Whether the checkpoints may hold MTP modules, as layers beyond the last."""
+    """Whether the checkpoints may contain MTP modules, as layers beyond the last."""
     unloadable: Callable[[ModelConfig], list[str]] = lambda model: []
-    """Sizes of a model, with what they would have to be, that the architecture's code in
-    transformers cannot have, though it expresses the features."""
+    """Sizes of a model that the architecture's code in transformers does not support, with the
+    required values, although the architecture expresses the features."""
 
 
 @dataclass(frozen=True)
 class HFConfigReader:
-    """A config.json and the name that errors call it by.
+    """A config.json and its name in error messages.
 
-    A key that is left out has transformers' default where the architecture gives it one; null is a
-    value like any other, and refused where the architecture has no meaning for it.
+    A missing key has transformers' default if the architecture has one; null is an ordinary value,
+    and an error if the architecture defines no meaning for it.
     """
 
     raw: dict[str, Any]
@@ -48,11 +48,11 @@ class HFConfigReader:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Values of keys that are left out."""
+        """Values of keys that are missing."""
         return DEFAULTS.get(self.architecture, {})
 
     def get(self, key: str) -> Any:
-        """`raw[key]` or its default, of any type; None where there is neither."""
+        """`raw[key]` or its default, of any type; None if there is neither."""
         if key in self.raw:
             return self.raw[key]
         default = self.defaults.get(key)
@@ -61,7 +61,7 @@ class HFConfigReader:
     def integer(self, key: str, *also: str, low: int = 1, high: int = 2**24) -> int:
         """`raw[key]`, an integer in [low, high].
 
-        also: other spellings of the key; all that are given must agree.
+        also: other spellings of the key; all that are present must agree.
         """
         given = [k for k in (key, *also) if k in self.raw]
         values = {k: self._number(self.raw, k, int, low, high) for k in given}
@@ -71,7 +71,7 @@ class HFConfigReader:
         return int(self._number({key: self.get(key)}, key, int, low, high))
 
     def integer_or_none(self, key: str, low: int = 1, high: int = 2**24) -> int | None:
-        """`raw[key]`; None where it is null or left out and the architecture derives it then."""
+        """`raw[key]`; None if it is null or missing and the architecture derives it."""
         if key in self.raw and (self.raw[key] is not None or not self._may_be_null(key)):
             return int(self._number(self.raw, key, int, low, high, null=True))
         value = None if key in self.raw else self.get(key)
@@ -82,7 +82,7 @@ class HFConfigReader:
         return float(self._number({key: self.get(key)}, key, float, low, high))
 
     def coefficient(self, key: str) -> float:
-        """`raw[key]`, the factor of an auxiliary loss; 0 where the architecture has none."""
+        """`raw[key]`, the factor of an auxiliary loss; 0 if the architecture has none."""
         return 0.0 if self.get(key) is None and key not in self.raw else self.number(key, high=100)
 
     def flag(self, key: str) -> bool:
@@ -93,7 +93,7 @@ class HFConfigReader:
         return value
 
     def listed(self, key: str, kind: type) -> list[Any] | None:
-        """`raw[key]`, a list of `kind`; None where it is null or left out."""
+        """`raw[key]`, a list of `kind`; None if it is null or missing."""
         value = self.get(key)
         if value is None and (key not in self.raw or self._may_be_null(key)):
             return None
@@ -103,7 +103,7 @@ class HFConfigReader:
         return value
 
     def refuse(self, key: str, *allowed: Any) -> None:
-        """Raise UserError where `key`, or its default, is none of the supported values."""
+        """Raise UserError if `key`, or its default, is none of the supported values."""
         if key not in self.raw and key not in self.defaults:
             return
         value = self.get(key)
@@ -115,7 +115,7 @@ class HFConfigReader:
             )
 
     def agree(self, values: Mapping[str, Any]) -> None:
-        """Raise UserError where keys that say the same thing say different things."""
+        """Raise UserError if different spellings of one key have different values."""
         if any(value != other for value in values.values() for other in values.values()):
             pairs = " and ".join(f"{key} = {shown(value)}" for key, value in values.items())
             raise UserError(f"{self.place}: {pairs}: two spellings of one key must agree")
@@ -154,7 +154,7 @@ def clashes(**settings: bool) -> list[str]:
 
 
 def plain_gqa_clashes(model: ModelConfig) -> list[str]:
-    """What Qwen3, GLM-4 and Mixtral all lack."""
+    """Settings that Qwen3, GLM-4 and Mixtral all lack."""
     a, moe, rope = model.attention, model.moe, model.rope
     return clashes(
         attention__kind=a.kind != "gqa",
@@ -174,7 +174,7 @@ def plain_gqa_clashes(model: ModelConfig) -> list[str]:
 
 
 def plain_softmax_clashes(model: ModelConfig) -> list[str]:
-    """What the routers of Qwen3, Mixtral and GPT-OSS all lack."""
+    """Router settings that Qwen3, Mixtral and GPT-OSS all lack."""
     moe = model.moe
     return clashes(
         moe__score_func=moe.score_func != "softmax",

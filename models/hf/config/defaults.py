@@ -1,15 +1,15 @@
-"""What transformers takes for keys that config.json leaves out, and of which type the others are.
+"""The defaults of transformers for missing keys of config.json, and the types of the other keys.
 
-A key that is left out does not mean "none": Mistral then has a window of 4,096 tokens, GPT-OSS the
-stretch of RoPE it was published with. The numbers are those of the configuration classes of
-transformers 5.23; `tests/models/test_hf_defaults.py` compares them with the installed ones.
+A missing key does not mean "none": Mistral then has a window of 4,096 tokens, GPT-OSS the RoPE
+scaling of its publication. The numbers are those of the configuration classes of transformers 5.23;
+`tests/models/test_hf_defaults.py` compares them with the installed ones.
 """
 
 from typing import Any, NamedTuple
 
 
 class OrNull(NamedTuple):
-    """A default of a key for which null is a value too: mostly "derive it"."""
+    """A default of a key for which null is also valid, mostly as "derive it"."""
 
     default: Any
 
@@ -27,7 +27,7 @@ MODEL_TYPES = {
     "MistralForCausalLM": "mistral",
     "Qwen3ForCausalLM": "qwen3",
 }
-"""`model_type` of an architecture: transformers chooses by the one, vLLM by the other."""
+"""`model_type` of an architecture: transformers selects by this key, vLLM by the other."""
 _COMMON = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -94,8 +94,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": OrNull(4096), "layer_types": OrNull(None),
     },
 }  # fmt: skip
-"""By architecture. Keys that decide the shape of a matrix are left out: config.json must give
-them."""
+"""By architecture. Keys that determine the shape of a matrix have no default: config.json must
+contain them."""
 STRETCHED = {
     "GptOssForCausalLM": {
         "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -124,6 +124,6 @@ UNUSED: dict[str, tuple[type, ...]] = {
 }
 """Keys that do not change what the network computes, and their types."""
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""What `dtype` and `torch_dtype` may name."""
+"""Valid values of `dtype` and `torch_dtype`."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""The number of experts, as one architecture or another spells it."""
+"""The number of experts, in the spellings of different architectures."""

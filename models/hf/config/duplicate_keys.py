@@ -1,7 +1,7 @@
-"""Keys of config.json that every architecture has, and keys that say the same thing twice.
+"""Keys of config.json that every architecture has, and keys with the same meaning as others.
 
-Which of two spellings is followed differs from reader to reader. So they must agree; where they do
-not, the error names both.
+Readers differ in which of two spellings they use. So both must agree; if they do not, the error
+names both.
 """
 
 import re
@@ -20,12 +20,12 @@ _ELSEWHERE = {
     "transformers_weights": "weights are read from model.safetensors or its index alone",
     "fusion_config": "modules that are joined when they are loaded are not supported",
 }
-"""Keys that change the model and that nothing here reads."""
+"""Keys that change the model and that are not supported here."""
 _FLAGS = {
     "is_causal": (True, "tokens that see what follows them are not supported"),
     "mtp_hidden_states_first": (False, "another order of inputs is not supported"),
 }
-"""Keys that any class of transformers looks at: the value that is ours, and of it null is none."""
+"""Keys that any class of transformers reads, with our value; null is an error."""
 _THEIR_NAMES = {
     "d_model": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -54,11 +54,11 @@ _TYPE_NAMES = {
     type(None): "null",
 }
 _OUTSIDE_TOO = ("tie_word_embeddings", "quantization_config")
-"""Keys that a model with images may have beside its `text_config`, for the language model."""
+"""Keys that a model with images may have outside its `text_config`, for the language model."""
 
 
 def architecture_of(raw: dict[str, Any], place: str, known: list[str]) -> str:
-    """The one architecture that config.json names, if it is one of `known`. Raises UserError."""
+    """The one architecture in config.json, if it is one of `known`. Raises UserError."""
     given = raw.get("architectures")
     if not isinstance(given, list) or len(given) != 1 or given[0] not in known:
         raise UserError(
@@ -70,7 +70,7 @@ def architecture_of(raw: dict[str, Any], place: str, known: list[str]) -> str:
 
 
 def check_model_type(raw: dict[str, Any], place: str, architecture: str) -> None:
-    """transformers chooses by `model_type`, others by `architectures`. Raises UserError."""
+    """transformers selects by `model_type`, others by `architectures`. Raises UserError."""
     expected = MODEL_TYPES[architecture]
     if raw.get("model_type", expected) != expected:
         raise UserError(
@@ -80,7 +80,7 @@ def check_model_type(raw: dict[str, Any], place: str, architecture: str) -> None
 
 
 def language_model(raw: dict[str, Any], place: str, architecture: str) -> dict[str, Any]:
-    """The config of the language model within one of a model with images. Raises UserError."""
+    """The config of the language model within that of a model with images. Raises UserError."""
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{place}: text_config = {shown(text)}: must be an object")
@@ -100,7 +100,7 @@ def language_model(raw: dict[str, Any], place: str, architecture: str) -> dict[s
 
 
 def check_shared_keys(values: HFConfigReader) -> None:
-    """What is the same in all architectures. Raises UserError."""
+    """Check the keys that all architectures share. Raises UserError."""
     raw, place = values.raw, values.place
     for key, why in _ELSEWHERE.items():
         if raw.get(key) is not None:
@@ -124,10 +124,10 @@ def check_shared_keys(values: HFConfigReader) -> None:
 
 
 def in_their_names(error: UserError, values: HFConfigReader) -> UserError:
-    """An error of our own rules, which speak of our settings, in the keys of config.json."""
+    """Replace our setting names in an error of our own rules by the keys of config.json."""
     prefix, text = f"{values.place}: ", one_line(error)
     if text.startswith(prefix):
-        return UserError(text)  # it speaks of them already
+        return UserError(text)  # it already uses them
     theirs = _THEIR_NAMES | {"n_experts": next((k for k in EXPERTS if k in values.raw), EXPERTS[0])}
     for expert_width in ("moe_intermediate_size", "intermediate_size"):
         if expert_width in values.raw:
@@ -138,7 +138,7 @@ def in_their_names(error: UserError, values: HFConfigReader) -> UserError:
 
 
 def check_second_spellings(values: HFConfigReader, model: ModelConfig) -> None:
-    """What was read is what keys say that are spelled another way. Raises UserError."""
+    """Check that second spellings agree with the values that were read. Raises UserError."""
     values.agree({key: values.raw[key] for key in EXPERTS if key in values.raw})
     kinds = values.listed("mlp_layer_types", str)
     expected = ["sparse" if model.is_moe(i) else "dense" for i in range(model.n_layers)]

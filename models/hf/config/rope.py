@@ -1,10 +1,10 @@
-"""RoPE as config.json says it, in keys of three generations that transformers reads side by side.
+"""RoPE in config.json, in keys of three generations that transformers reads together.
 
-`rope_parameters` (transformers 5) holds everything. Before, `rope_scaling` held the stretch, and
-`rope_theta` and `partial_rotary_factor` stood beside it; `type` was `rope_type`. Model cards still
-say: add a `rope_scaling`. transformers then puts it in the place of the whole `rope_parameters`, so
-whatever these held beyond it is lost. That is followed where the two can be read in one way only;
-else both are named.
+`rope_parameters` (transformers 5) contains everything. Before, `rope_scaling` contained the
+scaling, and `rope_theta` and `partial_rotary_factor` were next to it; `type` was `rope_type`. Model
+cards still recommend adding a `rope_scaling`. transformers then replaces the whole
+`rope_parameters` by it, so other keys in `rope_parameters` are lost. The same is done here if there
+is only one interpretation of the two; otherwise the error names both.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from models.hf.config.defaults import STRETCHED
 from models.hf.messages import shown
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")
-"""Keys that stand in `rope_parameters`, or beside it in older files."""
+"""Keys that are in `rope_parameters`, or next to it in older files."""
 _ORIGINAL = "original_max_position_embeddings"
 _SCALING: dict[str, list[tuple[str, str, float | None]]] = {
     "yarn": [
@@ -34,7 +34,7 @@ _SCALING: dict[str, list[tuple[str, str, float | None]]] = {
         ("high_freq_factor", "high_freq_factor", None),
     ],
 }
-"""(their key, ours, default; None: required). transformers takes 0 for "not given" where there is a
+"""(their key, ours, default; None: required). transformers treats 0 as "not given" if there is a
 default."""
 _KNOWN = {"rope_type", "type", "truncate", *_BESIDE} | {
     theirs for rows in _SCALING.values() for theirs, _, _ in rows
@@ -42,8 +42,8 @@ _KNOWN = {"rope_type", "type", "truncate", *_BESIDE} | {
 
 
 def rope_of(values: HFConfigReader, interleaved: bool) -> RopeConfig:
-    """The RoPE that transformers takes from a config.json. UserError where it cannot be ours, or
-    where two keys contradict each other."""
+    """The RoPE that transformers derives from a config.json. Raises UserError if ours cannot
+    express it, or if two keys contradict each other."""
     new, old = (_object(values, key) for key in ("rope_parameters", "rope_scaling"))
     if new is None and not old:
         new = STRETCHED.get(values.architecture, {})
@@ -52,7 +52,7 @@ def rope_of(values: HFConfigReader, interleaved: bool) -> RopeConfig:
     rope = _parse(values, "rope_scaling", old, interleaved)
     if new:
         replaced = _parse(values, "rope_parameters", new, interleaved)
-        plain = RopeConfig(theta=rope.theta, interleaved=interleaved)  # stretched by rope_scaling
+        plain = RopeConfig(theta=rope.theta, interleaved=interleaved)  # scaled by rope_scaling
         if replaced not in (rope, plain):
             raise UserError(
                 f"{values.place}: rope_parameters = {shown(new)}, but rope_scaling = {shown(old)} "
@@ -78,7 +78,7 @@ def _parse(
     if given.get("type", kind) != kind:
         raise UserError(f"{place}: rope_type = {shown(kind)}, but type = {shown(given['type'])}")
     unknown = sorted(k for k in given if k not in _KNOWN and given[k] is not None)
-    if unknown:  # left out, it would change what the weights compute
+    if unknown:  # ignoring it would change the results
         raise UserError(f"{place}.{shown(unknown[0])[1:-1]}: this key is not supported")
     beside = {key: _beside(values, source, given, key) for key in _BESIDE}
     rotated = beside["partial_rotary_factor"]
@@ -93,7 +93,7 @@ def _parse(
 
 
 def _beside(values: HFConfigReader, source: str, given: dict[str, Any], key: str) -> Any:
-    """The key in `rope_parameters` or `rope_scaling`, else beside them, else its default."""
+    """The key in `rope_parameters` or `rope_scaling`, else next to them, else its default."""
     inner, outer = given.get(key), values.raw.get(key)
     if key in given and inner is None:
         raise UserError(f"{values.place}: {source}.{key} = None: must be a number")
@@ -131,8 +131,8 @@ def _scaled(
 
 
 def _original(values: HFConfigReader, source: str, given: dict[str, Any]) -> Any:
-    """The length before the stretch: transformers looks beside `rope_parameters` first, and takes
-    the longest sequence where no key says."""
+    """The length before scaling: transformers first reads the key next to `rope_parameters`, and
+    uses the longest sequence if there is no key."""
     both = {
         name: tree[_ORIGINAL]
         for name, tree in ((_ORIGINAL, values.raw), (f"{source}.{_ORIGINAL}", given))

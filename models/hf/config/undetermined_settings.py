@@ -1,10 +1,10 @@
-"""Settings that the keys of a Hugging Face architecture leave open, kept under a key of our own.
+"""Settings that the keys of a Hugging Face architecture do not determine, stored under our own key.
 
-What the weights compute is said by the architecture's keys alone, as any reader knows them. Beyond
-that a model has settings of training (the step of the balancing bias), spellings of one meaning
-(`n_kv_heads` 0) and settings that have no effect where it stands. So that an import gives the very
-model that was exported, these stand in `config.json` under `KEY`, by their dotted names; readers
-pass over a key they do not know.
+The computation of the weights is defined by the architecture's keys alone, as any reader
+interprets them. A model also has settings of training (the step of the balancing bias), spellings
+of one meaning (`n_kv_heads` 0) and settings without effect in this model. So that an import
+returns exactly the exported model, these are stored in `config.json` under `KEY`, by their dotted
+names; readers ignore an unknown key.
 """
 
 import math
@@ -19,7 +19,8 @@ KEY = "phalanx_model"
 
 
 def undetermined_settings(model: ModelConfig, as_read: ModelConfig) -> dict[str, Any]:
-    """Settings of `model` that the same keys without `KEY` would give another value."""
+    """Settings of `model` that would have another value if read from the same keys without
+    `KEY`."""
     ours, theirs = _flat(asdict(model)), _flat(asdict(as_read))
     return {key: value for key, value in ours.items() if value != theirs[key]}
 
@@ -30,12 +31,13 @@ def with_undetermined_settings(
     place: str,
     says_the_same: Callable[[ModelConfig], bool],
 ) -> ModelConfig:
-    """`model` with what `config[KEY]` says.
+    """`model` with the settings in `config[KEY]`.
 
-    says_the_same: whether the architecture's own keys say the same of another model as of `model`.
-    Raises UserError where they do not: what those keys say cannot be said again. Settings of RoPE
-    are then left out instead: its keys are edited by hand (YaRN for longer contexts, as model cards
-    advise), and decide what the exported model left open.
+    says_the_same: whether the architecture's own keys are the same for another model as for
+    `model`. Raises UserError if they are not: `config[KEY]` must not change what those keys
+    determine. Settings of RoPE are then ignored instead: its keys are edited by hand (YaRN for
+    longer contexts, as model cards recommend), and then determine what the exported model left
+    open.
     """
     given = config.get(KEY)
     if given is None:

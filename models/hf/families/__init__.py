@@ -1,2 +1,2 @@
-"""One file per Hugging Face architecture: when it expresses a model, its config.json, its
+"""One file per Hugging Face architecture: the models it can express, its config.json, its
 tensors."""

@@ -53,8 +53,9 @@ def _v2_refusals(model: ModelConfig) -> list[str]:
 
 
 def _v2_unloadable(model: ModelConfig) -> list[str]:
-    """Sizes that transformers' own code of this family cannot have, and why: it refuses the config,
-    or fails in the first forward pass, where it views halves of a row as complex numbers."""
+    """Sizes that transformers' own code of this family does not support, and why: it rejects the
+    config, or fails in the first forward pass, where it views halves of a row as complex
+    numbers."""
     a, found = model.attention, []
     if model.d_model % a.n_heads:
         found.append(f"d_model (a multiple of attention.n_heads = {a.n_heads})")
@@ -68,7 +69,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     a = model.attention
     return deepseek_moe_config(model) | {
         "num_key_value_heads": a.n_heads,
-        "head_dim": a.qk_rope_head_dim,  # what the rotary embedding reads
+        "head_dim": a.qk_rope_head_dim,  # read by the rotary embedding
         "q_lora_rank": a.q_lora_rank or None,
         "kv_lora_rank": a.kv_lora_rank,
         "qk_nope_head_dim": a.qk_nope_head_dim,
@@ -140,7 +141,7 @@ def _v2_parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("norm_topk_prob", False)
     values.refuse("topk_method", "greedy", "group_limited_greedy")
     grouped = values.get("topk_method") == "group_limited_greedy"
-    for key in ("n_group", "topk_group"):  # looked at where grouped only
+    for key in ("n_group", "topk_group"):  # read only if grouped
         values.integer_or_none(key, high=2**16)
     moe = MoEConfig(
         n_experts=values.integer("n_routed_experts", "num_experts", high=2**16),

@@ -82,7 +82,7 @@ def deepseek_moe_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def mtp_depth_of(values: HFConfigReader) -> int:
-    """How many MTP modules follow the layers."""
+    """The number of MTP modules after the layers."""
     key, also = "num_nextn_predict_layers", "num_mtp_layers"
     given = key in values.raw or also in values.raw
     return values.integer(key, also, low=0, high=16) if given else 0
@@ -108,7 +108,7 @@ def sigmoid_moe_of(values: HFConfigReader) -> MoEConfig:
         norm_top_k=values.flag("norm_topk_prob"),
         route_scale=values.number("routed_scaling_factor", high=1e6),
         seq_aux_loss_coef=values.coefficient("aux_loss_alpha"),
-        bias_update_rate=1e-3,  # trains on as DeepSeek-V3 did, unless told otherwise
+        bias_update_rate=1e-3,  # training continues as in DeepSeek-V3, unless configured otherwise
     )
 
 

@@ -58,7 +58,7 @@ def _parse(values: HFConfigReader) -> ModelConfig:
     sizes = common_sizes(values)
     kinds = values.listed("layer_types", str)
     kinds = _alternating(sizes["n_layers"]) if kinds is None else kinds
-    also = "experts_per_token"  # in the published file; no reader follows it
+    also = "experts_per_token"  # in the published file; not used by any reader
     values.agree({k: values.raw[k] for k in ("num_experts_per_tok", also) if k in values.raw})
     if kinds == ["full_attention"] * sizes["n_layers"]:
         local: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def _parse(values: HFConfigReader) -> ModelConfig:
 
 
 def _alternating(n_layers: int) -> list[str]:
-    """What a config without `layer_types` means."""
+    """The layer types of a config without `layer_types`."""
     return [("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
 
 

@@ -69,7 +69,7 @@ def _parse(values: HFConfigReader) -> ModelConfig:
     moe_every = values.integer("interleave_moe_layer_step", high=10_000)
     kinds = "full_attention", "chunked_attention"
     rotated = [int((i + 1) % every != 0) for i in layers]
-    # transformers takes an empty list of the first for "not given"
+    # transformers treats an empty list of the first as "not given"
     for key, given, expected, rule in (
         ("no_rope_layers", values.listed("no_rope_layers", int) or rotated, rotated,
          f"0 on every layer that no_rope_layer_interval = {every} ends"),

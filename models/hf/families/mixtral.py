@@ -58,7 +58,7 @@ def _parse(values: HFConfigReader) -> ModelConfig:
 
 def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]:
     yield from gqa_tensors(model, layer)
-    # transformers 5 calls the block as in the other families once its experts are fused
+    # transformers 5 names the block as in the other families once its experts are fused
     block = "mlp" if layout == "fused" else "block_sparse_moe"
     theirs, ours = f"model.layers.{layer}.{block}.", f"layers.{layer}.ffn."
     shape = model.moe.n_experts, model.d_model

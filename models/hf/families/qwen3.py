@@ -42,7 +42,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
 def _parse(values: HFConfigReader) -> ModelConfig:
     values.refuse("decoder_sparse_step", 1)
     values.refuse("use_sliding_window", False)
-    values.integer_or_none("sliding_window", low=0)  # not looked at then
+    values.integer_or_none("sliding_window", low=0)  # unused then
     only_full_attention(values)
     dense = values.listed("mlp_only_layers", int) or []
     if dense != list(range(len(dense))):
@@ -76,7 +76,7 @@ def _layer(model: ModelConfig, layer: int, layout: Layout) -> Iterator[HfTensor]
 
 
 def common_sizes(values: HFConfigReader) -> dict[str, Any]:
-    """Keyword arguments of `Model` that every family spells alike."""
+    """Keyword arguments of `Model` whose keys are the same in every family."""
     return {
         "vocab_size": values.integer("vocab_size"),
         "d_model": values.integer("hidden_size"),
@@ -88,9 +88,9 @@ def common_sizes(values: HFConfigReader) -> dict[str, Any]:
 
 
 def gqa_of(values: HFConfigReader, **more: Any) -> AttentionConfig:
-    """Grouped-query attention in the keys that most families share."""
+    """Grouped-query attention from the keys that most families share."""
     n_heads, width = values.integer("num_attention_heads"), values.integer("hidden_size")
-    head_dim = values.integer_or_none("head_dim")  # Mixtral's published config leaves it out
+    head_dim = values.integer_or_none("head_dim")  # missing in Mixtral's published config
     kv_heads = values.integer_or_none("num_key_value_heads") or n_heads
     if n_heads % kv_heads:
         raise UserError(
@@ -106,7 +106,7 @@ def gqa_of(values: HFConfigReader, **more: Any) -> AttentionConfig:
 
 
 def only_full_attention(values: HFConfigReader) -> None:
-    """Raise UserError where `layer_types` gives a family that has no windows any."""
+    """Raise UserError if `layer_types` has windows for a family that supports none."""
     kinds = values.listed("layer_types", str) or []
     if any(kind != "full_attention" for kind in kinds):
         raise UserError(

@@ -339,6 +339,7 @@ def test_recipes_that_do_not_fit_are_refused(dense: Path, tmp_path: Path) -> Non
         (lambda: Recipe(score_func="tanh"), [], "score_func = 'tanh': must be one of"),  # type: ignore[arg-type]
         (lambda: Recipe(granularity=5), [], "granularity = 5: must divide"),
         (lambda: Recipe(dense_layers=4), [], "dense_layers = 4: the model has n_layers = 3"),
+        (lambda: Recipe(), ["--run.dir=/"], "run.dir = '/': leads to the root"),
         (lambda: Recipe(), ["--model.moe.top_k=3"], "model.moe.top_k: source and recipe decide"),
         (lambda: Recipe(), ["--train.stepps=1"], "train.steps"),
         (lambda: Recipe(), ["nonsense"], "nonsense: an override has the form"),
