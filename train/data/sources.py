@@ -221,7 +221,7 @@ def _fill_from_files(
 
 
 def _decoded(raw: bytes) -> str:
-    """The text of a file. Raises UnicodeDecodeError also for NUL bytes near its beginning, which are
+    """The text of a file. Raises UnicodeDecodeError also for NUL bytes near its start, which are
     valid UTF-8 but indicate UTF-16, UTF-32 or a binary file (as in git's test of binary files)."""
     nul = raw.find(0, 0, _PROBED)
     if nul >= 0:
