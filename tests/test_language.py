@@ -67,9 +67,8 @@ PLAIN = {
     r"colou?rs?(?<!color)(?<!colors)|licence|behaviours?|centre|grey": "color, license, behavior",
 }
 """Private or unclear words, and what to write instead."""
-PRIVATE = re.compile(
-    rf"\b(?:{'|'.join(f'({words})' for words in PLAIN)})\b"
-)  # of lower-case text: faster
+PRIVATE = re.compile(rf"\b(?:{'|'.join(f'({words})' for words in PLAIN)})\b")
+"""Of lower-case text, which is faster than ignoring case; a group per entry of PLAIN."""
 QUOTED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
@@ -132,7 +131,7 @@ def f() -> None:
 '''
     assert [(line, word) for line, word, _ in found_in_code(source)] == [
         (2, "whoever"),
-        (6, "quantised"),
         (6, "beside"),
+        (6, "quantised"),
     ]
     assert [hit[:2] for hit in private_words("a\n```\ntold\n```\nnobody")] == [(5, "nobody")]
