@@ -185,14 +185,8 @@ def _fill_from_files(
 ) -> None:
     """Add the documents of files.
 
-    Args:
-        data: The settings.
-        texts, tables: The files.
-        documents: Where documents are added.
-        log: Called with lines of progress.
-        split_lines: `<|endoftext|>` lines end documents.
-        single: The source is this one file.
-        note: A message for the user about the source.
+    split_lines: `<|endoftext|>` lines end documents. single: the source is this one file. note: a
+    message for the user about the source.
     """
     documents.notes += [note] if note else []
     for file in texts:
