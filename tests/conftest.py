@@ -1,4 +1,4 @@
-"""How tests are divided among processes, what they may cost, and a small corpus for runs."""
+"""Distribution of tests among processes, their time limits, and a small corpus for runs."""
 
 import os
 import random
@@ -14,20 +14,21 @@ import pytest
 from tests import forks
 
 LIMIT_S = 10.0
-"""Of every test that is not marked slow, and of its fixtures, on the reference machine."""
+"""Limit for each test not marked slow, and for its fixtures, on the reference machine."""
 LONG_S = 60.0
-"""The same of those marked long."""
+"""The same limit for tests marked long."""
 REFERENCE_S = 0.0155
-"""CPU time of `slowness` on that machine: a core of an AMD EPYC 9004."""
+"""CPU time of `slowness` on the reference machine: a core of an AMD EPYC 9004."""
 LONG = ("parallel", "train", "scripts", "kernels")
-"""Folders with long files come first: the last file to start decides when the run ends."""
+"""Folders with long-running files are started first, because the last file to start determines when
+the run ends."""
 
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker per core with 4 GiB; none where tests on the GPU are asked for."""
+    """One worker per core with 4 GiB; none if GPU tests are selected."""
     if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -36,7 +37,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 STARTED = pytest.StashKey[float]()
-"""CPU time when the present phase of a test began."""
+"""CPU time at the start of the current phase of a test."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,11 +55,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """An unmarked test that takes too long fails.
+    """Let an unmarked test that takes too long fail.
 
-    Its time is the CPU time of all its processes, or the wall clock where that is less (several
-    processes); of waiting a tenth counts. So neither a busy machine nor, since it is measured, a
-    slow one makes a test fail.
+    The time of a test is the CPU time of all its processes, or the wall time if that is less
+    (several processes run in parallel), but at least a tenth of the wall time. It is divided by the
+    measured slowness of the machine, so neither a busy nor a slow machine makes a test fail.
     """
     report = yield
     cpu, started = cpu_time(), item.stash[STARTED]
@@ -78,13 +79,13 @@ def pytest_runtest_makereport(
 
 
 def cpu_time() -> float:
-    """Seconds of this process and of all that it has started and that have ended."""
+    """CPU seconds of this process and of all ended processes that it started."""
     own = os.times()
     return sum(own[:4]) + forks.cpu_time()
 
 
 def slowness() -> float:
-    """How often slower than the reference machine a core is at this moment; at least 1."""
+    """Ratio of the time of a fixed loop now to that on the reference machine; at least 1."""
     times = []
     for _ in range(15):
         start, total = time.process_time(), 0
@@ -96,7 +97,8 @@ def slowness() -> float:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_process_group_left() -> Iterator[None]:
-    """A process has one default group: who leaves it breaks a module that runs later."""
+    """Assert that no module leaves its default process group behind, which would break later
+    modules."""
     yield
     if "torch.distributed" in sys.modules:
         left = sys.modules["torch.distributed"].is_initialized()

@@ -1,4 +1,4 @@
-"""The shell commands that the README and the other pages show, read from the text itself."""
+"""The shell commands in the README and the other pages, parsed from the text."""
 
 import os
 import re
@@ -27,19 +27,19 @@ _INLINE = re.compile(r"`((?:python -m|torchrun|make) [^`]+)`")
 
 @dataclass(frozen=True)
 class Command:
-    """One command, in words as a shell would split it."""
+    """One documented command, split into words as by a shell."""
 
     page: str
     text: str
-    """As printed, without prompt, comment and line breaks."""
+    """The command as printed, without prompt, comment and line breaks."""
 
     def __str__(self) -> str:
         return f"{self.page}: {self.text}"
 
     @property
     def words(self) -> list[str]:
-        """The words, each optional part in brackets left out and each placeholder filled in."""
-        text = re.sub(r" \[-[^\]]*\]", "", self.text)  # [--ranks N]: may be left out
+        """The words, with optional parts in brackets removed and placeholders filled in."""
+        text = re.sub(r" \[-[^\]]*\]", "", self.text)  # [--ranks N] is optional
         text = text.split(" > ")[0]
         return [_PLACEHOLDERS.get(word, word) for word in _words(text)]
 
@@ -53,11 +53,11 @@ _PLACEHOLDERS = {
 
 
 def documented_commands() -> list[Command]:
-    """Every command, page by page in reading order; one that a page repeats stands once."""
+    """Every command, page by page in reading order; a repeated command of a page appears once."""
     commands: dict[Command, None] = {}
     for page in PAGES:
         name = page.relative_to(ROOT).as_posix()
-        if name == "docs/log.md":  # what was run once; not advice
+        if name == "docs/log.md":  # a record of past runs, not instructions
             continue
         for text in _texts(page.read_text()):
             for part in text.split(" && "):
@@ -67,7 +67,7 @@ def documented_commands() -> list[Command]:
 
 
 def _texts(page: str) -> list[str]:
-    """Candidates of a page: lines of fenced and indented blocks, code within sentences."""
+    """Candidate commands of a page: lines of fenced and indented blocks, and inline code."""
     found: list[tuple[int, str]] = []
     for block in _FENCE.finditer(page):
         joined = re.sub(r"\s*\\\n\s*", " ", block[1])
@@ -82,13 +82,14 @@ def _texts(page: str) -> list[str]:
 
 
 def run_module(module: str, *arguments: str) -> tuple[int, str]:
-    """`python -m MODULE ARGUMENTS` within this process: its exit code and what it wrote to stderr.
+    """Run `python -m MODULE ARGUMENTS` within this process; returns its exit code and its stderr.
 
-    For commands of one rank; a start of Python that imports torch would take seconds each.
+    For commands with one rank; a new Python process that imports torch would take seconds each
+    time.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     errors, code = StringIO(), 0
-    # with this setting `restart_without_thread_cache` has nothing to do
+    # with this setting `restart_without_thread_cache` does nothing
     tunables = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
     try:
         with (
@@ -106,7 +107,7 @@ def run_module(module: str, *arguments: str) -> tuple[int, str]:
 
 
 def _words(text: str) -> list[str]:
-    """As a shell splits it; at spaces where its quotes do not close."""
+    """Split as a shell does, or at spaces if quotes are unbalanced."""
     try:
         return shlex.split(text)
     except ValueError:

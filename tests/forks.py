@@ -1,9 +1,11 @@
-"""Programs in forks of templates: a run costs milliseconds instead of the seconds of its imports.
+"""Runs programs in forks of template processes, in milliseconds instead of the seconds of their
+imports.
 
-`forked` is `subprocess.run` of `python ARGUMENTS`, or of torchrun: same arguments, environment,
-streams, exit code and signals. Two things differ, and the tests that are about them start real
-processes: nothing is imported anew, and torchrun itself takes no part. Even ranks and odd ranks are
-forked from two templates, whose sets of strings differ in order as those of any two processes do.
+`forked` is a replacement for `subprocess.run` of `python ARGUMENTS` or torchrun: same arguments,
+environment, streams, exit code and signals. Two things differ, and tests of these start real
+processes: modules are not imported again, and torchrun itself is not run. Even and odd ranks are
+forked from two templates, so that the iteration order of sets of strings differs between ranks, as
+it does between separate processes.
 """
 
 import atexit
@@ -22,17 +24,17 @@ from typing import Any
 
 POSSIBLE = hasattr(os, "pidfd_open") and Path("/proc/self/task").is_dir()
 GRACE_S = 15.0
-"""From SIGTERM to SIGKILL for the ranks that are left when one has failed."""
+"""Time from SIGTERM to SIGKILL for the remaining ranks after one has failed."""
 HERE = Path(__file__).resolve().parent
 TUNABLES = {
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""What the trainer would start itself again to have, or sets before it imports torch."""
+"""Variables that the trainer would otherwise restart itself with, or set before importing torch."""
 OURS = (
     "tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
-    # what these import when they first need it
+    # modules that these import lazily
     "torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
 )  # fmt: skip
@@ -58,19 +60,19 @@ class Template:
             [sys.executable, "-P", HERE / "template.py", *modules], cwd=HERE.parent, env=env,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        atexit.register(self._process.communicate)  # the end of its input ends it
+        atexit.register(self._process.communicate)  # closing its input ends it
 
     def start(self, words: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
-        """Its process id; the program appends to the files `out` and `err`."""
+        """Start a program, which appends to the files `out` and `err`; returns its process id."""
         place = {"cwd": str(cwd), "out": str(out), "err": str(err)}
         return int(self._ask(start={"words": words, "env": env} | place)["pid"])
 
     def reap(self, pid: int) -> int:
-        """Wait for the end of a program; its exit code, negative for a signal."""
+        """Wait for a program to end; returns its exit code, negative for a signal."""
         return int(self._ask(reap=pid)["code"])
 
     def cpu_time(self) -> float:
-        """Seconds of the template and of its programs that have ended."""
+        """CPU seconds of the template and of its ended programs."""
         stat = Path(f"/proc/{self._process.pid}/stat").read_text()
         ticks = stat.rpartition(")")[2].split()[11:15]
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
@@ -87,7 +89,8 @@ class Template:
 
 @cache
 def template(modules: tuple[str, ...], odd: bool, more: tuple[tuple[str, str], ...]) -> Template:
-    """One of each kind lives until this process ends. more: environment while it imports."""
+    """The template for these modules, cached until this process ends. more: environment variables
+    during its imports."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return Template(modules, os.environ | threads | TUNABLES | {
         "PYTHONPATH": str(HERE.parent), "PYTHONHASHSEED": "1" if odd else "0",
@@ -96,7 +99,7 @@ def template(modules: tuple[str, ...], odd: bool, more: tuple[tuple[str, str], .
 
 
 def cpu_time() -> float:
-    """Seconds of the programs that have ended: of several ranks half, since two run at once."""
+    """CPU seconds of ended programs; half of them for several ranks, because two run at once."""
     return sum(_spent)
 
 
@@ -109,10 +112,10 @@ def forked(
     more: dict[str, str],
     cwd: Path = HERE.parent,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end on one process or several ranks.
+    """Run a program on one process or several ranks, and wait for its end.
 
-    Like torchrun, ends all ranks when one fails, and then returns 1. more: environment, also of the
-    template.
+    If one rank fails, end all ranks and return 1, as torchrun does. more: environment variables,
+    also for the template.
     """
     with Program(words, env, modules, ranks, more, cwd) as program:
         return program.finish(timeout)
@@ -213,11 +216,11 @@ class Program:
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
-    """What torchrun would add for every rank."""
+    """The environment variables that torchrun would set, for every rank."""
     if ranks == 1:
         return [{}]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_store().port)}
-    # the store serves all runs, as torchrun's serves all attempts of one
+    # one store for all runs, as torchrun has one for all restarts
     attempt = {"TORCHELASTIC_USE_AGENT_STORE": "True",
                "TORCHELASTIC_RESTART_COUNT": str(next(_attempts))}  # fmt: skip
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -229,6 +232,6 @@ def _environments(ranks: int) -> list[dict[str, str]]:
 
 @cache
 def _store() -> Any:
-    from torch.distributed import TCPStore  # not every test needs torch
+    from torch.distributed import TCPStore  # some tests do not need torch
 
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -1,4 +1,5 @@
-"""Seeded random models, odd sizes preferred: any that the schema takes, or of one family."""
+"""Seeded random models with mostly odd sizes: any model that the schema accepts, or models of one
+family."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from configs.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 
 
 def random_models(seeds: Iterable[int]) -> Iterator[ModelConfig]:
-    """One model per seed; most settings of every section vary together."""
+    """One model per seed; most settings of every section are varied together."""
     for seed in seeds:
         yield _model(random.Random(seed))
 

@@ -1,5 +1,6 @@
-"""Every key with every kind of nasty value, from a file and as an override: a config that survives
-being written and read, or one line that names the key."""
+"""Sets every key to many invalid and unusual values, in a file and as an override. Each gives
+either a config that is unchanged after being written and read, or a one-line error that names the
+key."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def outcome(path: Path, overrides: list[str], key: str, again: Path) -> None:
 
 
 def file_with(key: str, text: str) -> bytes:
-    """tests/tiny.toml with `key` spelled as the TOML text says."""
+    """tests/tiny.toml with the value of `key` replaced by the TOML source `text`."""
     tree = tomli.loads(TINY.read_text())
     *sections, leaf = key.split(".")
     node = tree

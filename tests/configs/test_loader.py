@@ -1,4 +1,5 @@
-"""Experiments: every shipped file loads, every mistake is one clear line, no torch is needed."""
+"""Experiments: every shipped file loads, every user error gives a clear one-line message, and torch
+is not needed."""
 
 import subprocess
 import sys

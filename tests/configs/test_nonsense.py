@@ -1,5 +1,5 @@
-"""Settings that are valid one by one and make no sense together: refused with key and remedy, or
-said where they have no effect; and whatever loads can be built and run."""
+"""Settings that are valid individually but not together are refused with key and remedy; settings
+without effect are reported; every config that loads can be built and run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,12 +1,12 @@
-"""Runs `kernels.gemm.gemm_fp8_gluon` on a CPU, as it is written: Triton's interpreter cannot.
+"""Executes the source of `kernels.gemm.gemm_fp8_gluon` on a CPU, because Triton's interpreter does
+not support Gluon.
 
-The functions of the kernel are called as plain Python, with Gluon's operations replaced by what the
-PTX manual says of them. Shared memory and results start as NaN. The parts of a program run one at a
-time, in an order drawn from a seed; a copy happens at any moment after it was begun, a product at
-the end of its wait. Barriers count arrivals and bytes. So a wait for the wrong phase, a slot that
-is released or refilled too early, and an access outside a tensor show as wrong numbers or as an
-error, for some seed. Not shown: layouts (the compiler checks them), and memory order between
-threads.
+The kernel's functions are called as plain Python, with Gluon's operations replaced by
+implementations of the PTX manual. Shared memory and results start as NaN. The partitions of a
+program run one at a time, in random order; a copy completes at a random time after it was issued, a
+product at the end of its wait. Barriers count arrivals and bytes. So a wait for the wrong phase, a
+slot released or refilled too early, and an access outside a tensor give wrong numbers or an error
+for some seed. Layouts (checked by the compiler) and memory order between threads are not tested.
 """
 
 import functools
@@ -26,7 +26,7 @@ from kernels.gemm import gemm_fp8_gluon
 
 
 class Deadlock(AssertionError):
-    """Every part waits."""
+    """All partitions are waiting."""
 
 
 class _Aborted(BaseException):
@@ -34,18 +34,19 @@ class _Aborted(BaseException):
 
 
 class Schedule:
-    """Parts of a program that take turns in random order; each is a thread that waits its turn."""
+    """Partitions of a program that run alternately in random order, each in a thread that blocks
+    until its turn."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.pending: list[Callable[[], None]] = []
-        """Copies under way."""
+        """Copies in flight."""
         self.here = threading.Semaphore(0)
         self.part: SimpleNamespace
         self.aborted = False
 
     def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
-        """Let others run; called by a part, returns on a later turn when `ready` holds."""
+        """Yield to other partitions until `ready()` is true; called by a partition."""
         part = self.part
         part.ready = ready
         self.here.release()
@@ -54,7 +55,7 @@ class Schedule:
             raise _Aborted
 
     def run(self, functions: list[Callable[[], None]]) -> None:
-        """Until all parts have ended."""
+        """Run until all partitions have ended."""
         parts = [self._start(function) for function in functions]
         try:
             while any(not part.ended for part in parts):
@@ -100,13 +101,13 @@ class Schedule:
 
 
 class Barrier:
-    """A phase ends when all arrivals and all bytes are there; then the next begins."""
+    """Complete a phase when all its arrivals and bytes have arrived, and start the next."""
 
     def __init__(self) -> None:
         self.count = self.arrivals = self.bytes = self.phase = 0
 
     def add(self, arrivals: int, bytes: int) -> None:
-        """Arrivals that happen now, bytes that are to be awaited (or, negative, are there)."""
+        """Count arrivals now, and add bytes to be awaited (negative: bytes that have arrived)."""
         assert self.count, "used before mbarrier.init"
         self.arrivals += arrivals
         self.bytes += bytes
@@ -127,13 +128,13 @@ class Pointer:
 
     @staticmethod
     def to(x: Tensor) -> "Pointer":
-        """The first element of x."""
+        """A pointer to the first element of x."""
         memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
         return Pointer(memory, x.storage_offset())
 
 
 class Shared:
-    """Part of shared memory."""
+    """A region of shared memory."""
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
@@ -237,7 +238,7 @@ def _operations(schedule: Schedule) -> dict[str, Any]:
 
 
 class _Kernel:
-    """Stands where the compiled kernel stood."""
+    """Replacement for the compiled kernel."""
 
     def __init__(self, function: Callable[..., None], seed: int, idle: int) -> None:
         self.function, self.seed, self.idle = function, seed, idle
@@ -266,7 +267,8 @@ def _argument(x: Any) -> Any:
 
 @contextmanager
 def executed(seed: int, idle: int = 0) -> Iterator[None]:
-    """Within it launches run here. idle: programs more than the launcher asks for."""
+    """Context in which kernel launches run here. idle: programs in addition to those that the
+    launcher requests."""
     plain = {
         name: getattr(gemm_fp8_gluon, name).fn
         for name in ("_corner", "_fill", "_multiply", "_store")

@@ -1,4 +1,4 @@
-"""In the lane of the interpreter: RMSNorm, RoPE and the losses of a chunk of tokens."""
+"""Interpreter tests: RMSNorm, RoPE and the losses of a chunk of tokens."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def close(ours: Tensor, reference: Tensor, factor: float = 1.0) -> None:
 
 
 def apart(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of something wider, as a split gives them."""
+    """Rows of a wider tensor, as a split returns them."""
     wide = torch.full((rows, width + 13), float("nan"))
     wide[:, 5 : width + 5] = torch.randn(rows, width)
     return wide.to(dtype)[:, 5 : width + 5]
@@ -31,7 +31,7 @@ def apart(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 def test_norm(
     shape: tuple[int, int], weighted: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norm_triton, "_PROGRAMS", 2)  # several rounds for each
+    monkeypatch.setattr(norm_triton, "_PROGRAMS", 2)  # several iterations per program
     x, grad = apart(*shape, dtype), apart(*shape, dtype)
     weight = torch.randn(shape[1]).to(dtype) if weighted else None
     y, rstd = norm.rms_norm_reference(x, weight, 1e-5)
@@ -42,7 +42,7 @@ def test_norm(
     close(ours, y)
     close(kept, rstd)
     expected = norm.rms_norm_backward_reference(grad, x, weight, rstd)
-    scale = float(grad.float().norm()) if shape[1] > 1 else 0.0  # width 1: all but cancels
+    scale = float(grad.float().norm()) if shape[1] > 1 else 0.0  # width 1: terms almost cancel
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         if shape[1] > 1:
@@ -51,7 +51,7 @@ def test_norm(
 
 
 def test_norm_of_heads_and_what_is_no_number() -> None:
-    x = torch.randn(5, 3, 64).transpose(0, 1)  # no view of rows
+    x = torch.randn(5, 3, 64).transpose(0, 1)  # cannot be viewed as rows
     x[1, 2, 7] = float("nan")
     with kernels_on_cpu():
         ours = norm.rms_norm(x, None, 1e-6)

@@ -1,4 +1,4 @@
-"""In the lane of the interpreter: quantisation and the FP8 products against their references."""
+"""Interpreter tests: quantization and the FP8 products against their references."""
 
 import contextlib
 import math
@@ -56,14 +56,15 @@ def test_quantize(
 
 
 def test_quantize_divides_exactly() -> None:
-    """Quotients next to every rounding boundary of e4m3, where an error of one fp32 ulp shows."""
+    """Quotients near every rounding boundary of e4m3, where an error of one fp32 ulp changes the
+    result."""
     codes = torch.arange(126, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     boundaries = (codes[1:] + codes[:-1]) / 2
     for scale in (1 + torch.rand(40)).tolist():
         exact = boundaries * torch.tensor(scale)
         x = torch.cat([exact.view(torch.int32).add(i).view(torch.float32) for i in range(-3, 4)])
         x = torch.cat([x, -x]).view(-1, 125)
-        x = torch.cat([x, torch.full((len(x), 1), 448 * scale)], 1)  # makes that the scale
+        x = torch.cat([x, torch.full((len(x), 1), 448 * scale)], 1)  # sets the scale
         ours, _ = quantize_triton.quantize_groups(x, FP8[0], False, True, False)
         assert ours is not None
         assert_same_bits(ours, quantize.quantize_1x128_reference(x))
@@ -78,7 +79,7 @@ def test_quantize_noncontiguous() -> None:
 
 
 def far_apart(rows: Tensor, stride: int) -> Tensor:
-    """A copy whose rows lie `stride` elements apart in memory that is mostly never touched."""
+    """A copy with rows `stride` elements apart, in memory that is mostly never touched."""
     size = rows.element_size()
     codes = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]
     untouched = torch.from_numpy(np.empty(((len(rows) - 1) * stride + 4096) * size, np.uint8))
@@ -139,7 +140,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("M, N, K", [(140, 260, 300), (620, 129, 64), (1, 1, 1)])
 def test_gemm(layout: str, target: Target, tile: Tile, M: int, N: int, K: int) -> None:
-    """620 rows are more than one group of 8 tiles."""
+    """Tests 620 rows, which are more than one group of 8 tiles."""
     arguments = operands(M, N, K)[layout]
     reference = REFERENCES[layout](*arguments, torch.float32)
     ours = launch(layout, arguments, torch.empty(M, N), target, tile)
@@ -158,7 +159,7 @@ def test_gemm_rounds_once(layout: str) -> None:
 @pytest.mark.parametrize("layout", REFERENCES)
 @pytest.mark.parametrize("target", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 def test_gemm_of_other_memory_orders(layout: str, target: Target) -> None:
-    """Row-major and unaligned data, and scales in rows, are right too."""
+    """Row-major and unaligned data, and row-major scales, are correct too."""
     arguments = operands(70, 200, 137)[layout]
     reference = REFERENCES[layout](*arguments, torch.float32)
     plain = tuple(x.contiguous() for x in arguments)
@@ -193,7 +194,7 @@ def test_gemm_beyond_2_31() -> None:
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("shape", [(1, 65, 136, 130), (2, 3, 128, 16)], ids=str)
 def test_linear(shape: tuple[int, int, int, int], power_of_two: bool) -> None:
-    """The public function with its kernels, output and gradients."""
+    """Output and gradients of the public function with its Triton kernels."""
     B, L, D, N = shape
     leaves = [torch.randn(B, L, D).bfloat16(), torch.randn(N, D).bfloat16()]
     grad = torch.randn(B, L, N).bfloat16()
@@ -205,4 +206,4 @@ def test_linear(shape: tuple[int, int, int, int], power_of_two: bool) -> None:
             results.append([y.detach(), *torch.autograd.grad(y, (x, w), grad)])
     for ours, reference in zip(*results, strict=True):
         assert ours.dtype == reference.dtype
-        assert relative(ours, reference) < 2e-3  # a few elements round to the other bf16
+        assert relative(ours, reference) < 2e-3  # a few elements round to the adjacent bf16 value

@@ -1,5 +1,4 @@
-"""In the lane of the interpreter: grouped products and grouped quantisation against their
-references."""
+"""Interpreter tests: grouped products and grouped quantization against their references."""
 
 import contextlib
 import math
@@ -40,7 +39,7 @@ def groups(sizes: list[int], counts: list[int] | None = None) -> tuple[Tensor, T
 
 
 def rows_of(width: int, ends: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Random true rows, zero rows behind them, NaN past the last end."""
+    """Random true rows, followed by zero rows; NaN past the last end."""
     x = torch.full((int(ends[-1]) + BEYOND, width), math.nan)
     x[: ends[-1]] = 0
     for rows in grouped_gemm.true_rows(ends, counts):
@@ -80,7 +79,7 @@ def test_bf16_by_rows(
     zero = torch.ones(last, dtype=torch.bool)
     for rows in grouped_gemm.true_rows(ends, true):
         zero[rows] = False
-    assert (y[:last][zero] == 0).all() and y[last:].isnan().all()  # beyond: not written
+    assert (y[:last][zero] == 0).all() and y[last:].isnan().all()  # not written
 
 
 @TARGETS
@@ -101,7 +100,7 @@ def test_bf16_by_groups(
 def fp8_operands(
     sizes: list[int], counts: list[int], N: int, K: int, power_of_two: bool = False
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Arguments of the three products; what no product may touch is NaN."""
+    """Arguments of the three products, with NaN wherever a product must not read."""
     ends, true = groups(sizes, counts)
     x, dy = (rows_of(width, ends, true, torch.float32) for width in (K, N))
     w = torch.randn(len(sizes), N, K) * 2.0 ** torch.randint(-9, 9, (len(sizes), N, 1))
@@ -166,7 +165,7 @@ def test_fp8_by_groups(sizes: list[int], counts: list[int], N: int, K: int, targ
 
 
 def test_many_experts() -> None:
-    """More groups than a program of the schedule reads at once, most of them empty."""
+    """Tests more groups than a program of the schedule reads at once, most of them empty."""
     sizes = [0] * 256
     for e, size in ((0, 5), (63, 40), (128, 1), (200, 33), (255, 64)):
         sizes[e] = size
@@ -209,7 +208,7 @@ def test_schedule_covers_every_row_once() -> None:
 
 @TARGETS
 def test_zero_rows_stay_zero(target: Target) -> None:
-    """Whatever the weights hold, and the rows themselves."""
+    """Output rows of zero rows are zero, whatever the weights and the other rows contain."""
     ends, counts = groups([40, 32], [33, 5])
     x = rows_of(24, ends, counts, torch.bfloat16)
     x[33:40] = x[45:72] = math.nan
@@ -221,7 +220,7 @@ def test_zero_rows_stay_zero(target: Target) -> None:
 
 @TARGETS
 def test_a_neighbours_nan_stays_there(target: Target) -> None:
-    """A group or weight full of NaN touches no other group's output, at any edge."""
+    """A group or weight full of NaN does not affect any other group's output, at any boundary."""
     sizes, N, K = [37, 70, 5], 40, 72
     ends, counts = groups(sizes)
     x, dy = (rows_of(width, ends, counts, torch.bfloat16) for width in (K, N))
@@ -270,7 +269,7 @@ def test_quantize_grouped(
 @pytest.mark.parametrize("fp8", FP8, ids=str)
 @pytest.mark.parametrize("shape", [(3, 130, 140), (2, 1, 5), (0, 3, 4), (1, 128, 128)], ids=str)
 def test_quantize_experts(shape: tuple[int, ...], fp8: torch.dtype) -> None:
-    """Every weight by itself, also where its rows are no multiple of 128."""
+    """Each weight is quantized separately, even if its number of rows is no multiple of 128."""
     w = torch.randn(shape).bfloat16() * 2.0 ** torch.arange(shape[0])[:, None, None]
     ours, turned = quantize_triton.quantize_blocks(w, fp8, False)
     assert turned.shape == w.shape and (0 in shape or turned.stride(1) == 1)
@@ -304,7 +303,7 @@ def test_beyond_2_31() -> None:
 
 
 def test_the_public_functions_take_the_kernels() -> None:
-    """Output and gradients of bf16, and all of FP8, through the operations."""
+    """Output and gradients of the bf16 product, and of all FP8 products, through the operations."""
     ends, counts = groups([40, 0, 30], [33, 0, 30])
     x = rows_of(48, ends, counts, torch.bfloat16)[:70]
     w, dy = torch.randn(3, 32, 48).bfloat16(), rows_of(32, ends, counts, torch.bfloat16)[:70]

@@ -1,4 +1,4 @@
-"""In the lane of the interpreter: a whole MoE layer by its kernels against the layer without."""
+"""Interpreter tests: a whole MoE layer with Triton kernels against the layer without them."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def results(moe: MoE, x: Tensor, grad: Tensor) -> list[Tensor]:
     [("swiglu", 5, 2, 19), ("clamped_swiglu", 9, 4, 2)],
 )
 def test_layer(activation: Activation, n_experts: int, top_k: int, tokens: int, fp8: bool) -> None:
-    """fp32, so that every product is ours: router, permutation, gather, grouped products,
-    activation, combine, and all their gradients; experts without rows among them."""
+    """In fp32, so that our kernels compute every product: router, permutation, gather, grouped
+    products, activation, combine, and all their gradients, including experts without rows."""
     moe = layer(activation, n_experts, top_k, fp8)
     x, grad = torch.randn(tokens, 48), torch.randn(tokens, 48)
     expected = results(moe, x, grad)
@@ -59,5 +59,5 @@ def test_layer(activation: Activation, n_experts: int, top_k: int, tokens: int, 
     names = ["y", "x", *(name for name, _ in moe.named_parameters()), "counts"]
     assert torch.equal(ours[-1], expected[-1])
     for name, a, b in zip(names, ours, expected, strict=True):
-        # in FP8 a rounding of an intermediate may fall to the other side
+        # in FP8 a rounding of an intermediate may differ
         assert relative(a, b) < (2e-3 if fp8 else 1e-5), name

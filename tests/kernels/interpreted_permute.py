@@ -1,4 +1,4 @@
-"""In the lane of the interpreter: the movement of rows against its references."""
+"""Interpreter tests: permutation, gather and combine of rows against their references."""
 
 from unittest import mock
 
@@ -12,11 +12,13 @@ from kernels.moe.permute import Permutation
 from tests.kernels.lane import kernels_on_cpu
 
 CASES = [(0, 2, 3), (1, 8, 256), (5, 1, 1), (40, 2, 9), (170, 8, 256)]
-"""Tokens, choices, experts; the last has several tiles, and several chunks where they are small."""
+"""Tokens, choices, experts; the last case has several tiles, and several chunks if chunks are
+small."""
 
 
 def choices(tokens: int, top_k: int, experts: int, kind: str) -> Tensor:
-    """kind: even; "skewed", nine of ten for expert 0; "absent", a third of them nobody."""
+    """kind: "even"; "skewed": nine of ten choices are expert 0; "absent": a third of the choices
+    have no expert."""
     ids = torch.randint(0, experts, (tokens, top_k))
     if kind == "skewed":
         ids[torch.rand(ids.shape) < 0.9] = 0
@@ -38,7 +40,7 @@ def on_kernels(ids: Tensor, experts: int, align: int, n_rows: int | None) -> Per
 def test_permutation(
     align: int, exact: bool, tiles: int, case: tuple[int, int, int], kind: str
 ) -> None:
-    """tiles: of a chunk, by default 16. exact: as many rows as are known to be needed."""
+    """tiles: tiles of a chunk, 16 by default. exact: allocate exactly the required rows."""
     tokens, top_k, experts = case
     ids = choices(tokens, top_k, experts, kind)
     n_rows = int((ids < experts).sum()) if exact else None
@@ -90,7 +92,7 @@ def test_gradients() -> None:
 
 
 def test_rows_beyond_2_31() -> None:
-    """Slots and tokens so far apart that 32-bit offsets would wrap."""
+    """Slots and tokens so far apart that 32-bit offsets would overflow."""
     width, block = 2**30, 64
     memory = torch.from_numpy(np.empty(4 * width * 2, np.uint8)).view(torch.bfloat16)
     rows = memory.as_strided((4, width), (width, 1))

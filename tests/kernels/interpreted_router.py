@@ -1,5 +1,5 @@
-"""In the lane of the interpreter: the router's kernels against its references. Scores differ in
-the last bits of the exponential: weights within 1e-6, gradients within 1e-6 of their norm."""
+"""Interpreter tests: the router's kernels against their references. Scores differ in the last bits
+of the exponential, so weights agree within 1e-6, and gradients within 1e-6 of their norm."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ CASES = [
 def test_route(
     tokens: int, experts: int, rule: RouterOptions, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router_triton, "_ENOUGH", 2)  # several tokens in a program
+    monkeypatch.setattr(router_triton, "_ENOUGH", 2)  # several tokens per program
     logits, bias = torch.randn(tokens, experts), torch.randn(experts) * 0.2
     if kind == "skewed":
         bias[: rule.top_k] = 100

@@ -1,4 +1,4 @@
-"""In the lane of the interpreter: SwiGLU, plain and quantised, against its references."""
+"""Interpreter tests: SwiGLU, plain and quantized, against its references."""
 
 import numpy as np
 import pytest
@@ -70,8 +70,9 @@ def test_swiglu_beyond_2_31() -> None:
 
 
 def same(ours: Quantized, reference: Quantized, rows: int | None = None) -> None:
-    """Up to `rows`, what lies beyond being nobody's. Both round the same fp32 arithmetic, but for
-    exp, which is another library's: a value in some thousands falls to the other side."""
+    """Compare up to `rows`; rows after that are undefined. Both sides round the same fp32
+    arithmetic, except that exp is from different libraries, so one value in some thousands rounds
+    differently."""
     for a, b in zip(ours, reference, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert min(a.shape) < 2 or a.stride() == b.stride()
@@ -136,7 +137,7 @@ def test_backward_quantised(groups: str | None, fp8: bool, width: int) -> None:
 
 
 def test_backward_quantised_is_backward_then_quantised() -> None:
-    """Bit by bit, both by our kernels; wide enough for several programs beside each other."""
+    """Compare our two kernels bit by bit, with a width that needs several programs per row."""
     grad, gate_up = torch.randn(150, 256).bfloat16(), torch.randn(150, 512).bfloat16()
     with kernels_on_cpu():
         ours = swiglu.swiglu_backward_quantized(grad, gate_up, None, power_of_two=True)
@@ -160,7 +161,7 @@ def _places(ends_ptr, counts_ptr, out_ptr, n_groups, BLOCK: tl.constexpr, GROUPS
 
 @pytest.mark.parametrize("n_groups", [256, 200, 1])
 def test_blocks_of_many_experts(n_groups: int) -> None:
-    """Most have no row or one, as with 256 experts, top-8, and few tokens."""
+    """Most groups have no row or one, as with 256 experts, top-8, and few tokens."""
     counts = torch.arange(n_groups) % 2
     counts[n_groups // 2] = 140
     ends = ((counts + 3) // 4 * 4).cumsum(0)
@@ -175,4 +176,4 @@ def test_blocks_of_many_experts(n_groups: int) -> None:
     )
     assert out[: len(expected)].tolist() == expected
     beyond = out[len(expected) :]
-    assert (beyond[:, 2] <= beyond[:, 0]).all()  # no row is in it
+    assert (beyond[:, 2] <= beyond[:, 0]).all()  # it contains no row

@@ -1,11 +1,12 @@
-"""Repairs of Triton's interpreter (3.6 to 3.9), and memory that shows what was never written.
+"""Corrections of Triton's interpreter (3.6 to 3.9), and memory that reveals elements that were
+never written.
 
-As shipped the interpreter holds bf16 as its 16-bit code and computes on the codes: sums, products
-and maxima of bf16 are garbage, casts to bf16 truncate, casts to FP8 lose carries (127.99 becomes
-64), and a fused multiply-add rounds twice. `install` replaces these: casts are torch's, arithmetic
-on bf16 is done in fp32 and rounded, a matrix product goes through BLAS, an fma through fp64 (exact
-product; the sum is rounded to 53 bits before 24, which differs from one rounding only within 2^-29
-ulp of a tie).
+As shipped, the interpreter represents bf16 by its 16-bit code and computes on the codes: sums,
+products and maxima of bf16 are wrong, casts to bf16 truncate, casts to FP8 lose carries (127.99
+becomes 64), and a fused multiply-add rounds twice. `install` replaces these: casts use torch, bf16
+arithmetic is done in fp32 and rounded, a matrix product uses BLAS, an fma uses fp64 (exact product;
+the sum is rounded to 53 bits before 24, which differs from one rounding only within 2^-29 ulp of a
+tie).
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ Handle = interpreter.TensorHandle
 
 
 def install() -> None:
-    """Repair the interpreter of this process; TRITON_INTERPRET=1 must have been set before Triton
+    """Correct the interpreter of this process; TRITON_INTERPRET=1 must have been set before Triton
     was imported."""
     builder = interpreter.InterpreterBuilder
     _repair_casts(builder)
@@ -45,7 +46,7 @@ def install() -> None:
 
 
 def poison(patch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory is NaN, so that a kernel that leaves out an element is seen."""
+    """Fill uninitialized memory with NaN, so that an element that a kernel omits is detected."""
 
     def poisoned(make: Any) -> Any:
         def filled(*arguments: Any, **options: Any) -> Tensor:
@@ -59,7 +60,7 @@ def poison(patch: pytest.MonkeyPatch) -> None:
 
 
 class _Kept:
-    """What the interpreter takes back after a launch: nothing."""
+    """Replacement for the interpreter's cleanup after a launch: does nothing."""
 
     def restore(self) -> None:
         pass
@@ -68,7 +69,7 @@ class _Kept:
 def _patched_once(shipped: Callable[..., Any]) -> Callable[..., _Kept]:
     """Replace the functions of `triton.language` once for all kernels of this process.
 
-    As shipped every launch and every call of a device function looks through all members of these
+    As shipped, every launch and every call of a device function searches all members of these
     modules again, which takes 40 % of the time of a kernel with small blocks.
     """
     patched = set[frozenset[str]]()
@@ -156,7 +157,7 @@ def _repair_arithmetic(builder: Any) -> None:
 
 
 def _repair_reductions(operations: Any) -> None:
-    """Reductions and scans of bf16 run in fp32."""
+    """Run reductions and scans of bf16 in fp32."""
     shipped = operations.apply
 
     def block(handle: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The lane of Triton's interpreter: `interpreted_*.py` run in it, loaded as a pytest plugin.
+"""Pytest plugin for Triton's interpreter: `interpreted_*.py` run with it.
 
-Uninitialised memory is poisoned with NaN throughout.
+Uninitialized memory is filled with NaN throughout.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--pairwise`, of each function the fewest items in which all pairs of values meet."""
+    """With `--pairwise`, keep for each function the fewest items that cover all pairs of values."""
     if not config.option.pairwise:
         return
     left: dict[str, list[pytest.Function]] = {}
@@ -69,7 +69,7 @@ def poisoned() -> Iterator[None]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of x, all NaNs being one."""
+    """The bits of x, with all NaNs made equal."""
     codes = x.contiguous().view({1: torch.uint8, 4: torch.int32}[x.element_size()])
     return codes.masked_fill(x.float().isnan(), 127)
 
@@ -99,7 +99,7 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 
 @contextlib.contextmanager
 def kernels_on_cpu() -> Iterator[None]:
-    """Public functions take their Triton path."""
+    """Make public functions use their Triton implementation."""
     here = mock.patch.object
     with (
         here(device, "on_accelerator", lambda x: True),

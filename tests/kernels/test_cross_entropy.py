@@ -1,6 +1,7 @@
-"""The loss over chunks of tokens: z-loss, a divided vocabulary, and as operations torch knows.
+"""The loss over chunks of tokens: z-loss, a sharded vocabulary, and registration as torch
+operations.
 
-Forward and gradients against the plain form for many shapes: `test_kernels.py`.
+`test_kernels.py` compares forward and gradients with the plain implementation for many shapes.
 """
 
 import threading
@@ -26,14 +27,14 @@ def operands(tokens: int, words: int, seed: int = 0) -> tuple[Tensor, Tensor, Te
 
 
 def objective(x: Tensor, w: Tensor, targets: Tensor, z: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and z-loss as they are defined, summed over tokens that have a target."""
+    """Cross-entropy and z-loss by their definitions, summed over tokens that have a target."""
     logits, counted = x @ w.T, targets != IGNORE
     loss = F.cross_entropy(logits[counted], targets[counted], reduction="sum")
     return loss, z * logits[counted].logsumexp(1).square().sum()
 
 
 def close(ours: Tensor, exact: Tensor) -> None:
-    """fp32 sums over some thousand terms of size 1, which may cancel, against fp64."""
+    """Compare fp32 sums over some thousand terms of size 1, which may cancel, with fp64."""
     assert ours.shape == exact.shape
     assert float((ours.double() - exact).norm()) <= 2e-6 * float(exact.norm().clamp(min=1.0))
 
@@ -86,7 +87,7 @@ class Group:
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_a_divided_vocabulary(n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, (x, w, targets) = Ranks(n_ranks), operands(17, 30)
-    w[11] = 200.0  # one rank's words decide, exponentials overflow without the shared maximum
+    w[11] = 200.0  # one rank has the maximum; without sharing it, exponentials overflow
     monkeypatch.setattr(cross_entropy.dist, "all_reduce", ranks.all_reduce)
     monkeypatch.setitem(cross_entropy._CHUNK_ELEMENTS, "cpu", 50)
     exact = [leaf.double().requires_grad_() for leaf in (x, w)]

@@ -1,4 +1,4 @@
-"""The same kernels on a CUDA device against the references on the CPU."""
+"""The same kernels on a CUDA device, against the references on the CPU."""
 
 import pytest
 import torch

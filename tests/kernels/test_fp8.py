@@ -1,4 +1,4 @@
-"""FP8 on the CPU: accuracy per tile, hard values, the linear layer, and what users are told."""
+"""FP8 on the CPU: accuracy per tile, hard values, the linear layer, and error messages."""
 
 import math
 from collections.abc import Callable
@@ -87,7 +87,7 @@ Product = tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]
 
 
 def products(a_MK: Tensor, b_NK: Tensor) -> dict[str, Product]:
-    """Function, reference, operands, and the exact product of the quantised operands."""
+    """Function, reference, operands, and the exact product of the quantized operands."""
     rows, (b, _) = quantize_1x128(a_MK), quantize_128x128(b_NK)
     turned, column_major = quantize_128x128(b_NK.T)
     columns = quantize_128x1(a_MK.T), quantize_128x1(b_NK.T)
@@ -153,7 +153,7 @@ def test_tile_difference_sees_one_bad_tile() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_linear(dtype: torch.dtype, power_of_two: bool) -> None:
-    """Against its reference (the same quantisation), and against the layer it stands for."""
+    """Against the reference (the same quantization), and against the layer without FP8."""
     torch.manual_seed(0)
     leaves = [torch.randn(2, 65, 200).to(dtype), torch.randn(300, 200).to(dtype)]
     grad = torch.randn(2, 65, 300).to(dtype)
@@ -165,7 +165,7 @@ def test_linear(dtype: torch.dtype, power_of_two: bool) -> None:
     for ours, reference, unquantised in zip(*results, strict=True):
         assert ours.shape == unquantised.shape and ours.dtype == dtype
         assert relative(ours, reference) < 1e-5
-        # e4m3 has 3 bits of mantissa: two operands, each 2.6 % off (RMS)
+        # e4m3 has 3 bits of mantissa: two operands, each with an error of 2.6 % (RMS)
         assert 0.02 < relative(ours, unquantised) < 0.045
 
 
@@ -194,7 +194,7 @@ def test_linear_keeps_one_byte_per_activation() -> None:
 
 
 def test_layers_of_the_same_input_share_its_forms() -> None:
-    """Values and gradients as one by one; x is quantised once, and kept once."""
+    """Values and gradients equal those of separate layers; x is quantized once and kept once."""
     torch.manual_seed(0)
     x = torch.randn(130, 200).requires_grad_()
     weights = [torch.randn(n, 200).requires_grad_() for n in (64, 130)]

@@ -1,4 +1,4 @@
-"""The Gluon kernel, executed as written on a CPU; and where it is refused."""
+"""The Gluon kernel's source, executed on a CPU; and the cases in which it is refused."""
 
 import builtins
 import contextlib
@@ -41,7 +41,7 @@ def operands(layout: str, M: int, N: int, K: int) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def on(target: Target) -> Iterator[None]:
-    """The public functions take their path for a GPU."""
+    """Make the public functions use their GPU implementation."""
     with (
         mock.patch.object(gemm_fp8.device, "on_accelerator", lambda x: True),
         mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
@@ -69,19 +69,19 @@ def relative(ours: Tensor, reference: Tensor) -> float:
         (1, 1, 1, 132),
         (140, 260, 300, 132),  # one tile per program, 3 steps: fewer than slots
         (140, 260, 300, 4),  # one tile or two
-        (140, 140, 1700, 1),  # 4 tiles of 14 steps: the ring turns 9 times
+        (140, 140, 1700, 1),  # 4 tiles of 14 steps: the ring is used 9 times
         (1100, 129, 64, 3),  # more rows of tiles than a group has
     ],
 )
 def test_products(layout: str, M: int, N: int, K: int, n_sm: int) -> None:
     arguments = operands(layout, M, N, K)
     reference = PRODUCTS[layout][1](*arguments, torch.float32)
-    assert relative(run(layout, arguments, n_sm=n_sm), reference) < 1e-6  # other order of sums
+    assert relative(run(layout, arguments, n_sm=n_sm), reference) < 1e-6  # sums in another order
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_order_of_events(seed: int) -> None:
-    """12 orders, every number of steps from 1 to 13 (twice round the ring and one), 9 tiles."""
+    """12 orders, every number of steps from 1 to 13 (the ring twice and one more), 9 tiles."""
     arguments = operands("nt", 260, 270, 128 * (seed + 2) - 40)
     reference = gemm_fp8_nt_reference(*arguments, torch.float32)
     assert relative(run("nt", arguments, n_sm=1 + seed % 3, seed=seed), reference) < 1e-6
@@ -129,7 +129,7 @@ def test_nan_stays_where_it_belongs() -> None:
 
 
 def test_a_deadlock_is_seen() -> None:
-    """Oracle of the oracle."""
+    """Tests the executor itself."""
     schedule, barrier = Schedule(0), Barrier()
     with pytest.raises(Deadlock):
         schedule.run([lambda: schedule.pause(lambda: barrier.phase == 1)])

@@ -1,4 +1,5 @@
-"""Grouped products and grouped quantisation on the CPU, against plain loops; and as operations."""
+"""Grouped products and grouped quantization on the CPU, against plain loops; and as torch
+operations."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from tests.kernels.test_kernels import TOLERANCE, assert_close, gradients
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 Sizes = list[tuple[int, int]]
-"""Of every group: its true rows and the zero rows behind them."""
+"""For every group: the number of true rows and of zero rows after them."""
 CASES: list[Sizes] = [
     [(3, 0), (0, 0), (5, 0)],
     [(1, 0)],
@@ -96,7 +97,7 @@ def test_gradients(sizes: list[int], dtype: torch.dtype) -> None:
 
 
 def fp8_operands(sizes: Sizes, N: int, K: int, power_of_two: bool) -> dict[str, tuple[Any, ...]]:
-    """Function, reference, operands, and the exact product of what was quantised."""
+    """Function, reference, operands, and the exact product of the quantized operands."""
     ends, counts = groups(sizes)
     x, dy = (rows_of(sizes, width, 2, torch.bfloat16) for width in (K, N))
     w, w_turned = quantize_128x128(torch.randn(len(sizes), N, K), power_of_two)
@@ -128,7 +129,7 @@ def fp8_operands(sizes: Sizes, N: int, K: int, power_of_two: bool) -> dict[str, 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
 @pytest.mark.parametrize("sizes", [*CASES, [(200, 0), (0, 3), (130, 126)]], ids=str)
 def test_fp8(sizes: Sizes, layout: str, power_of_two: bool, fast_bf16: bool) -> None:
-    """Also where the CPU multiplies in bf16: of powers of two that is as exact."""
+    """Also when the CPU multiplies in bf16, which is exact for powers of two."""
     torch.manual_seed(0)
     operands, exact = fp8_operands(sizes, 150, 40, power_of_two)[layout]
     ends, counts = operands[-2:]
@@ -147,7 +148,7 @@ def test_fp8(sizes: Sizes, layout: str, power_of_two: bool, fast_bf16: bool) -> 
 
 
 def test_bf16_products_only_of_powers_of_two() -> None:
-    """The dense product too, and never where something finer than bf16 is asked for."""
+    """The dense product too; bf16 is never used when a more precise result is requested."""
     torch.manual_seed(0)
     a, b = torch.randn(130, 200), torch.randn(60, 200)
     seen: list[torch.dtype] = []
@@ -171,7 +172,8 @@ def test_bf16_products_only_of_powers_of_two() -> None:
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_quantize_restarts_with_every_group(power_of_two: bool) -> None:
-    """Each group is what it would be alone; zero rows count as zeros, whatever they hold."""
+    """Each group gives the same result as alone; zero rows are multiplied as zeros, whatever they
+    contain."""
     torch.manual_seed(0)
     sizes = [(130, 7), (0, 0), (0, 5), (128, 0), (1, 2)]
     ends, counts = groups(sizes)
@@ -201,7 +203,7 @@ def test_quantize_restarts_with_every_group(power_of_two: bool) -> None:
 
 
 def test_quantize_of_experts() -> None:
-    """Every weight by itself, also where rows are no multiple of 128."""
+    """Each weight is quantized separately, even if rows are no multiple of 128."""
     torch.manual_seed(0)
     w = torch.randn(3, 140, 33) * torch.tensor([1.0, 1e4, 1e-4])[:, None, None]
     (data, scales), turned = quantize_128x128(w)
@@ -223,7 +225,7 @@ group_sizes = st.lists(
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(sizes=group_sizes, N=st.integers(1, 140), K=st.integers(1, 140), beyond=st.integers(0, 5))
 def test_any_groups(sizes: Sizes, N: int, K: int, beyond: int) -> None:
-    """Products of both types against a loop over the groups, in fp64."""
+    """Compare products of both dtypes with a loop over the groups, in fp64."""
     torch.manual_seed(N * K)
     ends, counts = groups(sizes)
     x, dy = (rows_of(sizes, width, beyond, torch.float32) for width in (K, N))
@@ -255,7 +257,7 @@ def test_any_groups(sizes: Sizes, N: int, K: int, beyond: int) -> None:
 
 
 def operations() -> dict[str, tuple[Any, ...]]:
-    """Every operation with arguments."""
+    """Every operation with example arguments."""
     torch.manual_seed(0)
     sizes: Sizes = [(5, 3), (0, 0), (130, 0)]
     ends, counts = groups(sizes)
@@ -285,7 +287,7 @@ def test_operation(name: str) -> None:
     arguments = operations()[name]
     parts = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if all(x.element_size() > 1 for x in arguments if isinstance(x, Tensor)):
-        parts.append("test_schema")  # torch compares operands there, which it cannot in FP8
+        parts.append("test_schema")  # torch compares operands, which fails in FP8
     torch.library.opcheck(getattr(OPERATIONS, name).default, arguments, test_utils=parts)
 
 

@@ -1,4 +1,5 @@
-"""Products of groups of rows on a CPU: rounded numbers of rows change no result and are few."""
+"""Products of groups of rows on a CPU: rounding the numbers of rows changes no result and gives few
+sizes."""
 
 import math
 from itertools import pairwise
@@ -19,19 +20,20 @@ SIZES = st.lists(
 
 
 def integers(random: torch.Generator, *shape: int) -> Tensor:
-    """bf16 values whose products and sums of K are exact in bf16."""
+    """bf16 values whose products and sums of K terms are exact in bf16."""
     return torch.randint(-2, 3, shape, generator=random).bfloat16()
 
 
 def layout(sizes: list[tuple[int, int]]) -> tuple[list[slice], int]:
-    """Groups of so many rows, each followed by so many that are zero; and the end of the last."""
+    """Groups of these numbers of rows, each followed by the given number of zero rows; and the end
+    of the last."""
     ends = torch.tensor([0, *(n + zeros for n, zeros in sizes)]).cumsum(0).tolist()
     groups = [slice(start, start + n) for start, (n, _) in zip(ends, sizes, strict=False)]
     return groups, groups[-1].stop
 
 
 def sizes_multiplied(kind: str, sizes: range) -> set[int]:
-    """Numbers of rows of the products that two groups of each of these sizes lead to."""
+    """Row counts of the products that two groups with each of these sizes cause."""
     seen = set[int]()
     multiply = torch.mm
 
@@ -89,8 +91,8 @@ def test_one_group(n_rows: int, wide: bool, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["multiply_rows", "multiply", "sum_over_rows"])
 def test_few_sizes_are_multiplied(kind: str) -> None:
-    """Up to 64 rows multiples of 8, and exact ones where rows are summed over; then 32 per octave,
-    at most 1/32 more rows than there are."""
+    """Up to 64 rows: multiples of 8, or exact counts where rows are summed over. Above: 32 sizes
+    per octave, at most 1/32 more rows than requested."""
     sizes = sorted(sizes_multiplied(kind, range(1, 513)))
     few = [*range(1, 65)] if kind == "sum_over_rows" else [*range(8, 65, 8)]
     assert sizes[: len(few)] == few and len(sizes) == len(few) + 3 * 32
@@ -98,9 +100,10 @@ def test_few_sizes_are_multiplied(kind: str) -> None:
 
 
 def test_steps_shrink_as_rows_cost_more() -> None:
-    """Sums of 515 rows beside matrices that are ever larger, until a row costs more than code."""
+    """Sums over 515 rows with increasingly large matrices, until a row costs more than code
+    generation."""
     row = torch.empty(1, 1, dtype=torch.bfloat16)
     sizes = [cpu._rounded(row, 515, N, 2**10) for N in (2**10, 2**13, 2**14, 2**15, 2**17)]
     assert sizes == [528, 520, 516, 516, 515]
     assert cpu._rounded(row.float(), 515, 2**10, 2**10) == 515
-    assert cpu._rounded(row, 515, 2**10, 2**10, copied=2**13) == 515  # nor copies
+    assert cpu._rounded(row, 515, 2**10, 2**10, copied=2**13) == 515  # no copies either

@@ -1,4 +1,4 @@
-"""The process that trains on a CPU is started again, once, with another setting of its malloc."""
+"""A process that trains on a CPU is restarted once, with another setting of its malloc."""
 
 import os
 import subprocess

@@ -51,13 +51,13 @@ def test_linear_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype) -> No
     targets = torch.randint(0, vocab, (tokens,))
     targets[::5] = IGNORE
     ours = gradients(lambda a, b: linear_cross_entropy(a, b, targets), x, w)
-    # in bf16 the reference's own gradients pass through bf16 logits
+    # in bf16 the reference's own gradients go through bf16 logits
     reference = gradients(lambda a, b: linear_cross_entropy_reference(a, b, targets), x, w)
     assert_close(ours, reference, 3 * TOLERANCE[dtype])
 
 
 def test_linear_cross_entropy_scales_in_fp32() -> None:
-    """A loss scale that bf16 cannot hold must not be rounded to bf16."""
+    """A loss scale that bf16 cannot represent must not be rounded to bf16."""
     torch.manual_seed(0)
     x = torch.randn(640, 64).bfloat16().requires_grad_()
     w = torch.randn(320, 64).bfloat16().requires_grad_()
@@ -65,7 +65,7 @@ def test_linear_cross_entropy_scales_in_fp32() -> None:
     exact = torch.autograd.grad(linear_cross_entropy_reference(x.double(), w.double(), targets), w)[
         0
     ].double()
-    scale = 0.701171875  # halfway between two bf16 values: rounding it would be off by 2.8e-3
+    scale = 0.701171875  # halfway between two bf16 values: rounding it gives an error of 2.8e-3
     plain, scaled = (
         torch.autograd.grad(linear_cross_entropy(x, w, targets) * factor, w)[0].double()
         for factor in (1.0, scale)
@@ -91,7 +91,7 @@ def test_document_attention(
         document = (torch.rand(batch, length) < 0.3).cumsum(1)
         mask = (document[:, :, None] == document[:, None, :]).tril()
     ours = gradients(lambda a, b, c: document_attention(a, b, c, mask, 0.3), q, k, v)
-    # the oracle is exact: fp64 on the same operands
+    # the reference is exact: fp64 on the same operands
     exact = gradients(
         lambda a, b, c: document_attention_reference(a, b, c, mask, 0.3),
         q.double(),

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiled for GPUs that are not here: it fits, and uses what it should."""
+"""Every Triton kernel, compiled for GPUs that are not present: it fits, and uses the expected
+instructions."""
 
 import dataclasses
 import re
@@ -15,12 +16,13 @@ from scripts.kernel_table.case import TARGETS, TENSOR_CORES, Case, fp8_of
 from scripts.kernel_table.offline import SHARED_BYTES, Build, offline
 
 REGISTERS = {"sm_90": 255, "sm_100": 255, "gfx942": 512, "gfx950": 512}
-"""Per thread; on AMD vector and accumulation registers together."""
+"""Registers per thread; on AMD the sum of vector and accumulation registers."""
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton 3.9 asks for a choice that 3.10 will make: fused multiply-adds, as until now."""
+    """Triton 3.9 requires an explicit choice that becomes the default in 3.10: fused multiply-adds,
+    as before."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     yield
 
@@ -35,9 +37,10 @@ def assert_sound(made: Build, target: str, multiplies: bool, cores: str = "fp8")
 
 
 def some() -> Iterator[tuple[Case, list[str]]]:
-    """Every everyday case for some of its targets.
+    """The cases of the default run, each for some of its targets.
 
-    Those that differ in sizes alone take NVIDIA's and AMD's in turn; one without others takes both.
+    Cases that differ only in size alternate between NVIDIA and AMD; a case without others of its
+    kind is compiled for both.
     """
     alike: dict[str, list[Case]] = {}
     for case in cases():
@@ -57,7 +60,7 @@ def test_every_kernel(case: Case, targets: list[str]) -> None:
 
 
 def test_some_are_enough() -> None:
-    """Both makers compile every kind of product, and every target has some of each."""
+    """Every kind of product is compiled for both vendors, and every target has some of each."""
     seen = {(case.cores, target) for case, targets in some() for target in targets
             if case.multiplies}  # fmt: skip
     assert seen == {(cores, target) for cores in TENSOR_CORES for target in TARGETS}
@@ -68,18 +71,18 @@ def test_some_are_enough() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_and_type(target: str) -> None:
-    """The whole table."""
+    """The full table."""
     for case in cases():
         if target in case.targets:
             assert_sound(build(case, target), target, case.multiplies, case.cores)
 
 
 def test_gluon_warps_specialise() -> None:
-    """Two groups that multiply and a loader, each with registers, code and barriers of its own."""
+    """Two warp groups that multiply and a loader, each with own registers, code and barriers."""
     (case,) = (case for case in cases() if case.name == "gemm_fp8_nt Gluon bf16")
     made = build(case, "sm_90")
     assert made.instructions["QGMMA"] == 2 * 4  # 128 of K in steps of 32, once for each group
-    assert made.instructions["UTMALDG"] == 2  # the loader's, of a and of b
+    assert made.instructions["UTMALDG"] == 2  # the loader's copies of a and of b
     assert re.search(r"warp_specialize.*partition0\(.*partition1\(", made.kernel.asm["ttgir"], re.S)
     ptx = made.kernel.asm["ptx"]
     given = set(re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx))
@@ -95,7 +98,8 @@ def test_gluon_warps_specialise() -> None:
 
 @pytest.mark.parametrize("layout", ["nt", "tn"])
 def test_gluon_with_sizes_of_one(layout: str) -> None:
-    """Triton compiles integers that are 1 into the code, which Gluon's parts must bear."""
+    """Triton compiles integers equal to 1 into the code as constants, which the partitions must
+    support."""
     data, scales = torch.empty(1, 1, dtype=torch.float8_e4m3fn), torch.empty(1, 1)
     wide = torch.empty(300, 1, dtype=torch.float8_e4m3fn)
     scales_b = torch.empty(3, 1) if layout == "nt" else torch.empty(1, 300).T
@@ -107,7 +111,7 @@ def test_gluon_with_sizes_of_one(layout: str) -> None:
 
 
 def test_a_spill_is_seen() -> None:
-    """Oracle of the oracle: two accumulators of 128x128 do not fit into 4 warps."""
+    """Tests the check itself: two accumulators of 128x128 do not fit into 4 warps."""
     a, scales = torch.empty(1024, 1024, dtype=torch.float8_e4m3fn), torch.empty(8, 1024).T
     few_warps = dataclasses.replace(TILES[0], warps=4)
     with offline("cuda", 90) as builds:
@@ -116,7 +120,7 @@ def test_a_spill_is_seen() -> None:
 
 
 def test_sm_80_has_no_fp8() -> None:
-    """What `kernels.quantization.quantize.fp8_dtype` refuses with a sentence, Triton refuses as
-    well."""
+    """Triton also refuses the targets that `kernels.quantization.quantize.fp8_dtype` refuses with
+    an error message."""
     with pytest.raises(Exception, match="fp8e4nv not supported"), offline("cuda", 80):
         quantize_groups(torch.empty(128, 128), fp8_of("sm_80"), False, True, False)

@@ -1,4 +1,4 @@
-"""Experts that compute h again: the same values and gradients, and less kept."""
+"""Experts that recompute h: the same values and gradients, and less memory kept."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def batch(dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equals_its_parts(activation: Activation, dtype: torch.dtype) -> None:
-    """To the bit but for w2's gradient, whose h comes out of another pass."""
+    """Bit-identical, except w2's gradient, whose h is computed in another pass."""
     (x, w13, w2, weights), grad, ends, counts = batch(dtype)
     results = []
     for function in (swiglu_mlp, plain):

@@ -20,7 +20,7 @@ from kernels.quantization.quantize import (
 )
 
 SIZES = [(130, 120), (0, 0), (1, 1), (40, 0), (300, 300)]
-"""Rows and true rows of each group."""
+"""Number of rows and of true rows of each group."""
 D, F = 200, 136
 
 
@@ -48,9 +48,10 @@ def by_definition(
 
 
 def batch(largest: float = 2.0) -> tuple[list[Tensor], Tensor, Groups, Tensor]:
-    """x, w13, w2 and weights; the gradient of the output; groups; which rows are true.
+    """x, w13, w2 and weights; the gradient of the output; groups; a mask of true rows.
 
-    The rows of x differ in size, from 10^-2 to 10^largest."""
+    The rows of x have different magnitudes, from 10^-2 to 10^largest.
+    """
     torch.manual_seed(0)
     ends = torch.tensor([size for size, _ in SIZES]).cumsum(0)
     counts = torch.tensor([true for _, true in SIZES])
@@ -75,7 +76,7 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu"])
 @pytest.mark.parametrize("fp8_rows", [False, True])
 def test_experts(activation: Activation, fp8_rows: bool) -> None:
-    """Rows that come in FP8 have their own quantisation; the weight gradient quantises again."""
+    """Rows received in FP8 keep their quantization; the weight gradient quantizes them again."""
     (x, w13, w2, weights), grad, groups, _ = batch()
     given = quantize_1x128(x.detach()) if fp8_rows else None
     y = swiglu_mlp_fp8(
@@ -92,14 +93,15 @@ def test_experts(activation: Activation, fp8_rows: bool) -> None:
             of_x, w13.detach()[e], w2.detach()[e], weights.detach()[rows], grad[rows], activation
         )
         got = [y.detach()[rows], ours[0][rows], ours[1][e], ours[2][e], ours[3][rows]]
-        # products in another order flip a rounding to FP8 (6 percent of an element) now and then
+        # products in another order occasionally change a rounding to FP8 (6 percent of an element)
         for name, a, b in zip(("y", "dx", "dw13", "dw2", "dweights"), got, expected, strict=True):
             assert relative(a, b) < 2e-3, (e, name)
 
 
 def test_near_the_exact_feed_forward() -> None:
-    """FP8 costs a few percent, and of each row its own percents: rows differ in size by 100. (Far
-    larger gates make the gradient of SwiGLU hang on their sign, which the exact one does too.)"""
+    """The error of FP8 is a few percent of each row, although rows differ in magnitude by a factor
+    of 100. (With far larger gates the gradient of SwiGLU depends on their sign, in the exact
+    computation too.)"""
     (x, w13, w2, weights), grad, groups, true_R = batch(0.0)
     y = swiglu_mlp_fp8(
         x, w13, w2, Fp8Weight.of(w13), Fp8Weight.of(w2), weights_R=weights, groups=groups
@@ -113,7 +115,7 @@ def test_near_the_exact_feed_forward() -> None:
     exact = torch.cat(parts)
     theirs = [exact, *torch.autograd.grad(exact, (x, w13, w2, weights), grad)]
     for name, a, b in zip(("y", "dx", "dw13", "dw2", "dweights"), ours, theirs, strict=True):
-        # up to five quantised operands meet, each with an error of 2.6 percent of its norm
+        # up to five quantized operands are involved, each with an error of 2.6 percent of its norm
         assert 1e-3 < relative(a, b) < 0.1, name
     row_error = (ours[0] - exact)[true_R].norm(dim=1) / exact[true_R].norm(dim=1)
     assert row_error.max() < 0.2
@@ -137,7 +139,8 @@ def test_one_group_is_a_dense_feed_forward() -> None:
 
 
 def test_what_is_kept() -> None:
-    """One byte per element of x, gate and up, and their scales; never h, never bf16."""
+    """Kept are one byte per element of x, gate and up, and their scales; neither h nor any bf16
+    tensor."""
     torch.manual_seed(0)
     x, w13, w2 = torch.randn(256, 256).bfloat16(), torch.randn(512, 256), torch.randn(256, 256)
     leaves = [t.bfloat16().requires_grad_() for t in (x, w13, w2)]
@@ -172,7 +175,7 @@ def test_rows_in_fp8_enter_as_they_are() -> None:
             stand_in, w13, w2, Fp8Weight.of(w13), Fp8Weight.of(w2), weights_R=weights,
             groups=groups, rows=given,
         )  # fmt: skip
-    assert not both.called and not quantised.called  # h is, within SwiGLU; nothing is kept
+    assert not both.called and not quantised.called  # h is bf16 within SwiGLU, but nothing is kept
     assert nt.call_args_list[0].args[0] is given.data
 
 

@@ -1,5 +1,5 @@
-"""Movement of rows, the router and whole layers on a CUDA device: against the references, and
-without a wait of the host."""
+"""Row movement, the router and whole layers on a CUDA device: results equal the references, and the
+host never waits."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def no_waiting() -> Iterator[None]:
-    """Calls warm up first: compiling may wait."""
+    """Calls once before the check, because compilation may wait."""
     torch.manual_seed(0)
     yield
     torch.cuda.set_sync_debug_mode("default")
@@ -79,7 +79,7 @@ def test_route(rule: RouterOptions) -> None:
     found = step()
     torch.cuda.set_sync_debug_mode("default")
     ids, weights, counts, gradient = (part.cpu() for part in found)
-    # the device's exponential differs in its last bit: neighbours may change places
+    # the device's exponential differs in its last bit, so adjacent ranks may swap
     assert (ids != route_reference(logits, bias, rule)[0]).float().mean() < 1e-3
     _, expected, counted = route_reference(logits, bias, rule, ids)
     assert torch.equal(counts, counted)
@@ -90,7 +90,7 @@ def test_route(rule: RouterOptions) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_layer_does_not_wait(fp8: bool) -> None:
-    """Forward and backward of a whole layer, as sharded training runs it, against the CPU."""
+    """Forward and backward of a whole layer, as in sharded training, against the CPU."""
     moe = MoEConfig(
         n_experts=16, top_k=4, d_expert=256, n_shared_experts=1, seq_aux_loss_coef=0.1,
         global_aux_loss_coef=0.1, router_z_loss_coef=0.1,

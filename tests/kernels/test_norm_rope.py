@@ -1,4 +1,4 @@
-"""RMSNorm and the rotation of heads as operations torch knows, on a CPU."""
+"""RMSNorm and RoPE as torch operations, on a CPU."""
 
 from typing import Any
 
@@ -47,10 +47,10 @@ def test_norm_and_its_gradients(
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """One complex product per pair."""
+    """RoPE as one complex product per pair."""
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).mT
     if not len(x):
-        return x.clone()  # no complex view of nothing
+        return x.clone()  # an empty tensor has no complex view
     numbers = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)[:, None]
     y = torch.view_as_real(numbers)
     return y.flatten(-2) if interleaved else y.mT.flatten(-2)

@@ -1,5 +1,5 @@
-"""The movement of rows against plain loops, on the CPU's paths: order, gaps, choices of nobody,
-gradients, quantised rows; and as operations that torch knows."""
+"""Permutation, gather and combine against plain loops, on the CPU: order, gaps, choices without an
+expert, gradients, quantized rows; and as torch operations."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from kernels.moe.permute import (
 
 @st.composite
 def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Experts of tokens, often skewed, some of them nobody; and the number of experts."""
+    """Experts of tokens, often skewed, some of them none; and the number of experts."""
     experts, top_k = draw(st.sampled_from([1, 2, 7, 40])), draw(st.sampled_from([1, 2, 3, 8]))
     tokens = draw(st.integers(0, 40))
     favourite = draw(st.integers(0, experts))
@@ -31,8 +31,8 @@ def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 
 def assert_groups(to: Permutation, ids_TK: Tensor, n_experts: int, align: int) -> None:
-    """A permutation from the definition: groups aligned, in order of tokens, inverse of each
-    other, all else empty."""
+    """A permutation computed from the definition: groups aligned, in token order, the two maps
+    inverse of each other, all other slots empty."""
     flat, held = ids_TK.reshape(-1).tolist(), []
     order, start = to.order_P.tolist(), 0
     for e, end in enumerate(to.ends_E.tolist()):
@@ -94,14 +94,14 @@ def test_bf16_is_rounded_once(top_k: int, align: int) -> None:
 
 
 def test_nobody_gets_nothing_and_gives_nothing() -> None:
-    ids = torch.tensor([2, 0, 2, 1, 1])  # 2 names nobody
+    ids = torch.tensor([2, 0, 2, 1, 1])  # 2 means no expert
     to = permutation(ids, 2)
     assert to.order_P.tolist() == [1, 3, 4, -1, -1] and to.ends_E.tolist() == [1, 3]
     assert to.inverse_R.tolist() == [-1, 0, -1, 1, 2]
     rows = torch.arange(1.0, 6)[:, None]
     there = gather_rows(rows, to)
     assert there[:, 0].tolist() == [2, 4, 5, 0, 0]
-    there[3:] = float("nan")  # what nobody's slots hold is not read
+    there[3:] = float("nan")  # rows of empty slots are not read
     assert combine_rows(there, to, 1)[:, 0].tolist() == [0, 2, 0, 4, 5]
 
 
@@ -110,7 +110,7 @@ def test_opcheck(tokens: int) -> None:
     ids = torch.randint(0, 4, (tokens * 2,))
     order, inverse, *_ = permute._permutation(ids, 3, 1, len(ids))
     everything = torch.library.opcheck
-    # exact sizes depend on data, which the meta device cannot know
+    # exact sizes depend on data, which the meta device does not have
     for align, n_slots in ((1, len(ids)), (16, 64)):
         everything(permute._permutation, (ids, 3, align, n_slots))
     x = torch.randn(tokens, 5, requires_grad=True)

@@ -1,5 +1,5 @@
-"""The router's operation against tokens in plain loops, on the CPU's path; and as an operation that
-torch knows. Weights are fp32 sums of a few terms: 1e-6 of their size."""
+"""The router's operation on the CPU against plain loops over tokens; and as a torch operation.
+Weights are fp32 sums of a few terms, so they agree within a relative 1e-6."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_against_loops(
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, experts, generator=generator) * 2
     bias = torch.randn(experts, generator=generator) * 0.3
-    if ties:  # copied experts; and steps that fp32 and fp64 order alike
+    if ties:  # duplicated experts; and values spaced so that fp32 and fp64 order them alike
         logits, bias = logits.round(), torch.zeros(experts)
         if rule.n_groups > 1 and not rule.softmax:
             logits = logits.sign() * 0.0  # a sum of two scores rounds: all equal, or none
@@ -88,7 +88,7 @@ def test_gradient(rule: RouterOptions, replayed: bool) -> None:
 
 
 def test_given_twice() -> None:
-    """A choice that names an expert twice gets both gradients."""
+    """A choice that contains an expert twice gets both gradients."""
     logits = torch.randn(1, 3, requires_grad=True)
     ids, rule = torch.tensor([[1, 1]]), RouterOptions(2, True, normalize=False)
     (ours,) = torch.autograd.grad(route(logits, torch.zeros(3), rule, ids)[1].sum(), logits)

@@ -1,4 +1,4 @@
-"""A weight quantised in pieces has the bits of the whole, however it is cut."""
+"""A weight quantized in pieces has the bits of the whole weight, however it is divided."""
 
 import torch
 from hypothesis import given, settings
@@ -21,7 +21,7 @@ def test_any_cut(
     rows: int, columns: int, experts: int, cuts: list[float], along_rows: bool,
     power_of_two: bool, hard: bool, seed: int,
 ) -> None:  # fmt: skip
-    """Pieces of rows (of all experts one after another) or of columns, empty ones among them."""
+    """Pieces of rows (of all experts one after another) or of columns, including empty ones."""
     torch.manual_seed(seed)
     w = torch.randn(experts, rows, columns) * 2.0 ** torch.randint(-30, 30, (experts, rows, 1))
     if hard:

@@ -1,4 +1,4 @@
-"""SwiGLU's operations on a CPU: against autograd, as torch sees them, compiled, and quantised."""
+"""SwiGLU's operations on a CPU: against autograd, as torch operations, compiled, and quantized."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 def definition(gate_up: Tensor, weights: Tensor | None, activation: str) -> Tensor:
-    """As the papers and GPT-OSS's published code write it, in whatever dtype it is given."""
+    """SwiGLU as in the papers and GPT-OSS's published code, in the dtype of its inputs."""
     gate, up = gate_up.chunk(2, -1)
     if activation == "swiglu":
         h = F.silu(gate) * up
@@ -38,7 +38,7 @@ def inputs(
     rows: int, width: int, dtype: torch.dtype, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     make = torch.Generator().manual_seed(seed)
-    gate_up = 4 * torch.randn(rows, 2 * width, generator=make)  # a tenth of it beyond the limit
+    gate_up = 4 * torch.randn(rows, 2 * width, generator=make)  # a tenth beyond the limit
     grad = torch.randn(rows, width, generator=make)
     return gate_up.to(dtype), torch.rand(rows, generator=make), grad.to(dtype)
 
@@ -73,7 +73,7 @@ def test_what_is_clamped_has_no_gradient() -> None:
 
 
 def columns_by_loop(x: Tensor, sizes: list[int], counts: list[int]) -> Quantized:
-    """Every group by itself, put one after the other."""
+    """Each group quantized separately, and concatenated."""
     data, scales = torch.zeros(x.shape, dtype=torch.float8_e4m3fn), []
     start = 0
     for size, count in zip(sizes, counts, strict=True):
@@ -153,7 +153,7 @@ def test_opcheck(rows: int, activation: Activation) -> None:
     for with_h in (True, False):
         arguments = (grad, plain, w if with_h else None, activation, with_h)
         torch.library.opcheck(ops._swiglu_backward, arguments, test_utils=utilities)
-    utilities = ("test_faketensor",)  # the comparison of the other cannot multiply FP8
+    utilities = ("test_faketensor",)  # opcheck's comparison cannot multiply FP8
     torch.library.opcheck(ops._swiglu_quantized, (plain, w, activation, True), test_utils=utilities)
     ends, counts = torch.tensor([rows // 2, rows]), torch.tensor([rows // 2, rows - rows // 2])
     data, scales = quantize_1x128(plain)

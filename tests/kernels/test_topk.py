@@ -1,4 +1,5 @@
-"""`top_indices` against rows sorted in Python: ties included, on both devices' paths."""
+"""`top_indices` against rows sorted in Python, including ties, with the implementations of both
+devices."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Every Triton kernel in Triton's interpreter: `interpreted_*.py` in processes of their own, since
-the interpreter is chosen when Triton is imported."""
+"""Every Triton kernel in Triton's interpreter: `interpreted_*.py` run in separate processes,
+because the interpreter is selected when Triton is imported."""
 
 import ast
 from pathlib import Path
@@ -16,7 +16,7 @@ AT_ONCE = 2
 
 
 def parts(file: Path) -> list[list[str]]:
-    """Its tests, some at a time: each start of the lane should take a few seconds."""
+    """Groups of tests per process, so that each start of the interpreter takes a few seconds."""
     body = ast.parse(file.read_text()).body
     names = [f.name for f in body if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
     return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]

@@ -1,4 +1,4 @@
-"""Folders of every architecture that is read."""
+"""Fixture folders of every supported Hugging Face architecture."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.models.transformers_peer import DENSE, SEVEN, transformers
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of every architecture that is read, without a stretch of RoPE."""
+    """A folder of every supported architecture, without RoPE scaling."""
     made = {}
     for name in SEVEN:
         made[name] = tmp_path_factory.mktemp(name)

@@ -1,4 +1,4 @@
-"""A small model of every family, with everything its family can have."""
+"""A small model of every family, with all features of its family."""
 
 from dataclasses import replace
 

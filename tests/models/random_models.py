@@ -1,4 +1,4 @@
-"""Models drawn at random, of every family: odd sizes, each optional feature on or off."""
+"""Random models of every family: odd sizes, each optional feature on or off."""
 
 from random import Random
 from typing import Any
@@ -18,12 +18,12 @@ ARCHITECTURES = {
 
 
 def random_model(family: str, rng: Random, vocab_size: int) -> ModelConfig:
-    """A model of the family that our own rules allow."""
+    """A random model of the family that is valid under our own rules."""
     while True:
         try:
             return _draw(family, rng, vocab_size)
         except UserError:
-            continue  # settings that do not go together
+            continue  # settings that exclude each other
 
 
 def _draw(family: str, rng: Random, vocab_size: int) -> ModelConfig:
@@ -31,7 +31,9 @@ def _draw(family: str, rng: Random, vocab_size: int) -> ModelConfig:
     mla = family.startswith("deepseek")
     attention = _mla(family, rng) if mla else _gqa(family, rng)
     d_model = rng.randint(8, 41)
-    if family == "deepseek-v2":  # transformers wants a multiple, and views pairs as complex numbers
+    if (
+        family == "deepseek-v2"
+    ):  # transformers requires a multiple, and views pairs as complex numbers
         d_model = attention.n_heads * rng.randint(2, 9)
     n_dense = 0 if family in ("mixtral", "gpt-oss", "llama4") else rng.randint(0, n_layers)
     moe_every = rng.randint(1, 3) if family == "llama4" else 1
@@ -149,7 +151,7 @@ def _moe(family: str, rng: Random) -> MoEConfig:
         more |= {"score_func": "sigmoid", "n_shared_experts": 1, "weight_on": "input"}
     free = family in ("qwen3", "glm4", "deepseek-v3")
     norm_top_k = rng.random() < 0.5 if free else family in ("mixtral", "gpt-oss")
-    if norm_top_k:  # one normalised score teaches a router nothing
+    if norm_top_k:  # a single normalized score gives a router no gradient
         top_k = min(max(top_k, 2), n_experts)
     return MoEConfig(
         n_experts=n_experts,

@@ -1,4 +1,4 @@
-"""The routers' auxiliary losses against plain loops: values, gradients, when they count.
+"""The routers' auxiliary losses against plain loops: values, gradients, and when they are computed.
 
 Tolerance 1e-5 of the reference's norm: both sides are fp32 sums of some hundred terms.
 """
@@ -50,7 +50,7 @@ def losses_of(made: Router, step: StepContext) -> dict[str, float]:
 
 
 def scores_of(made: Router, x: Tensor) -> list[Tensor]:
-    """Scores of every token, from its logits one by one."""
+    """Scores of every token, computed from its logits one by one."""
     if made.config.score_func == "softmax":
         return [(made.weight @ row).softmax(0) for row in x]
     return [(made.weight @ row).sigmoid() for row in x]
@@ -71,7 +71,8 @@ def sequence_loop(made: Router, x: Tensor) -> Tensor:
 
 
 def global_loop(made: Router, x: Tensor, seen: Tensor) -> Tensor:
-    """arXiv:2501.11873 with the choices among all tokens `seen`; the mean of P over `x`."""
+    """arXiv:2501.11873 with f over the choices of all tokens in `seen`, and the mean of P over
+    `x`."""
     moe = made.config
     ids = made(seen)[0].flatten().tolist()
     scores, total = scores_of(made, x), torch.zeros(())
@@ -90,8 +91,8 @@ def z_loop(made: Router, x: Tensor) -> Tensor:
 def gradient_of_losses(
     made: Router, batches: list[Tensor], main: Tensor
 ) -> tuple[Tensor, StepContext]:
-    """Gradient of the router's weight from the auxiliary losses alone: with and without them; and
-    the step with them."""
+    """Gradient of the router's weight from the auxiliary losses alone (the difference with and
+    without them), and the step with them."""
     step = step_of(made, sum(map(len, batches)))
     grads: list[Tensor] = []
     for on in (True, False):
@@ -135,8 +136,8 @@ def test_value_and_gradient_equal_plain_loops(name: str, options: dict[str, obje
 
 
 def test_microbatches_add_up_to_the_step() -> None:
-    """Two unequal microbatches: the sequence and z losses are those of one batch; the global loss
-    knows, in each microbatch, the choices of the step so far."""
+    """Two unequal microbatches: the sequence and z losses equal those of one batch; in each
+    microbatch, the global loss uses the choices of the step so far."""
     made = router(**dict.fromkeys(KEYS.values(), 0.5))
     parts = [tokens(0, 3), tokens(1, 2)]
     every = torch.cat(parts)
@@ -173,7 +174,7 @@ def test_even_load_and_scores_give_one() -> None:
 
 
 def test_recomputation_counts_once() -> None:
-    """Forward runs twice, backward once: value, gradient and counts are those of a plain run."""
+    """Forward runs twice, backward once: value, gradient and counts equal those of a plain run."""
     results = []
     for recompute in (False, True):
         made = router(**dict.fromkeys(KEYS.values(), 0.5))
@@ -194,8 +195,8 @@ def test_recomputation_counts_once() -> None:
 
 
 def test_nothing_happens_outside_a_step() -> None:
-    """Without a context there is no loss in the weights' gradient, in training mode or not; with
-    one the weights are the same and only their gradient differs."""
+    """Without a context the weights' gradient contains no loss, in training mode or not; with a
+    context the weights are the same and only their gradient differs."""
     made = router(**dict.fromkeys(KEYS.values(), 1.0))
     bare, x = router(), tokens(0)
     for mode in (True, False):
@@ -232,7 +233,7 @@ def test_bf16_weights_do_not_round_the_losses() -> None:
 
 
 def test_the_losses_even_the_load() -> None:
-    """Gradient descent on each balance loss alone evens a lopsided router."""
+    """Gradient descent on each balance loss alone balances a skewed router."""
     for key in ("seq_aux_loss_coef", "global_aux_loss_coef"):
         made = router(**{key: 1.0})
         made.bias_E.zero_()

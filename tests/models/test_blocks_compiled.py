@@ -1,4 +1,4 @@
-"""Compiled blocks: equal those that are not, and compile once for all batches."""
+"""Compiled blocks give the same results as uncompiled ones, and compile once for all batches."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,7 +32,7 @@ def build(config: ModelConfig) -> Decoder:
 
 
 def batch(seed: int, n_sequences: int, length: int) -> tuple[Tensor, DocumentAttention]:
-    """Documents of unequal length; at times one fills a sequence, or all of them are short."""
+    """Documents of unequal length; sometimes one fills a sequence, or all of them are short."""
     generator = torch.Generator().manual_seed(seed)
     shape = (n_sequences, length)
     positions = torch.arange(length).repeat(n_sequences, 1)
@@ -43,13 +43,13 @@ def batch(seed: int, n_sequences: int, length: int) -> tuple[Tensor, DocumentAtt
 
 
 def run(model: Decoder, seed: int, n_sequences: int, length: int) -> list[Tensor]:
-    """What a microbatch gives: in training with its gradients, else logits alone."""
+    """Results of a microbatch: in training with gradients, otherwise only logits."""
     tokens_T, core = batch(seed, n_sequences, length)
     positions_T = core.positions_BL.flatten()
     if not model.training:
         with torch.no_grad():
             return [model(tokens_T, positions_T, core)]
-    step = model_step(model.config, length, 4 * tokens_T.numel())  # another object every step
+    step = model_step(model.config, length, 4 * tokens_T.numel())  # a new object every step
     loss = model(tokens_T, positions_T, core, context=step.microbatch()).square().mean()
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -62,7 +62,8 @@ def run(model: Decoder, seed: int, n_sequences: int, length: int) -> list[Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["glm4", "gpt-oss", "llama4", "deepseek-v3"])
 def test_batches_that_differ_need_no_other_graph(family: str) -> None:
-    """Within the first batches every kind of block and two sizes are seen; then nothing is new."""
+    """The first batches contain every kind of block and two sizes; after them nothing is
+    compiled."""
     plain, compiled = build(FAMILIES[family]), build(FAMILIES[family])
     for block in compiled.blocks():
         block.compile(backend="eager")

@@ -1,4 +1,4 @@
-"""The decoder: documents do not see each other, ties hold, counts are right."""
+"""The decoder: documents do not attend to each other, weights are tied, counts are right."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""The recipe on every family: what is turned, what is not, and that it stays near the model."""
+"""The FP8 recipe on every family: which modules are converted, and that results stay close to
+bf16."""
 
 import copy
 import re
@@ -26,7 +27,7 @@ def build(family: str) -> Decoder:
 
 
 def losses_and_gradients(model: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of two sequences, and the gradients of a loss that does not hang on them alone."""
+    """Logits of two sequences, and the gradients of a loss that does not depend on logits alone."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 96, (2, 24), generator=generator)
     positions = torch.arange(24).expand(2, 24)
@@ -39,8 +40,8 @@ def losses_and_gradients(model: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_near_the_model(family: str) -> None:
-    """Loose bounds: these models are a few dozen wide, and an expert chosen otherwise shows. A
-    product that is wrong, or a gradient that goes to another weight, gives cosines near zero."""
+    """Loose tolerances: these models are a few dozen wide, and a different choice of an expert is
+    visible. A wrong product, or a gradient of another weight, gives cosines near zero."""
     exact = build(family)
     fp8 = copy.deepcopy(exact)
     names = apply_fp8(fp8, FP8Config())
@@ -85,7 +86,7 @@ def test_what_is_kept() -> None:
     }
     assert turned(first_bf16=2) == {n for n in every if not re.match(r"layers\.[01]\.", n)}
     assert turned(last_bf16=3) == {n for n in every if not re.match(r"mtp\.|layers\.2\.", n)}
-    assert turned(keep=("head", "layers.*.ffn.router")) == every  # never turned anyway
+    assert turned(keep=("head", "layers.*.ffn.router")) == every  # never converted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The export in DeepSeek's FP8: every bit against plain loops; transformers computes the same."""
+"""Export in DeepSeek's FP8: every bit against plain loops; transformers computes the same."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,8 @@ print(json.dumps(results))
 
 
 def wide(name: str) -> ModelConfig:
-    """A family's model in sizes that readers hold: blocks whole, one cut off, and several."""
+    """A family's model in sizes that readers support: full blocks, a partial one, and several
+    blocks."""
     model = FAMILIES[name]
     if model.attention.kind == "mla":
         attention = AttentionConfig(
@@ -67,14 +68,14 @@ def wide(name: str) -> ModelConfig:
 
 
 def ragged() -> ModelConfig:
-    """Blocks cut off behind whole ones: 304 rows, 272 and 320 columns."""
+    """Partial blocks after full ones: 304 rows, 272 and 320 columns."""
     model = wide("deepseek-v3")
     attention = replace(model.attention, kv_lora_rank=272, v_head_dim=80)
     return replace(model, attention=attention)
 
 
 def unfit() -> ModelConfig:
-    """Experts and attention in sizes that some reader does not hold."""
+    """Experts and attention in sizes that some reader does not support."""
     model = wide("qwen3")
     attention = replace(model.attention, head_dim=40)
     return replace(model, attention=attention, moe=replace(model.moe, d_expert=96))
@@ -95,7 +96,7 @@ def write_fp8(decoder: Decoder, folder: Path, shard_bytes: int = 400_000) -> lis
 
 
 def by_loops(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E4M3, factors, and what they mean, one block after the other."""
+    """E4M3 data, factors, and dequantized values, one block after the other."""
     starts = [range(0, n, 128) for n in weight.shape]
     factors = torch.empty(len(starts[0]), len(starts[1]))
     data, meaning = weight.to(FP8), weight.clone()
@@ -109,7 +110,7 @@ def by_loops(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantised(decoder: Decoder) -> Decoder:
-    """A decoder with the weights that an FP8 export of `decoder` means."""
+    """A decoder with the weights to which an FP8 export of `decoder` dequantizes."""
     plan, again = fp8_plan(decoder.config), Decoder(decoder.config)
     given, state = decoder.state_dict(), again.state_dict()
     for t in hf_tensors(decoder.config):
@@ -134,8 +135,9 @@ def logits(decoder: Decoder, tokens_BL: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_is_that_of_plain_loops(name: str, tmp_path: Path) -> None:
-    """Bit for bit: gate and up with blocks of their own though ours are one, each expert with its
-    own, blocks at the edge cut off, everything else bf16, the index complete."""
+    """Bit for bit: gate and up have separate blocks although they are one matrix here, each expert
+    has its own blocks, blocks at the edge are smaller, everything else is bf16, the index is
+    complete."""
     decoder = random_decoder(MODELS[name])
     files = write_fp8(decoder, tmp_path)
     assert len(files) > 1
@@ -169,7 +171,8 @@ def test_every_tensor_is_that_of_plain_loops(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "unfit"])
 def test_only_projections_are_quantised(name: str) -> None:
-    """A matrix is either a projection in FP8 or named in the list that readers leave alone."""
+    """Each matrix is either a projection in FP8 or in the list of matrices that readers do not
+    convert."""
     model = MODELS[name]
     plan = fp8_plan(model)
     alone = plan.quantization_config()["modules_to_not_convert"]
@@ -186,12 +189,13 @@ def test_only_projections_are_quantised(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(name: str, tmp_path: Path) -> None:
-    """Export, read: exactly the dequantised weights. Export that: the same bits once more."""
+    """Reading an export gives exactly the dequantized weights. Exporting those gives the same
+    bits."""
     decoder = random_decoder(MODELS[name])
     write_fp8(decoder, tmp_path / "a")
     again = read_model(tmp_path / "a", torch.float32, mtp=True)
     expected = dequantised(decoder).state_dict()
-    for key, value in again.state_dict().items():  # bare GLM gets a shared expert of zeros
+    for key, value in again.state_dict().items():  # GLM without a shared expert gets one of zeros
         assert torch.equal(value, expected.get(key, torch.zeros_like(value))), key
     write_fp8(again, tmp_path / "b", shard_bytes=250_000)
     first, second = read_all(tmp_path / "a"), read_all(tmp_path / "b")
@@ -202,10 +206,13 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 
 def test_transformers_computes_the_same(tmp_path: Path) -> None:
-    """All families in one process. fp32 in another order of summation: 1e-5 of the norm, as for
-    exports without quantisation. It refuses, aloud, matrices whose last block is cut off."""
+    """All families in one process. Tolerance for fp32 in another order of summation: 1e-5 of the
+    norm, as for exports without quantization. transformers raises an error for matrices with a
+    partial last block."""
     tokens = torch.randint(0, 96, (2, 37), generator=torch.Generator().manual_seed(0))
-    names = [name for name in MODELS if not name.endswith("mtp")]  # modules it does not have
+    names = [
+        name for name in MODELS if not name.endswith("mtp")
+    ]  # modules that transformers does not have
     for name in names:
         write_fp8(random_decoder(MODELS[name]), tmp_path / name)
         save_file({"tokens": tokens}, tmp_path / name / "given.check")
@@ -221,9 +228,9 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_quantising_a_dequantised_weight_changes_no_bit() -> None:
-    """For every amax of a binade (its scale is amax / 448, rounded): the largest number becomes
-    448, so amax and scale come back; 1 of 9 scales from elsewhere would move by one bit. Then
-    whole matrices with zeros, tiny blocks and edges, as the first step of a training sees them."""
+    """For every amax of a binade (its scale is amax / 448, rounded), the largest number becomes
+    448, so amax and scale are reproduced; 1 of 9 arbitrary scales would change by one bit. Then
+    whole matrices with zeros, tiny blocks and edges, as in the first step of a training."""
     amax = torch.arange(2**23, 2**24, dtype=torch.int32).float()
     scale = amax / 448
     assert torch.equal(scale * 448 / 448, scale)
@@ -244,8 +251,8 @@ def test_quantising_a_dequantised_weight_changes_no_bit() -> None:
 
 
 def test_quantising_an_imported_weight_in_other_ways() -> None:
-    """By way of bf16: the same data, factors within its rounding (2^-8). Powers of two: the same
-    values. Powers of two, then amax / 448: another rounding."""
+    """Quantized from bf16: the same data, factors within its rounding (2^-8). With powers of two on
+    both sides: the same values. Powers of two, then amax / 448: another rounding."""
     torch.manual_seed(0)
     weight = torch.randn(512, 384) * torch.logspace(-3, 3, 384)
     (data, scales), _ = quantize_128x128(weight)
@@ -264,8 +271,9 @@ def test_quantising_an_imported_weight_in_other_ways() -> None:
 
 @pytest.mark.parametrize("rows", [96, 128, 192, 300, 320, 384, 576])
 def test_what_readers_would_refuse_or_misread_stays_bf16(rows: int) -> None:
-    """Keys of so many rows: joined with queries and values, and experts of as many. 576 rows are
-    those of DeepSeek-V3's kv_a_proj_with_mqa, which stands last and so is quantised."""
+    """Keys with these numbers of rows are concatenated with queries and values; experts have as
+    many rows. 576 rows are those of DeepSeek-V3's kv_a_proj_with_mqa, which is the last and
+    therefore quantized."""
     model = wide("qwen3")
     attention = replace(model.attention, n_heads=2, n_kv_heads=2, head_dim=rows // 2)
     keys = replace(model, attention=attention)
@@ -285,8 +293,9 @@ def test_what_readers_would_refuse_or_misread_stays_bf16(rows: int) -> None:
 
 
 def test_deepseek_v3_is_quantised_as_published() -> None:
-    """All projections of all layers, kv_a_proj_with_mqa (576 rows) among them, and the keys of its
-    config.json; beyond them only the list of what is not quantised, which other readers need."""
+    """All projections of all layers are quantized, including kv_a_proj_with_mqa (576 rows), with
+    the keys of DeepSeek-V3's config.json; the only addition is the list of unquantized matrices,
+    which other readers need."""
     model = replace(load(ROOT / "configs/deepseek_v3_671b.toml", []).model, n_layers=4)
     plan = fp8_plan(model)
     config = plan.quantization_config()
@@ -300,8 +309,8 @@ def test_deepseek_v3_is_quantised_as_published() -> None:
 
 
 def test_pieces_are_small_and_begin_with_a_block(tmp_path: Path) -> None:
-    """What is read at a time: an eighth of a shard, or one row of blocks; the bits do not depend
-    on it."""
+    """The number of rows read at a time, an eighth of a shard or one row of blocks, does not change
+    any bit."""
     decoder = random_decoder(MODELS["ragged"])
     state, seen = decoder.state_dict(), []
 

@@ -1,4 +1,4 @@
-"""The share of a model's work in FP8, against the products that torch really runs."""
+"""The fraction of a model's work in FP8, against the products that torch runs."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,5 @@
-"""Export parity: transformers loads what we write, misses nothing, and computes the same."""
+"""Export parity: transformers loads our exports, finds every tensor, and computes the same
+results."""
 
 import json
 import re
@@ -80,7 +81,7 @@ def read_all(folder: Path) -> dict[str, Tensor]:
 
 
 def main_names(model: ModelConfig) -> list[str]:
-    """Names in the export of everything but MTP modules."""
+    """Names of all exported tensors except those of MTP modules."""
     return [t.name for t in hf_tensors(replace(model, mtp_depth=0))]
 
 
@@ -90,15 +91,15 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_agrees_in_logits_and_every_gradient(name: str, tmp_path: Path) -> None:
-    """Sequences are longer than window, chunk and original RoPE length. A gradient may be off by
-    1e-4 of its norm (fp32, other order of summation); logits by 1e-5."""
+    """Sequences are longer than window, chunk and original RoPE length. Tolerances: 1e-4 of its
+    norm for a gradient (fp32, other order of summation), 1e-5 for logits."""
     decoder = random_decoder(FAMILIES[name])
     write(decoder, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     tokens = torch.randint(0, 96, (2, 37), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, tmp_path / "given.check")
     result = json.loads(run("-P", "-c", COMPARE, tmp_path).stdout.splitlines()[-1])
-    # transformers has no MTP modules; it is silent about them only at the published layer number
+    # transformers has no MTP modules; it ignores them silently only at the published layer number
     model = decoder.config
     unexpected = result["wrong"].pop("unexpected_keys", [])
     beyond = {str(layer) for layer in range(model.n_layers, model.n_layers + model.mtp_depth)}
@@ -249,7 +250,7 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_mtp_modules_have_the_names_of_the_published_weights(tmp_path: Path) -> None:
-    """Those of DeepSeek-V3: one layer more, which repeats embedding and head."""
+    """MTP modules as in DeepSeek-V3: one layer more, with copies of embedding and head."""
     model = replace(FAMILIES["deepseek-v3-mtp"], mtp_depth=1)
     decoder = random_decoder(model)
     write(decoder, tmp_path)
@@ -268,7 +269,7 @@ def test_mtp_modules_have_the_names_of_the_published_weights(tmp_path: Path) -> 
 
 
 def test_a_folder_without_its_mtp_modules_is_a_model_without_them(tmp_path: Path) -> None:
-    """As transformers leaves it, which drops them but keeps the number in config.json."""
+    """As saved by transformers, which drops MTP modules but keeps their number in config.json."""
     model = FAMILIES["deepseek-v3-mtp"]
     decoder = random_decoder(model)
     write(decoder, tmp_path, shard_bytes=10**9)

@@ -1,7 +1,8 @@
-"""Keys of config.json that are left out or of a wrong type: as transformers takes them, or refused.
+"""Keys of config.json that are missing or have a wrong type are handled as in transformers, or
+refused.
 
-The table of defaults is compared with the classes of the installed transformers; then every key of
-a config.json is left out, and filled with nonsense, one at a time.
+The table of defaults is compared with the classes of the installed transformers. Then every key of
+a config.json is left out, and set to invalid values, one at a time.
 """
 
 import copy
@@ -31,7 +32,7 @@ NONSENSE: tuple[Any, ...] = (
     {"a": [[[[[[1]]]]]]},
 )  # fmt: skip
 BESIDE_THE_NETWORK = {*UNUSED, "initializer_range", "router_aux_loss_coef", "dtype"}
-"""Keys of their configuration that logits do not depend on."""
+"""Configuration keys that logits do not depend on."""
 
 
 @pytest.mark.parametrize("architecture", DEFAULTS)
@@ -54,7 +55,7 @@ def test_the_table_is_that_of_the_installed_classes(architecture: str) -> None:
 
 
 def test_types_of_keys_that_are_not_used() -> None:
-    """No class takes a type that we refuse, null aside."""
+    """Except null, no class accepts a type that we refuse."""
     for model_type in MODEL_TYPES.values():
         kind = transformers().CONFIG_MAPPING[model_type]
         for field in fields(kind):
@@ -65,7 +66,7 @@ def test_types_of_keys_that_are_not_used() -> None:
 
 
 def spots(raw: Config) -> Iterator[tuple[str, ...]]:
-    """Every key, also those within objects."""
+    """Every key, including those of nested objects."""
     for key, value in raw.items():
         yield (key,)
         if isinstance(value, dict):
@@ -84,12 +85,12 @@ def with_spot(raw: Config, spot: tuple[str, ...], value: Any, remove: bool = Fal
 
 
 def network(raw: Config) -> Config:
-    """What their configuration says of the network."""
+    """The settings of a configuration that affect the network."""
     return {k: v for k, v in their_config(raw).items() if k not in BESIDE_THE_NETWORK}
 
 
 class Reading:
-    """A folder's config.json as both readers see it, and changes of it."""
+    """A folder's config.json as both readers read it, and changes of it."""
 
     def __init__(self, name: str, folder: Path, target: Path) -> None:
         self.folder, self.target = folder, target
@@ -98,7 +99,8 @@ class Reading:
         self.model, self.network = self.ours(self.raw, "config.json"), network(self.raw)
 
     def told(self, changed: Config) -> str:
-        """Our refusal; "" where both readers see the network as before, or logits agree."""
+        """Our error message; "" if both readers read the same network as before, or logits
+        agree."""
         try:
             model = self.ours(changed, "config.json")
         except UserError as error:
@@ -121,8 +123,8 @@ def test_every_key_left_out(name: str, folders: dict[str, Path], tmp_path: Path)
 
 @pytest.mark.parametrize("name", [*SEVEN, *DENSE])
 def test_every_key_with_a_wrong_type(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Refused in a line that names file and key, or read as before. An integer for a number is no
-    other type: JSON has one kind of number."""
+    """A wrong type is refused in a line that names file and key, or read as before. An integer is
+    valid for a float, because JSON has one number type."""
     reading = Reading(name, folders[name], tmp_path / "hf")
     for spot in spots(reading.raw):
         given = reading.raw
@@ -133,7 +135,7 @@ def test_every_key_with_a_wrong_type(name: str, folders: dict[str, Path], tmp_pa
                 continue
             told = reading.told(with_spot(reading.raw, spot, value))
             named = "config.json" in told and spot[-1] in told
-            # null can be a value, which the tensors contradict
+            # null can be a valid value, which then contradicts the tensors
             contradicted = "has shape" in told or "tensors missing" in told
             assert not told or named or contradicted, (spot, value, told)
 

@@ -1,4 +1,4 @@
-"""Files of a folder that are no weights, are there twice, or are no files at all."""
+"""Files of a model folder that are not weights, are duplicates, or are not regular files."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PICKLES = ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "pytorch_mode
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Qwen3-MoE in one file with an index, which the server serves."""
+    """A Qwen3-MoE in one file with an index, in a form that the server can load."""
     path = tmp_path / "hf"
     path.mkdir()
     write(random_decoder(FAMILIES["qwen3"]), path, 10**9)
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def dense_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied Llama of one layer, by hand."""
+    """A tied Llama of one layer, written by hand."""
     path = tmp_path_factory.mktemp("dense")
     shapes = {
         "model.embed_tokens": (20, 8), "model.norm": (8,), "model.layers.0.input_layernorm": (8,),
@@ -76,7 +76,7 @@ def read(folder: Path) -> object:
 
 
 def change(file: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Rewrite a single file and drop the index."""
+    """Rewrite a single weights file and drop the index."""
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file.with_name("model.safetensors"))
@@ -91,7 +91,8 @@ def only(folder: Path) -> Path:
 
 
 def test_files_beside_the_weights_are_left_where_they_lie(folder: Path, dense: Path) -> None:
-    """As every Trainer folder has them; a pickle that would raise when opened stays closed."""
+    """Files as in every Trainer folder; a pickle that would raise an error when opened is not
+    opened."""
     for name in PICKLES:
         for place in (folder, dense):
             (place / name).write_bytes(b"\x80\x04cos\nabort\n.")
@@ -124,7 +125,7 @@ def no_file(kind: str, path: Path) -> None:
     "name", ["config.json", INDEX, "model", "generation_config.json", "tokenizer.json"]
 )
 def test_what_is_no_file_is_never_opened(kind: str, name: str, folder: Path, dense: Path) -> None:
-    """A pipe would wait for ever, a device has no end."""
+    """Reading a pipe would block forever, and a device has no end."""
     path = only(folder) if name == "model" else folder / name
     no_file(kind, path)
     told = refusal(lambda: open_export(folder, device="cpu"))
@@ -160,7 +161,7 @@ def test_json_without_end(text: str, folder: Path, dense: Path) -> None:
 
 
 def test_names_without_end(folder: Path) -> None:
-    """Names of tensors and files are repeated on one line, and not in full."""
+    """Names of tensors and files are printed on one line, shortened."""
     file = only(folder)
     index: dict[str, Any] = json.loads((folder / INDEX).read_text())
     for name in ("x" * 60_000, "a\nb"):
@@ -198,7 +199,7 @@ def test_the_index_lists_every_tensor_where_it_lies(folder: Path) -> None:
 
 
 def other(value: Tensor, how: str) -> Tensor:
-    """Another matrix than `value`."""
+    """A matrix different from `value`."""
     changed = value.clone().float()
     if how == "shape":
         return torch.zeros(3, 3)
@@ -215,7 +216,7 @@ HOW = ("shape", "no dimension", "integers", "nan", "one number")
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_head_beside_a_tied_embedding_is_that_embedding(how: str, dense: Path) -> None:
-    """Upcycling takes the embedding for the head: transformers, which is given both, the head."""
+    """Upcycling would use the embedding as head; transformers, given both, uses the head."""
     file = dense / "model.safetensors"
     embedding = load_file(file)["model.embed_tokens.weight"]
     change(file, lambda t: t.update({"lm_head.weight": embedding.clone()}))
@@ -227,7 +228,8 @@ def test_a_head_beside_a_tied_embedding_is_that_embedding(how: str, dense: Path)
 
 @pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
 def test_copies_within_modules_for_more_tokens_are_copies(copy: str, tmp_path: Path) -> None:
-    """DeepSeek-V3's module repeats embedding and head; what is left out was compared."""
+    """DeepSeek-V3's module has copies of embedding and head; they are compared before they are left
+    out."""
     model = FAMILIES["deepseek-v3-mtp"]
     write(random_decoder(model), tmp_path, 10**9)
     name = f"model.layers.{model.n_layers + 1}.{copy}.weight"
@@ -248,7 +250,7 @@ def test_copies_within_modules_for_more_tokens_are_copies(copy: str, tmp_path: P
 
 
 def test_quantised_copies_are_compared_as_numbers(tmp_path: Path) -> None:
-    """A copy in FP8 blocks equals the main one where its numbers do."""
+    """A copy in FP8 blocks equals the main tensor if its dequantized values do."""
     model = FAMILIES["deepseek-v3-mtp"]
     write(random_decoder(model), tmp_path, 10**9)
     change(only(tmp_path), lambda t: t)
@@ -269,7 +271,7 @@ def test_quantised_copies_are_compared_as_numbers(tmp_path: Path) -> None:
 
 
 def test_two_forms_of_one_tensor(tmp_path: Path) -> None:
-    """GPT-OSS with its experts packed and unpacked: which one counts, no key says."""
+    """GPT-OSS with its experts both packed and unpacked; no key specifies which to use."""
     model = FAMILIES["gpt-oss"]
     write(random_decoder(model), tmp_path, 10**9)
     raw: dict[str, Any] = json.loads((tmp_path / "config.json").read_text())
@@ -299,7 +301,8 @@ def test_a_language_model_under_two_names(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_of_the_hub_cache_is_a_folder_of_links(tmp_path: Path) -> None:
-    """`models--x/snapshots/REVISION` links each file to `models--x/blobs`; nothing else beside."""
+    """`models--x/snapshots/REVISION` links each file to `models--x/blobs`, and contains nothing
+    else."""
     snapshot, blobs = tmp_path / "snapshots" / "0f3e", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

@@ -1,4 +1,5 @@
-"""Two keys that say the same thing: what transformers follows, or a refusal that names both."""
+"""Two keys with the same meaning: the behavior of transformers is followed, or an error names
+both."""
 
 import copy
 import json
@@ -41,7 +42,7 @@ def yarn(**more: Any) -> Config:
 
 
 Case = tuple[Callable[[float], Config], str | None]
-# given the default rope_theta T: keys, and what a refusal names; None: it must be followed
+# given the default rope_theta T: keys, and the names in an error; None: it must be followed
 ROPE: dict[str, Case] = {
     "no key at all": (lambda T: {}, None),
     "theta beside": (lambda T: {"rope_theta": 3e4}, None),
@@ -117,7 +118,8 @@ def test_rope(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_gpt_oss_without_a_rope_key_is_stretched(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Its class has YaRN with a factor of 32; an empty object says that there is none."""
+    """Its class defaults to YaRN with a factor of 32; an empty object means that there is no
+    scaling."""
     folder, base = folders["gpt-oss"], base_of(folders["gpt-oss"])
     assert follow_or_refuse(folder, base | {"rope_parameters": {}}, tmp_path / "hf") == ""
     plain = our_logits(tmp_path / "hf")
@@ -146,7 +148,7 @@ OTHERS: list[tuple[str, Config, str | None]] = [
     ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types = ["),
     ("qwen3", {"layer_types": ["full_attention"] * 3}, None),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window = True"),
-    ("qwen3", {"sliding_window": 8}, None),  # not looked at
+    ("qwen3", {"sliding_window": 8}, None),  # not read
     ("qwen3", {"mlp_layer_types": ["sparse"] * 3}, "mlp_layer_types = ['sparse'"),
     ("qwen3", {"mlp_layer_types": ["dense", "sparse", "sparse"]}, None),
     ("qwen3", {"mlp_only_layers": [False]}, "mlp_only_layers = [False]"),

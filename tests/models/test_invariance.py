@@ -1,6 +1,6 @@
-"""What training's forward pass makes of a token does not depend on what is computed beside it.
+"""Training's forward pass of a token does not depend on other tokens in the batch.
 
-So a server can give the bits of training although it never computes the same batch.
+Therefore a server can give the bits of training although it never computes the same batch.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def logits(decoder: Decoder, tokens_BL: Tensor) -> Tensor:
 
 
 def lively(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Decoder:
-    """Weights that make every part of the model matter."""
+    """Weights with which every part of the model affects the result."""
     torch.manual_seed(seed)
     decoder = Decoder(config)
     initialize(decoder, config, seed=0)
@@ -54,7 +54,7 @@ def test_batch_and_length_do_not_matter(name: str, dtype: torch.dtype) -> None:
 
 
 def test_long_sequences_too() -> None:
-    """Beyond 512 queries are cut into pieces, and more than one block of keys is summed."""
+    """More than 512 queries are divided into pieces, and more than one block of keys is summed."""
     for dtype in (torch.float32, torch.bfloat16):
         decoder = lively(FAMILIES["gpt-oss"], dtype)
         tokens_BL = torch.randint(0, 96, (1, 1100))

@@ -33,7 +33,7 @@ def layer(model: ModelConfig, seed: int = 0) -> MoE:
 
 
 def reference(moe: MoE, x_TD: Tensor) -> Tensor:
-    """Token by token, expert by expert."""
+    """The layer computed token by token, expert by expert."""
     config, router = moe.router.config, moe.router
     outputs = []
     for x in x_TD:
@@ -78,14 +78,15 @@ def test_layer_equals_plain_loops(options: dict[str, object], tokens: int) -> No
         torch.autograd.grad(theirs, inputs, seed, allow_unused=True),
         strict=True,
     ):
-        if b is None or b.norm() < 1e-4:  # a single expert: its normalised weight is constant
+        if b is None or b.norm() < 1e-4:  # a single expert: its normalized weight is constant
             assert a is None or a.norm() < 1e-4
         else:
             assert a is not None and (a - b).norm() / b.norm() < 1e-5
 
 
 def test_a_step_counts_the_choices_of_its_microbatches() -> None:
-    """Each microbatch once, in training mode or not; a call without a context counts nowhere."""
+    """Each microbatch is counted once, in training mode or not; a call without a context is not
+    counted."""
     moe = layer(tiny_model())
     batches = [torch.randn(n, 32) for n in (11, 11, 5)]
     step, another = layer_step(8), layer_step(8)
@@ -104,7 +105,7 @@ def test_bias_moves_against_the_load_and_evens_it() -> None:
     moe = layer(model)
     moe.router.bias_E.zero_()
     with torch.no_grad():
-        moe.router.weight[3] += 0.4  # a favourite
+        moe.router.weight[3] += 0.4  # make one expert preferred
     x = torch.randn(512, 32) + 0.5
     first: Tensor | None = None
     for _ in range(60):
@@ -155,7 +156,7 @@ def test_initial_weights_do_not_depend_on_which_part_is_drawn() -> None:
     assert torch.equal(whole[2:5], initial_value(model, 3, name, shape, slice(2, 5)))
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, initial_value(model, 4, name, shape))
-    assert abs(float(whole.std()) / 0.02 - 0.98) < 0.03  # truncated at three deviations
+    assert abs(float(whole.std()) / 0.02 - 0.98) < 0.03  # truncated at three standard deviations
 
 
 def test_initialise_gives_every_parameter_its_own_values() -> None:

@@ -1,4 +1,4 @@
-"""A whole MoE layer under `torch.compile` without a break: run on a CPU, traced for CUDA."""
+"""A whole MoE layer under `torch.compile` without a graph break: run on a CPU, traced for CUDA."""
 
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +62,7 @@ def test_equals_eager(fp8: bool) -> None:
 
 
 def test_traces_for_cuda() -> None:
-    """No operation asks for data. (A build of torch without CUDA cannot trace gradients for it, nor
+    """No operation reads data. (A build of torch without CUDA cannot trace gradients for it, nor
     slices, which FP8 needs; the kernels of both are compiled offline.)"""
     found: list[str] = []
 
@@ -95,7 +95,7 @@ def test_traces_for_cuda() -> None:
 
 
 def test_projections_of_gathered_weights() -> None:
-    """A weight that FSDP2 gathered has no transposed copy: data stands for it, once."""
+    """A weight gathered by FSDP2 has no transposed copy; its data is used instead, once."""
     torch.manual_seed(0)
     layers = [Fp8Linear.of(Linear(32, width, bias=False), False) for width in (16, 24)]
     for each in layers:

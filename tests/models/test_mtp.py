@@ -43,8 +43,8 @@ def tiny(depth: int) -> ModelConfig:
 
 
 def packed(model: ModelConfig, lengths: list[list[int]]) -> tuple[Batch, list[Tensor]]:
-    """Sequences of documents of such lengths; the batch, and every document with the token that
-    follows it (which the last of a sequence has as its last target, too)."""
+    """Sequences of documents of the given lengths: the batch, and every document with the token
+    that follows it (which is also the last target of the last document of a sequence)."""
     rng, rows, documents = np.random.default_rng(0), [], []
     for row in lengths:
         parts = [np.r_[0, rng.integers(1, model.vocab_size, n - 1)] for n in row]
@@ -56,7 +56,8 @@ def packed(model: ModelConfig, lengths: list[list[int]]) -> tuple[Batch, list[Te
 
 
 def document_losses(decoder: Decoder, document: Tensor, depth: int) -> list[Tensor]:
-    """Equations 21-25 for one document alone, on the part of it that has targets at each depth."""
+    """Equations 21-25 for one document alone, restricted to the positions that have targets at each
+    depth."""
     tokens, n = document, len(document) - 1
     positions = torch.arange(n)
     core = DocumentAttention(positions[None])
@@ -89,7 +90,7 @@ def test_packed_losses_and_gradients_equal_documents_alone(model: ModelConfig) -
     decoder, depth = build(model), model.mtp_depth
     batch, documents = packed(model, [[5, 1, 9, 2, 4], [21], [1, 1, 2, 3, 14]])
     ours = loss_sums(decoder, batch, depth)
-    # the documents hold every target: the last of each sequence is followed by a 0 in both
+    # the documents contain every target: the last of each sequence is followed by a 0 in both
     theirs = torch.stack(
         [torch.stack(document_losses(decoder, d, depth)) for d in documents]
     ).sum(0)  # fmt: skip
@@ -125,7 +126,7 @@ def test_look_ahead_equals_loops(depth: int) -> None:
 
 
 def test_what_has_no_target_changes_no_loss() -> None:
-    """Other tokens for the positions without a successor: all losses stay."""
+    """Changing the tokens at positions without a successor changes no loss."""
     decoder = build(tiny(2))
     batch, _ = packed(decoder.config, [[5, 1, 9, 6]])
     ahead = [look_ahead(batch, k) for k in (1, 2)]
@@ -187,5 +188,5 @@ def test_deepseek_v3_costs_260_gflop_per_token_with_its_module() -> None:
     counts = parameter_counts(model)
     assert counts.total / 1e9 == pytest.approx(671, abs=0.5)
     assert counts.mtp / 1e9 == pytest.approx(11.5, abs=0.12)  # README of the weights
-    # its files hold embedding and head of the module once more: 685B
+    # its files contain embedding and head of the module as copies: 685B
     assert (counts.total + counts.mtp + 2 * counts.embedding) / 1e9 == pytest.approx(685, abs=0.6)

@@ -1,4 +1,4 @@
-"""What is said of every parameter (`models.parameters`): each is declared, and nothing else is."""
+"""The table of parameters (`models.parameters`): every parameter is declared, and no other name."""
 
 import re
 
@@ -16,7 +16,7 @@ from train.optim.optimizer import build_optimizer
 
 
 def shapes() -> dict[str, set[torch.Size]]:
-    """Of every parameter of every family, by the last two parts of its name."""
+    """The entry of every parameter of every family, by the last two parts of its name."""
     found: dict[str, set[torch.Size]] = {}
     for config in FAMILIES.values():
         with torch.device("meta"):
@@ -32,7 +32,7 @@ def test_every_parameter_is_declared_and_every_declaration_is_used() -> None:
 
 
 def test_dimensions_that_ranks_divide_are_there() -> None:
-    """And of one parameter each is another dimension; experts are not divided by `tp`."""
+    """The divided dimensions of a parameter differ; experts are not divided by `tp`."""
     for key, sizes in shapes().items():
         spec = PARAMETERS[key]
         dims = [dim for dim in (spec.tp, spec.ep, spec.etp) if dim is not None]
@@ -57,7 +57,7 @@ MESSAGE = re.escape(
 
 
 def test_a_parameter_that_is_not_declared_is_refused() -> None:
-    """Where its initial value, or whether it decays, would have to be guessed."""
+    """Its initial value, and whether it decays, would have to be guessed."""
     model = with_another_parameter(GLM4)
     with pytest.raises(LookupError, match=f"^{MESSAGE}$"):
         initialize(model, GLM4, seed=0)

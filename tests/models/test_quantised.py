@@ -1,4 +1,4 @@
-"""Dequantisation against transformers' own code and against plain loops; whole folders."""
+"""Dequantization against transformers' own code and against plain loops; whole folders."""
 
 import json
 from dataclasses import replace
@@ -32,7 +32,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def quantise_fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """E4M3, its factors, and what the two mean, block by block."""
+    """E4M3 data, its factors, and the dequantized values, block by block."""
     scale = torch.empty(scale_shape(tuple(weight.shape), block))
     data, meaning = weight.to(torch.float8_e4m3fn), weight.clone()
     for r in range(scale.shape[0]):
@@ -46,7 +46,7 @@ def quantise_fp8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor
 
 
 def test_dequantisation_equals_that_of_transformers_bit_for_bit(tmp_path: Path) -> None:
-    """Edge blocks partial; every byte of MXFP4 and scales down to subnormal results."""
+    """Partial blocks at the edges; every byte of MXFP4 and scales down to subnormal results."""
     torch.manual_seed(0)
     given = {}
     for name, shape in (("a", (300, 257)), ("b", (3, 130, 128)), ("c", (256, 384))):
@@ -80,7 +80,7 @@ def test_mxfp4_by_hand() -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 7, 8, 20])
 def test_fp8_rows_from_the_middle(first: int) -> None:
-    """A piece may begin within a block; block sizes that divide nothing."""
+    """A piece may begin within a block; block sizes need not divide the shape."""
     torch.manual_seed(2)
     data, scale, meaning = quantise_fp8(torch.randn(23, 19), (8, 6))
     part = dequantize_fp8(data[first:22], scale[first // 8 : -(-22 // 8)], (8, 6), first)
@@ -88,7 +88,8 @@ def test_fp8_rows_from_the_middle(first: int) -> None:
 
 
 def fp8_folder(folder: Path, block: tuple[int, int]) -> dict[str, Tensor]:
-    """A DeepSeek-V3 as published: matrices in FP8, the rest bf16; returns what it means."""
+    """Write a DeepSeek-V3 as published, with matrices in FP8 and the rest in bf16; returns the
+    dequantized tensors."""
     write(random_decoder(DEEPSEEK_V3), folder)
     index: dict[str, str] = {}
     meanings: dict[str, Tensor] = {}
@@ -159,7 +160,7 @@ def test_a_folder_in_mxfp4(tmp_path: Path) -> None:
     at = "model.layers.3.mlp.experts.gate_up_proj"
     gate_up = dequantize_mxfp4(tensors[f"{at}_blocks"], tensors[f"{at}_scales"])
     w13 = state["layers.3.ffn.experts.w13"]
-    for e in range(6):  # gate and up in turns along the output dimension
+    for e in range(6):  # gate and up interleaved along the output dimension
         assert torch.equal(w13[e, 0], gate_up[e].T[0::2])
         assert torch.equal(w13[e, 1], gate_up[e].T[1::2])
 

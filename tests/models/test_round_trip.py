@@ -1,4 +1,4 @@
-"""import(export_hf(x)) = x for models drawn at random, and transformers loads every one of them."""
+"""import(export_hf(x)) = x for random models, and transformers loads every one of them."""
 
 import json
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def run_of(decoder: Decoder, folder: Path, tokenizer: Path) -> Path:
 
 
 def contents(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model of a checkpoint and its tensors, put together."""
+    """The model of a checkpoint, and its assembled tensors."""
     manifest = checkpoint.read_manifest(path)
     reader = checkpoint.Reader(manifest)
     tensors = {name: reader.read(name, reader.whole(name)) for name in manifest.boxes}
@@ -84,7 +84,7 @@ def test_config_json_gives_the_model_again(family: str) -> None:
         again = from_hf_config(written, "config.json")
         assert again == model
         assert described(again) == written
-        # who has never heard of our key reads a model of the same tensors
+        # a reader that ignores our key reads a model with the same tensors
         published = from_hf_config({k: v for k, v in written.items() if k != KEY}, "config.json")
         names = [(t.name, t.shape) for t in hf_tensors(model)]
         assert names == [(t.name, t.shape) for t in hf_tensors(published)]
@@ -92,14 +92,14 @@ def test_config_json_gives_the_model_again(family: str) -> None:
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_tensors_and_files_are_the_same_again(family: str, tmp_path: Path, tokenizer: Path) -> None:
-    """Export, import, export: model and tensors bit for bit, every file byte for byte; and
-    transformers finds every tensor it wants, no other, and computes the same logits (1e-5 of the
-    norm; fp32, another order of summation)."""
+    """Export, import, export: model and tensors bit for bit, every file byte for byte. transformers
+    finds exactly the tensors it expects and computes the same logits (1e-5 of the norm; fp32,
+    another order of summation)."""
     transformers = pytest.importorskip("transformers")
     for number, given in enumerate(drawn(family, 3)):
         place = tmp_path / str(number)
         decoder = random_decoder(given)
-        model = decoder.config  # with larger weights to start from
+        model = decoder.config  # with larger initial weights
         out = export_hf(run_of(decoder, place / "run", tokenizer), None, torch.float32)
         saved, _ = import_hf(out, place / "ours", shard_bytes=9_000)
         again, tensors = contents(saved)
@@ -143,7 +143,7 @@ def with_moe(model: ModelConfig, **changes: Any) -> ModelConfig:
 def test_what_could_not_be_read_again_is_refused(
     name: str, change: dict[str, Any], expected: str
 ) -> None:
-    """By the rule that `--check` prints, before anything is trained."""
+    """Refused by the rule that `--check` prints before training."""
     model = FAMILIES[name]
     parts = {
         key: replace(getattr(model, key), **value) if isinstance(value, dict) else value
@@ -186,7 +186,7 @@ def test_our_key_says_only_what_the_others_leave_open(given: Any, expected: str)
 
 
 def test_a_shared_expert_that_is_there_after_all(tmp_path: Path, tokenizer: Path) -> None:
-    """Exported as zeros; whoever trained it must remove our key."""
+    """The shared expert is exported as zeros; after training it, users must remove our key."""
     model = replace(FAMILIES["glm4-bare"], vocab_size=VOCAB)
     decoder = random_decoder(model)
     model = decoder.config
@@ -206,7 +206,7 @@ def test_a_shared_expert_that_is_there_after_all(tmp_path: Path, tokenizer: Path
 
 
 def test_a_tensor_without_a_place_is_not_lost(tmp_path: Path, tokenizer: Path) -> None:
-    """A balancing bias that an earlier run moved still chooses the experts."""
+    """A balancing bias changed by an earlier run still affects the choice of experts."""
     decoder = random_decoder(replace(FAMILIES["qwen3"], vocab_size=VOCAB))
     next(iter(routers(decoder))).bias_E[2] = 0.1
     run = run_of(decoder, tmp_path / "run", tokenizer)

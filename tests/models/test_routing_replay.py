@@ -1,4 +1,4 @@
-"""A pass that replays the expert choice of another one."""
+"""A pass that replays the expert choices of another pass."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from models.step_context import MicrobatchContext
 from tests.models.families import FAMILIES
 
 CONFIG = replace(FAMILIES["glm4"], init_std=0.3)
-"""A dense layer and two with 8 experts, of which 2 are chosen."""
+"""A model with a dense layer and two layers with 8 experts, of which 2 are chosen."""
 TOKENS = torch.arange(5, 45)
 POSITIONS = torch.arange(40)
 
@@ -49,7 +49,7 @@ def test_recording_changes_nothing_and_its_replay_is_the_same_pass() -> None:
 
 
 def test_mtp_modules_choose_for_themselves() -> None:
-    """A choice has the layers of the main stack, whatever else the model has."""
+    """A choice covers the layers of the main stack, whatever other layers the model has."""
     ids = record(make(0))[1]
     context = MicrobatchContext.replaying(replace(CONFIG, mtp_depth=1), ids)
     made = [layer is not None and layer.decision is not None for layer in context.layers]
@@ -58,7 +58,8 @@ def test_mtp_modules_choose_for_themselves() -> None:
 
 
 def test_another_model_takes_the_choice_and_its_own_weights() -> None:
-    """The choice is the given one; the routing weights, and so the router's gradient, are live."""
+    """The experts are the given ones; routing weights, and so the router's gradient, are
+    computed."""
     ids = record(make(0))[1]
     other = make(1)
     own = record(other)

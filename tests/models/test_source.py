@@ -1,4 +1,4 @@
-"""Folders that somebody else made: published configs, and everything that can be wrong."""
+"""Folders from other programs: published configs, and every kind of invalid content."""
 
 import json
 import os
@@ -99,14 +99,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # the keys of the published files that
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_the_shipped_experiments(name: str) -> None:
-    """All but RoPE's stretch, which comes after the pre-training that our experiments describe, and
-    the factors of the balance losses, which not every report states in config.json."""
+    """All settings except RoPE scaling, which is added after the pre-training that our
+    experiments describe, and the factors of the balance losses, which not every report states
+    in config.json."""
     found = from_hf_config(PUBLISHED[name], "config.json")
     shipped = load(ROOT / "configs" / f"{name}.toml").model
     kv = found.attention.n_kv_heads
     shipped = replace(shipped, attention=replace(shipped.attention, n_kv_heads=kv))
     plain = RopeConfig(theta=found.rope.theta, interleaved=found.rope.interleaved)
-    # DeepSeek-V2-Lite was drawn with 0.006 (its paper), its config.json says 0.02
+    # DeepSeek-V2-Lite was initialized with 0.006 (its paper); its config.json has 0.02
 
     def bare(model: ModelConfig) -> ModelConfig:
         moe = replace(model.moe, seq_aux_loss_coef=0.0, global_aux_loss_coef=0.0)
@@ -121,7 +122,7 @@ def test_published_configs_are_the_shipped_experiments(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_old_keys_alone_and_new_keys_alone_give_the_same_model(name: str) -> None:
-    """An export has both; a reader that knows one must find the same."""
+    """An export has both keys; a reader of either one must read the same value."""
     both = hf_config(FAMILIES[name], max_positions=64, eos_token_id=0, dtype="float32")
     for pair in (("rope_theta", "rope_parameters"), ("dtype", "torch_dtype")):
         assert all(key in both for key in pair), pair
@@ -174,7 +175,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
-    """Change a shard's tensors and the index with them; its first name."""
+    """Change a shard's tensors and the index with them; returns the first name."""
     tensors = load_file(path)
     first = min(tensors)
     change(tensors)
@@ -199,7 +200,7 @@ def test_missing_unexpected_misshapen(folder: Path) -> None:
     gone = rewrite(path, lambda t: t.pop(min(t)))
     refused(folder, str(folder), f"1 tensors missing, the first is {gone}")
     restore()
-    stray = "model.layers.3.stray.weight"  # one beyond the last layer
+    stray = "model.layers.3.stray.weight"  # one after the last layer
     rewrite(path, lambda t: t.update({stray: torch.zeros(2)}))
     refused(folder, f"1 tensors unexpected, the first is {stray}")
     restore()
@@ -248,7 +249,7 @@ def test_index_and_files(folder: Path, tmp_path: Path) -> None:
     twice = folder / "z.safetensors"
     save_file({"model.norm.weight": torch.zeros(32)}, twice)
     refused(folder, str(twice), "model.norm.weight is also in")
-    twice.rename(folder / "consolidated.safetensors")  # Mistral's own copy: left alone
+    twice.rename(folder / "consolidated.safetensors")  # Mistral's own copy, not opened
     model, raw = read_config(folder)
     assert list(HFCheckpoint(folder, model, raw).left_out) == ["file consolidated.safetensors"]
 
@@ -286,7 +287,8 @@ def test_only_safetensors_inside_the_folder(folder: Path, tmp_path: Path) -> Non
 
 
 def test_what_may_be_left_out(folder: Path) -> None:
-    """An MTP layer if config.json announces it, RoPE frequencies of old files; not more."""
+    """An MTP layer is accepted if config.json declares it, RoPE frequencies of old files are
+    ignored; nothing else is."""
     mtp = {"model.layers.3.eh_proj.weight": torch.zeros(4, 4)}
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     rewrite(shards(folder)[0], lambda t: t.update(mtp | old))
@@ -301,7 +303,7 @@ def test_what_may_be_left_out(folder: Path) -> None:
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
-    """A tied model may carry a head, if it is the embedding."""
+    """A tied model may have a head tensor if it equals the embedding."""
     write(random_decoder(replace(FAMILIES["qwen3"], tie_embeddings=True)), tmp_path)
     embedding = read_all(tmp_path)["model.embed_tokens.weight"]
     rewrite(shards(tmp_path)[-1], lambda t: t.update({"lm_head.weight": embedding.clone()}))
@@ -358,7 +360,7 @@ save_file({k: v.contiguous() for k, v in model.language_model.state_dict().items
 
 
 def test_llama4_with_images(tmp_path: Path) -> None:
-    """The published form: the language model under a prefix, its config within another."""
+    """The published form: the language model has a name prefix, and its config is nested."""
     text = hf_config(FAMILIES["llama4"], max_positions=64, eos_token_id=0, dtype="float32")
     (tmp_path / "wanted.json").write_text(json.dumps(text))
     run("-P", "-c", WITH_IMAGES, tmp_path)

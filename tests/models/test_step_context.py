@@ -1,4 +1,4 @@
-"""What a step tells the layers: who is told, what is decided once, what a redone step keeps."""
+"""The step context: which layers use it, what is decided once, and what a repeated step keeps."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def build() -> Decoder:
 
 
 def gradient(model: Decoder, context: MicrobatchContext | None) -> Tensor:
-    """Of the routers' weights, after forward and backward of the same sequence."""
+    """Gradients of the routers' weights, after forward and backward of the same sequence."""
     tokens_T = torch.randint(96, (LENGTH,), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH)
     model.zero_grad()
@@ -54,8 +54,8 @@ def test_a_step_knows_the_blocks_that_have_experts(family: str) -> None:
 
 
 def test_a_context_that_is_used_twice_replays() -> None:
-    """The second pass takes the first one's experts, whatever its scores; it counts nothing. That
-    is what recomputation needs; a microbatch of its own needs a context of its own."""
+    """A second pass with the same context uses the experts of the first, whatever its scores, and
+    counts nothing. Recomputation needs this; a separate microbatch needs a separate context."""
     model, other = build(), build()
     with torch.no_grad():
         for router in routers(other):
@@ -76,7 +76,8 @@ def test_a_context_that_is_used_twice_replays() -> None:
 
 
 def test_a_recording_replays_and_adds_nothing_up() -> None:
-    """Outside of a step: no auxiliary losses, so the gradient is that without a context."""
+    """Without a step there are no auxiliary losses, so the gradient equals that without a
+    context."""
     model = build()
     recording = MicrobatchContext.recording(model.config)
     plain = gradient(model, None)

@@ -1,4 +1,4 @@
-"""Tied embeddings in architectures whose readers do not tie: the head is written as well."""
+"""Tied embeddings in architectures whose readers do not tie: the export also writes the head."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def rewrite(folder: Path, head: torch.Tensor | None) -> None:
 def test_reading_with_another_head_or_none(tmp_path: Path) -> None:
     decoder: Decoder = random_decoder(FAMILIES["glm4"])
     write(decoder, tmp_path, shard_bytes=10**9)
-    rewrite(tmp_path, None)  # as transformers saves it
+    rewrite(tmp_path, None)  # as saved by transformers
     assert torch.equal(read_model(tmp_path, torch.float32).embed.weight, decoder.embed.weight)
     rewrite(tmp_path, decoder.embed.weight.detach() + 1)
     with pytest.raises(UserError, match=r"tie_word_embeddings = true, but lm_head\.weight"):

@@ -1,13 +1,13 @@
-"""An outside reference: torchtitan 0.3.0's DeepSeek-V3 debug model with its MTP module.
+"""An independent reference: torchtitan 0.3.0's DeepSeek-V3 debug model with its MTP module.
 
-The same weights and batch on both sides. fp32 throughout: both losses agree to 5 digits, every
-gradient to 1e-4 of its norm (other orders of summation, complex against real RoPE). With
-torchtitan's experts in bf16, as it ships: 3 digits.
+Both sides have the same weights and batch. In fp32 throughout, both losses agree to 5 digits and
+every gradient within 1e-4 of its norm (other orders of summation, complex instead of real RoPE).
+With torchtitan's experts in bf16, as shipped: 3 digits.
 
-torchtitan hands its MTP module the hidden states before the final norm, this project those after
-it, as DeepSeek does. With a final norm that weighs all channels alike the two are one function,
-since the module begins with a norm; so the final norm's weight stays 1 here, and its gradient,
-which in ours has a part from the MTP loss, is left out.
+torchtitan passes the hidden states before the final norm to its MTP module, Phalanx those after it,
+as DeepSeek does. If the final norm's weight is constant the two are equal, because the module
+begins with a norm. So the final norm's weight stays 1 here, and its gradient, which in Phalanx
+includes a part from the MTP loss, is left out.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Tensor, dict[str, Tensor]]:
-    """Our model, its loss sums (with gradients taken), and what torchtitan found."""
+    """Our model, its loss sums (after backward), and torchtitan's results."""
     folder = tmp_path_factory.mktemp("titan")
     decoder = Decoder(DEBUG_MODEL)
     initialize(decoder, DEBUG_MODEL, seed=5)

@@ -1,4 +1,5 @@
-"""The shipped true-size experiments: counts equal transformers' and the published ones."""
+"""The shipped true-size experiments: parameter counts equal transformers' and the published
+ones."""
 
 import json
 from pathlib import Path
@@ -23,7 +24,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.json")):
     counts[path.stem] = sum(p.numel() for p in model.parameters())
 print(json.dumps(counts))
 """
-PUBLISHED = {  # total, active with the input embedding or without it, in units of 1e9
+PUBLISHED = {  # total, active with or without the input embedding, in units of 1e9
     "deepseek_v3_671b": (671, 37),
     "deepseek_v2_lite": (15.7, 2.4),
     "moonlight_16b_a3b": (16, 3),

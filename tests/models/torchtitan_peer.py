@@ -1,11 +1,13 @@
-"""torchtitan's own DeepSeek-V3 debug model on given weights; a program of its own: it patches.
+"""Runs torchtitan's own DeepSeek-V3 debug model on given weights; a separate program, because it
+patches torchtitan.
 
-Started as `torchtitan_peer.py FOLDER`. FOLDER/given.safetensors holds our weights by our names,
-`tokens` and `targets` [B, L] (one document per row). FOLDER/theirs.safetensors gets the loss sums
-(model, MTP module) as torchtitan ships, with experts that cast to bf16 (`as_shipped`), and with
-that cast lifted (`losses`), and for the latter every gradient of their sum, by our names.
+Started as `torchtitan_peer.py FOLDER`. FOLDER/given.safetensors contains our weights under our
+names, and `tokens` and `targets` [B, L] (one document per row). FOLDER/theirs.safetensors receives
+the loss sums (model, MTP module) with torchtitan as shipped, whose experts cast to bf16
+(`as_shipped`), and without that cast (`losses`); for the latter also every gradient of their sum,
+under our names.
 
-For the CPU, attention is SDPA instead of FlexAttention (torchtitan's own class). The fp32 autocast
+On the CPU, attention uses SDPA instead of FlexAttention (torchtitan's own class). The fp32 autocast
 around its gate does nothing on a CPU; in this fp32 model it would change nothing.
 """
 

@@ -1,6 +1,6 @@
-"""What transformers makes of a config.json and of a folder, and what we make of them.
+"""Results of transformers for a config.json and a folder, and ours.
 
-transformers is imported once per process, when a test first asks.
+transformers is imported once per process, when a test first needs it.
 """
 
 import copy
@@ -20,15 +20,15 @@ from models.hf.dense import open_dense
 from models.hf.files import read_model
 
 SEVEN = ("qwen3", "glm4", "mixtral", "deepseek-v3", "deepseek-v2", "gpt-oss", "llama4")
-"""Names in `tests.models.families` of a model of every family."""
+"""Names in `tests.models.families` of one model of every family."""
 DENSE = ("LlamaConfig", "MistralConfig", "Qwen3Config")
-"""What upcycling starts from, as transformers calls their configurations."""
+"""Sources of upcycling, by the names of their configurations in transformers."""
 TOKENS = torch.randint(0, 96, (37,), generator=torch.Generator().manual_seed(0))
 
 
 @functools.cache
 def transformers() -> Any:
-    """The module, quiet."""
+    """The transformers module, with logging disabled."""
     import transformers as module
 
     module.logging.set_verbosity_error()
@@ -37,13 +37,13 @@ def transformers() -> Any:
 
 
 def their_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the configuration that transformers makes; raises what it raises."""
+    """The keys of the configuration that transformers creates; raises its errors."""
     kind = transformers().CONFIG_MAPPING[raw["model_type"]]
     return dict(kind.from_dict(copy.deepcopy(raw)).to_dict())
 
 
 def their_logits(folder: Path) -> Tensor:
-    """Logits of TOKENS. Raises where transformers refuses the folder, or misses weights."""
+    """transformers' logits of TOKENS. Raises if it refuses the folder or weights are missing."""
     model, info = transformers().AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -66,12 +66,12 @@ def logits_of(decoder: Decoder) -> Tensor:
 
 
 def our_logits(folder: Path) -> Tensor:
-    """Logits of TOKENS, with the folder read as import and server read it."""
+    """Logits of TOKENS, with the folder read as by import and server."""
     return logits_of(read_model(folder, torch.float32))
 
 
 def our_dense_logits(folder: Path) -> Tensor:
-    """Logits of TOKENS, with the folder read as upcycling reads it."""
+    """Logits of TOKENS, with the folder read as by upcycling."""
     dense = open_dense(folder)
     decoder = Decoder(dense.model)
     state = decoder.state_dict()
@@ -90,8 +90,8 @@ def with_config(folder: Path, raw: dict[str, Any], target: Path) -> Path:
 
 
 def follow_or_refuse(folder: Path, raw: dict[str, Any], target: Path) -> str:
-    """Read the weights of `folder` with another config.json: the refusal, which is one line of
-    bounded length, or "" where our logits are those of transformers."""
+    """Read the weights of `folder` with another config.json. Returns our error message, which is
+    one line of bounded length, or "" if our logits equal those of transformers."""
     with_config(folder, raw, target)
     dense = raw["model_type"] in ("llama", "mistral", "qwen3")
     try:
