@@ -160,7 +160,8 @@ if __name__ == "__main__":
     faults = []
     for case in fp8_models.WEIGHTS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
         found = check(case, Run(case.settings(ranks.world), case.name, ranks))
-        found += stale_weights_are_refused(case, ranks)
+        if case in fp8_models.WEIGHTS[ranks.world][:2]:
+            found += stale_weights_are_refused(case, ranks)
         for rank, one in enumerate(gather_json(found)):
             faults += [f"{case.name}: rank {rank}: {each}" for each in one]
     if ranks.is_first:

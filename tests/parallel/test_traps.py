@@ -55,7 +55,7 @@ def test_gloo_uses_the_given_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     run("tests/parallel/gloo_run.py", 1, code=1)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_many_operations_in_flight_leave_the_heap_intact() -> None:
     """With two workers two processes of five died before this many, all within 8 seconds."""
     run("tests/parallel/gloo_run.py", 200_000)
