@@ -40,7 +40,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 
 def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
-    """Two ranks, killed after step 5 and started again: all is as in a run that was not stopped.
+    """Two ranks, killed after step 5 and restarted: everything equals an uninterrupted run.
 
     Returns the folder of that run, `folder/run`.
     """
@@ -77,7 +77,7 @@ def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_pa
     output, _ = process.communicate(timeout=25)
     assert time.monotonic() - stopped < 25
     assert "Traceback" not in output
-    if process.returncode != 0:  # it may have finished before the signal came
+    if process.returncode != 0:  # it may have finished before the signal arrived
         assert process.returncode == 128 + signal.SIGTERM, output
     run("-m", "train", TINY, *arguments)
     assert losses(tmp_path / "run") == losses(whole)
@@ -131,7 +131,7 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
     for line in process.stdout:
         if line.startswith("step 2/6") or line.startswith("step  2/6"):
             break
-    time.sleep(0.4)  # within the validation of step 3, if all goes as usual
+    time.sleep(0.4)  # within the validation of step 3, if timing is as usual
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=25)
     run("-m", "train", TINY, *arguments)
