@@ -26,8 +26,13 @@ POSSIBLE = hasattr(os, "pidfd_open") and Path("/proc/self/task").is_dir()
 GRACE_S = 15.0
 """Time from SIGTERM to SIGKILL for the remaining ranks after one has failed."""
 HERE = Path(__file__).resolve().parent
-TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
-"""The setting with which the trainer would otherwise restart itself."""
+TUNABLES = {
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Variables that the trainer would otherwise restart itself with, or set before it imports
+torch."""
 OURS = (
     "tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
     # modules that these import lazily
@@ -113,56 +118,103 @@ def forked(
     If one rank fails, end all ranks and return 1, as torchrun does. more: environment variables,
     also for the template.
     """
-    env, key = env | TUNABLES | more, tuple(sorted(more.items()))
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        for file in (out, err):
+    with Program(words, env, modules, ranks, more, cwd) as program:
+        return program.finish(timeout)
+
+
+class Program:
+    """A program that runs in forks, one for each rank; as a context manager it kills running ranks
+    at exit.
+
+    pids: process ids of the ranks. For the arguments see `forked`.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        env: dict[str, str],
+        modules: tuple[str, ...] = OURS,
+        ranks: int = 1,
+        more: dict[str, str] | None = None,
+        cwd: Path = HERE.parent,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = (Path(self._folder.name) / name for name in ("out", "err"))
+        for file in (self._out, self._err):
             file.touch()
-        running: dict[int, tuple[Template, int]] = {}  # by file descriptor of a process
+        more = more or {}
+        env, key = env | TUNABLES | more, tuple(sorted(more.items()))
+        self.words, self.pids = words, list[int]()
+        self._running: dict[int, tuple[Template, int]] = {}  # by file descriptor of a process
         for rank, place in enumerate(_environments(ranks)):
-            source = template(modules, rank % 2 == 1, key)
-            pid = source.start(words, env | place, cwd, out, err)
-            running[os.pidfd_open(pid)] = source, pid
-        sources = {source for source, _ in running.values()}
-        before = sum(source.cpu_time() for source in sources)
-        codes = _wait(running, timeout)
-        after = sum(source.cpu_time() for source in sources)
-        _spent.append((after - before) / min(ranks, 2))
-        printed = out.read_text(errors="replace"), err.read_text(errors="replace")
-    if codes is None:
-        raise subprocess.TimeoutExpired(words, timeout, *printed)
-    code = codes[0] if ranks == 1 else int(any(codes))
-    return subprocess.CompletedProcess(words, code, *printed)
+            environment = env | place
+            odd = int(environment.get("RANK", rank)) % 2 == 1
+            source = template(modules, odd, key)
+            self.pids.append(source.start(words, environment, cwd, self._out, self._err))
+            self._running[os.pidfd_open(self.pids[-1])] = source, self.pids[-1]
+        self._sources = {source for source, _ in self._running.values()}
+        self._before = self._cpu_time()
 
+    def is_running(self) -> bool:
+        """Whether no rank has ended."""
+        poll = select.poll()
+        for descriptor in self._running:
+            poll.register(descriptor, select.POLLIN)
+        return len(self._running) == len(self.pids) and not poll.poll(0)
 
-def _wait(running: dict[int, tuple[Template, int]], timeout: float) -> list[int] | None:
-    """Exit codes in the order in which the processes ended; None after a timeout."""
-    end, limit, codes = time.monotonic() + timeout, float("inf"), list[int]()
-    poll = select.poll()
-    for descriptor in running:
-        poll.register(descriptor, select.POLLIN)
-    late = False
-    while running:
-        left = min(end, limit) - time.monotonic()
-        ended = poll.poll(1000 * left) if left > 0 else []
-        for descriptor, _ in ended:
-            source, pid = running.pop(descriptor)
-            poll.unregister(descriptor)
-            os.close(descriptor)
-            codes.append(source.reap(pid))
-        if not ended:
-            late = late or time.monotonic() >= end
-            _signal(running, signal.SIGKILL)
-            end = limit = time.monotonic() + 60
-        elif any(codes) and limit == float("inf"):
-            limit = time.monotonic() + GRACE_S
-            _signal(running, signal.SIGTERM)
-    return None if late else codes
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all running ranks."""
+        for descriptor in self._running:
+            signal.pidfd_send_signal(descriptor, number)
 
+    def finish(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Wait for the end; after the timeout, kill all ranks and raise TimeoutExpired."""
+        codes = self._wait(timeout)
+        _spent.append((self._cpu_time() - self._before) / min(len(self.pids), 2))
+        printed = self.printed()
+        if codes is None:
+            raise subprocess.TimeoutExpired(self.words, timeout, *printed)
+        code = codes[0] if len(self.pids) == 1 else int(any(codes))
+        return subprocess.CompletedProcess(self.words, code, *printed)
 
-def _signal(running: dict[int, tuple[Template, int]], number: signal.Signals) -> None:
-    for descriptor in running:
-        signal.pidfd_send_signal(descriptor, number)
+    def printed(self) -> tuple[str, str]:
+        """Standard output and error so far."""
+        return self._out.read_text(errors="replace"), self._err.read_text(errors="replace")
+
+    def _cpu_time(self) -> float:
+        return sum(source.cpu_time() for source in self._sources)
+
+    def _wait(self, timeout: float) -> list[int] | None:
+        """Exit codes in the order in which the processes ended; None after a timeout."""
+        end, limit, codes = time.monotonic() + timeout, float("inf"), list[int]()
+        poll = select.poll()
+        for descriptor in self._running:
+            poll.register(descriptor, select.POLLIN)
+        late = False
+        while self._running:
+            left = min(end, limit) - time.monotonic()
+            ended = poll.poll(1000 * left) if left > 0 else []
+            for descriptor, _ in ended:
+                source, pid = self._running.pop(descriptor)
+                poll.unregister(descriptor)
+                os.close(descriptor)
+                codes.append(source.reap(pid))
+            if not ended:
+                late = late or time.monotonic() >= end
+                self.signal(signal.SIGKILL)
+                end = limit = time.monotonic() + 60
+            elif any(codes) and limit == float("inf"):
+                limit = time.monotonic() + GRACE_S
+                self.signal(signal.SIGTERM)
+        return None if late else codes
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.signal(signal.SIGKILL)
+        self._wait(60)
+        self._folder.cleanup()
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:

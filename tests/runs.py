@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +73,19 @@ def run(
         )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@contextmanager
+def started(
+    *arguments: object, ranks: int = 1, env: dict[str, str] | None = None, cwd: Path = ROOT
+) -> Iterator[forks.Program]:
+    """A running program that can be signaled; it is killed at the end. For the arguments see
+    `run`."""
+    if not forks.POSSIBLE:
+        pytest.skip("Linux only")
+    words = [str(argument) for argument in arguments]
+    with forks.Program(words, environment() | (env or {}), ranks=ranks, cwd=cwd) as program:
+        yield program
 
 
 @contextmanager

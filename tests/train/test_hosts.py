@@ -2,44 +2,39 @@
 lost."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY, environment, free_port
+from tests import forks
+from tests.forks import Program
+from tests.runs import TINY, environment, free_port
 from tests.train.in_process import train
 from train.report.metrics import read_lines
 
+pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
 
-def start(rank: int, port: int, arguments: list[str], cwd: Path = ROOT) -> subprocess.Popen[str]:
-    env = environment() | {
+
+def start(rank: int, port: int, arguments: list[str], cwd: Path) -> Program:
+    env = {
         "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": str(cwd),
     }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-m", "train", str(TINY), *arguments],
-        cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return Program(["-m", "train", str(TINY), *arguments], environment() | env, cwd=cwd)
 
 
-def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each."""
-    try:
-        ends = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, end) for p, end in zip(processes, ends, strict=True)]
-
-
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("key", "there"),
-    [("run.dir", "relative"), ("run.dir", "~/run"), ("data.cache_dir", "relative"), (None, None)],
+    [
+        ("run.dir", "relative"),
+        pytest.param("run.dir", "~/run", marks=pytest.mark.slow),
+        pytest.param("data.cache_dir", "relative", marks=pytest.mark.slow),
+        (None, None),
+    ],
 )
 def test_what_hosts_must_share_is_checked_at_the_start(
     key: str | None, there: str | None, overrides: list[str], tmp_path: Path
@@ -49,10 +44,12 @@ def test_what_hosts_must_share_is_checked_at_the_start(
     differ = [[], [] if key else ["--optimizer.lr=1", "--train.steps=3"]]
     for host in hosts:
         host.mkdir()
-    ends = finish(*[start(r, port, [*arguments, *differ[r]], hosts[r]) for r in (0, 1)])
-    assert [code for code, _ in ends] == [2, 2]
-    error = ends[0][1]
-    assert error.count("\n") == 1 and "Traceback" not in error + ends[1][1]
+    with ExitStack() as running:
+        ranks = [start(r, port, [*arguments, *differ[r]], hosts[r]) for r in (0, 1)]
+        ends = [running.enter_context(rank).finish(60) for rank in ranks]
+    assert [end.returncode for end in ends] == [2, 2]
+    error = ends[0].stderr
+    assert error.count("\n") == 1 and "Traceback" not in error + ends[1].stderr
     if key:
         assert f"{key} = '{there}': rank 1 on " in error
         assert str(hosts[0]) in error and str(hosts[1]) in error
@@ -69,14 +66,18 @@ def test_a_lost_rank_is_named_and_the_same_command_resumes(
     lost: int, overrides: list[str], tmp_path: Path
 ) -> None:
     port, folder = free_port(), tmp_path / "run"
-    arguments = [*overrides, "--schedule.steps=5000", "--train.micro_batch=4"]
-    ranks = [start(rank, port, [*arguments, "--train.steps=5000"]) for rank in (0, 1)]
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-00000004" / "manifest.json").exists():
-        assert time.monotonic() < deadline and all(p.poll() is None for p in ranks)
-        time.sleep(0.05)
-    os.kill(ranks[lost].pid, signal.SIGKILL)
-    code, error = finish(*ranks)[1 - lost]
+    arguments = [*overrides, "--schedule.steps=5000"]
+    arguments += ["--train.micro_batch=4"]
+    with ExitStack() as running:
+        long = [*arguments, "--train.steps=5000"]
+        ranks = [running.enter_context(start(r, port, long, tmp_path)) for r in (0, 1)]
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoints" / "step-00000004" / "manifest.json").exists():
+            assert time.monotonic() < deadline and all(rank.is_running() for rank in ranks)
+            time.sleep(0.05)
+        ranks[lost].signal(signal.SIGKILL)
+        end = ranks[1 - lost].finish(120)
+    code, error = end.returncode, end.stderr
     assert code == 1 and error.count("\n") == 1, error
     assert f"rank {lost}" in error and "does not answer any more" in error
     assert "the same command resumes" in error

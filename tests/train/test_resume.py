@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import ROOT, TINY, command, environment, run
+from tests.runs import ROOT, TINY, command, environment, run, started
 from train.report.metrics import read_lines
 
 
@@ -24,18 +26,10 @@ def final_weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
 
 
-def start(arguments: list[str], ranks: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("-m", "train", TINY, *arguments, ranks=ranks),
-        cwd=ROOT, env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, is_running: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 90
     while not any((folder / "checkpoints").glob(f"step-{step:08d}/manifest.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert is_running() and time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -44,15 +38,16 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
 
     Returns the folder of that run, `folder/run`.
     """
-    arguments = [*arguments, f"--train.steps={steps}", "--checkpoint.every=5"]
+    arguments = ["-m", "train", str(TINY), *arguments]
+    arguments += [f"--train.steps={steps}", "--checkpoint.every=5"]
     killed, whole = folder / "run", folder / "whole"
-    run("-m", "train", TINY, *arguments, f"--run.dir={whole}", ranks=2)
-    process = start(arguments, ranks=2)
-    wait_for_step(killed, 5, process)
-    time.sleep(random.Random().uniform(0, 0.6))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    run("-m", "train", TINY, *arguments, ranks=2)
+    run(*arguments, f"--run.dir={whole}", ranks=2)
+    with started(*arguments, ranks=2) as program:
+        wait_for_step(killed, 5, program.is_running)
+        time.sleep(random.Random().uniform(0, 0.6))
+        program.signal(signal.SIGKILL)
+        program.finish(60)
+    run(*arguments, ranks=2)
     assert losses(killed) == losses(whole) and len(losses(whole)) == steps
     assert final_weights(killed) == final_weights(whole)
     return killed
@@ -60,26 +55,24 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
 
 @pytest.mark.long
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    killed = kill_and_resume(overrides, tmp_path, steps=60)
+    killed = kill_and_resume(overrides, tmp_path, steps=18)
     environments = json.loads((killed / "environment.json").read_text())
     assert len(environments) == 2
 
 
 @pytest.mark.long
 def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    arguments = [*overrides, "--train.steps=40", "--checkpoint.every=10"]
+    arguments = ["-m", "train", str(TINY), *overrides, "--train.steps=16", "--checkpoint.every=5"]
     whole = tmp_path / "whole"
-    run("-m", "train", TINY, *arguments, f"--run.dir={whole}")
-    process = start(arguments, ranks=1)
-    wait_for_step(tmp_path / "run", 10, process)
-    stopped = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=25)
-    assert time.monotonic() - stopped < 25
-    assert "Traceback" not in output
-    if process.returncode != 0:  # it may have finished before the signal arrived
-        assert process.returncode == 128 + signal.SIGTERM, output
-    run("-m", "train", TINY, *arguments)
+    run(*arguments, f"--run.dir={whole}")
+    with started(*arguments) as program:
+        wait_for_step(tmp_path / "run", 5, program.is_running)
+        program.signal(signal.SIGTERM)
+        done = program.finish(25)
+    assert "Traceback" not in done.stdout + done.stderr
+    if done.returncode != 0:  # it may have finished before the signal arrived
+        assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    run(*arguments)
     assert losses(tmp_path / "run") == losses(whole)
     assert final_weights(tmp_path / "run") == final_weights(whole)
 
@@ -87,14 +80,18 @@ def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_pa
 @pytest.mark.long
 def test_under_torchrun_a_stop_saves_too(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, "--schedule.decay_fraction=0", "--checkpoint.every=5"]
-    process = start([*arguments, "--train.steps=3000"], ranks=2)
-    wait_for_step(tmp_path / "run", 5, process)
+    process = subprocess.Popen(
+        command("-m", "train", TINY, *arguments, "--train.steps=3000", ranks=2),
+        cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 5, lambda: process.poll() is None)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=25)
     recorded = max(losses(tmp_path / "run"))
     steps = [int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert max(steps) == recorded, "the last complete step was saved"
-    last = recorded + 3
+    last = recorded + 1
     out = run("-m", "train", TINY, *arguments, f"--train.steps={last}", ranks=2).stdout
     assert f"resuming from {tmp_path / 'run'}" in out
     assert sorted(losses(tmp_path / "run")) == list(range(1, last + 1))
@@ -107,10 +104,11 @@ def test_resume_on_another_mesh(
     # without a decay the schedule does not depend on train.steps
     arguments = [*overrides, "--schedule.decay_fraction=0", "--train.micro_batch=4"]
     straight = tmp_path / "straight"
+    arguments += ["--train.steps=8"]
     run("-m", "train", TINY, *arguments, f"--run.dir={straight}")
     run("-m", "train", TINY, *arguments, "--train.steps=4", ranks=first)
     out = run("-m", "train", TINY, *arguments, ranks=then).stdout
-    assert "changed since that checkpoint: train.steps (was 4, is 12)" in out
+    assert "changed since that checkpoint: train.steps (was 4, is 8)" in out
     for step, loss in losses(straight).items():
         assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
 
@@ -120,21 +118,20 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
     overrides: list[str], tmp_path: Path
 ) -> None:
     arguments = [
-        *overrides, "--train.steps=6", "--validation.every=3", "--train.micro_batch=2",
-        "--data.validation_fraction=0.5", "--data.seq_len=16", "--checkpoint.every=0",
+        "-m", "train", str(TINY), *overrides, "--train.steps=6", "--validation.every=3",
+        "--validation.sequences=200", "--train.micro_batch=2", "--data.validation_fraction=0.5",
+        "--data.seq_len=16", "--checkpoint.every=0",
     ]  # fmt: skip
-    whole = tmp_path / "whole"
-    run("-m", "train", TINY, *arguments, f"--run.dir={whole}")
-    process = start(arguments, ranks=1)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 2/6") or line.startswith("step  2/6"):
-            break
-    time.sleep(0.4)  # within the validation of step 3, if timing is as usual
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=25)
-    run("-m", "train", TINY, *arguments)
+    whole, metrics = tmp_path / "whole", tmp_path / "run" / "metrics.jsonl"
+    run(*arguments, f"--run.dir={whole}")
+    with started(*arguments) as program:
+        while not re.search("step +2/6", program.printed()[0]):
+            assert program.is_running()
+            time.sleep(0.01)
+        time.sleep(0.4)  # within the validation of step 3, if timing is as usual
+        program.signal(signal.SIGTERM)
+        program.finish(25)
+    run(*arguments)
     field = "validation_loss"
     assert [r.get(field) for r in read_lines(metrics)] == [
         r.get(field) for r in read_lines(whole / "metrics.jsonl")
@@ -142,12 +139,10 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
 
 
 def test_one_run_dir_has_one_writer(overrides: list[str], tmp_path: Path) -> None:
-    process = start([*overrides, "--train.steps=2000"], ranks=1)
-    wait_for_step(tmp_path / "run", 4, process)
-    done = run("-m", "train", TINY, *overrides, code=2)
-    assert "another process is training in this run.dir" in done.stderr
-    process.kill()
-    process.communicate()
+    with started("-m", "train", TINY, *overrides, "--train.steps=2000") as program:
+        wait_for_step(tmp_path / "run", 4, program.is_running)
+        done = run("-m", "train", TINY, *overrides, code=2)
+        assert "another process is training in this run.dir" in done.stderr
 
 
 def test_weights_of_another_model_are_refused(overrides: list[str], tmp_path: Path) -> None:
