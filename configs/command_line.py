@@ -1,4 +1,4 @@
-"""The parser of all commands that have options of their own."""
+"""The argument parser of all commands with options other than settings."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from configs.errors import shortened
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, whose errors are one line and exit code 2, as those of all our commands."""
+    """argparse with errors of one line and exit code 2, as in all our commands."""
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake without the usage, and exit with code 2."""

@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def check_folders(config: JobConfig) -> None:
-    """Raise ConfigError for a folder that a run could not write to, whatever is there now."""
+    """Raise ConfigError for a folder that a run could never write to."""
     check_folder("run.dir", config.run.dir)
     check_folder("data.cache_dir", config.data.cache_dir)
 

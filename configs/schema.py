@@ -251,7 +251,7 @@ class JobConfig:
         if self.precision.recipe == "fp8_blockwise" and self.parallel.cpu_offload:
             raise ConfigError(
                 "parallel.cpu_offload = true: with precision.recipe = 'fp8_blockwise' weights are "
-                "quantised and gathered in the device's memory; use 'bf16' or cpu_offload = false"
+                "quantized and gathered in the device's memory; use 'bf16' or cpu_offload = false"
             )
         if self.precision.moments == "bf16" and max(self.optimizer.beta1, self.optimizer.beta2) > (
             SLOWEST_BF16_DECAY
@@ -265,7 +265,7 @@ class JobConfig:
         if not self.model.moe.router_learns and not self.checkpoint.init_from:
             raise ConfigError(
                 "model.moe.norm_top_k = true with top_k = 1: one score divided by itself is 1 "
-                "whatever the router says, and the loss teaches it nothing; use "
+                "for every router, so the loss has no gradient for it; use "
                 "norm_top_k = false, or a larger top_k"
             )
         if self.parallel.recompute_swiglu and self.model.moe.expert_bias:

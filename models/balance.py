@@ -103,7 +103,7 @@ class _Attach(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(losses_3)
         ctx.totals_3 = totals_3  # not saved: it changes between forward and backward
-        return weights_TK.clone()  # a view could not leave a module that FSDP2 wraps
+        return weights_TK.clone()  # FSDP2 allows no view as a module output
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:

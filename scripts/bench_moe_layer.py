@@ -1,15 +1,15 @@
 """`python -m scripts.bench_moe_layer`: an MoE layer against its bare expert GEMMs and other layers.
 
-All in one run on the same weights: our layer, transformers' Qwen3 MoE block with each of its
-implementations, and torchtitan's MoE layer; each in turn with the matrix products of its experts
-alone (rows already sorted, outputs already allocated: what no layer can beat with the same
-products). Before timing, every layer's output is compared with ours.
+All run on the same weights: our layer, transformers' Qwen3 MoE block with each of its
+implementations, and torchtitan's MoE layer; each alternates with the matrix products of its experts
+alone (rows already sorted, outputs already allocated: no layer with the same products can be
+faster). Before timing, every layer's output is compared with ours.
 
-Weights and tokens are random. Every call sees other tokens, which share a component, so that
-experts get unequal numbers of rows, and others in every call, as in training. On a CPU that costs
-who asks oneDNN for ever new sizes (`kernels.grouped_gemm.grouped_gemm_cpu`), so layers do not
-alternate with each other, which would make them lose each other's code. `--same-tokens` leaves all
-this out. The bare products always have the sizes of the first tokens.
+Weights and tokens are random. Every call has different tokens, which share a component, so that
+experts get unequal numbers of rows, different in every call, as in training. On a CPU that is slow
+for layers that call oneDNN with ever new sizes (`kernels.grouped_gemm.grouped_gemm_cpu`), so layers
+do not alternate with each other, which would evict each other's code. `--same-tokens` disables all
+this. The bare products always have the sizes of the first tokens.
 
 T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -33,7 +33,7 @@ from parallel.allocator import keep_freed_memory, restart_without_thread_cache
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer."""
+    """Sizes of one layer."""
 
     d_model: int
     d_expert: int
@@ -47,13 +47,13 @@ SHAPES = {
     "mixtral/4": Shape(1024, 3584, 8, 2),
     "qwen3-30b/4": Shape(2048, 768, 32, 8),
 }
-"""The last two with a quarter of the width or of the experts, for a CPU's memory and patience."""
+"""The last two have a quarter of the width or of the experts, to limit a CPU's memory and time."""
 
 SHARED = 0.3
 """Size of the component that the tokens of a call share, relative to the rest."""
 
 WARM_UP, WARM_UP_S = 5, 8.0
-"""At least so many rounds and seconds are not counted: whoever keeps to few sizes has met them."""
+"""Minimum warm-up rounds and seconds: a layer that uses few sizes has compiled them by then."""
 Step = Callable[[], object]
 Layer = Callable[[Tensor], Tensor]
 Tokens = Callable[[], Tensor]
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--same-tokens", action="store_true", help="in every call")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # for everybody here, as in training; likewise the thread cache
+    keep_freed_memory()  # for all layers, as in training; likewise the thread cache
     print(
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}, "
         f"{options.threads} thread(s), {options.tokens} {'same' if options.same_tokens else 'new'} "
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def tokens_of(shape: Shape, n_tokens: int, dtype: torch.dtype, same: bool) -> Tokens:
-    """Something that gives `[1, T, D]`, the same or others each time."""
+    """A function that returns `[1, T, D]`, the same or different each time."""
     random = torch.Generator().manual_seed(1)
 
     def make() -> Tensor:
@@ -110,8 +110,8 @@ def measure(name: str, shape: Shape, tokens: Tokens, rounds: int) -> list[str]:
         outputs = {peer: function(x) for peer, function in layers.items()}
     for peer, output in outputs.items():
         difference = float((output - outputs["ours"]).norm() / output.norm())
-        # transformers' router rounds its logits to bf16, which sends a few tokens elsewhere;
-        # torchtitan's products are bf16 always
+        # transformers' router rounds its logits to bf16, which changes the experts of a few tokens;
+        # torchtitan's products are always bf16
         limit = 0.1 if dtype == torch.bfloat16 else 1e-2 if peer == "torchtitan" else 1e-5
         if difference > limit:
             raise RuntimeError(f"{peer} computes something else: {difference:.2g}")
@@ -128,7 +128,7 @@ def measure(name: str, shape: Shape, tokens: Tokens, rounds: int) -> list[str]:
 
 
 def beside(bare: Step, layer: Callable[[], Step], rounds: int) -> list[tuple[float, float]]:
-    """Seconds of both in every round; making the layer's step is not timed."""
+    """Seconds of both in every round; creating the layer's step is not timed."""
     seconds = []
     begin, warming_up = time.perf_counter(), 0
     while warming_up < WARM_UP or time.perf_counter() - begin < WARM_UP_S:
@@ -161,7 +161,7 @@ def call(layer: Layer, tokens: Tokens, backward: bool) -> Step:
 
 
 def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
-    """Qwen3's kind of layer: softmax scores, normalized weights, no shared expert."""
+    """A layer like Qwen3's: softmax scores, normalized weights, no shared expert."""
     moe = MoEConfig(
         n_experts=shape.n_experts, top_k=shape.top_k, d_expert=shape.d_expert,
         score_func="softmax", norm_top_k=True,
@@ -178,7 +178,7 @@ def our_layer(shape: Shape, dtype: torch.dtype) -> MoE:
 
 
 def layer_of(layer: MoE) -> Layer:
-    """Ours for `[1, T, D]`, with gradients freed as they are made (as the peers')."""
+    """Ours for `[1, T, D]`, with gradients freed once computed (as the peers')."""
 
     def run(x: Tensor) -> Tensor:
         _free(layer)
@@ -189,7 +189,7 @@ def layer_of(layer: MoE) -> Layer:
 
 
 def transformers_layers(layer: MoE, shape: Shape) -> dict[str, Layer]:
-    """transformers' block with each of its implementations that a CPU has."""
+    """transformers' block with each of its implementations for CPUs."""
     from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -210,7 +210,7 @@ def transformers_layers(layer: MoE, shape: Shape) -> dict[str, Layer]:
 
 
 def torchtitan_layer(layer: MoE, shape: Shape) -> Layer:
-    """torchtitan's layer, whose router sees the same softmax scores."""
+    """torchtitan's layer, whose router has the same softmax scores."""
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.moe import (
         GroupedExperts,

@@ -1,7 +1,7 @@
-"""`python -m scripts.bench_permute`: rows into the order of experts and back, against a copy.
+"""`python -m scripts.bench_permute`: permutation of rows to experts and back, against a copy.
 
-Bytes that must move (each row read once and written once; each token's K rows read and its sum
-written) over the time, beside what a plain copy of the same size reaches on the same device.
+The bandwidth counts the bytes that must move (each row read once and written once; each token's K
+rows read and its sum written); it is printed with that of a plain copy of the same size.
 """
 
 import time
@@ -14,7 +14,7 @@ from kernels.moe.permute import combine_rows, gather_rows, permutation
 
 
 def main() -> None:
-    """Measure on the GPU where there is one, else on the CPU, and print one line each."""
+    """Measure on the GPU if there is one, otherwise on the CPU, and print one line each."""
     parser = CommandParser(prog="python -m scripts.bench_permute", description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="default 8192")
     parser.add_argument("--width", type=int, default=7168, help="default 7168")
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _seconds(function: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """The least of several runs."""
+    """The minimum of several runs."""
     best = float("inf")
     for _ in range(repeats):
         _wait(device)

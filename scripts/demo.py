@@ -1,8 +1,8 @@
-"""`python -m scripts.demo`: the main job from text to served model, in a few minutes.
+"""`python -m scripts.demo`: the main pipeline from text to served model, in a few minutes.
 
-Trains configs/demo.toml on two ranks (one, where there is one core or one GPU), exports the result,
-serves the export, asks the server for completions, and lists what was made. Started again it
-resumes, or ends at once where all is done; remove runs/demo to start anew.
+Trains configs/demo.toml on two ranks (one, if there is one core or one GPU), exports the result,
+serves the export, requests completions from the server, and lists the files. Started again it
+resumes, or ends at once if all is done; remove runs/demo to start from the beginning.
 """
 
 import json
@@ -27,7 +27,7 @@ REFERENCE: dict[str, Any] = {
     "tokens_per_s": 7400,
     "validation_loss": 4.72,
 }
-"""What the demo reached where the README's figures were measured."""
+"""Results of the demo on the machine of the README's figures."""
 PROMPTS = (
     "import os\n\ndef read_file(path):\n",
     "class Stack:\n    def __init__(self",
@@ -66,20 +66,21 @@ def main() -> int:
 
 
 def _devices() -> int:
-    """GPUs, or cores where there is none."""
+    """Number of GPUs, or of cores if there are none."""
     import torch
 
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """Torchrun would set one OpenMP thread per rank and print a warning that it did."""
+    """Set the thread count; otherwise torchrun sets one OpenMP thread per rank and prints a
+    warning."""
     threads = str(max((os.cpu_count() or 1) // ranks, 1))
     return {"OMP_NUM_THREADS": threads} | os.environ
 
 
 def _serve(export: Path) -> None:
-    """Start the server on a free port, print what it writes, and stop it."""
+    """Start the server on a free port, print its output, and stop it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -140,7 +141,7 @@ def _list_artifacts(folder: Path, seconds: float) -> None:
 
 
 def comparison(folder: Path, *, as_shipped: bool) -> str:
-    """Loss and speed of the run beside those of the reference machine.
+    """Loss and speed of the run compared with those of the reference machine.
 
     as_shipped: no setting was changed, so that the loss can be compared as well.
     """

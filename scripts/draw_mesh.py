@@ -1,6 +1,6 @@
-"""`python -m scripts.draw_mesh FILE.toml OUT.png [--ranks N] [--section.key=value]`: who has what.
+"""`python -m scripts.draw_mesh FILE.toml OUT.png [--ranks N] [--section.key=value]`: draws a mesh.
 
-One column per rank, one row per kind of thing; equal colours in a row are equal parts.
+One column per rank, one row per type of data; equal colors in a row are equal parts.
 """
 
 import sys
@@ -15,7 +15,7 @@ _MOST_RANKS = 64
 
 
 def parts(config: JobConfig, parallel_dims: ParallelDims) -> list[tuple[str, list[int], list[str]]]:
-    """Rows (title, part of every rank, what that part is)."""
+    """Rows (title, part of every rank, name of that part)."""
     d, n = parallel_dims, config.model.moe.n_experts // parallel_dims.ep
     heads = config.model.attention.n_heads // d.tp
     ranks = range(d.world)
@@ -34,7 +34,7 @@ def parts(config: JobConfig, parallel_dims: ParallelDims) -> list[tuple[str, lis
 
 
 def draw(config: JobConfig, parallel_dims: ParallelDims, picture: Path) -> None:
-    """Draw the ranks of a mesh. Raises UserError where they are too many for a picture."""
+    """Draw the ranks of a mesh. Raises UserError if they are too many for a picture."""
     if parallel_dims.world > _MOST_RANKS:
         raise UserError(f"{parallel_dims.world} ranks: a picture shows at most {_MOST_RANKS}")
     import matplotlib

@@ -1,8 +1,8 @@
 """`python -m scripts.draw_structure [OUT.png]`: floors, rooms and imports, drawn from the code.
 
 A floor is a folder of the checkout, a room a folder within it. Arrows lead to the next level; the
-text of a floor names all that it imports. The picture holds the graph it was
-drawn from as text (PNG key `structure`), so that a test sees when the two part.
+text of a floor lists all that it imports. The picture contains the graph it was drawn from as text
+(PNG key `structure`), so that a test detects when the two differ.
 """
 
 import ast
@@ -24,7 +24,7 @@ _INK, _PAPER, _ROOM = "#263238", "#eceff1", "#ffffff"
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the floors by its dotted name; a package stands for its `__init__`."""
+    """Every module of the floors by its dotted name; a package is its `__init__`."""
     found = {}
     for floor in (name for level in LEVELS for name in level):
         for path in sorted((ROOT / floor).rglob("*.py")):
@@ -34,7 +34,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, modules and what it takes from them alike."""
+    """Dotted names that a file imports, of modules and of names within them alike."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def structure() -> Structure:
         room = rooms.setdefault(room_of(name), {"files": set(), "imports": set()})
         room["files"].add(path.name)
         for imported in imports(path) & known.keys():
-            # a room's `__init__` is empty but for its docstring: it is never what is wanted
+            # a room's `__init__` contains only its docstring: it is never the imported module
             if not (ROOT / Path(*imported.split("."))).is_dir():
                 room["imports"].add(room_of(imported))
     return {
@@ -72,7 +72,7 @@ def structure() -> Structure:
 
 
 def drawn(picture: Path) -> Structure:
-    """The structure that a picture was drawn from."""
+    """The structure from which a picture was drawn."""
     from PIL import Image
 
     with Image.open(picture) as image:

@@ -1,11 +1,11 @@
-"""`python -m scripts.export RUN`: a checkpoint becomes a Hugging Face folder.
+"""`python -m scripts.export RUN`: converts a checkpoint to a Hugging Face folder.
 
     python -m scripts.export runs/demo                    # newest checkpoint -> runs/demo/export
     python -m scripts.export runs/demo --dtype bf16       # half the size, rounded weights
     python -m scripts.export runs/demo --dtype fp8        # a quarter: DeepSeek-V3's blocks
     python -m scripts.export runs/demo/checkpoints/step-00000100 --out ~/model
 
-What the folder holds is in `train.convert.hf_export`.
+The contents of the folder are described in `train.convert.hf_export`.
 """
 
 import sys

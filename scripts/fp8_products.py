@@ -1,16 +1,16 @@
 """`python -m scripts.fp8_products`: signal to noise of single products under each arithmetic.
 
-Loss curves of small models hide much: their sums are short and their activations tame. Here each
-arithmetic of `train.fp8_emulation` multiplies data of known kinds, against fp64.
-Given is the signal to noise in decibels that nine of ten rows surpass, since a sum of squares over
-all rows would be that of the largest.
+Loss curves of small models are not sensitive enough: their sums are short and their activations
+have a small range. Here each arithmetic of `train.fp8_emulation` multiplies data of known types,
+compared with fp64. The result is the signal to noise in decibels that nine of ten rows exceed,
+since a sum of squares over all rows would be that of the largest.
 
-| data | what it stands for |
+| data | model of |
 |---|---|
 | normal | activations and weights at the start, K = 4096 |
 | outliers | the same with one channel 100,000 times as large, of weight zero |
 | gradients | tokens whose gradients differ by orders of magnitude: e to 4 times a normal number |
-| positive | activations of one sign, K = 4096: what a short accumulator minds most |
+| positive | activations of one sign, K = 4096: the worst case of a short accumulator |
 """
 
 import torch
@@ -40,7 +40,7 @@ KINDS = ("normal", "outliers", "gradients", "positive")
 
 
 def decibels(arithmetic: Arithmetic, kind: str) -> float:
-    """Signal to noise that nine of ten rows of a product surpass."""
+    """Signal to noise that nine of ten rows of a product exceed."""
     a, b = data(kind)
     quantize = arithmetic.gradient if kind == "gradients" else arithmetic.activation
     made = arithmetic.product(quantize(a, 1, a), arithmetic.weight(b.T).T).double()

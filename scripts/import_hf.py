@@ -1,11 +1,11 @@
-"""`python -m scripts.import_hf PATH OUT`: a Hugging Face folder becomes one of our checkpoints.
+"""`python -m scripts.import_hf PATH OUT`: converts a Hugging Face folder to one of our checkpoints.
 
     python -m scripts.import_hf Qwen3-30B-A3B qwen3
     python -m train qwen3/config.toml --check
     python -m scripts.export qwen3 --dtype bf16         # and back: the same bits
 
-PATH is a folder on this disk with config.json and safetensors; OUT is new and looks like a run
-(`train.convert.hf_import`).
+PATH is a folder on this disk with config.json and safetensors; OUT is a new folder with the layout
+of a run (`train.convert.hf_import`).
 """
 
 import sys

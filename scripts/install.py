@@ -1,13 +1,13 @@
-"""Install the dependencies that pyproject.toml names: `python -m scripts.install [--dev]`.
+"""Install the dependencies in pyproject.toml: `python -m scripts.install [--dev]`.
 
-Run by the Makefile with the interpreter of `.venv`, so only the standard library and pip exist yet.
-Everything goes through one `pip install`, so that pip's own configuration (index, proxy,
-certificates, PIP_* variables) decides where packages come from. Phalanx itself is not built: it
-runs from its checkout.
+The Makefile runs it with the interpreter of `.venv`, which then has only the standard library and
+pip. All packages are installed by one `pip install`, so that pip's own configuration (index, proxy,
+certificates, PIP_* variables) determines their source. Phalanx itself is not built: it runs from
+its checkout.
 
-Torch comes in several builds. Where no CUDA device is present the default wheel brings gigabytes
-of CUDA packages for nothing, so the newest `+cpu` build is taken if pip is offered one; with a CUDA
-device the `+cpu` builds are excluded, because pip ranks `2.13.0+cpu` above `2.13.0`.
+Torch has several builds. Without a CUDA device the default wheel would install gigabytes of CUDA
+packages unnecessarily, so the newest `+cpu` build is used if pip offers one; with a CUDA device the
+`+cpu` builds are excluded, because pip ranks `2.13.0+cpu` above `2.13.0`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PIP = [sys.executable, "-m", "pip"]
 
 
 def has_cuda() -> bool:
-    """Whether this machine has an NVIDIA device (asked before torch is there to answer)."""
+    """Whether this machine has an NVIDIA device (determined before torch is installed)."""
     if Path("/dev/nvidia0").exists():
         return True
     return shutil.which("nvidia-smi") is not None and (
@@ -37,14 +37,15 @@ def has_cuda() -> bool:
 
 
 def cpu_builds(requirement: Requirement) -> list[str]:
-    """The `+cpu` versions within the range that pip is offered here, newest first."""
+    """The `+cpu` versions within the range that pip offers here, newest first."""
     listing = subprocess.run([*PIP, "index", "versions", "torch"], capture_output=True, text=True)
     found = dict.fromkeys(re.findall(r"[^\s,()]+\+cpu\b", listing.stdout))  # some are printed twice
     return [version for version in found if requirement.specifier.contains(version)]
 
 
 def choose_torch(requirement: Requirement, wanted: str) -> str:
-    """What to ask pip for. `wanted` is "" (see what is here), "cpu", "cuda" or a requirement."""
+    """The requirement for pip. `wanted` is "" (detect the device), "cpu", "cuda" or a
+    requirement."""
     if wanted not in ("", "cpu", "cuda"):
         return wanted
     if not wanted:

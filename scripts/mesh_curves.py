@@ -1,4 +1,4 @@
-"""`python -m scripts.mesh_curves OUT.png`: the loss curve of a mesh beside that of one process.
+"""`python -m scripts.mesh_curves OUT.png`: the loss curve of a mesh compared with one process.
 
 Trains the demo model in fp32 three times from the same start: in one process, in one process with
 half the microbatch (the same sums in another order: this is fp32 noise), and on four ranks with

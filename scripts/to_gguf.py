@@ -1,9 +1,9 @@
-"""`python -m scripts.to_gguf EXPORT`: an export becomes a GGUF file, by llama.cpp's own converter.
+"""`python -m scripts.to_gguf EXPORT`: converts an export to GGUF with llama.cpp's own converter.
 
     python -m scripts.to_gguf runs/demo/export --llama-cpp ~/llama.cpp --dtype bf16
 
 `--llama-cpp` is a source tree of llama.cpp; its converter needs torch, transformers and numpy in
-`--python` (default: this one). What llama.cpp makes of the file, `scripts.check_readers` compares.
+`--python` (default: this one). `scripts.check_readers` compares the results of llama.cpp.
 """
 
 import sys

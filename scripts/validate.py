@@ -1,7 +1,7 @@
-"""`python -m scripts.validate CHECKPOINT [--section.key=value ...]`: its loss on held-out text.
+"""`python -m scripts.validate CHECKPOINT [--section.key=value ...]`: loss on held-out text.
 
 CHECKPOINT is a run folder or one of its checkpoints. Data and sizes are those of its config,
-changed by the overrides. For comparing checkpoints that were trained differently, or not at all, on
+changed by the overrides. It compares checkpoints that were trained differently, or not at all, on
 the same text and in the same dtype: `--precision.recipe=fp32`. One process, no optimizer.
 """
 
@@ -59,7 +59,7 @@ def _load(manifest: checkpoint.Manifest, config: JobConfig, device: torch.device
     state = model.state_dict(keep_vars=True)
     checkpoint.load(manifest, {f"model.{name}": tensor for name, tensor in state.items()})
     model.to(device)
-    masters = fp8_weights(model)  # quantized where they are used, from fp32 as in training
+    masters = fp8_weights(model)  # quantized at each use, from fp32 as in training
     for name, parameter in model.named_parameters():
         if name not in masters:
             parameter.data = parameter.data.to(compute_dtype(config, device))

@@ -1,9 +1,8 @@
-"""Serving: from an exported folder to answers, in a script (`serve.Engine`) or over HTTP
-(`python -m serve`)."""
+"""Serving of an exported folder, from Python (`serve.Engine`) or over HTTP (`python -m serve`)."""
 
 import os
 
-# read when torch is loaded: OpenMP threads that wait by spinning stall on a shared machine
+# torch reads it when it is loaded: OpenMP threads that wait by spinning stall on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from serve.engine.core import EngineOptions

@@ -1,6 +1,6 @@
 """`python -m serve FOLDER`: serve an exported model over HTTP, OpenAI-compatible.
 
-`python -m serve generate FOLDER --prompt TEXT` answers on the terminal instead.
+`python -m serve generate FOLDER --prompt TEXT` prints the completion on the terminal instead.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from serve.generate import parse as parse_generate
 from serve.options import engine_options, make_parser
 
 MAX_CONNECTIONS = 2048
-"""More are answered with 503 at once."""
+"""Further connections are answered with 503 at once."""
 
 
 class _Server(uvicorn.Server):
     """Calls `on_exit` at the first signal.
 
-    uvicorn then takes no new connections and waits for those it has; when the grace is over,
-    stopping the engine ends their requests with an error, instead of a torn connection.
+    uvicorn then accepts no new connections and waits for the open ones; after the grace period,
+    stopping the engine ends their requests with an error, instead of a dropped connection.
     """
 
     on_exit: Callable[[], None]
@@ -45,12 +45,12 @@ class _Server(uvicorn.Server):
 
 def _stop_later(thread: EngineThread, seconds: float) -> None:
     timer = threading.Timer(seconds, thread.stop, [False])
-    timer.daemon = True  # the process need not wait for it when all requests are done before
+    timer.daemon = True  # the process need not wait for it if all requests finish earlier
     timer.start()
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError where it makes no sense."""
+    """Parse the command line. Raises UserError if it is invalid."""
     parser = make_parser("serve", "Serve an exported model over HTTP, OpenAI-compatible.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
@@ -70,7 +70,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, made before the model is read so that a taken port shows at once."""
+    """A listening socket, created before the model is read, so that a used port is found at
+    once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
@@ -78,7 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on {host} port {port}: {error.strerror or error}; try another --port"
         ) from None
-    # connections inherit it; without it the first token of a stream waits 40 ms behind the
+    # connections inherit it; without it the first token of a stream waits 40 ms after the
     # headers, until the client's delayed acknowledgement (asyncio sets it for its own sockets)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -117,14 +118,14 @@ def serve(options: argparse.Namespace) -> None:
         )
     )
     server.on_exit = functools.partial(_stop_later, thread, options.grace)
-    # uvicorn raises the signals it caught once more when it is done; they were obeyed by then
+    # uvicorn raises the signals it caught again when it is done; they have had their effect by then
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 after a stop, 2 with one line on stderr where something cannot work."""
+    """Exit status: 0 after a stop, 2 with one line on stderr for an error of the user."""
     try:
         if arguments[:1] == ["generate"]:
             generate(parse_generate(arguments[1:]))

@@ -1,4 +1,5 @@
-"""`python -m serve generate EXPORT --prompt TEXT`: answers on the terminal, without a server."""
+"""`python -m serve generate EXPORT --prompt TEXT`: completions on the terminal, without a
+server."""
 
 import argparse
 import json
@@ -10,7 +11,7 @@ from serve.options import engine_options, make_parser
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. UserError where it makes no sense."""
+    """Parse the command line. Raises UserError if it is invalid."""
     defaults = SamplingParams(max_tokens=64)
     parser = make_parser("serve generate", "Complete prompts with an exported model.")
     parser.add_argument("--prompt", action="append", required=True, help="may be given again")
@@ -38,7 +39,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Print every answer: one as it comes, several each behind its prompt."""
+    """Print every completion: a single one as it is generated, several each after its prompt."""
     names = SamplingParams.__dataclass_fields__.keys() & vars(options).keys()
     params = SamplingParams(
         **{name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}

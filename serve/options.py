@@ -1,4 +1,4 @@
-"""The options that every command of `python -m serve` has: which export, and the engine's sizes."""
+"""The common options of all commands of `python -m serve`: the export, and the engine's sizes."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from serve.engine.core import EngineOptions
 
 
 def make_parser(command: str, description: str) -> CommandParser:
-    """A parser that knows the common options."""
+    """A parser with the common options."""
     sizes = EngineOptions()
     parser = CommandParser(
         prog=f"python -m {command}",
@@ -54,5 +54,5 @@ def make_parser(command: str, description: str) -> CommandParser:
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """Those of a parsed command line. UserError where they make no sense."""
+    """The options of a parsed command line. Raises UserError if they are invalid."""
     return EngineOptions(**{name: getattr(options, name) for name in vars(EngineOptions())})

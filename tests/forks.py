@@ -31,8 +31,7 @@ TUNABLES = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""Variables that the trainer would otherwise restart itself with, or set before it imports
-torch."""
+"""Variables that the trainer would otherwise restart itself with, or set before importing torch."""
 OURS = (
     "tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
     # modules that these import lazily

@@ -1,11 +1,11 @@
-"""`python -m train FILE.toml [--section.key=value ...]`, alone or under torchrun.
+"""`python -m train FILE.toml [--section.key=value ...]`, as one process or under torchrun.
 
     torchrun --nproc-per-node 2 -m train configs/demo.toml
     python -m train configs/demo.toml --check [--ranks N]
 
-`--check` starts nothing: it prints the resolved experiment, its sizes and which inputs (data,
-tokenizer, initial weights) are not found here; missing inputs alone leave the exit code at 0. Exit
-code 2 and one line mean that a setting cannot work.
+`--check` trains nothing: it prints the resolved experiment, its sizes and which inputs (data,
+tokenizer, initial weights) are not found; missing inputs alone leave the exit code at 0. Exit code
+2 and one line mean that a setting is invalid.
 """
 
 import os
@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> int:
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_DFL)  # until there is something to save, just end
     rank = 0
-    # read when torch is loaded: where threads of OpenMP wait by spinning, a busy machine makes a
-    # step of 0.9 s last 15 s and more
+    # torch reads it when it is loaded: if threads of OpenMP wait by spinning, a step of 0.9 s takes
+    # 15 s and more on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch's C++ logs a lost connection with its stack; we say in one line who is gone
+    # torch's C++ logs a lost connection with its stack; the trainer reports lost ranks in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     try:
         check = "--check" in arguments
         placement = LaunchEnvironment() if check else read_launch_environment()
-        rank = placement.rank  # before anything that all ranks refuse alike
+        rank = placement.rank  # before any error that all ranks raise
         rest = [argument for argument in arguments if argument != "--check"]
         file, overrides, ranks = parse_arguments(rest)
         if ranks and not check:
@@ -65,10 +65,10 @@ def _check(config: JobConfig, ranks: int | None) -> int:
 
     from train.check import missing_inputs, report
 
-    torch.set_num_threads(1)  # there is next to no data, and threads that wait cost time
+    torch.set_num_threads(1)  # there is almost no data, and waiting threads take time
     world = ranks or read_world() or default_world(config)
     print(report(config, resolve(config, world)), flush=True)
-    # after the sizes: who has the model's file may not have its data
+    # after the sizes: the data may be missing where only the model's file is available
     missing = missing_inputs(config)
     print(*(["not found"] * bool(missing)), *(f"  {line}" for line in missing), sep="\n")
     return 0
@@ -94,7 +94,7 @@ def _train(config: JobConfig, parallel_dims: ParallelDims) -> int:
 
 
 def _lost(config: JobConfig, ranks: "Ranks", error: RuntimeError) -> int:
-    """End a run whose collective failed because ranks are gone; raises where all are there."""
+    """End a run whose collective failed because ranks are lost; raises if none is."""
     absent = ranks.rank_monitor.absent() if ranks.rank_monitor is not None else None
     if absent is None:
         raise error
@@ -107,21 +107,22 @@ def _lost(config: JobConfig, ranks: "Ranks", error: RuntimeError) -> int:
             file=sys.stderr,
             flush=True,
         )
-    os._exit(1)  # destructors of the process group would wait for the ranks that are gone
+    os._exit(1)  # destructors of the process group would wait for the lost ranks
 
 
 def _fail(rank: int, line: str, code: int) -> int:
     """Print the line once. The launcher stops all ranks as soon as one exits, so the others give
-    rank 0 time to speak first; if it has nothing to say, they do."""
+    rank 0 time to print first; if it prints nothing, they do."""
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has spoken
+        # sent by the launcher after rank 0 has printed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         line = f"rank {rank}: {line}"
     print(line, file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         if not rank and os.environ.get("WORLD_SIZE") != "1":
             time.sleep(3)  # the store may end with this process: the others read the error from it
-        os._exit(code)  # other ranks may wait in a collective: do not wait for them in turn
+        os._exit(code)  # other ranks may wait in a collective: do not wait for them
     return code
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever kills the process, and folders with one owner."""
+"""Files that are complete or absent after any kill, and folders with one writing process."""
 
 import errno
 import fcntl
@@ -10,17 +10,17 @@ from pathlib import Path
 from configs.errors import UserError
 
 _CLAIMS: list[int] = []
-"""Open lock files; they stay locked as long as this process lives."""
+"""Open lock files; they stay locked until this process ends."""
 _WRITE_FAULTS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 )
-"""Disk or quota full, read-only, not permitted, the largest file of this account."""
+"""Disk or quota full, read-only, not permitted, file size limit."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make errors of writing name `path`: those of an open file (disk full) name nothing, and
-    those of a copy name the file that was read first."""
+    """Add `path` to write errors: those of an open file (disk full) have no name, and those of a
+    copy have the name of the file that was read first."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_fault(error: BaseException | None) -> OSError | None:
-    """What among an error and its causes says that a disk takes no more, or not from us."""
+    """The error, among an error and its causes, of a disk that is full or not writable."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _WRITE_FAULTS:
             return error
@@ -40,7 +40,7 @@ def write_fault(error: BaseException | None) -> OSError | None:
 
 
 def sync(path: Path) -> None:
-    """Make a file or folder durable: what it holds survives a power cut."""
+    """Make a file or folder durable: its content survives a power failure."""
     with naming(path):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -50,7 +50,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old content or the new, never a part."""
+    """Write `text` to `path` so that a reader reads the old or the new content, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         raw = text.encode()
@@ -64,7 +64,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def set_aside(path: Path) -> str:
-    """Rename what cannot be used as it should, so that it is kept; says so."""
+    """Rename an unusable file or folder, so that it is kept; returns a message about it."""
     aside = path.with_name(f"{path.name}.damaged")
     number = 1
     while os.path.lexists(aside):
@@ -75,7 +75,8 @@ def set_aside(path: Path) -> str:
 
 
 def claim(folder: Path) -> None:
-    """Make `folder` and be its only writer until this process ends; UserError if another is."""
+    """Create `folder` and lock it for this process until it ends. Raises UserError if it is
+    locked."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:

@@ -1,7 +1,7 @@
-"""What a run trains with on this rank: mesh, model and optimizer, built in one order.
+"""Builds mesh, model and optimizer of a run on this rank, in one order.
 
-On the meta device the model is parallelized, which refuses what cannot work before anything takes
-time; then this rank's shards are allocated and drawn, and the optimizer is made for them.
+The model is parallelized on the meta device, which raises for invalid settings before anything
+takes time; then this rank's shards are allocated and initialized, and the optimizer is created.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ShardedModel:
     mesh: Mesh
     model: Decoder
     compute: torch.dtype
-    """Of forward and backward."""
+    """Dtype of forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Training(ShardedModel):
     """This rank's part of a model with its initial values, and the optimizer."""
 
     fp8_weights: Fp8Weights
-    """To be refreshed whenever the weights have changed, for the first time after loading."""
+    """Must be refreshed whenever the weights have changed, the first time after loading."""
     optimizer: torch.optim.AdamW
 
 
@@ -44,7 +44,7 @@ def shard_model(
 ) -> ShardedModel:
     """The model of an experiment, parallelized; all ranks call it together.
 
-    compute: None means what `precision.recipe` says. Raises ConfigError for what cannot work.
+    compute: None for the dtype of `precision.recipe`. Raises ConfigError for invalid settings.
     """
     mesh = meshes.build(resolve(config, ranks.world), ranks.device.type)
     compute = compute or compute_dtype(config, ranks.device)
@@ -57,9 +57,9 @@ def shard_model(
 def build_training(
     config: JobConfig, ranks: Ranks, sharded: ShardedModel | None = None
 ) -> Training:
-    """What `config` trains with on this rank, before a checkpoint is loaded.
+    """Model and optimizer of `config` on this rank, before a checkpoint is loaded.
 
-    sharded: from `shard_model`, where that was called earlier.
+    sharded: from `shard_model`, if that was called earlier.
     """
     sharded = sharded or shard_model(config, ranks)
     model = sharded.model

@@ -1,4 +1,4 @@
-"""`--check`: what an experiment is and needs, without starting a rank."""
+"""`--check`: the settings, sizes and missing inputs of an experiment, without starting a rank."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tok
 
 
 def report(config: JobConfig, parallel_dims: ParallelDims) -> str:
-    """The resolved experiment and its sizes as text; ConfigError where something cannot work."""
+    """The resolved experiment and its sizes as text. Raises ConfigError for invalid settings."""
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.seq_len)
     tokens = config.train.global_batch * config.data.seq_len
@@ -65,8 +65,8 @@ def _mtp_lines(mtp: int) -> list[str]:
 def missing_inputs(config: JobConfig) -> list[str]:
     """A line for each input that is not found: data, tokenizer, initial weights.
 
-    Sizes need none of them, and who asks for sizes may not have them here. What is there and cannot
-    be used raises ConfigError, as it would when the run starts.
+    The sizes need none of them, so they may be missing. An input that exists but is invalid raises
+    ConfigError, as it would when the run starts.
     """
     data, init_from = config.data, config.checkpoint.init_from
     lines: list[str] = []
@@ -113,7 +113,7 @@ def _export_name(config: JobConfig) -> str:
 
 
 def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]:
-    """What a rank holds and exchanges, by kind of device, and holds under the worst routing."""
+    """Memory and communication of a rank, by device type, and memory under the worst routing."""
     compute = {d: compute_dtype(config, torch.device(d), is_here=False) for d in ("cpu", "cuda")}
     found = {d: predict(config, parallel_dims, d, dtype) for d, dtype in compute.items()}
     even = [needs[0].peak for needs in found.values()]
@@ -127,7 +127,7 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
     lines += [_row(kind, [peak[kind] for peak in even]) for kind in CATEGORIES if kind in kinds]
     lines += [_row("sum", [peak.total() for peak in even]) + "   at the worst moment of a step"]
     if any(memory.total() for memory in host):
-        lines += [_row("besides in host memory", [memory.total() for memory in host])]
+        lines += [_row("in addition, host memory", [memory.total() for memory in host])]
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]

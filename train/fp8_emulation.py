@@ -1,24 +1,24 @@
-"""FP8 arithmetic other than that of the recipe `fp8_blockwise`, emulated: operands are rounded to
-FP8 and multiplied in a wider type, which holds them exactly. Ablations train with it
-(`scripts.fp8_convergence.ablations`); no setting chooses it.
+"""FP8 arithmetic that differs from the recipe `fp8_blockwise`, emulated: operands are rounded to
+FP8 and multiplied in a wider type, which represents them exactly. Ablations train with it
+(`scripts.fp8_convergence.ablations`); no setting enables it.
 
-| variant | what is different |
+| variant | difference |
 |---|---|
-| blockwise | nothing: the recipe itself through this emulation, its check |
+| blockwise | none: the recipe itself through this emulation, as a check |
 | per_tensor | one scale per tensor (activations and gradients: of all rows; weights: per matrix) |
 | e5m2_gradients | gradients in e5m2: 2 bits of mantissa for 5 of exponent |
 | narrow_accumulator | sums are kept in 14 bits over the whole of K |
 
-The narrow accumulator is that of Hopper's tensor cores as DeepSeek-V3 found it (arXiv:2412.19437,
-section 3.5.2): about 14 bits of a sum survive each instruction, which takes 32 products. Here 32
-products are summed and added in fp32, then the sum is cut to 14 significant bits, toward zero. The
-real one also cuts every product as it is aligned to the largest, so this is the milder of the two.
-The recipe moves sums to fp32 every 128 products; here that never happens, and scales are multiplied
-into the operands, as they must be where no sum ends before K does.
+The narrow accumulator is that of Hopper's tensor cores as DeepSeek-V3 measured it
+(arXiv:2412.19437, section 3.5.2): about 14 bits of a sum are kept after each instruction, which
+processes 32 products. Here 32 products are summed and added in fp32, then the sum is cut to 14
+significant bits, toward zero. The hardware also cuts every product as it is aligned to the largest,
+so this emulation loses less. The recipe moves sums to fp32 every 128 products; here that never
+happens, and scales are multiplied into the operands, which is necessary if no sum ends before K.
 
-All scales are powers of two, which a CPU's bf16 products hold exactly; so the recipe they are
-compared with is the one with `precision.fp8.power_of_two`. One rank only, whose fp32 masters the
-weights are read from.
+All scales are powers of two, which a CPU's bf16 products represent exactly; so they must be
+compared with the recipe with `precision.fp8.power_of_two`. Only for one rank, from whose fp32
+masters the weights are read.
 
 M x N output, K summed; T tokens or rows, D, F widths, E experts.
 """
@@ -52,15 +52,16 @@ from models.layers.linear import Fp8Module, as_matrices
 INSTRUCTION = 32
 """FP8 products that one instruction of a tensor core sums."""
 KEPT_BITS = 14
-"""Significant bits of a sum that survive it."""
+"""Significant bits of a sum that an instruction keeps."""
 
 Quantise = Callable[[Tensor, int, Tensor], Tensor]
-"""Rounded values, in the operand's dtype, of a part: (part, dimension summed over, whole tensor)"""
+"""Returns rounded values of a part, in the operand's dtype: (part, summed dimension, whole
+tensor)"""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a variant makes of operands and products."""
+    """How a variant rounds operands and computes products."""
 
     activation: Quantise
     weight: Callable[[Tensor], Tensor]
@@ -122,7 +123,7 @@ VARIANTS = {
 
 @contextmanager
 def emulated(arithmetic: Arithmetic) -> Iterator[None]:
-    """Inside, modules that are in FP8 compute with this arithmetic."""
+    """Context in which modules in FP8 compute with this arithmetic."""
 
     def fp8_weight(module: Fp8Module, name: str) -> Fp8Weight:
         source = module.sources.get(name)
@@ -175,7 +176,7 @@ def emulated(arithmetic: Arithmetic) -> Iterator[None]:
 
 
 class _Products:
-    """The three products of rows in groups, or all with one weight."""
+    """The three products of rows in groups, or of all rows with one weight."""
 
     def __init__(self, arithmetic: Arithmetic, groups: Groups | None, n_rows: int) -> None:
         self.arithmetic = arithmetic
@@ -231,7 +232,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Mlp(torch.autograd.Function):
-    """As the recipe does it: gate and up are kept in FP8, and h is made of them again."""
+    """As in the recipe: gate and up are kept in FP8, and h is recomputed from them."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
 """Garbage collection at chosen steps, the same on all ranks.
 
-Python's own collector starts whenever enough objects were made, at another moment on every rank,
+Python's own collector starts whenever enough objects were created, at another time on every rank,
 and each step waits for the slowest rank.
 """
 
@@ -8,7 +8,7 @@ import gc
 
 
 class GarbageCollection:
-    """Collects after every so many steps instead of when Python would."""
+    """Collects after a fixed number of steps instead of at times that Python chooses."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -22,4 +22,4 @@ class GarbageCollection:
 
 
 _GENERATION = 1
-"""Tensors of a step are young; the oldest generation, all of torch's modules, takes long."""
+"""Tensors of a step are young; the oldest generation, with all of torch's modules, takes long."""

@@ -1,12 +1,12 @@
 """The training loss: cross-entropy summed over target tokens, of the model and its MTP modules.
 
 Sums, not means: the step divides by the target tokens of all ranks and microbatches, so that
-documents of unequal length count alike on every mesh. Ranks that divide the vocabulary each
-give the loss of the targets among their words.
+documents of unequal length have equal weight per token on every mesh. Ranks that divide the
+vocabulary each return the loss of the targets in their part.
 
-MTP module k sees token i + k at position i and predicts what the model predicts at i + k. Where
-i + k is in another document, or beyond the sequence, there is no target: the row passes through
-the block (no token of its document comes after it) and counts in no loss.
+MTP module k reads token i + k at position i and predicts the model's target at i + k. If i + k is
+in another document, or beyond the sequence, there is no target: the row passes through the block
+(no token of its document follows it) and has no loss.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ def loss_sums(
 ) -> Tensor:
     """`loss_sum` of the model and of each MTP module, fp32 `[1 + mtp_depth]`.
 
-    z_loss_coef: of the z-loss, which adds its gradient and leaves these values as they are.
-    context: of a training step; see `Decoder.forward`.
+    z_loss_coef: factor of the z-loss, which contributes only its gradient and does not change these
+    values. context: of a training step; see `Decoder.forward`.
     """
     if not mtp_depth:
         return loss_sum(model, batch, z_loss_coef, context)[None]
@@ -77,9 +77,9 @@ def count_tokens(batches: Sequence[Batch], mtp_depth: int) -> Tensor:
 
 
 def look_ahead(batch: Batch, depth: int) -> tuple[Tensor, Tensor]:
-    """What MTP module `depth` (from 1) reads and predicts, both `[T]`: the token `depth` places on,
-    and the target there; token 0 and IGNORE where that is not in the same document."""
-    # a position counts from the start of its document: it is `depth` more within that only
+    """Input and target of MTP module `depth` (from 1), both `[T]`: the token `depth` positions
+    later, and the target there; token 0 and IGNORE if that is not in the same document."""
+    # a position counts from the start of its document: only within it is the other `depth` larger
     same = _shifted(batch.positions_T, depth, -1) == batch.positions_T + depth
     successors_T = _shifted(batch.tokens_T, depth, 0) * same
     targets_T = torch.where(same, _shifted(batch.targets_T, depth, IGNORE), IGNORE)

@@ -1,14 +1,14 @@
-"""The memory that a rank will need at the worst moment of a step, and the bytes it exchanges.
+"""Predicts the peak memory of a rank during a step, and the bytes it exchanges.
 
-The step of training itself runs, on tensors without data and ranks that do not exist
-(`parallel.memory`). The second step is meant, when AdamW has its moments; of several microbatches
+The training step itself runs, on tensors without data and ranks that do not exist
+(`parallel.memory`). The second step is traced, when AdamW has its moments; of several microbatches
 the last, when there are gradients to add to.
 
-Counted is what tensors hold. Not counted: rounding and fragmentation of the allocator, workspaces
-of libraries, buffers of NCCL, Python and torch themselves.
+The memory of tensors is counted. Not counted: rounding and fragmentation of the allocator,
+workspaces of libraries, buffers of NCCL, Python and torch themselves.
 
-Exchanged is what goes into a collective or, for a gather, what comes out: the bytes of its larger
-side. Not counted: the sums of a few numbers per step (loss, norm of the gradients, loads).
+Exchanged bytes are the input of a collective or, for a gather, its output: the larger side. Not
+counted: the sums of a few numbers per step (loss, norm of the gradients, loads).
 """
 
 from collections.abc import Mapping
@@ -33,31 +33,31 @@ from train.optim.optimizer import build_optimizer
 from train.step import train_step
 
 _FEW_ROWS = 2**20
-"""Rows of experts whose numbers (8 bytes, several times) are no burden."""
+"""Rows of experts whose index tensors (8 bytes, several times) are small."""
 _MOST_CHUNKS = 64
-"""Of the loss: more are traced as so many larger ones."""
+"""Maximum number of loss chunks: more are traced as this many larger ones."""
 _RANKS_PER_NODE = 8
-"""Where the experiment does not say."""
+"""Default if the experiment does not set it."""
 
 
 def predict(
     config: JobConfig, parallel_dims: ParallelDims, device: str, compute: torch.dtype
 ) -> tuple[Needs, Needs]:
-    """What a step needs of a rank, for loads of the experts that are even, and the worst: all
-    tokens of all ranks choose the same experts, and this rank has them.
+    """Memory and communication of a rank in a step, for even loads of the experts and for the worst
+    case: all tokens of all ranks choose the same experts, which are on this rank.
 
-    device: `cpu` or `cuda`. compute: dtype of forward and backward. Raises ValueError where a
-    process group is running.
+    device: `cpu` or `cuda`. compute: dtype of forward and backward. Raises ValueError if a process
+    group is running.
     """
     config = _traceable(config, parallel_dims)
     dispatch = config.parallel.dispatch
     is_limited = dispatch.kind == "sync_free" and parallel_dims.ep > 1
-    # a rank more than the mesh has: the default group, which adds up a few numbers, is no axis
+    # one rank more than the mesh: the default group, which adds up a few numbers, is no axis
     with fake_group(parallel_dims.world + 1):
         step = _Step(config, parallel_dims, device, compute)
         evenly = step.needs(step.trace(even(config.model.moe, parallel_dims.ep, step.own_tokens)))
         if is_limited and dispatch.on_overflow == "stop":
-            return evenly, evenly  # there is room for so many, whatever is chosen
+            return evenly, evenly  # the capacity is fixed for any choice
         if is_limited:
             exact = replace(config.parallel, dispatch=replace(dispatch, kind="all_to_all"))
             step = _Step(replace(config, parallel=exact), parallel_dims, device, compute)
@@ -65,8 +65,8 @@ def predict(
 
 
 def _traceable(config: JobConfig, parallel_dims: ParallelDims) -> JobConfig:
-    """Without what cannot be traced: compilation, and the buffers of DeepEP, which are its own;
-    its rows are counted as those of the exact exchange."""
+    """Replace settings that cannot be traced: compilation, and the buffers of DeepEP; its rows are
+    counted as those of the exact exchange."""
     dispatch = config.parallel.dispatch
     if dispatch.kind == "deepep":
         dispatch = replace(dispatch, kind="all_to_all")
@@ -97,13 +97,14 @@ class _Step:
             self.traced.give_gradients()
             self.optimizer.register_step_pre_hook(lambda *_: self.traced.enter(MOMENTS))
             self.optimizer.register_step_post_hook(lambda *_: self.traced.leave())
-            self.optimizer.step()  # makes the moments
+            self.optimizer.step()  # creates the moments
             self.optimizer.zero_grad()
             self.traced.refresh()
 
     def worst(self) -> list[Segment]:
-        """A step in which the first experts get all tokens of all ranks. So many rows may come that
-        their numbers alone would fill this machine: then two smaller loads tell."""
+        """A step in which the first experts get all tokens of all ranks. If that is so many rows
+        that their indices alone would fill this machine's memory, it is extrapolated from two
+        smaller loads."""
         moe, d = self.config.model.moe, self.parallel_dims
         sent = self.own_tokens * d.etp * min(moe.top_k, moe.n_experts // d.ep)
         small, worst = max(_FEW_ROWS, sent), sent * d.ep
@@ -114,7 +115,8 @@ class _Step:
         return extrapolate(low, high, worst / small - 1)
 
     def trace(self, ids_TK: Tensor) -> list[Segment]:
-        """The last of a step's microbatches, and what follows it, with that choice of experts."""
+        """The last of a step's microbatches, and the rest of the step, with that choice of
+        experts."""
         train, batch = self.config.train, self._batch()
         with self.traced.tracing(), chosen(ids_TK), self._few_chunks():
             if self.passes > 1:
@@ -132,7 +134,7 @@ class _Step:
                 ),
             )  # fmt: skip
             masks = sum(mask.nbytes for mask in batch.core._masks.values() if mask is not None)
-        # the microbatches before it are there to the end of the step
+        # the earlier microbatches are in memory until the end of the step
         self.held[MASKS] += (self.passes - 1) * masks
         self.held[BATCH] *= self.passes
         # counts of choices (int64) and three losses of the MoE layers that are not traced
@@ -162,7 +164,7 @@ class _Step:
         return {parameter: list(state.values()) for parameter, state in states}
 
     def _few_chunks(self) -> AbstractContextManager[None]:
-        """The loss in not too many chunks: on a CPU they are small."""
+        """Limit the number of chunks of the loss, which are small on a CPU."""
         n_tokens = self.config.train.micro_batch * self.config.data.seq_len
         logits = n_tokens * self.config.model.vocab_size // self.parallel_dims.tp
         least = cross_entropy._CHUNK_ELEMENTS["cpu"]

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 @contextmanager
 def profiled(path: Path) -> Iterator[None]:
-    """Record what happens inside and write it to `path`."""
+    """Record a profile of the context and write it to `path`."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)

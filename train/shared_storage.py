@@ -1,8 +1,8 @@
-"""What all ranks must share, checked when a run starts and not when it first saves.
+"""Checks when a run starts, not at its first save, that all ranks share folders and settings.
 
 Every rank writes its part of a checkpoint into the run's folder and reads the tokenized corpus from
 the cache. On another host a path may be another folder: a relative path from another directory, `~`
-of another home, a disk that is not mounted. So rank 0 writes a token into both, every other rank
+of another user, a disk that is not mounted. So rank 0 writes a token into both, every other rank
 looks for it there, and adds to the one in the run's folder.
 """
 
@@ -24,11 +24,11 @@ from train.checkpoint.manifest_content import short
 from train.checkpoint.retention import delete
 
 _PATIENCE_S = 10.0
-"""How long a network file system may take to show a new name."""
+"""Time that a network file system may need to show a new name."""
 
 
 def check_shared(config: JobConfig, ranks: Ranks) -> None:
-    """Raise UserError, on all ranks alike, where one has other settings or other folders."""
+    """Raise UserError, on all ranks, if one has other settings or other folders."""
     if ranks.world == 1:
         return
     _check_settings(config)
@@ -53,7 +53,8 @@ def _check_settings(config: JobConfig) -> None:
 
 
 def _check_folder(key: str, setting: str, ranks: Ranks, writes: bool) -> None:
-    """writes: whether every rank writes there; else what cannot be written is not checked."""
+    """writes: whether every rank writes there; otherwise folders that are not writable are
+    skipped."""
     folder = local_path(setting)
     name = ranks.on_first(lambda: _place_token(folder, writes))
     if name is None:
@@ -76,7 +77,8 @@ def _check_folder(key: str, setting: str, ranks: Ranks, writes: bool) -> None:
 
 
 def _place_token(folder: Path, writes: bool) -> str | None:
-    """Make the token, a folder; its name, or None where it cannot be and need not be made."""
+    """Create the token, a folder; returns its name, or None if it is neither possible nor
+    needed."""
     name = f".shared-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,18 +88,18 @@ def _place_token(folder: Path, writes: bool) -> str | None:
     except OSError:
         if writes:
             raise
-        return None  # a read-only cache may hold all that is needed; opening the corpus tells
+        return None  # a read-only cache may be complete; opening the corpus checks it
     return name
 
 
 def _look(token: Path, rank: int | None) -> str:
-    """What is wrong with the token as this rank sees it; writes into it where `rank` is given."""
+    """The error of the token on this rank; writes into the token if `rank` is given."""
     deadline = time.monotonic() + _PATIENCE_S
     while not token.is_dir():
         if time.monotonic() > deadline:
             return "does not find there what rank 0 wrote"
         with suppress(OSError):
-            os.listdir(token.parent)  # a network file system looks again
+            os.listdir(token.parent)  # makes a network file system refresh
         time.sleep(0.1)
     if rank is not None:
         try:

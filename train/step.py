@@ -1,16 +1,17 @@
 """One optimizer step: microbatches, one global loss, clipping, update.
 
 The objective is the model's loss, plus `mtp_weight` times the mean of the MTP modules' losses, each
-a mean over its own target tokens of the step, plus the z-loss of their logits and the routers'
-auxiliary losses. The losses enter as an argument of the model's forward (`train.loss`); z-loss and
-auxiliary losses add their gradient themselves in backward (`kernels.layers.cross_entropy`,
-`models.balance`). The loss that is reported is the model's cross-entropy alone.
+a mean over its target tokens of the step, plus the z-loss of their logits and the routers'
+auxiliary losses. The losses are computed by an argument of the model's forward (`train.loss`);
+z-loss and auxiliary losses add their gradient themselves in backward
+(`kernels.layers.cross_entropy`, `models.balance`). The reported loss is the model's cross-entropy
+alone.
 
-Nothing is changed before the step is known to be good: a weight, loss or gradient that is not
+No state changes before the step is known to be valid: a weight, loss or gradient that is not
 finite, or whose square is too large for fp32 (`parallel.grad_norm`), stops the run with weights,
-optimizer and router biases as they were, and says on which rank and, where that is known, in which
-parameter. A step whose rows did not all find room (dispatch into buffers of fixed size) is redone
-before that.
+optimizer and router biases unchanged, and the error names the rank and, if known, the parameter. A
+step with rows that exceeded the capacity (dispatch into buffers of fixed size) is repeated before
+that.
 """
 
 import math
@@ -38,16 +39,17 @@ from train.loss import count_tokens, loss_sums
 
 class NonFiniteError(RuntimeError):
     """A number of the step is infinite, NaN or too large; the message names step, ranks and
-    parameters. All ranks raise it together, with nothing changed since the step before."""
+    parameters. All ranks raise it together, with no change since the previous step."""
 
     def __init__(self, message: str, weights_are_good: bool) -> None:
         super().__init__(message)
         self.weights_are_good = weights_are_good
-        """Whether what the step before left is worth keeping; not where weights are at fault."""
+        """Whether the state after the previous step is worth saving; false if weights are
+        invalid."""
 
 
 class Updater(Protocol):
-    """What the step needs of an optimizer."""
+    """The interface of an optimizer that the step uses."""
 
     def step(self) -> None: ...
 
@@ -56,7 +58,7 @@ class Updater(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave, the same on all ranks."""
+    """Results of one step, the same on all ranks."""
 
     loss: float
     """Mean over the target tokens of the step, nats."""
@@ -71,7 +73,7 @@ class StepResult:
     router_losses: dict[str, float] = field(default_factory=dict)
     """The auxiliary losses in use, without their coefficients, mean over layers."""
     dispatch: dict[str, float] = field(default_factory=dict)
-    """Scalars about the exchange of rows; empty where no rows travel."""
+    """Statistics of the row exchange; empty if no rows are exchanged."""
 
 
 def train_step(
@@ -90,10 +92,20 @@ def train_step(
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
 
-    tp_size: ranks that are given the same tokens (tensor parallelism); each counts its share of
-    their loss. stop: asked before every microbatch, must answer alike on all ranks. If true the
-    step is abandoned, with nothing changed, and None returned. updated: called once the weights
-    have changed. Raises NonFiniteError and CapacityOverflow.
+    Raises NonFiniteError and CapacityOverflow.
+
+    Args:
+        model, optimizer: This rank's part of the model, and its optimizer.
+        batches: The microbatches.
+        step: Its number, for errors.
+        rank: Of this process.
+        tp_size: Ranks with the same tokens (tensor parallelism); each counts its share of their
+            loss.
+        clip_norm: Largest gradient norm; 0 for no clipping.
+        mtp_weight, z_loss_coef: Factors of the losses.
+        stop: Called before every microbatch; must return the same on all ranks. If true the step is
+            abandoned, with no change, and None returned.
+        updated: Called once the weights have changed.
     """
     microbatches = list(batches)
     depth = model.config.mtp_depth
@@ -145,7 +157,7 @@ def train_step(
 
 @dataclass(frozen=True)
 class _Objective:
-    """What the losses of a microbatch are divided by and multiplied with, `[1 + MTP modules]`."""
+    """Divisors and factors of the losses of a microbatch, `[1 + MTP modules]`."""
 
     targets: Tensor
     """Targets of the model's loss and of each MTP module's in the whole step."""
@@ -160,7 +172,8 @@ def _forward_backward(
     context: StepContext,
     stop: Callable[[], bool],
 ) -> Tensor | None:
-    """This rank's losses summed over microbatches, gradients added up; None if `stop` says so."""
+    """This rank's losses summed over microbatches, gradients added up; None if `stop` returns
+    true."""
     weights = objective.weights
     totals = torch.zeros_like(weights)
     for batch in microbatches:
@@ -176,10 +189,10 @@ def _forward_backward(
 
 @contextmanager
 def _watching(model: Decoder) -> Iterator[list[Tensor]]:
-    """Collects, of every pass, the largest norm of a token's hidden state ahead of the last norm.
+    """Collects, for every pass, the largest norm of a token's hidden state before the last norm.
 
-    What a layer adds stays in there. Norms make zeros of a row whose squares overflow, and the loss
-    looks like that of an untrained model.
+    It contains the outputs of all layers. Norms convert a row whose squares overflow to zeros, and
+    the loss then resembles that of an untrained model.
     """
     found: list[Tensor] = []
 
@@ -195,17 +208,18 @@ def _watching(model: Decoder) -> Iterator[list[Tensor]]:
 
 
 def _state(model: Decoder) -> dict[str, Tensor]:
-    """All that decides what the model computes: parameters and balancing biases."""
+    """All tensors that determine the model's output: parameters and balancing biases."""
     names = {module: name for name, module in model.named_modules()}
     biases = {f"{names[router]}.bias_E": router.bias_E for router in routers(model)}
     return dict(model.named_parameters()) | biases
 
 
 def _found_after_backward(model: Decoder, totals: Tensor, hidden: list[Tensor]) -> list[str]:
-    """What of a step is out of range on this rank, causes first, in the form of `_out_of_range`.
+    """Values of a step that are out of range on this rank, causes first, as `_out_of_range`
+    expects.
 
-    Of gradients it is the last of the model, since backward comes there first. The norm of all may
-    be out of range where no value is; it is shown by the largest of a parameter's.
+    Of gradients it reports the last of the model, since backward computes it first. The norm of all
+    may be out of range although no value is; the largest norm of a parameter is then reported.
     """
     named = reversed(list(model.named_parameters()))
     gradients = {name: p.grad for name, p in named if p.grad is not None}
@@ -221,9 +235,9 @@ def _found_after_backward(model: Decoder, totals: Tensor, hidden: list[Tensor]) 
 
 
 def _out_of_range(step: int, found: list[str], weights_are_good: bool) -> NonFiniteError:
-    """The error that names the first thing that any rank found. All ranks call it together.
+    """The error for the first invalid value on any rank. All ranks call it together.
 
-    found: what is out of range on this rank, causes first; an empty text where nothing is.
+    found: what is out of range on this rank, causes first; empty texts for values in range.
     """
     ranks_of: dict[str, list[str]] = {}
     reports = gather_json(found)
@@ -239,8 +253,8 @@ def _out_of_range(step: int, found: list[str], weights_are_good: bool) -> NonFin
 
 
 def _named(what: str, tensors: dict[str, Tensor]) -> str:
-    """The first tensor with a value out of range in this rank's part, that value, and how many
-    other tensors have one."""
+    """The first tensor with a value out of range in this rank's part, that value, and the number of
+    other tensors with one."""
     values = largest_values(tensors.values()).tolist()
     bad = {name: v for name, v in zip(tensors, values, strict=True) if not v <= LARGEST}
     if not bad:

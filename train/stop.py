@@ -1,8 +1,8 @@
 """Stopping on Ctrl-C and SIGTERM without losing work.
 
-The first signal only sets a flag. All ranks look at it together before every microbatch, leave the
-unfinished step behind and save; torchrun kills its workers 30 s after the signal, so the way out
-must not wait for a long step. A later Ctrl-C interrupts at once.
+The first signal only sets a flag. All ranks check it together before every microbatch, discard the
+unfinished step and save; torchrun kills its workers 30 s after the signal, so stopping must not
+wait for a long step. A later Ctrl-C interrupts at once.
 """
 
 import signal
@@ -12,11 +12,11 @@ from types import FrameType
 from parallel.ranks import any_rank
 
 _PATIENCE = 2.0
-"""Seconds within which a second SIGINT is taken for the launcher passing on the first."""
+"""Seconds within which a second SIGINT is treated as the launcher forwarding the first."""
 
 
 class StopSignal:
-    """Remembers that this process was asked to stop."""
+    """Records that this process received a signal to stop."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -32,10 +32,10 @@ class StopSignal:
             self.number, self._since = number, time.monotonic()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all ranks."""
+        """Whether any rank received the signal; the same on all ranks."""
         return any_rank(self.number is not None)
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as a shell reports it."""
+        """128 + the signal's number, as in a shell."""
         return 128 + (self.number or signal.SIGTERM)

@@ -1,7 +1,7 @@
 """A run from its config to its last checkpoint.
 
-`Trainer.run` is the whole story: fetch, step, report, validate, save. What a step does is in
-`train.step`, what it sees in `train.data.batches`, what is saved in `train.checkpoint.checkpoint`.
+`Trainer.run` is the main loop: fetch, step, report, validate, save. A step is implemented in
+`train.step`, its data in `train.data.batches`, checkpoints in `train.checkpoint.checkpoint`.
 """
 
 import time
@@ -47,15 +47,15 @@ from train.validation import bits_per_byte, validation_loss
 
 
 class Trainer:
-    """Everything a run consists of, built for this rank; `run` trains to the last step."""
+    """All parts of a run, built for this rank; `run` trains to the last step."""
 
     def __init__(self, config: JobConfig, parallel_dims: ParallelDims, ranks: Ranks) -> None:
         self.config, self.parallel_dims, self.ranks = config, parallel_dims, ranks
         self.folder = local_path(config.run.dir)
-        ranks.on_first(lambda: claim(self.folder))  # before anything that takes time
+        ranks.on_first(lambda: claim(self.folder))  # before any slow step
         ranks.on_first(lambda: checkpoint.check_folder(self.folder / "checkpoints"))
         check_shared(config, ranks)
-        sharded = shard_model(config, ranks)  # refuses what cannot work: early
+        sharded = shard_model(config, ranks)  # raises early for invalid settings
         self.corpus = self._open_corpus()
         self.data, self.held_out = self._open_data()
         self.training = build_training(config, ranks, sharded)
@@ -128,9 +128,10 @@ class Trainer:
         return {"validation_loss": loss, "validation_bits_per_byte": bits}
 
     def _save(self, report: Reporter, keep_all: bool = False) -> None:
-        """Write the checkpoint of the last complete step, unless that is done.
+        """Write the checkpoint of the last complete step, unless it exists.
 
-        keep_all: remove no older one. Raises NonFiniteError instead of saving what is not finite.
+        keep_all: remove no older one. Raises NonFiniteError instead of saving values that are not
+        finite.
         """
         if self.done == self.saved:
             return
@@ -156,9 +157,9 @@ class Trainer:
 
     @contextmanager
     def _saved_where_a_step_fails(self, report: Reporter) -> Iterator[None]:
-        """Where the next step cannot be done, save what the last one left, if that is sound.
+        """If the next step fails, save the state after the last one, if that is sound.
 
-        Removes no older checkpoint: the fault may lie in these weights.
+        Removes no older checkpoint: these weights may be the cause.
         """
         try:
             yield
@@ -186,7 +187,7 @@ class Trainer:
         return {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
 
     def _open_corpus(self) -> Corpus:
-        """Rank 0 prepares the corpus (or finds it prepared), the others open it."""
+        """Rank 0 prepares the corpus (or finds it in the cache), the others open it."""
 
         def folder_of_corpus() -> str:
             return str(prepare(self.config, lambda line: print(line, flush=True)).folder)
@@ -223,7 +224,7 @@ class Trainer:
         return data, held_out
 
     def _introduce(self, start: list[str]) -> None:
-        """Say how the run starts, and keep config, tokenizer and environment with it."""
+        """Print how the run starts, and save config, tokenizer and environment with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.toml", to_toml(self.config))
         data = self.config.data

@@ -21,10 +21,15 @@ def validation_loss(
 ) -> float | None:
     """Mean loss per target token, nats. All ranks call it together.
 
-    batches: this rank's share; None where it has nothing left and runs `filler`, uncounted, so
-    that the collectives of the forward pass stay matched. None is returned when `stop` says so
-    (asked before every batch, with the same answer on all ranks). tp_size: ranks that are given the
-    same tokens; each counts its share of their loss.
+    Args:
+        model: The model.
+        batches: This rank's share; None if it has no batch left and runs `filler`, uncounted, so
+            that the collectives of the forward pass stay matched.
+        filler: A batch.
+        device: Where it runs.
+        stop: Called before every batch, with the same result on all ranks; if true, None is
+            returned.
+        tp_size: Ranks with the same tokens; each counts its share of their loss.
     """
     model.eval()
     try:

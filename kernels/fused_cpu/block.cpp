@@ -1,6 +1,6 @@
 // A transformer block over the tokens of a step, in two calls: up to the input of the feed-forward,
-// and the feed-forward. Threads take the pieces of a phase one after another, and meet between
-// phases. Structures are those of `kernels.fused_cpu.layout`.
+// and the feed-forward. Threads process the pieces of a phase one after another, and wait for
+// each other between phases. Structures are those of `kernels.fused_cpu.layout`.
 #include <omp.h>
 #include <sched.h>
 
@@ -40,7 +40,7 @@ struct Step {
   const int32_t *starts, *lengths, *tables;
   const float *cos, *sin;
   bf16* x;            // [T, D], the residual stream
-  bf16* normed;       // [T rounded up to 8, D], zeros behind T
+  bf16* normed;       // [T rounded up to 8, D], zeros after T
   int64_t* ids;       // [T, K]
   float* weights;     // [T, K]
 };
@@ -110,7 +110,7 @@ static void rotate(const float* x, const float* cos, const float* sin, int width
   }
 }
 
-// Normalise and rotate one head in place, rounded after each as in training.
+// Normalize and rotate one head in place, rounded after each as in training.
 static void finish_head(const Model& m, const Layer& l, const Step& s, int t, const bf16* norm,
                         bf16* head) {
   float values[512], turned[512];

@@ -6,7 +6,7 @@
 
 #include "vectors.h"
 
-constexpr int QUERIES = 8;  // that go through the keys together
+constexpr int QUERIES = 8;  // processed together
 
 struct Pages {
   const bf16 *keys, *values;  // of this head in page 0
@@ -17,7 +17,7 @@ struct Pages {
   int64_t at(int position) const { return (int64_t)table[position / size] * stride; }
 };
 
-// What a query at `position` may see: [first, position].
+// The keys of a query at `position`: [first, position].
 static inline int first_seen(int position, int window, int chunk) {
   if (window) return std::max(position - window + 1, 0);
   return chunk ? position / chunk * chunk : 0;
@@ -44,7 +44,7 @@ static void values_of_16(const Pages& pages, const bf16* probs, int64_t row, int
   for (int j = begin; j < end; j += 2) {
     const bf16* v = pages.values + pages.at(j) + (j % pages.size) * pages.width + column;
     __m512i pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)v));
-    if (j + 1 < end) {  // beyond, a page may hold anything
+    if (j + 1 < end) {  // later values of a page are arbitrary
       __m256i next = _mm256_loadu_si256((const __m256i*)(v + pages.width));
       pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16));
     }
@@ -58,7 +58,7 @@ static void values_of_16(const Pages& pages, const bf16* probs, int64_t row, int
 }
 
 // N queries [N][width], scaled, at positions; outputs to out[i] + column.
-// scratch: N * (columns + 16) floats and as many bf16, columns = keys that are looked at.
+// scratch: N * (columns + 16) floats and as many bf16, columns = keys that are read.
 template <int N>
 static void attend(const Pages& pages, const float* q, const int* positions, int window, int chunk,
                    float* scores, bf16* probs, bf16* const* out) {

@@ -1,5 +1,5 @@
 // Products of bf16 rows with packed bf16 weights, with the bits of oneDNN's: every output is a chain
-// of dot products of two values (vdpbf16ps) along K, whatever the number of rows.
+// of dot products of two values (vdpbf16ps) along K, for any number of rows.
 //
 // Packed: blocks of 64 outputs one after another, the last of 16, 32, 48 or 64; in a block, for
 // every pair of K, two values of each output.
@@ -63,7 +63,7 @@ static void multiply(const bf16* const* rows, int n, const Matrix& m, int block,
   }
 }
 
-// What a product is in bf16, widened again.
+// The product rounded to bf16, as fp32.
 static inline __m512 rounded(const float* x) {
   __m512 v = _mm512_loadu_ps(x);
   __m256i half = (__m256i)_mm512_cvtneps_pbh(v);

@@ -10,7 +10,7 @@
 
 using bf16 = uint16_t;
 
-extern "C" __m512 Sleef_expf16_u10(__m512);  // of libtorch_cpu, what its vectors' exp() is
+extern "C" __m512 Sleef_expf16_u10(__m512);  // of libtorch_cpu, the exp() of its vectors
 
 static inline __m512 widen(const bf16* x) {
   return _mm512_castsi512_ps(
@@ -24,7 +24,7 @@ static inline float widen1(bf16 x) {
   return value;
 }
 
-// Round to nearest, ties to even; denormals stay, unlike in the instruction for it.
+// Round to nearest, ties to even; denormals are kept, unlike in the instruction for it.
 static inline __m256i narrow(__m512 x) {
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -85,7 +85,7 @@ static float cascade_sum(const float* x, int n) {
   return total;
 }
 
-// F.rms_norm in bf16. `squares` has room for n; n is a multiple of 16.
+// F.rms_norm in bf16. `squares` has n elements; n is a multiple of 16.
 static void rms_norm(const bf16* x, const bf16* weight, int n, float eps, float* squares, bf16* y) {
   for (int i = 0; i < n; i += 16) {
     __m512 v = widen(x + i);

@@ -213,7 +213,7 @@ def dequantize_128x128(
 def _check(x: Tensor, matrices: bool = False) -> None:
     if x.dim() not in ((2, 3) if matrices else (2,)) or x.dtype not in _DTYPES:
         raise ValueError(
-            f"quantisation takes a matrix in bf16, fp16 or fp32, got {list(x.shape)} in {x.dtype}"
+            f"quantization takes a matrix in bf16, fp16 or fp32, got {list(x.shape)} in {x.dtype}"
         )
 
 

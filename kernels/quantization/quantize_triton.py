@@ -112,7 +112,7 @@ def divide(x, scale, POWER_OF_TWO: tl.constexpr):  # type: ignore[no-untyped-def
     """x / scale rounded to nearest, in 5 instructions; the general division takes about 20.
 
     The reciprocal is computed once per block. `x * inverse` is within 1.5 ulp; a first correction
-    by its exact remainder brings it within 1, a second rounds correctly (Markstein, IBM J. Res.
+    by its exact remainder leaves less than 1, a second rounds correctly (Markstein, IBM J. Res.
     Dev. 34, 1990). The remainder is negated so that -0 / scale stays -0. It may underflow only if
     |x| < 2^-102, and such a quotient, at a scale of at least 2^-80, is zero in FP8 anyway.
     """

@@ -67,7 +67,7 @@ class DenseCheckpoint:
                 value = self.read(t.name)
                 if value.dtype not in _FLOATS:
                     raise UserError(
-                        f"{self.place}: {t.name} is {value.dtype}: quantised weights are not read"
+                        f"{self.place}: {t.name} is {value.dtype}: quantized weights are not read"
                     )
                 if not value.isfinite().all():
                     raise UserError(f"{self.place}: {t.name} holds values that are not finite")
@@ -157,7 +157,7 @@ def dense_model(raw: dict[str, Any], place: str) -> ModelConfig:
     quantized = raw.get("quantization_config")
     if quantized is not None:
         raise UserError(
-            f"{place}: quantization_config = {shown(quantized)}: quantised weights are not read; "
+            f"{place}: quantization_config = {shown(quantized)}: quantized weights are not read; "
             "save them in bf16 or fp32"
         )
     values.refuse("hidden_act", "silu")

@@ -94,9 +94,9 @@ def refuse_code(raw: dict[str, Any], place: str) -> None:
     for key in ("auto_map", "custom_pipelines"):
         if raw.get(key):
             raise UserError(
-                f"{place}: {key} = {shown(raw[key])}: asks for code that comes with the weights; "
-                "it is never run here, and may be why they mean something else than the "
-                "architecture says"
+                f"{place}: {key} = {shown(raw[key])}: requires code from the checkpoint, "
+                "which is never run here and may give the weights another meaning than the "
+                "architecture's"
             )
 
 

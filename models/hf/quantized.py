@@ -50,7 +50,7 @@ def quantization_of(raw: dict[str, Any], place: str) -> Quantization:
     if method != "fp8":
         raise UserError(
             f"{key}.quant_method = {shown(method)}: only fp8 (in blocks) and mxfp4 are read; "
-            "take the checkpoint that is not quantised"
+            "take the checkpoint that is not quantized"
         )
     for name, allowed in _FP8_ALLOWED.items():
         if given.get(name) not in (None, *allowed):

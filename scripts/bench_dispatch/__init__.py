@@ -1,1 +1,1 @@
-"""`python -m scripts.bench_dispatch`: strategies of token dispatch, also over a slow link."""
+"""`python -m scripts.bench_dispatch`: token dispatchers, also over a slow link."""

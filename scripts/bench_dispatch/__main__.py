@@ -1,11 +1,11 @@
 """`python -m scripts.bench_dispatch [--link]`: every dispatcher on 2 and 4 ranks of this machine.
 
-One MoE layer, forward and backward, bf16, on CPUs over gloo. All dispatchers, and torchtitan's,
-take turns within one run, and a ratio is the median over rounds of the ratio within a round, so
-that what else the machine does touches all alike. With `--link` the ranks are on two hosts (network
-namespaces, needs root) with a cable of limited bandwidth and some latency between them. On a
-machine whose processors are the device, exchange and experts compete for them: `--device-ms` lets
-the experts wait instead of compute, as for an accelerator of their own. Prints Markdown;
+One MoE layer, forward and backward, bf16, on CPUs over gloo. All dispatchers, and torchtitan's, run
+alternately within one run, and a ratio is the median over rounds of the ratio within a round, so
+that other load on the machine affects all equally. With `--link` the ranks are on two hosts
+(network namespaces, needs root) with a link of limited bandwidth and some latency between them. If
+the processors are the device, communication and experts compete for them: with `--device-ms` the
+experts wait instead of computing, which models a separate accelerator. Prints Markdown;
 `--picture FILE.png` draws it.
 """
 
@@ -29,13 +29,13 @@ _SIZES = {"experts": 8, "top_k": 4, "tokens": 2048, "width": 256, "d_expert": 10
 
 
 def main() -> None:
-    """Measure, print the tables and, where wanted, draw."""
+    """Measure, print the tables and, if requested, draw them."""
     parser = CommandParser(prog="python -m scripts.bench_dispatch", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds per table (default 15)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
-    parser.add_argument("--link", action="store_true", help="two hosts with a slow cable")
-    parser.add_argument("--mbit", type=float, default=300, help="of the cable (default 300)")
-    parser.add_argument("--delay-ms", type=float, default=1, help="of the cable (default 1)")
+    parser.add_argument("--link", action="store_true", help="two hosts with a slow link")
+    parser.add_argument("--mbit", type=float, default=300, help="of the link (default 300)")
+    parser.add_argument("--delay-ms", type=float, default=1, help="of the link (default 1)")
     parser.add_argument(
         "--device-ms",
         type=float,
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _run(setting: dict[str, Any], per_host: int, hosts: tuple[str, ...]) -> dict[str, Any]:
-    """Start the ranks, `per_host` in every namespace ("": none), and read what rank 0 wrote."""
+    """Start the ranks, `per_host` in every namespace ("": none), and read the results of rank 0."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     address = "127.0.0.1"
     if len(hosts) > 1:
@@ -91,8 +91,8 @@ def _run(setting: dict[str, Any], per_host: int, hosts: tuple[str, ...]) -> dict
 
 def table(measured: dict[str, Any], ranks: int, link: bool) -> list[dict[str, Any]]:
     """A row per dispatcher; times in ms, bytes in MiB of all ranks. `hidden` is the share of the
-    time that all_to_all exposes and an overlapped dispatcher does not; without a slow link there is
-    too little of it to tell."""
+    time that all_to_all exposes and an overlapped dispatcher does not; without a slow link that
+    time is too short to measure."""
     times = {name: [t for t, _ in pairs] for name, pairs in measured["times"].items()}
     busy = {name: [b for _, b in pairs] for name, pairs in measured["times"].items()}
     rows_per_step = _SIZES["tokens"] * _SIZES["top_k"] * ranks
@@ -148,7 +148,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bars of time, one panel per table; the dark part is what a layer without exchange takes."""
+    """Bars of time, one panel per table; the dark part is the time of a layer without
+    communication."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""What every rank of `scripts.bench_dispatch` runs: one MoE layer, forward and backward, with each
-dispatcher in turn. Rank 0 writes the times as JSON.
+"""Runs one MoE layer on every rank of `scripts.bench_dispatch`, forward and backward, alternating
+between the dispatchers. Rank 0 writes the times as JSON.
 
-"local" is the same layer with as many rows and experts per rank but nothing to exchange: what a
-dispatcher takes longer than that is exposed. The peer is torchtitan's all-to-all dispatcher with
-our experts; it weighs rows after the experts.
+"local" is the same layer with as many rows and experts per rank but without communication: the
+additional time of a dispatcher is exposed communication. The peer is torchtitan's all-to-all
+dispatcher with our experts; it applies routing weights after the experts.
 """
 
 import json
@@ -28,7 +28,7 @@ from parallel.ranks import start_ranks, stop_ranks
 
 
 class Torchtitan:
-    """torchtitan's `AllToAllTokenDispatcher` behind our interface."""
+    """torchtitan's `AllToAllTokenDispatcher` with our interface."""
 
     def __init__(self, n_experts: int, top_k: int) -> None:
         from torchtitan.distributed.utils import set_spmd_backend
@@ -60,7 +60,7 @@ class Torchtitan:
 
 
 def dispatchers(setting: dict[str, Any]) -> dict[str, Dispatcher]:
-    """Everything that is compared, by name."""
+    """All compared dispatchers, by name."""
     world, n_experts = dist.get_world_size(), setting["experts"]
     node_size = 0 if setting["link"] else world // 2
     options = {
@@ -83,8 +83,8 @@ def dispatchers(setting: dict[str, Any]) -> dict[str, Dispatcher]:
 
 
 class Device(torch.autograd.Function):
-    """Stands for experts on an accelerator: takes its time, forward once and backward twice, and
-    leaves the processors to the exchange. The rows come back as they are."""
+    """Models experts on an accelerator: waits for their time, once in forward and twice in
+    backward, and leaves the processors to communication. The rows are returned unchanged."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, seconds_per_row: float) -> Tensor:
@@ -119,11 +119,11 @@ class Layer:
         self.weights, self.ids = torch.rand(tokens, n_experts).topk(top_k, 1)
         self.local_ids = torch.randint(local, (tokens, top_k))
         self.totals = LayerTotals.zeros(n_experts, self.x.device)
-        """Of the last step."""
+        """Totals of the last step."""
 
     def step(self, name: str, dispatcher: Dispatcher) -> tuple[float, float]:
         """Seconds of one forward and backward pass until all ranks are done, and the processor
-        time of this rank, which other work on the machine does not change."""
+        time of this rank, which does not depend on other load on the machine."""
         ids = self.local_ids if name == "local" else self.ids
         weights = self.weights.clone().requires_grad_()
         self.totals = LayerTotals.zeros(len(self.totals.counts_E), self.x.device)

@@ -1,6 +1,6 @@
-"""Two hosts and a slow cable between them, on one Linux machine: for measurements of networks.
+"""Two hosts with a slow link between them, on one Linux machine, for network measurements.
 
-Each host is a network namespace; the cable is this process, which passes packets from one TUN
+Each host is a network namespace; the link is this process, which forwards packets from one TUN
 device to another, each after its delay and no faster than the rate (as `tc netem` does, which
 many kernels lack). Needs root, `ip` and /dev/net/tun.
 """
@@ -21,12 +21,12 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INTERFACE = "cable"
 _TUNSETIFF, _TUN_WITHOUT_HEADER, _NEWNET = 0x400454CA, 0x1001, 0x40000000
 _QUEUE = 4000
-"""Packets that wait; further ones are lost, as on a real link."""
+"""Maximum number of waiting packets; further ones are lost, as on a real link."""
 
 
 @contextmanager
 def two_hosts(delay_ms: float, mbit: float) -> Iterator[tuple[str, str]]:
-    """The names of two namespaces with a cable between them; removed at the end."""
+    """The names of two namespaces with a link between them; removed at the end."""
     names = (f"host-a-{os.getpid()}", f"host-b-{os.getpid()}")
     try:
         for name in names:
@@ -68,7 +68,7 @@ def _end_of_cable(namespace: str, address: str, peer: str) -> int:
 
 
 def _carry(source: int, target: int, delay: float, bytes_per_s: float) -> None:
-    """Pass packets on for ever, one direction of the cable."""
+    """Forward packets forever, in one direction of the link."""
     waiting: deque[tuple[float, bytes]] = deque()
     ready = threading.Condition()
 
@@ -93,7 +93,7 @@ def _carry(source: int, target: int, delay: float, bytes_per_s: float) -> None:
 
 
 def main(first: str, second: str, delay_ms: float, mbit: float) -> None:
-    """Be the cable between two namespaces."""
+    """Run the link between two namespaces."""
     ends = _end_of_cable(first, *ADDRESSES), _end_of_cable(second, *ADDRESSES[::-1])
     how = delay_ms / 1e3, mbit * 1e6 / 8
     threading.Thread(target=_carry, args=(*ends, *how), daemon=True).start()

@@ -1,1 +1,1 @@
-"""Serving measured over HTTP: ours and other servers, the same requests, in one run."""
+"""Serving benchmarks over HTTP: our server and others, with the same requests, in one run."""

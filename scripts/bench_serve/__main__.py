@@ -1,10 +1,10 @@
-"""`python -m scripts.bench_serve EXPORT`: the server under load, beside others in the same run.
+"""`python -m scripts.bench_serve EXPORT`: the server under load, compared with others.
 
     python -m scripts.bench_serve EXPORT --peer vllm=http://127.0.0.1:8001/v1 --rounds 3
 
-Ours is started here; a peer is any server of OpenAI completions that runs already (vLLM,
-llama-server, ...). Rounds alternate between the servers, so that what else the machine does touches
-all; the best round of each is shown, and the ratio of its throughput to ours.
+Our server is started here; a peer is any running server of OpenAI completions (vLLM, llama-server,
+...). Rounds alternate between the servers, so that other load on the machine affects all; the best
+round of each is shown, and the ratio of its throughput to ours.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def percentiles(values: list[float]) -> str:
 
 
 def row(name: str, seconds: float, answers: list[Answer]) -> dict[str, object]:
-    """What one run of a workload on one server came to."""
+    """The results of one run of a workload on one server."""
     total_in = sum(answer.prompt_tokens for answer in answers)
     gaps = [b - a for x in answers for a, b in zip(x.pieces, x.pieces[1:], strict=False)]
     per_token = [
@@ -54,7 +54,7 @@ def measure(
     servers: dict[str, tuple[str, str]], name: str, clients: int, vocab: int, rounds: int
 ) -> list[dict[str, object]]:
     """The best round of every server (URL and model name), rounds interleaved. Every round has
-    other prompts, so none finds those of the round before in a cache."""
+    different prompts, so that none is in a cache from an earlier round."""
     best: dict[str, tuple[float, dict[str, object]]] = {}
     for seed in range(rounds):
         workload = build(name, clients, vocab, seed)
@@ -98,7 +98,7 @@ def draw(results: list[dict[str, object]], path: Path) -> None:
 
 
 def start(export: Path, threads: int, max_running: int) -> tuple[subprocess.Popen[str], str]:
-    """Our server and its URL. UserError where it does not start."""
+    """Start our server; returns it and its URL. Raises UserError if it does not start."""
     process = subprocess.Popen(
         [
             sys.executable, "-m", "serve", str(export), "--port", "0", "--model-name", "bench",
@@ -115,7 +115,7 @@ def start(export: Path, threads: int, max_running: int) -> tuple[subprocess.Pope
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandParser(
         prog="python -m scripts.bench_serve", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -135,7 +135,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0, or 2 with one line where something cannot work."""
+    """Exit status 0, or 2 with one line for an error of the user."""
     options = parse(arguments)
     try:
         vocab = int(json.loads((options.export / "config.json").read_text())["vocab_size"])

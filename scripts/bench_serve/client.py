@@ -11,7 +11,7 @@ from scripts.bench_serve.workloads import Turn, Workload
 
 @dataclass
 class Answer:
-    """When the pieces of one answer came, seconds."""
+    """Arrival times of the pieces of one answer, seconds."""
 
     asked: float
     pieces: list[float] = field(default_factory=list)
@@ -40,7 +40,7 @@ async def _converse(
         for added, n_out in turns:
             tokens = tokens + added
             answers.append(await _ask(url, model, tokens, n_out))
-            # what a server answered differs in text only; its length is what the next turn repeats
+            # servers' answers differ in text only; the next turn repeats a text of that length
             tokens = tokens + added[:1] * n_out
         return answers
 

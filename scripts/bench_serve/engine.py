@@ -1,7 +1,7 @@
 """`python -m scripts.bench_serve.engine EXPORT`: output tokens per second, in process.
 
-Random token prompts of 128 tokens, 64 greedy tokens each (less where the model is shorter), for
-1, 4 and 16 requests at once; best of three, since whatever else the machine does only slows it.
+Random token prompts of 128 tokens, 64 greedy tokens each (less if the model is shorter), for 1, 4
+and 16 requests at once; best of three, since other load on the machine only slows it.
 """
 
 import os

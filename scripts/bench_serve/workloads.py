@@ -1,10 +1,10 @@
-"""What clients ask for: prompts as token ids, and who waits for whom.
+"""Workloads of clients: prompts as token ids, and the order of requests.
 
 | name | requests |
 |---|---|
 | random | one turn each, all prompts different: 128 tokens in, 64 out |
-| shared-prefix | 4 groups of 8 with 512 common tokens and 32 of their own, 16 out |
-| multi-turn | 8 clients of 4 turns, each all before it and 32 tokens more, 32 out |
+| shared-prefix | 4 groups of 8 with 512 common tokens and 32 different ones, 16 out |
+| multi-turn | 8 clients of 4 turns, each with all earlier turns and 32 more tokens, 32 out |
 | long-among-short | random, and one prompt of 1024 tokens, 16 out, after a quarter of them |
 """
 
@@ -13,21 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Turn = tuple[list[int], int]
-"""Tokens that are added to the conversation, and how many are asked for."""
+"""Tokens that are added to the conversation, and the number of tokens to generate."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Conversations; the turns of one follow each other, conversations run beside each other."""
+    """Conversations that run concurrently, each as a sequence of turns."""
 
     name: str
     concurrency: int
-    """Conversations under way at a time."""
+    """Number of concurrent conversations."""
     conversations: list[list[Turn]]
 
 
 def build(name: str, concurrency: int, vocab: int, seed: int) -> Workload:
-    """The requests of a workload; KeyError for a name that there is not."""
+    """The requests of a workload. Raises KeyError for an unknown name."""
     rng = random.Random(f"{name} {seed}")
 
     def draw(n: int) -> list[int]:

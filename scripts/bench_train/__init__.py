@@ -1,1 +1,1 @@
-"""`python -m scripts.bench_train`: the trainer against a plain loop, in turn."""
+"""`python -m scripts.bench_train`: the trainer against a plain loop, in alternating runs."""

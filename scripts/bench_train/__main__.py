@@ -1,9 +1,9 @@
 """`python -m scripts.bench_train`: the trainer against a plain loop, interleaved on this machine.
 
-The same model (8.4 M parameters), batch (8 x 256 tokens) and corpus; the trainer on two ranks with
-one thread each, the loop of `scripts.bench_train.plain_loop` in one process with two threads. The
-runs alternate, so that what else the machine does touches both; the figure to trust is the ratio of
-the medians. CPU only.
+Both have the same model (8.4 M parameters), batch (8 x 256 tokens) and corpus; the trainer runs on
+two ranks with one thread each, the loop of `scripts.bench_train.plain_loop` in one process with two
+threads. The runs alternate, so that other load on the machine affects both; the reliable result is
+the ratio of the medians. CPU only.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""`python -m scripts.bench_train.plain_loop STEPS CORPUS`: the yardstick, an MoE loop as one first
-writes it.
+"""`python -m scripts.bench_train.plain_loop STEPS CORPUS`: the baseline, a straightforward MoE
+loop.
 
 One process, all cores, autocast, no parallelism, no checkpoints: 8.4 M parameters, 4 layers of
 width 256, 8 heads, 8 experts of width 256 with top-2 softmax routing and an auxiliary loss.
 `scripts.bench_train` runs it against the trainer with the same model, batch and sequence. It shares
-no code with the project, so that it stays an outside measure. Prints one JSON line per step.
+no code with the project, so that it is an independent baseline. Prints one JSON line per step.
 
 CORPUS: a .npy of token ids (vocabulary 4096).
 """

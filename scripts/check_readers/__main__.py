@@ -1,17 +1,17 @@
-"""`python -m scripts.check_readers EXPORT`: do other programs compute what we trained?
+"""`python -m scripts.check_readers EXPORT`: checks that other programs compute the same as we do.
 
     python -m scripts.check_readers runs/demo/export \\
         --vllm ~/vllm/bin/python --openvino ~/openvino/bin/python \\
         --llama-cpp ~/llama/bin/python --llama-cpp-source ~/llama.cpp
 
 Four programs that share no code with us read one export: transformers, vLLM, llama.cpp (from a
-GGUF) and OpenVINO GenAI. Each runs in its own virtual environment (docs/export.md: how to make
-them) and says how it turns texts into tokens and messages into a prompt, which tokens it takes
-greedily, and their log-probabilities, all in fp32. The reference is our decoder, undivided and
-without a cache. Converters lose tensors in silence again and again, and a model with a third of its
-experts missing still writes text; its tokens and log-probabilities are others.
+GGUF) and OpenVINO GenAI. Each runs in its own virtual environment (docs/export.md: how to create
+them) and reports its token ids of texts, its prompt of messages, its greedy tokens, and their
+log-probabilities, all in fp32. The reference is our decoder on one rank and without a cache.
+Converters repeatedly lose tensors silently, and a model with a third of its experts missing still
+generates text; its tokens and log-probabilities differ.
 
-The exit code is 0 where all four agree, 1 where one disagrees or fails, 3 where one was not tried.
+The exit code is 0 if all four agree, 1 if one disagrees or fails, 3 if one was not tried.
 """
 
 import json
@@ -36,7 +36,7 @@ from models.hf.files import read_config, read_model
 from train.convert.gguf_export import export_gguf, last_error
 
 TOLERANCE = 1e-4
-"""Nats. fp32 in another order gave up to 1e-5 with 4 layers, 3.5e-5 with 27 (docs/export.md)."""
+"""Nats. fp32 in another order yielded up to 1e-5 with 4 layers, 3.5e-5 with 27 (docs/export.md)."""
 N_TOKENS = 32
 _LONGEST_PROMPT = 512
 _SECONDS = 1800  # per reader: OpenVINO and vLLM take half a minute before the first token
@@ -58,12 +58,12 @@ CHAT = [
 
 @dataclass(frozen=True)
 class Reader:
-    """One of the foreign programs."""
+    """One of the third-party programs."""
 
     name: str
     script: str
     install: str
-    """How to get it; docs/export.md has the commands that were run."""
+    """How to install it; docs/export.md has the commands that were run."""
 
 
 READERS = (
@@ -79,9 +79,9 @@ READERS = (
 
 
 def prompts_of(tokenizer: Tokenizer, max_positions: int, n_tokens: int) -> list[list[int]]:
-    """The texts as token ids, and a long prompt; all leave room for `n_tokens`.
+    """The texts as token ids, and a long prompt; all are short enough to generate `n_tokens`.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     room = min(max_positions - n_tokens, _LONGEST_PROMPT)
     if room < 1:
@@ -115,7 +115,7 @@ def greedy(
 
 
 def differences(ours: dict[str, Any], answer: dict[str, Any], tolerance: float) -> list[str]:
-    """What a reader does otherwise than we; empty: nothing."""
+    """Differences between a reader and us; empty if there are none."""
     found = []
     for text, our_ids, ids in zip(TEXTS, ours["encoded"], answer["encoded"], strict=True):
         if our_ids != ids:
@@ -127,15 +127,15 @@ def differences(ours: dict[str, Any], answer: dict[str, Any], tolerance: float) 
             same = in_common(our_tokens, tokens)
             found.append(f"prompt {i}: {same} of {len(our_tokens)} greedy tokens, then others")
     error = largest_error(ours, answer)
-    if not error <= tolerance:  # also where it is not a number
+    if not error <= tolerance:  # also true for NaN
         found.append(f"log-probabilities are off by up to {error:.1e} nats")
     return found
 
 
 def largest_error(ours: dict[str, Any], answer: dict[str, Any]) -> float:
-    """The largest difference of log-probabilities, up to where the tokens part.
+    """The largest difference of log-probabilities, up to the first different token.
 
-    Infinite where they part at once.
+    It is infinite if the first tokens differ.
     """
     errors = []
     for i, (our_tokens, tokens) in enumerate(zip(ours["tokens"], answer["tokens"], strict=True)):
@@ -146,7 +146,7 @@ def largest_error(ours: dict[str, Any], answer: dict[str, Any]) -> float:
 
 
 def in_common(first: list[int], second: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
+    """Length of the common prefix of two lists of tokens."""
     parted = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(parted, min(len(first), len(second)))
 
@@ -154,7 +154,7 @@ def in_common(first: list[int], second: list[int]) -> int:
 def ask(
     reader: Reader, python: str, folder: Path, llama_cpp: Path | None, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """A reader's answer. Raises UserError with its error where it fails."""
+    """Run a reader and return its answer. Raises UserError with its error if it fails."""
     with tempfile.TemporaryDirectory() as name:
         work, source = Path(name), folder.resolve()
         if llama_cpp is not None:
@@ -184,10 +184,10 @@ def ask(
 def check(
     folder: Path, pythons: dict[str, str], llama_cpp: Path | None, tolerance: float
 ) -> dict[str, list[str] | None]:
-    """Ask every reader that has a Python, print the outcome line by line, and return it.
+    """Run every reader that has a Python, print the results line by line, and return them.
 
-    pythons: by the reader's name. The outcome: None where a reader was not tried, else what went
-    wrong. Raises UserError where the export itself cannot be read.
+    pythons: by the reader's name. The results: None if a reader was not tried, otherwise its
+    errors. Raises UserError if the export itself cannot be read.
     """
     _, raw = read_config(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

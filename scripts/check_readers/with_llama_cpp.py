@@ -1,4 +1,4 @@
-"""llama.cpp by way of llama-cpp-python; `folder` is a GGUF file."""
+"""llama.cpp through llama-cpp-python; `folder` is a GGUF file."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def decode(llm: Any, prompt: list[int], n: int) -> tuple[list[int], list[float]]
 
 
 def render(llm: Any, messages: list[dict[str, str]]) -> str:
-    """The chat as the template inside the GGUF renders it."""
+    """The chat as rendered by the template inside the GGUF."""
     eos, bos = (llm._model.token_get_text(i) for i in (llm.token_eos(), llm.token_bos()))
     template = llm.metadata["tokenizer.chat_template"]
     return str(Jinja2ChatFormatter(template, eos, bos)(messages=messages).prompt)

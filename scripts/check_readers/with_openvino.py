@@ -1,8 +1,8 @@
 """OpenVINO GenAI: optimum-intel traces transformers' model once, OpenVINO compiles and runs it.
 
-optimum-intel 2.2 lists no GLM-4 MoE; `list_glm4_moe` does, with parts that it has: Qwen3's inputs,
-and experts that compute all tokens and weigh them, which a trace needs (a loop over the experts
-that were hit would be traced with the hits of one example).
+optimum-intel 2.2 has no GLM-4 MoE; `list_glm4_moe` adds it from existing parts: Qwen3's inputs, and
+experts that compute all tokens and multiply them by their weights, which a trace needs (a loop over
+the chosen experts would be traced with the choice of one example).
 """
 
 import importlib
@@ -80,7 +80,7 @@ def list_glm4_moe() -> None:
 
 
 def greedy(n_tokens: int) -> GenerationConfig:
-    """`n_tokens` of the best tokens, past any end of text."""
+    """`n_tokens` greedy tokens, past any end of text."""
     config = GenerationConfig()
     config.max_new_tokens = n_tokens
     config.do_sample = False

@@ -19,7 +19,7 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     model, info = loaded
     if wrong := {key: sorted(map(str, value)) for key, value in info.items() if value}:
         raise SystemExit(f"tensors do not fit: {wrong}")
-    model.float()  # where a part is quantized, the rest comes as it lies in the file
+    model.float()  # if a part is quantized, the rest has the dtype of the file
     greedy = [decode(model.eval(), prompt, request["n_tokens"]) for prompt in request["prompts"]]
     tokens, logprobs = zip(*greedy, strict=True)
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-os.environ["OMP_NUM_THREADS"] = "2"  # with one it binds no thread at all
+os.environ["OMP_NUM_THREADS"] = "2"  # with one it binds no threads
 
 import vllm
 from vllm import LLM, SamplingParams, TokensPrompt
@@ -24,7 +24,7 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=len(prompts),
         enforce_eager=True,
         enable_prefix_caching=False,
-        model_impl="vllm",  # never fall back on transformers' model, which would prove nothing
+        model_impl="vllm",  # never fall back to transformers' model, which would prove nothing
     )
     sampling = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True, logprobs=0)
     done = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling)

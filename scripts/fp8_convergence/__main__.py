@@ -1,18 +1,18 @@
-"""`python -m scripts.fp8_convergence OUT`: the loss of FP8 training beside that of bf16.
+"""`python -m scripts.fp8_convergence OUT`: the loss of FP8 training compared with that of bf16.
 
 Trains pairs of runs, the same model, seed and data in bf16 and in `fp8_blockwise`, and the demo
-model with the arithmetic of `train.fp8_emulation` too, each by the trainer in a
-process of its own with one thread. Writes OUT/results.json, OUT/results.md, and the pictures
-fp8-curves.png and fp8-ablations.png. Runs that are complete in OUT are not repeated; others go on
-from their last checkpoint.
+model with the arithmetic of `train.fp8_emulation` too, each by the trainer in a separate process
+with one thread. Writes OUT/results.json, OUT/results.md, and the pictures fp8-curves.png and
+fp8-ablations.png. Complete runs in OUT are not repeated; others continue from their last
+checkpoint.
 
-What such a comparison can tell is limited by how well bf16 repeats itself. So every pair has a
-control, `bf16_again`: the same training with microbatches of half the size, which changes nothing
-but the order of sums. `STEADY` has the settings that make controls small; with the demo's own, made
-for 400 steps, a control of 1,500 ended 6 percent below its pair.
+The precision of such a comparison is limited by the reproducibility of bf16. So every pair has a
+control, `bf16_again`: the same training with microbatches of half the size, which only changes the
+order of sums. `STEADY` has the settings that make controls agree; with the demo's own, made for 400
+steps, a control of 1,500 ended 6 percent below its pair.
 
-On a CPU scales are powers of two: its bf16 products then hold FP8 operands exactly, which is
-faster than fp32. `--variants fp8_blockwise_fp32_scales` trains with the other kind.
+On a CPU scales are powers of two: its bf16 products then represent FP8 operands exactly, which is
+faster than fp32. `--variants fp8_blockwise_fp32_scales` trains with arbitrary scales.
 """
 
 import argparse
@@ -51,13 +51,13 @@ STEADY = {
     "deepseek_v3": ("--optimizer.lr=5e-4",),
     "qwen3": ("--optimizer.lr=5e-4",),
 }
-"""What the experiments of a comparison change in MODELS. At learning rates for short trainings any
-rounding decides when a model learns something; balancing biases that move in large steps move
-tokens to other experts for a rounding, too."""
+"""Changes of the experiments in MODELS for a comparison. At learning rates for short trainings any
+rounding affects when a model learns something; balancing biases that move in large steps also
+change the experts of tokens after a rounding."""
 
 
 WARMUP = {"demo": 30, "deepseek_v3": 10, "qwen3": 10}
-"""Steps, whatever the length of the run."""
+"""Steps, for any length of the run."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Run:
         return self.out / f"{self.model}-{self.variant}-seed{self.seed}-{self.steps}"
 
     def command(self, overrides: list[str]) -> list[str]:
-        """Its command line."""
+        """The command line of the run."""
         words = [
             f"--run.dir={self.folder}", f"--run.seed={self.seed}", f"--train.steps={self.steps}",
             "--train.threads=1", f"--validation.every={max(self.steps // 10, 1)}",
@@ -97,11 +97,11 @@ class Run:
         return [sys.executable, "-m", *program, MODELS[self.model], *words]
 
     def records(self) -> list[dict[str, Any]]:
-        """What it has recorded so far."""
+        """The records written so far."""
         return read_lines(self.folder / METRICS)
 
     def final(self) -> float | None:
-        """Validation loss after the last step, None where it is not complete."""
+        """Validation loss after the last step, None if the run is not complete."""
         last = self.records()[-1:]
         if not last or last[0]["step"] != self.steps:
             return None
@@ -110,7 +110,7 @@ class Run:
 
 
 def main() -> None:
-    """Train what is missing, then write table and pictures."""
+    """Train the missing runs, then write table and pictures."""
     options = _options()
     runs = [
         Run(model, variant, seed, options.steps, options.out)
@@ -173,7 +173,7 @@ def _seeds(model: str, variant: str, options: argparse.Namespace) -> list[int]:
 
 
 def train_all(runs: list[Run], jobs: int, overrides: list[str]) -> None:
-    """Run what is not complete, `jobs` at a time; says how far it is and when it may end."""
+    """Run those that are not complete, `jobs` at a time; prints progress and the estimated end."""
     waiting = [run for run in runs if run.final() is None]
     done_before = sum(len(run.records()) for run in waiting)
     total, start, told = sum(run.steps for run in waiting), time.monotonic(), 0.0

@@ -1,5 +1,5 @@
-"""`python -m scripts.fp8_convergence.ablations VARIANT FILE.toml [--section.key=value ...]`: train
-with FP8 arithmetic that this project does not offer, to see why it offers what it does.
+"""`python -m scripts.fp8_convergence.ablations VARIANT FILE.toml [--section.key=value ...]`: trains
+with FP8 arithmetic that no setting offers, to justify the recipe.
 
 VARIANT: blockwise, per_tensor, e5m2_gradients or narrow_accumulator (`train.fp8_emulation`).
 """

@@ -13,7 +13,7 @@ Array = npt.NDArray[np.float64]
 
 
 def draw(curves: Curves, folder: Path) -> list[Path]:
-    """Draw what there is; returns the files."""
+    """Draw the available curves; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,7 +23,7 @@ SECTIONS = {
 
 
 def main() -> None:
-    """Run the chosen sections; exit 1 where a kernel is wrong or there is no device."""
+    """Run the chosen sections; exit 1 if a kernel is wrong or there is no device."""
     parser = CommandParser(
         prog="python -m scripts.gpu_suite",
         description="Every kernel on a CUDA device: correctness first, then time.",
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _section(name: str, place: Place, check_only: bool, report: dict[str, Any]) -> int:
-    """Checks, then times if all passed; how many failed."""
+    """Run the checks, then the timings if all passed; returns the number of failures."""
     section = SECTIONS[name]
     start = time.perf_counter()
     checks = list(section.check(place))

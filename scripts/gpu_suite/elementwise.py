@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and the losses of a chunk of tokens: memory is their only limit."""
+"""RMSNorm, RoPE and the losses of a chunk of tokens, which are limited by memory bandwidth only."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,11 +28,11 @@ LOSS = [(2048, 129280), (1024, 151936)]
 EPS = 1e-6
 Forms = dict[str, Callable[[], object]]
 _ROUNDING = 5e-3
-"""A rounding of bf16 (2^-9) here and there."""
+"""Some roundings of bf16 (2^-9)."""
 
 
 def check(place: Place) -> Iterator[Check]:
-    """Against the references on the CPU, relative to their norm."""
+    """Compare with the references on the CPU, relative to their norm."""
     torch.manual_seed(0)
     for R, D in ((1, 2), (300, 64), (37, 1025), (20, 7168)):
         yield from _check_norm(R, D, place.device)
@@ -50,7 +50,7 @@ def check(place: Place) -> Iterator[Check]:
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Against plain torch, and a copy of as many bytes."""
+    """Compare with plain torch, and with a copy of the same number of bytes."""
     for R, D in place.shapes([*NORM]):
         x = torch.randn(R, D, device=place.device).bfloat16()
         weight = torch.ones(D, device=place.device).bfloat16()
@@ -94,7 +94,7 @@ def _check_norm(R: int, D: int, device: torch.device) -> Iterator[Check]:
     backward = torch.ops.phalanx.rms_norm_backward(grad, x, weight, rstd)
     found = (rms_norm(x, weight, EPS), *backward)
     for name, a, b in zip(("y", "dx", "dweight"), found, expected, strict=True):
-        # two elements: their gradient is what is left of a difference
+        # with two elements the gradient is the remainder of a difference
         yield Check(f"rms_norm {[R, D]} {name}", _relative(a, b), _ROUNDING if D > 2 else 0.1)
     again = torch.ops.phalanx.rms_norm_backward(grad, x, weight, rstd)
     same = all(map(torch.equal, backward, again))

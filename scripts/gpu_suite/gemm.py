@@ -26,11 +26,11 @@ from scripts.gpu_suite.harness import measure as take_time
 
 NAME = "gemm"
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-6}
-"""Against the exact product of the quantized operands."""
+"""Limits of the difference to the exact product of the quantized operands."""
 UNQUANTISED = 1e-3
 CHECKED = [(256, 384, 512), (300, 260, 400), (1, 1, 1), (129, 576, 2880), (1000, 128, 64)]
 MANY_TILES = (2000, 2100, 1700)
-"""Some programs make more than one tile; too much for a dry run."""
+"""Shape for which some programs compute more than one tile; too slow for a dry run."""
 GLUON_SECONDS = 120
 """Limit of the checks of the Gluon kernel."""
 SHAPES: list[tuple[int, ...]] = [
@@ -44,7 +44,7 @@ SHAPES: list[tuple[int, ...]] = [
 
 
 def check(place: Place, implementation: gemm_fp8.Implementation = "triton") -> Iterator[Check]:
-    """Every layout and output on odd shapes; then NaN stays where it belongs."""
+    """Check every layout and output on odd shapes; then that NaNs do not spread."""
     product = functools.partial(_product, implementation)
     for shape in CHECKED if place.dry_run else [*CHECKED, MANY_TILES]:
         torch.manual_seed(0)
@@ -96,8 +96,8 @@ def _product(
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Forward on every shape, the weight gradient on some; the input gradient is the forward's
-    machine code."""
+    """Time forward on every shape, the weight gradient on some; the input gradient has the same
+    machine code as forward."""
     for i, shape in enumerate(place.shapes(SHAPES)):
         yield _measure_nt(shape, place)
         if i in (0, 1, 5, 6, 12, 15):
@@ -154,8 +154,8 @@ def _gluon(
 
 @functools.cache
 def gluon_problem(device_type: str) -> str | None:
-    """Why the Gluon kernel is not timed. Its checks run in a process of their own: a barrier that
-    never completes, or an illegal address, would take the rest of the suite with it."""
+    """Why the Gluon kernel is not timed. Its checks run in a separate process, because a barrier
+    that never completes, or an illegal address, would end the rest of the suite."""
     if device_type != "cuda":
         return "no CUDA device"
     command = [sys.executable, "-m", "scripts.gpu_suite.gluon"]
@@ -168,13 +168,13 @@ def gluon_problem(device_type: str) -> str | None:
         return f"its checks did not end in {GLUON_SECONDS} s"
     if done.returncode == 0:
         return None
-    said = done.stdout.strip().splitlines()  # stderr ends with what libraries say on leaving
+    said = done.stdout.strip().splitlines()  # stderr ends with messages of libraries at exit
     return said[-1] if said else f"its checks ended with code {done.returncode}"
 
 
 def _cublaslt(a: Quantized, b: Quantized, expected: Tensor, square: bool) -> Callable[[], Any]:
-    """`a @ b.T` by torch's binding, which wants 128x128 scales padded to whole fours along K. The
-    form of b's scales has changed between versions: the one that gives the right result is used."""
+    """`a @ b.T` by torch's binding, which requires 128x128 scales padded to multiples of four along
+    K. The form of b's scales differs between versions: the one with the correct result is used."""
 
     def scales_of_b() -> Iterator[Tensor]:
         scales = b.scales

@@ -1,6 +1,6 @@
 """`python -m scripts.gpu_suite.gluon`: the checks of the FP8 products, on the Gluon kernel.
 
-The section `gemm` runs it in a process of its own before it measures that kernel.
+The section `gemm` runs it in a separate process before it measures that kernel.
 """
 
 import sys
@@ -12,11 +12,11 @@ from scripts.gpu_suite.harness import Place
 
 
 def main() -> None:
-    """The last line says how it went; exit 1 where a check failed or could not run."""
+    """The last line is the result; exit 1 if a check failed or could not run."""
     place = Place(torch.device("cuda:0"), dry_run=False)
     try:
         checks = list(check(place, "gluon"))
-    except Exception as error:  # whatever keeps it from running is the reason to report
+    except Exception as error:  # any error is the reason to report
         print(f"{type(error).__name__}: {error}".splitlines()[0])
         sys.exit(1)
     failed = [check for check in checks if not check.passed]

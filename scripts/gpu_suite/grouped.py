@@ -26,24 +26,24 @@ SHAPES: list[tuple[int, ...]] = [
     (128, 262144, 2048, 768), (32, 32768, 7168, 2048),
     (8, 16384, 28672, 4096), (8, 16384, 4096, 14336),
 ]  # fmt: skip
-"""Experts, rows, N, K. Both projections of Qwen3-30B-A3B at 32,768 tokens with 8 experts each, of a
-rank's share of DeepSeek-V3 (256 experts on 8 ranks of 4,096 tokens), and of Mixtral at 8,192."""
+"""Experts, rows, N, K. Both projections of Qwen3-30B-A3B at 32,768 tokens with 8 experts each, of
+a rank's share of DeepSeek-V3 (256 experts on 8 ranks of 4,096 tokens), and of Mixtral at 8,192."""
 CHECKED: list[tuple[list[int], int, int, int]] = [
     ([300, 0, 1, 212], 136, 264, 1), ([5, 0], 16, 24, 1), ([130, 0, 255, 1], 144, 400, 128),
     ([33, 40, 0, 7], 256, 128, 32), ([i % 5 for i in range(256)], 48, 80, 1),
 ]  # fmt: skip
-"""True rows of the groups, N, K, and what groups begin at a multiple of."""
+"""True rows of the groups, N, K, and the alignment of group starts."""
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-"""Of ||difference|| / ||exact||: fp32 sums in another order, one rounding to bf16."""
+"""Limits of ||difference|| / ||exact||: fp32 sums in another order, one rounding to bf16."""
 Operands = tuple[list[Quantized], list[Quantized], Quantized, Tensor]
 TOP_K = 8
-"""Rows of a token, where they are gathered."""
+"""Rows per token, if they are gathered."""
 BEYOND = 9
 """Rows past the last end, NaN."""
 
 
 def check(place: Place) -> Iterator[Check]:
-    """Every product, on groups with zero rows behind them, against fp64 of the same operands."""
+    """Check every product, on groups followed by zero rows, against fp64 of the same operands."""
     for sizes, N, K, align in CHECKED:
         torch.manual_seed(0)
         ends, counts = _groups(sizes, align, place)
@@ -92,7 +92,7 @@ def _quantized(x: Tensor, dy: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -
 
 
 def _exact(operands: Operands, ends: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
-    """What they stand for: x, dy and w, then x and dy of the weight gradient."""
+    """The dequantized operands: x, dy and w, then x and dy of the weight gradient."""
     rows, columns, weight, _ = operands
     return (
         *(dequantize_1x128(*t).double() for t in rows),
@@ -113,7 +113,7 @@ def _fp8(operands: Operands, ends: Tensor, counts: Tensor, align: int) -> dict[s
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """All products, balanced and skewed. FP8 rows lie aligned to 128, as training lays them."""
+    """Time all products, balanced and skewed. FP8 rows are aligned to 128, as in training."""
     for E, R, N, K in place.shapes(SHAPES):
         for name, sizes in (("balanced", [R // E] * E), ("skewed", _skewed(E, R))):
             torch.manual_seed(0)
@@ -182,7 +182,7 @@ def _measure_fp8(
 
 
 def _row_wise(a: Tensor, b: Tensor, offsets: Tensor) -> Callable[[], Any]:
-    """With all scales 1: what it computes costs the same."""
+    """With all scales 1, which takes the same time."""
     scale_a = torch.ones(len(a), device=a.device)
     scale_b = torch.ones(b.shape[:2], device=a.device)
     return lambda: torch._scaled_grouped_mm(
@@ -191,7 +191,7 @@ def _row_wise(a: Tensor, b: Tensor, offsets: Tensor) -> Callable[[], Any]:
 
 
 def _deep_gemm(a: Any, b: Any, ends: Tensor, expected: Callable[[], Tensor]) -> Callable[[], Any]:
-    """Its groups begin at multiples of 128 and are told by an expert per row."""
+    """Its groups begin at multiples of 128 and are specified by an expert per row."""
     slots = torch.arange(len(a[0]), device=ends.device)
     expert_of_row = torch.searchsorted(ends, slots, right=True).to(torch.int32)
     out = torch.empty(len(a[0]), b[0].shape[1], dtype=torch.bfloat16, device=ends.device)
@@ -219,7 +219,7 @@ def _groups(sizes: list[int], align: int, place: Place) -> tuple[Tensor, Tensor]
 
 
 def _rows(width: int, ends: Tensor, counts: Tensor, beyond: int, place: Place) -> Tensor:
-    """Random true rows, zero rows behind them, NaN past the last end."""
+    """Random true rows, followed by zero rows, and NaN after the last end."""
     x = torch.randn(int(ends[-1]) + beyond, width, device=place.device).bfloat16()
     start = 0
     for end, rows in zip(ends.tolist(), bf16.true_rows(ends, counts), strict=True):

@@ -1,7 +1,7 @@
-"""What the sections share: where they run, how a result is judged, how time is taken.
+"""Common parts of the sections: the device, comparison of results, timing.
 
-Time: the implementations of one row take turns, each run after the L2 cache was overwritten; a
-row shows medians. Taking turns lets a clock that falls with temperature touch all alike.
+Timing: the implementations of one row alternate, each run after the L2 cache was overwritten; a row
+shows medians. With alternation, a clock that decreases with temperature affects all equally.
 """
 
 import statistics
@@ -17,11 +17,11 @@ TILE = 128
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how large the suite runs."""
+    """Device and size of the suite."""
 
     device: torch.device
     dry_run: bool
-    """Tiny shapes, on a CPU: shows that the suite works, measures nothing."""
+    """Tiny shapes, on a CPU: checks that the suite runs, measures nothing."""
     rounds: int = 20
 
     def shapes(self, full: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Check:
-    """One figure against its limit."""
+    """One value and its limit."""
 
     case: str
     figure: float
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """NaN does not pass."""
+        """False for NaN."""
         return self.figure <= self.limit
 
 
@@ -75,8 +75,8 @@ class Timing:
 def tile_difference(ours: Tensor, exact: Tensor) -> float:
     """Largest `1 - 2<x,y> / (<x,x> + <y,y>)` over tiles of 128x128, in fp64.
 
-    Per tile, so that neither one bad tile nor one wrong scale can hide in a large matrix. NaN where
-    either is NaN; two zero tiles differ by 0.
+    It is per tile, so that neither one bad tile nor one wrong scale can be missed in a large
+    matrix. NaN if either is NaN; two zero tiles differ by 0.
     """
     x, y = ours.double(), exact.double()
     assert x.shape == y.shape, (x.shape, y.shape)

@@ -1,4 +1,4 @@
-"""What is built from the products: the FP8 linear layer and SwiGLU."""
+"""Layers built from the products: the FP8 linear layer and SwiGLU."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,7 +28,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu")
 
 
 def check(place: Place) -> Iterator[Check]:
-    """Outputs and every gradient against the references, relative to the reference's norm."""
+    """Check outputs and every gradient against the references, relative to the reference's norm."""
     torch.manual_seed(0)
     for T, D, N in ((130, 200, 300), (1, 128, 16)):
         x, w = torch.randn(T, D).bfloat16(), torch.randn(N, D).bfloat16()
@@ -39,7 +39,7 @@ def check(place: Place) -> Iterator[Check]:
             strict=True,
         )
         for name, (ours, reference) in zip(("y", "dx", "dw"), pairs, strict=True):
-            # a rounding of bf16 (2^-9) here and there
+            # some roundings of bf16 (2^-9)
             yield Check(f"linears_fp8 {[T, D, N]} {name}", _relative(ours, reference), 5e-3)
     for R, F in ((5, 7), (300, 1025), (260, 256)):
         for activation in ACTIVATIONS:
@@ -47,8 +47,8 @@ def check(place: Place) -> Iterator[Check]:
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Forward and backward of the layer against bf16; SwiGLU against plain torch, against the same
-    in several passes, and against a copy of as many bytes."""
+    """Time forward and backward of the layer against bf16; SwiGLU against plain torch, against the
+    same in several passes, and against a copy of the same number of bytes."""
     for T, D, N in place.shapes([*LINEAR]):
         weight = torch.randn(N, D, device=place.device).bfloat16().requires_grad_()
         quantized = Fp8Weight.of(weight)  # once per optimizer step
@@ -79,7 +79,7 @@ def _linear(
     x: Tensor, w: Tensor, fp8_weight: Fp8Weight | None = None,
     linears: Callable[..., tuple[Tensor, ...]] = linears_fp8,
 ) -> Tensor:  # fmt: skip
-    """One layer; its weight is quantized here unless that is done."""
+    """One layer; its weight is quantized here unless it already is."""
     (y,) = linears(x, [w], [fp8_weight or Fp8Weight.of(w)])
     return y
 
@@ -107,7 +107,7 @@ def _check_swiglu(R: int, F: int, activation: Activation, device: torch.device) 
             ends.to(device), counts.to(device), None if scales is None else scales.to(device),
         )  # fmt: skip
         for name, ours, reference in zip(found._fields[:3], found[:3], wanted[:3], strict=True):
-            # a value at a border of FP8's grid (2^-4) falls to the other side
+            # a value at a border of FP8's grid (2^-4) is rounded to the other side
             for part, a, b in zip(("", " scales"), ours, reference, strict=True):
                 yield Check(f"{case} from {form} {name}{part}", _relative(a, b), 1e-2)
     here = gate_up.to(device), weights.to(device)

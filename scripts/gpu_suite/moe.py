@@ -1,9 +1,9 @@
-"""Mixture of experts: movement of rows against a copy, the router, and the whole layer.
+"""Mixture of experts: permutation of rows against a copy, the router, and the whole layer.
 
 A copy moves as many bytes as the operation must: a gather reads every token once and writes its
-rows, a combine reads all rows and writes every token once. Beside its time a layer shows peak
-memory above its inputs and weights, copies to the host (none are wanted), and the share of device
-time that moves rows instead of multiplying them.
+rows, a combine reads all rows and writes every token once. In addition to its time a layer shows
+peak memory above its inputs and weights, copies to the host (none are expected), and the share of
+device time that moves rows instead of multiplying them.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,23 +34,23 @@ LAYERS = {
 }
 """Tokens, width, width of an expert, experts, choices."""
 MOVEMENT = ("_rank", "_place", "_gather", "_combine", "Memcpy DtoD")
-"""Names of device kernels, as Triton gives them."""
+"""Names of device kernels, as Triton sets them."""
 OPERATIONS = ("permutation", "gather_rows", "combine_rows")
-"""The same by operation, where there is no device."""
+"""The corresponding operations, without a device."""
 
 
 @dataclass(frozen=True)
 class LayerTiming(Timing):
-    """A layer's time, and what else it costs."""
+    """A layer's time and other costs."""
 
     peak_mib: float = 0.0
     host_copies: int = 0
     movement: float = 0.0
     fullest: float = 0.0
-    """Rows of the expert that has most, over the mean."""
+    """Rows of the expert with the most, over the mean."""
 
     def lines(self) -> Iterator[str]:
-        """Also a row with the costs of ours."""
+        """Adds a row with the costs of ours."""
         yield from super().lines()
         yield (
             f"| {self.case} | ours: {self.host_copies} copies to the host, peak "
@@ -60,10 +60,10 @@ class LayerTiming(Timing):
 
 
 def check(place: Place) -> Iterator[Check]:
-    """Everything on the device against its reference on the CPU."""
+    """Compare all operations on the device with their references on the CPU."""
     torch.manual_seed(0)
     for tokens, experts, top_k in ((0, 4, 2), (1, 256, 8), (1000, 256, 8), (777, 5, 3)):
-        ids = torch.randint(0, experts + 1, (tokens, top_k))  # some are nobody
+        ids = torch.randint(0, experts + 1, (tokens, top_k))  # some choices are no expert
         ids[: tokens // 3] = 0
         for align in (1, 128):
             yield from _check_rows(place, ids, experts, align)
@@ -110,8 +110,8 @@ def _check_router(place: Place, experts: int, rule: RouterOptions) -> Iterator[C
     leaf = logits.to(place.device).requires_grad_()
     ids, weights, counts = route(leaf, bias.to(place.device), rule)
     expected = route_reference(logits, bias, rule)
-    # the exponentials of a device differ in their last bit, and with them a choice between
-    # neighbors now and then
+    # the exponentials of a device differ in their last bit, which occasionally changes a choice
+    # between neighbors
     yield Check(f"{case}: share of ids that differ", _share(ids, expected[0]), 1e-3)
     wrong = int((counts.cpu() != torch.bincount(ids.cpu().flatten(), minlength=experts)).sum())
     yield Check(f"{case}: counts that differ", wrong, 0)
@@ -143,7 +143,7 @@ def _check_layer(place: Place) -> Iterator[Check]:
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Rows and router first, then layers with even and with skewed routing."""
+    """Time rows and router first, then layers with even and with skewed routing."""
     for tokens, width, experts, top_k in ROWS[:1] if place.dry_run else ROWS:
         if place.dry_run:
             tokens, width, experts = 64, 64, 16
@@ -155,7 +155,7 @@ def measure(place: Place) -> Iterator[Timing]:
         for balanced in (True, False):
             layer = _layer(width, hidden, experts, top_k, balanced, place.device)
             x = torch.randn(tokens, width, device=place.device)
-            # what all tokens share makes some experts popular with all of them
+            # the common component makes some experts popular with all tokens
             x += 0.5 * torch.randn(1, width, device=place.device)
             case = f"{name}, {'even' if balanced else 'skewed'}"
             yield from _measure_layer(place, case, layer, x.bfloat16())
@@ -289,7 +289,7 @@ def plain(layer: MoE, x_TD: Tensor) -> Tensor:
 
 
 def liger(layer: MoE, x_TD: Tensor) -> Tensor:
-    """Liger's experts behind our router."""
+    """Liger's experts with our router."""
     from liger_kernel.ops.fused_moe import (  # type: ignore[import-not-found, unused-ignore]
         LigerFusedMoEFunction,
     )
@@ -320,7 +320,7 @@ def _copy(moved: int, place: Place) -> dict[str, Callable[[], object]]:
 
 
 def _peak(run: Callable[[], object], place: Place) -> float:
-    """MiB above what lies there before."""
+    """MiB above the memory allocated before."""
     if place.device.type != "cuda":
         return float("nan")
     torch.cuda.synchronize(place.device)

@@ -17,7 +17,7 @@ SHAPES = [(4096, 7168), (16384, 7168), (8192, 2048), (16640, 16384)]
 
 
 def check(place: Place) -> Iterator[Check]:
-    """Number of elements that differ from the reference on a CPU: none may."""
+    """Number of elements that differ from the reference on a CPU; the limit is zero."""
     for shape in ((257, 576), (1, 1), (1000, 2880), (130, 131)):
         for dtype in (torch.bfloat16, torch.float32):
             x = hard_values(shape, dtype)
@@ -34,7 +34,7 @@ def check(place: Place) -> Iterator[Check]:
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Each form against a copy that moves as many bytes."""
+    """Time each form against a copy of the same number of bytes."""
     for shape in place.shapes([*SHAPES]):
         x = torch.randn(shape, device=place.device).bfloat16()
         forms: dict[str, tuple[Callable[[Tensor], object], int]] = {

@@ -1,10 +1,10 @@
 """A training step of Qwen3-30B-A3B's layers, in bf16 and in FP8: tokens/s, memory, host waits.
 
-As many layers as fit with fp32 masters, gradients and both moments. The whole of `train_step` is
-timed, on random tokens, with the router as it is initialized (unbalanced, as training begins).
-Beside it the loss and the gradients of a small model in FP8 on the device and in the emulation on
-the CPU, from the same weights and tokens: they differ by the order of sums, and by the FP8 codes
-that this flips.
+The number of layers is the largest that fits with fp32 masters, gradients and both moments. The
+whole of `train_step` is timed, on random tokens, with the initial router (unbalanced, as at the
+start of training). It also compares the loss and the gradients of a small model in FP8 on the
+device with the emulation on the CPU, from the same weights and tokens: they differ by the order of
+sums, and by the FP8 codes that this changes.
 """
 
 import gc
@@ -38,7 +38,7 @@ RECIPES = {"fp8_blockwise": "ours", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class StepTiming(Timing):
-    """Time of a step, and what else it costs."""
+    """Time of a step and other costs."""
 
     tokens: int = 0
     peak_gib: tuple[float, ...] = ()
@@ -49,7 +49,7 @@ class StepTiming(Timing):
         return f"{self.tokens / self.milliseconds[name] * 1e3:,.0f} tokens/s"
 
     def lines(self) -> Iterator[str]:
-        """Also a row with memory and copies to the host of each."""
+        """Adds a row with memory and copies to the host of each."""
         yield from super().lines()
         costs = zip(self.milliseconds, self.peak_gib, self.host_copies, strict=True)
         for name, peak, copies in costs:
@@ -84,12 +84,12 @@ class Training:
         self.device, self.count = device, 0
 
     def batches(self) -> list[Batch]:
-        """Of the next step."""
+        """The batches of the next step."""
         self.count += 1
         return [batch.to(self.device) for batch in self.data.step(self.count)]
 
     def step(self, batches: list[Batch]) -> float:
-        """The loss."""
+        """Run a step and return the loss."""
         done = train_step(
             self.model, self.optimizer, batches, step=self.count, rank=0, clip_norm=1.0,
             mtp_weight=0.0, z_loss_coef=0.0, updated=self.weights.refresh,
@@ -101,7 +101,7 @@ class Training:
 def settings(
     recipe: str, n_layers: int, seq_len: int, sequences: int, width: int
 ) -> dict[str, Any]:
-    """Qwen3-30B-A3B's layers, or with another width a small likeness of them."""
+    """Qwen3-30B-A3B's layers, or with another width a small version of them."""
     full = width == 2048
     moe = {"n_experts": 128 if full else 8, "top_k": 8 if full else 2}
     heads = {"n_heads": 32, "n_kv_heads": 4} if full else {"n_heads": 2, "n_kv_heads": 1}
@@ -120,7 +120,7 @@ def settings(
 
 
 def check(place: Place) -> Iterator[Check]:
-    """FP8 on the device against the emulation: the loss, and every gradient."""
+    """Compare FP8 on the device with the emulation: the loss, and every gradient."""
     small = settings("fp8_blockwise", 2, 128, 4, 256)
     with _one_rank() as ranks:
         devices = place.device, torch.device("cpu")
@@ -139,7 +139,7 @@ def _gradients(small: dict[str, Any], ranks: Ranks) -> tuple[float, dict[str, Te
     kept: dict[str, Tensor] = {}
 
     class Keep:
-        """An optimizer that only looks."""
+        """An optimizer that only records gradients."""
 
         def step(self) -> None:
             for name, parameter in training.model.named_parameters():
@@ -155,7 +155,7 @@ def _gradients(small: dict[str, Any], ranks: Ranks) -> tuple[float, dict[str, Te
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """The step in both recipes, one model after the other: two do not fit."""
+    """Time the step in both recipes, one model after the other, since two do not fit."""
     shape = (1, 64, 2, 256) if place.dry_run else (LAYERS, SEQ_LEN, SEQUENCES, 2048)
     n_layers, seq_len, sequences, _ = shape
     milliseconds, peaks, copies = {}, [], []
@@ -216,7 +216,7 @@ def _wait(place: Place) -> None:
 
 @contextmanager
 def _one_rank() -> Iterator[Ranks]:
-    """A process group of this process alone, gone afterwards: others make their own."""
+    """A process group of this process alone, destroyed afterwards: others create their own."""
     ranks = start_ranks()
     try:
         yield ranks

@@ -1,1 +1,1 @@
-"""Compiled for GPUs that are not here: one module per family of kernels, each with `cases`."""
+"""Compilation for absent GPUs: one module per family of kernels, each with `cases`."""

@@ -1,7 +1,7 @@
 """`python -m scripts.kernel_table`: every Triton kernel compiled for every target, as a table.
 
-Needs no GPU: `scripts.kernel_table.offline` compiles what the launchers would launch. The table
-goes to docs/kernels.md between its two marks; `--check` compiles and prints without writing.
+It needs no GPU: `scripts.kernel_table.offline` compiles what the launchers would launch. The table
+is written to docs/kernels.md between its two marks; `--check` compiles and prints without writing.
 """
 
 import time

@@ -24,13 +24,14 @@ class Case:
 
     name: str
     launch: Callable[..., object]
-    """Launches it on operands in this FP8 type."""
+    """Launches the kernel on operands in this FP8 type."""
     multiplies: bool = False
-    """Whether tensor cores, and TMA where there is any, belong in its code."""
+    """Whether its code must use tensor cores, and TMA if the target has it."""
     everyday: bool = True
-    """Whether continuous integration compiles it; the others differ from such a one in one type."""
+    """Whether continuous integration compiles it; the others differ from one of these in one
+    type."""
     targets: tuple[str, ...] = tuple(TARGETS)
-    """Those it is written for."""
+    """The targets that it supports."""
     cores: str = "fp8"
     """The type that its tensor cores multiply."""
 

@@ -36,7 +36,7 @@ def cases() -> list[Case]:
         for out in ("bf16", "fp32"):
             name = f"grouped_gemm_fp8_tn align {align} {out}"
             launch = partial(_fp8_by_groups, ends, align, out)
-            # without alignment there is no TMA, which `multiplies` asks for
+            # without alignment there is no TMA, which `multiplies` requires
             found.append(Case(name, launch, align > 1, out != "bf16"))
     for tile in BF16_TILES:
         for layout in ("nt", "nn"):

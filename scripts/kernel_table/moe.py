@@ -1,4 +1,4 @@
-"""Movement of rows, and the router."""
+"""Permutation of rows, and the router."""
 
 import torch
 from torch import Tensor

@@ -1,12 +1,13 @@
-"""Triton kernels compiled for GPUs that are not here.
+"""Triton kernels compiled for absent GPUs.
 
 `with offline("cuda", 90) as builds:` replaces Triton's driver: a launch compiles for that target,
-with the launcher's own arguments, options and heuristics, and then does nothing. Tensors may lie on
-the CPU. The builds say what cannot be seen from Python: registers, spills, shared memory, and
-whether tensor cores (QGMMA, UTCQMMA, MFMA) and TMA (UTMALDG) are really in the machine code. The
-tools that read it (cuobjdump, nvdisasm, ptxas) come with Triton. Of speed it says nothing.
+with the launcher's own arguments, options and heuristics, and then does nothing. Tensors may be on
+the CPU. The builds contain properties that are not visible from Python: registers, spills, shared
+memory, and whether tensor cores (QGMMA, UTCQMMA, MFMA) and TMA (UTMALDG) are actually in the
+machine code. The tools that read it (cuobjdump, nvdisasm, ptxas) are part of Triton. Speed is not
+estimated.
 
-Works on Triton 3.6 and 3.9, and not where TRITON_INTERPRET is set.
+It works on Triton 3.6 and 3.9, and not if TRITON_INTERPRET is set.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from triton.runtime.jit import JITFunction
 SHARED_BYTES: dict[int | str, int] = {
     80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376, "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
-"""Shared memory that one program may have, by compute capability or gfx name."""
+"""Maximum shared memory of one program, by compute capability or gfx name."""
 _N_SM = 132
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 _INSTRUCTIONS = ("QGMMA", "HGMMA", "HMMA", "UTCQMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
@@ -47,13 +48,13 @@ class Build:
     registers: int = 0
     """Per thread; on AMD vector registers."""
     spilled: int = 0
-    """Bytes stored and loaded again for want of registers; on AMD the registers concerned."""
+    """Bytes stored and loaded again for lack of registers; on AMD the registers concerned."""
     shared: int = 0
     """Bytes per program."""
 
     @cached_property
     def instructions(self) -> dict[str, int]:
-        """How often those that matter stand in the machine code. NVIDIA's reader takes 0.6 s."""
+        """Counts of relevant instructions in the machine code. NVIDIA's reader takes 0.6 s."""
         if "cubin" not in self.kernel.asm:
             return {"MFMA": len(re.findall(r"\bv_mfma", self.kernel.asm["amdgcn"]))}
         code = _tool("nvdisasm", "-c", content=self.kernel.asm["cubin"])
@@ -63,7 +64,7 @@ class Build:
 
 @contextlib.contextmanager
 def offline(backend: str, arch: int | str) -> Iterator[list[Build]]:
-    """Compile what is launched within; the list is filled in at the end.
+    """Compile the kernels launched in this context; the list is filled at the end.
 
     backend: "cuda" or "hip"; arch: compute capability (90) or gfx name ("gfx942").
     """

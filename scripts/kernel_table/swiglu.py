@@ -11,7 +11,7 @@ from scripts.kernel_table.case import SIZE, Case
 
 
 def cases() -> list[Case]:
-    """Forward and backward of both activations, and what leaves in FP8."""
+    """Forward and backward of both activations, and the results in FP8."""
     x = torch.empty(SIZE, SIZE, dtype=torch.bfloat16)
     weights, h = torch.empty(SIZE), torch.empty(SIZE, SIZE // 2, dtype=torch.bfloat16)
     ends = torch.arange(SIZE // 64, SIZE + 1, SIZE // 64)

@@ -1,8 +1,8 @@
 """HTTP: an OpenAI-compatible server in front of the engine's thread.
 
-The event loop only moves bytes: parsing and tokenizing happen in worker threads, computing in the
+The event loop only moves bytes: parsing and tokenizing run in worker threads, computation in the
 engine's. However a connection ends, its requests are cancelled, which frees their pages.
-Errors carry one line for the client; tracebacks go to the server's log.
+Errors have one line for the client; tracebacks are written to the server's log.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from serve.frontend.thread import EngineThread
 MAX_BODY_BYTES = 4 * 2**20
 MAX_HEADER_BYTES = 16 * 2**10
 MAX_BODY_SECONDS = 30.0
-"""A client that has not sent its body by then gets 408."""
+"""A client that has not sent its body within this time gets 408."""
 
 _FAILURES = {
     "error": RequestError("the request failed inside the server", None, 500, "internal_error"),
@@ -46,7 +46,7 @@ _FAILURES = {
 
 
 def build_app(thread: EngineThread, model_name: str, on_ready: Callable[[], None]) -> Starlette:
-    """The application; it starts `thread` and stops it. `on_ready` is called once it serves."""
+    """The application; it starts `thread` and stops it. `on_ready` is called once it is ready."""
     api = _Api(thread, model_name)
 
     @asynccontextmanager
@@ -75,7 +75,7 @@ def build_app(thread: EngineThread, model_name: str, on_ready: Callable[[], None
 
 
 class _LimitHeaders:
-    """Refuses large headers with 431; the HTTP library only bounds what it has to keep."""
+    """Rejects large headers with 431; the HTTP library only limits what it has to store."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -98,7 +98,7 @@ class _Api:
         self.created = int(time.time())
 
     async def health(self, http: HttpRequest) -> Response:
-        """200 while the engine runs, else 503."""
+        """200 while the engine runs, otherwise 503."""
         if self.thread.alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "the engine has stopped"}, 503)
@@ -124,7 +124,7 @@ class _Api:
             self.thread.cancel(requests)
 
     def _prepare(self, body: bytes) -> tuple[Call, list[Request], dict[Request, ChoiceWriter]]:
-        """Check, tokenize, and make one request per choice."""
+        """Check, tokenize, and create one request per choice."""
         call = parse_call(body, self.model_name)
         writers: dict[Request, ChoiceWriter] = {}
         for prompt in call.prompts:
@@ -146,7 +146,7 @@ class _Api:
 
 
 class _Answer:
-    """The outputs of one call on their way from the engine's thread to the client."""
+    """Transfers the outputs of one call from the engine's thread to the client."""
 
     def __init__(
         self,
@@ -176,7 +176,8 @@ class _Answer:
         self.thread.submit(self.requests, deliver)
 
     async def pieces(self) -> AsyncIterator[Json]:
-        """Pieces of all choices as they come. RequestError where one of them failed."""
+        """Pieces of all choices as they are generated. Raises RequestError if one of them
+        failed."""
         unfinished = len(self.requests)
         while unfinished:
             output = await self.outputs.get()
@@ -206,7 +207,7 @@ class _Answer:
             if self.call.include_usage:
                 counts = usage(self.call, self.requests)
                 yield _event(self.head | {"choices": [], "usage": counts})
-        except RequestError as error:  # the status is long sent: the error becomes an event
+        except RequestError as error:  # the status is already sent: the error becomes an event
             yield _event(error_body(error))
         yield b"data: [DONE]\n\n"
 
@@ -232,7 +233,7 @@ def _event(content: Json) -> bytes:
 
 
 async def _read_body(http: HttpRequest) -> bytes:
-    """The body. RequestError: 413 beyond the limit, 408 where it does not arrive in time."""
+    """The body. Raises RequestError: 413 beyond the limit, 408 if it does not arrive in time."""
     too_large = RequestError(
         f"the body is larger than {MAX_BODY_BYTES} bytes", None, 413, "request_too_large"
     )
@@ -281,7 +282,7 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> Response:
 
 
 async def _on_disconnect(http: HttpRequest, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # the client is gone
 
 
 async def _on_fault(http: HttpRequest, error: Exception) -> Response:

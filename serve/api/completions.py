@@ -1,11 +1,12 @@
-"""The OpenAI completions format: a request body in, choice objects out.
+"""The OpenAI completions format: parses request bodies and writes choice objects.
 
-Everything is checked before anything is allocated for it, and every limit is a constant here or a
+Everything is checked before memory is allocated for it, and every limit is a constant here or a
 range in `serve.engine.request`. Unknown fields are ignored, since routers add their own; fields
-that ask for something this server cannot do are refused unless they hold their neutral value.
+that request an unsupported feature are an error unless they have their neutral value.
 
-A choice is written piece by piece. A stream sends the pieces; an answer in one body joins the same
-pieces, so the two cannot differ. https://platform.openai.com/docs/api-reference/completions
+A choice is written piece by piece. A stream sends the pieces; an answer in one body concatenates
+the same pieces, so both are always equal.
+https://platform.openai.com/docs/api-reference/completions
 """
 
 import json
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from serve.engine.request import Output, Request, RequestError, SamplingParams, TokenLogprob
 
 MAX_SEQUENCES = 128
-"""Prompts times `n` of one call."""
+"""Maximum of prompts times `n` in one call."""
 
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
@@ -28,7 +29,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "json_schema": (),
     "ebnf": (),
 }
-"""Fields that would change the answer, with the values (besides null) that do not."""
+"""Fields that would change the answer, with the values (in addition to null) that do not."""
 
 _PARAMS = (
     "max_tokens",
@@ -46,7 +47,7 @@ _PARAMS = (
     "logprobs",
     "echo",
 )
-"""Fields of a body that are those of `SamplingParams`."""
+"""Fields of a body that are fields of `SamplingParams`."""
 
 Prompt = str | list[int]
 Json = dict[str, Any]
@@ -65,7 +66,8 @@ class Call:
 
 
 def parse_call(body: bytes, model_name: str) -> Call:
-    """Check the body of `POST /v1/completions`. RequestError: 400, or 404 for another model."""
+    """Check the body of `POST /v1/completions`. Raises RequestError: 400, or 404 for another
+    model."""
     fields = _parse_json(body)
     model = fields.get("model")
     if model is not None and model != model_name:
@@ -124,7 +126,7 @@ def _flag(fields: Json, name: str) -> bool:
 
 
 def _parse_params(fields: Json) -> SamplingParams:
-    """Fields of the same name go over; `SamplingParams` checks them."""
+    """Copy fields of the same name; `SamplingParams` checks them."""
     given = {name: fields[name] for name in _PARAMS if fields.get(name) is not None}
     stop = _get(fields, "stop", [])
     if isinstance(stop, str):
@@ -140,7 +142,7 @@ def _parse_params(fields: Json) -> SamplingParams:
 
 
 def _parse_bias(fields: Json) -> dict[int, float]:
-    """JSON spells token ids as strings."""
+    """JSON has token ids as strings."""
     biases = _get(fields, "logit_bias", {})
     if not isinstance(biases, dict) or not all(key.isdecimal() for key in biases):
         raise RequestError(
@@ -178,7 +180,7 @@ def _at_most(prompts: list[Prompt]) -> list[Prompt]:
 
 
 class ChoiceWriter:
-    """Turns the outputs of one request into the pieces of its choice object."""
+    """Converts the outputs of one request to the pieces of its choice object."""
 
     def __init__(
         self, index: int, request: Request, prompt: Prompt, call: Call, tokenizer: Tokenizer | None
@@ -192,7 +194,7 @@ class ChoiceWriter:
         self.offset = 0
 
     def piece(self, output: Output) -> Json:
-        """The part of the choice that `output` adds; the first one carries the echoed prompt."""
+        """The part of the choice that `output` adds; the first one includes the echoed prompt."""
         text, scores = output.text, list(output.logprobs)
         logprobs = None
         if self.request.params.logprobs is not None:
@@ -222,12 +224,13 @@ class ChoiceWriter:
         return "" if self.tokenizer is None else self.tokenizer.decode(self.prompt)
 
     def _write(self, logprobs: Json, token: int, one: TokenLogprob | None) -> None:
-        """Append a token. None: the first one of the prompt, which nothing predicts."""
+        """Append a token. None: the first one of the prompt, which has no prediction."""
         logprobs["tokens"].append(self._name(token))
         logprobs["token_logprobs"].append(None if one is None else one.logprob)
         top: dict[str, float] = {}
         for candidate, logprob in [] if one is None else one.top:
-            top.setdefault(self._name(candidate), logprob)  # two half characters look the same
+            # two partial characters have the same text
+            top.setdefault(self._name(candidate), logprob)
         logprobs["top_logprobs"].append(None if one is None else top)
         logprobs["text_offset"].append(self.offset)
         if self.tokenizer is not None:
@@ -259,7 +262,7 @@ def join_pieces(pieces: Sequence[Json]) -> Json:
 
 
 def usage(call: Call, requests: Sequence[Request]) -> Json:
-    """Token counts; a prompt counts once however many choices it has."""
+    """Token counts; a prompt is counted once for any number of choices."""
     prompt = sum(len(request.prompt) for request in requests[:: call.params.n])
     completion = sum(request.n_output for request in requests)
     cached = sum(request.num_cached or 0 for request in requests[:: call.params.n])

@@ -1,1 +1,1 @@
-"""Memory of keys and values in pages, and which prefixes lie in them."""
+"""Memory of keys and values in pages, and the index of cached prefixes."""

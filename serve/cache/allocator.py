@@ -1,7 +1,7 @@
-"""Who owns which page of the KV cache: a free list.
+"""Allocates the pages of the KV cache from a free list.
 
-Page 0 belongs to nobody and stays zero: padding points at it, so a batch of unequal lengths never
-reads what another request left behind (`NULL_PAGE`).
+Page 0 is never allocated and stays zero: padding refers to it, so a batch of unequal lengths never
+reads data of another request (`NULL_PAGE`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ NULL_PAGE = 0
 
 
 class PageAllocator:
-    """Pages 1 to `n_pages - 1` are given out, the null page never is."""
+    """Allocates pages 1 to `n_pages - 1`, never the null page."""
 
     def __init__(self, n_pages: int) -> None:
         assert n_pages >= 2
@@ -22,7 +22,7 @@ class PageAllocator:
         return len(self._free)
 
     def allocate(self, n: int) -> list[int] | None:
-        """`n` pages, or None (and nothing changes) where there are not as many."""
+        """`n` pages, or None without any change if there are fewer."""
         if n > len(self._free):
             return None
         taken = self._free[len(self._free) - n :]

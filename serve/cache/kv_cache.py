@@ -1,17 +1,17 @@
-"""What attention remembers of all running requests, in pages.
+"""The KV cache of all running requests, in pages.
 
 A request owns whole pages, in any order, so memory is lost only in its last page (PagedAttention,
-arXiv:2309.06180). Page 0 belongs to nobody and stays zero: padding points at it.
+arXiv:2309.06180). Page 0 is never allocated and stays zero: padding refers to it.
 
-What is kept per token depends on the attention:
+The values stored per token depend on the attention:
 
 | attention | tensors, per layer | values per token and layer |
 |---|---|---|
 | grouped heads | keys `[pages, G, C, size]`, values `[pages, G, size, C]` | 2 G C |
 | latent (MLA) | latents `[pages, size, N]`: compressed keys and values, rotated key | kv_lora_rank + qk_rope_head_dim |
 
-Keys lie with neighboring tokens side by side, as the product with a query wants them: it sums over
-C for 16 tokens at a time. A slot is a token's place: page * size + offset.
+Keys of consecutive tokens are adjacent in memory, as the product with a query requires: it sums
+over C for 16 tokens at a time. A slot is a token's position: page * size + offset.
 
 G key/value heads, C head width, N = kv_lora_rank + qk_rope_head_dim.
 """  # noqa: E501
@@ -23,11 +23,11 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
-"""Of what is free after the weights are loaded; on a CPU other programs live in it too."""
+"""Share of the memory that is free after the weights are loaded; a CPU also runs other programs."""
 
 
 class KvCache:
-    """The pages on their device; `serve.cache.allocator` gives them out."""
+    """The pages on their device, which `serve.cache.allocator` allocates."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class KvCache:
         return -(-n_tokens // self.page_size)
 
     def describe(self) -> str:
-        """One phrase for the user: capacity and memory."""
+        """A description for the user: capacity and memory."""
         per_token = self.values_per_token * self.dtype.itemsize
         kind = "latents" if self.is_latent else "keys and values"
         return (
@@ -88,7 +88,7 @@ class KvCache:
 
 
 def values_per_token(model: ModelConfig) -> int:
-    """Numbers kept of one token in one layer."""
+    """Numbers stored per token and layer."""
     a = model.attention
     if a.kind == "mla":
         return a.kv_lora_rank + a.qk_rope_head_dim
@@ -96,7 +96,7 @@ def values_per_token(model: ModelConfig) -> int:
 
 
 def bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of what is kept of one token in all layers."""
+    """Bytes stored per token in all layers."""
     return model.n_layers * values_per_token(model) * dtype.itemsize
 
 
@@ -109,10 +109,15 @@ def build_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KvCache:
-    """The cache of a server.
+    """The cache of a server. Raises UserError if it does not fit.
 
-    kv_tokens: capacity in tokens, rounded up to pages; 0 means `wanted` tokens, or what a share of
-    the free memory holds where that is less. UserError where it does not fit.
+    Args:
+        model: The model.
+        kv_tokens: Capacity in tokens, rounded up to pages; 0 means `wanted` tokens, or as many as
+            fit into a share of the free memory if that is less.
+        page_size: Tokens per page.
+        wanted: Default capacity.
+        dtype, device: Of the cache.
     """
     free = free_memory(device)
     each = bytes_per_token(model, dtype)
@@ -140,4 +145,4 @@ def free_memory(device: torch.device) -> int:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 4 * 2**30  # no Linux: a guess that only bounds the default
+        return 4 * 2**30  # not Linux: a guess that only limits the default

@@ -1,11 +1,11 @@
-"""The pages of every request: which are shared, which are its own, and where they stand.
+"""The pages of every request: shared and own pages, and their page table.
 
 A sequence's pages are in order of position. The first ones belong to the prefix cache and are
-locked while the sequence runs; the others are its own, from the free list, for which the cache
-evicts where that is empty. A page enters the cache only once it is full and the step that wrote it
-has succeeded (`commit`, `release`), so nobody reads a page before it is written.
+locked while the sequence runs; the others are its own, from the free list; if that is empty, the
+cache evicts pages. A page is added to the cache only once it is full and the step that wrote it has
+succeeded (`commit`, `release`), so no page is read before it is written.
 
-Sequences that run have a row of `page_table`, from which the batch of a step is cut.
+Running sequences have a row of `page_table`, from which the batch of a step is cut.
 """
 
 from collections.abc import Iterable
@@ -20,22 +20,22 @@ from serve.cache.prefix_cache import PrefixCache, token_key
 
 @dataclass(eq=False)
 class SequencePages:
-    """What the manager knows of one sequence. Nothing while it waits."""
+    """The manager's state of one sequence; empty while it waits."""
 
     pages: list[int] = field(default_factory=list)
-    """Null pages stand for those that fell out of the window."""
+    """Null pages replace those that left the window."""
     n_shared: int = 0
     """Leading pages that belong to the prefix cache."""
     handle: Any = None
-    """Holds the lock on them."""
+    """Handle of the lock on them."""
     row: int = -1
-    """Of the page table."""
+    """Row of the page table."""
 
 
 class PageManager:
     """Pages of at most `max_sequences` running sequences of at most `max_pages` each.
 
-    window: see `RadixCache`; where it is not 0, pages behind the window are freed (`slide`).
+    window: see `RadixCache`; if it is not 0, pages before the window are freed (`slide`).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PageManager:
 
     @property
     def n_available(self) -> int:
-        """Pages that are free or could be."""
+        """Pages that are free or evictable."""
         return self.allocator.n_free + self.prefixes.n_evictable
 
     def pages_for(self, n_tokens: int) -> int:
@@ -69,7 +69,7 @@ class PageManager:
     def admit(self, sequence: SequencePages, key: bytes, n_tokens: int, spare: int) -> bool:
         """Lock the longest cached prefix of `key` and allocate the rest of `n_tokens`.
 
-        Only if `spare` pages stay available afterwards; else False, and nothing has changed.
+        Only if `spare` pages stay available afterwards; otherwise returns False without any change.
         """
         assert sequence.row < 0
         shared, handle = self.prefixes.acquire(key)
@@ -84,7 +84,8 @@ class PageManager:
         return True
 
     def grow(self, sequence: SequencePages, n_tokens: int) -> bool:
-        """Make room for `n_tokens` in all. False, and nothing changes, where there is none."""
+        """Allocate pages for `n_tokens` in total; returns False without any change if there are too
+        few."""
         wanted = self.pages_for(n_tokens) - len(sequence.pages)
         if wanted <= 0:
             return True
@@ -97,14 +98,14 @@ class PageManager:
         return True
 
     def commit(self, sequence: SequencePages, tokens: list[int], n_tokens: int) -> None:
-        """Share the whole pages of the first `n_tokens`, which were all computed."""
+        """Share the whole pages of the first `n_tokens`, which are all computed."""
         if not self.prefixes.reuses or self.window:
-            return  # a shared page stays until its request ends: windows keep theirs to themselves
+            return  # shared pages stay until the request ends, so with a window they are not shared
         self._share(sequence, tokens, n_tokens)
         self.page_table[sequence.row, : len(sequence.pages)] = sequence.pages
 
     def release(self, sequence: SequencePages, tokens: list[int], n_tokens: int) -> None:
-        """Take all pages from a sequence; the first `n_tokens` were computed and may be shared."""
+        """Free all pages of a sequence; the first `n_tokens` are computed and may be shared."""
         if self.prefixes.reuses:
             self._share(sequence, tokens, n_tokens)
         own = sequence.pages[sequence.n_shared :]
@@ -114,7 +115,7 @@ class PageManager:
         sequence.pages, sequence.n_shared, sequence.handle, sequence.row = [], 0, None, -1
 
     def slide(self, sequence: SequencePages, n_computed: int) -> None:
-        """Free own pages that no token from position `n_computed` on can see any more."""
+        """Free own pages to which no token from position `n_computed` on attends."""
         if not self.window:
             return
         behind = max(0, n_computed - self.window + 1) // self.page_size
@@ -126,7 +127,7 @@ class PageManager:
             self.page_table[sequence.row, behind] = NULL_PAGE
 
     def check(self, running: Iterable[SequencePages]) -> None:
-        """Assert that no page is lost or has two owners, and that rows show the pages."""
+        """Assert that no page is lost or has two owners, and that the page table is correct."""
         running = list(running)
         self.prefixes.check()
         own = [[page for page in one.pages[one.n_shared :] if page != NULL_PAGE] for one in running]
@@ -143,7 +144,7 @@ class PageManager:
         return self.allocator.allocate(n)
 
     def _share(self, sequence: SequencePages, tokens: list[int], n_tokens: int) -> None:
-        """Offer whole pages to the prefix cache; where it has its own copy, use that one."""
+        """Offer whole pages to the prefix cache; if it has its own copy, use that one."""
         key = self.key_of(tokens, n_tokens)
         n_pages = n_tokens // self.page_size
         if n_pages <= sequence.n_shared:

@@ -1,8 +1,9 @@
-"""What the page manager asks of a cache of prefixes, and the cache that keeps nothing.
+"""The interface of a prefix cache, and the cache that stores nothing.
 
 A prefix is a whole number of pages. Its key is the token ids as bytes, four per token
-(`token_key`): comparing and slicing them costs no Python per token. `NaiveCache` is the baseline of
-every measurement and the oracle of every test: with it each request computes all of its tokens.
+(`token_key`): comparing and slicing them needs no Python code per token. `NaiveCache` is the
+baseline of every measurement and the oracle of every test: with it each request computes all of its
+tokens.
 """
 
 from array import array
@@ -11,7 +12,7 @@ from typing import Protocol, TypeVar
 
 TOKEN_BYTES = 4
 Handle = TypeVar("Handle")
-"""What holds a lock on a prefix; its type is the cache's affair."""
+"""The handle of a lock on a prefix; each cache defines its type."""
 
 
 def token_key(tokens: Sequence[int]) -> bytes:
@@ -20,14 +21,14 @@ def token_key(tokens: Sequence[int]) -> bytes:
 
 
 class PrefixCache(Protocol[Handle]):
-    """Owns the pages of prefixes that may be used again."""
+    """Owns the pages of reusable prefixes."""
 
     root: Handle
     """The empty prefix; holding it locks nothing."""
     reuses: bool
-    """Whether a prefix is ever found again."""
+    """Whether a prefix is ever reused."""
     version: int
-    """Changes whenever `match` may answer differently."""
+    """Changes whenever the result of `match` may change."""
 
     @property
     def n_evictable(self) -> int:
@@ -39,28 +40,28 @@ class PrefixCache(Protocol[Handle]):
         ...
 
     def acquire(self, key: bytes) -> tuple[list[int], Handle]:
-        """That prefix's pages, locked until `release`."""
+        """The pages of that prefix, locked until `release`."""
         ...
 
     def insert(self, key: bytes, pages: Sequence[int], held: Handle) -> tuple[list[int], Handle]:
         """Offer the pages of `key`, of which the caller holds a prefix with `held`.
 
         Returns the pages that now belong to the cache, from the first one on, and their lock, which
-        takes the place of `held`. Where the cache had a page already, that one is returned and the
-        offered one stays the caller's.
+        replaces `held`. If the cache already had a page, that one is returned and the offered one
+        still belongs to the caller.
         """
         ...
 
     def release(self, held: Handle) -> None:
-        """Give a lock back; what nobody holds may be evicted."""
+        """Release a lock; pages without a lock may be evicted."""
         ...
 
     def evict(self, n: int) -> int:
-        """Free at least `n` pages, or all that nobody holds. Returns how many."""
+        """Free at least `n` pages, or all without a lock. Returns the number of freed pages."""
         ...
 
     def clear(self) -> None:
-        """Forget everything. Nothing may be locked."""
+        """Remove all prefixes. Nothing may be locked."""
         ...
 
     def owned(self) -> Iterator[list[int]]:
@@ -73,7 +74,7 @@ class PrefixCache(Protocol[Handle]):
 
 
 class NaiveCache:
-    """Keeps nothing."""
+    """Stores nothing."""
 
     root = None
     reuses = False

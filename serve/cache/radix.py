@@ -1,22 +1,22 @@
-"""Prefixes that were computed once and may be used again (RadixAttention, arXiv:2312.07104).
+"""Cache of computed prefixes for reuse (RadixAttention, arXiv:2312.07104).
 
-A radix tree over token ids: a path from the root spells a prefix, a node holds the pages of its
-part of it. Nodes are cut at page borders only, and a node's children are told apart by their first
-page, so a step down the tree is one look into a dictionary and one comparison of bytes.
+A radix tree over token ids: a path from the root is a prefix, and a node stores the pages of its
+part of it. Nodes are cut at page borders only, and a node's children are indexed by their first
+page, so a step down the tree is one dictionary look-up and one comparison of bytes.
 
-- **Lock.** A running request locks the path of its prefix, each node counts its locks. A node that
-  nobody locked has no locked descendant, so it can always be evicted.
+- **Lock.** A running request locks the path of its prefix; each node counts its locks. A node
+  without a lock has no locked descendant, so it can always be evicted.
 - **Evict.** Least recently used first, leaves only, and of a leaf only as many pages as are needed,
-  from its end: what remains is still a prefix. Candidates lie in a heap; entries that became stale
-  are recognized by their time when they are popped.
-- **Split and merge.** A node is split where a prefix ends inside it, and merged with an only child
-  that has the same locks. In both, the lower node keeps its identity, because handles point at it:
-  were one at the upper node, that node would have a lock more.
-- **Windows.** A model whose layers all have a window frees pages behind it, so a path may hold null
-  pages. A prefix can then be reused up to a border only if all pages of the window before that
-  border are there: the first new token sees exactly these.
+  from its end: the remaining part is still a prefix. Candidates are in a heap; outdated entries are
+  detected by their time when they are popped.
+- **Split and merge.** A node is split if a prefix ends inside it, and merged with an only child
+  that has the same locks. In both, the lower node keeps its identity, because handles refer to it:
+  a handle of the upper node would be one more lock of that node.
+- **Windows.** A model whose layers all have a window frees pages before it, so a path may contain
+  null pages. A prefix can then be reused up to a border only if all pages of the window before that
+  border are present: the first new token attends to exactly these.
 
-Single-threaded: the engine's thread owns it.
+Not thread-safe: only the engine's thread calls it.
 """
 
 import heapq
@@ -36,7 +36,7 @@ class Node:
         self.key = key
         self.pages = pages
         self.children: dict[bytes, Node] = {}
-        """By the key of their first page."""
+        """Children by the key of their first page."""
         self.locks = 0
         self.last_access = 0
 
@@ -44,7 +44,8 @@ class Node:
 class RadixCache:
     """A `PrefixCache` whose pages come from and return to `allocator`.
 
-    window: tokens that a token sees (itself included) in every layer; 0 where some layer sees all.
+    window: number of tokens to which a token attends (itself included) in every layer; 0 if a layer
+    attends to all.
     """
 
     reuses = True
@@ -137,7 +138,7 @@ class RadixCache:
         return ([page for page in node.pages if page != NULL_PAGE] for node in self.nodes())
 
     def check(self) -> None:
-        """Assert that keys, pages, locks and the count of what is evictable fit together."""
+        """Assert that keys, pages, locks and the count of evictable pages are consistent."""
         evictable = 0
         heaped = {id(node) for time, _, node in self._heap if time == node.last_access}
         for node in self.nodes():
@@ -151,7 +152,7 @@ class RadixCache:
         assert evictable == self._n_evictable
 
     def _walk(self, key: bytes) -> Iterator[tuple[Node, int]]:
-        """The nodes along `key` and how many pages of each agree with it, at least one."""
+        """The nodes along `key` and the number of pages of each that match it, at least one."""
         node, at, size = self.root, 0, self.page_bytes
         while (child := node.children.get(key[at : at + size])) is not None:
             n = common_pages(child.key, key[at : at + len(child.key)], size)
@@ -163,10 +164,10 @@ class RadixCache:
     def _descend(
         self, key: bytes, n_pages: int, pages: list[int], offered: Sequence[int] = ()
     ) -> Node:
-        """The node where the first `n_pages` of `key` end, split off if need be.
+        """The node at which the first `n_pages` of `key` end, split if necessary.
 
-        Appends their pages to `pages`. The path counts as used now, and its null pages are replaced
-        by those of `offered`.
+        Appends their pages to `pages`. Marks the path as used now, and replaces its null pages by
+        those of `offered`.
         """
         self._clock += 1
         node, found = self.root, 0
@@ -186,7 +187,8 @@ class RadixCache:
         return node
 
     def _usable(self, pages: list[int]) -> int:
-        """How many of these leading pages can be reused: behind the border a window is whole."""
+        """Number of these leading pages that can be reused: the window before the border is
+        complete."""
         if not self.window:
             return len(pages)
         needed = -(-(self.window - 1) // self.page_size)
@@ -212,7 +214,7 @@ class RadixCache:
             node = node.parent
 
     def _split(self, node: Node, n_pages: int) -> Node:
-        """Make a new node of the first `n_pages` of `node`, above it."""
+        """Create a new node of the first `n_pages` of `node`, above it."""
         parent, cut = node.parent, n_pages * self.page_bytes
         assert parent is not None and 0 < n_pages < len(node.pages)
         upper = Node(parent, node.key[:cut], node.pages[:n_pages])
@@ -223,7 +225,7 @@ class RadixCache:
         return upper
 
     def _merge(self, node: Node) -> None:
-        """Put `node` into its only child if no lock tells them apart."""
+        """Merge `node` into its only child if both have the same locks."""
         parent = node.parent
         if parent is None or len(node.children) != 1:
             return

@@ -1,7 +1,7 @@
-"""Which experts the tokens in the KV cache visited, in the same slots as their keys and values.
+"""The experts of the tokens in the KV cache, in the same slots as their keys and values.
 
-Because the record lies where the pages lie, a reused prefix brings it along, and a retracted
-request writes it anew. Two bytes per token, MoE layer and expert.
+Because experts are stored by page, a reused prefix includes them, and a retracted request writes
+them again. Two bytes per token, MoE layer and expert.
 
 L MoE layers, T rows of a step, K experts per token.
 """
@@ -21,13 +21,13 @@ class RoutingCache:
         self, n_pages: int, page_size: int, n_layers: int, top_k: int, device: torch.device
     ) -> None:
         self.page_size = page_size
-        # torch has few operations on uint16: int16 holds the same bits
+        # torch has few operations on uint16: int16 stores the same bits
         self.ids_SLK = torch.zeros(
             n_pages * page_size, n_layers, top_k, dtype=torch.int16, device=device
         )
 
     def write(self, slots_T: Tensor, ids_LTK: Tensor) -> None:
-        """Experts of the rows of a step, which went to these slots."""
+        """Store the experts of the rows of a step, which have these slots."""
         ids_TLK = ids_LTK.transpose(0, 1).to(torch.int16)  # wraps around: the same low bits
         self.ids_SLK.index_copy_(0, slots_T.to(self.ids_SLK.device), ids_TLK)
 

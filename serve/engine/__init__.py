@@ -1,1 +1,1 @@
-"""From requests to tokens: scheduler, model runner with paged attention, executor, sampler."""
+"""Token generation: scheduler, model runner with paged attention, executor, sampler."""

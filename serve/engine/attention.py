@@ -1,15 +1,15 @@
-"""The attention core of serving: what is remembered lives in pages.
+"""The attention core of serving, with keys and values in pages.
 
-Every request attends by itself, to its own keys in their order, with the arithmetic and the order
-of sums that training has (`kernels.layers.attention_cpu`). So its output has the bits of training's
-forward pass, whatever else is in the batch, and however its tokens were cut into chunks: what a
-query may not see adds exact zeros, and pages outside a layer's window or chunk are not read.
+Every request attends separately, to its own keys in order, with the arithmetic and the order of
+sums of training (`kernels.layers.attention_cpu`). So its output has the bits of training's forward
+pass for any other requests in the batch and any chunking of its tokens: masked keys add exact
+zeros, and pages outside a layer's window or chunk are not read.
 
-This form copies the pages of one request at a time and runs everywhere; `serve.engine.fused` takes
-its place where it can.
+This form copies the pages of one request at a time and runs everywhere; `serve.engine.fused`
+replaces it where possible.
 
-T tokens of the step, n those of one request, l keys that they may see, H query heads, G key/value
-heads, C head width, V value width, N width of the latents.
+T tokens of the step, n those of one request, l keys to which they attend, H query heads, G
+key/value heads, C head width, V value width, N width of the latents.
 """
 
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ from serve.engine.batch import ForwardBatch
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one request may see of its keys in a layer."""
+    """The keys of one request to which it attends in a layer."""
 
     pages: Tensor
     """int64: the pages that are read."""
     skip: int
-    """Tokens of the first page that are not."""
+    """Tokens of the first page that are skipped."""
     n_valid: int
     """Keys from there to the request's last token."""
     bias_nl: Tensor
@@ -48,10 +48,10 @@ class _Seen:
 
 
 class PagedAttention:
-    """An `AttentionCore` for one step. Rows beyond those of the batch repeat the last one."""
+    """An `AttentionCore` for one step. Rows after those of the batch repeat the last one."""
 
     def __init__(self, cache: KvCache, batch: ForwardBatch, absorbed: bool = False) -> None:
-        """absorbed: MLA multiplies queries and outputs with the projection of keys and values
+        """absorbed: MLA multiplies queries and outputs by the projection of keys and values
         instead of expanding every latent (DeepSeek-V2, arXiv:2405.04434, section 2.1.2)."""
         self.cache, self.absorbed = cache, absorbed
         self.latent = self._latent if cache.is_latent else None
@@ -104,7 +104,7 @@ class PagedAttention:
         return o_THV
 
     def _seen(self, layer: Layer) -> list[_Seen]:
-        """Of every request; layers with the same window share it."""
+        """The keys of every request; layers with the same window share the result."""
         key = layer.window, layer.chunk
         if key not in self.seen:
             self.seen[key] = [self._see(b, *key) for b in range(len(self.lengths))]
@@ -114,7 +114,7 @@ class PagedAttention:
         end, n = self.lengths[b], self.starts[b + 1] - self.starts[b]
         first = max(end - n - window + 1, 0) if window else 0
         first = (end - n) // chunk * chunk if chunk else first
-        first = first // KEY_BLOCK * KEY_BLOCK  # sums start where those of training do
+        first = first // KEY_BLOCK * KEY_BLOCK  # sums start at the same keys as in training
         size, device = self.cache.page_size, self.cache.device
         pages = self.tables[b, first // size : self.cache.pages_for(end)].to(device)
         queries = torch.arange(end - n, end, device=device)[:, None]
@@ -128,8 +128,8 @@ class PagedAttention:
 
 
 def _cut(pages: Tensor, dim: int, seen: _Seen) -> Tensor:
-    """The l keys of copied pages along `dim`; zero beyond the last valid one, where a page may hold
-    anything."""
+    """The l keys of copied pages along `dim`, zero after the last valid one, where a page may
+    contain any values."""
     valid = pages.narrow(dim, seen.skip, seen.n_valid)
     missing = seen.bias_nl.shape[1] - seen.n_valid
     return F.pad(valid, [0, 0] * (pages.dim() - 1 - dim) + [0, missing])
@@ -139,7 +139,7 @@ def _attend(
     q_nHC: Tensor, k_GCl: Tensor, v_GlV: Tensor, bias_nl: Tensor, scale: float,
     sinks_H: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`[n, H, V]`, as `kernels.layers.attention_cpu` computes it for a piece of queries."""
+    """`[n, H, V]`, computed as in `kernels.layers.attention_cpu` for a block of queries."""
     (n, H, _), G = q_nHC.shape, len(k_GCl)
     probs = _probabilities(q_nHC.float() * scale, k_GCl.float(), bias_nl, sinks_H)
     out_GMV = v_GlV.new_empty(G, probs.shape[1], v_GlV.shape[2])
@@ -180,7 +180,7 @@ def _attend_absorbed(
 
 
 def plain_weight(linear: Linear) -> Tensor:
-    """The weight in fp32; of a module in FP8, what its blocks mean."""
+    """The weight in fp32; for a module in FP8, the dequantized weight."""
     if isinstance(linear, Fp8Linear):
         weight = linear.fp8_weight("weight")
         return dequantize_128x128(weight.data, weight.scales)
@@ -189,6 +189,7 @@ def plain_weight(linear: Linear) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` with a multiple of ALIGN columns: MKL treats rows of narrow ones unlike."""
+    """`a @ b` with a multiple of ALIGN columns: MKL computes rows of narrow products
+    differently."""
     n = b.shape[2]
     return torch.bmm(a, F.pad(b, (0, -n % ALIGN)))[..., :n]

@@ -1,7 +1,7 @@
-"""From the chunks of a step to the tensors of its forward pass.
+"""Creates the tensors of a forward pass from the chunks of a step.
 
-Whoever computes a step knows no request and no queue: a `ForwardBatch` is all it gets. A decode
-costs a few numbers here, whatever its length: its pages are a row of the page table, which the page
+The model runner does not access requests or queues: its only input is a `ForwardBatch`. A decode of
+any length needs only a few numbers here: its pages are a row of the page table, which the page
 manager keeps from step to step.
 """
 
@@ -28,43 +28,43 @@ class ForwardBatch:
     query_starts: Tensor
     """int32 `[B + 1]`: rows `query_starts[b]` to `query_starts[b + 1]` belong to request b."""
     key_lengths: Tensor
-    """int32 `[B]`: tokens of request b up to its last row, so the keys which that row may see."""
+    """int32 `[B]`: tokens of request b up to its last row, which are the keys of that row."""
     page_tables: Tensor
-    """int32 `[B, P]`: pages in order of position, padded with the null page. Where every layer has
-    a window, pages behind it may be null too. Position p is at slot `page * page_size + offset`."""
+    """int32 `[B, P]`: pages in order of position, padded with the null page. If every layer has
+    a window, pages before it may be null too. Position p is at slot `page * page_size + offset`."""
     rows: Tensor
-    """int64 `[R]`: the rows whose logits are wanted."""
+    """int64 `[R]`: the rows whose logits are computed."""
     scored_rows: Tensor
-    """int64 `[Q]`: the rows whose logits are wanted a few at a time; there may be thousands."""
+    """int64 `[Q]`: the rows whose logits are computed a few at a time; there may be thousands."""
 
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """The row of a prompt token whose successor is to be scored."""
+    """The row of a prompt token whose successor is scored."""
 
     request: Request
     token: int
     """The successor."""
     top: int
-    """How many most likely tokens to report beside it."""
+    """Number of most likely tokens to report in addition."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step, ready to be computed."""
+    """A step that is ready to be computed."""
 
     chunks: list[Chunk]
     batch: ForwardBatch
     sampled: list[Chunk]
-    """The chunks behind `batch.rows`."""
+    """The chunks of `batch.rows`."""
     scored: list[ScoredRow]
-    """What is behind `batch.scored_rows`."""
+    """The tokens scored by `batch.scored_rows`."""
     unknown: list[tuple[int, int]]
-    """Rows whose token the step before is still to sample, each with its place in the `sampled` of
+    """Rows whose token the previous step has yet to sample, each with its index in the `sampled` of
     that step."""
 
     def slots(self, page_size: int) -> Tensor:
-        """int64 `[T]`: where the keys and values of each row go."""
+        """int64 `[T]`: the slots of the keys and values of each row."""
         batch = self.batch
         lengths = batch.query_starts.diff()
         sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -75,7 +75,7 @@ class StepPlan:
 def plan_step(
     chunks: list[Chunk], pages: PageManager, before: Mapping[Request, int] | None = None
 ) -> StepPlan:
-    """Lay out a step. before: places of requests among the sampled ones of the step under way."""
+    """Plan a step. before: indices of requests among the sampled ones of the running step."""
     tokens: list[int] = []
     rows: list[int] = []
     sampled: list[Chunk] = []
@@ -129,7 +129,7 @@ def _layout(
     positions = np.arange(len(tokens)) + np.repeat(starts - query_starts[:-1], lengths)
     held = -(-ends // pages.page_size)
     table = pages.page_table[[chunk.request.sequence.row for chunk in chunks], : held.max()]
-    table[np.arange(table.shape[1]) >= held[:, None]] = 0  # given, but for later steps
+    table[np.arange(table.shape[1]) >= held[:, None]] = 0  # allocated, but for later steps
     return ForwardBatch(
         tokens=torch.tensor(tokens),
         positions=torch.from_numpy(positions),
@@ -145,7 +145,7 @@ def lay_out(
     chunks: Sequence[tuple[Sequence[int], int, Sequence[int]]], page_size: int, rows: Sequence[int]
 ) -> ForwardBatch:
     """The batch of chunks `(tokens, start, pages)`: tokens from position `start` on of a request
-    that owns `pages`. rows: those whose logits are wanted."""
+    that owns `pages`. rows: those whose logits are computed."""
     ends = [start + len(tokens) for tokens, start, _ in chunks]
     starts = [0]
     for tokens, _, _ in chunks:

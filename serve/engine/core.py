@@ -1,11 +1,11 @@
 """The engine's core: scheduler, model, sampler and detokenizer, one step at a time.
 
-A step asks the scheduler for a batch, lays it out, computes it, and reads what came of it: a token
-for every request whose newest token was reached. Nothing here knows of HTTP or threads; a test or a
-benchmark calls `step`, `serve.frontend.thread` calls it for everybody else.
+A step gets a batch from the scheduler, converts it to tensors, computes it, and reads the results:
+a token for every request whose newest token was computed. This module does not depend on HTTP or
+threads; tests and benchmarks call `step`, otherwise `serve.frontend.thread` calls it.
 
-A fault in one request ends that request; a fault in the forward pass ends those of its batch. The
-engine itself goes on.
+An error in one request ends that request; an error in the forward pass ends those of its batch. The
+engine itself continues.
 """
 
 import logging
@@ -49,22 +49,22 @@ class EngineOptions:
     max_running: int = 16
     """Requests computed together."""
     max_waiting: int = 256
-    """Requests that may wait; more are refused with 503."""
+    """Requests that may wait; further ones are rejected with 503."""
     max_batch_tokens: int = 512
-    """Tokens per step: longer prompts are cut into chunks of what the decodes leave."""
+    """Tokens per step: longer prompts are cut into chunks of the tokens left after decodes."""
     kv_tokens: int = 0
     """Capacity of the KV cache. 0: `max_running` requests of full length, if memory allows."""
     page_size: int = 16
     """Tokens per page of the KV cache."""
     cache: Literal["radix", "naive"] = "radix"
-    """`radix`: prefixes that were computed before are used again. `naive`: never."""
+    """`radix`: computed prefixes are reused. `naive`: they are not."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Choose and lay out the next batch while the device computes. `auto`: on a GPU."""
+    """Choose and prepare the next batch while the device computes. `auto`: on a GPU."""
     routed_experts: bool = False
-    """Keep the experts of every token, for requests with `return_routed_experts`."""
+    """Store the experts of every token, for requests with `return_routed_experts`."""
     absorb_mla: bool = False
-    """MLA multiplies queries and outputs with the projection of keys and values instead of
-    expanding what it keeps: less work per key, other last bits than training."""
+    """MLA multiplies queries and outputs by the projection of keys and values instead of
+    expanding the cached latents: less work per key, but the last bits differ from training."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "page_size"):
@@ -95,7 +95,8 @@ def _check(name: str, value: object, low: int, high: int) -> None:
 
 
 def freed_window(model: ModelConfig) -> int:
-    """Tokens behind which no layer looks, so that their pages can be freed. 0: some layer does.
+    """Number of tokens after which no layer attends to a token, so that its page can be freed. 0:
+    none.
 
     All layers share the pages of a token, so one layer with full attention keeps all of them.
     """
@@ -146,7 +147,7 @@ class EngineCore:
     def _manage_pages(self) -> PageManager:
         size, window = self.options.page_size, freed_window(self.export.model.config)
         if self.options.routed_experts:
-            window = 0  # the record of a page would go with the page
+            window = 0  # the stored experts would be lost with the page
         radix = self.options.cache == "radix"
         return PageManager(
             self.allocator,
@@ -172,13 +173,14 @@ class EngineCore:
 
     @property
     def busy(self) -> bool:
-        """There is something to compute, or to read."""
+        """Whether there is a step to compute or to read."""
         return self.scheduler.busy or self._under_way is not None
 
     def make_requests(
         self, prompt: Sequence[int], params: SamplingParams, priority: int = 0
     ) -> list[Request]:
-        """A request for each of `params.n` choices. RequestError: could never be served."""
+        """A request for each of `params.n` choices. Raises RequestError if it can never be
+        served."""
         self._check(prompt, params)
         tokenizer = self.export.tokenizer
         return [
@@ -192,7 +194,7 @@ class EngineCore:
         ]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text prompt, with the begin token where the tokenizer adds one."""
+        """Tokens of a text prompt, with the begin token if the tokenizer adds one."""
         if self.export.tokenizer is None:
             raise RequestError("this model has no tokenizer; send token ids", "prompt")
         try:
@@ -203,10 +205,11 @@ class EngineCore:
         return tokens
 
     def update_weights(self, folder: Path) -> list[Output]:
-        """Go on with the weights of another export of the same model.
+        """Continue with the weights of another export of the same model.
 
-        Requests keep their tokens; everything that the old weights computed is forgotten. Both
-        models are in memory for a moment. UserError, and nothing changes, where they differ.
+        Requests keep their tokens; everything computed with the old weights is discarded. Both
+        models are in memory for a moment. Raises UserError, without any change, if the models
+        differ.
         """
         kind = str(self.export.dtype).removeprefix("torch.")
         new = open_export(folder, kind, str(self.export.device))
@@ -218,9 +221,9 @@ class EngineCore:
         return outputs
 
     def flush_cache(self) -> list[Output]:
-        """Forget all cached prefixes. Running requests compute theirs again.
+        """Remove all cached prefixes. Running requests recompute theirs.
 
-        Returns the outputs of the step that was under way.
+        Returns the outputs of the step that was running.
         """
         outputs = self.drain()
         self.scheduler.retract_all()
@@ -228,11 +231,12 @@ class EngineCore:
         return outputs
 
     def step(self) -> list[Output]:
-        """Compute one batch. Empty where there is nothing to do, or where prompts only began.
+        """Compute one batch. Returns nothing if there is no work, or if prompts are only partly
+        computed.
 
-        Overlapped, the outputs are those of the step before: the next batch is chosen and laid out
-        while the device computes, and its results are read while the device goes on. A request that
-        ended meanwhile is computed once more, which nobody reads.
+        With overlap, the outputs are those of the previous step: the next batch is chosen and
+        prepared while the device computes, and its results are read during the following step. A
+        request that ended in the meantime is computed once more, and the result is ignored.
         """
         before = self._under_way
         chunks = self.scheduler.next_batch(in_flight=before is not None)
@@ -246,12 +250,12 @@ class EngineCore:
         return self._finish(after)
 
     def drain(self) -> list[Output]:
-        """Finish the step under way, if there is one."""
+        """Finish the running step, if there is one."""
         before, self._under_way = self._under_way, None
         return [] if before is None else self._finish(before)
 
     def close(self) -> None:
-        """Free the thread of the device. No step may be under way."""
+        """End the thread of the device. No step may be running."""
         self.executor.close()
 
     def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
@@ -271,7 +275,7 @@ class EngineCore:
     def _read(
         self, plan: StepPlan, sampled: Sampled | None, prompt_scores: Scores | None
     ) -> list[Output]:
-        """Commit what was computed, and give requests their tokens and scores."""
+        """Commit the computed chunks, and append tokens and scores to requests."""
         if prompt_scores is not None:
             rows = plan.scored
             found = prompt_scores.read([row.token for row in rows], [row.top for row in rows])
@@ -285,7 +289,7 @@ class EngineCore:
             request = chunk.request
             request.num_pending -= chunk.samples
             if request.finish_reason is not None:
-                continue  # it ended while the step was under way
+                continue  # it ended during the step
             token, logprob = tokens.get(request, (None, None))
             try:
                 if chunk.samples and token is None:
@@ -315,7 +319,7 @@ class EngineCore:
         }
 
     def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> Output:
-        """Give a request its next token."""
+        """Append the next token to a request."""
         params, stream = request.params, request.text
         request.tokens.append(token)
         n_output = request.n_output
@@ -371,7 +375,7 @@ class EngineCore:
 
 
 def _highest_token(export: Export) -> int:
-    """Of the tokenizer: what a padded vocabulary has beyond is never sampled."""
+    """The tokenizer's highest token: further ones of a padded vocabulary are never sampled."""
     if export.tokenizer is None:
         return export.model.config.vocab_size - 1
     return max(export.tokenizer.get_vocab(with_added_tokens=True).values())

@@ -1,8 +1,8 @@
-"""Tokens into text, piece by piece: never half a character, never the start of a stop string.
+"""Converts tokens to text, piece by piece, without partial characters or starts of stop strings.
 
-A byte-level token may end inside a UTF-8 character; decoding it shows U+FFFD until the rest has
-come. So text is decoded over a window of recent tokens, and a trailing run of U+FFFD is held back:
-at most three, since a UTF-8 character has at most four bytes and what is older can no longer
+A byte-level token may end inside a UTF-8 character; decoding it yields U+FFFD until the rest is
+generated. So text is decoded over a window of recent tokens, and a trailing run of U+FFFD is held
+back: at most three, since a UTF-8 character has at most four bytes and earlier ones can no longer
 change. The window begins one step before the last clean border, because some tokenizers treat the
 first token of a text differently (they strip its leading space).
 """
@@ -22,9 +22,9 @@ class Detokenizer:
         self.tokenizer = tokenizer
         self.window: list[int] = []
         self.border = 0
-        """Tokens of the window that only give context."""
+        """Tokens of the window that are only context."""
         self.shown = ""
-        """What was given out of the window's text."""
+        """The part of the window's text that was returned."""
 
     def add(self, token: int) -> str:
         """The characters that `token` completes."""
@@ -33,7 +33,8 @@ class Detokenizer:
         tail = text[-_MOST_UNFINISHED:]
         held = len(tail) - len(tail.rstrip(_UNFINISHED))
         if held and not text.startswith(self.shown):
-            return ""  # byte-fallback decoders spoil a whole run of bytes until its last one came
+            # byte-fallback decoders yield wrong text for a run of bytes until its last one
+            return ""
         new = text[len(self.shown) : len(text) - held]
         self.shown += new
         if not held:
@@ -43,14 +44,14 @@ class Detokenizer:
         return new
 
     def finish(self) -> str:
-        """What was held back: bytes that never became a character, as U+FFFD."""
+        """The text held back: bytes that never became a character, as U+FFFD."""
         text = self.tokenizer.decode(self.window)
         new, self.shown = text[len(self.shown) :], text
         return new
 
 
 class StopMatcher:
-    """Looks for stop strings in text that arrives in pieces."""
+    """Searches for stop strings in text that arrives in pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
@@ -58,7 +59,8 @@ class StopMatcher:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """The text that no stop string can claim any more; sets `stopped` at the first match."""
+        """The text that can no longer be part of a stop string; sets `stopped` at the first
+        match."""
         if not self.stops:
             return text
         text = self.held + text
@@ -76,7 +78,7 @@ class StopMatcher:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    """Length of the longest end of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -92,16 +94,16 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was found; nothing after it is given out."""
+        """Whether a stop string was found; nothing after it is returned."""
         return self.matcher.stopped
 
     def add(self, token: int, may_stop: bool = True) -> str:
-        """Text that is certain now. may_stop: False while no stop string counts yet."""
+        """Text that is final now. may_stop: False while stop strings are ignored."""
         text = self.characters.add(token)
         return self.matcher.add(text) if may_stop else text
 
     def finish(self) -> str:
-        """What is still held back. Held bytes may complete a stop string even now."""
+        """The text still held back. Held bytes may still complete a stop string."""
         if self.stopped:
             return ""
         text = self.matcher.add(self.characters.finish())

@@ -1,10 +1,10 @@
-"""Where steps are computed: forward pass, then sampling, one step after another.
+"""Runs steps: forward pass, then sampling, one step after another.
 
-Steps are started in order and their results are asked for later. A step whose tokens the step
-before is still to sample finds them here, on the device. On a GPU the launches are asynchronous by
-themselves; the results of a step are copied to the host behind its kernels, so that reading them
-does not wait for the next step. On a CPU a thread computes (torch releases the interpreter's lock
-while it does), or the caller itself: then a step is done when it is started.
+Steps are started in order and their results are read later. A step whose tokens the previous step
+has yet to sample reads them here, on the device. On a GPU kernel launches are asynchronous; the
+results of a step are copied to the host after its kernels, so that reading them does not wait for
+the next step. On a CPU a thread computes (torch releases the interpreter's lock while it does), or
+the caller itself: then a step is complete when it is started.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from serve.engine.runner import ModelRunner
 from serve.engine.sampler import Sampled, Sampler, SamplingPlan
 
 Result = tuple[Sampled | None, Scores | None]
-"""Of the sampled rows, and the scores of prompts; on the host."""
+"""Results of the sampled rows, and the scores of prompts; on the host."""
 
 
 @dataclass(frozen=True)
 class _Copied:
-    """A result on its way to the host."""
+    """A result that is being copied to the host."""
 
     result: Result
     arrived: torch.cuda.Event | None
@@ -40,10 +40,10 @@ class StepUnderWay:
     plan: StepPlan
     future: "Future[_Copied]"
     places: dict[Request, int] = field(default_factory=dict)
-    """Of requests among the sampled ones."""
+    """Indices of requests among the sampled ones."""
 
     def result(self) -> Result:
-        """Waits for it. Raises what the step raised."""
+        """Wait for the result. Raises the exception that the step raised."""
         copied = self.future.result()
         if copied.arrived is not None:
             copied.arrived.synchronize()
@@ -51,7 +51,7 @@ class StepUnderWay:
 
 
 class StepExecutor:
-    """threaded: compute in a thread of its own."""
+    """threaded: compute in a separate thread."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class StepExecutor:
         self._last_tokens: Tensor | None = None
 
     def start(self, plan: StepPlan, sampling: SamplingPlan | None) -> StepUnderWay:
-        """Compute a step after those that were started before."""
+        """Compute a step after those that were started earlier."""
         places = {chunk.request: r for r, chunk in enumerate(plan.sampled)}
         if self._thread is not None:
             return StepUnderWay(plan, self._thread.submit(self._compute, plan, sampling), places)
@@ -94,7 +94,7 @@ class StepExecutor:
             parts.append(score(logits_nV, targets, most, self.sampler.n_tokens))
 
         batch, last_tokens = plan.batch, self._last_tokens
-        # should this step fail: the next one then computes something for requests that have ended
+        # if this step fails, the next one computes results for requests that have ended
         self._last_tokens = torch.zeros(len(plan.sampled), dtype=torch.int64)
         if plan.unknown:
             assert last_tokens is not None

@@ -1,10 +1,9 @@
-"""The forward pass of a step by `kernels.fused_cpu`, where model and machine allow it.
+"""The forward pass of a step by `kernels.fused_cpu`, if model and machine support it.
 
 The layers' weights are packed once. Per step and layer there are two calls, and one for the logits;
-a router that the C++ does not know (groups, a bias, fewer than 16 softmax scores) is the training
-module. Before it is used, the whole is compared with the torch form, bit by bit, on a batch of
-random tokens: another CPU or another torch may sum in another order.
-
+a router that the C++ does not support (groups, a bias, fewer than 16 softmax scores) is the
+training module. Before it is used, its results are compared with the torch form, bit by bit, on a
+batch of random tokens: another CPU or another torch may sum in another order.
 T tokens, K experts per token, D model width, V vocabulary.
 """
 
@@ -29,11 +28,11 @@ from serve.engine.batch import ForwardBatch
 
 log = logging.getLogger("serve")
 _ROWS = 8
-"""Numbers of rows that a router sees are multiples of it."""
+"""The number of rows of a router's input is a multiple of this."""
 
 
 def refusal(model: Decoder, cache: KvCache) -> str | None:
-    """Why a model is left to the torch form; None where it is not."""
+    """Why a model uses the torch form; None if it does not."""
     config, a, moe = model.config, model.config.attention, model.config.moe
     widths = [moe.d_expert, config.d_ff or 32]
     reasons = {
@@ -65,7 +64,7 @@ def _routes_itself(router: Router) -> bool:
 
 
 class FusedModel:
-    """A decoder's weights in packed form, over a cache. Not for two threads at a time."""
+    """A decoder's weights in packed form, with a cache. Not thread-safe."""
 
     def __init__(self, model: Decoder, cache: KvCache, compiled: ctypes.CDLL) -> None:
         assert refusal(model, cache) is None
@@ -98,8 +97,8 @@ class FusedModel:
             layer.keys, layer.values = cache.keys(i).data_ptr(), cache.values(i).data_ptr()
 
     def hidden(self, batch: ForwardBatch, context: MicrobatchContext | None = None) -> Tensor:
-        """The residual stream `[T, D]` behind the last layer; keys and values enter the cache.
-        context: gets the experts that are chosen; it may hold no choice yet."""
+        """The residual stream `[T, D]` after the last layer; keys and values are written to the
+        cache. context: records the chosen experts; must not contain a choice yet."""
         T, moe = len(batch.tokens), self.model.config.moe
         a = self.model.config.attention
         x_TD = self.model.embed.weight.index_select(0, batch.tokens)

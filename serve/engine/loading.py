@@ -19,21 +19,21 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
-"""Our names and those of `config.json`."""
+"""Our dtype names and those of `config.json`."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What a folder holds, ready to run."""
+    """The contents of an export, ready to run."""
 
     name: str
     model: Decoder
     tokenizer: Tokenizer | None
-    """None where the folder has no `tokenizer.json`: prompts must then be token ids."""
+    """None if the folder has no `tokenizer.json`: prompts must then be token ids."""
     end_tokens: frozenset[int]
     """Tokens that end a text."""
     max_length: int
-    """Most tokens of prompt and output together: positions beyond were never trained."""
+    """Maximum length of prompt and output together: later positions were never trained."""
     dtype: torch.dtype
     device: torch.device
 
@@ -41,9 +41,9 @@ class Export:
 def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Export:
     """Read an export.
 
-    dtype: `auto` (that of the export, where weights in FP8 blocks stay in FP8), `fp32` or `bf16`.
-    device: `auto`, `cpu`, `cuda`, `cuda:1`.
-    UserError: one line that names the file and what is wrong with it.
+    dtype: `auto` (that of the export, in which weights in FP8 blocks stay in FP8), `fp32` or
+    `bf16`. device: `auto`, `cpu`, `cuda`, `cuda:1`.
+    Raises UserError: one line with the file and its error.
     """
     model_config, raw = read_config(folder)
     place = folder / "config.json"
@@ -96,13 +96,13 @@ def _open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
             f"{path}: has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: "
             "is it the tokenizer of another model?"
         )
-    tokenizer.no_truncation()  # too long a prompt is refused, not cut
+    tokenizer.no_truncation()  # a prompt that is too long is an error, not cut
     tokenizer.no_padding()
     return tokenizer
 
 
 def _end_tokens(folder: Path, raw: dict[str, Any]) -> frozenset[int]:
-    """From generation_config.json where it says so, else from config.json; none is allowed."""
+    """From generation_config.json if it has them, else from config.json; there may be none."""
     place, found = folder / "config.json", raw.get("eos_token_id")
     path = folder / "generation_config.json"
     try:

@@ -1,4 +1,4 @@
-"""Log-probabilities under the model itself, before any sampling parameter.
+"""Log-probabilities of the model, before any sampling parameter.
 
 R rows, V vocabulary.
 """
@@ -12,21 +12,21 @@ from torch import Tensor
 from serve.engine.request import TokenLogprob
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot spell."""
+"""Replaces minus infinity, which JSON cannot represent."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of some rows, still on the device."""
+    """Log-probabilities of some rows, on the device."""
 
     own_R: Tensor
-    """Of each row's token."""
+    """That of each row's token."""
     top_values: Tensor
     top_ids: Tensor
-    """Of the most likely tokens, best first; as many columns as some row wants."""
+    """The most likely tokens, best first; as many columns as the largest request."""
 
     def read(self, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
-        """For Python. tops: how many most likely tokens each row wants."""
+        """Convert to Python. tops: number of most likely tokens for each row."""
         own, values, ids = self.own_R.tolist(), self.top_values.tolist(), self.top_ids.tolist()
         return [
             TokenLogprob(token, own[r], list(zip(ids[r][:n], values[r][:n], strict=True)))
@@ -43,7 +43,7 @@ def score(logits_RV: Tensor, tokens_R: Tensor, most: int, n_tokens: int) -> Scor
 
 
 def join(parts: Sequence[Scores]) -> Scores:
-    """Rows of several, one after another."""
+    """Concatenate the rows of several."""
     return Scores(
         *(torch.cat(each) for each in zip(*(vars(p).values() for p in parts), strict=True))
     )

@@ -1,8 +1,8 @@
-"""Penalties on tokens that were there before, for all rows of a step at once.
+"""Penalties on earlier tokens, for all rows of a step at once.
 
-The tokens of requests with penalties are kept on the device, a row per running request, and grow
-there by what is sampled; the host sends them once per admission. Everything touches only logits of
-tokens that occur: duplicates of a token compute the same value and write it several times.
+The tokens of requests with penalties are stored on the device, a row per running request, and
+sampled tokens are appended there; the host sends them once per admission. Only logits of tokens
+that occur are changed: duplicates of a token compute the same value and write it several times.
 
 P rows with penalties, L tokens of the longest, V vocabulary.
 """
@@ -23,9 +23,9 @@ class TokenHistory:
         self._known: dict[int, tuple[Request, int]] = {}
 
     def missing(self, request: Request, n_tokens: int) -> list[int] | None:
-        """What `write` must be told before a step samples token `n_tokens`. None: nothing.
+        """Tokens that `write` must store before a step samples token `n_tokens`. None: nothing.
 
-        Host side; the step is counted as done, so its token need not be told.
+        Called on the host; the step is assumed to run, so its token need not be written.
         """
         row, known = request.sequence.row, (request, n_tokens)
         told = self._known.get(row) != known
@@ -37,7 +37,7 @@ class TokenHistory:
         self.tokens[row, : len(tokens)] = torch.tensor(tokens, device=self.tokens.device)
 
     def append(self, rows_P: Tensor, ends_P: Tensor, tokens_P: Tensor, longest: int) -> None:
-        """Token `ends_P[p]` of row `rows_P[p]` was sampled."""
+        """Record that token `ends_P[p]` of row `rows_P[p]` was sampled."""
         self._widen(longest + 1)
         self.tokens[rows_P, ends_P] = tokens_P
 
@@ -57,10 +57,10 @@ def penalize(
     frequency_P: Tensor,
     presence_P: Tensor,
 ) -> None:
-    """Change `logits_PV` in place. tokens_PL: of which the first `ends_P` count."""
+    """Change `logits_PV` in place. tokens_PL: only the first `ends_P` are used."""
     positions_L = torch.arange(tokens_PL.shape[1], device=tokens_PL.device)
     inside_PL = positions_L < ends_P[:, None]
-    # beyond the end stands the first token, which is penalized anyway
+    # entries after the end are the first token, which is penalized anyway
     tokens_PL = tokens_PL.where(inside_PL, tokens_PL[:, :1])
     output_PL = (inside_PL & (positions_L >= prompt_lens_P[:, None])).to(logits_PV.dtype)
     counts_PL = torch.zeros_like(logits_PV).scatter_add_(1, tokens_PL, output_PL)

@@ -1,10 +1,10 @@
-"""The state of one sequence on its way through the engine.
+"""The state of one sequence in the engine.
 
-One prompt with `n` choices is `n` requests. A request is always in exactly one place: waiting,
-running, or finished. Its tokens are prompt and output in one list. Of these the first
-`num_computed` were given to a step, the first `num_committed` to steps that have succeeded; with
-overlapped scheduling one step may lie between the two, and its token (`num_pending`) is not known
-yet. Retraction sets the counts back to 0 and loses nothing else, so the request goes on where it
+One prompt with `n` choices is `n` requests. A request is always in exactly one state: waiting,
+running, or finished. Its tokens are prompt and output in one list. The first `num_computed` of
+these were part of a step, the first `num_committed` of steps that have succeeded; with overlapped
+scheduling one step may be between the two, and its token (`num_pending`) is not known yet.
+Retraction resets the counts to 0 and changes nothing else, so the request continues where it
 stopped.
 """
 
@@ -26,7 +26,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithms of probabilities under the model itself (before temperature)."""
+    """Natural logarithms of the model's probabilities (before temperature)."""
 
     token: int
     logprob: float
@@ -36,16 +36,16 @@ class TokenLogprob:
 
 @dataclass(eq=False)
 class Request:
-    """One sequence. The engine's thread alone changes it after it was submitted."""
+    """One sequence. Only the engine's thread changes it after it was submitted."""
 
     prompt: list[int]
     params: SamplingParams
     text: TextStream | None
-    """None where there is no tokenizer."""
+    """None if there is no tokenizer."""
     priority: int = 0
     """Larger numbers are served first."""
     number: int = field(default=-1, init=False)
-    """Order of arrival, given by the scheduler."""
+    """Order of arrival, set by the scheduler."""
     tokens: list[int] = field(init=False)
     """Prompt and output."""
     num_computed: int = field(default=0, init=False)
@@ -53,21 +53,21 @@ class Request:
     num_pending: int = field(default=0, init=False)
     sequence: SequencePages = field(default_factory=SequencePages, init=False, repr=False)
     key: bytes = field(default=b"", init=False, repr=False)
-    """While it waits: what may be found in the prefix cache (`Scheduler`)."""
+    """While it waits: the key to look up in the prefix cache (`Scheduler`)."""
     match: tuple[int, int] = field(default=(-1, 0), init=False, repr=False)
-    """What of the key was found when, as (version of the cache, pages)."""
+    """The last match of the key, as (version of the cache, pages)."""
     num_overtaken: int = field(default=0, init=False)
-    """How often a later request was admitted before it."""
+    """Number of later requests that were admitted before it."""
     aged: bool = field(default=False, init=False)
-    """It was overtaken too often and is therefore next."""
+    """Whether it was overtaken too often and is therefore next."""
     num_cached: int | None = field(default=None, init=False)
     """Tokens of the prompt found in the prefix cache at the first admission."""
     num_retracted: int = field(default=0, init=False)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
-    """Scores of prompt tokens 1, 2, ...: nothing comes before token 0."""
+    """Scores of prompt tokens 1, 2, ...; token 0 has no predecessor."""
     routed_experts: NDArray[np.uint16] | None = field(default=None, init=False, repr=False)
-    """`[tokens, MoE layers, top_k]` at the end, where it was asked for. The last token was never
-    given to the model, so it is missing."""
+    """`[tokens, MoE layers, top_k]` at the end, if requested. The last token is missing, since it
+    was never an input of the model."""
     finish_reason: FinishReason | None = field(default=None, init=False)
     seed: int = field(init=False, repr=False)
 
@@ -91,7 +91,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens there are, the one that a step under way will bring included."""
+        """Number of tokens, including the one of a running step."""
         return len(self.tokens) + self.num_pending
 
     @property
@@ -107,12 +107,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step brought to one request."""
+    """The result of one step for one request."""
 
     request: Request
     text: str
-    """New text, complete characters only; may be empty while more is needed."""
+    """New text, complete characters only; empty if more tokens are needed."""
     tokens: list[int]
     logprobs: list[TokenLogprob]
-    """One per token where the request asked for them, else empty."""
+    """One per token if requested, otherwise empty."""
     finish_reason: FinishReason | None

@@ -1,9 +1,9 @@
 """One forward pass over the tokens of a step: the training network with a paged core.
 
-The head is the largest matrix of a small model, so the final hidden states are cut to the rows
-whose logits somebody reads before they meet it.
+The head is the largest matrix of a small model, so the final hidden states are reduced to the rows
+whose logits are needed before the projection.
 
-T tokens, R rows that are read, D model width, V vocabulary, L MoE layers, K experts per token.
+T tokens, R rows with logits, D model width, V vocabulary, L MoE layers, K experts per token.
 """
 
 import logging
@@ -24,14 +24,14 @@ from serve.engine.fused import FusedModel, build_fused
 log = logging.getLogger("serve")
 
 _ROWS = 8
-"""Numbers of rows are multiples of it, as `kernels.grouped_gemm.grouped_gemm_cpu` explains."""
+"""Numbers of rows are multiples of this; see `kernels.grouped_gemm.grouped_gemm_cpu`."""
 _SCORED_ROWS = 64
-"""Rows whose logits exist at a time, where they are only scored."""
+"""Number of rows whose logits are in memory at a time, if they are only scored."""
 
 Score = Callable[[int, Tensor], None]
-"""Takes the index of a first row in `scored_rows` and the fp32 logits `[n, V]` from there on."""
+"""Called with the index of a first row in `scored_rows` and the fp32 logits `[n, V]` from there."""
 Routing = Callable[[Tensor], None]
-"""Takes the experts of every token, int64 `[L, T, K]`."""
+"""Called with the experts of every token, int64 `[L, T, K]`."""
 
 
 class ModelRunner:
@@ -41,7 +41,7 @@ class ModelRunner:
         self, model: Decoder, cache: KvCache, absorbed: bool = False, fuses: bool = True
     ) -> None:
         """absorbed: see `serve.engine.attention.PagedAttention`. fuses: compute with
-        `serve.engine.fused` where that gives the same bits."""
+        `serve.engine.fused` if that yields the same bits."""
         self.model = model
         self.cache = cache
         self.absorbed = absorbed
@@ -53,10 +53,10 @@ class ModelRunner:
     def run(
         self, batch: ForwardBatch, score: Score | None = None, routing: Routing | None = None
     ) -> Tensor:
-        """fp32 logits `[R, V]` of `batch.rows`; keys and values enter the cache.
+        """fp32 logits `[R, V]` of `batch.rows`; keys and values are written to the cache.
 
-        score: gets the logits of `batch.scored_rows`, a few at a time. routing: gets the experts
-        that were chosen.
+        score: called with the logits of `batch.scored_rows`, a few at a time. routing: called with
+        the chosen experts.
         """
         context = None
         if routing is not None:
@@ -90,8 +90,8 @@ class ModelRunner:
 
 @torch.inference_mode()
 def _agrees(fused: FusedModel, model: Decoder) -> bool:
-    """Whether the logits of `fused` are those of the torch form, bit by bit, on two requests whose
-    last two tokens are computed one by one."""
+    """Whether the logits of `fused` equal those of the torch form, bit by bit, on two requests
+    whose last two tokens are computed one by one."""
     cache, size = fused.cache, fused.cache.page_size
     small = [KvCache(model.config, 5, size, cache.dtype, cache.device) for _ in range(2)]
     plain, length = ModelRunner(model, small[0], fuses=False), min(size, 64) + 11
@@ -120,5 +120,5 @@ def _logits(hidden_TD: Tensor, head_VD: Tensor, rows: Tensor) -> Tensor:
 
 
 def _padded(values: Tensor) -> Tensor:
-    """With the last one repeated, so that a token beside it visits no expert but its own."""
+    """Repeat the last row, so that a token's padding uses no experts but its own."""
     return torch.cat([values, values[-1:].expand(-len(values) % _ROWS)])

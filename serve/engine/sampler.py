@@ -1,17 +1,17 @@
-"""From logits to the next token of every request.
+"""Samples the next token of every request from its logits.
 
-The number that a request draws for its i-th token is a hash of its seed and i, looked up in the
-cumulative distribution. So a seeded request gets the same tokens whatever else is in the batch, and
-a retracted one goes on undisturbed. The number has 24 bits: fp32 holds it exactly, so scaled by
-the total it stays below it and never falls behind the last likely token.
+The random number of a request's i-th token is a hash of its seed and i, looked up in the cumulative
+distribution. So a seeded request gets the same tokens with any other requests in the batch, and
+also after a retraction. The number has 24 bits, which fp32 represents exactly, so the product with
+the total is below the total and never beyond the last likely token.
 
 `top_k`, `top_p` and `min_p` all become one threshold per row: the probability of the last token
-that stays. Equally likely tokens stay or go together, and the threshold is a function of the row
-alone, however many candidates the neighbors make us sort.
+that is kept. Equally likely tokens are kept or removed together, and the threshold is a function of
+the row alone, for any number of candidates that other rows require to be sorted.
 
-Preparing a step (`Sampler.plan`) is the host's work and needs no result of the step before;
-everything else happens on the device. Tokens above the tokenizer's (padded vocabulary) are cut off
-first. R rows, V vocabulary. Logits are fp32.
+Preparing a step (`Sampler.plan`) runs on the host and needs no result of the previous step; all
+else runs on the device. Tokens above the tokenizer's (padded vocabulary) are removed first. R rows,
+V vocabulary. Logits are fp32.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,22 @@ from serve.engine.request import Request
 from serve.engine.scheduler import Chunk
 
 _CANDIDATES = 256
-"""Most likely tokens that a CPU sorts for `top_p` before it sorts them all."""
+"""Number of most likely tokens that a CPU sorts for `top_p` before it sorts all of them."""
 _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class _Params:
-    """What stays the same as long as the same requests are sampled."""
+    """Tensors that stay the same while the same requests are sampled."""
 
     requests: list[Request]
     greedy: bool
-    """All of them."""
+    """Whether all rows are greedy."""
     temperature_R: Tensor
     drawn_R: Tensor
-    """Not greedy."""
+    """Rows that are not greedy."""
     limited: Tensor | None
-    """Rows with top_k, top_p or min_p, and these."""
+    """Rows with top_k, top_p or min_p, and their values."""
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
@@ -69,11 +69,11 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens of a step, still on the device."""
+    """Tokens of a step, on the device."""
 
     tokens_R: Tensor
     finite_R: Tensor
-    """Whether the model gave usable logits."""
+    """Whether the model's logits are usable."""
     scored: list[int]
     tops: list[int]
     scores: Scores | None
@@ -82,7 +82,7 @@ class Sampled:
 class Sampler:
     """Samples among the first `n_tokens` of the vocabulary.
 
-    end_tokens: of the model. n_rows: most requests that run at a time.
+    end_tokens: of the model. n_rows: maximum number of running requests.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Sampler:
         return _Params(
             requests=requests,
             greedy=all(p.temperature == 0 for p in params),
-            # below 1e-4 the division could overflow; the choice is greedy there anyhow
+            # below 1e-4 the division could overflow; the choice is greedy there anyway
             temperature_R=self._tensor([max(float(p.temperature), 1e-4) for p in params]),
             drawn_R=self._tensor([p.temperature > 0 for p in params]),
             limited=self._tensor(limited) if limited else None,
@@ -180,7 +180,7 @@ class Sampler:
         return torch.tensor(values, device=self.device)
 
     def _adjust(self, logits_RV: Tensor, plan: SamplingPlan) -> Tensor:
-        """Bias, penalties and `min_tokens`; a copy where anything changes."""
+        """Apply bias, penalties and `min_tokens`; returns a copy if anything changes."""
         params, (rows, tokens) = plan.params, plan.banned
         if params.bias is None and not params.penalized and not rows:
             return logits_RV
@@ -215,9 +215,9 @@ class Sampler:
 
 
 def threshold(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
-    """`[R]`: the probability of the least likely token that stays.
+    """`[R]`: the probability of the least likely token that is kept.
 
-    `top_p` counts within what `top_k` left; the most likely token always stays.
+    `top_p` applies to the tokens that `top_k` kept; the most likely token is always kept.
     """
     vocab = probs_RV.shape[1]
     counts = top_k_R.where(top_k_R < vocab, 1)
@@ -237,7 +237,7 @@ def threshold(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tenso
 def _nucleus(
     sorted_RK: Tensor, top_k_R: Tensor, top_p_R: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """The threshold of `top_k` and `top_p`, and whether these candidates were enough for it."""
+    """The threshold of `top_k` and `top_p`, and whether there were enough candidates for it."""
     most = sorted_RK.shape[1]
     cumulative_RK = sorted_RK.cumsum(-1)
     has_k_R = top_k_R < vocab

@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen and when it ends, checked: what a client may ask for."""
+"""Checked parameters of sampling and of the end of a request, as clients may set them."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ MAX_LOGIT_BIASES = 1024
 
 
 class RequestError(ValueError):
-    """A request that cannot be served. The message is one line, fit for the client to read."""
+    """A request that cannot be served. The message is one line for the client."""
 
     def __init__(
         self,
@@ -30,52 +30,52 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Types and ranges are checked: RequestError.
+    """Types and ranges are checked. Raises RequestError.
 
-    The logits of a token pass, in this order: `logit_bias`, penalties, `min_tokens`, temperature,
-    `top_k`, `top_p` (within what `top_k` left), `min_p`.
+    The logits of a token are changed in this order: `logit_bias`, penalties, `min_tokens`,
+    temperature, `top_k`, `top_p` (within the tokens that `top_k` kept), `min_p`.
     """
 
     max_tokens: int = 16
-    """Most tokens to generate, the end token included."""
+    """Maximum number of tokens to generate, the end token included."""
     n: int = 1
-    """Independent choices; they share the prompt's pages where a prefix cache is on."""
+    """Independent choices; they share the prompt's pages if a prefix cache is on."""
     temperature: float = 1.0
-    """Divides the logits. 0: greedy, whatever `top_k`, `top_p` and `min_p` are."""
+    """Divides the logits. 0: greedy, for any `top_k`, `top_p` and `min_p`."""
     top_p: float = 1.0
     """Sample from the fewest tokens whose probabilities reach this sum (arXiv:1904.09751)."""
     top_k: int = 0
     """Sample from this many most likely tokens. 0 or -1: from all."""
     min_p: float = 0.0
-    """Sample from tokens at least this times as likely as the likeliest (arXiv:2407.01082)."""
+    """Sample from tokens with at least this share of the highest probability (arXiv:2407.01082)."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of every token that the output has."""
+    """Subtracted from the logit of every token in the output."""
     frequency_penalty: float = 0.0
-    """Subtracted once for every time that the output has the token."""
+    """Subtracted once for every occurrence of the token in the output."""
     repetition_penalty: float = 1.0
     """Divides the positive, multiplies the negative logits of tokens of prompt and output
     (arXiv:1909.05858)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
     seed: int | None = None
-    """Makes the choices repeatable, whatever else is in the batch. None: never the same."""
+    """Makes the choices repeatable, for any other requests in the batch. None: always different."""
     stop: tuple[str, ...] = ()
     """End before the first of these strings; it is not part of the text."""
     stop_token_ids: tuple[int, ...] = ()
     """End with any of these tokens, as with the model's own end tokens."""
     ignore_eos: bool = False
-    """Go on after the model's end tokens (benchmarks)."""
+    """Continue after the model's end tokens (benchmarks)."""
     min_tokens: int = 0
-    """No end token and no stop token before so many tokens."""
+    """Minimum number of tokens before an end token or stop token."""
     logprobs: int | None = None
-    """Report the log-probability of each token and of so many most likely ones (0 to 20), as the
-    model gives them, before everything above."""
+    """Report the log-probability of each token and of this many most likely ones (0 to 20) as
+    computed by the model, before all of the above."""
     prompt_logprobs: int | None = None
-    """The same of the tokens of the prompt, whose cached prefix is then computed again."""
+    """The same for the tokens of the prompt, whose cached prefix is then computed again."""
     echo: bool = False
-    """Put the prompt in front of the text; with `logprobs`, score it as well."""
+    """Return the prompt before the text; with `logprobs`, score it as well."""
     return_routed_experts: bool = False
-    """Report which experts every token visited; the engine must have been started for it."""
+    """Report the experts of every token; the engine must be started with this option."""
 
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
@@ -123,7 +123,7 @@ class SamplingParams:
 
     @property
     def scored_prompt(self) -> int | None:
-        """How many most likely tokens to report beside each of the prompt; None: no scores."""
+        """Number of most likely tokens to report with each prompt token; None: no scores."""
         if self.prompt_logprobs is not None:
             return self.prompt_logprobs
         return self.logprobs if self.echo else None
@@ -133,7 +133,7 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
     def choice(self, index: int) -> "SamplingParams":
-        """Those of choice `index` alone: a seeded one has seed + index, so choices differ."""
+        """The parameters of choice `index`: with a seed it has seed + index, so choices differ."""
         seed = None if self.seed is None else (self.seed + index) % (1 << 64)
         return replace(self, n=1, seed=seed)
 

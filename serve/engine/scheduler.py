@@ -1,22 +1,22 @@
-"""Which tokens of which requests are computed in the next step.
+"""Chooses the tokens and requests of the next step.
 
 Continuous batching (Orca, OSDI'22) with one token budget per step: every running request that
-only lacks its newest token gets one (decode); what is left of the budget goes to prompts, cut into
-chunks where they are longer (Sarathi-Serve, arXiv:2403.02310). So a long prompt never stops the
-others for more than one step of bounded size.
+only lacks its newest token gets one (decode); the rest of the budget is for prompts, cut into
+chunks if they are longer (Sarathi-Serve, arXiv:2403.02310). So a long prompt never delays the
+others by more than one step of bounded size.
 
 **Order of admission.** Higher priority first; within a priority the longest cached prefix first
-(RadixAttention, arXiv:2312.07104), which keeps what is hot from being evicted and computed again;
-then order of arrival. Nobody starves: who was overtaken `max_overtaken` times by later requests,
-of whatever priority, is next, and nobody is admitted before it. A request whose prefix another one
-is about to compute waits for it, if that takes less than computing it twice.
+(RadixAttention, arXiv:2312.07104), so that recently used prefixes are not evicted and recomputed;
+then order of arrival. No request starves: one that later requests of any priority have overtaken
+`max_overtaken` times is next, and none is admitted before it. A request whose prefix another one
+is about to compute waits for it, if that is faster than computing it twice.
 
-**Memory.** A request holds pages for the tokens it has, not for those it may generate. It is
-admitted when its pages are there and, beyond them, room for every running request to grow by some
-tokens (`headroom`). When a running request finds no page, the last one in rank is retracted: it
-gives its pages back, keeps its tokens, and goes on later. The first in rank therefore always
-moves. Each retraction doubles the headroom, each step lowers it a little: who was retracted comes
-back only when there is room for some time.
+**Memory.** A request holds pages for its current tokens, not for those it may generate. It is
+admitted if its pages are available and, in addition, each running request can grow by some tokens
+(`headroom`). If a running request gets no page, the running request of lowest rank is retracted: it
+frees its pages, keeps its tokens, and continues later. The first in rank therefore always
+proceeds. Each retraction doubles the headroom, each step lowers it a little: a retracted request is
+admitted again only when there is memory for some time.
 """
 
 import bisect
@@ -28,12 +28,12 @@ from serve.cache.prefix_cache import TOKEN_BYTES, common_pages
 from serve.engine.request import FinishReason, Request, RequestError
 
 _MOST_SORTED = 128
-"""Waiting requests that are ordered by their cached prefix; those behind wait for their turn."""
+"""Number of waiting requests that are ordered by their cached prefix; the others wait."""
 _MOST_REFUSED = 8
-"""Requests that are tried and do not fit before admission ends for this step."""
+"""Number of requests that do not fit after which admission ends for this step."""
 _MOST_HEADROOM = 1 << 14
 _DECAY = 0.995
-"""Of the headroom, per step."""
+"""Factor on the headroom per step."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Chunk:
     start: int
     length: int
     samples: bool
-    """It reaches the newest token, so the next one can be sampled."""
+    """Whether it includes the newest token, so that the next one can be sampled."""
     index: int
-    """Which token of the output that is, from 0."""
+    """Index of that token in the output, from 0."""
 
     @property
     def end(self) -> int:
@@ -81,7 +81,8 @@ class Scheduler:
         """In rank."""
         self.n_retracted = 0
         self.n_prompt_tokens = 0
-        """Of requests admitted for the first time; of these `n_cached_tokens` were cached."""
+        """Prompt tokens of requests admitted for the first time; `n_cached_tokens` of them were
+        cached."""
         self.n_cached_tokens = 0
         self._n_added = 0
         self._headroom = float(pages.page_size)
@@ -91,7 +92,7 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def refuse_if_full(self, n_new: int) -> None:
-        """RequestError (503) where the queue has no room for `n_new` more."""
+        """Raise RequestError (503) if the queue cannot hold `n_new` more."""
         present = len(self.waiting) + len(self.running)
         if present + n_new > self.max_waiting + self.max_running:
             raise RequestError(
@@ -107,9 +108,9 @@ class Scheduler:
             self._enqueue(request)
 
     def finish(self, request: Request, reason: FinishReason, keep: bool = True) -> None:
-        """Take a request out, wherever it is, and free its pages. Again has no effect.
+        """Remove a request in any state, and free its pages. A second call has no effect.
 
-        keep: what it computed may be used again.
+        keep: its computed pages may be reused.
         """
         if request.finish_reason is not None:
             return
@@ -122,10 +123,11 @@ class Scheduler:
             self.waiting.remove(request)
 
     def next_batch(self, in_flight: bool = False) -> list[Chunk] | None:
-        """The chunks of the next step, those of length 1 first; empty when nothing can be done.
+        """The chunks of the next step, those of length 1 first; empty if there is no work.
 
-        They count as given to a step. in_flight: a step is under way whose results are not known.
-        None: a request must be retracted, which needs these results; ask again when they are here.
+        They are marked as computed. in_flight: a step is running whose results are not known.
+        None: a request must be retracted, which needs these results; call again when they are
+        known.
         """
         decodes: list[Request] = []
         for request in tuple(self.running):
@@ -152,7 +154,8 @@ class Scheduler:
         return sorted(batch, key=lambda chunk: chunk.length > 1)
 
     def commit(self, chunk: Chunk) -> None:
-        """The step of `chunk` has succeeded; call it before the sampled token is appended."""
+        """Record that the step of `chunk` has succeeded; call it before appending the sampled
+        token."""
         request = chunk.request
         request.num_committed = chunk.end
         if chunk.end >= len(request.prompt) and chunk.start < len(request.prompt):
@@ -160,7 +163,8 @@ class Scheduler:
         self.pages.slide(request.sequence, request.num_computed)
 
     def retract_all(self) -> None:
-        """Make all running requests wait and forget what they computed. No step is under way."""
+        """Move all running requests to the queue and discard their pages. No step may be
+        running."""
         while self.running:
             self._retract(self.running[-1], keep=False)
 
@@ -198,7 +202,7 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=_rank)
 
     def _admitted(self) -> Iterator[Request]:
-        """Move waiting requests to the running ones, as long as they fit and the caller asks."""
+        """Move waiting requests to the running ones, while they fit and the caller iterates."""
         if not self.waiting or len(self.running) >= self.max_running:
             return
         refused = 0
@@ -218,7 +222,7 @@ class Scheduler:
                 return
 
     def _candidates(self) -> list[Request]:
-        """The first waiting requests in the order in which they are to be admitted."""
+        """The first waiting requests in the order of admission."""
         first = self.waiting[:_MOST_SORTED]
         version = self.pages.prefixes.version
         for request in first:
@@ -228,7 +232,7 @@ class Scheduler:
         return first
 
     def _awaits_prefix(self, request: Request) -> bool:
-        """A running prompt will soon bring pages that are worth waiting for."""
+        """Whether a running prompt will soon provide pages that are worth waiting for."""
         if not self.pages.prefixes.reuses or self.pages.window:
             return False
         size = self.pages.page_size
@@ -244,7 +248,7 @@ class Scheduler:
         n_tokens = len(request.tokens)
         spare = sum(self._growth(one) for one in self.running) + self._growth(request)
         if not self.running:
-            spare = 0  # alone, it always fits
+            spare = 0  # a single request always fits
         if not self.pages.admit(request.sequence, request.key, n_tokens, spare):
             return False
         self.waiting.remove(request)
@@ -258,14 +262,14 @@ class Scheduler:
         return True
 
     def _growth(self, request: Request) -> int:
-        """Pages that `request` may still need for as many tokens as the headroom says."""
+        """Pages that `request` may still need for the tokens of the headroom."""
         tokens = request.num_tokens
         more = min(int(self._headroom), request.budget)
         held = len(request.sequence.pages) or self.pages.pages_for(tokens)
         return max(0, self.pages.pages_for(tokens + more) - held)
 
     def _count_overtaken(self, admitted: Request) -> bool:
-        """Count for all who came earlier. True if one of them must be next now."""
+        """Count for all that arrived earlier. True if one of them must be next now."""
         aged = []
         for request in self.waiting:
             if request.number < admitted.number and not request.aged:
@@ -279,7 +283,7 @@ class Scheduler:
         return bool(aged)
 
     def _grow(self, request: Request, in_flight: bool) -> bool:
-        """Make room for the newest token. False if that cost the request its place, or would."""
+        """Allocate memory for the newest token. False if the request was, or must be, retracted."""
         while not self.pages.grow(request.sequence, request.num_tokens):
             if in_flight:
                 return False

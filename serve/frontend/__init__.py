@@ -1,1 +1,1 @@
-"""The engine for its users: `serve.Engine`, the thread that computes for all, chat templates."""
+"""Interfaces of the engine: `serve.Engine`, the thread that computes, chat templates."""

@@ -1,7 +1,7 @@
-"""From messages to the text of a prompt, by the template that comes with an export.
+"""Converts messages to the text of a prompt, with the template of an export.
 
-A template is a program of whoever made the export, so it runs in Jinja2's sandbox, in which it
-reaches nothing but its variables. What templates may use is what transformers gives them.
+A template is an untrusted program, so it runs in Jinja2's sandbox, in which it can access nothing
+but its variables. The functions for templates are those of transformers.
 """
 
 import json
@@ -20,7 +20,7 @@ from models.hf.messages import one_line
 from serve.engine.sampling_params import RequestError
 
 Message = dict[str, Any]
-"""Has `role` and `content`."""
+"""A dictionary with `role` and `content`."""
 
 
 class ChatTemplate:
@@ -36,7 +36,7 @@ class ChatTemplate:
         self.variables = variables
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt up to where the answer begins. RequestError where it does not fit."""
+        """The prompt up to the start of the answer. Raises RequestError if the template fails."""
         if not messages or not all(
             isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one
             for one in messages
@@ -53,7 +53,7 @@ class ChatTemplate:
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
-    """From `chat_template.jinja` or `tokenizer_config.json`; None where there is none."""
+    """From `chat_template.jinja` or `tokenizer_config.json`; None if there is none."""
     config: dict[str, Any] = {}
     place = folder / "tokenizer_config.json"
     if inside(folder, place.name).exists():

@@ -1,7 +1,7 @@
-"""`serve.Engine`: answers from any script or notebook of the checkout, without a server.
+"""`serve.Engine`: completions from any script or notebook of the checkout, without a server.
 
-Every call goes through one thread that computes, so calls from several threads and coroutines are
-batched together. The thread starts with the first call.
+All calls are computed by one thread, so calls from several threads and coroutines are batched
+together. The thread starts with the first call.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ Prompt = str | Sequence[int]
 
 @dataclass
 class Completion:
-    """One whole answer to one prompt."""
+    """One whole completion of one prompt."""
 
     prompt: list[int]
     text: str = ""
@@ -40,7 +40,7 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     request: Request | None = field(default=None, repr=False)
-    """Has more of it: `num_cached`, `prompt_logprobs`, `routed_experts`."""
+    """Has further results: `num_cached`, `prompt_logprobs`, `routed_experts`."""
 
     def add(self, output: Output) -> None:
         self.text += output.text
@@ -50,7 +50,7 @@ class Completion:
 
 
 class Engine:
-    """A model that answers. Use it as a context manager, or `close` it, to end its thread."""
+    """A model for generation. Use it as a context manager, or `close` it, to end its thread."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class Engine:
         device: str = "auto",
         **settings: Any,
     ) -> None:
-        """model: the folder of an export, or one that is open already. settings: those of
-        `EngineOptions`, instead of `options`. UserError: one line of what cannot work."""
+        """model: the folder of an export, or an opened one. settings: fields of `EngineOptions`,
+        instead of `options`. Raises UserError, one line, for invalid arguments."""
         assert options is None or not settings, "options or settings, not both"
         self.chat_template: ChatTemplate | None = None
         if not isinstance(model, Export):
@@ -83,7 +83,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the thread; what is under way ends as cancelled."""
+        """End the thread; running requests end as cancelled."""
         self.thread.stop()
 
     def generate(
@@ -91,7 +91,8 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Complete prompts, text or token ids, batched as they fit; `n` answers to each in turn."""
+        """Complete prompts, text or token ids, batched as they fit; `n` completions of each in
+        turn."""
         requests = self._requests(prompts, params)
         found = {request: Completion(request.prompt, request=request) for request in requests}
         done, left = threading.Event(), len(requests)
@@ -109,7 +110,7 @@ class Engine:
         return list(found.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
-        """The outputs to one prompt as they come; leaving the loop cancels the rest."""
+        """The outputs for one prompt as they are generated; leaving the loop cancels the rest."""
         requests = self._requests(prompt, params)
         outputs: SimpleQueue[Output] = SimpleQueue()
         with self._submitted(requests, outputs.put):
@@ -161,11 +162,11 @@ class Engine:
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[Output]:
-        """`chat`, as it comes."""
+        """`chat`, as it is generated."""
         return self.stream(self.chat_prompt(messages), params)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation, up to where the answer begins."""
+        """Tokens of a conversation, up to the start of the answer."""
         tokenizer = self.core.export.tokenizer
         if self.chat_template is None or tokenizer is None:
             raise RequestError("this model has no chat template; use generate", "messages")
@@ -174,13 +175,13 @@ class Engine:
         return tokens
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes."""
+        """Remove all cached prefixes."""
         self.thread.start()
         self.thread.call(self.core.flush_cache)
 
     def update_weights(self, folder: str | Path) -> None:
-        """Go on with the weights of another export of the same model; requests under way go on
-        with them too, and everything the old ones computed is forgotten."""
+        """Continue with the weights of another export of the same model; running requests use them
+        too, and everything computed with the old ones is discarded."""
         self.thread.start()
         self.thread.call(lambda: self.core.update_weights(Path(folder)))
 

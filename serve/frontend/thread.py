@@ -1,8 +1,8 @@
-"""The engine's thread: other threads hand requests in and get their outputs delivered.
+"""The engine's thread: other threads submit requests, and outputs are delivered by callbacks.
 
-The engine is computed in one thread, HTTP in another, of the same process: on few cores a second
-process costs more than it brings, and torch releases the interpreter lock while it computes.
-Commands wait in an inbox and take effect between two steps, so the engine itself needs no locks.
+The engine runs in one thread, HTTP in another, of the same process: on few cores a second process
+is slower, and torch releases the interpreter lock while it computes. Commands wait in an inbox and
+take effect between two steps, so the engine itself needs no locks.
 """
 
 import logging
@@ -38,13 +38,13 @@ class EngineThread:
         return self._thread.is_alive() and not self._stopping
 
     def start(self) -> None:
-        """Start the thread. Again has no effect."""
+        """Start the thread. A second call has no effect."""
         with self._wake:
             if self._thread.ident is None:
                 self._thread.start()
 
     def stop(self, wait: bool = True) -> None:
-        """End the thread after its current step; what was under way is delivered as cancelled."""
+        """End the thread after its current step; running requests are delivered as cancelled."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -54,7 +54,7 @@ class EngineThread:
     def submit(self, requests: Sequence[Request], deliver: Deliver, limited: bool = True) -> None:
         """Queue all of `requests` or, with RequestError (503), none of them.
 
-        limited: refuse what exceeds the queue.
+        limited: reject requests that exceed the queue.
         """
         with self._wake:
             if not self.alive:
@@ -67,7 +67,7 @@ class EngineThread:
 
     @contextmanager
     def submitted(self, requests: Sequence[Request], deliver: Deliver) -> Iterator[None]:
-        """Submit any number of requests, and cancel at the end what is unfinished."""
+        """Submit any number of requests, and cancel the unfinished ones at the end."""
         self.submit(requests, deliver, limited=False)
         try:
             yield
@@ -75,7 +75,7 @@ class EngineThread:
             self.cancel(requests)
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Stop requests and deliver no more of them. Finished ones are left as they are."""
+        """Stop requests and deliver no more of their outputs. Finished ones are unchanged."""
         with self._wake:
             self._cancelled += [r for r in requests if self._deliver.pop(r, None) is not None]
             self._wake.notify()
@@ -110,7 +110,7 @@ class EngineThread:
                 self._hand_out(Output(request, "", [], [], "cancelled"))
 
     def _take_commands(self) -> bool:
-        """Wait until there is work, and take it over. False: it is time to stop."""
+        """Wait for work and take the commands from the inbox. False if the thread must stop."""
         scheduler = self.core.scheduler
         with self._wake:
             while not (self._stopping or self.core.busy or self._has_commands):
@@ -143,5 +143,5 @@ class EngineThread:
             return
         try:
             deliver(output)
-        except Exception:  # its event loop is closed: nobody reads any more
+        except Exception:  # its event loop is closed: outputs are not read any more
             self.cancel([output.request])

@@ -96,7 +96,7 @@ def test_what_decides_weights_or_data_is_refused(
 def test_mtp_modules_that_come_or_go_are_named() -> None:
     deep = load(TINY, ["--model.mtp_depth=3"])
     one = load(TINY, ["--model.mtp_depth=1"])
-    assert "MTP modules 2 to 3: new, initialised from run.seed" in compare_for_start(one, deep)
+    assert "MTP modules 2 to 3: new, initialized from run.seed" in compare_for_start(one, deep)
     assert any("MTP modules 2 to 3: left out" in line for line in compare_for_start(deep, one))
     names = ["model.mtp.0.norm.weight", "model.mtp.1.norm.weight", "model.layers.2.norm.weight"]
     assert [is_new(name, one) for name in names] == [False, True, False]
@@ -172,7 +172,7 @@ def test_mtp_modules_come_and_go_with_given_weights(
     (first,) = read_lines(flat / "metrics.jsonl")
     start = [*still, f"--run.dir={deep}", f"--checkpoint.init_from={flat}"]
     assert train(*start, "--model.mtp_depth=1") == 0
-    assert "MTP modules 1 to 1: new, initialised from run.seed" in capfd.readouterr().out
+    assert "MTP modules 1 to 1: new, initialized from run.seed" in capfd.readouterr().out
     (second,) = read_lines(deep / "metrics.jsonl")
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert train(*start) == 2

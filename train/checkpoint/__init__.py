@@ -1,1 +1,1 @@
-"""Checkpoints that any mesh can read, which of them are kept, and where a run starts."""
+"""Checkpoints that any mesh can read, their retention, and the start of a run."""

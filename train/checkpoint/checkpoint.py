@@ -5,8 +5,8 @@ tensors of which it is the primary replica (or several that one process wrote on
 `write`), and `manifest.json`, which lists every box (name, whole shape, offset, shape, file), size
 and CRC-32 of every file, the run's state and its config. It is written under a temporary name,
 fsynced and renamed, so that a folder with a manifest is complete; it is never overwritten. Loading
-intersects the boxes a rank needs with the boxes that were saved, and checks that they cover it, so
-a run may resume on another mesh.
+intersects the boxes a rank needs with the saved boxes, and checks that they cover it, so a run may
+resume on another mesh.
 """
 
 import json
@@ -57,7 +57,7 @@ __all__ = [
 
 
 def check_folder(root: Path) -> None:
-    """Raise UserError where no checkpoint can be written under `root`: before a run trains."""
+    """Raise UserError if no checkpoint can be written under `root`; called before a run trains."""
     why = "this is no folder; move it away"
     try:
         if root.is_dir() or not os.path.lexists(root):
@@ -82,10 +82,16 @@ def save(
 ) -> Path:
     """Write checkpoint `state["step"]` under `root`; all ranks call this together.
 
-    tensors: live tensors by name, the same names on all ranks. keep: afterwards older checkpoints
-    are removed once so many verified ones stay, this one included (`train.checkpoint.retention`);
-    None removes nothing. say: hears on rank 0 of what could not be removed. Raises UserError on
-    every rank if one of them cannot write.
+    Raises UserError on every rank if one of them cannot write.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        tensors: Live tensors by name, the same names on all ranks.
+        state, config: The run's state and settings.
+        keep: Older checkpoints are removed once this many verified ones exist, this one included
+            (`train.checkpoint.retention`); None removes nothing.
+        ranks: All ranks.
+        say: Called on rank 0 with a line for each folder that could not be removed.
     """
     final = path_of(root, state["step"])
     try:
@@ -95,7 +101,7 @@ def save(
         failed = [report["error"] for report in reports if "error" in report]
         if failed:
             if ranks.is_first:
-                retention.delete(partial)  # a full disk needs its room back
+                retention.delete(partial)  # frees space on a full disk
             raise CheckpointError(failed[0])
         ranks.on_first(lambda: _commit(partial, final, reports, state, config))
     except UserError as error:
@@ -113,8 +119,8 @@ def write(
 ) -> Path:
     """Write checkpoint `state["step"]` under `root` from this process alone, file by file.
 
-    parts: each makes the boxes of one file when its turn comes, so that only one file's are held.
-    Together they must cover every tensor.
+    parts: each creates the boxes of one file when it is called, so that only one file's boxes are
+    in memory. Together they must cover every tensor.
     """
     final = path_of(root, state["step"])
     try:
@@ -128,7 +134,7 @@ def write(
 
 
 def _begin(root: Path, final: Path) -> Path:
-    """The empty folder to write into, once leftovers of killed saves are gone."""
+    """Create the empty folder to write into, after removing leftovers of killed saves."""
     if os.path.lexists(final) and _is_sound(final):
         raise CheckpointError("it exists already")
     root.mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ def _begin(root: Path, final: Path) -> Path:
 
 
 def _is_sound(folder: Path) -> bool:
-    if not is_valid(folder):  # it does not exist for a loader
+    if not is_valid(folder):  # a loader ignores it
         return False
     try:
         verify_files(read_manifest(folder))
@@ -150,7 +156,7 @@ def _is_sound(folder: Path) -> bool:
 
 
 def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
-    """Write this rank's boxes; returns what the manifest says of them, or the error."""
+    """Write this rank's boxes; returns their entry of the manifest, or the error."""
     boxes = {name: box_of(tensor) for name, tensor in tensors.items()}
     mine = {
         name: (boxes[name], local_of(tensor).detach().cpu().contiguous())
@@ -161,13 +167,13 @@ def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[st
         return {}
     try:
         return _write_file(path, mine)
-    except Exception as error:  # all ranks must hear of it
+    except Exception as error:  # all ranks must get it
         why = one_line(error) if isinstance(error, OSError) else str(error)
         return {"error": f"rank {rank}: {why}"}
 
 
 def _write_file(path: Path, boxes: dict[str, tuple[Box, Tensor]]) -> dict[str, Any]:
-    """Write one file; returns what the manifest says of it."""
+    """Write one file; returns its entry of the manifest."""
     from safetensors import safe_open
 
     save_tensors({name: tensor for name, (_, tensor) in boxes.items()}, path)
@@ -211,7 +217,7 @@ def _commit(
 
 
 _INTERCHANGEABLE = {torch.float32, torch.bfloat16}
-"""One may be loaded as the other: `precision.moments` may change."""
+"""Each may be loaded as the other: `precision.moments` may change."""
 
 
 def load(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -229,19 +235,20 @@ def load(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Reader:
-    """Boxes of a checkpoint's tensors, put together from the files that hold them."""
+    """Boxes of a checkpoint's tensors, assembled from its files."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._files = MappedFiles()
 
     def whole(self, name: str) -> Box:
-        """The box that is all of tensor `name`."""
+        """The box of the whole tensor `name`."""
         shape = self._parts(name)[0][0].whole
         return Box(shape, (0,) * len(shape), shape)
 
     def read(self, name: str, box: Box) -> Tensor:
-        """The data of `box`, on the CPU. Raises CheckpointError where it is not there just once."""
+        """The data of `box`, on the CPU. Raises CheckpointError if any of it is missing or
+        double."""
         result: Tensor | None = None
         covered, twice = torch.zeros(box.shape, dtype=torch.bool), False
         for saved, file in self._parts(name):
@@ -276,7 +283,7 @@ class Reader:
         return parts
 
     def _slice(self, file: str, name: str, common: Box, saved: Box) -> Tensor:
-        """`common`, which is part of `saved`, out of the file that holds `saved`."""
+        """`common`, which is part of `saved`, from the file of `saved`."""
         from safetensors import SafetensorError
 
         path = self.manifest.folder / file

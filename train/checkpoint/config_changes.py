@@ -1,8 +1,8 @@
-"""What may change between a checkpoint and the run that starts from it: one table, used twice.
+"""Settings that may change between a checkpoint and the run that starts from it, in one table.
 
 A run that resumes, or starts from given weights (`checkpoint.init_from`), compares its settings
-with those of the checkpoint. Some decide what the weights mean, some which data a run has seen; the
-others may change, and are listed.
+with those of the checkpoint. Some determine the meaning of the weights, some the data that a run
+has already read; the others may change, and are listed.
 """
 
 from enum import Enum
@@ -17,7 +17,7 @@ from train.optim.schedule import learning_rate, schedule_steps
 
 
 class ConfigChange(Enum):
-    """When a key may have another value than the checkpoint."""
+    """When a key may have another value than in the checkpoint."""
 
     NEVER = "it decides the tensors or what they compute"
     WITH_NEW_RUN = "weights survive it, a run does not: other data, positions or modules"
@@ -59,7 +59,7 @@ CHANGES: dict[str, ConfigChange] = {
     "model.moe.global_aux_loss_coef": _ALWAYS,
     "model.moe.router_z_loss_coef": _ALWAYS,
     "model.moe.force_balance": _NEW,
-    "data": _ALWAYS,  # what it leads to, the tokens, is compared itself (`refuse_other_corpus`)
+    "data": _ALWAYS,  # the resulting tokens are compared (`refuse_other_corpus`)
     "data.seq_len": _NEW,
     "train": _ALWAYS,
     "train.global_batch": _NEW,
@@ -70,11 +70,11 @@ CHANGES: dict[str, ConfigChange] = {
     "validation": _ALWAYS,
     "checkpoint": _ALWAYS,
 }
-"""A key, or a section for those of its keys that are not listed themselves."""
+"""A key, or a section for those of its keys that are not in the table."""
 
 
 def change_of(key: str) -> ConfigChange:
-    """When a dotted key may change. KeyError where that is not decided."""
+    """When a dotted key may change. Raises KeyError if the table has no entry."""
     parts = key.split(".")
     prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
     return CHANGES[next((prefix for prefix in prefixes if prefix in CHANGES), key)]
@@ -92,7 +92,7 @@ def settings_then(manifest: Manifest) -> JobConfig:
 
 
 def compare_for_resume(then: JobConfig, config: JobConfig, done: int) -> list[str]:
-    """Refuse a change that a run cannot make when it resumes; describe what else is different.
+    """Raise UserError for a change that is not allowed when a run resumes; list other changes.
 
     done: steps of the checkpoint.
     """
@@ -113,7 +113,7 @@ def compare_for_resume(then: JobConfig, config: JobConfig, done: int) -> list[st
 
 
 def refuse_other_corpus(then: JobConfig, config: JobConfig) -> NoReturn:
-    """Raise UserError for a run whose tokens are not those that its checkpoint was trained on."""
+    """Raise UserError for a run with other tokens than those its checkpoint was trained on."""
     changed = [line for key, line in _changed(then, config).items() if key.startswith("data.")]
     cause = (
         f"with another {', '.join(changed)}"
@@ -127,7 +127,7 @@ def refuse_other_corpus(then: JobConfig, config: JobConfig) -> NoReturn:
 
 
 def compare_for_start(then: JobConfig, config: JobConfig) -> list[str]:
-    """Refuse weights of another model; say what else of the model and its training is different."""
+    """Raise UserError for weights of another model; list other changes of model and training."""
     told = _changed(then, config)
     other = [line for key, line in told.items() if change_of(key) is ConfigChange.NEVER]
     if other:
@@ -141,10 +141,10 @@ def compare_for_start(then: JobConfig, config: JobConfig) -> list[str]:
 
 
 def mtp_lines(then: int, now: int) -> list[str]:
-    """What becomes of the modules of multi-token prediction when their number changes."""
+    """Lines about the modules of multi-token prediction if their number changes."""
     modules = f"MTP modules {min(then, now) + 1} to {max(then, now)}"
     if now > then:
-        return [f"{modules}: new, initialised from run.seed"]
+        return [f"{modules}: new, initialized from run.seed"]
     return [f"{modules}: left out, this run has {now}"] if now < then else []
 
 
@@ -155,7 +155,7 @@ def is_new(name: str, then: JobConfig) -> bool:
 
 
 def rate_lines(then: JobConfig, config: JobConfig, done: int) -> list[str]:
-    """One line where the next step gets another learning rate than it would have got."""
+    """One line if the next step has another learning rate than without the changes."""
     step, was, now = done + 1, schedule_steps(then), schedule_steps(config)
     if not 1 < step <= config.train.steps:
         return []
@@ -177,7 +177,7 @@ def rate_lines(then: JobConfig, config: JobConfig, done: int) -> list[str]:
 
 
 def _changed(then: JobConfig, config: JobConfig) -> dict[str, str]:
-    """The keys that differ, each with both values in words."""
+    """The keys that differ, each with a description of both values."""
     old, new = flatten(then), flatten(config)
     return {
         key: f"{key} (was {short(repr(old[key]), 300)}, is {short(repr(new[key]), 300)})"

@@ -1,9 +1,9 @@
-"""`manifest.json` of a checkpoint: read, and believed in nothing before it is checked.
+"""Reads `manifest.json` of a checkpoint, which is untrusted input, and checks all of it.
 
-A checkpoint may come from anywhere, and a checksum only excludes accidental changes. So
-every name, number and type is checked here, and each file's header against the boxes that it
-should hold: what passes can be read without a surprise, and no tensor is larger than the files
-that hold it. A refusal is one line of bounded length.
+A checkpoint may come from any source, and a checksum only detects accidental changes. So every
+name, number and type is checked here, and each file's header against the boxes that it should
+contain: a checked manifest can be read safely, and no tensor is larger than its files. An error is
+one line of bounded length.
 """
 
 import stat
@@ -33,7 +33,7 @@ from train.checkpoint.manifest_content import (
 FORMAT = 1
 MANIFEST = "manifest.json"
 _MOST_BYTES = 2**30
-"""Largest manifest that is read. 150 bytes a box: seven million of them."""
+"""Largest manifest that is read: at 150 bytes per box, seven million of them."""
 
 
 class CheckpointError(UserError):
@@ -50,7 +50,7 @@ class Manifest:
     files: dict[str, dict[str, int]]
     """File -> its `bytes` and `crc32`."""
     dtypes: dict[str, str]
-    """Tensor name -> dtype as safetensors writes it; a tensor without one was not described."""
+    """Tensor name -> dtype as safetensors writes it; missing for a tensor without description."""
     state: dict[str, Any]
     config: dict[str, Any]
 
@@ -71,7 +71,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest below it or its `checkpoints`."""
+    """The checkpoint at `path`: itself, or the newest below it or its `checkpoints`."""
     try:
         if (path / MANIFEST).is_file():
             return path
@@ -87,7 +87,7 @@ def find(path: Path) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, after its own checksum and the sizes of all files hold."""
+    """The manifest of a checkpoint, after checking its checksum and the sizes of all files."""
     path = folder / MANIFEST
     try:
         content = parse(_read(path))
@@ -121,7 +121,7 @@ def is_valid(folder: Path) -> bool:
 def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
     """Compare every file with the manifest, divided among the ranks; raises on all if one fails.
 
-    Compared are its checksum, and the names, shapes and dtypes in its header. With `world` 1 no
+    It compares the checksum, and the names, shapes and dtypes in the header. With `world` 1 no
     process group is needed.
     """
     faults = faults_of_files(manifest, rank, world)
@@ -135,7 +135,7 @@ def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
 
 
 def faults_of_files(manifest: Manifest, rank: int = 0, world: int = 1) -> dict[str, str]:
-    """What is wrong with the files of this rank's share, by name."""
+    """The errors of the files in this rank's share, by name."""
     listed: dict[str, list[tuple[str, Box]]] = {}
     for name, parts in manifest.boxes.items():
         for box, file in parts:
@@ -159,7 +159,7 @@ def crc32(path: Path) -> int:
 
 def _read(path: Path) -> str:
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # reading a FIFO would wait for ever
+    if not stat.S_ISREG(found.st_mode):  # reading a FIFO would wait forever
         raise Fault("not a file")
     if found.st_size > _MOST_BYTES:
         raise Fault(f"{found.st_size} bytes, at most {_MOST_BYTES} are read")
@@ -187,7 +187,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _fault_of_file(manifest: Manifest, file: str, boxes: Iterable[tuple[str, Box]]) -> str | None:
-    """What is wrong with a file; None where it is as the manifest says."""
+    """The error of a file; None if it matches the manifest."""
     from safetensors import SafetensorError, safe_open
 
     path = manifest.folder / file

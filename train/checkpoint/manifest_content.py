@@ -1,8 +1,8 @@
 """The content of a `manifest.json`, checked: every key, type, name and number.
 
-What passes has boxes within their tensors and enough of them for each whole tensor, sizes that fit
-64 bits, and names and strings of bounded length. What does not is a `Fault` in one line of bounded
-length.
+Checked content has boxes within their tensors and enough of them for each whole tensor, sizes that
+fit 64 bits, and names and strings of bounded length. Otherwise a `Fault` with one line of bounded
+length is raised.
 """
 
 import json
@@ -16,31 +16,31 @@ from parallel.shards import Box
 
 LONGEST_NAME = 1000
 _LONGEST_TEXT = 4096
-"""Longest string of state and config: that of a path."""
+"""Longest string of state and config: the length limit of a path."""
 _LARGEST = 2**62
-"""Of a size, offset or step; their sums fit 64 bits."""
+"""Largest size, offset or step; their sums fit 64 bits."""
 _MOST_DIMENSIONS = 16
 FOLDER_NAME = re.compile(r"step-[0-9]{8,18}")
 
 
 class Fault(ValueError):
-    """What is wrong within a manifest; becomes a CheckpointError that names it."""
+    """An error in a manifest; it becomes a CheckpointError with the file's name."""
 
 
 def short(value: object, longest: int = 120) -> str:
-    """`value` for an error message: printable, on one line, cut where it is long."""
+    """`value` for an error message: printable, on one line, shortened if it is long."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "?" for c in text[: longest + 1])
     return text if len(text) <= longest else text[:longest] + "..."
 
 
 def crc32_of(content: dict[str, Any]) -> int:
-    """CRC-32 of a manifest without its own."""
+    """CRC-32 of a manifest without its `crc32`."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def step_of(folder: Path) -> int:
-    """The step that the name of a checkpoint's folder says."""
+    """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -63,7 +63,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def _entry(content: dict[str, Any], key: str, kind: type) -> Any:
-    """`content[key]`, of type `kind` exactly: a boolean is no integer."""
+    """`content[key]`, of exactly the type `kind`: a boolean is no integer."""
     value = content.get(key)
     if type(value) is not kind:
         what = "is missing" if key not in content else f"= {short(value)} is no {kind.__name__}"
@@ -99,7 +99,7 @@ def files_of(content: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def boxes_of(content: dict[str, Any]) -> dict[str, list[tuple[Box, str]]]:
-    """The boxes by tensor name: each within its tensor, together enough for all of it."""
+    """The boxes by tensor name: each within its tensor, together enough to cover it."""
     boxes: dict[str, list[tuple[Box, str]]] = {}
     for entry in _entry(content, "boxes", list):
         if type(entry) is not dict:
@@ -135,7 +135,7 @@ def _axes(entry: dict[str, Any], key: str) -> tuple[int, ...]:
 
 
 def dtypes_of(content: dict[str, Any]) -> dict[str, str]:
-    """Absent in checkpoints written before dtypes were listed."""
+    """The dtypes by tensor name; missing in checkpoints written before dtypes were listed."""
     entries = (entry for entry in content["boxes"] if "dtype" in entry)
     return {entry["name"]: short(entry["dtype"]) for entry in entries}
 
@@ -159,7 +159,8 @@ def config_of(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_scalars(what: str, content: dict[str, Any]) -> None:
-    """Values are scalars or lists of them, as settings are; none is longer than a path."""
+    """Check that values are scalars or lists of them, as settings are, and no longer than a
+    path."""
     for key, value in content.items():
         _name(key, f"{what}: key")
         items = value if type(value) is list else [value]

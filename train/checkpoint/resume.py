@@ -1,4 +1,4 @@
-"""Where a run starts: anew, from another run's weights, or from its own newest checkpoint."""
+"""Where a run starts: from initial weights, another run's weights, or its newest checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,19 +31,25 @@ class ResumeState:
     done: int
     """Steps done."""
     lines: list[str]
-    """What to tell the user."""
+    """Messages for the user."""
     owes_validation: bool
-    """Whether a stop cut short the validation that was due after the last step."""
+    """Whether a stop interrupted the validation after the last step."""
 
 
 def restore(
     config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors, optimizer: Tensors
 ) -> ResumeState:
-    """Fill the live tensors and say how far the run is.
+    """Fill the live tensors and return the state of the run.
 
-    facts: what a resume must find again (`corpus`, the data's fingerprint) or tells of (`compute`,
-    the dtype). weights, optimizer: give the live tensors by name. A checkpoint of the run itself
-    comes before `checkpoint.init_from`. Raises UserError, on all ranks alike.
+    A checkpoint of the run itself has priority over `checkpoint.init_from`. Raises UserError on all
+    ranks.
+
+    Args:
+        config: The settings.
+        ranks: All ranks.
+        facts: Values that must be the same on resume (`corpus`, the data's fingerprint) or whose
+            change is reported (`compute`, the dtype).
+        weights, optimizer: Return the live tensors by name.
     """
     chosen = ranks.on_first(lambda: _choose(config, facts))
     if chosen is None:
@@ -66,7 +72,7 @@ def restore(
 
 
 def _choose(config: JobConfig, facts: dict[str, str]) -> dict[str, Any] | None:
-    """Which checkpoint to start from; decided by rank 0 for all."""
+    """Which checkpoint to start from; rank 0 decides for all."""
     own = checkpoint.checkpoints(local_path(config.run.dir) / "checkpoints")
     init_from = config.checkpoint.init_from
     if not own:
@@ -98,7 +104,7 @@ def _choose(config: JobConfig, facts: dict[str, str]) -> dict[str, Any] | None:
 def _compare_model(
     manifest: checkpoint.Manifest, config: JobConfig, facts: dict[str, str]
 ) -> list[str]:
-    """Refuse weights of another model; say what else is different."""
+    """Raise UserError for weights of another model; list other changes."""
     state = _state(manifest)
     lines = compare_for_start(settings_then(manifest), config)
     if state["corpus"] != facts["corpus"]:
@@ -112,7 +118,7 @@ def _compare_model(
 
 
 def _same_tokenizer(checkpoint_folder: Path, config: JobConfig) -> bool:
-    """Whether `data.tokenizer` names that of the run or import whose checkpoint this is."""
+    """Whether `data.tokenizer` is that of the run or import of this checkpoint."""
     if not config.data.tokenizer:
         return False
     ours = local_path(config.data.tokenizer)
@@ -125,7 +131,7 @@ def _same_tokenizer(checkpoint_folder: Path, config: JobConfig) -> bool:
 
 
 def _compare(manifest: checkpoint.Manifest, config: JobConfig, facts: dict[str, str]) -> list[str]:
-    """Refuse a change of what must not change; describe what else is different."""
+    """Raise UserError for a change that is not allowed; list other changes."""
     state = _state(manifest)
     then = settings_then(manifest)
     lines = compare_for_resume(then, config, manifest.step)
@@ -141,7 +147,7 @@ _STATE = {"corpus": str, "compute": str, "owes_validation": bool}
 
 
 def _state(manifest: checkpoint.Manifest) -> dict[str, Any]:
-    """The state of a run's checkpoint, with every entry a run needs."""
+    """The state of a run's checkpoint, checked to have every entry that a run needs."""
     for key, kind in _STATE.items():
         value = manifest.state.get(key)
         if type(value) is not kind:

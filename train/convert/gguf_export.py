@@ -1,7 +1,8 @@
-"""An export becomes a GGUF file, by llama.cpp's own converter in a process of its own.
+"""Converts an export to a GGUF file with llama.cpp's own converter in a separate process.
 
-A tokenizer trained here is unknown to the converter, which recognises tokenizers by a hash;
-`train/convert/llama_cpp_converter.py` tells it. Given tokenizers are left to the converter.
+The converter recognizes tokenizers by a hash, so a tokenizer trained here is unknown to it;
+`train/convert/llama_cpp_converter.py` supplies its type. Existing tokenizers use the converter's
+own detection.
 """
 
 import json
@@ -22,7 +23,7 @@ _CONVERTER = Path(__file__).with_name("llama_cpp_converter.py")
 
 
 def llama_cpp_words(folder: Path) -> str | None:
-    """llama.cpp's name for how the export's tokenizer cuts words; None where it is not ours."""
+    """llama.cpp's name for the pre-tokenizer of the export; None if it is not the one used here."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ours = cuts_words_as_ours(tokenizer) and json.loads(tokenizer.to_str())["model"].get(
         "ignore_merges", False
@@ -52,7 +53,7 @@ def export_gguf(folder: Path, out: Path, dtype: str, llama_cpp: Path, python: st
 
 
 def last_error(text: str) -> str:
-    """The error that ends a traceback; where there is none, the last line that says something."""
+    """The error at the end of a traceback; otherwise the last non-empty line."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = re.findall(r"^(?:\[rank0\]: )?([\w.]*(?:Error|Exception)\b.*)", text, re.MULTILINE)
     return str((errors or lines or ["no output"])[-1])

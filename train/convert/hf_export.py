@@ -1,9 +1,9 @@
-"""A checkpoint becomes a Hugging Face folder: config.json, generation_config.json, safetensors
+"""Converts a checkpoint to a Hugging Face folder: config.json, generation_config.json, safetensors
 shards with their index, the tokenizer and its chat template, in an architecture that transformers,
-SGLang and vLLM know.
+SGLang and vLLM support.
 
-No process group, no model in memory: one shard at a time is put together, from pieces of the
-checkpoint's boxes.
+It needs no process group and no model in memory: one shard at a time is assembled from pieces of
+the checkpoint's boxes.
 """
 
 import json
@@ -31,11 +31,12 @@ from train.tokenizer.tokenizer import load_tokenizer
 
 
 def export_hf(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
-    """Write the newest checkpoint of `source` (or that very checkpoint) to `out`.
+    """Write the newest checkpoint of `source` (or the checkpoint `source` itself) to `out`.
 
-    dtype: with float8_e4m3fn, what readers do not hold quantized is bf16 (`models.hf.fp8_blocks`).
-    out: default `<run>/export`; an earlier export there is replaced once the new one is complete.
-    Raises UserError if the model has no Hugging Face form or the checkpoint is damaged.
+    dtype: with float8_e4m3fn, tensors that readers do not support in FP8 are bf16
+    (`models.hf.fp8_blocks`). out: default `<run>/export`; an earlier export there is replaced once
+    the new one is complete. Raises UserError if the model has no Hugging Face form or the
+    checkpoint is damaged.
     """
     folder = checkpoint.find(local_path(source)).resolve()
     manifest = checkpoint.read_manifest(folder)
@@ -55,7 +56,7 @@ def export_hf(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     described = hf_config(
         config.model,
         max_positions=max(config.data.seq_len, longest_sequence(came_with or {})),
-        eos_token_id=0,  # this and others below
+        eos_token_id=0,  # this and others are set below
         dtype=str(torch.bfloat16 if is_fp8 else dtype).removeprefix("torch."),
     )
     if is_fp8:
@@ -82,7 +83,8 @@ def export_hf(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
 def _write_beside(
     folder: Path, tokenizer: Path, described: dict[str, Any], came_with: dict[str, Any] | None
 ) -> None:
-    """Tokenizer, generation settings and config.json; `came_with`: an imported model's own."""
+    """Write tokenizer, generation settings and config.json; `came_with`: those of an imported
+    model."""
     if came_with is None:
         ids = export_tokenizer(
             tokenizer / "tokenizer.json", folder, described["max_position_embeddings"]
@@ -96,8 +98,8 @@ def _write_beside(
 
 
 def _refuse_lost(reader: checkpoint.Reader, model: ModelConfig) -> None:
-    """Raise UserError where a tensor of the checkpoint is not zero and has no place in the
-    architecture, such as a balancing bias that an earlier run has moved."""
+    """Raise UserError if the architecture cannot store a tensor of the checkpoint that is not zero,
+    such as a balancing bias that an earlier run has changed."""
     has_place = {f"model.{t.ours}" for t in hf_tensors(model)}
     for name in reader.manifest.boxes:
         if name.startswith("model.") and name not in has_place:

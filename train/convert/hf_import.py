@@ -1,10 +1,10 @@
-"""A Hugging Face folder becomes one of our checkpoints: a folder that looks like a run, with
-`checkpoints/step-00000000`, `tokenizer/` and a `config.toml` that trains on from it
-(`checkpoint.init_from`) into a run of its own.
+"""Converts a Hugging Face folder to one of our checkpoints: a folder with the layout of a run, with
+`checkpoints/step-00000000`, `tokenizer/` and a `config.toml` that continues training from it
+(`checkpoint.init_from`) in a new run.
 
 Weights become fp32, the dtype of our master weights: exact for fp32, bf16 and fp16; FP8 blocks and
 MXFP4 are dequantized. The checkpoint is written in files of at most 5 GiB, one after the other, so
-a model of any size passes through one file's worth of memory.
+the memory in use is that of one file for a model of any size.
 """
 
 import math
@@ -40,7 +40,7 @@ from train.tokenizer.files import files_for_others, longest_sequence, take_over
 from train.tokenizer.tokenizer import load_tokenizer
 
 _LONGEST_SEQUENCE = 4096
-"""What config.toml starts with, where the model can do more: its memory grows with the length."""
+"""Maximum sequence length in config.toml, since memory grows with it; the model may allow more."""
 _HEADER = """\
 # Trains on from the weights imported from {source}.
 # [model] describes them: leave it. Yours to decide: data.source, the lengths, [train], [optimizer].
@@ -50,10 +50,10 @@ _HEADER = """\
 def import_hf(
     source_folder: Path, out: Path, shard_bytes: int = SHARD_BYTES, ignore_auto_map: bool = False
 ) -> tuple[Path, list[str]]:
-    """Write `out` and return the checkpoint and what to tell the user.
+    """Write `out`; returns the checkpoint and messages for the user.
 
-    shard_bytes: most bytes of a file of the checkpoint, and so of what is held. Raises UserError,
-    one line, where anything in the folder is not as its config says.
+    shard_bytes: maximum size of a file of the checkpoint, and so of memory. Raises UserError, one
+    line, if anything in the folder contradicts its config.
     """
     source_folder = local_path(source_folder)
     model, raw = read_config(source_folder)
@@ -94,16 +94,16 @@ def import_hf(
 
 
 def _files(shapes: dict[str, tuple[int, ...]], most_bytes: int) -> list[dict[str, Box]]:
-    """Which rows of which tensors each file holds: tensors in order, cut where they do not fit.
+    """The rows of tensors in each file: tensors in order, cut if they do not fit.
 
-    A file holds one box of a tensor at most, and one row at least.
+    A file has at most one box of a tensor, and at least one row.
     """
     files: list[dict[str, Box]] = [{}]
     free = most_bytes
     for name, whole in shapes.items():
         row, start = 4 * math.prod(whole[1:]), 0
         while start < whole[0]:
-            fits = whole[0] * row <= most_bytes  # then it stays in one piece
+            fits = whole[0] * row <= most_bytes  # then it is not cut
             if files[-1] and (free < (whole[0] * row if fits else row)):
                 files.append({})
                 free = most_bytes
@@ -141,12 +141,12 @@ def _check_space(folder: Path, n_bytes: int) -> None:
 
 
 def _check_tokenizer(folder: Path, model: ModelConfig) -> bool:
-    """Whether there is a `tokenizer.json`, which we read; UserError where it does not fit."""
+    """Whether there is a `tokenizer.json`. Raises UserError if it does not match the model."""
     if not (folder / "tokenizer.json").is_file():
         return False
     try:
         load_tokenizer(folder / "tokenizer.json", model.vocab_size)
-    except UserError as error:  # it speaks of our settings; here they come from config.json
+    except UserError as error:  # it names our settings; here they come from config.json
         raise UserError(
             f"{folder}: tokenizer.json and config.json (vocab_size = {model.vocab_size}) make no "
             f"experiment: {error}"
@@ -157,7 +157,7 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> bool:
 def _experiment(
     out: Path, model: ModelConfig, raw: dict[str, Any], has_tokenizer: bool
 ) -> JobConfig:
-    """An experiment that trains on, gently: a learning rate far below that of pre-training."""
+    """An experiment that continues training with a learning rate far below that of pre-training."""
     longest = longest_sequence(raw) or _LONGEST_SEQUENCE
     return JobConfig(
         run=RunConfig(dir=str(out.with_name(f"{out.name}-run"))),

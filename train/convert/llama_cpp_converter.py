@@ -1,11 +1,11 @@
-"""llama.cpp's converter, told how a tokenizer trained here cuts words.
+"""Runs llama.cpp's converter with the pre-tokenizer of a tokenizer trained here.
 
     PYTHON -P train/convert/llama_cpp_converter.py LLAMA_CPP PRE ARGUMENTS OF convert_hf_to_gguf.py
 
-The converter recognises a tokenizer by a hash of the token ids it gives a fixed text, so it cannot
-know one that was trained yesterday; and for some architectures it looks up special tokens that only
-the tokenizer of the published model has. PRE is the value of `tokenizer.ggml.pre`, and the
-vocabulary is written as what it is, byte-level BPE, whatever the architecture.
+The converter recognizes a tokenizer by a hash of the token ids of a fixed text, so a newly trained
+one is unknown; and for some architectures it looks up special tokens that only the tokenizer of the
+published model has. PRE is the value of `tokenizer.ggml.pre`, and the vocabulary is written as
+byte-level BPE, its actual type, for every architecture.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def main(llama_cpp: str, pre: str) -> None:
-    """Run the converter in the source tree `llama_cpp` with the arguments left in sys.argv."""
+    """Run the converter in the source tree `llama_cpp` with the remaining arguments in sys.argv."""
     sys.path.insert(0, llama_cpp)
     import convert_hf_to_gguf as converter
 

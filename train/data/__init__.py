@@ -1,1 +1,1 @@
-"""From a source of text to the microbatches of a step: reading, duplicates, tokenized corpora."""
+"""Converts text to the microbatches of a step: reading, deduplication, tokenized corpora."""

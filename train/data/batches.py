@@ -1,12 +1,12 @@
-"""Which tokens a step sees: a pure function of (seed, step), whatever the number of ranks.
+"""The tokens of a step: a pure function of (seed, step), for any number of ranks.
 
-The corpus is one long row of tokens in which an end-of-text token opens every document. It is cut
-into sequences of `seq_len`; each epoch visits them in a seeded random order. Step s takes the next
-`global_batch` of them; microbatch m of rank r takes a fixed share. Nothing has to be stored for a
-resume but the step, and ranks may come and go without changing what is learned from.
+The corpus is one long row of tokens in which an end-of-text token begins every document. It is cut
+into sequences of `seq_len`, which each epoch reads in a seeded random order. Step s reads the next
+`global_batch` of them; microbatch m of rank r reads a fixed share. Only the step must be stored for
+a resume, and the number of ranks may change without changing the data.
 
-Targets are the next tokens. The last token of a document therefore learns to predict the
-end-of-text token, which then opens the next document at position 0 and cannot see back.
+Targets are the next tokens. The target of a document's last token is therefore the end-of-text
+token, which then begins the next document at position 0 and does not attend to earlier tokens.
 
 B sequences, L their length, T = B * L tokens.
 """
@@ -30,7 +30,7 @@ class Batch:
     targets_T: Tensor
     core: DocumentAttention
     n_targets: int
-    """Targets that have a loss; counted on the host."""
+    """Targets with a loss; counted on the host."""
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -66,7 +66,7 @@ class Sequences:
         )
 
     def first(self) -> Batch:
-        """The first sequence alone: something to run where nothing is left to do."""
+        """The first sequence alone, to run when a rank has no sequences left."""
         return self.batch(np.zeros(1, np.int64))
 
 
@@ -97,7 +97,7 @@ class TrainingData:
             yield self.sequences.batch(np.array(numbers))
 
     def _number(self, visit: int) -> int:
-        """The sequence at place `visit` of the endless stream of epochs."""
+        """The sequence at index `visit` of the endless stream of epochs."""
         epoch, place = divmod(visit, self.sequences.count)
         if self._epoch[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.sequences.count)
@@ -110,8 +110,8 @@ def validation_batches(
 ) -> Iterator[Batch | None]:
     """This rank's share of the first `limit` held-out sequences (0: all).
 
-    All ranks get equally many items, since they exchange rows in the forward pass; where a rank
-    has no sequence left its item is None and it repeats work that is not counted.
+    All ranks get the same number of items, since they exchange rows in the forward pass; a rank
+    without sequences gets None and repeats work that is not counted.
     """
     count = min(limit, sequences.count) if limit else sequences.count
     for start in range(0, count, micro_batch * n_ranks):

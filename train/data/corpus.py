@@ -1,13 +1,13 @@
-"""From `data.source` to token arrays on disk, cached: the entry point and the cache.
+"""Token arrays of `data.source` on disk: the entry point and the cache.
 
-A corpus is a folder, written once and found again by a hash of everything that decides its
-content: `<cache_dir>/<source>-<key>` with train.npy, validation.npy, the tokenizer and a manifest
-(`train.data.corpus_build` makes them and describes the token stream). It is built under a temporary
-name, fsynced and renamed: a killed process leaves no half corpus, and of two processes that build
-at once the later one finds and uses the earlier one's folder.
+A corpus is a folder, written once and found by a hash of everything that determines its content:
+`<cache_dir>/<source>-<key>` with train.npy, validation.npy, the tokenizer and a manifest
+(`train.data.corpus_build` creates them and describes the token stream). It is built under a
+temporary name, fsynced and renamed: a killed process leaves no incomplete corpus, and if two
+processes build it at the same time the later one uses the folder of the earlier one.
 
-The manifest holds the size of every file and the CRC-32 of its first and last MiB, checked
-whenever the corpus is opened: enough to notice a truncated, replaced or zeroed file at any size.
+The manifest contains the size of every file and the CRC-32 of its first and last MiB, checked
+whenever the corpus is opened: enough to detect a truncated, replaced or zeroed file of any size.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ _ABANDONED_SECONDS = 24 * 3600
 
 
 class DamagedCache(ValueError):
-    """A corpus folder whose files are not what its manifest says."""
+    """A corpus folder whose files do not match its manifest."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class Corpus:
     validation: np.ndarray
     """Token ids of the held-out documents, as `train`."""
     train_bytes: int
-    """UTF-8 bytes of the text behind `train`."""
+    """UTF-8 bytes of the text of `train`."""
     validation_bytes: int
-    """UTF-8 bytes of the text behind `validation`."""
+    """UTF-8 bytes of the text of `validation`."""
     eot: int
-    """Id of the end-of-text token, which opens every document."""
+    """Id of the end-of-text token, which begins every document."""
     tokenizer_file: Path
-    """The tokenizer.json that made the tokens."""
+    """The tokenizer.json that produced the tokens."""
     fingerprint: str
-    """Hash of the tokens and the tokenizer: equal means the same data."""
+    """Hash of the tokens and the tokenizer: equal for the same data."""
 
 
 def prepare(config: JobConfig, log: Callable[[str], None]) -> Corpus:
-    """The corpus of `config.data`, built where the cache does not have it.
+    """The corpus of `config.data`, built if the cache does not contain it.
 
-    Meant for one process; the others call `open_corpus` afterwards. log: gets progress, line by
-    line. Raises UserError, one line for the user, where source or settings cannot work.
+    One process calls it; the others call `open_corpus` afterwards. log: called with lines of
+    progress. Raises UserError, one line for the user, if source or settings are invalid.
     """
     source = sources.locate(config.data)
     cache = local_path(config.data.cache_dir)
@@ -105,14 +105,14 @@ def _find_or_build(
 
 @contextmanager
 def _blaming(cache: Path) -> Iterator[None]:
-    """Make errors of writing below `cache` UserErrors that name it."""
+    """Convert errors of writing below `cache` to UserErrors with its name."""
     try:
         with naming(cache):
             yield
     except OSError as error:
         file = Path(error.filename)
         if not (file.is_relative_to(cache) or cache.is_relative_to(file)):
-            raise  # a given tokenizer that cannot be read
+            raise  # an existing tokenizer that cannot be read
         place = "" if file == cache else f"{shown(file)}: "
         raise UserError(
             f"data.cache_dir = {str(cache)!r}: cannot be used: {place}{error.strerror}"
@@ -126,8 +126,8 @@ def _blaming(cache: Path) -> Iterator[None]:
 def open_corpus(folder: Path) -> Corpus:
     """Open a prepared corpus.
 
-    Raises FileNotFoundError where there is no such folder, DamagedCache where its files are not
-    those that were written.
+    Raises FileNotFoundError if there is no such folder, DamagedCache if its files are not those
+    that were written.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -161,7 +161,7 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def _key(config: JobConfig, source: sources.Source) -> str:
-    """Hash of all that decides the content of the corpus folder."""
+    """Hash of everything that determines the content of the corpus folder."""
     data = config.data
     tokenizer = WORDS
     if data.tokenizer:
@@ -178,7 +178,7 @@ def _key(config: JobConfig, source: sources.Source) -> str:
         config.model.vocab_size,
         importlib.metadata.version("tokenizers"),
     ]
-    if data.unreadable_rows != "refuse":  # which decides nothing: there are no such rows
+    if data.unreadable_rows != "refuse":  # irrelevant there: no rows are skipped
         parts.append(data.unreadable_rows)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -197,13 +197,13 @@ def _write_manifest(work: Path, manifest: dict[str, Any]) -> None:
 
 
 def _publish(work: Path, folder: Path) -> None:
-    """Rename `work` to `folder`. A sound corpus that is there already stays; a damaged one goes."""
+    """Rename `work` to `folder`. A sound corpus that exists is kept; a damaged one is replaced."""
     while True:
         try:
             work.rename(folder)
             sync(folder.parent)
             return
-        except OSError:  # a folder that is not empty is in its place
+        except OSError:  # a folder that is not empty has this name
             if not folder.is_dir():
                 raise
         try:
@@ -219,7 +219,7 @@ def _publish(work: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Delete what processes killed long ago left behind."""
+    """Delete leftovers of processes that were killed long ago."""
     for leftover in cache.glob(".building-*"):
         try:
             if time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS:

@@ -1,13 +1,13 @@
-"""One corpus from source to files: read, drop duplicates, split, tokenize.
+"""Builds the files of one corpus: reads, deduplicates, splits and tokenizes the source.
 
-The stream: every document is `<|endoftext|>` and then its tokens. The token starts a document, and
-is what the last token of the document before it learns to predict. Documents stand in the order of
-their content hash: a shuffle without a seed, in which neighbors have nothing in common and which
-moves no document when others are added.
+The stream: every document is `<|endoftext|>` and then its tokens. The token begins a document, and
+is the target of the last token of the previous document. Documents are in the order of their
+content hash: a shuffle without a seed, in which adjacent documents are unrelated and which does
+not change the order of documents when others are added.
 
-The split is by document, after duplicates are gone: held out is a document whose hash, read as a
-number in [0, 1), lies below `validation_fraction`. So a document keeps its side as the corpus
-grows. The tokenizer learns from training documents only.
+The split is by document, after deduplication: a document is held out if its hash, read as a number
+in [0, 1), is below `validation_fraction`. So a document stays in its split as the corpus grows. The
+tokenizer is trained on training documents only.
 """
 
 import json
@@ -35,16 +35,16 @@ from train.tokenizer.tokenizer import (
 
 Log = Callable[[str], None]
 FILES = ("tokenizer.json", "tokenizer_config.json", "train.npy", "validation.npy")
-_CHUNK_BYTES = 4 * 2**20  # text in hand at once, besides the one document that exceeds it
+_CHUNK_BYTES = 4 * 2**20  # text in memory at once, except for the one document that exceeds it
 
 
 def build(config: JobConfig, source: Source, work: Path, log: Log) -> dict[str, Any]:
-    """Write FILES into the empty folder `work`; returns what the manifest says about them."""
+    """Write FILES into the empty folder `work`; returns their entries of the manifest."""
     data, vocab_size = config.data, config.model.vocab_size
     check_vocab_size(vocab_size)
     given = find_tokenizer(data.tokenizer) if data.tokenizer else None
     if given:
-        load_tokenizer(given, vocab_size)  # its faults show before the corpus is read
+        load_tokenizer(given, vocab_size)  # checked before the corpus is read
     log(f"corpus: reading {shown(data.source)}")
     with source.read(work, log) as documents:
         return _build(config, documents, given, work, log)
@@ -64,7 +64,7 @@ def _build(
         file.write_bytes(given.read_bytes())
     else:
         trained = train_tokenizer(lambda: _texts(documents, found, rows["train"]), vocab_size, log)
-        # not with the library's save, whose error for a full disk is no OSError
+        # not with the library's save, which raises no OSError for a full disk
         file.write_text(trained.to_str(pretty=True), "utf-8")
     tokenizer, eot_token = load_tokenizer(given or file, vocab_size)
     kept = kept_settings(given or file, eot_token)
@@ -102,7 +102,7 @@ def _build(
 def split(digests: list[bytes], fraction: float) -> np.ndarray:
     """Which documents are held out, bool `[documents]`: about `fraction` of them, at least one,
     and at least one is not. digests: two or more, 16 bytes each."""
-    # The first half of a digest decides the order, the second the side: they are independent.
+    # The first half of a digest determines the order, the second the split: they are independent.
     place = np.array([int.from_bytes(digest[8:], "big") / 2**64 for digest in digests])
     held_out = place < fraction
     held_out[place.argmin()] = True
@@ -112,7 +112,7 @@ def split(digests: list[bytes], fraction: float) -> np.ndarray:
 
 
 def _report(config: JobConfig, documents: Documents, found: DedupResult, log: Log) -> None:
-    """Log what was read and dropped; raise UserError where too little is left."""
+    """Log what was read and dropped. Raises UserError if too little remains."""
     if documents.not_utf8:
         example = documents.not_utf8[0]
         log(f"corpus: left out {len(documents.not_utf8)} files that are not UTF-8, as {example}")
@@ -170,7 +170,7 @@ def _encode(chunks: Iterator[list[str]], encoder: Encoder, path: Path, log: Log)
             file.write(stream.data)
             length += len(stream)
             n_documents += len(chunk)
-        # numpy pads the header for a length that grows, so the true one fits over the first.
+        # numpy pads the header for a growing length, so the final one fits over the first.
         file.seek(0)
         _write_header(file, length, encoder.dtype)
         assert file.tell() == start, "the .npy header changed its size"

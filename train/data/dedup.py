@@ -1,21 +1,21 @@
 """Duplicate documents: exact ones by content hash, near ones by MinHash over lines.
 
-The lesson (Broder 1997, "On the resemblance and containment of documents"). Let a document be the
+The method (Broder 1997, "On the resemblance and containment of documents"). Let a document be the
 set of its lines and J = |A & B| / |A | B| the Jaccard similarity of two of them. Hash every line
 with one function and keep the smallest value: two documents agree on that minimum with probability
-J, because each line of the union is equally likely to own it. With K = 128 functions the share of
-agreements estimates J without bias and with standard error sqrt(J (1 - J) / K): 0.035 at J = 0.8,
-0.044 at its worst (J = 0.5). A signature is 512 bytes, whatever the length of the document.
+J, because each line of the union has the minimum with equal probability. With K = 128 functions the
+share of agreements estimates J without bias and with standard error sqrt(J (1 - J) / K): 0.035 at
+J = 0.8, 0.044 at its worst (J = 0.5). A signature is 512 bytes for a document of any length.
 
 Comparing all pairs is quadratic, so signatures are cut into bands of r values, and only documents
-that agree on a whole band are compared; `train.data.near_duplicates` has how, and what it does
-where many documents share lines. A pair at J = t agrees on no band with probability (1 -
-t^r)^(K/r); `band_rows` takes the longest bands that keep this under 1e-4, then the estimate over
-all K values decides.
+that agree on a whole band are compared; `train.data.near_duplicates` describes how, also for many
+documents that share lines. A pair at J = t agrees on no band with probability (1 - t^r)^(K/r);
+`band_rows` uses the longest bands that keep this under 1e-4, then the estimate over all K values
+decides.
 
 Lines are stripped, so that indentation does not matter, and lines under six characters (`else:`,
-`}`) are ignored: every program shares them. A document without a longer line can only be an
-exact duplicate. Left out: shingles of words, which would also catch re-wrapped prose.
+`}`) are ignored, since every program has them. A document without a longer line can only be an
+exact duplicate. Not implemented: shingles of words, which would also detect re-wrapped prose.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _OFFSETS = _CONSTANTS[HASHES:, None]
 
 @dataclass(frozen=True)
 class DedupResult:
-    """What is worth keeping of a corpus, in content-hash order (which is also the shuffle)."""
+    """The documents of a corpus to keep, in content-hash order (which is also the shuffle)."""
 
     kept: list[int]
     """Positions of the kept documents."""
@@ -60,9 +60,9 @@ def find_duplicates(
 ) -> DedupResult:
     """Read every document once and drop empty, equal and nearly equal ones.
 
-    threshold: estimated Jaccard similarity from which a document is dropped; 1.0 drops exact
-    copies only. Of similar documents the first in content-hash order stays, so the outcome does
-    not depend on the order of reading.
+    threshold: estimated Jaccard similarity from which a document is dropped; 1.0 drops exact copies
+    only. Of similar documents the first in content-hash order is kept, so the result does not
+    depend on the order of reading.
     """
     found: dict[bytes, int] = {}  # digest -> row in the lists below
     positions: list[int] = []
@@ -104,9 +104,9 @@ def find_duplicates(
 
 
 def signature(raw: bytes) -> np.ndarray | None:
-    """MinHash of a document's lines: uint32 [HASHES], or None where no line counts.
+    """MinHash of a document's lines: uint32 [HASHES], or None if all lines are too short.
 
-    A line's CRC-32 x goes through HASHES functions (a x + b mod 2^64) >> 32 with odd a
+    A line's CRC-32 x is hashed by HASHES functions (a x + b mod 2^64) >> 32 with odd a
     (multiply-shift, Dietzfelbinger 1997). CRC-32, because Python's own hash changes with every
     process; two of a document's lines collide with probability 2^-32.
     """
@@ -125,7 +125,7 @@ def signature(raw: bytes) -> np.ndarray | None:
 
 
 def band_rows(threshold: float) -> int:
-    """Values per band: the longest power of two that overlooks under 1e-4 of pairs at threshold."""
+    """Values per band: the longest power of two that misses under 1e-4 of pairs at threshold."""
     rows = 1
     while rows < HASHES and (1 - threshold ** (2 * rows)) ** (HASHES // (2 * rows)) <= _MISS:
         rows *= 2
@@ -135,7 +135,7 @@ def band_rows(threshold: float) -> int:
 def _drop_similar(
     rows: list[int | None], signatures: np.ndarray, threshold: float, log: Callable[[str], None]
 ) -> tuple[list[int], int]:
-    """Indices of `rows` that stay, each compared with those kept before it, and the comparisons.
+    """Indices of `rows` to keep, each compared with those kept before it, and the comparisons.
 
     rows: of `signatures`, uint32 [documents with one, HASHES]; None for a document without.
     """

@@ -1,8 +1,8 @@
-"""The documents of a source while a corpus is made, on disk: they may be more than memory holds.
+"""Stores the documents of a source on disk while a corpus is built, since they may exceed memory.
 
-They lie one after the other, as UTF-8, in a file without a name, which is gone with the process.
-Reading them in the order of their hash is then a seek per document, whatever they came from: a
-Parquet file would decode a whole row group for each, a compressed one start again from its head.
+They are concatenated, as UTF-8, in an unnamed file, which disappears with the process. Reading them
+in the order of their hash is then one seek per document for every source: from a Parquet file each
+read would decode a whole row group, and a compressed file would be read from its start.
 """
 
 import os
@@ -15,10 +15,11 @@ _MOST_LISTED = 1000
 
 
 class Documents:
-    """Documents by position, and what was left out. A context manager: closing frees the disk."""
+    """Documents by position, and skipped files and rows. A context manager: closing frees the
+    disk."""
 
     def __init__(self, folder: Path | None) -> None:
-        """folder: where the file without a name takes its space; None: that of temporary files."""
+        """folder: the file system of the unnamed file; None: that of temporary files."""
         self._file = tempfile.TemporaryFile(dir=folder)
         self._ends = array("q")  # bytes
         self.not_utf8: list[str] = []
@@ -27,22 +28,22 @@ class Documents:
         """Rows left out with their reason, the first _MOST_LISTED of them."""
         self.n_unreadable_rows = 0
         self.notes: list[str] = []
-        """What else the user should know, in sentences."""
+        """Other messages for the user, in sentences."""
 
     def add(self, text: str) -> None:
-        """Append a document. Raises UnicodeEncodeError where it holds half a surrogate pair."""
+        """Append a document. Raises UnicodeEncodeError if it contains an unpaired surrogate."""
         raw = text.encode()
         self._file.write(raw)
         self._ends.append(self._start(len(self)) + len(raw))
 
     def add_unreadable(self, what: str) -> None:
-        """Count a row that is left out."""
+        """Count a row that is skipped."""
         self.n_unreadable_rows += 1
         if len(self.unreadable_rows) < _MOST_LISTED:
             self.unreadable_rows.append(what)
 
     def shorten(self, length: int) -> None:
-        """Take back the documents from position `length` on."""
+        """Remove the documents from position `length` on."""
         del self._ends[length:]
         self._file.seek(self._start(length))
         self._file.truncate()
@@ -73,12 +74,12 @@ class Documents:
         self.close()
 
     def close(self) -> None:
-        """Give the space back."""
+        """Free the disk space."""
         self._file.close()
 
 
 def shown(name: str | os.PathLike[str], most: int = 1000) -> str:
-    """A name as text that any terminal and any UTF-8 file takes, in one line.
+    """A name as text that any terminal and any UTF-8 file accepts, in one line.
 
     A file's name is a string of bytes: those that are not UTF-8, and characters that do not print,
     are shown as escapes.
@@ -88,6 +89,6 @@ def shown(name: str | os.PathLike[str], most: int = 1000) -> str:
 
 
 def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is not UTF-8
+    if "\udc80" <= character <= "\udcff":  # Python's form of a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()

@@ -1,25 +1,24 @@
-"""Which of the signatures seen so far agrees with a new one: locality-sensitive hashing.
+"""Finds a signature that agrees with a new one among earlier ones: locality-sensitive hashing.
 
 Comparing all pairs is quadratic, so signatures are cut into bands of r values, and only documents
 that agree on a whole band are compared (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets",
 chapter 3). `train.data.dedup.band_rows` chooses r.
 
-Bands alone are quadratic again where documents share lines without being duplicates, as under one
-licence header: a band whose minima all come from it is the same in a fixed share of them. So a
+Bands alone are quadratic again if documents share lines without being duplicates, such as the same
+license header: a band whose minima all come from it is the same in a fixed share of them. So a
 crowded bucket is divided: twice, each time by s further values, with s such that a pair at the
 threshold t agrees on all s with probability 1/2 or more. Of such a pair one copy still meets on
-average; of a pair at similarity j the copies fall by (j/t)^s, at every level (the exponent of LSH,
-ln t / ln j, Har-Peled, Indyk, Motwani 2012). At t = 0.8 a pair shares 13 of its 32 bands on
-average, so it meets somewhere although one divided bucket may separate it. Of 600,000 simulated
-pairs that agree on 103 of 128 values, the fewest that reach 0.8, none was overlooked where every
-bucket was divided once, 7e-6 where twice, 9e-5 three times, 1.2e-3 five times, the most possible.
+average; of a pair at similarity j the copies decrease by (j/t)^s, at every level (the exponent of
+LSH, ln t / ln j, Har-Peled, Indyk, Motwani 2012). At t = 0.8 a pair shares 13 of its 32 bands on
+average, so it meets in some bucket although one divided bucket may separate it. Of 600,000
+simulated pairs that agree on 103 of 128 values, the fewest that reach 0.8, none was missed if every
+bucket was divided once, 7e-6 if twice, 9e-5 three times, 1.2e-3 five times, the maximum.
 
-Before that, sorting takes out what cannot have a near-duplicate: a document with so many values
-that no other has at their place that the rest is under the threshold. With 30 lines of a template
-and 8 of its own (J = 0.65, close to t) that is two in three, and without a template nearly every
-one. Bands that no other document has are found by sorting, too, and never reach a table of
-Python's. Only signatures that stay are indexed, so a family of a thousand near-duplicates is one
-entry.
+Before that, sorting removes documents that cannot have a near-duplicate: those with so many unique
+values that the other values are below the threshold. With 30 lines of a template and 8 own lines (J
+= 0.65, close to t) that is two in three, and without a template nearly every document. Bands that
+no other document has are found by sorting, too, and are never stored in a Python table. Only
+signatures that are kept are indexed, so a family of a thousand near-duplicates is one entry.
 """
 
 from operator import itemgetter
@@ -28,12 +27,12 @@ from typing import Any
 import numpy as np
 
 CROWDED = 32
-"""Entries from which a bucket is divided: so many are compared as fast as a level is passed."""
-_MOST_NODES = 64  # below one band: bounds memory and time where dividing does not help
+"""Entries from which a bucket is divided: comparing this many takes as long as one level."""
+_MOST_NODES = 64  # below one band: bounds memory and time if dividing does not help
 
 
 class _Divided:
-    """A bucket that was divided: per way, the getter of the values and the buckets under them."""
+    """A divided bucket: per division, the getter of the values and the buckets below."""
 
     __slots__ = ("children", "getters", "number")
 
@@ -43,13 +42,13 @@ class _Divided:
 
 
 class NearDuplicateIndex:
-    """Finds whether an added signature agrees with a given one on a share of its values.
+    """Finds whether an added signature agrees with another on a share of its values.
 
     N documents, H values each.
     """
 
     def __init__(self, signatures: np.ndarray, threshold: float, band_rows: int) -> None:
-        """signatures: uint32 `[N, H]`, all that will be asked for. threshold: the share."""
+        """signatures: uint32 `[N, H]`, all that may be looked up. threshold: the share."""
         self.n_compared = 0
         """Pairs of signatures that were compared."""
         rows = _possible(signatures, threshold)
@@ -78,7 +77,7 @@ class NearDuplicateIndex:
         return bool((agree >= share).any())
 
     def add(self, row: int) -> None:
-        """Let later signatures be compared with that of `row`."""
+        """Make later signatures be compared with that of `row`."""
         row = int(self._place[row])
         if row < 0:
             return
@@ -99,7 +98,7 @@ class NearDuplicateIndex:
         return found
 
     def _rivals(self, row: int) -> set[int]:
-        """Places of added rows that share a bucket with `row`."""
+        """Indices of added rows that share a bucket with `row`."""
         rivals: set[int] = set()
         pending = [self._buckets[g] for g in self._groups_of(row) if g in self._buckets]
         values: list[int] = []
@@ -116,7 +115,7 @@ class NearDuplicateIndex:
         return rivals
 
     def _put(self, bucket: Any, row: int, values: list[int], band: int, number: int) -> Any:
-        """Add a row below `bucket`, the node `number` of its band; returns what replaces it."""
+        """Add a row below `bucket`, the node `number` of its band; returns its replacement."""
         if isinstance(bucket, list):
             if len(bucket) < CROWDED or self._ways * (number + 1) > _MOST_NODES:
                 bucket.append(row)
@@ -137,8 +136,8 @@ class NearDuplicateIndex:
         )
 
     def _getter(self, band: int, number: int) -> Any:
-        """Gets the values by which a node of a band is found: none of the band, and on one way
-        down others at each node, as far as they last."""
+        """Gets the values that select a node of a band: none of the band, and along one path others
+        at each node, as far as available."""
         if (band, number) not in self._getters:
             first = band * self._band_rows
             own = range(first, first + self._band_rows)
@@ -151,15 +150,15 @@ class NearDuplicateIndex:
 
 
 def _division(threshold: float) -> tuple[int, int]:
-    """In how many ways a bucket is divided, and by how many values each time."""
+    """The number of divisions of a bucket, and the number of values of each."""
     if threshold < 0.5:
         return min(8, int(np.ceil(1 / max(threshold, 0.01)))), 1
     return 2, max(1, int(np.log(0.5) / np.log(min(threshold, 0.99))))
 
 
 def _possible(signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Rows that may agree with another row on the threshold or more: those with that many values
-    which others among them have, too."""
+    """Rows that may agree with another row on the threshold or more: those of which enough values
+    occur in others among them, too."""
     rows = np.arange(len(signatures))
     while True:
         shared = np.zeros(len(rows), np.int64)
@@ -167,15 +166,14 @@ def _possible(signatures: np.ndarray, threshold: float) -> np.ndarray:
             _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
             shared += counts[inverse] > 1
         stay = shared >= signatures.shape[1] * threshold
-        if np.count_nonzero(stay) >= 0.9 * len(rows):  # another pass would not pay
+        if np.count_nonzero(stay) >= 0.9 * len(rows):  # another pass would not help
             return rows[stay]
         rows = rows[stay]
 
 
 def _shared_bands(signatures: np.ndarray, band_rows: int) -> np.ndarray:
-    """For each document and band, int64 `[N, bands]`: a number that documents which agree on
-    the band have in common; -1 where no other document agrees. The number modulo `bands` is the
-    band."""
+    """For each document and band, int64 `[N, bands]`: a number that is the same for documents which
+    agree on the band; -1 if no other document agrees. The number modulo `bands` is the band."""
     n, width = signatures.shape
     bands = width // band_rows
     factors = np.random.default_rng(0).integers(2**63, size=band_rows, dtype=np.uint64) * 2 + 1

@@ -1,8 +1,8 @@
-"""The rows of JSON lines and Parquet files: one text column, and nothing else of them decides.
+"""The rows of JSON lines and Parquet files, of which only one text column is read.
 
-A row is the text, None where the row has none, or Unreadable, which says where and why. Other
-columns may differ from row to row and from file to file. A file is opened by its name and read in
-one pass; the memory in use is a line, or a few rows of the column.
+A row is the text, None if the row has none, or Unreadable with place and reason. Other columns may
+differ from row to row and from file to file. A file is opened by its name and read in one pass; the
+memory in use is a line, or a few rows of the column.
 """
 
 import gzip
@@ -19,13 +19,13 @@ from train.data.documents import shown
 LONGEST_LINE = 2**28  # bytes
 _BATCH = 64  # rows
 _BLANK = re.compile(rb"(?:[ \t\r\n]|\xef\xbb\xbf)*")
-"""White space of JSON and byte-order marks, of which files put together have several."""
+"""White space of JSON and byte-order marks, of which concatenated files have several."""
 _MOST_NAMES = 100
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row that cannot be read, or the rest of a file."""
+    """A row, or the rest of a file, that cannot be read."""
 
     where: str
     why: str
@@ -40,7 +40,7 @@ Row = str | None | Unreadable
 
 @dataclass
 class Column:
-    """The text column that is looked for, and what was found meanwhile."""
+    """The requested text column, and where it was found or missing."""
 
     name: str
     found: bool = False
@@ -48,10 +48,10 @@ class Column:
     missed: bool = False
     """Whether any row of the file lacked it."""
     others: dict[str, None] = field(default_factory=dict)
-    """Names of columns where it is missed."""
+    """Names of the columns of rows without it."""
 
     def miss(self, names: Iterable[str]) -> None:
-        """Note the columns of a row, or of a whole file, that has not this one."""
+        """Record the columns of a row, or of a whole file, without this one."""
         self.missed = True
         for name in names:
             if len(self.others) >= _MOST_NAMES:
@@ -60,13 +60,13 @@ class Column:
 
 
 class WrongColumn(Exception):
-    """A whole file whose text column is no text: what is wrong with it."""
+    """A whole file whose text column is not text, with the reason."""
 
 
 def json_rows(path: Path, column: Column) -> Iterator[Row]:
-    """The rows of a file of JSON lines, compressed where its name ends in .gz.
+    """The rows of a file of JSON lines, compressed if its name ends in .gz.
 
-    Blank lines are passed over, as is a byte-order mark.
+    Blank lines and a byte-order mark are skipped.
     """
     raw = _open(path)
     if isinstance(raw, Unreadable):
@@ -102,7 +102,7 @@ def _end_of_blank(line: bytes) -> int:
 
 def _json_row(line: bytes, where: str, column: Column) -> Row:
     try:
-        # numbers are not looked at: those of more than 4,300 digits are no int for Python
+        # numbers are not used: those of more than 4,300 digits are no int in Python
         row = json.loads(line.decode(), parse_int=float)
     except UnicodeDecodeError as error:
         return Unreadable(where, f"not UTF-8 (byte {error.start + 1})", not_utf8=True)
@@ -150,7 +150,7 @@ def parquet_rows(path: Path, column: Column) -> Iterator[Row]:
         return
     with raw:
         try:
-            # opened here: to pyarrow, a name may be more than a name
+            # opened here, because pyarrow interprets some names
             file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
             schema, n_rows = file.schema_arrow, file.metadata.num_rows
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -179,7 +179,7 @@ def _open(path: Path) -> BinaryIO | Unreadable:
 
 
 def check_text(schema: Any, column: Column) -> None:
-    """Raise WrongColumn where the column of an Arrow schema holds no text."""
+    """Raise WrongColumn if the column of an Arrow schema is not text."""
     import pyarrow as pa
 
     if schema.names.count(column.name) > 1:
@@ -200,7 +200,7 @@ def check_text(schema: Any, column: Column) -> None:
 
 
 def texts_of(values: Any, before: int) -> list[Row]:
-    """The rows of an Arrow array of text. before: rows before it, for the numbers in errors."""
+    """The rows of an Arrow array of text. before: number of earlier rows, for errors."""
     try:
         rows = values.to_pylist()
     except UnicodeDecodeError:

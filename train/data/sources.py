@@ -1,19 +1,19 @@
-"""From `data.source` to documents: the standard library, text files, tables, Hugging Face datasets.
+"""Documents of `data.source`: the standard library, text files, tables, Hugging Face datasets.
 
-Two steps, so that a cached corpus starts fast. `locate` looks at names, sizes and times only: it
-finds the user's mistakes and returns what identifies the source. `Source.read` reads the documents
-(`train.data.rows` those of tables).
+There are two steps, so that a cached corpus starts fast. `locate` reads only names, sizes and
+times: it finds the user's mistakes and returns the identity of the source. `Source.read` reads the
+documents (`train.data.rows` those of tables).
 
-What a document is:
+A document is:
 - standard library, or a folder: one file;
 - JSON lines, Parquet, Hugging Face dataset: one row's `data.text_field`;
 - in plain text, a line that is exactly `<|endoftext|>` ends a document. A single text file without
-  such lines is cut at blank lines (at line ends where it has none) into pieces of about 8,192
+  such lines is cut at blank lines (at line ends if it has none) into pieces of about 8,192
   characters, or of a sixteenth of the file if that is less: there must be documents to hold out.
 
 Text is UTF-8. A single file that is not is an error; such files in a folder or in the standard
-library are left out and counted. The name of a file is only ever a name: no character of it means
-anything but a leading `~`, and no other file is read.
+library are skipped and counted. In the name of a file no character is special except a leading `~`,
+and no other file is read.
 """
 
 import difflib
@@ -63,7 +63,7 @@ SUPPORTED = "text files (.txt, .md, .py, ...), .jsonl or .ndjson (also .gz) and 
 PIECE_LENGTH = 8192  # characters
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_FULL = re.compile("[Nn]o space left|disk space")  # libraries that lose the number of the error
+_FULL = re.compile("[Nn]o space left|disk space")  # libraries that drop the error number
 _BATCH = 64  # rows
 _PROBED = 8000  # bytes
 
@@ -73,12 +73,12 @@ class Source:
     label: str
     """Short name for folders and logs."""
     identity: Any
-    """JSON-able: changes when the documents do (for a Hugging Face dataset only its name)."""
+    """JSON-able: changes when the documents do (for a Hugging Face dataset it is only the name)."""
     fill: Callable[[Documents, Log], None]
     """Adds the documents; raises UserError."""
 
     def read(self, folder: Path | None = None, log: Log = lambda line: None) -> Documents:
-        """All documents. folder: where they take their space; None: that of temporary files."""
+        """All documents. folder: where they are stored; None: the folder of temporary files."""
         documents = Documents(folder)
         try:
             self.fill(documents, log)
@@ -151,7 +151,7 @@ def _folder(data: DataConfig, root: Path) -> Source:
 
 
 def _passed_over(others: Counter[str], kinds: list[tuple[str, int]]) -> str:
-    """What of a folder is not read; kinds: the most frequent of `others`. Empty: nothing."""
+    """Description of skipped files of a folder, or empty; kinds: the most frequent of `others`."""
     listed = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds)
     more = ", ..." * (len(others) > len(kinds))
     return f"passed over {others.total():,} files of other kinds ({listed}{more})" if kinds else ""
@@ -183,8 +183,11 @@ def _fill_from_files(
     single: bool = False,
     note: str = "",
 ) -> None:
-    """split_lines: `<|endoftext|>` lines end documents. single: the source is this one file. note:
-    what the user should know of the source."""
+    """Add the documents of files.
+
+    split_lines: `<|endoftext|>` lines end documents. single: the source is this one file. note: a
+    message for the user about the source.
+    """
     documents.notes += [note] if note else []
     for file in texts:
         try:
@@ -212,8 +215,8 @@ def _fill_from_files(
 
 
 def _decoded(raw: bytes) -> str:
-    """The text of a file. UnicodeDecodeError also where it has NUL bytes near its beginning, which
-    are valid UTF-8 but mean UTF-16, UTF-32 or no text (git's test of binary files, too)."""
+    """The text of a file. Raises UnicodeDecodeError also for NUL bytes near its start, which are
+    valid UTF-8 but indicate UTF-16, UTF-32 or a binary file (as in git's test of binary files)."""
     nul = raw.find(0, 0, _PROBED)
     if nul >= 0:
         raise UnicodeDecodeError("utf-8", raw, nul, nul + 1, "NUL, as in UTF-16 or a binary file")
@@ -223,7 +226,7 @@ def _decoded(raw: bytes) -> str:
 def _fill_from_table(
     data: DataConfig, file: Path, documents: Documents, log: Log, single: bool
 ) -> Column:
-    """Add the rows of a file; returns what was found of the column."""
+    """Add the rows of a file; returns where the column was found or missing."""
     column, reader = Column(data.text_field), _reader(file)
     assert reader is not None
     name, first = shown(file), len(documents)
@@ -241,7 +244,7 @@ def _fill_from_table(
                 break
             else:
                 hint = 'data.unreadable_rows = "skip" leaves such rows out'
-                raise _error(data, f"{place}{row}; mend it, or {hint}")
+                raise _error(data, f"{place}{row}; fix it, or {hint}")
     except WrongColumn as error:
         if single or data.unreadable_rows == "refuse":
             raise _wrong_column(data, place, error) from None
@@ -252,8 +255,8 @@ def _fill_from_table(
 
 
 def cut(text: str) -> list[str]:
-    """One text as documents of at least PIECE_LENGTH (a sixteenth of it, if less); ends with the
-    paragraph, or with the line where there are no paragraphs. Joined they are `text` again."""
+    """One text as documents of at least PIECE_LENGTH (a sixteenth of it, if less), cut at the end
+    of a paragraph, or of a line if there are no paragraphs. Concatenated they are `text`."""
     size = min(PIECE_LENGTH, len(text) // 16)
     for pattern in (r"\n[ \t\r]*\n\s*", r"\n"):
         pieces, start = [], 0
@@ -297,12 +300,12 @@ def _load(data: DataConfig, *names: str) -> Any:
     if Path(names[0]).exists() or names[0] in _PACKAGED_DATASETS_MODULES:
         # the library would read that folder, or with a name such as "json" the current one
         raise _error(data, f"no such file or folder; {names[0]} is no dataset of the Hub")
-    datasets.disable_progress_bars()  # what goes wrong is said in one line, below
+    datasets.disable_progress_bars()  # errors are reported in one line, below
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         return datasets.load_dataset(*names, split="train")
-    except Exception as error:  # the library raises many kinds; all mean that there is no data
+    except Exception as error:  # the library raises many types; all mean that there is no data
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         fault = write_fault(error)
         if fault or _FULL.search(reason[0]):
@@ -337,7 +340,7 @@ def _wrong_column(data: DataConfig, place: str, error: WrongColumn) -> UserError
 
 
 def _reader(file: Path) -> Callable[[Path, Column], Iterator[Row]] | None:
-    """What reads the rows of a table; None for other files."""
+    """The function that reads the rows of a table; None for other files."""
     name = file.name.lower()
     return next((TABLE_SUFFIXES[s] for s in TABLE_SUFFIXES if name.endswith(s)), None)
 
@@ -363,7 +366,7 @@ def _stamp(file: Path, root: Path) -> list[Any]:
 
 
 def _looks_like_path(source: str) -> bool:
-    """Whether a name that does not exist was meant as a path rather than a dataset on the Hub."""
+    """Whether a name that does not exist is a path rather than a dataset on the Hub."""
     known = TEXT_SUFFIXES | BINARY_SUFFIXES | set(TABLE_SUFFIXES)
     parent = Path(source).parent
     return (

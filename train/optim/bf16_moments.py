@@ -1,18 +1,18 @@
 """AdamW whose two moments are stored in bf16 (DeepSeek-V3, arXiv:2412.19437, section 3.3.3).
 
-The moments are half of what a rank holds of a model at rest: 8 of 16 bytes per parameter, here 4 of
-12. They need range, which bf16 has, more than digits: an update is a quotient of the two, and a
-relative error of 2^-9 in it is small against the noise of a gradient. Weights, in contrast, sum up
-small updates, which bf16 would swallow; masters and gradients stay fp32.
+The moments are half of a rank's memory of a model between steps: 8 of 16 bytes per parameter, here
+4 of 12. They need range, which bf16 has, more than digits: an update is a quotient of the two, and
+a relative error of 2^-9 in it is small compared to the noise of a gradient. Weights, in contrast,
+sum up small updates, which bf16 would round away; masters and gradients stay fp32.
 
-Only what is stored is rounded (to nearest). Each parameter's moments are widened to fp32, torch's
-own update is applied to these, and they are rounded again: one rounding per step, and 8 bytes per
-element of one parameter at a time. Torch's fused update reads bf16 moments with fp32 weights on
-CUDA only.
+Only the stored moments are rounded (to nearest). Each parameter's moments are converted to fp32,
+torch's own update is applied to these, and they are rounded again: one rounding per step, and 8
+bytes per element of one parameter at a time. Torch's fused update supports bf16 moments with fp32
+weights on CUDA only.
 
-Left out: stochastic rounding. A change of less than half of bf16's spacing is rounded away, so a
-mean stands still while what comes in differs from it by less than 2^-8 / (1 - decay): 8 percent of
-a squared gradient at 0.95, that is 4 percent of an update. `configs.schema` refuses decays above
+Not implemented: stochastic rounding. A change of less than half of bf16's spacing is rounded away,
+so a mean does not change if a new value differs from it by less than 2^-8 / (1 - decay): 8 percent
+of a squared gradient at 0.95, that is 4 percent of an update. `configs.schema` rejects decays above
 0.98, where it would be 20.
 """
 
@@ -29,7 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def initial_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What AdamW's fused update keeps of a parameter, before the first step. dtype: of moments."""
+    """The state of AdamW's fused update before the first step. dtype: of the moments."""
     moments = {name: torch.zeros_like(parameter, dtype=dtype) for name in _MOMENTS}
     return {"step": torch.zeros((), device=parameter.device)} | moments
 

@@ -1,9 +1,9 @@
-"""AdamW over the parameters of a parallelised model: which of them decay, and state by name.
+"""AdamW over the parameters of a parallelized model, with weight decay groups and state by name.
 
-Torch's fused update, in one group per mesh (it takes no two meshes in a call) and per weight decay.
-State is known by the name of its parameter (`state.<parameter>.exp_avg`), so a checkpoint depends
-neither on the order of parameters nor on their groups. These are the names torchtitan's optimizer
-container gives.
+It is torch's fused update, with one group per mesh (a call supports only one mesh) and per weight
+decay. State has the name of its parameter (`state.<parameter>.exp_avg`), so a checkpoint depends
+neither on the order of parameters nor on their groups. The names are those of torchtitan's
+optimizer container.
 """
 
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from train.optim.bf16_moments import Bf16MomentsAdamW, initial_state
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, moments: Literal["fp32", "bf16"] = "fp32"
 ) -> torch.optim.AdamW:
-    """AdamW with a group per mesh and weight decay. moments: dtype they are stored in."""
+    """AdamW with a group per mesh and weight decay. moments: the dtype in which they are stored."""
     members: dict[tuple[Any, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
@@ -43,7 +43,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
 def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """The live state tensors by name (`state.<parameter>.exp_avg`, `.exp_avg_sq`, `.step`).
 
-    A parameter that no step has updated yet is given the state it starts with: zeros.
+    A parameter that no step has updated yet gets its initial state: zeros.
     """
     dtype = torch.bfloat16 if isinstance(optimizer, Bf16MomentsAdamW) else torch.float32
     tensors: dict[str, Tensor] = {}

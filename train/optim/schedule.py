@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, without state in checkpoints."""
 
 import math
 
@@ -14,7 +14,8 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) 
     """Learning rate of optimizer step `step` (from 1) of a schedule of `steps`.
 
     Linear warmup reaches the peak at its last step; the decay reaches `min_lr_fraction * peak` at
-    step `steps`, where the rate then stays. A run shorter than its warmup stays on the ramp.
+    step `steps`, and the rate then stays there. A run shorter than its warmup ends during the
+    warmup.
     """
     warmup = schedule.warmup_steps or round(schedule.warmup_fraction * steps)
     if step <= warmup:

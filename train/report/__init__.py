@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, console, pictures, environment, the diagnosis of FP8."""
+"""Reports of a run: metrics, console, pictures, environment, the diagnosis of FP8."""

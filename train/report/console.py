@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""Console output of a run: a progress bar on a terminal, plain lines otherwise."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from rich.text import Text
 
 
 class ProgressPrinter:
-    """Shows steps out of a total, with an estimate of the time left. Used by rank 0 only."""
+    """Shows steps out of a total, with an estimate of the remaining time. Used by rank 0 only."""
 
     def __init__(self, done: int, total: int) -> None:
         self._start, self._first, self._total = time.monotonic(), done, total
@@ -47,15 +47,15 @@ class ProgressPrinter:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line of its own."""
+        """Print a separate line."""
         if self._live is not None:
             self._console.print(line, markup=False)
         else:
             print(line, flush=True)
 
     def step(self, step: int, status: str, as_line: bool) -> None:
-        """Step `step` is done. The status moves with the bar; elsewhere it is printed if
-        `as_line`."""
+        """Show that step `step` is complete. The status is part of the bar; without a terminal it
+        is printed if `as_line`."""
         if self._live is not None:
             self._bar.update(self._task, completed=step)
             self._status.plain = status

@@ -1,4 +1,4 @@
-"""What a run ran on, kept beside its results."""
+"""Records the environment of a run with its results."""
 
 import json
 import os
@@ -42,7 +42,8 @@ def describe(ranks: Ranks, parallel_dims: ParallelDims, compute: torch.dtype) ->
 def record(folder: Path, attempt: dict[str, Any]) -> list[str]:
     """Append this attempt to `environment.json` of the run.
 
-    Returns what to tell the user: a file that cannot be read is a record lost, no reason to stop.
+    Returns messages for the user: a file that cannot be read loses earlier records, but does not
+    stop the run.
     """
     path = folder / "environment.json"
     attempts, lines = _attempts(path), []
@@ -53,7 +54,7 @@ def record(folder: Path, attempt: dict[str, Any]) -> list[str]:
 
 
 def _attempts(path: Path) -> list[dict[str, Any]] | None:
-    """The attempts recorded so far; None where the file does not hold them."""
+    """The attempts recorded so far; None if the file does not contain them."""
     if not os.path.lexists(path):
         return []
     if not path.is_file():
@@ -67,7 +68,7 @@ def _attempts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _cpu_name() -> str:
-    """The processor as the kernel names it; on Linux `platform.processor` is mostly empty."""
+    """The processor's name from the kernel; on Linux `platform.processor` is mostly empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -84,7 +85,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout, with `+` where files differ from it; None outside git."""
+    """Commit of the checkout, with `+` if files differ from it; None outside git."""
     root = Path(__file__).resolve().parents[2]
     try:
         run = lambda *a: subprocess.run(  # noqa: E731

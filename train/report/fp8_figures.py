@@ -1,15 +1,15 @@
-"""What FP8 costs one weight: the noise of its three products, and what became of their operands.
+"""The FP8 error of one weight: the noise of its three products, and the losses of their operands.
 
 Noise is the difference between a product as it runs (quantized operands, the kernels' own
-accumulation) and the same product in fp32 of the operands as they were before: activations and
+accumulation) and the same product in fp32 of the operands before quantization: activations and
 gradients in the compute dtype, the weight as its fp32 master. Signal to noise in decibels is
 `10 log10(sum of squares of the fp32 product / sum of squares of the difference)`. e4m3 has 4
-significant bits: rounding one operand costs 31 to 32 dB, both 28 to 29; much less says that values
-were lost.
+significant bits: rounding one operand yields 31 to 32 dB, both 28 to 29; much less means that
+values were lost.
 
-Every block's largest value is stored as the largest code, so without power-of-two scales at least
-1 in 128 values is there; only a share far above that speaks of saturation. Shares and scales of x
-and dy are those of both forms together, 1x128 and 128x1.
+Every block's largest value is stored as the largest code, so without power-of-two scales the share
+is at least 1 in 128 values; only a share far above that indicates saturation. Shares and scales of
+x and dy are those of both forms together, 1x128 and 128x1.
 
 T tokens or rows, N output width, K input width.
 """
@@ -33,23 +33,23 @@ from parallel.fp8_weights import GatheredWeight
 PRODUCTS = ("forward", "dgrad", "wgrad")
 TENSORS = ("x", "w", "dy")
 MOST_DB = 120.0
-"""Reported for a product without any noise."""
+"""Value reported for a product without any noise."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One matrix in FP8 and what it is compared with."""
+    """One matrix in FP8 and the values it is compared with."""
 
     values_NK: Tensor
-    """fp32."""
+    """The fp32 values."""
     fp8: Fp8Weight
     unseen: float = 0.0
-    """Share of the energy of `values` that quantizing them cost and they do not show."""
+    """Share of the energy of the weight that was lost by quantization and that `values` lacks."""
 
 
 @dataclass
 class Figures:
-    """Sums over the parts of one weight's work (its experts)."""
+    """Sums over the parts of one weight's products (its experts)."""
 
     signal: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     noise: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -59,7 +59,7 @@ class Figures:
     scales: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, x_TK: Tensor, dy_TN: Tensor, weight: Weight, power_of_two: bool) -> None:
-        """Compute the three products of `y = x @ weight.T` both ways."""
+        """Compute the three products of `y = x @ weight.T` in FP8 and in fp32."""
         x_rows, x_columns = quantize_1x128_128x1(x_TK, power_of_two)
         dy_rows, dy_columns = quantize_1x128_128x1(dy_TN, power_of_two)
         x, dy, w, fp8 = x_TK.float(), dy_TN.float(), weight.values_NK, weight.fp8
@@ -75,13 +75,13 @@ class Figures:
 
     def fields(self) -> dict[str, float]:
         """`forward_db`, `x_flushed`, `x_saturated`, `x_scale_low`, `x_scale_high` and so on; scales
-        as their logarithms to base 2. What does not exist is left out: the noise of a product that
-        is zero, everything of a weight that did nothing."""
+        as their logarithms to base 2. Undefined fields are left out: the noise of a product that is
+        zero, and all fields of an unused weight."""
         found = {}
         for name in PRODUCTS:
             signal, noise = self.signal[name], self.noise[name]
             if not math.isfinite(signal + noise):
-                found[f"{name}_db"] = -MOST_DB  # an infinity or NaN: nothing is left of the signal
+                found[f"{name}_db"] = -MOST_DB  # an infinity or NaN: no signal
             elif signal > 0:
                 share = max(noise / signal, 10 ** (-MOST_DB / 10))
                 found[f"{name}_db"] = -10 * math.log10(share)
@@ -118,9 +118,15 @@ def add_mlp(
     up: Figures, down: Figures, x_TD: Tensor, dy_TD: Tensor, factors_T: Tensor | None,
     w13: Weight, w2: Weight, activation: Activation, power_of_two: bool,
 ) -> None:  # fmt: skip
-    """Add the work of a SwiGLU to the figures of w13 and w2; what lies between is made again.
+    """Add the products of a SwiGLU to the figures of w13 and w2, recomputing the activation.
 
-    factors_T: routing weights.
+    Args:
+        up, down: Figures of w13 and w2.
+        x_TD, dy_TD: Input, and gradient of the output.
+        factors_T: Routing weights.
+        w13, w2: The weights.
+        activation: The activation function.
+        power_of_two: Round scales up to powers of two.
     """
     x_rows, dy_rows = quantize_1x128(x_TD, power_of_two), quantize_1x128(dy_TD, power_of_two)
     gate_up = gemm_fp8_nt(*x_rows, w13.fp8.data, w13.fp8.scales, x_TD.dtype)
@@ -133,9 +139,9 @@ def add_mlp(
 def weights_of(module: Fp8Module, name: str) -> Iterator[Weight]:
     """The matrices of a weight: one, or one per expert.
 
-    Where this rank does not hold the whole master, products are compared with those of the
-    dequantized weight, and the noise of the weight is that of this rank's shard: errors of two
-    operands are independent, so their shares of the energy add up.
+    If this rank does not hold the whole master, products are compared with those of the dequantized
+    weight, and the noise of the weight is that of this rank's shard: errors of two operands are
+    independent, so their shares of the energy add up.
     """
     fp8, source, unseen = module.fp8_weight(name), module.sources.get(name), 0.0
     if source is None:
@@ -156,7 +162,7 @@ def weights_of(module: Fp8Module, name: str) -> Iterator[Weight]:
 
 
 def _noise_of_shard(source: GatheredWeight) -> float:
-    """Share of the energy of this rank's piece of a weight that quantizing it cost."""
+    """Share of the energy of this rank's piece of a weight that was lost by quantization."""
     bytes_ = source.wire
     for dim, size in enumerate(source.local.shape):
         bytes_ = bytes_.narrow(dim, 0, size)

@@ -1,14 +1,14 @@
-"""Reports of what FP8 costs each layer of a running training (`precision.fp8.diagnose_every`).
+"""Reports of the FP8 error of each layer during training (`precision.fp8.diagnose_every`).
 
-On a step that is due, an observer sits at the modules that compute in FP8
-(`models.layers.linear.Observer`). It keeps a sample of the rows that enter each product, and when
-their gradient arrives computes what `train.report.fp8_figures` says, from the same weights, and
-lets go of both. Nothing in the step is replaced, so its numbers stay what they are; on other steps
+On a reported step, an observer is attached to the modules that compute in FP8
+(`models.layers.linear.Observer`). It stores a sample of the input rows of each product, and when
+their gradient is available computes the fields of `train.report.fp8_figures` from the same weights,
+and frees both. The computation of the step is unchanged, so its numbers are too; on other steps
 there is no observer.
 
-The sample is of the first microbatch: its first rows, up to ROWS, or of every expert its first rows
-up to ROWS_OF_EXPERT. What SwiGLU lies between is computed again for them. With several ranks a
-report gives the worst of all: the least signal to noise, the largest shares, the range of all
+The sample is from the first microbatch: its first rows, up to ROWS, or of every expert its first
+rows up to ROWS_OF_EXPERT. SwiGLU's intermediate values are recomputed for them. With several ranks
+a report has the worst of all: the least signal to noise, the largest shares, the range of all
 scales. Histograms are those of the first rank.
 
 | field | meaning |
@@ -18,7 +18,7 @@ scales. Histograms are those of the first rank.
 | fp8/NAME/x_saturated, ... | share of values stored as the largest code |
 | fp8/NAME/x_scale_low, x_scale_high, ... | range of the scales, log2 |
 
-NAME is a module, or module.weight where it has two.
+NAME is a module, or module.weight if it has two.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ from train.report.fp8_figures import PRODUCTS, TENSORS, Figures, add_mlp, weight
 ROWS, ROWS_OF_EXPERT = 2048, 256
 """Rows of a sample; multiples of 128, so that its blocks are those of the step."""
 NAMED = 5
-"""Warnings of one report that are written out."""
+"""Maximum number of printed warnings per report."""
 _SMALLEST = [*(f"{name}_db" for name in PRODUCTS), *(f"{name}_scale_low" for name in TENSORS)]
 _LARGEST = [f"{name}_{what}" for name in TENSORS for what in ("scale_high", "flushed", "saturated")]
 
@@ -57,7 +57,7 @@ class Fp8Report:
 
 @dataclass
 class Fp8Diagnosis:
-    """Watches the FP8 modules of a model on the steps that are due; every rank has one."""
+    """Observes the FP8 modules of a model on reported steps; every rank has one."""
 
     model: nn.Module
     options: FP8Config
@@ -77,7 +77,7 @@ class Fp8Diagnosis:
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Observe what is computed inside, if the step is due."""
+        """Observe the modules in this context, if the step is reported."""
         if not self.due(step):
             yield
             return
@@ -88,7 +88,7 @@ class Fp8Diagnosis:
             yield
 
     def report(self, step: int) -> Fp8Report | None:
-        """What was found, None if the step is not due; all ranks call it together."""
+        """The report, None if the step is not reported; all ranks call it together."""
         if not self.due(step):
             return None
         fields = self._worst({name: found.fields() for name, found in self._found.items()})
@@ -186,7 +186,7 @@ def _sampled(x_RD: Tensor, groups: Groups | None) -> list[slice]:
 
 
 def _when_gradient_comes(y: Tensor, call: Callable[[Tensor], None]) -> None:
-    """At the node that made y, not at y: by then FSDP2 has gathered the weights again."""
+    """Hook the node that computed y, not y: by then FSDP2 has gathered the weights again."""
     index = y.output_nr
 
     def before(grads: tuple[Tensor | None, ...]) -> None:
@@ -200,7 +200,7 @@ def _when_gradient_comes(y: Tensor, call: Callable[[Tensor], None]) -> None:
 
 
 def summary(fields: dict[str, dict[str, float]]) -> str:
-    """One line: the middle and the least signal to noise of each product."""
+    """One line: the median and the least signal to noise of each product."""
     parts = []
     for product in PRODUCTS:
         found = {n: own[f"{product}_db"] for n, own in fields.items() if f"{product}_db" in own}
@@ -212,7 +212,8 @@ def summary(fields: dict[str, dict[str, float]]) -> str:
 
 
 def warnings(fields: dict[str, dict[str, float]], below: float) -> list[str]:
-    """One line for every weight with a product of less signal than `below`, the worst first."""
+    """One line for every weight with a product of lower signal to noise than `below`, worst
+    first."""
     poor: list[tuple[float, str]] = []
     for name, own in fields.items():
         low = {p: own[f"{p}_db"] for p in PRODUCTS if own.get(f"{p}_db", below) < below}
@@ -231,7 +232,7 @@ def warnings(fields: dict[str, dict[str, float]], below: float) -> list[str]:
 
 
 def _reason(own: dict[str, float]) -> str:
-    """What became of the operand that lost most values."""
+    """Describes the operand that lost most values."""
     present = [tensor for tensor in TENSORS if f"{tensor}_flushed" in own]
     worst = max(present, key=lambda tensor: own[f"{tensor}_flushed"])
     low, high = own[f"{worst}_scale_low"], own[f"{worst}_scale_high"]

@@ -1,4 +1,4 @@
-"""What a run reports: one set of scalar fields per step, to metrics.jsonl and TensorBoard alike.
+"""Metrics of a run: one set of scalar fields per step, written to metrics.jsonl and TensorBoard.
 
 | field | meaning |
 |---|---|
@@ -9,17 +9,17 @@
 | memory_gib | largest allocation so far on CUDA, resident memory elsewhere |
 | mtp_loss_k | mean training loss of MTP module k, which predicts the (k+1)-th next token |
 | router/sequence_balance, router/global_balance, router/router_z | the auxiliary losses in use, without their coefficients, mean over layers; 1 is a balanced load |
-| force_balance | 1 where `model.moe.force_balance` routed the tokens; else absent |
+| force_balance | 1 if `model.moe.force_balance` routed the tokens; otherwise absent |
 | moe/layer_i/max_vio | (largest load - mean load) / mean load (arXiv:2408.15664) |
 | moe/layer_i/load_entropy | entropy of the load over ln E: 1 is perfect balance |
 | moe/layer_i/dead_experts | experts without a single token in the step |
 | moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/stats.py |
-| fp8/NAME/... | what FP8 costs a weight, at the steps that ask: see train/report/fp8_report.py |
-| validation_loss, validation_bits_per_byte | at the steps that validate |
+| fp8/NAME/... | FP8 error of a weight, at the reported steps: see train/report/fp8_report.py |
+| validation_loss, validation_bits_per_byte | at steps with validation |
 
 Layers are those with experts, counted from 0, MTP modules last.
 
-The load of every expert goes to expert_load.jsonl, from which experts.png is drawn.
+The load of every expert is written to expert_load.jsonl, from which experts.png is drawn.
 """  # noqa: E501
 
 import json
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FORCED_BALANCE = "FORCED BALANCE: a benchmark, tokens go round-robin and the router learns nothing"
+"""Warning in every report of a run with `model.moe.force_balance`."""
 ROUTER_LEARNS_NOTHING = (
-    "router: the loss teaches it nothing (model.moe.norm_top_k = true with top_k = 1: one score "
-    "divided by itself is 1 whatever the router says)"
+    "router: the loss has no gradient for it (model.moe.norm_top_k = true with top_k = 1: one "
+    "score divided by itself is 1 for every router)"
 )
-"""What every report of a run with `model.moe.force_balance` says."""
 METRICS, EXPERT_LOAD = "metrics.jsonl", "expert_load.jsonl"
 PICTURES = LOSS_PICTURE, EXPERTS_PICTURE = "loss.png", "experts.png"
 
@@ -83,7 +83,8 @@ def memory_gib(device: torch.device) -> float:
 class MetricsWriter:
     """Appends to the files of a run; steps after `last_step` of an earlier attempt are removed.
 
-    The files are records, not state: what is damaged in them is set aside, and `lines` says so.
+    The files are records, not state: damaged ones are renamed, and `lines` contains messages about
+    them.
     """
 
     def __init__(self, folder: Path, last_step: int) -> None:
@@ -95,7 +96,7 @@ class MetricsWriter:
         board = folder / "tensorboard"
         if os.path.lexists(board) and not board.is_dir():
             self.lines.append(set_aside(board))
-        for picture in (folder / name for name in PICTURES):  # drawn over at the end
+        for picture in (folder / name for name in PICTURES):  # overwritten at the end
             if os.path.lexists(picture) and not picture.is_file():
                 self.lines.append(set_aside(picture))
         self._metrics = (folder / METRICS).open("a")
@@ -110,12 +111,12 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
-        """Draw how values are distributed, in TensorBoard."""
+        """Write histograms of the values to TensorBoard."""
         for name, tensor in values.items():
             self._board.add_histogram(name, tensor, step)
 
     def amend(self, step: int, fields: dict[str, float]) -> None:
-        """Add fields to a step that is recorded already."""
+        """Add fields to a step that is already recorded."""
         self._metrics.close()
         path = Path(self._metrics.name)
         lines = [line | fields if line["step"] == step else line for line in read_lines(path)]
@@ -125,7 +126,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Hand everything written so far to the operating system."""
+        """Write everything so far to the operating system."""
         self._metrics.flush()
         self._loads.flush()
         self._board.flush()
@@ -143,7 +144,7 @@ def _tensorboard(folder: Path, last_step: int) -> "SummaryWriter":
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a run's JSONL file; damaged lines and one cut short by a kill are left out."""
+    """The records of a run's JSONL file, without damaged lines and one that a kill truncated."""
     return _read(path)[0]
 
 
@@ -151,7 +152,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     """The records of a file, and its damaged lines."""
     if not path.is_file():
         return [], []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is unfinished
+    lines = path.read_bytes().split(b"\n")[:-1]  # text after the last newline is incomplete
     records, damaged = [], []
     for line in lines:
         record = _record(line, path.name)
@@ -163,7 +164,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def _record(line: bytes, name: str) -> dict[str, Any] | None:
-    """What a line says; None where it is not what `MetricsWriter.write` writes."""
+    """The record in a line; None if it is not one that `MetricsWriter.write` writes."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -177,7 +178,7 @@ def _record(line: bytes, name: str) -> dict[str, Any] | None:
 
 
 def _is_table(rows: object) -> bool:
-    """Whether `rows` are lists of integers, all of one length."""
+    """Whether `rows` are lists of integers, all of the same length."""
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         return False
     return len({len(row) for row in rows}) <= 1 and all(type(n) is int for r in rows for n in r)
@@ -188,7 +189,7 @@ def _is_number(value: object) -> bool:
 
 
 def _keep_until(path: Path, last_step: int) -> list[str]:
-    """Remove later steps, and move damaged lines to a file beside it; says so."""
+    """Remove later steps, and move damaged lines to a separate file; returns messages."""
     said = []
     if os.path.lexists(path) and not path.is_file():
         said = [set_aside(path)]

@@ -1,14 +1,14 @@
-"""What a device could do at most, for the utilization (MFU): torchtitan's table, which is kept up
-with the makers' data sheets."""
+"""The peak FLOP/s of a device, for the utilization (MFU): torchtitan's table, which is maintained
+from the makers' data sheets."""
 
 import torch
 
 _A100 = 312e12
-"""FLOP/s of an A100, which torchtitan 0.3.0 gives for every device that it does not know, too."""
+"""FLOP/s of an A100, which torchtitan 0.3.0 also returns for every unknown device."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a CUDA device; None for a CPU and where nobody knows."""
+    """Peak dense bf16 FLOP/s of a CUDA device; None for a CPU and for unknown devices."""
     if device.type != "cuda":
         return None
     from torchtitan.tools.utils import get_peak_flops

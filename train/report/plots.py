@@ -18,14 +18,15 @@ from train.report.metrics import (
 
 def draw(folder: Path) -> list[Path]:
     """Draw both pictures of the run in `folder`; returns the files."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's, or one that is not installed, is an error
+    # a notebook's backend, or one that is not installed, is an error
+    os.environ["MPLBACKEND"] = "agg"
     import matplotlib
 
     matplotlib.use("agg")
     loads = [record for record in read_lines(folder / EXPERT_LOAD) if record["load"]]
     pictures = [_loss(folder)]
     if loads:
-        shape = np.shape(loads[-1]["load"])  # a damaged line may be another
+        shape = np.shape(loads[-1]["load"])  # a damaged line may have another shape
         loads = [record for record in loads if np.shape(record["load"]) == shape]
         pictures.append(_experts(folder, loads))
     return pictures

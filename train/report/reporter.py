@@ -1,4 +1,4 @@
-"""What rank 0 prints and records about a run; the reporters of other ranks do nothing."""
+"""Rank 0's output and records of a run; the reporters of other ranks do nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Reporter:
         validation: dict[str, float],
         fp8: Fp8Report | None = None,
     ) -> None:
-        """Record one step. `seconds` is the whole step without validation and checkpoint."""
+        """Record one step. `seconds`: the whole step without validation and checkpoint."""
         if not self.active:
             return
         speed = result.tokens / seconds
@@ -90,13 +90,13 @@ class Reporter:
             self._say_validation(step, validation)
 
     def amend(self, step: int, validation: dict[str, float]) -> None:
-        """Add the validation of a step that has been recorded without it."""
+        """Add the validation of a step that was recorded without it."""
         if self.active and validation:
             self._writer.amend(step, validation)
             self._say_validation(step, validation)
 
     def say(self, line: str) -> None:
-        """Tell the user one line."""
+        """Print one line for the user."""
         if self.active:
             self._progress.say(line)
 
@@ -108,12 +108,12 @@ class Reporter:
         )
 
     def flush(self) -> None:
-        """Make sure that records up to now survive a kill; before every checkpoint."""
+        """Ensure that records up to now survive a kill; called before every checkpoint."""
         if self.active:
             self._writer.flush()
 
     def draw(self) -> list[Path]:
-        """Draw the pictures from what has been recorded."""
+        """Draw the pictures from the records."""
         self.flush()
         return draw(self.folder) if self.active else []
 

@@ -1,1 +1,1 @@
-"""Training a tokenizer or taking a given one, and the files that go with a model."""
+"""Training a tokenizer or using an existing one, and the files that belong to a model."""

@@ -1,12 +1,13 @@
-"""The files of a Hugging Face folder that go with its weights untouched.
+"""The files of a Hugging Face folder that are copied unchanged with its weights.
 
-An imported model keeps what it came with: its tokenizer in every form, chat templates, special
-tokens and generation settings. These files go, byte for byte, from the folder into the import, from
-there into each run that trains on, and into every export. What `config.json` says besides the model
-(special ids, longest sequence) goes with them in a file of its own, `IMPORTED`.
+An imported model keeps its original files: its tokenizer in every form, chat templates, special
+tokens and generation settings. These files are copied, byte for byte, from the folder into the
+import, from there into each run that continues training, and into every export. Keys of
+`config.json` that are not settings of the model (special ids, longest sequence) are copied in a
+separate file, `IMPORTED`.
 
-A tokenizer that is only given (`data.tokenizer`) brings what concerns the tokenizer alone
-(`train.tokenizer.hf_files`): how a model is sampled from is a fact of the model.
+A tokenizer that is only specified (`data.tokenizer`) contributes only its own files
+(`train.tokenizer.hf_files`): sampling settings are a property of the model.
 """
 
 import json
@@ -31,20 +32,20 @@ _PATTERNS = (*_READ, "chat_template.jinja", "chat_template.json", f"{TEMPLATES}/
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """What there is of a tokenizer in `folder`, relative to it."""
+    """The files of a tokenizer in `folder`, relative to it."""
     return _found(folder, (*_PATTERNS, *_FOR_OTHERS))
 
 
 def files_for_others(folder: Path) -> list[Path]:
-    """Of those, the ones that only other programs read."""
+    """Those of them that only other programs read."""
     return _found(folder, _FOR_OTHERS)
 
 
 def take_over(folder: Path, target: Path, config: dict[str, Any]) -> None:
-    """Copy what comes with the weights in `folder` into the new folder `target`.
+    """Copy the files that belong to the weights in `folder` into the new folder `target`.
 
-    config: of the language model. Raises UserError where a file lies outside of the folder, or a
-    special id is none.
+    config: of the language model. Raises UserError if a file is outside the folder, or a special id
+    is invalid.
     """
     target.mkdir(parents=True)
     given = {key: config[key] for key in (*SPECIAL_IDS, _LONGEST) if key in config}
@@ -59,13 +60,14 @@ def take_over(folder: Path, target: Path, config: dict[str, Any]) -> None:
 
 
 def note_imported(target: Path, said: dict[str, Any]) -> None:
-    """Write down in `target` what came with the weights besides the model (see `imported`)."""
+    """Write the keys of config.json that are no settings of the model to `target` (see
+    `imported`)."""
     (target / IMPORTED).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 def imported(folder: Path) -> dict[str, Any] | None:
-    """What the config.json of an imported model said besides the model, or None where the tokenizer
-    in `folder` came without one."""
+    """The keys of an imported model's config.json that are no settings of the model, or None if the
+    tokenizer in `folder` was not imported with a model."""
     try:
         return read_json(folder / IMPORTED)
     except FileNotFoundError:
@@ -73,15 +75,15 @@ def imported(folder: Path) -> dict[str, Any] | None:
 
 
 def longest_sequence(said: dict[str, Any]) -> int:
-    """Positions that an imported model was made for; 0 where nothing usable says so."""
+    """Positions that an imported model was trained for; 0 if no usable key specifies it."""
     longest = said.get(_LONGEST)
     return longest if type(longest) is int and 2 <= longest < 2**31 else 0
 
 
 def pass_on(folder: Path, target: Path, *, with_imported: bool) -> None:
-    """Copy what was taken over into `folder` to `target`.
+    """Copy the files of `take_over` from `folder` to `target`.
 
-    with_imported: also what makes `target` a folder that can be passed on.
+    with_imported: also the file that allows copying from `target` in turn.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in (*tokenizer_files(folder), *([Path(IMPORTED)] if with_imported else [])):

@@ -1,15 +1,15 @@
-"""The files beside a tokenizer.json in a Hugging Face folder: special tokens, chat template.
+"""The files next to a tokenizer.json in a Hugging Face folder: special tokens, chat template.
 
-A given tokenizer keeps its special tokens, padding side and chat templates: they go from its folder
-into the run and the export. That of an imported model goes with all its files, byte for byte
-(`train.tokenizer.files`). Where nothing says how a chat looks, the template below is written. It
-spells the roles as words, because a pretrained model has seen words, while reserved tokens such as
-ChatML's would still have the embeddings they were initialized with. The end-of-text token opens the
-chat, as it opens every document in training, and ends each answer, so that a model fine-tuned with
-this template stops by itself.
+An existing tokenizer keeps its special tokens, padding side and chat templates: they are copied
+from its folder into the run and the export. For an imported model all files are copied, byte for
+byte (`train.tokenizer.files`). If there is no chat template, the one below is written. It writes
+the roles as words, because a pretrained model has been trained on words, while reserved tokens such
+as ChatML's would still have their initial embeddings. The end-of-text token begins the chat, as it
+begins every document in training, and ends each answer, so that a model fine-tuned with this
+template stops by itself.
 
-The template is written twice, as transformers does since version 4.51 (chat_template.jinja) and as
-it did before (a key of tokenizer_config.json), because both kinds of reader are about.
+The template is written twice, as in transformers since version 4.51 (chat_template.jinja) and as
+before (a key of tokenizer_config.json), because both types of reader are in use.
 """
 
 import json
@@ -45,26 +45,26 @@ _KEPT = (
     "extra_special_tokens", "added_tokens_decoder", "padding_side", "truncation_side",
     "add_bos_token", "add_eos_token", "model_input_names", "clean_up_tokenization_spaces",
 )  # fmt: skip
-"""Settings of a given tokenizer that hold for any model trained with it. Its class is not among
-them: training reads tokenizer.json as it is, and PreTrainedTokenizerFast does the same."""
+"""Settings of an existing tokenizer that apply to any model trained with it. Its class is not one
+of them: training reads tokenizer.json directly, and PreTrainedTokenizerFast does the same."""
 
 
 def files_beside(file: Path) -> list[Path]:
-    """The files that say what is to be kept with the tokenizer.json `file`, itself included."""
+    """The files with the settings to keep for the tokenizer.json `file`, itself included."""
     folder = file.parent
     named = [file, folder / "tokenizer_config.json", folder / _TEMPLATE_FILE]
-    if "eos_token" not in settings_beside(file):  # else it decides nothing of a corpus
+    if "eos_token" not in settings_beside(file):  # otherwise it does not affect a corpus
         named.append(folder / SPECIAL_FILE)
     return [path for path in named if path.is_file()] + _further_templates(folder)
 
 
 def kept_settings(file: Path, eot: str) -> dict[str, Any]:
-    """What of a tokenizer's settings is kept, for the tokenizer_config.json of a copy.
+    """The settings of a tokenizer to keep, for the tokenizer_config.json of a copy.
 
     file: a tokenizer.json. eot: its end-of-text token. Raises UserError.
     """
     settings, older = settings_beside(file), settings_beside(file, SPECIAL_FILE)
-    # as in transformers, the older file outweighs settings that do not list the added tokens
+    # as in transformers, the older file has priority over settings without the added tokens
     given = older | settings if "added_tokens_decoder" in settings else settings | older
     kept = {key: given[key] for key in _KEPT if key in given}
     kept |= {key: token_name(given[key]) or None for key in _TOKENS if key in given}
@@ -74,7 +74,7 @@ def kept_settings(file: Path, eot: str) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    """One template, or several by name; files outweigh the key, as they do in transformers."""
+    """One template, or several by name; files have priority over the key, as in transformers."""
     template = settings.get("chat_template")
     entries = template if isinstance(template, list) else [{"name": "", "template": template or ""}]
     if not all(
@@ -109,11 +109,11 @@ def _further_templates(folder: Path) -> list[Path]:
 
 
 def keep_tokenizer(file: Path, folder: Path, max_positions: int, *, trains_on: bool) -> None:
-    """Write the tokenizer.json `file` and what goes with it into a run's `folder`.
+    """Write the tokenizer.json `file` and its settings into a run's `folder`.
 
-    trains_on: whether the run begins with the weights that the tokenizer came with; then what was
-    imported with them is passed on as it is. Else as `export_tokenizer`, but for the padding token:
-    tokenizer.json stays as it is, for it is part of what says that the data are the same.
+    trains_on: whether the run begins with the weights imported with the tokenizer; then all files
+    imported with them are copied unchanged. Otherwise as `export_tokenizer`, but without the
+    padding token: tokenizer.json is unchanged, because it is part of the data's identity.
     """
     if trains_on and imported(file.parent) is not None:
         pass_on(file.parent, folder, with_imported=True)
@@ -125,8 +125,8 @@ def export_tokenizer(file: Path, folder: Path, max_positions: int) -> dict[str, 
     """Write the files from which transformers' AutoTokenizer builds the same tokenizer.
 
     max_positions: longest sequence of the model, in tokens. Returns the ids of its special tokens
-    under the names of config.json; null where there is none, for an architecture may have defaults
-    of its own.
+    under the names of config.json; null if there is none, because an architecture may have other
+    defaults.
     """
     return _write(file, folder, max_positions, add_padding=True)
 
@@ -161,7 +161,7 @@ def _write(
     others = {key: value for key, value in kept.items() if key not in special}
     _write_json(folder / "tokenizer_config.json", settings | others | special)
     _write_json(folder / SPECIAL_FILE, special)
-    # of several templates the file could hold but one, and transformers would read no other
+    # of several templates the file could contain only one, and transformers would read no other
     (folder / _TEMPLATE_FILE).unlink(missing_ok=True)
     template = kept["chat_template"]
     if isinstance(template, str):

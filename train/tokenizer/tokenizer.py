@@ -1,18 +1,19 @@
-"""The tokenizer: byte-level BPE, trained here or given, and the encoding of whole documents.
+"""The tokenizer: byte-level BPE, trained here or existing, and the encoding of whole documents.
 
 Byte-level BPE (Radford et al. 2019, after Sennrich et al., arXiv:1508.07909): a regular expression
-cuts text into words, each word is a string of bytes, and the most frequent pair of neighbors
-becomes a new token until the vocabulary is full. Its 256 bytes can spell any text, so there is no
-unknown token. Training and encoding are the `tokenizers` library's; ours is one shortcut.
+splits text into words, each word is a string of bytes, and the most frequent pair of neighbors
+becomes a new token until the vocabulary is full. Its 256 bytes can represent any text, so there is
+no unknown token. Training and encoding use the `tokenizers` library, with one optimization.
 
-The regular expression is Llama 3's, because other programs must cut alike: a GGUF file does not
-hold the expression but the name of one that llama.cpp has built in (`llama-bpe` for this one).
-Of those, it needs the fewest tokens (docs/data.md). With it goes `ignore_merges`, which llama.cpp
-implies: a word that is a token is that token, whatever its merges would give.
+The regular expression is Llama 3's, because other programs must split the same way: a GGUF file
+does not contain the expression but the name of one that is built into llama.cpp (`llama-bpe` for
+this one). Of those, it needs the fewest tokens (docs/data.md). It requires `ignore_merges`, which
+llama.cpp implies: a word that is a token becomes that token, regardless of merges.
 
-The shortcut: tokens never cross words and code repeats its words, so a corpus of 7.8 million words
-has only 95 thousand different ones. On ASCII lines Python's `re` finds the same words as the
-library; the library then encodes each new word once. Same tokens (tested), a third of the CPU time.
+The optimization: tokens never cross words and code repeats its words, so a corpus of 7.8 million
+words has only 95 thousand different ones. On ASCII lines Python's `re` finds the same words as the
+library; the library then encodes each new word once. The tokens are the same (tested), for a third
+of the CPU time.
 """
 
 import json
@@ -31,27 +32,27 @@ from configs.paths import local_path
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")  # noqa: RUF001
 SPECIAL_FILE = "special_tokens_map.json"
-"""Where older folders name their special tokens."""
+"""Where older folders list their special tokens."""
 SMALLEST_VOCAB = 257
 BOUNDARIES = 2
-"""Counted up when the encoder makes other tokens of a given tokenizer than it did."""
+"""Version number, increased when the encoder changes its tokens for an existing tokenizer."""
 SAMPLE_BYTES = 16 * 2**20
-"""A tokenizer learns from this much text; 31 MB instead of 16 MB saved 0.14% of the tokens."""
+"""A tokenizer is trained on this much text; 31 MB instead of 16 MB saved 0.14% of the tokens."""
 
 WORDS = (
     r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])"  # I've; not (?i): \u017f is no s
     r"|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The same in ASCII, where \s means the same to both libraries.
+# The same in ASCII, where \s has the same meaning in both libraries.
 _ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
-# No word goes on behind a line end unless only white space follows on the next line.
+# No word continues after a line end unless only white space follows on the next line.
 _LINE_STARTS = re.compile(r"(?<=\n)(?=[ \t]*[!-~])")
-_MOST_WORDS = 1_000_000  # then the table of words starts anew: it must not grow with the corpus
+_MOST_WORDS = 1_000_000  # then the table of words is cleared: it must not grow with the corpus
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError where `model.vocab_size` cannot hold a byte-level vocabulary."""
+    """Raise UserError if `model.vocab_size` is too small for a byte-level vocabulary."""
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
             f"model.vocab_size = {vocab_size}: a byte-level tokenizer needs at least "
@@ -64,8 +65,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer of exactly `vocab_size` tokens; `<|endoftext|>` is id 0.
 
-    texts: gives the training documents afresh. It learns from the first SAMPLE_BYTES of them, and
-    from all only where those do not fill the vocabulary. Deterministic. Raises UserError.
+    texts: returns a new iterator of the training documents. The first SAMPLE_BYTES of them are
+    used, and all only if those do not fill the vocabulary. Deterministic. Raises UserError.
     """
     check_vocab_size(vocab_size)
     size = 0
@@ -87,7 +88,7 @@ def train_tokenizer(
             )
             return tokenizer
         if limit is not None and used[1] < limit:
-            break  # that was all there is
+            break  # these were all documents
     raise UserError(
         f"model.vocab_size = {vocab_size}: the training documents of data.source support "
         f"{size} tokens; set model.vocab_size to {size} or bring more text"
@@ -117,7 +118,7 @@ def _first(texts: Iterable[str], limit: int | None, used: list[int]) -> Iterator
 
 
 def find_tokenizer(setting: str) -> Path:
-    """The `tokenizer.json` that `data.tokenizer` (a file or its folder) names."""
+    """The `tokenizer.json` of `data.tokenizer` (a file or its folder)."""
     path = local_path(setting)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -129,10 +130,11 @@ def find_tokenizer(setting: str) -> Path:
 
 
 def load_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, str]:
-    """A given tokenizer and its end-of-text token; checks that the model has a row per token."""
+    """An existing tokenizer and its end-of-text token; checks that the model has a row per
+    token."""
     where = f"data.tokenizer = {str(file)!r}"
     try:
-        raw = file.read_bytes()  # the library takes no name that is not UTF-8
+        raw = file.read_bytes()  # the library supports no name that is not UTF-8
     except OSError as error:
         raise UserError(f"{where}: cannot be read: {error.strerror}") from None
     try:
@@ -151,12 +153,12 @@ def load_tokenizer(file: Path, vocab_size: int) -> tuple[Tokenizer, str]:
             return tokenizer, name
     raise UserError(
         f"{where}: has no end-of-text token; documents need one of {', '.join(EOT_NAMES)}, "
-        "or name yours as eos_token in a tokenizer_config.json beside it"
+        "or name yours as eos_token in a tokenizer_config.json next to it"
     )
 
 
 def _named_end(file: Path) -> str:
-    """The end-of-text token that the files beside a tokenizer.json name; empty for none."""
+    """The end-of-text token in the files next to a tokenizer.json; empty for none."""
     settings = settings_beside(file)
     if "eos_token" not in settings:
         settings = settings_beside(file, SPECIAL_FILE)
@@ -164,7 +166,7 @@ def _named_end(file: Path) -> str:
 
 
 def settings_beside(file: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    """The JSON object in the file `name` beside a tokenizer.json; empty where there is none."""
+    """The JSON object in the file `name` next to a tokenizer.json; empty if there is none."""
     place = file.parent / name
     try:
         settings = json.loads(place.read_text("utf-8"))
@@ -178,23 +180,23 @@ def settings_beside(file: Path, name: str = "tokenizer_config.json") -> dict[str
 
 
 def token_name(token: object) -> str:
-    """A special token's text: the settings hold it bare or in an object; empty for none."""
+    """A special token's text, which settings store directly or in an object; empty for none."""
     return str((token.get("content") if isinstance(token, dict) else token) or "")
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 class Encoder:
-    """Turns documents into one stream of token ids."""
+    """Converts documents to one stream of token ids."""
 
     def __init__(self, tokenizer: Tokenizer, eot: int, dtype: np.dtype) -> None:
-        """eot: id that opens every document. dtype: of the stream. No truncation, no padding;
-        `eot` and special tokens spelled out in a text are plain text, so that no document can
-        forge a boundary."""
+        """eot: id that begins every document. dtype: of the stream. No truncation, no padding;
+        `eot` and special tokens written in a text are plain text, so that no document can forge a
+        boundary."""
         self.tokenizer = _without_special_tokens(tokenizer, eot)
         self.eot = eot
         self.dtype = dtype
@@ -204,7 +206,7 @@ class Encoder:
     def encode(self, texts: list[str]) -> np.ndarray:
         """The stream of `texts`, `[T]`: for each document `eot`, then its tokens.
 
-        Raises UserError where the tokenizer has no tokens but `eot` for a text.
+        Raises UserError if the tokenizer has no tokens but `eot` for a text.
         """
         segments = [self._segments(text) for text in texts]
         words = [_ASCII_WORDS.findall(s) if ascii else None for s, ascii in chain(*segments)]
@@ -225,7 +227,8 @@ class Encoder:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
     def _segments(self, text: str) -> list[tuple[str, bool]]:
-        """`text` in pieces that encode alone as they do together, and whether to go by words."""
+        """`text` in pieces that encode separately as they do together, and whether to encode by
+        words."""
         if not self.by_words:
             return [(text, False)]
         if text.isascii():
@@ -248,7 +251,7 @@ class Encoder:
         ]
 
     def _encode_in_parts(self, text: str) -> list[int]:
-        """The tokens of a text of which the vocabulary has `eot` as a word: cut within each."""
+        """The tokens of a text that contains `eot` as a word of the vocabulary: cut within each."""
         ids: list[int] = []
         pending = [text]
         while pending:
@@ -270,14 +273,14 @@ class Encoder:
                 raise UserError(
                     f"data.tokenizer: it makes its end-of-text token {name!r} of {shown!r} in a "
                     "document, which would end it there; name another eos_token in the "
-                    "tokenizer_config.json beside it"
+                    "tokenizer_config.json next to it"
                 )
             pending += reversed(parts)
         return ids
 
 
 def _without_special_tokens(tokenizer: Tokenizer, eot: int) -> Tokenizer:
-    """A copy that takes every special token, and `eot` whether special or not, as plain text."""
+    """A copy that treats every special token, and `eot` whether special or not, as plain text."""
     parts = json.loads(tokenizer.to_str())
     for token in parts["added_tokens"]:
         token["special"] |= token["id"] == eot
@@ -289,7 +292,7 @@ def _without_special_tokens(tokenizer: Tokenizer, eot: int) -> Tokenizer:
 
 
 def cuts_words_as_ours(tokenizer: Tokenizer) -> bool:
-    """Whether text is cut by WORDS and nothing else, and words are encoded for good."""
+    """Whether text is split by WORDS only, and a word's tokens do not depend on its context."""
     parts: dict[str, Any] = json.loads(tokenizer.to_str())
     return (
         parts["normalizer"] is None

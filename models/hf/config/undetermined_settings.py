@@ -55,7 +55,7 @@ def with_undetermined_settings(
         return with_rope
     if not says_the_same(changed):
         raise UserError(
-            f"{place}: {KEY}: contradicts the other keys, and may only say what they leave open"
+            f"{place}: {KEY}: contradicts the other keys, and may only set what they leave open"
         )
     return changed
 

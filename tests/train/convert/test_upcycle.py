@@ -313,7 +313,7 @@ def test_weights_that_cannot_be_read_are_refused(dense: Path, tmp_path: Path) ->
         tensors["model.norm.weight"] = torch.full((32,), float("nan"))
 
     rewrite(folder, quantize)
-    refuse(folder, tmp_path, "model.norm.weight is torch.int8: quantised weights are not read")
+    refuse(folder, tmp_path, "model.norm.weight is torch.int8: quantized weights are not read")
     rewrite(folder, spoil)
     refuse(folder, tmp_path, "model.norm.weight holds values that are not finite")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
