@@ -1,4 +1,4 @@
-"""Stand-in for DeepEP's calls, as in its public documentation, over gloo; for the test of our
+"""Replacement for DeepEP's calls, as in its public documentation, over gloo; for the test of our
 adapter.
 
 Rows are sent once to every rank that has one of a token's experts; received rows identify experts

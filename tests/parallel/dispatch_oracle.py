@@ -1,7 +1,7 @@
 """Reference for all dispatchers: plain loops over tokens and choices, with all experts on one rank.
 
-It includes FP8 wires: `fp8` selects the exchanges that round. Everything is differentiable, so
-autograd computes gradients through the loops.
+It includes rows sent in FP8: `fp8` selects the exchanges that round. Everything is differentiable,
+so autograd computes gradients through the loops.
 """
 
 from dataclasses import dataclass

@@ -118,7 +118,7 @@ def test_a_recomputation_that_rounds_differently_routes_alike(choices: list[Tens
     step = step_of(model)
     microbatch = step.microbatch()
     loss(model, microbatch).backward()
-    first, again = choices[:2], choices[:1:-1]  # backward goes from the last layer to the first
+    first, again = choices[:2], choices[:1:-1]  # backward runs from the last layer to the first
     assert len(choices) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     decided = [layer.decision for layer in microbatch.layers if layer is not None]
