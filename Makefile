@@ -1,5 +1,5 @@
 # Every target works from a bare checkout: it makes .venv and installs what it needs.
-# Two stamps in .venv say what is installed; a change of pyproject.toml makes them old.
+# Two stamp files in .venv record what is installed; a change of pyproject.toml makes them outdated.
 
 PYTHON ?= python3
 TORCH ?=
@@ -26,16 +26,16 @@ help: ## list the targets (this text)
 demo: $(RUNTIME) ## install the runtime, then train, export and serve a tiny model
 	$(PY) -m scripts.demo $(ARGS)
 
-test: $(DEV) ## run the tests that need neither a GPU nor patience
+test: $(DEV) ## run all tests except slow and gpu
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(WORKERS) $(ARGS)
 
-check: $(DEV) ## ruff, its formatter, mypy, and the test of the layers
+check: $(DEV) ## ruff, its formatter, mypy, and the test of the import layers
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layers.py
 
-format: $(DEV) ## rewrite the code in the house format
+format: $(DEV) ## format the code
 	$(PY) -m ruff check --fix-only
 	$(PY) -m ruff format
 
@@ -45,11 +45,11 @@ bench: $(RUNTIME) ## run the training benchmark on this machine
 docs: $(DEV) ## write the API pages, one per module, to build/api
 	$(PY) -m pdoc --no-search --output-directory build/api configs kernels models parallel train serve
 
-clean: ## delete .venv and the tools' caches; runs/ and cache/ stay
+clean: ## delete .venv and the tools' caches; runs/ and cache/ are kept
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . \( -path ./runs -o -path ./cache \) -prune -o -name __pycache__ -exec rm -rf {} +
 
-# A TORCH given by hand is never taken as installed already.
+# A TORCH given on the command line is always installed again.
 $(RUNTIME): pyproject.toml .venv/bin/pip $(if $(TORCH),force)
 	$(PY) -m scripts.install --torch "$(TORCH)"
 	@touch $@
@@ -64,7 +64,7 @@ $(DEV): pyproject.toml .venv/bin/pip $(if $(TORCH),force)
 	  "Phalanx needs Python 3.11 or newer; '$(PYTHON)' is older or missing: give PYTHON=<path>"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# A PYTHON given by hand that .venv does not hold is an error, not a setting to skip.
+# A PYTHON on the command line that differs from .venv's is an error, not silently ignored.
 interpreter:
 ifneq ($(origin PYTHON),file)
 	@version='import sys; print("%d.%d" % sys.version_info[:2])'; \

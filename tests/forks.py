@@ -122,9 +122,10 @@ def forked(
 
 
 class Program:
-    """A program that runs in forks, one for each rank; a context manager that kills what is left.
+    """A program that runs in forks, one for each rank; as a context manager it kills running ranks
+    at exit.
 
-    pids: of the ranks. For the arguments see `forked`.
+    pids: process ids of the ranks. For the arguments see `forked`.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Program:
         more = more or {}
         env, key = env | TUNABLES | more, tuple(sorted(more.items()))
         self.words, self.pids = words, list[int]()
-        self._running: dict[int, tuple[Template, int]] = {}  # by the descriptor of a process
+        self._running: dict[int, tuple[Template, int]] = {}  # by file descriptor of a process
         for rank, place in enumerate(_environments(ranks)):
             environment = env | place
             odd = int(environment.get("RANK", rank)) % 2 == 1
@@ -161,12 +162,12 @@ class Program:
         return len(self._running) == len(self.pids) and not poll.poll(0)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to all ranks that run."""
+        """Send a signal to all running ranks."""
         for descriptor in self._running:
             signal.pidfd_send_signal(descriptor, number)
 
     def finish(self, timeout: float) -> subprocess.CompletedProcess[str]:
-        """Wait for the end; TimeoutExpired, after killing all ranks, where it does not come."""
+        """Wait for the end; after the timeout, kill all ranks and raise TimeoutExpired."""
         codes = self._wait(timeout)
         _spent.append((self._cpu_time() - self._before) / min(len(self.pids), 2))
         printed = self.printed()
@@ -183,7 +184,7 @@ class Program:
         return sum(source.cpu_time() for source in self._sources)
 
     def _wait(self, timeout: float) -> list[int] | None:
-        """Exit codes in the order in which the processes ended; None when the time was over."""
+        """Exit codes in the order in which the processes ended; None after a timeout."""
         end, limit, codes = time.monotonic() + timeout, float("inf"), list[int]()
         poll = select.poll()
         for descriptor in self._running:

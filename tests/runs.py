@@ -1,4 +1,4 @@
-"""Starting our programs as a user would, from tests."""
+"""Starts our programs from tests, as a user would."""
 
 import os
 import resource
@@ -18,15 +18,15 @@ TINY = ROOT / "tests" / "tiny.toml"
 
 
 def environment() -> dict[str, str]:
-    """This environment with one thread per process and our modules in reach."""
+    """This environment with one thread per process and our modules on the path."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # on the CPU everywhere: several ranks would fight over one GPU
+    # always on the CPU: several ranks would compete for one GPU
     return clean | threads | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -52,11 +52,11 @@ def run(
     fresh: bool = False,
     cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end and check the exit code; shows the output where it is another.
+    """Run a program to its end and check the exit code; prints the output if the code differs.
 
-    The processes are forks of one that has imported `modules`: unless given, ours, or
-    `transformers` for `-P -c CODE`. env: variables beside the usual. fresh: start Python, and
-    torchrun for several ranks.
+    The processes are forks of one that has imported `modules`: by default ours, or `transformers`
+    for `-P -c CODE`. env: additional variables. fresh: start Python, and torchrun for several
+    ranks.
     """
     words = [str(argument) for argument in arguments]
     if forks.POSSIBLE and not fresh:
@@ -79,7 +79,8 @@ def run(
 def started(
     *arguments: object, ranks: int = 1, env: dict[str, str] | None = None, cwd: Path = ROOT
 ) -> Iterator[forks.Program]:
-    """A program while it runs, to be signalled; killed at the end. See `run`."""
+    """A running program that can be signaled; it is killed at the end. For the arguments see
+    `run`."""
     if not forks.POSSIBLE:
         pytest.skip("Linux only")
     words = [str(argument) for argument in arguments]
@@ -89,7 +90,7 @@ def started(
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse what this process writes beyond `size` bytes of a file."""
+    """Let the operating system refuse writes of this process beyond `size` bytes of a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -10,7 +10,7 @@ from models.step_context import LayerContext, LayerTotals, StepContext
 
 
 def unchanged(tensor: Tensor) -> Tensor:
-    """The sum over the data ranks where there is one."""
+    """The sum over the data ranks if there is a group."""
     return tensor
 
 
@@ -27,19 +27,19 @@ def layer_step(
 
 
 def next_microbatch(step: StepContext) -> LayerContext:
-    """What the only MoE layer is called with for the next microbatch of a `layer_step`."""
+    """The context of the only MoE layer for the next microbatch of a `layer_step`."""
     (layer,) = step.microbatch().layers
     assert layer is not None
     return layer
 
 
 def layer_context(n_experts: int, device: str = "cpu") -> LayerContext:
-    """The only microbatch of a step of one MoE layer, where auxiliary losses do not matter."""
+    """The only microbatch of a step of one MoE layer, for tests without auxiliary losses."""
     return next_microbatch(layer_step(n_experts, device=device))
 
 
 def totals_of(layer: LayerContext) -> LayerTotals:
-    """What a step has added up in a layer."""
+    """The sums of a step for one layer."""
     assert layer.totals is not None
     return layer.totals
 

@@ -1,4 +1,5 @@
-"""A process that has imported what our programs need and forks a copy of itself for each of them.
+"""A process that has imported the modules of our programs and forks a copy of itself for each
+program.
 
 `python -P tests/template.py MODULE...` imports the modules once. Then it answers one line of JSON
 per line on its standard input:
@@ -7,10 +8,10 @@ per line on its standard input:
     {"reap": N} -> {"code": exit code of that child, negative for a signal}
 
 `words` are the arguments of a Python interpreter: `-m MODULE ...`, `-c CODE ...` or `FILE ...`,
-each perhaps after `-P`. A child has standard streams, environment, signals, process group and exit
-code of its own, and ends as any Python process ends; only its modules were imported before. A fork
-copies one thread, so the template refuses to serve with more. When its input ends, it kills the
-children that are left.
+each optionally after `-P`. A child has its own standard streams, environment, signals, process
+group and exit code, and ends like any Python process; only its modules were imported before. A fork
+copies one thread, so the template refuses to serve with several threads. When its input ends, it
+kills the remaining children.
 """
 
 import atexit
@@ -34,18 +35,18 @@ def main(modules: list[str]) -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)  # what an import prints is no answer
+    os.dup2(2, 1)  # output of an import is not an answer
     for name in modules:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in every child"
     gc.collect()
-    gc.freeze()  # the collector of a child leaves these pages shared
+    gc.freeze()  # keeps these pages shared: a child's garbage collector does not touch them
     program = serve(requests, answers)
     run_to_end(program or (lambda: None))
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> Callable[[], None] | None:
-    """Answer until the input ends; returns, in a child, what the child has to run."""
+    """Answer until the input ends; in a child, return the program to run."""
     children: set[int] = set()
     for line in iter(requests.readline, b""):
         request = json.loads(line)
@@ -69,7 +70,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> Callable[[], None] | None:
 
 
 def run_to_end(program: Callable[[], None]) -> NoReturn:
-    """Run it and leave as Python does, but for taking every module apart, which takes 0.2 s."""
+    """Run it and exit as Python does, but without tearing down every module, which takes 0.2 s."""
     code: object = None
     try:
         program()
@@ -89,12 +90,12 @@ def become(words: list[str], env: dict[str, str], cwd: str, out: str, err: str) 
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path in ((1, out), (2, err)):
-        with open(path, "ab", buffering=0) as file:  # several ranks append to one
+        with open(path, "ab", buffering=0) as file:  # several ranks append to one file
             os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    # what a process of its own would draw for itself
+    # random values that a separate process would draw itself
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
@@ -109,7 +110,7 @@ def become(words: list[str], env: dict[str, str], cwd: str, out: str, err: str) 
     if not isolated:
         sys.path.insert(0, folder)
     if option == "-m":
-        sys.modules.pop(rest[0], None)  # it runs as __main__, not as what was imported
+        sys.modules.pop(rest[0], None)  # it runs as __main__, not as the imported module
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         return
     module = ModuleType("__main__")

@@ -1,8 +1,9 @@
-"""Every command in README and docs/ is run as printed, made short, or says here why it is not.
+"""Runs every command in README and docs/ as printed or shortened; the others are listed here with a
+reason.
 
-A page is run from top to bottom in a folder that looks like a checkout, with a small corpus in the
-home folder and a run `runs/demo` that was trained and exported. Commands that are not run must
-still name existing modules, files, targets and options.
+A page is run from top to bottom in a folder that resembles a checkout, with a small corpus in the
+home folder and a trained and exported run `runs/demo`. Commands that are not run must still name
+existing modules, files, targets and options.
 """
 
 import json
@@ -24,9 +25,9 @@ SHORT = [
     "--train.global_batch=2", "--train.micro_batch=1", "--validation.sequences=1",
     "--train.profile_steps=[]",
 ]  # fmt: skip
-"""Overrides that make a training of any experiment take a second; they follow those printed."""
+"""Overrides that make a training of any experiment take a second; they follow the printed ones."""
 SHORT_START = ["--train.steps=1", "--schedule.warmup_steps=0", "--train.global_batch=1"]
-"""The same for one that starts from weights, whose sizes are given."""
+"""The same for a training that starts from weights, whose sizes are given."""
 _GPU = "measures a GPU"
 _MINUTES = "a benchmark or a study of minutes to hours"
 NOT_RUN = {
@@ -48,7 +49,7 @@ RUN = [c for c in COMMANDS if not any(re.fullmatch(p, " ".join(c.words)) for p i
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A folder like a checkout, the small corpus, and what the pages suppose to be there."""
+    """A folder like a checkout, the small corpus, and the inputs that the pages assume."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").symlink_to(ROOT / "configs")
     home = folder / "home"
@@ -108,7 +109,7 @@ def test_commands_of_a_page_do_what_they_say(page: str, inside: Path) -> None:
 
 
 def shortened(words: list[str], folder: str) -> list[str]:
-    """The words of a training with SHORT behind them; as printed they must load as well."""
+    """The words of a training followed by SHORT; as printed they must load as well."""
     load(words[0], words[1:])
     data = ["--data.source=~/corpus"] if "demo.toml" in words[0] or "tiny" in words[0] else []
     given = [key.split("=")[0] for key in words]
@@ -119,7 +120,8 @@ def shortened(words: list[str], folder: str) -> list[str]:
 
 
 def serve(words: list[str], folder: Path) -> None:
-    """Start the server on a free port and stop it once it answers, or see it refuse in a line."""
+    """Start the server on a free port and stop it once it answers; `nowhere` must be refused in a
+    line."""
     port = free_port()
     process = subprocess.Popen(
         command("-m", "serve", *words, "--port", port),

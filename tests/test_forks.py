@@ -1,4 +1,4 @@
-"""Forks stand for processes: streams, exit codes, environment, signals, and ranks that fail."""
+"""Forks behave like processes: streams, exit codes, environment, signals, and ranks that fail."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.runs import ROOT, run
 
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
 BARE = ("json",)
-"""Nothing to import: the cheapest template."""
+"""No modules to import: the cheapest template."""
 
 
 def test_a_fork_is_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_ranks_are_what_torchrun_makes_them() -> None:
 
 
 def test_ranks_order_sets_differently() -> None:
-    """As processes do: an order of collectives taken from a set must show."""
+    """As in separate processes, so that an order of collectives taken from a set is detected."""
     code = "import os; print(os.environ['RANK'], hash('a name'))"
     done = run("-c", code, modules=BARE, ranks=3)
     found = dict(line.split() for line in done.stdout.splitlines())
@@ -95,7 +95,7 @@ def test_what_is_random_differs_between_forks() -> None:
 
 
 def test_a_template_with_threads_refuses() -> None:
-    """A fork has one of them, and waits for ever for what another held."""
+    """A fork copies only one thread, and would wait forever for locks of the others."""
     done = subprocess.run(
         [sys.executable, "-P", ROOT / "tests" / "template.py", "tests.threaded"], cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, input="",

@@ -1,8 +1,9 @@
-"""Every public function of `kernels/` serves the product: configs, models, parallel, train or serve
-reach it through the calls of other kernels. What only tests and benchmarks call is dead code.
+"""Every public function of `kernels/` is used by the product: configs, models, parallel, train or
+serve reach it through the calls of other kernels. A function used only by tests and benchmarks is
+dead code.
 
-Found by reading the files: a definition reaches what its body names. The plain-torch reference of a
-kernel counts as used where its kernel is.
+Determined from the source: a definition reaches the names in its body. The plain-torch reference of
+a kernel counts as used if its kernel is.
 """
 
 import ast
@@ -13,10 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("configs", "models", "parallel", "train", "serve")
 WAITING = {"kernels.gemm.gemm_fp8_gluon.gemm": "measurement on a Hopper GPU decides"}
-"""What no run chooses yet, and why it stays."""
+"""Functions that no run selects yet, and why they are kept."""
 
 Names = dict[str, str]
-"""Of a module: local name to the full name it stands for."""
+"""Names of a module: from the local name to the full name."""
 
 
 def module_of(path: Path) -> str:
@@ -24,7 +25,7 @@ def module_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> Names:
-    """What the imports in a piece of code bind."""
+    """The names that the imports in a piece of code bind."""
     names: Names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels"):
@@ -35,7 +36,8 @@ def imported(tree: ast.AST) -> Names:
 
 
 def named(node: ast.AST, names: Names) -> set[str]:
-    """Full names that a piece of code mentions, also as `module.name`. names: from around it."""
+    """Full names in a piece of code, also as `module.name`. names: those of the surrounding
+    code."""
     names = names | imported(node)
     found = set()
     for part in ast.walk(node):
@@ -48,7 +50,7 @@ def named(node: ast.AST, names: Names) -> set[str]:
 
 
 def reaches(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """From every top-level name of `kernels/` to what its definition mentions."""
+    """From every top-level name of `kernels/` to the names in its definition."""
     graph: dict[str, set[str]] = defaultdict(set)
     for module, tree in trees.items():
         names: Names = {}
@@ -66,7 +68,7 @@ def reaches(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
             if isinstance(statement, ast.FunctionDef | ast.ClassDef) and statement.name != "_":
                 graph[f"{module}.{statement.name}"] |= mentioned
                 continue
-            # an operation's shapes and gradients are registered under its name
+            # an operation's meta implementation and gradients are registered under its name
             for name in mentioned:
                 graph[name] |= mentioned
     return graph
@@ -87,7 +89,7 @@ def reached(graph: dict[str, set[str]], roots: frozenset[str]) -> set[str]:
 
 @functools.cache
 def roots() -> frozenset[str]:
-    """Full names that the product mentions."""
+    """Full names that the product uses."""
     found: set[str] = set()
     for floor in PRODUCT:
         for path in sorted((ROOT / floor).rglob("*.py")):
@@ -125,7 +127,7 @@ def test_every_public_kernel_has_a_user_in_the_product() -> None:
 
 
 def test_a_kernel_without_users_is_seen() -> None:
-    """Also one that is called by another such, or registered as an operation."""
+    """Also if another unused function calls it, or if it is registered as an operation."""
     trees = kernels()
     trees["kernels.layers.norm"].body += ast.parse(
         "def alone(x): return below(x)\n"

@@ -1,4 +1,4 @@
-"""The house stands on its floors: a folder imports only from the floors beneath it."""
+"""Imports between packages: a package imports only from the packages below it."""
 
 import ast
 import sys
@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
         "kernels", "kernels/gemm", "kernels/grouped_gemm", "kernels/quantization",
     },
     "kernels/moe": {"kernels"},
-    # upcycling asks which architecture will express the result
+    # upcycling checks which architecture can express the result
     "models": {"models/hf", "models/layers"},
     "models/layers": set(),
     "models/hf": {"models", "models/hf/config", "models/hf/families"},
@@ -52,7 +52,7 @@ ROOMS: dict[str, set[str]] = {
     "serve/engine": {"serve/cache"},
     "serve/cache": set(),
 }  # fmt: skip
-"""Which room of a floor may import which others of it; a room that is not listed, none."""
+"""The other subpackages of a package that each subpackage may import; none if it is not listed."""
 MOST_FILES = 16
 NO_TORCH = ("configs",)
 

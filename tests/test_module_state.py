@@ -1,8 +1,8 @@
-"""A module stays what its class says: nobody gives it another class or another `forward`, and what
-lies outside of its file sets its attributes at the seams of parallelism alone.
+"""Modules are not modified from outside: their class and `forward` are never replaced, and code
+outside of a class's file sets only those attributes that are interfaces for parallelism.
 
-By syntax: a name holds a module where it is annotated so, made by a module's class, checked by
-`isinstance`, or runs over `modules()` and the like.
+Checked in the source: a name refers to a module if it is annotated so, created by a module's class,
+checked by `isinstance`, or iterates over `modules()` and similar calls.
 """
 
 import ast
@@ -17,15 +17,15 @@ FOLDERS = ("configs", "kernels", "models", "parallel", "train", "serve", "script
 LISTS = {
     "modules", "named_modules", "children", "named_children", "blocks", "routers", "fp8_modules",
 }  # fmt: skip
-"""Calls that give modules, or names with modules."""
+"""Calls that return modules, or names with modules."""
 SEAMS = {"dispatcher", "embed", "recompute_h", "runner", "tp_comm"}
-"""What `parallel` sets; the class of the module declares it."""
+"""Attributes that `parallel` sets; the class of the module declares them."""
 BUFFERS = {"parallel/apply.py"}
-"""Files that set attributes whose names are not written there: buffers that get their memory."""
+"""Files that set attributes by variable names: buffers that get their memory."""
 FOREIGN = {("scripts/check_readers/with_openvino.py", "forward")}
-"""A class of transformers, changed for the reader's export; nothing of ours."""
+"""A class of transformers that a reader of exports changes; not one of ours."""
 Found = tuple[int, str, str]
-"""Line, what is assigned to, the attribute; "?" where that is not a constant."""
+"""Line, target of the assignment, attribute; "?" if it is not a constant."""
 
 
 def files() -> list[str]:
@@ -43,7 +43,7 @@ def tree_of(file: str) -> ast.Module:
 
 @cache
 def module_classes() -> dict[str, set[str]]:
-    """The classes that are `nn.Module`s, with the files of each; those of torch with none."""
+    """The classes that are `nn.Module`s, with the files of each; torch's classes have none."""
     classes: dict[str, list[tuple[str, set[str]]]] = {}
     for file in files():
         for node in ast.walk(tree_of(file)):
@@ -82,7 +82,7 @@ def assigned(tree: ast.AST) -> Iterator[Found]:
 
 @cache
 def declared(file: str) -> frozenset[str]:
-    """The attributes that module classes of a file give to their instances."""
+    """The attributes that module classes of a file set on their instances."""
     found = set()
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.ClassDef) and file in module_classes().get(node.name, ()):
@@ -92,14 +92,15 @@ def declared(file: str) -> frozenset[str]:
 
 
 def modules_in(function: ast.AST) -> set[str]:
-    """The names that hold modules, or several."""
+    """The names that refer to modules, or to several."""
     known, found = module_classes(), set[str]()
 
     def told(node: ast.AST | None) -> bool:
         return node is not None and any(last(n) in known for n in ast.walk(node))
 
     def listed(node: ast.AST) -> bool:
-        """Whether it gives modules: a call that does, a list of them, or what is made of lists."""
+        """Whether an expression gives modules: a call that does, a list of them, or something built
+        from lists."""
         if isinstance(node, ast.Call):
             plain = isinstance(node.func, ast.Name)  # zip, enumerate
             return last(node.func) in LISTS or (plain and any(map(listed, node.args)))
@@ -109,7 +110,7 @@ def modules_in(function: ast.AST) -> set[str]:
             return listed(node.value)
         return isinstance(node, ast.Name) and node.id in found
 
-    for node in [*ast.walk(function)] * 2:  # a list may be told of after its use
+    for node in [*ast.walk(function)] * 2:  # a list may be annotated after its use
         if isinstance(node, ast.arg) and told(node.annotation):
             found.add(node.arg)
         elif isinstance(node, ast.AnnAssign) and told(node.annotation):
@@ -127,7 +128,7 @@ def modules_in(function: ast.AST) -> set[str]:
 
 
 def from_outside(tree: ast.Module, own: frozenset[str]) -> list[Found]:
-    """Attributes of modules that are set, but for those of the file's own classes."""
+    """Attributes of modules that are set, except those of the file's own classes."""
     seen = set[Found]()
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):

@@ -1,4 +1,4 @@
-"""What a clone contains: no links, nothing that is ignored, no place of somebody's machine."""
+"""The content of a clone: no links, no ignored files, no paths of a particular machine."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from tests.runs import ROOT
 MACHINE = re.compile(
     rb"(?<![\w.~$}>-])/(?:tmp|work|root|Users|home/[a-z]\w*)(?:/[\w.-]|\b(?=[`'\"]))"
 )
-"""An absolute path into a folder that only one machine has."""
+"""An absolute path to a folder that exists only on one machine."""
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="not a checkout: nothing is tracked or ignored"
 )

@@ -31,9 +31,7 @@ def _draw(family: str, rng: Random, vocab_size: int) -> ModelConfig:
     mla = family.startswith("deepseek")
     attention = _mla(family, rng) if mla else _gqa(family, rng)
     d_model = rng.randint(8, 41)
-    if (
-        family == "deepseek-v2"
-    ):  # transformers requires a multiple, and views pairs as complex numbers
+    if family == "deepseek-v2":  # transformers needs a multiple, and views pairs as complex numbers
         d_model = attention.n_heads * rng.randint(2, 9)
     n_dense = 0 if family in ("mixtral", "gpt-oss", "llama4") else rng.randint(0, n_layers)
     moe_every = rng.randint(1, 3) if family == "llama4" else 1

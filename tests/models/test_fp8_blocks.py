@@ -210,9 +210,7 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
     norm, as for exports without quantization. transformers raises an error for matrices with a
     partial last block."""
     tokens = torch.randint(0, 96, (2, 37), generator=torch.Generator().manual_seed(0))
-    names = [
-        name for name in MODELS if not name.endswith("mtp")
-    ]  # modules that transformers does not have
+    names = [name for name in MODELS if not name.endswith("mtp")]  # unknown to transformers
     for name in names:
         write_fp8(random_decoder(MODELS[name]), tmp_path / name)
         save_file({"tokens": tokens}, tmp_path / name / "given.check")

@@ -1,6 +1,7 @@
-"""Trains two steps on a mesh and saves, or loads what another mesh saved; then one more step.
+"""Trains two steps on a mesh and saves, or loads the checkpoint of another mesh; then trains one
+more step.
 
-`[torchrun] checkpoint_run.py FOLDER CASES.json`. Each case becomes `FOLDER/NAME.safetensors`: the
+`[torchrun] checkpoint_run.py FOLDER CASES.json`. Each case writes `FOLDER/NAME.safetensors`: the
 whole state before the third step, and the loss, gradient norm and weights after it.
 """
 
@@ -48,7 +49,7 @@ class Run:
         )
 
     def step(self, step: int, updated: Callable[[], None] | None = None) -> StepResult:
-        """updated: instead of quantizing the weights anew."""
+        """updated: called after the step, instead of quantizing the weights again."""
         done = train_step(
             self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
             tp_size=self.mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=0.3,

@@ -1,7 +1,8 @@
-"""Which parameters decay, exactly: `[torchrun] decay_run.py FOLDER` writes `FOLDER/faults.json`.
+"""Finds out exactly which parameters decay: `[torchrun] decay_run.py FOLDER` writes
+`FOLDER/faults.json`.
 
-Without a gradient AdamW does nothing but decay: a step with learning rate 1/8 and weight decay 4
-halves what decays, bit for bit, and leaves the rest.
+Without a gradient AdamW only decays: a step with learning rate 1/8 and weight decay 4 halves
+decayed parameters, bit for bit, and leaves the others unchanged.
 """
 
 import json
@@ -38,7 +39,7 @@ DECAYS = {
     r"BLOCK\.ffn\.experts\.(b13|b2)": False,
     r"BLOCK\.ffn\.router\.(weight|bias)": False,
 }
-"""Every class of parameters there is."""
+"""A model with every class of parameters."""
 MESHES = {
     1: [alone(family) for family in FAMILIES],
     4: [
@@ -49,7 +50,7 @@ MESHES = {
 
 
 def decays(name: str) -> bool:
-    """As the table above says; every name is in it once."""
+    """Decay as in the table above; every name is in it once."""
     patterns = [p.replace("BLOCK", r"(?:layers|mtp)\.\d") for p in DECAYS]
     found = [d for p, d in zip(patterns, DECAYS.values(), strict=True) if re.fullmatch(p, name)]
     assert len(found) == 1, name

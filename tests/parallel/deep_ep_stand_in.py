@@ -1,7 +1,8 @@
-"""DeepEP's calls, as its public documentation gives them, over gloo; for the test of our adapter.
+"""Replacement for DeepEP's calls, as in its public documentation, over gloo; for the test of our
+adapter.
 
-Rows are sent once to every rank that holds one of a token's experts; what arrives names experts by
-their number on that rank, or -1. Slow and simple.
+Rows are sent once to every rank that has one of a token's experts; received rows identify experts
+by their index on that rank, or -1. Slow and simple.
 """
 
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from torch import Tensor
 
 
 class Event:
-    """The end of an exchange; here it has ended already, but must be asked for all the same."""
+    """The end of an exchange; here it has already ended, but callers must wait for it all the
+    same."""
 
     def __init__(self, *tensors: Tensor | None) -> None:
         self.hidden = [(t, t.clone()) for t in tensors if t is not None]
-        for tensor, _ in self.hidden:  # who reads before waiting reads this
+        for tensor, _ in self.hidden:  # read only by callers that do not wait
             tensor.fill_(77)
 
     def current_stream_wait(self) -> None:
@@ -27,10 +29,10 @@ class Event:
 
 @dataclass
 class Handle:
-    """What a dispatch leaves behind for its combine."""
+    """Data of a dispatch that its combine needs."""
 
     sources: list[list[int]]
-    """Tokens of this rank that went to every rank."""
+    """Tokens of this rank that were sent to every rank."""
     received: list[int]
     num_recv_tokens_per_expert_list: list[int]
 

@@ -1,7 +1,7 @@
-"""The oracle of all dispatchers: tokens and choices in plain loops, all experts in one place.
+"""Reference for all dispatchers: plain loops over tokens and choices, with all experts on one rank.
 
-FP8 wires are part of it: `fp8` names the exchanges that round. Everything is differentiable, so
-gradients come from autograd through the loops.
+It includes rows sent in FP8: `fp8` selects the exchanges that round. Everything is differentiable,
+so autograd computes gradients through the loops.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from models.moe import Experts
 
 
 def rounded(x_RD: Tensor) -> Tensor:
-    """Rows as FP8 with 1x128 scales carries them, each for itself."""
+    """Rows rounded to FP8 with 1x128 scales, each row separately."""
     return dequantize_1x128(*quantize_1x128(x_RD.float())).to(x_RD.dtype)
 
 
 class Carried(torch.autograd.Function):
-    """Rows on the wire: rounded on the way and, their gradients, on the way back, where wanted."""
+    """Rows on the wire, rounded in forward, and their gradients in backward, if requested."""
 
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, there: bool, back: bool) -> Tensor:
@@ -36,7 +36,7 @@ class Carried(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Fp8:
-    """Which exchanges round."""
+    """Exchanges that round."""
 
     dispatch: bool = False
     combine: bool = False
@@ -48,7 +48,7 @@ Weights = dict[str, Tensor]
 
 
 def weights_of(experts: Experts) -> list[Weights]:
-    """The weights of every expert; taken apart once, since a gradient of each would be as large as
+    """The weights of every expert; unbound once, because a gradient of each would be as large as
     all of them."""
     apart = {name: parameter.unbind() for name, parameter in experts.named_parameters()}
     return [{name: of[e] for name, of in apart.items()} for e in range(experts.config.n_experts)]
@@ -80,12 +80,12 @@ def reference_dispatch(
     fp8: Fp8,
     experts_per_node: int = 0,
 ) -> Tensor:
-    """What every dispatcher has to give for these tokens; `experts` holds all of them.
+    """Expected result of every dispatcher for these tokens; `experts` contains all of them.
 
-    A token travels once per choice; with `experts_per_node` once per node, and what its experts
-    there made of it returns as one sum.
+    A token is sent once per choice; with `experts_per_node` once per node, and the outputs of its
+    experts there return as one sum.
     """
-    travels: list[tuple[int, list[int]]] = []  # a token, and those of its choices that go together
+    travels: list[tuple[int, list[int]]] = []  # a token, and its choices that are sent together
     for t, ids in enumerate(ids_TK.tolist()):
         together: dict[int, list[int]] = {}
         for k, e in enumerate(ids):

@@ -1,10 +1,10 @@
-"""Every dispatcher on as many ranks as this is started with, against plain loops.
+"""Every dispatcher on the started number of ranks, against plain loops.
 
 Started by the tests as `torchrun ... dispatch_run.py FILE.json`; all cases share one start. FILE
-maps the name of a dispatcher to the faults found, an empty list where there are none.
+maps the name of a dispatcher to the faults found, an empty list if there are none.
 
-Cases are drawn at random with a seed that all ranks share. Each rank draws every rank's tokens and
-all experts, so it can compute its results without a dispatcher.
+Cases are random, with a seed that all ranks share. Each rank generates every rank's tokens and all
+experts, so it can compute its results without a dispatcher.
 """
 
 import json
@@ -35,10 +35,11 @@ from tests.step_contexts import layer_context, totals_of
 TOLERANCE = 1e-5
 """||difference|| / ||reference|| in fp32: sums in another order."""
 ROUNDED = 3e-3
-"""The same where results are rounded to FP8: a value at the middle between two FP8 numbers may fall
-to either side, 6 percent apart. Without the rounding the difference would be ten times this."""
+"""Tolerance for results that are rounded to FP8: a value midway between two FP8 numbers may be
+rounded either way, a difference of 6 percent. Without the rounding the difference would be ten
+times this tolerance."""
 BF16 = 3e-2
-"""The same for bf16 against fp32 of the same inputs: some roundings of 2^-9, and sums of few terms
+"""Tolerance for bf16 against fp32 of the same inputs: some roundings of 2^-9, and sums of few terms
 that nearly cancel."""
 
 
@@ -125,11 +126,11 @@ class Batch:
 def reference(
     case: Case, rank: int, ranks: int, dtype: torch.dtype, fp8: Fp8, per_node: int
 ) -> dict[str, tuple[Tensor, float]]:
-    """By the oracle: output, gradients of this rank's inputs and of its experts; each with the
-    least norm that an error is measured by.
+    """The reference's output, gradients of this rank's inputs and of its experts; each with the
+    smallest norm that errors are relative to.
 
-    Every rank has all experts there, takes its own tokens through them, and then the ranks add up
-    the gradients of experts.
+    Every rank has all experts and computes its own tokens with them; the ranks then sum the
+    gradients of experts.
     """
     batch = Batch(case, ranks, dtype)
     for parameter in batch.experts.parameters():
@@ -159,7 +160,7 @@ def reference(
 def distributed(
     batch: Batch, rank: int, ranks: int, options: DispatchConfig
 ) -> tuple[dict[str, Tensor], DispatchStats]:
-    """The same through a dispatcher, and what it counted."""
+    """The same results from a dispatcher, and its statistics."""
     assert dist.group.WORLD is not None
     dispatcher = dispatcher_maker(batch.case.moe.n_experts, dist.group.WORLD, options)()
     assert isinstance(dispatcher, RoutedDispatcher)
@@ -202,7 +203,7 @@ def check(
 
 
 def miscounted(batch: Batch, options: DispatchConfig, stats: DispatchStats) -> list[str]:
-    """Faults in the numbers of rows and bytes, which are counted here by hand."""
+    """Faults in the numbers of rows and bytes, compared with an independent count."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     local, m = batch.case.moe.n_experts // ranks, options.node_size or ranks
     owner = [ids // local for ids in batch.ids]  # of every choice of every rank
@@ -233,13 +234,14 @@ def miscounted(batch: Batch, options: DispatchConfig, stats: DispatchStats) -> l
 
 
 def in_fp8(options: DispatchConfig, both_ways: bool = False) -> DispatchConfig:
-    """With FP8 for what goes to experts, or for everything."""
+    """FP8 for rows sent to experts, or for all exchanges."""
     out = replace(options, dispatch_dtype="fp8", combine_grad_dtype="fp8")
     return replace(out, combine_dtype="fp8", dispatch_grad_dtype="fp8") if both_ways else out
 
 
 def variants(ranks: int) -> dict[str, tuple[DispatchConfig, float, torch.dtype]]:
-    """Every dispatcher that these ranks can try, with its tolerance and the compute dtype."""
+    """Every dispatcher that runs on this number of ranks, with its tolerance and the compute
+    dtype."""
     fp32, exact = torch.float32, DispatchConfig()
     no_overflow = DispatchConfig(kind="sync_free", capacity_factor=float(ranks))
     found: dict[str, tuple[DispatchConfig, float, torch.dtype]] = {
@@ -266,7 +268,7 @@ def variants(ranks: int) -> dict[str, tuple[DispatchConfig, float, torch.dtype]]
 
 
 def sweep(seeds: int, options: DispatchConfig, tolerance: float, dtype: torch.dtype) -> list[str]:
-    """Faults of one dispatcher in so many cases."""
+    """Faults of one dispatcher in this many cases."""
     ranks, faults = dist.get_world_size(), []
     for seed in range(seeds):
         case = draw(1000 * ranks + seed, ranks, even=options.kind in ("sync_free", "deepep"))
@@ -286,7 +288,7 @@ def main(out: Path, seeds: int, names: list[str]) -> None:
     for name in names:
         try:
             faults = checks[name]()
-        except Exception:  # told by the test; other ranks may wait in vain and time out
+        except Exception:  # reported by the test; other ranks may wait and time out
             faults = [traceback.format_exc()]
         results[name] = [fault for each in gather_json(faults) for fault in each]
     if ranks.is_first:

@@ -1,4 +1,4 @@
-"""What a dispatcher must do beside being right; each check gives its faults on this rank."""
+"""Further requirements on dispatchers; each check returns the faults on this rank."""
 
 import gc
 import time
@@ -42,7 +42,7 @@ def layer(options: DispatchConfig, **moe: object) -> tuple[RoutedDispatcher, Exp
 
 
 def context_of_layer() -> LayerContext:
-    """The layer's microbatch in a training step: without one every dispatcher is exact."""
+    """The layer's microbatch in a training step; without one every dispatcher is exact."""
     return layer_context(2 * dist.get_world_size())
 
 
@@ -56,8 +56,8 @@ def batch(skewed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def device_gemm(x: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
-    """The path of `grouped_gemm_nt` on CUDA, whose group ends stay on the device. (On a CPU the
-    project multiplies in a loop that reads them, which is faster there.)"""
+    """Use the implementation of `grouped_gemm_nt` on CUDA, whose group ends stay on the device. (On
+    a CPU Phalanx multiplies in a loop that reads them, which is faster there.)"""
     return torch._grouped_mm(x, w.transpose(-2, -1), offs=ends.to(torch.int32))
 
 
@@ -85,7 +85,7 @@ def sync_free_never_reads() -> list[str]:
 
 
 def the_guard_notices_the_exact_path() -> list[str]:
-    """Of the exact dispatcher, and of the other one outside of a step."""
+    """Results of the exact dispatcher, and of the other one outside of a step."""
     found = []
     for options, in_step in (
         (DispatchConfig(), True),
@@ -121,7 +121,8 @@ def overflow_is_counted() -> list[str]:
 
 
 def outside_of_a_step_nothing_overflows() -> list[str]:
-    """Nor in a step that is redone; in one that is not, rows are missing."""
+    """No rows are missing in a repeated step either; in a step that is not repeated, rows are
+    missing."""
     dispatcher, experts = layer(DispatchConfig(kind="sync_free", capacity_factor=0.1))
     exact, _ = layer(DispatchConfig())
     x, ids, weights = batch(skewed=True)
@@ -141,7 +142,8 @@ def outside_of_a_step_nothing_overflows() -> list[str]:
 
 
 class Exchanges(TorchDispatchMode):
-    """Notes when exchanges begin and are waited for; `calls` counts all, `events` those of rows."""
+    """Records when exchanges start and are waited for; `calls` counts all, `events` those of
+    rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +165,7 @@ class Exchanges(TorchDispatchMode):
 
 
 def exchanges_enclose_the_experts() -> list[str]:
-    """With chunks, one exchange is under way whenever experts work, forward and backward."""
+    """With chunks, an exchange is in flight whenever experts compute, forward and backward."""
     exchanges = Exchanges()
     events = exchanges.events
 
@@ -208,7 +210,7 @@ def graphs_hold_no_circles() -> list[str]:
         dispatcher, experts = layer(options)
         x, ids, weights = batch()
         inputs = [x, weights, *experts.parameters()]
-        with LiveMemory():  # torch imports parts of itself at first use
+        with LiveMemory():  # torch imports some of its modules at first use
             dispatcher.run(x, ids, weights, experts, layer=context_of_layer())
         gc.collect()
         gc.disable()
@@ -219,7 +221,7 @@ def graphs_hold_no_circles() -> list[str]:
                     if backward:
                         torch.autograd.grad(y, inputs, torch.ones_like(y))
                     del y
-                end = time.monotonic() + 5  # gloo's threads drop their tensors a little later
+                end = time.monotonic() + 5  # gloo's threads free their tensors a little later
                 while memory.now and time.monotonic() < end:
                     time.sleep(0.01)
                 if memory.now:
@@ -230,7 +232,8 @@ def graphs_hold_no_circles() -> list[str]:
 
 
 def recomputation_is_right_and_experts_alone_do_not_travel() -> list[str]:
-    """The whole layer recomputed: the same gradients. Only experts: no exchange more, either."""
+    """Recomputing the whole layer gives the same gradients. Recomputing only experts repeats no
+    exchange."""
     ways = [
         DispatchConfig(),
         DispatchConfig(chunks=2),
@@ -272,12 +275,12 @@ def recomputed(options: DispatchConfig) -> list[str]:
 
 
 def fitting(ways: list[DispatchConfig]) -> list[DispatchConfig]:
-    """Those that this number of ranks can run."""
+    """The dispatchers that this number of ranks can run."""
     return [way for way in ways if way.kind != "hierarchical" or dist.get_world_size() > 1]
 
 
 def one_node_has_no_two_levels() -> list[str]:
-    """All ranks are on this host, and so it is found; the error tells what would do."""
+    """All ranks are detected to be on one host; the error states what to set."""
     try:
         layer(DispatchConfig(kind="hierarchical"))
     except UserError as error:

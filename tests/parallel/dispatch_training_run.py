@@ -1,8 +1,8 @@
-"""Three training steps with every dispatcher on the ranks that this is started with.
+"""Three training steps with every dispatcher on the started number of ranks.
 
 Started as `torchrun ... dispatch_training_run.py FILE.json EP`. FILE maps the name of each setting
 to its largest difference from all-to-all (relative to a tensor's norm), its first step's fields
-and, where the run was stopped, the message and whether anything had changed by then.
+and, if the run was stopped, the message and whether any state had changed by then.
 """
 
 import json
@@ -29,7 +29,7 @@ ROOMY = ["--parallel.dispatch.kind=sync_free", "--parallel.dispatch.capacity_fac
 
 
 def settings(ep: int) -> dict[str, list[str]]:
-    """Overrides of every setting; the first is what the others are compared with."""
+    """Overrides of every setting; the others are compared with the first."""
     return {
         "all_to_all": [],
         "fp8": [
@@ -60,7 +60,7 @@ def start(config: JobConfig, ranks: Ranks) -> tuple[Decoder, TrainingData]:
 
 
 def train(config: JobConfig, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gradients of the first step, weights, counts and curve; what else is to be told."""
+    """Gradients of the first step, weights, counts and curve; further information to report."""
     model, data = start(config, ranks)
     tensors: dict[str, Tensor] = {}
     told: dict[str, Any] = {}

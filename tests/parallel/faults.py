@@ -1,4 +1,4 @@
-"""Errors of composed parallelism as they really happen, to show that the harness sees them."""
+"""Typical errors of composed parallelism, inserted to show that the test detects them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +23,7 @@ Fault = Callable[[Decoder, Mesh], AbstractContextManager[None]]
 
 @contextmanager
 def expert_gradient_over_ep(model: Decoder, mesh: Mesh) -> Iterator[None]:
-    """Expert gradients divided by ep, as after an average where a sum belongs."""
+    """Divides expert gradients by ep, as an average instead of a sum would."""
     norm = train.step.global_grad_norm
 
     def divided(parameters: list[nn.Parameter], rank: int) -> torch.Tensor:
@@ -38,14 +38,14 @@ def expert_gradient_over_ep(model: Decoder, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def router_not_reduced_over_tp(model: Decoder, mesh: Mesh) -> Iterator[None]:
-    """The router learns from the tokens of the first rank of every tp group alone."""
+    """The router's gradient uses only the tokens of the first rank of every tp group."""
     with _first_tp_rank_alone(_moe(model).router, mesh):
         yield
 
 
 @contextmanager
 def norm_not_reduced_over_tp(model: Decoder, mesh: Mesh) -> Iterator[None]:
-    """A norm between divided layers learns from the first rank's tokens alone."""
+    """The gradient of a norm between divided layers uses only the first rank's tokens."""
     norm = model.layers[-1].get_submodule("attention_norm")
     with _first_tp_rank_alone(norm, mesh):
         yield
@@ -62,7 +62,7 @@ def down_bias_twice(model: Decoder, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def mean_of_means(model: Decoder, mesh: Mesh) -> Iterator[None]:
-    """Each microbatch weighs the same, however many targets it has."""
+    """Each microbatch has the same weight, however many targets it has."""
     loss_sums = train.step.loss_sums
 
     def equal(model: Decoder, batch: Batch, *options: Any) -> Any:
@@ -82,7 +82,7 @@ def repeated_shard(model: Decoder, mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def experts_without_decay(model: Decoder, mesh: Mesh) -> Iterator[None]:
-    """Routed experts, which have a mesh of their own, get no weight decay."""
+    """Routed experts, which have a separate mesh, get no weight decay."""
     table = models.parameters.PARAMETERS
     without = {
         key: replace(spec, decay=False) for key, spec in table.items() if key.startswith("experts.")

@@ -1,18 +1,21 @@
-"""Layers in FP8 on a mesh are those of one process: what is multiplied, outputs, gradients.
+"""Layers in FP8 on a mesh equal those of one process: operands, outputs, gradients.
 
-`[torchrun] fp8_layers_run.py FOLDER` writes `FOLDER/faults.json`, an empty list where all is well.
-Every rank has a plain copy of the model besides, and all tokens, and computes there what it should
-have got itself. Layers get the same input and the same gradient of their output.
+`[torchrun] fp8_layers_run.py FOLDER` writes `FOLDER/faults.json`, an empty list if there are none.
+Every rank also has a plain copy of the model and all tokens, and computes its expected results with
+them. Layers get the same input and the same gradient of their output.
 
-- The first operands of forward and backward, quantised from these, must be the same bits.
-- Later ones come from sums that were taken in another order (about 1e-7). That moves a value over
-  the middle between two FP8 codes, which are 2^-3 to 2^-4 apart, about once in 1e5, and a scale by
-  1e-7: `FLIPS` is ten times as many, and each to the next code only.
-- Results: one flip moves one of K addends by 6 percent, so 1e-4 of all of them move a sum by 1e-3
-  of its norm at most: `NOISE`. FP8's own error is 30 times as large.
-- Weight gradients: of the same groups of 128 tokens, within `NOISE`; on every mesh, against fp32:
-  `FP8_ERROR`. One product is off by 3.7 percent (two operands by 2.6 each); these are the last of
-  three, whose operands have inherited the errors of those before.
+The first operands of forward and backward, quantized from these, must have the same bits.
+
+Later operands come from sums in another order (about 1e-7). That moves a value across the midpoint
+between two FP8 codes, which are 2^-3 to 2^-4 apart, about once in 1e5, and a scale by 1e-7: `FLIPS`
+is ten times as many, and each only to the adjacent code.
+
+Results: one such change moves one of K addends by 6 percent, so 1e-4 of all of them move a sum by
+at most 1e-3 of its norm: `NOISE`. FP8's own error is 30 times as large.
+
+Weight gradients: within `NOISE` for the same groups of 128 tokens; on every mesh, against fp32:
+`FP8_ERROR`. One product has an error of 3.7 percent (two operands with 2.6 each); these are the
+last of three products, whose operands contain the errors of those before.
 """
 
 import json
@@ -73,11 +76,11 @@ def recorded() -> Iterator[Operands]:
 
 @dataclass
 class ExpertCalls:
-    """What went on in the experts of one layer."""
+    """Records the operands of the experts of one layer."""
 
     counts: Counter[str] = field(default_factory=Counter)
     came: list[int] = field(default_factory=list)
-    """Addresses of the rows that came in FP8, or 0."""
+    """Addresses of the rows received in FP8, or 0."""
     multiplied: list[int] = field(default_factory=list)
     """Addresses of the left operands of both products."""
 
@@ -112,13 +115,13 @@ def recorded_experts() -> Iterator[ExpertCalls]:
 
 @dataclass
 class Result:
-    """Of one layer, forward and backward."""
+    """Results of one layer, forward and backward."""
 
     y_TD: Tensor
     grad_x_TD: Tensor
     operands: Operands
     weights: dict[str, Tensor]
-    """Whole gradients of quantised weights and of the router's by name, summed over ranks."""
+    """Whole gradients of quantized weights and of the router by name, summed over ranks."""
 
 
 class Bench:
@@ -132,7 +135,7 @@ class Bench:
         apply_fp8(self.plain, config.precision.fp8)
         generator = torch.Generator().manual_seed(11)
         shape = (SEQUENCES * LENGTH, config.model.d_model)
-        spread = torch.exp(torch.randn(shape, generator=generator))  # outliers, as there are
+        spread = torch.exp(torch.randn(shape, generator=generator))  # gives outliers
         self.x_TD = torch.randn(shape, generator=generator) * spread
         self.grad_TD = torch.randn(shape, generator=generator) * 1e-3
         self.positions_T = torch.arange(LENGTH).repeat(SEQUENCES) % 33
@@ -141,7 +144,7 @@ class Bench:
         self.own = self.split(d.data_ranks * d.tp)[d.data_rank(run.ranks.rank) * d.tp + place]
 
     def split(self, parts: int) -> list[slice]:
-        """All tokens in so many parts."""
+        """All tokens, divided into this many parts."""
         n = len(self.x_TD) // parts
         return [slice(i * n, (i + 1) * n) for i in range(parts)]
 
@@ -172,7 +175,7 @@ class Bench:
         return Result(y_TD.detach(), x_TD.grad, operands, grads)
 
     def check(self, name: str) -> list[str]:
-        """Everything about the layer of this name."""
+        """All comparisons of the layer with this name."""
         all_tokens = slice(0, len(self.x_TD))
         got = self.run_layer(self.model, name, self.own, self.group)
         right = self.run_layer(self.plain, name, all_tokens, all_tokens)
@@ -188,8 +191,8 @@ class Bench:
         return found
 
     def rows_are_quantised_once(self, name: str) -> list[str]:
-        """Rows that come in FP8 are the first operand as they are; others are quantised both ways,
-        once. Backward quantises the gradient both ways."""
+        """Rows received in FP8 are the first operand without change; others are quantized once
+        along rows and once along columns. Backward does both for the gradient."""
         config, d = self.run.config.parallel.dispatch, self.run.mesh.parallel_dims
         fp8 = config.dispatch_dtype == "fp8" and d.ep > 1
         with recorded_experts() as calls:
@@ -202,9 +205,9 @@ class Bench:
         return found
 
     def _weights(self, name: str, got: Result) -> list[str]:
-        """Against one process that is given the same groups of tokens, one after another."""
+        """Compare with one process that is given the same groups of tokens, one after another."""
         d, found, dispatch = self.run.mesh.parallel_dims, [], self.run.config.parallel.dispatch
-        # an expert's rows in another order; or what is quantised twice has other scales
+        # another order of an expert's rows, or a second quantization, gives other scales
         ordered = dispatch.chunks == 1 and dispatch.kind != "hierarchical"
         twice = dispatch.dispatch_dtype == "fp8" and not self.run.config.precision.fp8.power_of_two
         sums: dict[int, dict[str, Tensor]] = {}
@@ -224,7 +227,8 @@ class Bench:
         return found
 
     def _operands(self, name: str, ours: Operands, right: Operands) -> list[str]:
-        """ours, right: of this rank's layer, and of one that has all tokens and all widths."""
+        """ours, right: results of this rank's layer, and of one that has all tokens and all
+        widths."""
         found = []
         if {k: len(v) for k, v in ours.items()} != {k: len(v) for k, v in right.items()}:
             return ["other products"]
@@ -243,7 +247,7 @@ class Bench:
                         )
                         for each in (codes, theirs)
                     )  # fmt: skip
-                first = i == 0  # quantised from what is given
+                first = i == 0  # quantized from the given tensors
                 far = _flips(a, codes[rows])
                 if far > (0 if first else FLIPS):
                     found.append(f"{kind} {i}: {far:.1e} of the codes differ")
@@ -263,7 +267,7 @@ def _copy(config: Any, values: dict[str, Tensor]) -> Decoder:
 
 
 def _flips(ours: Tensor, right: Tensor) -> float:
-    """Share of codes that differ; 1 where one differs by more than one step."""
+    """Fraction of codes that differ; 1 if one differs by more than one step."""
     if ours.shape != right.shape:
         return 1.0
     apart = (ours.int() - right.int()).abs()

@@ -1,4 +1,4 @@
-"""Small models for training in FP8, and the meshes they are put on."""
+"""Small models for training in FP8, and their meshes."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,7 +10,7 @@ GQA = ModelConfig(
     attention=AttentionConfig(n_heads=4, n_kv_heads=4, head_dim=64, qk_norm="rms"),
     moe=MoEConfig(n_experts=4, top_k=2, d_expert=256, n_shared_experts=1, score_func="sigmoid"),
 )  # fmt: skip
-"""Divisible by two everywhere, into parts of whole blocks."""
+"""Divisible by two everywhere, into parts of full blocks."""
 MLA = replace(
     GQA,
     attention=AttentionConfig(kind="mla", n_heads=4, q_lora_rank=128, kv_lora_rank=128,
@@ -21,7 +21,7 @@ ODD = ModelConfig(
     attention=AttentionConfig(n_heads=6, n_kv_heads=3, head_dim=42, bias=True),
     moe=MoEConfig(n_experts=6, top_k=2, d_expert=67, n_shared_experts=1),
 )  # fmt: skip
-"""No width is a multiple of blocks, and few are of ranks."""
+"""No width is a multiple of the block size, and few are multiples of the number of ranks."""
 BIASED = replace(
     GQA, moe=replace(GQA.moe, expert_bias=True, activation="clamped_swiglu", n_shared_experts=0)
 )
@@ -42,8 +42,8 @@ class Case:
         return " ".join([self.model, *told]).replace("/", "")
 
     def settings(self, ranks: int = 2) -> dict[str, Any]:
-        """The experiment on so many ranks as nested tables; two microbatches a step, or, on more
-        than four data ranks, one."""
+        """The experiment on this many ranks as nested tables; two microbatches per step, or one on
+        more than four data ranks."""
         data_ranks = ranks // self.parallel.get("tp", 1)
         return {
             "run": {"dir": "unused"},

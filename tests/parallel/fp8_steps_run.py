@@ -1,6 +1,6 @@
-"""Training steps in FP8 that must be the same bits, and AdamW on shards with moments in bf16.
+"""Training steps in FP8 that must have the same bits, and AdamW on shards with bf16 moments.
 
-`torchrun fp8_steps_run.py FOLDER` writes `FOLDER/faults.json`, an empty list where all is well.
+`torchrun fp8_steps_run.py FOLDER` writes `FOLDER/faults.json`, an empty list if there are none.
 """
 
 import json
@@ -30,7 +30,7 @@ def trained(case: fp8_models.Case, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def changed(case: fp8_models.Case, ranks: Ranks) -> list[str]:
-    """What differs from the run with default settings."""
+    """Differences from the run with default settings."""
     runs = [
         trained(replace(case, parallel=case.parallel | more), ranks) for more in fp8_models.SAME
     ]
@@ -45,8 +45,9 @@ def changed(case: fp8_models.Case, ranks: Ranks) -> list[str]:
 def bf16_moments(case: fp8_models.Case, ranks: Ranks) -> list[str]:
     """Shards and whole parameters, given the same gradients, take the same three steps.
 
-    Tolerance: torch's fused update treats the last elements of a tensor without vectors, so where a
-    shard ends a rounding may differ; and with it, once in thousands, that of a moment.
+    Tolerance: torch's fused update processes the last elements of a tensor without vector
+    instructions, so a rounding may differ at the end of a shard, and with it, once in thousands,
+    that of a moment.
     """
     model = Run(case.settings(ranks.world), case.name, ranks).model
     names = dict(model.named_parameters())

@@ -1,8 +1,8 @@
-"""Weights that FSDP2 gathers in FP8 are the quantised master weights, on every mesh.
+"""Weights that FSDP2 gathers in FP8 equal the quantized master weights, on every mesh.
 
-`[torchrun] fp8_weights_run.py FOLDER` writes `FOLDER/faults.json`, an empty list where all is well.
-The oracle of a weight is `quantize_128x128` of the whole master, of which each rank takes the part
-that `tp`, `ep` and `etp` give it.
+`[torchrun] fp8_weights_run.py FOLDER` writes `FOLDER/faults.json`, an empty list if there are none.
+The reference for a weight is `quantize_128x128` of the whole master, of which each rank takes its
+part under `tp`, `ep` and `etp`.
 """
 
 import json
@@ -36,7 +36,7 @@ OVER_TP = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
 
 
 def part_of(full: Tensor, module: nn.Module, name: str, mesh: Mesh) -> Tensor:
-    """What this rank has of a whole weight before FSDP2 shards it."""
+    """This rank's part of a whole weight before FSDP2 shards it."""
 
     def cut(axis: Any, dim: int) -> Tensor:
         return full.chunk(axis.size(), dim)[axis.get_local_rank()]
@@ -58,7 +58,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Fp8Module, str]]:
 
 
 def differences(run: Run) -> list[str]:
-    """The weights whose gathered form is not that of the master, bit for bit."""
+    """The weights whose gathered form differs from that of the master in any bit."""
     expected = {}
     for name, module, key in weights_of(run.model):
         master = module._parameters[key]
@@ -81,7 +81,7 @@ def differences(run: Run) -> list[str]:
 
 
 def poison(model: nn.Module) -> None:
-    """A NaN and an infinity into every second weight, on the ranks that have these places."""
+    """Put a NaN and an infinity into every second weight, on the ranks that own these elements."""
     for _, module, key in list(weights_of(model))[::2]:
         parameter = module._parameters[key]
         assert parameter is not None
@@ -95,7 +95,7 @@ def poison(model: nn.Module) -> None:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often weights are quantised, a shard or a whole one, and gathered weights made use of."""
+    """Counts how often weights are quantized, as a shard or whole, and gathered weights used."""
     counts: Counter[str] = Counter()
 
     def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,8 +137,8 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
 
 
 def stale_weights_are_refused(case: fp8_models.Case, ranks: Ranks) -> list[str]:
-    """A step whose weights were not quantized anew after the one before, with either optimizer: it
-    ends in an error on every rank, and with a refresh in none."""
+    """A step whose weights were not quantized again after the previous one, with either optimizer,
+    raises an error on every rank, and after a refresh on none."""
     found = []
     for moments in ("fp32", "bf16"):
         settings = case.settings(ranks.world)

@@ -1,4 +1,4 @@
-"""How much memory tensors take, as the operations that make them show it."""
+"""Memory of the tensors that operations create."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within it, counts the bytes of storages made and not yet freed; `peak` is the most."""
+    """Context that counts the bytes of storages created and not yet freed; `peak` is the
+    maximum."""
 
     def __init__(self) -> None:
         super().__init__()

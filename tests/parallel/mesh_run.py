@@ -1,10 +1,10 @@
-"""Training runs on whatever ranks this is started with; losses, gradients and weights go to files.
+"""Training runs on the started number of ranks; losses, gradients and weights are written to files.
 
-Started by the tests as `torchrun ... mesh_run.py FOLDER CASES.json [--double]`, or alone as one
-process. Each case becomes `FOLDER/NAME.safetensors`. In fp32 the optimizer is plain SGD, so that
-a gradient off by a constant factor shows in the weights (AdamW would hide it). AdamW itself divides
-by noise in fp32; `--double` runs it with every fp32 of the program replaced by fp64. Tokens are
-random, documents of unequal length.
+Started by the tests as `torchrun ... mesh_run.py FOLDER CASES.json [--double]`, or without torchrun
+as one process. Each case writes `FOLDER/NAME.safetensors`. In fp32 the optimizer is plain SGD, so
+that a gradient with a wrong constant factor changes the weights (AdamW would hide it). AdamW itself
+divides by noise in fp32; `--double` runs it with every fp32 of the program replaced by fp64. Tokens
+are random, documents have unequal lengths.
 """
 
 import json
@@ -48,12 +48,11 @@ from train.optim.optimizer import build_optimizer
 from train.step import train_step
 
 STEPS = 2
-"""A second one meets what the first has left: weights, biases, and what FSDP2 noted of the
-order."""
+"""The second step uses state of the first: weights, biases, and FSDP2's recorded order."""
 
 
 def random_corpus(vocab_size: int, length: int) -> np.ndarray:
-    """Tokens with a skewed distribution; token 0 opens documents of 1 to 40 tokens."""
+    """Tokens with a skewed distribution; token 0 starts documents of 1 to 40 tokens."""
     rng = np.random.default_rng(7)
     tokens = 1 + rng.zipf(1.5, length) % (vocab_size - 1)
     tokens[np.minimum(rng.integers(1, 41, length).cumsum(), length - 1)] = 0
@@ -62,7 +61,7 @@ def random_corpus(vocab_size: int, length: int) -> np.ndarray:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that ranks divide, put together on every rank; of replicas the first rank's.
+    """A tensor that ranks divide, assembled on every rank; of replicas that of the first rank.
 
     `DTensor.full_tensor` plans this by a search through placements, which took a rank of eight four
     fifths of its time; test_mesh_equality.py compares the two.
@@ -82,20 +81,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(mine: torch.Tensor) -> list[torch.Tensor]:
-    """That of every rank, in the order of ranks; all of one shape."""
+    """The values of every rank, in the order of ranks; all of one shape."""
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     return every
 
 
 def with_gaps(batch: Batch) -> Batch:
-    """The batch without the targets of some tokens, so that microbatches weigh differently."""
+    """The batch without the targets of some tokens, so that microbatches have unequal weights."""
     targets_T = batch.targets_T.where(batch.tokens_T % 3 != 2, IGNORE)
     return replace(batch, targets_T=targets_T, n_targets=int((targets_T != IGNORE).sum()))
 
 
 class Recording:
-    """An optimizer that keeps the gradients it was given, whole, of the first step.
+    """An optimizer that records the whole gradients of the first step.
 
     It works on this rank's parts as plain tensors: for an addition of DTensors on a mesh of four
     axes torch tries every placement, which took four of a case's five seconds.
@@ -117,7 +116,8 @@ class Recording:
         self.inner.step()
 
     def _start(self, parameters: dict[str, nn.Parameter]) -> None:
-        """FSDP2 has its parts of the weights only once the model has run."""
+        """Initialize after the first backward, because FSDP2 has its shards of the weights only
+        then."""
         for name, parameter in parameters.items():
             assert parameter.grad is not None, name
             self.record[f"grad/{name}"] = whole(parameter.grad)
@@ -128,8 +128,8 @@ class Recording:
             self.inner = torch.optim.SGD(self.parts.values(), lr=self.lr, foreach=False)
 
     def _groups(self, parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-        """The product's groups. A tenth of what decays is gone with every step: who misses it is
-        seen."""
+        """The parameter groups of `build_optimizer`. Every step removes a tenth of decayed
+        parameters, so a missing decay is detected."""
         name_of = {parameter: name for name, parameter in parameters.items()}
         config = OptimizerConfig(lr=self.lr / 10, weight_decay=1 / self.lr)
         return [
@@ -143,7 +143,7 @@ class Recording:
 
 
 def shake(model: Decoder) -> None:
-    """Make norms, biases and sinks what they are not initially: all different."""
+    """Give norms, biases and sinks distinct values, which they do not have initially."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -159,17 +159,17 @@ _made = cache(meshes._mesh)
 
 
 def training_of(config: JobConfig, ranks: Ranks, compute: torch.dtype = torch.float32) -> Training:
-    """What an experiment trains with; in one process, equal meshes share their groups.
+    """Build the training of an experiment; in one process, equal meshes share their groups.
 
     Every group has threads, one of which wakes all the time, and tests run many experiments in one
-    start of the ranks: 56 of them took 340 s with groups of their own, 145 s with these.
+    start of the ranks: 56 of them took 340 s with separate groups, 145 s with shared ones.
     """
     with patch.object(meshes, "_mesh", _made):
         return build_training(config, ranks, shard_model(config, ranks, compute))
 
 
 def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
-    """STEPS steps of one experiment; rank 0 writes `out`."""
+    """Train STEPS steps of one experiment; rank 0 writes `out`."""
     training = training_of(config, ranks)
     model, mesh = training.model, training.mesh
     shake(model)
@@ -181,7 +181,7 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
         rank=mesh.parallel_dims.data_rank(ranks.rank),
         n_ranks=mesh.parallel_dims.data_ranks,
     )
-    result: dict[str, torch.Tensor] = {}  # filled by `optimizer` as well
+    result: dict[str, torch.Tensor] = {}  # `optimizer` also writes to it
     curve = []
     with FAULTS[fault](model, mesh):
         optimizer = Recording(model, config.optimizer.lr, result)
@@ -205,11 +205,11 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
 
 
 class Fragile(Exception):
-    """Two experts are so close that rounding decides between them."""
+    """Raised if two experts are so close that rounding decides between them."""
 
 
 def steady(choice: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The choice, after making sure that noise of a few fp32 roundings does not change it."""
+    """The choice, after checking that noise of a few fp32 roundings does not change it."""
 
     def checked(scores_TE: torch.Tensor, how: Any) -> torch.Tensor:
         made = choice(scores_TE, how)
@@ -225,7 +225,8 @@ def steady(choice: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def train_steadily(out: Path, settings: dict[str, Any], ranks: Ranks) -> None:
-    """Train with the first seed with which no expert choice hangs on rounding; note that seed."""
+    """Train with the first seed for which no choice of experts depends on rounding; record that
+    seed."""
     for seed in range(50):
         settings["run"]["seed"] = seed
         config = from_dict(settings, out.stem)

@@ -9,15 +9,15 @@ from tests.models.families import FAMILIES
 SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 32, 2
 """Longer than the families' windows, chunks and original RoPE length; two microbatches a step."""
 ODD = "odd "
-"""Before a family's name: its model with sizes that 3 and 6 ranks can divide, on batches that are
-no powers of two."""
+"""Prefix of a family's name: its model with sizes that 3 and 6 ranks can divide, on batches that
+are no powers of two."""
 ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES = 30, 36, 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One mesh for one family, what else is set in `[parallel]` and `[parallel.dispatch]`, and an
-    injected fault."""
+    """One mesh for one family, other settings of `[parallel]` and `[parallel.dispatch]`, and an
+    inserted fault."""
 
     family: str
     dp_replicate: int
@@ -68,8 +68,8 @@ class Case:
 def wide(model: ModelConfig) -> ModelConfig:
     """A family's small model with sizes that 8 ranks can divide, and with every auxiliary loss.
 
-    Of every kind of layer that it has there is one, or two where all are alike: what a layer costs
-    a rank is its operations, of which a microbatch of any size has as many.
+    It has one layer of every kind, or two if all are alike: the time of a layer depends on its
+    number of operations, which is the same for microbatches of any size.
     """
     attention = replace(model.attention, n_heads=8, full_every=min(model.attention.full_every, 2))
     if attention.kind == "gqa":
@@ -126,7 +126,7 @@ def hard_meshes(family: str) -> list[Case]:
 
 
 def thirds(family: str) -> list[Case]:
-    """Meshes of six ranks that use every axis, each once with three ranks."""
+    """Meshes of six ranks that use every axis, each axis once with three ranks."""
     return [
         Case(family, 1, 2, 3, 6, 1),
         Case(family, 3, 1, 2, 1, 2),
@@ -136,7 +136,7 @@ def thirds(family: str) -> list[Case]:
 
 
 def pairwise(family: str, world: int) -> list[Case]:
-    """Meshes of so many ranks in which every two values of two axes that can meet do meet."""
+    """Meshes of this many ranks that cover every valid pair of values of two axes."""
     left = all_meshes(family, world)
     missing = set().union(*map(pairs, left))
     chosen = []
@@ -148,10 +148,10 @@ def pairwise(family: str, world: int) -> list[Case]:
 
 
 def pairs(case: Case) -> set[tuple[str, int, str, int]]:
-    """What every two axes are: 1 or more."""
+    """For every two axes, whether each is 1 or more."""
     sizes = {"rep": case.dp_replicate, "shard": case.dp_shard, "tp": case.tp}
     axes = list((sizes | {"ep": case.ep, "etp": case.etp}).items())
-    # 1 or more than 1 is what the code tells apart
+    # the code only distinguishes 1 and more than 1
     axes = [(axis, min(size, 2)) for axis, size in axes]
     return {(a, x, b, y) for i, (a, x) in enumerate(axes) for b, y in axes[i + 1 :]}
 

@@ -1,7 +1,7 @@
-"""A guard that fails when the host reads what the device has computed.
+"""A guard that raises an error when the host reads a value computed on the device.
 
-What our own operations (`torch.ops.phalanx`) do inside is not looked at: on a CPU they may read,
-and their forms for a device are others, which tests marked `gpu` guard in torch's own way.
+It does not check the inside of our own operations (`torch.ops.phalanx`): on a CPU they may read,
+and tests marked `gpu` check their device implementations with torch's own guard.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ class _Mode(TorchDispatchMode):
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
         )
         if boolean and name != "index" and args[2].numel() == 1:
-            boolean = False  # torch makes a masked_fill of it
+            boolean = False  # torch implements it by masked_fill
         unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
         if func.namespace == "phalanx":
             with patch.dict(_guard, {"on": False}):
@@ -52,8 +52,8 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def no_host_copies() -> Iterator[None]:
-    """Within it, reading a tensor on the host raises HostCopy; in backward as well, since the
-    gradients of CPU tensors are computed in the thread that asks for them."""
+    """Context in which reading a tensor on the host raises HostCopy; in backward as well, because
+    the gradients of CPU tensors are computed in the calling thread."""
 
     def refuse(name: str) -> Callable[..., Any]:
         shipped = getattr(Tensor, name)

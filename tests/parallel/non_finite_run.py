@@ -1,8 +1,8 @@
-"""What a step does with numbers out of range: `torchrun non_finite_run.py FOLDER`.
+"""Behavior of a step with numbers out of range: `torchrun non_finite_run.py FOLDER`.
 
 Every parameter of several models gets one bad value, in the last shard of the last rank that has
-one. Writes `FOLDER/faults.json`, an empty list where every rank stopped with the right line and
-nothing changed.
+one. Writes `FOLDER/faults.json`, an empty list if every rank stopped with the right error and no
+state changed.
 """
 
 import json
@@ -30,7 +30,7 @@ BAD = {
     math.nan: "nan", math.inf: "inf", -math.inf: "inf", 3e38: "3e+38, more than 1.8e+19",
     -2e19: "2e+19, more than 1.8e+19",
 }  # fmt: skip
-"""Values, and what is said of them."""
+"""Values, and their descriptions in errors."""
 CASES = [
     Case("gpt-oss", 1, 2, 1, 2, 1), Case("deepseek-v3-mtp", 1, 1, 2, 2, 1),
     Case("glm4", 2, 1, 1, 1, 1), fp8_models.Case("gqa", {"ep": 2}),
@@ -38,14 +38,14 @@ CASES = [
 
 
 class Probe:
-    """A run whose next step is wrong; collects what should not be."""
+    """A run whose next step is bad; collects faults."""
 
     def __init__(self, case: Any, ranks: Ranks) -> None:
         self.case, self.run, self.faults = case, Run(case.settings(), case.name, ranks), list[str]()
         self.rank = ranks.rank
 
     def stops(self, line: str, weights_are_good: bool = True) -> None:
-        """The next step must stop everywhere with `line` (a pattern), and change nothing."""
+        """The next step must stop everywhere with `line` (a pattern), and change no state."""
         state = self.run.state()
         before = {name: local_of(tensor).clone() for name, tensor in state.items()}
         try:
@@ -78,7 +78,7 @@ class Probe:
         self.run.fp8_weights.refresh()
 
     def hidden_states(self) -> None:
-        """Every value is in range, and the squares of a row are not."""
+        """Every value is in range, but the squares of a row are not."""
         embed = local_of(self.run.model.embed.weight).detach()
         kept = embed.clone()
         embed[0] = 1.5e19
@@ -96,7 +96,7 @@ class Probe:
             self.stops("the loss is nan on rank 1")
 
     def gradients(self) -> None:
-        """Two of them have a NaN on the first rank; and all of them are large."""
+        """Two gradients have a NaN on the first rank; then all of them are large."""
         find, model = train.step.global_grad_norm, self.run.model
         name = "layers.1.attention.wo.weight"
         bad = [model.embed.weight, model.get_parameter(name)]
@@ -115,7 +115,7 @@ class Probe:
         self.scaled(0.5 * times)
 
     def scaled(self, factor: float, line: str = "") -> Any:
-        """A step with gradients that are larger by a factor; it stops with `line` if given."""
+        """A step with gradients that are larger by a factor; it must stop with `line` if given."""
         loss_sums = train.step.loss_sums
 
         def changed(*arguments: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""What one mesh saved another resumes: the same state bit for bit, then the same next step.
+"""A checkpoint of one mesh resumes on another: the same state bit for bit, then the same next step.
 
-Tolerance of that step: 1e-5 of each tensor's norm, as everywhere in fp32; the learning rate is
-small, since AdamW turns rounding noise in tiny gradients into whole steps.
+Tolerance of that step: 1e-5 of each tensor's norm, as for all fp32 comparisons; the learning rate
+is small, because AdamW turns rounding noise in tiny gradients into whole steps.
 """
 
 import json
@@ -38,7 +38,7 @@ SOME = [
     (Case("gpt-oss", 2, 1, 2, 1, 2), Case("gpt-oss", 1, 4, 1, 2, 1)),
     (Case("glm4", 1, 2, 1, 2, 1), Case("glm4", 1, 1, 1, 1, 1)),
 ]
-"""Saver and loader: 1 to 4 ranks, 4 to 2, 2 to 4, 4 to 4, 2 to 1; every axis divided by both."""
+"""Saver and loader: 1 to 4 ranks, 4 to 2, 2 to 4, 4 to 4, 2 to 1; every axis is divided in both."""
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Weight decay reaches the parameters that it should, and no other, on any mesh."""
+"""Weight decay applies to exactly the intended parameters, on any mesh."""
 
 import json
 from pathlib import Path

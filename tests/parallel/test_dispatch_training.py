@@ -1,8 +1,8 @@
-"""Training with every dispatcher: the same weights after three steps, overflow included.
+"""Training with every dispatcher gives the same weights after three steps, including overflow.
 
-Tolerance: 1e-5 of each tensor's norm in fp32, for sums in another order; a step that was redone
-must equal the exact dispatcher bit by bit. (That one equals a single process:
-tests/parallel/test_mesh_equality.py.)
+Tolerance: 1e-5 of each tensor's norm in fp32, for sums in another order; a repeated step must equal
+that of the exact dispatcher bit by bit. (tests/parallel/test_mesh_equality.py compares the exact
+dispatcher with a single process.)
 """
 
 import json
@@ -30,7 +30,7 @@ def test_every_dispatcher_trains_alike(ranks: int, ep: int, tmp_path: Path) -> N
     for name in ("overlapped", "sync_free", "hierarchical"):
         assert results[name]["difference"] <= 1e-5, (name, results[name])
     assert results["sync_free-redone"]["difference"] == 0
-    # e4m3 has 3 bits of mantissa: a row is off by 2.6 percent of its norm
+    # e4m3 has 3 bits of mantissa: a row has an error of 2.6 percent of its norm
     assert 1e-4 < results["fp8"]["difference"] < 0.2
     stopped = results["sync_free-stopped"]
     assert "layers.1.ffn" in stopped["stopped"] and "capacity_factor = 0.3" in stopped["stopped"]

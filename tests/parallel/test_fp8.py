@@ -1,6 +1,6 @@
-"""Training in FP8 on several ranks: gathered weights, layers, steps; and what is refused.
+"""Training in FP8 on several ranks: gathered weights, layers, steps, and refusals.
 
-What is compared, and how closely, stands in the scripts that the ranks run.
+The scripts that the ranks run document the comparisons and tolerances.
 """
 
 import json
@@ -32,7 +32,7 @@ FP8 = "--precision.recipe=fp8_blockwise"
 
 
 def faults(script: str, ranks: int, part: str, folder: Path) -> list[str]:
-    """part: "i/n", every n-th case from the i-th on."""
+    """part: "i/n" selects every n-th case, starting with the i-th."""
     path = f"tests/parallel/{script}.py"
     run(path, folder, *part.split("/"), ranks=ranks, timeout=600)
     found: list[str] = json.loads((folder / "faults.json").read_text())
@@ -147,7 +147,7 @@ def test_check_refuses_parts_that_cut_blocks(
 
 
 def test_layers_that_share_an_input_are_called_each() -> None:
-    """By their hooks FSDP2 knows when the weights of a group may be freed."""
+    """FSDP2 uses its hooks to determine when the weights of a group may be freed."""
     model = Decoder(GQA)
     apply_fp8(model, FP8Config())
     attention = model.layers[0].get_submodule("attention")

@@ -1,4 +1,4 @@
-"""Traced tensors are counted as real ones are, and few layers tell what all of them need."""
+"""Traced tensors are counted like real ones, and few layers predict the memory of all."""
 
 import gc
 import sys
@@ -42,7 +42,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def saved_bytes(run: Any, skip: set[int]) -> int:
-    """Bytes of the storages that autograd saves in `run`, but for those in `skip`."""
+    """Bytes of the storages that autograd saves in `run`, except those in `skip`."""
     sizes: dict[int, int] = {}
 
     def see(tensor: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def test_autograd_saves_as_much_of_traced_tensors(family: str, dtype: torch.dtyp
 
 
 def saved_when_traced(block: Block, x_TD: Tensor, positions_BL: Tensor) -> int:
-    """The same, of traced tensors like these."""
+    """The same for traced tensors like these."""
     with MemoryTracker("cpu"):
         for module in block.modules():
             for name, parameter in module._parameters.items():
@@ -257,4 +257,4 @@ def test_what_outlives_its_layer_counts_as_often_as_that() -> None:
         del end
     gc.collect()
     needs = needs_of(Counter(), segments, layers, 1)
-    assert needs.peak.total() == 400  # all six, 4 + 4 * 8 + 12 bytes, are gone before
+    assert needs.peak.total() == 400  # all six, 4 + 4 * 8 + 12 bytes, are freed before

@@ -1,8 +1,8 @@
 """N ranks equal one process: loss, gradient norm, every gradient, weights after two steps.
 
 Tolerance: 1e-5 of each tensor's norm in fp32 with SGD, 1e-9 in fp64 with AdamW; sums over ranks are
-taken in another order, which costs about 1e-7 and 1e-16. Routing must agree exactly; the seed is
-one with which no choice of an expert hangs on the last digits.
+in another order, which costs about 1e-7 and 1e-16. Routing must agree exactly; the seed is one for
+which no choice of experts depends on the last digits.
 """
 
 import json
@@ -45,14 +45,14 @@ DISPATCHED = [
          (("kind", "sync_free"), ("capacity_factor", 0.5))),
 ]  # fmt: skip
 HARD = [case for family in FAMILIES if family != GLM4 for case in hard_meshes(family)]
-# the last block's weights that nothing divides are gathered when it runs again, not in forward
+# the undivided weights of the last block are gathered when it runs again, not in forward
 GATHERED_AGAIN = Case("llama4", 1, 1, 2, 1, 2, (("recompute", "selective"),))
 ODD_FAMILIES = [ODD + family for family in (GLM4, "deepseek-v3", "gpt-oss", "llama4")]
 FULL = {
     2: [*all_meshes(GLM4, 2), GATHERED_AGAIN],
     3: all_meshes(ODD + GLM4, 3),
     4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + DISPATCHED,
-    # each family has another of them, the first has all pairs of axes
+    # each family has a different one, the first has all pairs of axes
     6: pairwise(ODD + GLM4, 6) + [thirds(family)[i] for i, family in enumerate(ODD_FAMILIES)],
     8: pairwise(GLM4, 8),
 }
@@ -77,9 +77,8 @@ COVER = {
     ]],
     6: [[thirds(ODD + "gpt-oss")[2]]],
 }  # fmt: skip
-"""Every family, option and dispatcher, pair of axes of two ranks and axis of three, once
-each; those in one list share a start of their ranks. `FULL` has the products of which this is a
-part."""
+"""Every family, option and dispatcher, pair of axes of two ranks and axis of three, at least once;
+the cases of one list share a start of their ranks. This is a subset of `FULL`."""
 FAULTY = {
     Case("gpt-oss", 1, 1, 2, 2, 1, fault="expert gradient / ep"): "grad/layers.1.ffn.experts.w13",
     Case("gpt-oss", 1, 1, 2, 1, 1, fault="router not reduced over tp"): (
@@ -92,13 +91,13 @@ FAULTY = {
     Case("gpt-oss", 1, 2, 1, 1, 1, fault="mean of means"): "curve",
     Case("gpt-oss", 1, 1, 2, 2, 1, fault="repeated shard"): "grad/layers.1.ffn.experts.w13",
 }
-"""Where an injected fault must show, beside wherever else it does."""
+"""Tensors in which an inserted fault must be detected; it may also affect others."""
 
 
 def train(folder: Path, cases: Iterable[Case], references: Path, double: bool = False) -> None:
     """Run all cases, which have the same number of ranks, in one start of those ranks.
 
-    One process chooses a seed, and its results are the reference; more ranks take that seed.
+    One process chooses a seed, and its results are the reference; more ranks use that seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cases, listed = list(cases), []
@@ -160,7 +159,7 @@ def test_every_combination_equals_one_process(ranks: int, references: Path, tmp_
 
 
 def test_the_cover_leaves_nothing_out() -> None:
-    """Of what the full lists have: families, options, dispatchers, and pairs of axes that meet."""
+    """Covered parts of the full lists: families, options, dispatchers, and pairs of axes."""
     full = [case for listed in FULL.values() for case in listed]
     cover = [case for listed in COVER.values() for cases in listed for case in cases]
     assert {case.world for case in full} == {case.world for case in cover}
@@ -212,7 +211,7 @@ def test_the_harness_puts_tensors_together_as_torch_does(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_compiled_blocks_equal_those_that_are_not(references: Path, tmp_path: Path) -> None:
-    """Every balance loss is on; each case is another order of compiled and other code."""
+    """Every balance loss is on; each case compiles different code in a different order."""
     compiled = ("compile", True)
     cases = [
         Case(GLM4, 1, 2, 1, 2, 1, (compiled,)),

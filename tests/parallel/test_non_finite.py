@@ -1,4 +1,5 @@
-"""Numbers that are not finite, or whose squares overflow, stop every rank and are named."""
+"""Numbers that are not finite, or whose squares overflow, stop every rank with an error that names
+them."""
 
 import json
 from pathlib import Path

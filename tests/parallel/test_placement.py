@@ -1,4 +1,4 @@
-"""What a launcher may say in environment variables, and what is refused in one line."""
+"""Valid environment variables of launchers, and those refused with a one-line error."""
 
 import pytest
 

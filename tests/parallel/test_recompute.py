@@ -1,4 +1,5 @@
-"""Recomputation: the expert choice is replayed, tokens are counted once, kept results are kept."""
+"""Recomputation replays the choice of experts, counts tokens once, and keeps the selected
+results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,7 +40,7 @@ def step_of(model: Decoder) -> StepContext:
 
 
 def loss(model: Decoder, context: MicrobatchContext | None) -> Tensor:
-    """Of all modules, those for MTP too."""
+    """The routers of all modules, including MTP modules."""
     generator = torch.Generator().manual_seed(1)
     tokens_T = torch.randint(model.config.vocab_size, (BATCH * LENGTH,), generator=generator)
     positions_BL = torch.arange(LENGTH).repeat(BATCH, 1)
@@ -51,7 +52,7 @@ def loss(model: Decoder, context: MicrobatchContext | None) -> Tensor:
 
 
 def results(model: Decoder) -> dict[str, Tensor]:
-    """Gradients of a step, and what it added up."""
+    """Gradients of a step, and its sums."""
     step = step_of(model)
     loss(model, step.microbatch()).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -62,7 +63,7 @@ def results(model: Decoder) -> dict[str, Tensor]:
 
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """The expert ids that every pass through a dispatcher is given."""
+    """Records the expert ids given to every pass through a dispatcher."""
     seen: list[Tensor] = []
     original = LocalDispatcher.run
 
@@ -92,7 +93,7 @@ def test_results_are_those_without_recomputation(family: str, policy: ParallelCo
 
 
 class Disturbance(nn.Module):
-    """A norm that answers differently every time, as another kernel or another order might."""
+    """A norm whose result differs every time, as with another kernel or order of summation."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ def test_a_recomputation_that_rounds_differently_routes_alike(choices: list[Tens
     step = step_of(model)
     microbatch = step.microbatch()
     loss(model, microbatch).backward()
-    first, again = choices[:2], choices[:1:-1]  # backward goes from the last layer to the first
+    first, again = choices[:2], choices[:1:-1]  # backward runs from the last layer to the first
     assert len(choices) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     decided = [layer.decision for layer in microbatch.layers if layer is not None]
@@ -132,7 +133,7 @@ def test_without_a_context_it_would_not(choices: list[Tensor]) -> None:
 
 
 def test_the_next_microbatch_decides_for_itself(choices: list[Tensor]) -> None:
-    """Only recomputation replays: another forward pass has a context of its own."""
+    """Only recomputation replays: another forward pass has a separate context."""
     model = disturbed()
     step = step_of(model)
     for _ in range(2):

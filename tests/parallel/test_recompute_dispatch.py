@@ -1,7 +1,7 @@
-"""Every way to recompute with every dispatcher trains as one process does.
+"""Every recomputation policy with every dispatcher trains like one process.
 
-Two microbatches a step; where room is short, the first pass of a step is thrown away and redone.
-Tolerance: `test_mesh_equality.py`, whose harness this uses.
+Two microbatches a step; with limited capacity, the first pass of a step is discarded and repeated.
+For tolerances see `test_mesh_equality.py`, whose harness this uses.
 """
 
 from itertools import combinations, product
@@ -32,7 +32,7 @@ DISPATCHERS: list[Options] = [
     (("chunks", 3),),
     (),
 ]
-# each dispatcher once, with what is kept of nothing, by default and of everything
+# each dispatcher once, keeping nothing, the default and everything
 FEW = [
     (SELECTIVE[0], REDONE), (SELECTIVE[4], REDONE), (SELECTIVE[7], DISPATCHERS[2]),
     (OTHERS[0], DISPATCHERS[1]), (OTHERS[2], DISPATCHERS[3]), (OTHERS[3], DISPATCHERS[4]),

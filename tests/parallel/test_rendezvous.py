@@ -1,4 +1,4 @@
-"""Ranks that do not meet: one line each, and nobody waits for ever."""
+"""Ranks that do not meet: each gives a one-line error, and none waits forever."""
 
 import socket
 import threading
@@ -62,9 +62,9 @@ def test_a_rank_that_does_not_come() -> None:
 
 
 def together(*placements: LaunchEnvironment) -> list[str]:
-    """What each is told; empty for one who met the others."""
+    """The error of each rank; empty for one that connected to the others."""
     told = [""] * len(placements)
-    stores = []  # that of rank 0 is the one of all
+    stores = []  # all ranks use that of rank 0
 
     def meet(i: int) -> None:
         try:

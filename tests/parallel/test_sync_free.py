@@ -1,9 +1,9 @@
 """The sync-free path on 64 ranks without data: tensors that have shapes and no values.
 
-Whoever asks such a tensor for a value, in Python or inside an operation, gets an error. So nothing
-in forward and backward depends on data: neither a split, nor a shape, nor a branch. (The guard of
-tests/parallel/dispatch_special.py computes true values, but on a CPU it sees only what passes
-torch's dispatcher or the methods of Tensor.)
+Reading a value of such a tensor, in Python or inside an operation, raises an error. So nothing in
+forward and backward depends on data: neither a split, nor a shape, nor a branch. (The guard of
+tests/parallel/dispatch_special.py computes real values, but on a CPU it only checks calls through
+torch's dispatcher and the methods of Tensor.)
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ RANKS, TOKENS, WIDTH, TOP_K = 64, 24, 64, 4
 
 @pytest.fixture
 def ranks() -> Iterator[dist.ProcessGroup]:
-    """A group of 64 ranks, of which this is one and the others do not exist."""
+    """A fake group of 64 ranks, of which only this rank exists."""
     dist.init_process_group("fake", rank=3, world_size=RANKS, store=FakeStore())
     assert dist.group.WORLD is not None
     yield dist.group.WORLD
@@ -43,7 +43,7 @@ def ranks() -> Iterator[dist.ProcessGroup]:
 def forward_and_backward(
     group: dist.ProcessGroup, options: DispatchConfig, in_step: bool = True
 ) -> None:
-    # bf16, as `torch._grouped_mm` wants it on a device
+    # bf16, as `torch._grouped_mm` requires on a device
     with FakeTensorMode(), patch.object(models.moe, "grouped_gemm_nt", device_gemm):
         dispatcher = dispatcher_maker(2 * RANKS, group, options)()
         torch.set_default_dtype(torch.bfloat16)

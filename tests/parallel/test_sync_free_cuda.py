@@ -1,4 +1,5 @@
-"""The sync-free path on a CUDA device, in an NCCL group of one rank: what the profiler sees."""
+"""The sync-free path on a CUDA device, in an NCCL group of one rank, checked in the profiler's
+trace."""
 
 from collections.abc import Iterator
 
@@ -34,7 +35,7 @@ def test_no_copy_to_the_host(ranks: dist.ProcessGroup) -> None:
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights, ids = torch.rand(512, 16, device="cuda").topk(4, 1)
     weights.requires_grad_()
-    contexts = [layer_context(16, "cuda") for _ in range(2)]  # without one the exact path is taken
+    contexts = [layer_context(16, "cuda") for _ in range(2)]  # without one the exact path is used
 
     def step(context: LayerContext) -> None:
         dispatcher.run(x, ids, weights, experts, layer=context).sum().backward()

@@ -1,8 +1,8 @@
-"""The collectives of one step, counted, are those that the docstrings name and `--check` predicts.
+"""The counted collectives of one step equal those that the docstrings and `--check` predict.
 
 Formulas: `parallel.tensor`, `parallel.expert`, `parallel.dispatch.all_to_all`, `parallel.apply`,
-`parallel.fp8_weights`, and the sums of `train.step`. Everything is fp32, but weights that are
-gathered in FP8; [calls, bytes] are summed over the ranks.
+`parallel.fp8_weights`, and the sums of `train.step`. Everything is fp32, except weights gathered in
+FP8; [calls, bytes] are summed over the ranks.
 """
 
 import json
@@ -31,7 +31,7 @@ CASES = [
     Case("glm4", 1, 2, 2, 4, 1),
     Case("glm4", 2, 2, 1, 2, 1),
     Case("glm4", 1, 1, 4, 1, 1, (("reshard_after_forward", False),)),
-    # exchanges whose results are kept do not happen again in recomputation
+    # recomputation does not repeat exchanges whose results are kept
     Case("glm4", 1, 2, 2, 4, 1, (("reshard_after_forward", False), ("recompute", "selective"),
                                  ("recompute_keep", ("exchange",)))),
     Case("deepseek-v3", 1, 2, 2, 2, 2),
@@ -112,7 +112,7 @@ class Formula:
             sequences = self.tokens // SEQ_LEN  # and for that of sequences
             self.add("tp", "allreduce", sequences * moe.n_experts * FLOAT)
             self.add("ep", "alltoall", moe.n_experts * INT)
-            for _ in range(2):  # forward and backward; what a rank gets, all ranks got from all
+            for _ in range(2):  # forward and backward; over all ranks, received = sent
                 self.add("ep", "alltoall", rows * moe.top_k * width)
                 self.add("ep", "alltoall", rows * moe.top_k * FLOAT)
                 self.add("ep", "alltoall", rows * moe.top_k * width)
@@ -147,7 +147,7 @@ class Formula:
         self._group("dp_shard_tp", case.dp_shard * tp, rest)
 
     def _part(self, name: str, size: int, ranks: int) -> "Part":
-        """Of one parameter, which so many ranks divide before FSDP2 does."""
+        """The part of one parameter, which this many ranks divide before FSDP2 shards it."""
         blocks = self.grids.get(name, 0)
         return Part(size // ranks, size // ranks * (1 if blocks else FLOAT), blocks // ranks)
 
@@ -165,7 +165,7 @@ class Formula:
     def _step(self) -> None:
         n_layers, n_experts = len(self.moe_layers), self.model.moe.n_experts
         choices = n_layers * n_experts * INT
-        if self.case.ep > 1:  # the dispatchers' numbers travel with the choices
+        if self.case.ep > 1:  # the dispatchers' statistics are in the same all-reduce
             choices += n_layers * (3 + 2 * self.ranks) * INT
         # tokens, targets and ranks with bad weights; squared norm in fp64; loss and ranks with bad
         # hidden states; choices; auxiliary losses
@@ -179,9 +179,9 @@ class Part:
 
     numel: int = 0
     gathered: int = 0
-    """Bytes."""
+    """Bytes that are gathered."""
     blocks: int = 0
-    """That have a scale."""
+    """Number of blocks that have a scale."""
 
     def __add__(self, other: "Part") -> "Part":
         return Part(
@@ -190,7 +190,7 @@ class Part:
 
 
 def grids_of(model: ModelConfig) -> dict[str, int]:
-    """Blocks of 128x128 of every parameter that is quantised."""
+    """Number of 128x128 blocks of every quantized parameter."""
     with torch.device("meta"):
         decoder = Decoder(model)
     found = {}
@@ -249,7 +249,8 @@ def test_a_step_communicates_what_the_formulas_say(cases: list[Case], tmp_path: 
 
 
 def test_check_predicts_the_bytes_of_both_recipes(tmp_path: Path) -> None:
-    """In bf16, where the ranks of no axis are all ranks: what these add up is a group apart."""
+    """In bf16, with meshes on which no axis contains all ranks, so that sums over all ranks have a
+    separate group."""
     cases = {
         f"{recipe} {more}": settings_of(Case("fp8", 2, 2, 1, 2, 1, dispatch=more))
         | {"precision": {"recipe": recipe}}
@@ -276,7 +277,7 @@ def counted(folder: Path, cases: dict[str, dict[str, Any]], compute: str) -> dic
 def predicted(
     settings: dict[str, Any], same: dict[str, str], compute: torch.dtype
 ) -> dict[str, int]:
-    """Bytes of four ranks by axis and kind of collective, as `--check` finds them."""
+    """Bytes of four ranks by axis and kind of collective, as predicted by `--check`."""
     config = from_dict(settings, "experiment")
     needs, _ = predict(config, resolve(config, 4), "cpu", compute)
     found: dict[str, int] = defaultdict(int)
@@ -287,7 +288,7 @@ def predicted(
 
 
 def bytes_of(traffic: CollectiveTraffic, same: dict[str, str]) -> dict[str, int]:
-    """The same of what was counted or computed, but for the numbers that all ranks add up."""
+    """The same from counted or computed traffic, without the sums over all ranks."""
     found: dict[str, int] = defaultdict(int)
     for axis, kinds in traffic.items():
         for kind, (_, size) in kinds.items():
@@ -297,7 +298,8 @@ def bytes_of(traffic: CollectiveTraffic, same: dict[str, str]) -> dict[str, int]
 
 
 def test_weights_in_fp8_are_gathered_at_half_the_bytes_of_bf16() -> None:
-    """By the formulas, which the test above has counted: but for what is never quantised."""
+    """Computed by the formulas, which the test above compares with counts; the exception are
+    weights that are never quantized."""
     formula = Formula(FP8_CASES[2])
     gathered = formula.traffic["dp_shard"]["allgather"][1] / formula.ranks / PASSES / 2
     quantised = sum(size for name, (size, _) in formula.sizes.items() if name in formula.grids)

@@ -1,7 +1,7 @@
-"""Known traps of torch on gloo and CPU; two ranks, started once for most of them.
+"""Known defects of torch on gloo and CPU; two ranks, started once for most of them.
 
-Each was seen to give wrong numbers silently, or to fail, in plain torch 2.13; the checks run in
-`trap_run.py` and report what they found.
+Each was observed to give wrong numbers silently, or to fail, in plain torch 2.13; the checks run in
+`trap_run.py` and report their results.
 """
 
 import json
@@ -36,13 +36,13 @@ def test_ranks_start_from_different_shards(found: dict[str, float]) -> None:
 
 
 def test_the_norm_spans_meshes(found: dict[str, float]) -> None:
-    """torch's clipping refuses, or miscounts, parameters of several meshes."""
+    """torch's clipping raises an error for, or miscounts, parameters of several meshes."""
     assert found["norm / norm of the whole"] == pytest.approx(1.0, rel=1e-6)
     assert found["norm after clipping"] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_gloo_group_has_one_worker(found: dict[str, float]) -> None:
-    """torch's two write one string without a lock; both free it, if rarely."""
+    """torch's two threads write one string without a lock; in rare cases both free it."""
     assert found["gloo groups"] > 1
     assert found["gloo threads"] == found["gloo groups"]
     assert found["timeout in seconds"] == 77.0
@@ -57,5 +57,5 @@ def test_gloo_uses_the_given_interface(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_many_operations_in_flight_leave_the_heap_intact() -> None:
-    """With two workers two processes of five died before this many, all within 8 seconds."""
+    """With two workers, two processes of five crashed before this number, all within 8 seconds."""
     run("tests/parallel/gloo_run.py", 200_000)

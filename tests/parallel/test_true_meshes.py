@@ -1,8 +1,8 @@
-"""Every shipped experiment at its real number of ranks, with a process group that moves nothing.
+"""Every shipped experiment at its real number of ranks, with a process group without communication.
 
-Each rank's share is built on the meta device, so that a mesh of 1,024 ranks takes seconds; what is
-looked at are mesh shapes, divisibility and the bytes that the last and the first rank hold. Of the
-layers, which are alike, some are enough; all of them are marked slow.
+Each rank's share is built on the meta device, so that a mesh of 1,024 ranks takes seconds. The
+tests check mesh shapes, divisibility and the bytes of the first and last rank. Layers are alike, so
+the default run builds a few; the tests with all layers are marked slow.
 """
 
 import json
@@ -23,7 +23,7 @@ SOME = 6
 
 
 def held(which: int, path: Path, *overrides: str) -> dict[str, Any]:
-    """What the first or last rank holds, in a process of its own: torch remembers a mesh's
+    """Shares of the first or last rank, in a separate process, because torch caches a mesh's
     coordinates by its shape."""
     done = run("-m", "tests.parallel.true_mesh_run", which, path, *overrides)
     found: dict[str, Any] = json.loads(done.stdout)

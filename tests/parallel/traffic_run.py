@@ -2,8 +2,8 @@
 
 `torchrun traffic_run.py FOLDER CASES.json` writes `FOLDER/NAME.json`: for every mesh axis the name
 of its group, and for every group and operation [calls, bytes], both summed over all ranks. The
-bytes of a call are those of its larger side (what a gather gives, what a reduction takes), of an
-uneven exchange what is sent.
+bytes of a call are those of its larger side (the output of a gather, the input of a reduction), for
+an uneven exchange the sent bytes.
 """
 
 import json
@@ -70,7 +70,7 @@ def axes(mesh: Mesh) -> list[tuple[str, str]]:
 
 
 def summed(groups: Counts, names: list[tuple[str, str]]) -> dict[str, Any]:
-    """What all ranks counted. Groups of one axis have other names on other ranks."""
+    """The counts of all ranks. Groups of one axis have different names on different ranks."""
     axis_of = {group: axis for axis, group in sorted(names, reverse=True)}
     total: Counts = defaultdict(lambda: defaultdict(lambda: [0, 0]))
     for one in gather_json([(axis_of[group], found) for group, found in groups.items()]):

@@ -1,4 +1,4 @@
-"""What `test_traps.py` looks at: `torchrun --nproc-per-node 2 trap_run.py OUT.json`."""
+"""The checks of `test_traps.py`: `torchrun --nproc-per-node 2 trap_run.py OUT.json`."""
 
 import json
 import sys
@@ -61,7 +61,7 @@ def main(out: Path) -> None:
     found["timeout in seconds"] = options._timeout.total_seconds()
     groups = list(dist.distributed_c10d._world.pg_map)
     for group in groups:
-        dist.barrier(group)  # a thread takes its name when it first runs
+        dist.barrier(group)  # a thread gets its name when it first runs
     found["gloo groups"] = len(groups)
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     found["gloo threads"] = names.count("pt_gloo_runloop")

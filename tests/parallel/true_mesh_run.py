@@ -16,7 +16,7 @@ from train.build import shard_model
 
 
 def held(which: int, file: str, *overrides: str) -> dict[str, Any]:
-    """What rank `which` (negative: from the end) holds, in elements, and the meshes' shapes."""
+    """Shares of rank `which` (negative: from the end), in elements, and the meshes' shapes."""
     config = load(file, overrides)
     world, store = default_world(config), FakeStore()
     ranks = Ranks(which % world, world, torch.device("cpu"), store)

@@ -1,6 +1,6 @@
-"""Puts the parameters of a model on four ranks together, and lets torch do it: both must agree.
+"""Assembles the parameters of a model on four ranks with our code and with torch: both must agree.
 
-`torchrun whole_run.py FOLDER` writes `FOLDER/faults.json`, an empty list where all is well.
+`torchrun whole_run.py FOLDER` writes `FOLDER/faults.json`, an empty list if there are none.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Foreign readers of an export: what is asked, what counts as different, what GGUF is told."""
+"""Other programs that read an export: what is compared, what counts as a difference, which hints
+GGUF conversion gets."""
 
 import json
 import math
@@ -55,7 +56,7 @@ def test_transformers_agrees_and_the_others_are_not_called_a_success(export: Pat
 def test_a_reader_that_lost_an_expert_is_found(
     export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ours has one expert less here, which is the same to the comparison."""
+    """Our model has one expert less here, which makes no difference to the comparison."""
     pytest.importorskip("transformers")
 
     def lossy(folder: Path, dtype: torch.dtype) -> Decoder:
@@ -147,13 +148,13 @@ if __name__ == "__main__":
 
 
 def test_the_converter_is_told_how_words_are_cut(export: Path, tmp_path: Path) -> None:
-    """A converter with the two obstacles of llama.cpp's: an unknown hash, GLM's own tokens."""
+    """A converter with llama.cpp's two obstacles: an unknown hash, and GLM's own tokens."""
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
     out = tmp_path / "model.gguf"
     done = run("-m", "scripts.to_gguf", export, "--llama-cpp", tmp_path, "--out", out)
     assert done.stdout == f"wrote {out}\n" and out.read_text() == "llama-bpe bf16"
     out.unlink()
-    given = tmp_path / "given"  # an export with a tokenizer of others is the converter's own task
+    given = tmp_path / "given"  # for a given tokenizer the converter is not changed
     given.mkdir()
     for file in export.iterdir():
         (given / file.name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""What `make demo` says at its end."""
+"""The final output of `make demo`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The GPU suite where there is no GPU: its logic, its refusal, what it imports."""
+"""The GPU suite without a GPU: its logic, its refusal, its imports."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_measure_lets_peers_fail_but_not_ours() -> None:
 
 
 def test_gluon_is_not_timed_where_its_checks_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that fails names its reason, one that hangs its limit."""
+    """The reason is reported for a process that fails, and the time limit for one that hangs."""
     outcomes: list[object] = [
         subprocess.CompletedProcess([], 1, "warning\nneeds a Hopper GPU\n", "leaked\n"),
         subprocess.CompletedProcess([], -11, "", ""),
@@ -124,7 +124,7 @@ def test_rates() -> None:
 
 
 def test_it_needs_torch_triton_and_numpy_only() -> None:
-    """With every other dependency of the project missing, also while it trains a model."""
+    """Runs with all other dependencies of the project missing, also while it trains a model."""
     project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {"torch", "triton", "numpy"}
     names = {re.split(r"[\[>=<;~ ]", line)[0] for line in project["dependencies"]}

@@ -50,7 +50,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks, trained long enough to have an opinion, and exported."""
+    """A run of two ranks, trained long enough to prefer some tokens, and exported."""
     folder = tmp_path_factory.mktemp("main-job") / "run"
     run(
         "-m", "train", TINY, f"--data.source={corpus}", f"--run.dir={folder}",
@@ -62,7 +62,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained_model(folder: Path) -> Decoder:
-    """The weights of the last checkpoint in an undivided model: not by way of the export."""
+    """The weights of the last checkpoint in an unsharded model, loaded without the export."""
     manifest = checkpoint.read_manifest(checkpoint.find(folder))
     model = Decoder(from_dict(unflatten(manifest.config), "manifest").model)
     state = {f"model.{name}": t for name, t in model.state_dict(keep_vars=True).items()}

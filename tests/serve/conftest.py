@@ -1,4 +1,4 @@
-"""A tiny export: two layers, random but lively weights, a byte-level BPE of 300 tokens."""
+"""A tiny export: two layers, random weights with varied outputs, a byte-level BPE of 300 tokens."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from tests.serve.drive import assert_no_page_lost
 
 VOCAB = 320
 TOKENS = 300
-"""Of the tokenizer; the rest of the vocabulary is padding."""
+"""Vocabulary of the tokenizer; the rest of the model's vocabulary is padding."""
 MAX_LENGTH = 192
 TEXT = """The quick brown fox jumps over the lazy dog. A model reads tokens, not letters.
 def add(a, b):
@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
     n_layers=2,
     attention=AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=16, qk_norm="rms"),
     tie_embeddings=False,
-    init_std=0.3,  # the usual 0.02 would answer with one token for ever
+    init_std=0.3,  # the usual 0.02 would repeat one token forever
     moe=MoEConfig(
         n_experts=4,
         top_k=2,
@@ -102,7 +102,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def make_core(export: Export) -> Callable[..., EngineCore]:
-    """`make_core(**options)`: a fresh core with a small cache unless told otherwise."""
+    """`make_core(**options)`: a new core, with a small cache by default."""
 
     def make(**options: Any) -> EngineCore:
         return EngineCore(export, EngineOptions(**{"kv_tokens": 4096, **options}))
@@ -137,7 +137,7 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{port}"
 
     def wait_until_idle(self, seconds: float = 10.0) -> None:
-        """Until no request is left; then assert that no page is."""
+        """Run until no request is left; then assert that no page is in use."""
         deadline = time.monotonic() + seconds
         while self.core.busy or self.thread._cancelled or self.thread._submitted:
             assert time.monotonic() < deadline, "requests are still running"

@@ -1,4 +1,4 @@
-"""Driving an engine's core by hand, with its invariants checked after every step."""
+"""Runs an engine's core step by step, checking its invariants after every step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def make_request(core: EngineCore, prompt: str | Sequence[int], params: Sampling
 
 
 def run(core: EngineCore, requests: Sequence[Request]) -> list[Completion]:
-    """Serve `requests`, all at once."""
+    """Serve `requests`, added at the same time."""
     found = {request: Completion(request.prompt, request=request) for request in requests}
     core.scheduler.add(requests)
     while core.busy:
@@ -40,7 +40,7 @@ def complete(
 
 
 def assert_no_page_lost(core: EngineCore) -> None:
-    """With nothing running, all pages are free or can be evicted; and evicting frees them."""
+    """With nothing running, all pages are free or can be evicted, and evicting frees them."""
     total = core.allocator.n_pages - 1
     assert core.allocator.n_free + core.pages.prefixes.n_evictable == total
     core.scheduler.check()

@@ -1,8 +1,8 @@
-"""A model whose logits are a hash of the tokens that it finds in the cache.
+"""A model whose logits are a hash of the tokens in the cache.
 
-It writes every token and its position to its slot and reads the slots of all that a row may see. A
+It writes every token and its position to its slot and reads the slots that a row may attend to. A
 page that was evicted too early, freed twice, not yet written, or that belongs to another prefix
-changes the hash or fails an assertion at once. A step takes a fraction of a millisecond.
+changes the hash or fails an assertion immediately. A step takes a fraction of a millisecond.
 """
 
 import itertools
@@ -53,20 +53,20 @@ def make_core(window: int = 0, **options: object) -> EngineCore:
 
 
 def logits_of(tokens: Sequence[int] | NDArray[np.int64], window: int = 0) -> Tensor:
-    """`[V]`, after `tokens`."""
+    """Logits `[V]` after `tokens`."""
     seen = np.asarray(tokens, dtype=np.int64)[-window if window else 0 :]
     rng = np.random.default_rng(zlib.crc32(seen.tobytes()) + len(tokens))
     return torch.from_numpy(rng.standard_normal(VOCAB).astype(np.float32) * 2)
 
 
 class HashRunner:
-    """Takes the place of `ModelRunner`."""
+    """Replacement for `ModelRunner`."""
 
     def __init__(self, n_slots: int, page_size: int, window: int) -> None:
         self.tokens = np.full(n_slots, -1)
         self.positions = np.full(n_slots, -1)
         self.written = np.full(n_slots, -1)
-        """By which request of which step, as step * 1000 + request."""
+        """The step and request that last wrote a slot, as step * 1000 + request."""
         self.page_size = page_size
         self.window = window
         self.n_steps = 0

@@ -1,4 +1,5 @@
-"""The server as clients see it: the official one, plain HTTP, and rude ones."""
+"""The server with different clients: the official one, plain HTTP, and clients that violate the
+protocol."""
 
 import json
 import socket
@@ -127,7 +128,7 @@ def test_usage_says_what_was_cached(http: httpx.Client) -> None:
 
 
 def test_echo_and_logprobs_score_a_prompt(http: httpx.Client) -> None:
-    """What evaluation harnesses send: token ids, echo, one token."""
+    """Requests of evaluation harnesses: token ids, echo, one token."""
     prompt = [5, 17, 99, 200]
     body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
     choice = http.post("/v1/completions", json=body).json()["choices"][0]

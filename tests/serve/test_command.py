@@ -1,4 +1,5 @@
-"""`python -m serve`: starts, says so, stops cleanly; one line for what cannot work."""
+"""`python -m serve`: starts, prints its URL, stops cleanly; a user error gives a one-line
+message."""
 
 import json
 import shutil
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
-    """The process and the URL that its only line of output names."""
+    """The process and the URL in its only line of output."""
     process = subprocess.Popen(
         [sys.executable, "-m", "serve", str(folder), "--port", "0", "--device", "cpu", *options],
         cwd=ROOT,

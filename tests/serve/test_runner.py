@@ -1,7 +1,7 @@
-"""The runner gives every token the bits of training's forward pass, in every family.
+"""The runner computes every token with the bits of training's forward pass, in every family.
 
-Requests are cut into random chunks, mixed at random, preempted and recomputed; the logits of every
-row are compared with one pass of the training core over each whole request.
+Requests are divided into random chunks, mixed at random, preempted and recomputed; the logits of
+every row are compared with one pass of the training core over each whole request.
 """
 
 import random
@@ -35,7 +35,7 @@ class Sequence:
 
 
 def random_sequences(rng: random.Random, cache: KvCache, lengths: list[int]) -> list[Sequence]:
-    """Pages in random order, and full of NaN where nothing was written."""
+    """A KV cache whose pages are in random order and full of NaN where nothing was written."""
     for tensor in cache.tensors:
         tensor[:, 1:] = torch.nan
     free = list(range(1, cache.n_pages))
@@ -52,7 +52,7 @@ def random_sequences(rng: random.Random, cache: KvCache, lengths: list[int]) -> 
 def run_in_random_steps(
     rng: random.Random, runner: ModelRunner, sequences: list[Sequence], longest: int
 ) -> None:
-    """Every row's logits, in steps of some chunks of up to `longest` tokens."""
+    """Compute every row's logits, in steps of several chunks of up to `longest` tokens."""
     while waiting := [s for s in sequences if s.computed < len(s.tokens)]:
         picked = rng.sample(waiting, rng.randint(1, len(waiting)))
         chunks, owners = [], []
@@ -88,7 +88,7 @@ def test_bits_of_training(name: str, dtype: torch.dtype, page_size: int) -> None
     sequences = random_sequences(rng, runner.cache, [1, 20, 39, 171])
     run_in_random_steps(rng, runner, sequences, 50)
     for s in sequences:
-        padded = torch.tensor([s.tokens + [0] * (-len(s.tokens) % 8)])  # a batch of training
+        padded = torch.tensor([s.tokens + [0] * (-len(s.tokens) % 8)])  # training's batch
         expected = logits(decoder, padded)[0]
         for position, row in s.rows.items():
             assert torch.equal(row, expected[position].float()), (len(s.tokens), position)
@@ -96,7 +96,7 @@ def test_bits_of_training(name: str, dtype: torch.dtype, page_size: int) -> None
 
 @pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
 def test_absorbed_latents(name: str) -> None:
-    """The same numbers but for rounding; and their bits do not depend on the batch."""
+    """The same numbers except for rounding; and their bits do not depend on the batch."""
     decoder = lively(FAMILIES[name], torch.float32)
     seen = []
     for seed in range(2):
@@ -124,7 +124,8 @@ def test_bytes_of_latents() -> None:
 
 
 def assert_experts_of_training(decoder: Decoder, dtype: torch.dtype, fused: bool) -> None:
-    """Those of every row of a step, and the logits that there are without the record."""
+    """The recorded experts of every row of a step equal training's, and logits are the same without
+    recording."""
     runner = make_runner(decoder, dtype, 16)
     assert (runner.fused is not None) == fused
     s, other = random_sequences(random.Random(0), runner.cache, [43, 1])
@@ -209,7 +210,7 @@ WIDE = {
         d_expert=96, norm_top_k=False),
     ),
 }  # fmt: skip
-"""Models whose widths `kernels.fused_cpu` takes."""
+"""Models with widths that `kernels.fused_cpu` supports."""
 
 
 @pytest.mark.skipif(library() is None, reason="needs AVX512-BF16 and a C++ compiler")
@@ -230,7 +231,7 @@ def test_bits_of_training_in_cpp(name: str) -> None:
 @pytest.mark.skipif(library() is None, reason="needs AVX512-BF16 and a C++ compiler")
 @pytest.mark.parametrize("name", WIDE)
 def test_routed_experts_in_cpp(name: str) -> None:
-    """By the C++ and, in groups, by the training module."""
+    """Computed by the C++ kernel and, in groups, by the training module."""
     assert_experts_of_training(lively(WIDE[name], torch.bfloat16), torch.bfloat16, True)
 
 

@@ -1,4 +1,4 @@
-"""transformers is the judge: the same greedy tokens, and log-probabilities within 1e-5."""
+"""Against transformers: the same greedy tokens, and log-probabilities within 1e-5."""
 
 import random
 from pathlib import Path
@@ -19,7 +19,8 @@ N_NEW = 20
 
 
 def their_greedy(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """The tokens that `generate` adds, and the log-probabilities it chose them by, `[n, V]`."""
+    """The tokens that `generate` adds, and the log-probabilities from which it chose them, `[n,
+    V]`."""
     model = transformers().AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
@@ -33,7 +34,7 @@ def their_greedy(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
 def our_greedy(
     folder: Path, prompts: list[list[int]], absorbed: bool
 ) -> list[tuple[list[int], Tensor]]:
-    """The same of all prompts, mixed and in chunks of 9 tokens."""
+    """The same for all prompts, mixed and in chunks of 9 tokens."""
     export = open_export(folder, "fp32", "cpu")
     cache = KvCache(export.model.config, 40, 8, torch.float32, torch.device("cpu"))
     runner = ModelRunner(export.model, cache, absorbed)

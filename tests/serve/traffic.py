@@ -1,4 +1,4 @@
-"""Random traffic for an engine's core, and what each request of it must get."""
+"""Random traffic for an engine's core, and the expected output of each request."""
 
 import random
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ def random_params(rng: random.Random) -> SamplingParams:
 
 
 class DispatchCounters:
-    """Calls with shared prefixes: a few system prompts, and turns that go on from answers."""
+    """Calls with shared prefixes: a few system prompts, and turns that continue from answers."""
 
     def __init__(self, seed: int, n_requests: int) -> None:
         self.rng = random.Random(seed)
@@ -85,7 +85,7 @@ def live(core: EngineCore, traffic: DispatchCounters, aborts: float = 0.01) -> N
 
 
 def assert_as_alone(traffic: DispatchCounters, window: int = 0) -> None:
-    """Every request has the output that it gets alone, without a prefix cache."""
+    """Assert that every request has the output that it gets alone, without a prefix cache."""
     alone = make_core(window, cache="naive", max_running=1, kv_tokens=512)
     for call in traffic.calls:
         for index, request in enumerate(call.requests):

@@ -1,4 +1,4 @@
-"""A small source for tests of the corpus, and the config that names it."""
+"""A small source for tests of the corpus, and a config that uses it."""
 
 import random
 from pathlib import Path
@@ -26,7 +26,8 @@ def config(tmp_path: Path, vocab_size: int = 300, **data: Any) -> JobConfig:
 
 
 def write_texts(tmp_path: Path) -> list[str]:
-    """Forty different documents under `docs`, one with non-ASCII text and one with a forged eot."""
+    """Forty different documents under `docs`, one with non-ASCII text and one with a forged
+    end-of-text token."""
     rng = random.Random(0)
     made = [
         "".join(f"value_{rng.randrange(50)} = {rng.random()}\n" for _ in range(30))

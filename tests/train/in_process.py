@@ -1,4 +1,4 @@
-"""`python -m train` within the process of the tests: no second import of torch."""
+"""Runs `python -m train` within the test process, without a second import of torch."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from train.__main__ import main
 
 @contextmanager
 def _process_restored() -> Iterator[None]:
-    """Give back what a process that ends would give back: signals, locks, the process group."""
+    """Restore what the end of a process would restore: signals, locks, the process group."""
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -28,6 +28,6 @@ def _process_restored() -> Iterator[None]:
 
 
 def train(*arguments: str) -> int:
-    """Train tests/tiny.toml with these overrides in one process; the exit code."""
+    """Train tests/tiny.toml with these overrides in one process; returns the exit code."""
     with _process_restored():
         return main([str(TINY), "--train.threads=1", *arguments])

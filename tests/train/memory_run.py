@@ -1,8 +1,8 @@
-"""Two steps of each case under torch's memory tracker, on whatever ranks this is started with.
+"""Two steps of each case under torch's memory tracker, on the started number of ranks.
 
-Started as `torchrun ... memory_run.py FOLDER CASES.json`. The largest memory of every rank goes to
-`FOLDER/measured.json`, bytes by name of the case. The second step is the one that counts: by then
-AdamW has its moments.
+Started as `torchrun ... memory_run.py FOLDER CASES.json`. The peak memory of every rank is written
+to `FOLDER/measured.json`, in bytes by name of the case. The second step counts, because AdamW has
+its moments then.
 """
 
 import json
@@ -23,12 +23,12 @@ from train.step import train_step
 
 
 class Tracker(FSDPMemTracker):
-    """Torch's tracker, but with FSDP2's hooks called when FSDP2 has them called: not after a module
-    in which recomputation ended early. And it keeps nothing alive."""
+    """Torch's tracker, but FSDP2's hooks are called only when FSDP2 calls them, not after a module
+    in which recomputation ended early; and it keeps no tensor alive."""
 
     def _fsdp_param_group_post_backward(self, module: Any, post_backward: Any) -> Any:
-        """Torch's wrapper would keep the last of a group's gradients alive while they are reduced,
-        which nothing does in training. It only names what is allocated meanwhile."""
+        """Torch's wrapper would keep the last gradient of a group alive while they are reduced,
+        which does not happen in training. Its only purpose is to name allocations meanwhile."""
         return post_backward
 
     def _instrument_fsdp_module(self) -> None:
@@ -38,7 +38,7 @@ class Tracker(FSDPMemTracker):
 
 
 def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
-    """Bytes held at the worst moment of two steps.
+    """Peak bytes of two steps.
 
     one_choice: all tokens choose the same experts.
     """
@@ -60,7 +60,8 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
     tracker = Tracker(model, optimizer)
 
     def forget() -> bool:
-        """Asked before every microbatch: the tracker knows one forward pass of each module."""
+        """Called before every microbatch, because the tracker supports one forward pass of each
+        module."""
         tracker.reset_mod_stats()
         return False
 

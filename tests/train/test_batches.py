@@ -1,4 +1,5 @@
-"""Data order: every mesh sees the same sequences; positions and targets by hand."""
+"""Data order: every mesh trains on the same sequences; positions and targets are checked by
+hand."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,9 @@
-"""AdamW with moments in bf16 is AdamW in fp64 whose moments are rounded after every step.
+"""AdamW with bf16 moments equals AdamW in fp64 whose moments are rounded after every step.
 
-Every step is compared from the state that the optimizer itself stored before. Its arithmetic is
-fp32, so a moment within 2^-24 of the middle of two bf16 numbers may be rounded to the other one:
-all but one in a thousand must be the same, the rest neighbours. Weights: 1e-6 of the update.
+Every step is compared starting from the state that the optimizer itself stored before. Its
+arithmetic is fp32, so a moment within 2^-24 of the midpoint of two bf16 numbers may be rounded to
+the other one: all but one in a thousand must be equal, the rest adjacent. Weights: 1e-6 of the
+update.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 def rounded_adamw(
     w: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One step in fp64; the moments come and go in bf16."""
+    """One step in fp64, with moments in bf16 before and after."""
     w, g, m, v = w.double(), g.double(), m.double(), v.double()
     m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g**2
     w = w * (1 - LR * DECAY)

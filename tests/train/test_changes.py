@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and the run that starts from it."""
+"""Which settings may change between a checkpoint and the run that starts from it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,8 @@ def test_every_key_is_classified_and_none_that_is_not_there() -> None:
 
 
 def test_every_model_key_is_listed_or_in_a_listed_subsection() -> None:
-    """A new key of the model has to be decided: `model` and `model.moe` stand for none."""
+    """Each new key of the model needs a decision, so `model` and `model.moe` have no entry of their
+    own."""
     assert {"model", "model.moe"}.isdisjoint(CHANGES)
 
 
@@ -161,7 +162,7 @@ def test_a_run_resumes_with_another_balance(
 def test_mtp_modules_come_and_go_with_given_weights(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing moves the weights here: the loss of step 1 is that of the weights given."""
+    """The weights do not change here, so the loss of step 1 is that of the given weights."""
     still = [
         *overrides, "--optimizer.lr=0", "--model.moe.bias_update_rate=0", "--train.steps=1",
         "--schedule.warmup_steps=0",
@@ -186,7 +187,7 @@ def test_mtp_modules_come_and_go_with_given_weights(
 def test_data_may_move_but_not_change(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What a resume needs is the same tokens, wherever their text and tokenizer are now."""
+    """A resume needs the same tokens, wherever their text and tokenizer are now."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     for name in ("a.py", "b.py"):

@@ -1,4 +1,4 @@
-"""`--check`: sizes without inputs, what is missing, and models of any depth; in this process."""
+"""`--check`: sizes without inputs, missing inputs, and models of any depth; within this process."""
 
 import json
 import subprocess
@@ -30,11 +30,11 @@ EXPERIMENTS = sorted((ROOT / "configs").rglob("*.toml"))
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Runs `python -m train ... --check`; gives the exit code and what it printed."""
+    """Runs `python -m train ... --check`; returns the exit code and the printed text."""
     monkeypatch.chdir(ROOT)
     for name in ("RANK", "WORLD_SIZE", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stay
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # keep pytest's own
 
     def run_check(*arguments: object) -> tuple[int, str, str]:
         code = main([*map(str, arguments), "--check"])
@@ -141,8 +141,8 @@ print(json.dumps(errors))
 
 
 def test_what_check_promises_transformers_loads_and_runs(tmp_path: Path) -> None:
-    """Twelve random models of every family, odd sizes preferred; and those of DeepSeek-V2 that are
-    refused do fail there."""
+    """Twelve random models of every family, mostly with odd sizes; the DeepSeek-V2 models that we
+    refuse fail in transformers."""
     promised: list[ModelConfig] = []
     refused: list[tuple[ModelConfig, str]] = []
     for family in FEATURES:
@@ -200,7 +200,7 @@ def test_every_shipped_experiment_passes_for_its_ranks(path: Path) -> None:
 
 
 def test_the_command_line_itself() -> None:
-    """Once as a user starts it."""
+    """Once as a separate process, as a user starts it."""
     words = ["-m", "train", "configs/deepseek_v3_671b.toml", "--check", "--ranks=1024"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False

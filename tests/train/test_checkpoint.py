@@ -1,4 +1,4 @@
-"""Checkpoints: exact, complete, and every kind of damage is noticed."""
+"""Checkpoints: exact, complete, and every kind of damage is detected."""
 
 import json
 import random

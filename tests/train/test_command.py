@@ -1,4 +1,4 @@
-"""`python -m train`: what it leaves behind, what it refuses, what --check says."""
+"""`python -m train`: its output files, its refusals, the output of --check."""
 
 import errno
 import json

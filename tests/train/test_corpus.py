@@ -1,4 +1,4 @@
-"""The corpus on disk: the stream decodes to the documents, and the cache survives what happens."""
+"""The corpus on disk: the stream decodes to the documents, and the cache is robust."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 
 def documents(corpus: Corpus, tokens: np.ndarray) -> list[str]:
-    """The texts that a stream stands for, decoded by the library."""
+    """The texts of a stream, decoded by the library."""
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     assert tokens[0] == corpus.eot
     parts = np.split(tokens, np.flatnonzero(tokens == corpus.eot))[1:]
@@ -84,7 +84,7 @@ def test_second_call_reads_the_cache(tmp_path: Path, texts: list[str]) -> None:
     assert "(cached)" in lines[0] and len(lines) == 1
     assert second.folder == first.folder and second.fingerprint == first.fingerprint
     assert np.array_equal(open_corpus(first.folder).train, first.train)
-    # Another cache folder: everything is made anew, and it is the same to the last byte.
+    # Another cache folder: everything is built again, with identical bytes.
     third = prepare(config(tmp_path, cache_dir=str(tmp_path / "other")), silent)
     assert third.folder.name == first.folder.name and third.fingerprint == first.fingerprint
 
@@ -236,7 +236,7 @@ def test_the_later_builder_uses_the_earlier_folder(
 
 
 def test_an_older_corpus_is_found(tmp_path: Path, texts: list[str]) -> None:
-    """What decides the key of text files has not changed since format 2 began."""
+    """The key of text files has not changed since format 2."""
     files = [tmp_path / "docs" / f"{number}.py" for number in range(40)]
     stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)]
     parts = [2, ["files", stamps], "text", 0.02, 0.8, WORDS, 300, version("tokenizers")]

@@ -1,4 +1,5 @@
-"""What a corpus cannot read or write: counted and listed, or one line that names the place."""
+"""Content that a corpus cannot read or write: counted and listed, or a one-line error with the
+place."""
 
 import errno
 import json
@@ -51,7 +52,7 @@ def test_rows_left_out_are_counted_and_part_of_the_key(tmp_path: Path, texts: li
     )
     manifest = json.loads((corpus.folder / "manifest.json").read_text())
     assert manifest["rows_unreadable"]["count"] == len(manifest["rows_unreadable"]["first"]) == 1
-    with pytest.raises(UserError, match="line 41: not JSON"):  # the cached one is not taken
+    with pytest.raises(UserError, match="line 41: not JSON"):  # the cached one is not used
         prepare(config(tmp_path, source=str(rows)), silent)
     same = prepare(config(tmp_path), silent)  # the folder of the same texts
     assert same.fingerprint == corpus.fingerprint

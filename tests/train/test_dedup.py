@@ -1,4 +1,4 @@
-"""Near-duplicates against Jaccard similarity computed by plain loops."""
+"""Near-duplicates against the Jaccard similarity computed by plain loops."""
 
 import random
 
@@ -46,14 +46,16 @@ def test_estimate_has_the_error_that_the_lesson_states() -> None:
         other = relative(text, changes, rng)
         exact = jaccard(text, other)
         scores.append((estimate(text, other) - exact) / (exact * (1 - exact) / HASHES) ** 0.5)
-    # In units of the standard error: mean 0, deviation 1, for 156 pairs that share nothing.
+    # In units of the standard error: mean 0, deviation 1, for 156 pairs that have nothing in
+    # common.
     assert abs(np.mean(scores)) < 4 / len(scores) ** 0.5
     assert 0.8 < np.std(scores) < 1.2
     assert max(map(abs, scores)) < 5
 
 
 def clear(exact: float, threshold: float) -> bool:
-    """Whether the estimate of a pair falls on the right side, but for five standard errors."""
+    """Whether the estimate of a pair is on the right side of the threshold, within five standard
+    errors."""
     return abs(exact - threshold) > 5 * (exact * (1 - exact) / HASHES) ** 0.5
 
 
@@ -94,7 +96,7 @@ def test_survey_does_not_depend_on_the_order_of_reading() -> None:
 
 
 def sharing(kind: str, count: int) -> list[str]:
-    """Documents that share lines and are no near-duplicates at 0.8."""
+    """Documents that share lines but are no near-duplicates at 0.8."""
     rng = random.Random(3)
     common = [f"a line of the template {i}" for i in range(200)]
 
@@ -118,7 +120,7 @@ def sharing(kind: str, count: int) -> list[str]:
 def test_comparisons_do_not_grow_with_shared_lines(kind: str) -> None:
     few, many = (find_duplicates(sharing(kind, count), 0.8) for count in (500, 4000))
     assert many.n_near <= 4  # of 8 million pairs whose estimate may err
-    # per document: 8 times the documents are 8 times the rivals where every pair is compared
+    # per document; comparing every pair would take 8 times as many for 8 times the documents
     assert many.n_compared / 4000 < 4 * max(few.n_compared / 500, 20)
     assert many.n_compared < 4000 * 4000 / 20
 
@@ -157,7 +159,7 @@ def test_every_threshold_divides_crowded_buckets(threshold: float) -> None:
     for i in find_duplicates(texts, 1.0).kept:
         if not (np.mean(table[expected] == table[i], axis=1) >= threshold).any():
             expected.append(i)
-    # where the crowd itself lies at the threshold, one pair in a thousand may be overlooked
+    # with a group at the threshold itself, one pair in a thousand may be missed
     assert len(set(find_duplicates(texts, threshold).kept) ^ set(expected)) <= 10
 
 

@@ -21,7 +21,7 @@ OPTIONS = [
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything a run leaves that is not a time."""
+    """Every output file of a run, without times."""
     metrics = [
         {name: value for name, value in record.items() if name not in TIMES}
         for record in read_lines(folder / METRICS)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: an error names the file, and the old content stays."""
+"""Files are complete or absent: an error names the file, and the old content stays."""
 
 import errno
 import fcntl

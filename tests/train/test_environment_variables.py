@@ -1,4 +1,4 @@
-"""`python -m train` with variables of a launcher that cannot be right: one line, exit 2."""
+"""`python -m train` with invalid variables of a launcher: a one-line error, exit code 2."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from train.__main__ import main
 
 
 class Exited(BaseException):
-    """Instead of ending the process of the tests."""
+    """Replacement for ending the test process."""
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_one_line_and_exit_2(
     except Exited as left:
         (code,) = left.args
     err = capfd.readouterr().err
-    if check and env.get("WORLD_SIZE", "2").isdigit():  # a check needs the number of ranks alone
+    if check and env.get("WORLD_SIZE", "2").isdigit():  # a check only needs the number of ranks
         assert code == 0 and not err
     else:
         assert code == 2 and expected in err and err.count("\n") == 1

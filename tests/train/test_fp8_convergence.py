@@ -24,15 +24,15 @@ from tests.runs import TINY
 from train.report.metrics import read_lines
 
 MOST = 0.5
-"""Percent of the validation loss that FP8 may differ from bf16."""
+"""Percent of the validation loss by which FP8 may differ from bf16."""
 
 
 def small(overrides: list[str], sequences: int) -> list[str]:
-    """An experiment of tests/tiny.toml whose products have whole blocks and some partial ones.
+    """An experiment of tests/tiny.toml whose products have full blocks and some partial ones.
 
-    Its learning rate is one at which bf16 repeats itself: controls of four seeds ended within 0.11
-    percent of their pairs and FP8 of three within 0.14; with 3e-3 and half the batch one of six
-    controls was 1.5 percent off.
+    At its learning rate bf16 is reproducible: controls of four seeds ended within 0.11 percent of
+    their pairs and FP8 of three within 0.14; with 3e-3 and half the batch one of six controls had a
+    difference of 1.5 percent.
     """
     rest = [option for option in overrides if not option.startswith("--run.dir")]
     return [*rest, "--model.d_model=144", "--model.moe.d_expert=128", "--model.d_ff=160",
@@ -67,7 +67,7 @@ def test_a_pair_ends_at_the_same_loss(
     assert [path.name for path in drawn] == ["fp8-curves.png", "fp8-ablations.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)
     capfd.readouterr()
-    train_all(runs, 2, options)  # complete runs are left alone
+    train_all(runs, 2, options)  # complete runs are not repeated
     assert "2 runs are complete, 0 to train" in capfd.readouterr().out
 
 

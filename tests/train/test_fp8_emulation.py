@@ -1,4 +1,5 @@
-"""Emulated arithmetic: the recipe through it is the recipe, and each variant is what it says."""
+"""Emulated arithmetic: the emulated recipe equals the real one, and each variant computes as
+documented."""
 
 import math
 from dataclasses import replace
@@ -65,7 +66,7 @@ def test_the_recipe_through_the_emulation_is_the_recipe(family: str) -> None:
     with emulated(VARIANTS["e5m2_gradients"]):
         assert distance(gradients(model), expected) > 0.05  # an error of 2^-3 instead of 2^-4
     with emulated(VARIANTS["per_tensor"]):
-        assert distance(gradients(model), expected) > 0  # only small values fare worse
+        assert distance(gradients(model), expected) > 0  # only small values have larger errors
     assert distance(gradients(model), expected) == 0
 
 
@@ -87,7 +88,7 @@ def test_e5m2_has_two_bits_of_mantissa(dim: int) -> None:
 
 
 def cut(value: float, bits: int) -> float:
-    """Toward zero, to so many significant bits."""
+    """Rounded toward zero to this many significant bits."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(math.trunc(math.ldexp(mantissa, bits)), exponent - bits)
 
@@ -116,7 +117,7 @@ def test_a_narrow_accumulator_needs_promotion() -> None:
     promoted = sum(narrow_product(x, y) for x, y in parts)
     assert isinstance(promoted, Tensor)
     error = float(((whole - exact) / exact).abs().max())
-    # every step of 32 loses up to 2^-13 of the sum, 128 steps, half of it on the average
+    # every step of 32 loses up to 2^-13 of the sum, 128 steps, half of it on average
     assert 2e-3 < error < 128 * 2**-13
     assert float(((promoted.double() - exact) / exact).abs().max()) < 4 * 2**-13
 
@@ -127,7 +128,7 @@ def test_each_arithmetic_loses_where_it_should() -> None:
 
     for kind in ("normal", "gradients", "positive"):
         assert db("blockwise", kind) > 27  # two roundings to 4 significant bits
-    # 1 block of 32 is lost beside its outlier, or everything
+    # the 1 block of 32 with the outlier is lost, or everything
     assert db("blockwise", "outliers") > 20 and db("per_tensor", "outliers") < 6
     assert db("per_tensor", "gradients") < 5
     assert db("per_tensor", "normal") == pytest.approx(db("blockwise", "normal"), abs=1)

@@ -1,4 +1,4 @@
-"""Checkpoints of runs in FP8: what they hold, resuming after a kill, changing the recipe."""
+"""Checkpoints of FP8 runs: their content, resuming after a kill, changing the recipe."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
 def test_weights_go_from_one_recipe_to_the_other(
     fp8_first: bool, overrides: list[str], tmp_path: Path
 ) -> None:
-    """With a learning rate of zero the second run saves what it was given."""
+    """With a learning rate of zero the second run saves the same weights."""
     bf16 = ["--precision.recipe=bf16"]
     recipes = [FP8, bf16] if fp8_first else [bf16, FP8]
     run("-m", "train", TINY, *overrides, *recipes[0], "--train.steps=2")
@@ -50,7 +50,7 @@ def test_weights_go_from_one_recipe_to_the_other(
         dtypes = {t.dtype for name, t in tensors.items() if ".exp_avg" in name}
         assert dtypes == {torch.bfloat16 if recipe is FP8 else torch.float32}
     first = losses(tmp_path / "run")[2], losses(second)[1]
-    assert first[1] == pytest.approx(first[0], rel=0.05)  # it goes on, not anew
+    assert first[1] == pytest.approx(first[0], rel=0.05)  # it continues instead of starting again
 
 
 def test_a_run_may_change_its_recipe_and_its_moments(overrides: list[str], tmp_path: Path) -> None:
@@ -63,12 +63,13 @@ def test_a_run_may_change_its_recipe_and_its_moments(overrides: list[str], tmp_p
 
 
 def test_validation_alone_computes_in_the_runs_recipe(overrides: list[str], tmp_path: Path) -> None:
-    """`scripts.validate` gives the trainer's loss; in bf16 the same weights give another."""
+    """`scripts.validate` gives the trainer's loss; in bf16 the same weights give a different
+    one."""
     out = run("-m", "train", TINY, *overrides, *FP8, "--train.steps=2").stdout
     trained = re.findall(r"validation loss ([\d.]+)", out)[-1]
     alone = run("-m", "scripts.validate", tmp_path / "run").stdout
     found = float(re.findall(r"([0-9.]+) nats", alone)[0])
-    assert found == pytest.approx(float(trained), abs=2e-4)  # batches of another size round so
+    assert found == pytest.approx(float(trained), abs=2e-4)  # rounding in batches of another size
     bf16 = run("-m", "scripts.validate", tmp_path / "run", "--precision.recipe=bf16",
                "--precision.fp8.power_of_two=false").stdout  # fmt: skip
     assert bf16 != alone

@@ -1,4 +1,5 @@
-"""Two ranks started by hand, as on two hosts: what they must share, and what a lost one leaves."""
+"""Two ranks started by hand, as on two hosts: shared folders, and the state after a rank is
+lost."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""A run that meets inf or NaN saves the last sound state, and never another."""
+"""A run that gets inf or NaN saves the last sound state, and never another."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_the_last_good_state_is_saved_and_resumes(
     folder = tmp_path / "run" / "checkpoints"
     with monkeypatch.context() as patch:
         more = {"weights_are_good": True} if kind is NonFiniteError else {}
-        for attempt in range(2):  # the same settings end in the same line
+        for attempt in range(2):  # the same settings end with the same error
             error = kind("step 6: fault", **more)
             patch.setattr(train.trainer, "train_step", failing(6, error))
             assert run(*arguments) == 1
@@ -67,8 +67,8 @@ def test_a_poisoned_state_is_never_saved(
     every: int, overrides: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The update of step 3 makes a weight inf: neither the regular save nor the last one takes
-    it, and the run does not end as if it were well."""
+    """The update of step 3 makes a weight inf: neither the regular save nor the last one saves it,
+    and the run does not end successfully."""
     real = train.trainer.train_step
 
     def step(model: Any, optimizer: Any, *arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The z-loss in training: it moves the gradient and leaves what is reported alone."""
+"""The z-loss in training: it changes the gradient, but no reported value."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ Z = 0.05
 
 
 class Gradients:
-    """An optimizer that keeps the gradients and changes nothing."""
+    """An optimizer that records the gradients and changes nothing."""
 
     def __init__(self, model: Decoder) -> None:
         self.model, self.found = model, dict[str, Tensor]()
@@ -58,7 +58,7 @@ def test_a_step_with_z_loss(depth: int) -> None:
     batch = Sequences(words.astype(np.uint16), 24, eot=0).batch(np.arange(3))
     results = []
     for z in (0.0, Z):
-        model = build(depth)  # a step moves the routers' biases
+        model = build(depth)  # a step changes the routers' biases
         gradients = Gradients(model)
         done = train_step(
             model, gradients, [batch], step=1, rank=0, clip_norm=0.0, mtp_weight=0.3, z_loss_coef=z
@@ -88,7 +88,7 @@ def test_a_step_with_z_loss(depth: int) -> None:
     expected = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     for name, wanted in zip(parameters, expected, strict=True):
         found = with_z[name] - without[name]
-        # fp32: the difference of two gradients has their rounding
+        # fp32: the difference of two gradients contains their rounding
         limit = 1e-5 * float(with_z[name].norm())
         assert wanted is None or float((found - wanted).norm()) <= limit, name
     assert sum(float(g.norm()) for g in expected if g is not None) > 1e-2

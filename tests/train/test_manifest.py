@@ -1,4 +1,5 @@
-"""Manifests made by hand, with right checksums: each is read rightly, or refused in one line."""
+"""Manifests made by hand, with right checksums: each is read correctly or refused with a one-line
+error."""
 
 import json
 import math
@@ -64,14 +65,14 @@ def put(folder: Path, content: Any) -> None:
 
 
 def check(folder: Path) -> checkpoint.Manifest:
-    """What comes before a tensor is read; an export believes the sizes that pass it."""
+    """The checks before a tensor is read; an export relies on the sizes that pass them."""
     manifest = checkpoint.read_manifest(folder)
     checkpoint.verify_files(manifest)
     return manifest
 
 
 def load_all(folder: Path) -> None:
-    """All that a run does with a checkpoint."""
+    """All operations of a run on a checkpoint."""
     manifest = check(folder)
     target = {name: torch.zeros_like(tensor) for name, tensor in _TENSORS.items()}
     checkpoint.load(manifest, target)
@@ -80,7 +81,7 @@ def load_all(folder: Path) -> None:
 
 
 def refused(folder: Path, by: Callable[[Path], object] = check) -> str:
-    """The refusal: one line of bounded length, without a large allocation."""
+    """Assert that it is refused, with one line of bounded length and without a large allocation."""
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as caught:
@@ -95,7 +96,7 @@ def refused(folder: Path, by: Callable[[Path], object] = check) -> str:
 
 
 def at(content: Any, path: tuple[str | int, ...], value: Any) -> Any:
-    """`content` with another value at a place; `...` removes it."""
+    """`content` with another value at one place; `...` removes it."""
     content = deepcopy(content)
     *way, last = path
     node = content

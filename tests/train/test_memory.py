@@ -1,9 +1,9 @@
 """`--check` predicts the bytes of a rank; torch's memory tracker counts those of a real step.
 
-Tolerance: 1 percent of what was counted on one rank. On several, 10 percent on every rank: all
-agree within 1, but for a busy machine where gloo lets go of its copies late. How many rows a rank
-gets is not known beforehand: where experts lie on several ranks routing is forced, to be even or
-to be the worst.
+Tolerance: 1 percent of the count on one rank. On several, 10 percent on every rank: all agree
+within 1, except on a busy machine where gloo frees its copies late. The number of rows of a rank is
+not known in advance, so with experts on several ranks routing is forced to be even or the worst
+case.
 """
 
 import json
@@ -69,7 +69,7 @@ class Case:
 
 
 def wide(model: ModelConfig) -> ModelConfig:
-    """A family's small model with sizes that count."""
+    """A family's small model with sizes large enough to affect memory."""
     attention = replace(model.attention, n_heads=8, local_size=model.attention.local_size and 64)
     if attention.kind == "gqa":
         attention = replace(attention, n_kv_heads=attention.n_kv_heads and 4, head_dim=32)
@@ -140,7 +140,7 @@ SLOW = {"FP8 recomputed", "FP8 states", "FP8 tensors", "FP8 shards", "in chunks 
 
 
 def predicted(case: Case, **other: Any) -> int:
-    """Bytes on the CPU. other: settings of `[parallel]` to pretend."""
+    """Predicted bytes on the CPU. other: settings of `[parallel]` to predict with instead."""
     config = case.config()
     config = replace(config, parallel=replace(config.parallel, **other))
     compute = compute_dtype(config, CPU)
@@ -149,7 +149,7 @@ def predicted(case: Case, **other: Any) -> int:
 
 
 def measured(folder: Path, case: Case) -> list[int]:
-    """Bytes of every rank."""
+    """Measured bytes of every rank."""
     listed = {case.name: {"settings": asdict(case.config()), "one_choice": case.one_choice}}
     (folder / "cases.json").write_text(json.dumps(listed))
     script = "tests/train/memory_run.py"
@@ -159,7 +159,7 @@ def measured(folder: Path, case: Case) -> list[int]:
 
 
 NOTICED = {"recomputed": "none", "activations": "full", "partly recomputed": "none"}
-"""A wrong policy of recomputation, with which the comparison of a case must fail."""
+"""A wrong recomputation policy, with which the comparison of a case must fail."""
 
 
 @pytest.mark.long
@@ -191,7 +191,7 @@ def test_each_part_dominates_once() -> None:
 
     assert parts(BY_NAME["activations"])["activations"] > 0.5
     assert parts(BY_NAME["states"])["states"] > 0.7
-    # weights, gradients, moments and workspace of the words: most of what there is
+    # weights, gradients, moments and workspace of the vocabulary: most of the memory
     few_words = replace(BY_NAME["logits"], model={"n_layers": 2})
     assert predicted(BY_NAME["logits"]) > 4 * predicted(few_words)
 

@@ -1,5 +1,5 @@
-"""Every setting that changes memory or traffic is traced, alone and beside every other, and moves
-the prediction the way it should."""
+"""Every setting that changes memory or traffic is traced, alone and together with every other, and
+changes the prediction in the right direction."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ MLA = AttentionConfig(
 
 
 def wide(family: str, **more: Any) -> ModelConfig:
-    """A family's model whose parts are whole blocks of FP8 on every mesh."""
+    """A family's model whose parts are full FP8 blocks on every mesh."""
     model = FAMILIES[family]
     attention = replace(MLA, bias=False) if model.attention.kind == "mla" else model.attention
     if attention.kind == "gqa":
@@ -116,7 +116,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "device": {"cuda": {}, "cpu": {}},
 }  # fmt: skip
 Combination = dict[str, str]
-"""A choice for each of `SETTINGS`, or for some."""
+"""A value for each of `SETTINGS`, or for some."""
 REFUSED = [
     {"precision": "fp8", "fsdp": "offload"}, {"precision": "partly fp8", "fsdp": "offload"},
     {"model": "windows", "recompute": "swiglu"},
@@ -129,7 +129,7 @@ def may_meet(chosen: Combination) -> bool:
 
 
 def cover() -> Iterator[Combination]:
-    """Few combinations in which every two values that may meet do meet."""
+    """Few combinations that cover every valid pair of values."""
     missing = [
         {a: x, b: y}
         for a, b in combinations(SETTINGS, 2)
@@ -172,7 +172,7 @@ def test_every_pair_of_settings_is_traced(chosen: Combination) -> None:
 
 
 def own_parameters(config: JobConfig, parallel_dims: ParallelDims) -> float:
-    """Of one rank, but for padding."""
+    """Bytes of one rank, without padding."""
     counts = parameter_counts(config.model)
     dense = (counts.total + counts.mtp - counts.experts) / (
         parallel_dims.dp_shard * parallel_dims.tp
@@ -181,7 +181,7 @@ def own_parameters(config: JobConfig, parallel_dims: ParallelDims) -> float:
 
 
 def axes_of(config: JobConfig, parallel_dims: ParallelDims) -> set[str]:
-    """Along which something is exchanged."""
+    """The axes along which something is exchanged."""
     d = parallel_dims
     sizes = {"dp_replicate": d.dp_replicate, "dp_shard": d.dp_shard, "tp": d.tp, "etp": d.etp}
     if d.tp > 1:
@@ -228,7 +228,7 @@ FEWER_FIRST: dict[str, list[dict[str, Any]]] = {
     "words": [{"model": wide("qwen3", vocab_size=2**n)} for n in (10, 12, 15)],
     "tokens": [{"micro_batch": 1}, {}, {"micro_batch": 8}, {"micro_batch": 8, "seq_len": 256}],
 }
-"""Settings by rising memory of a rank on CUDA."""
+"""Settings by increasing memory of a rank on CUDA."""
 
 
 @pytest.mark.parametrize("name", FEWER_FIRST)
@@ -257,7 +257,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"model": replace(wide("deepseek-v3"), attention=replace(MLA, q_lora_rank=512))},
     ),
 }  # fmt: skip
-"""What has less of a category than what."""
+"""Pairs of settings of which the first has less memory of a category."""
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -276,7 +276,7 @@ EXCHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kept weights": ({"reshard_after_forward": False}, {}),
     "microbatches": ({}, {"passes": 2}),
 }  # fmt: skip
-"""What exchanges less than what."""
+"""Pairs of settings of which the first exchanges less."""
 
 
 @pytest.mark.parametrize("name", EXCHANGED)

@@ -18,7 +18,7 @@ from train.optim.optimizer import build_optimizer, optimizer_tensors, set_learni
 from train.report import peak_flops
 
 _NO_DECAY = r"(norm|router)\.weight$|\.bias$|\.b13$|\.b2$|\.sinks$"
-"""What models.parameters must say of these families, as a pattern."""
+"""The parameters that models.parameters must list for these families, as a pattern."""
 CONFIG = OptimizerConfig(lr=3e-2, weight_decay=0.2, beta1=0.8, beta2=0.9, eps=1e-6)
 
 
@@ -35,7 +35,7 @@ def take_step(decoder: Decoder, step: int) -> None:
 
 
 def of_torchtitan(decoder: Decoder) -> Any:
-    """Its container, in whose first matching group a parameter is."""
+    """torchtitan's container, with each parameter in the first matching group."""
     from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
     common = {"lr": CONFIG.lr, "betas": (CONFIG.beta1, CONFIG.beta2), "eps": CONFIG.eps}
@@ -70,7 +70,7 @@ def test_steps_and_names_are_those_of_torchtitans_container() -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_state_is_live_and_takes_up_where_it_was(moments: Any) -> None:
-    """Filling the tensors of a new optimizer is all that a resume does."""
+    """A resume only fills the tensors of a new optimizer."""
     first, second = model(), model()
     done, resumed = (build_optimizer(each, CONFIG, moments) for each in (first, second))
     for step in (1, 2):
@@ -78,7 +78,7 @@ def test_state_is_live_and_takes_up_where_it_was(moments: Any) -> None:
         done.step()
     before = [p.detach().clone() for p in second.parameters()]
     live = optimizer_tensors(resumed)
-    assert all(map(torch.equal, before, second.parameters()))  # making state changes no weight
+    assert all(map(torch.equal, before, second.parameters()))  # creating state changes no weight
     assert all(parameter.grad is None for parameter in second.parameters())
     dtype = torch.bfloat16 if moments == "bf16" else torch.float32
     assert {t.dtype for name, t in live.items() if ".exp_avg" in name} == {dtype}
@@ -121,7 +121,7 @@ def test_garbage_is_collected_at_these_steps_only(collector: None) -> None:
     garbage = GarbageCollection(every=3)
     for step in range(1, 8):
         node = Node()
-        node.itself = [node]  # a circle: no reference count frees it
+        node.itself = [node]  # a reference cycle: no reference count frees it
         gc_before = len(gone)
         weakref.finalize(node, gone.append, step)
         del node
@@ -137,7 +137,7 @@ def test_garbage_is_collected_at_these_steps_only(collector: None) -> None:
 def test_the_peak_of_a_device_nobody_knows_is_not_that_of_another(
     name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", "")  # the table asks lspci first, which knows this machine
+    monkeypatch.setenv("PATH", "")  # the table calls lspci first, which reports this machine
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops.peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops.peak_flops(torch.device("cpu")) is None

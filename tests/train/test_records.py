@@ -1,5 +1,5 @@
-"""metrics.jsonl, expert_load.jsonl, environment.json and TensorBoard's files are records: what is
-damaged in them is set aside and said, and stops nothing."""
+"""metrics.jsonl, expert_load.jsonl, environment.json and TensorBoard's files are records: damaged
+parts are set aside and reported, and stop no run."""
 
 import json
 import random

@@ -34,7 +34,7 @@ def wait_for_step(folder: Path, step: int, is_running: Callable[[], bool]) -> No
 
 
 def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
-    """Two ranks, killed after step 5 and started again: all is as in a run that was not stopped.
+    """Two ranks, killed after step 5 and restarted: everything equals an uninterrupted run.
 
     Returns the folder of that run, `folder/run`.
     """
@@ -70,7 +70,7 @@ def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_pa
         program.signal(signal.SIGTERM)
         done = program.finish(25)
     assert "Traceback" not in done.stdout + done.stderr
-    if done.returncode != 0:  # it may have finished before the signal came
+    if done.returncode != 0:  # it may have finished before the signal arrived
         assert done.returncode == 128 + signal.SIGTERM, done.stderr
     run(*arguments)
     assert losses(tmp_path / "run") == losses(whole)
@@ -128,7 +128,7 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
         while not re.search("step +2/6", program.printed()[0]):
             assert program.is_running()
             time.sleep(0.01)
-        time.sleep(0.4)  # within the validation of step 3, if all goes as usual
+        time.sleep(0.4)  # within the validation of step 3, if timing is as usual
         program.signal(signal.SIGTERM)
         program.finish(25)
     run(*arguments)

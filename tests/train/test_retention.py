@@ -1,4 +1,4 @@
-"""Which checkpoints a save removes, whatever else lies beside them."""
+"""Which checkpoints a save removes, whatever other entries are in the folder."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def save(root: Path, step: int, keep: int | None = 99, said: list[str] | None = 
 
 
 def flip(folder: Path) -> None:
-    """One bit of the tensor file; its size stays."""
+    """Flip one bit of the tensor file; its size stays."""
     file = folder / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

@@ -1,4 +1,4 @@
-"""Rows as they come: only the text column decides, and what cannot be read is named."""
+"""Rows of data files: only the text column matters, and errors name what cannot be read."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def refusal(source: Path, **settings: Any) -> str:
 
 
 def not_utf8() -> pa.Array:
-    """One string of two bytes that are not UTF-8, as foreign writers leave it."""
+    """A string of two bytes that are not UTF-8, as other programs may write it."""
     ends = pa.py_buffer((0).to_bytes(4, "little") + (2).to_bytes(4, "little"))
     return pa.Array.from_buffers(pa.string(), 1, [None, ends, pa.py_buffer(b"a\xe9")])
 
@@ -50,7 +50,7 @@ def test_only_the_text_column_of_json_lines_decides(tmp_path: Path) -> None:
         lines = []
         for i, other in enumerate(others):
             text = {"text": f"{number} {i} é\u2028"} if i != 2 else {"text": None}
-            digits = str(10**4000) + "0" * 1000  # more than Python writes
+            digits = str(10**4000) + "0" * 1000  # more digits than Python converts
             line = json.dumps({k: v for k, v in (other | text).items() if v != 10**5000})
             lines.append(line[:-1] + f', "big": {digits}, "float": 1e999, "nan": NaN}}')
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines), "utf-8")
@@ -129,7 +129,7 @@ def test_blank_lines_marks_and_line_ends(tmp_path: Path) -> None:
     contents = [
         BOM + a + b"\n" + b + b"\n" + c,
         b"\n\n" + a + b"\n \t\n" + b + b"\r\n\r\n" + c + b"\r\n\n\n",
-        a + b"\n" + BOM + b + b"\n" + BOM + c,  # files put one behind the other
+        a + b"\n" + BOM + b + b"\n" + BOM + c,  # concatenated files
         BOM
         + BOM
         + a
@@ -216,7 +216,7 @@ def test_a_damaged_gz(tmp_path: Path, kind: str) -> None:
     documents = read(path, unreadable_rows="skip")
     rows = list(documents)
     assert documents.n_unreadable_rows >= 1
-    if kind not in ("flipped",):  # which may decode to something else before it is noticed
+    if kind not in ("flipped",):  # which may decode to something else before the damage is detected
         assert rows == [str(i) for i in range(len(rows))]
     assert len(rows) > 500 or kind == "no gzip"
 
@@ -275,7 +275,7 @@ def test_files_that_are_not_utf8_are_left_out_whole(tmp_path: Path) -> None:
     assert documents.take([2, 0]) == ["last", "good"]
     assert "row 2: not UTF-8" in refusal(tmp_path / "e.parquet")
     assert "line 501: not UTF-8" in refusal(tmp_path / "b.jsonl")
-    documents = read(tmp_path, unreadable_rows="skip")  # row by row where rows are the unit
+    documents = read(tmp_path, unreadable_rows="skip")  # row by row if rows are the unit
     assert list(documents) == ["good"] * 503 + ["fine", "last"]
 
 

@@ -1,4 +1,4 @@
-"""Reading documents: every kind of source, and every mistake a user can make with it."""
+"""Reading documents: every kind of source, and every user error."""
 
 import gzip
 import json
@@ -157,7 +157,7 @@ def test_a_name_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffi
             path.unlink()
         else:
             folder = Path(name)
-        table(folder / f"x.{suffix}", "in the folder")  # a folder of that name, too
+        table(folder / f"x.{suffix}", "in the folder")  # also if a folder has that name
         assert read(folder) == ["in the folder"], name
     table(tmp_path / "http:" / "host" / f"a.{suffix}", "no address")
     assert read(f"http://host/a.{suffix}") == ["no address"]
@@ -167,7 +167,7 @@ def test_a_name_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffi
 
 
 def table(path: Path, text: str) -> None:
-    """A file of one document, of the kind that its name says."""
+    """A file of one document, in the format of its suffix."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""`configs/tiny`: one experiment per family, trained through the program as a reader would."""
+"""`configs/tiny`: one experiment per family, trained with the program as a reader would."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_a_few_steps_lower_the_loss(family: str, overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("family", TRUE_SIZES)
 def test_true_sizes_balance_as_the_tiny_ones_do(family: str) -> None:
-    """The kinds of losses are those of the family; DeepSeek-V3's numbers are its report's."""
+    """The kinds of losses are those of the family; DeepSeek-V3's numbers are from its report."""
     keys = ("seq_aux_loss_coef", "global_aux_loss_coef", "bias_update_rate")
     for name in TRUE_SIZES[family]:
         config = load(ROOT / "configs" / f"{name}.toml")

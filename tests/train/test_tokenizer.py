@@ -1,4 +1,5 @@
-"""The tokenizer: what training promises, encoding against the library, export to transformers."""
+"""The tokenizer: guarantees of training, encoding compared with the library, export to
+transformers."""
 
 import json
 import keyword
@@ -43,7 +44,7 @@ def test_trained_vocabulary() -> None:
     assert ids[0] == 0 and 0 not in ids[1:]
     assert tokenizer.decode(ids) == text
     assert tokenizer.to_str() == train().to_str()
-    assert json.loads(tokenizer.to_str())["model"]["ignore_merges"]  # as llama.cpp will
+    assert json.loads(tokenizer.to_str())["model"]["ignore_merges"]  # as llama.cpp does
 
 
 def test_training_takes_a_sample_and_more_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def test_words_are_llama_3s() -> None:
 
 def test_encoder_equals_the_library() -> None:
     documents = unruly(2000)
-    tokenizer = train(1500, documents)  # so that there are tokens that a wrong cut would break
+    tokenizer = train(1500, documents)  # tokens that a wrong split would break
     encoder = Encoder(Tokenizer.from_str(tokenizer.to_str()), 0, UINT16)
     assert encoder.by_words
     tokenizer.encode_special_tokens = True
@@ -132,7 +133,7 @@ def save(tokenizer: Tokenizer, folder: Path, eos: object = None) -> Path:
 
 
 def plain(*special: str) -> Tokenizer:
-    """A tokenizer that cuts at white space only, so the shortcut by words must not be taken."""
+    """A tokenizer that splits at white space only, so the shortcut by words must not be used."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>x": 3}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(special))
@@ -154,7 +155,7 @@ def test_a_given_tokenizer(tmp_path: Path) -> None:
 
 
 def forging(kind: str) -> tuple[Tokenizer, str]:
-    """A tokenizer whose end-of-text token documents can spell, and the token."""
+    """A tokenizer whose end-of-text token can be written in documents, and the token."""
     if kind == "not special":
         tokenizer = train()
         tokenizer.add_tokens([AddedToken("<end>", special=False)])
@@ -173,7 +174,7 @@ def forging(kind: str) -> tuple[Tokenizer, str]:
     if kind == "piece":  # as in T5's vocabulary
         pieces = [("<unk>", -9.0), ("</s>", 0.0), *((c, -4.0) for c in " </s>abcend")]
         return Tokenizer(models.Unigram(pieces, 0)), "</s>"
-    assert kind == "merged"  # cuts words as ours, and a word that is a token is that token
+    assert kind == "merged"  # splits words as ours does, and a word that is a token gets that token
     parts = json.loads(train().to_str())
     parts["model"]["vocab"]["#!#"] = 300
     return Tokenizer.from_str(json.dumps(parts)), "#!#"
@@ -204,7 +205,7 @@ def test_no_document_forges_a_boundary(kind: str) -> None:
     tokenizer.encode_special_tokens = True
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("a b", "b a")]
     assert kept.tolist() == [eot, *ids[0], eot, *ids[1]]
-    if kind in ("not special", "merged"):  # bytes spell everything
+    if kind in ("not special", "merged"):  # bytes encode everything
         stream = encoder.encode(documents)
         starts = np.flatnonzero(stream == eot)
         texts = [tokenizer.decode(part[1:].tolist()) for part in np.split(stream, starts)[1:]]
@@ -278,7 +279,7 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     tokenizer = train()
     file = save(tokenizer, tmp_path / "cache")
     ids = export_tokenizer(file, tmp_path / "export", 512)
-    pad = tokenizer.token_to_id("ÿ")  # the byte 0xFF, which no text has
+    pad = tokenizer.token_to_id("ÿ")  # the byte 0xFF, which no text contains
     assert ids == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": pad}
     samples = [*texts(5, seed=3), "", " a , b .", "don 't", "naïve 数\U0001f600", f"a{EOT}b"]
     result = subprocess.run(
@@ -325,7 +326,7 @@ def test_a_given_tokenizer_keeps_its_chat_template_and_padding(tmp_path: Path) -
     assert "bos_token" not in settings, "its template may start with one: it would become text"
     assert (tmp_path / "1" / "export" / "chat_template.jinja").read_text() == "in config"
 
-    (tmp_path / "a" / "chat_template.jinja").write_text("in file")  # wins in transformers too
+    (tmp_path / "a" / "chat_template.jinja").write_text("in file")  # preferred in transformers too
     settings, _ = exported_settings(file, tmp_path / "2")
     assert settings["chat_template"] == "in file"
 

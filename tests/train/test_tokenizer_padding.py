@@ -1,4 +1,4 @@
-"""The padding token of a tokenizer trained here: of its own, and no text changes its ids."""
+"""The padding token of a tokenizer trained here: a separate token, and no text changes its ids."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_only_tokenizers_trained_here_get_one() -> None:
 
 
 def test_a_run_keeps_the_tokenizer_of_its_corpus(tmp_path: Path) -> None:
-    """Its bytes are part of what a resumed run compares; and it says nothing of padding."""
+    """A resumed run compares its bytes; it does not mention padding."""
     file = save(train(), tmp_path / "corpus", EOT)
     for given in (file, tmp_path / "run" / "tokenizer.json"):
         keep_tokenizer(given, tmp_path / "run", 64, trains_on=True)
@@ -59,7 +59,7 @@ def test_a_run_keeps_the_tokenizer_of_its_corpus(tmp_path: Path) -> None:
 
 
 def test_a_run_of_before_gets_one_when_it_is_exported(tmp_path: Path) -> None:
-    """Its tokenizer folder says that the padding token is the end of text."""
+    """Its tokenizer folder sets the padding token to the end of text."""
     file = save(train(), tmp_path / "tokenizer", EOT)
     old = {"bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "chat_template": "x"}
     (file.parent / "tokenizer_config.json").write_text(json.dumps(old))
@@ -94,7 +94,7 @@ def test_the_usual_collator_keeps_the_end_of_each_answer(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("pad", [None, "<|endoftext|>", "[PAD]"])
 def test_a_tokenizer_of_others_keeps_what_it_says(pad: str | None, tmp_path: Path) -> None:
-    """Also that padding is the end of text; but no token that the embedding has no row for."""
+    """This includes padding with the end of text, but no token without a row in the embedding."""
     tokenizer = Tokenizer(models.WordLevel({"a": 0, EOT: 1}, "a"))
     file = save(tokenizer, tmp_path / "given")
     said = {"eos_token": EOT, "bos_token": None, "padding_side": "left", "chat_template": "x"}

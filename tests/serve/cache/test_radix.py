@@ -1,4 +1,4 @@
-"""The radix tree against a dictionary of prefixes, and what locks and windows promise."""
+"""The radix tree against a dictionary of prefixes, and the guarantees of locks and windows."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ def make(pages: int = 40, window: int = 0) -> RadixCache:
 
 
 def put(cache: RadixCache, tokens: Sequence[int]) -> list[int]:
-    """Insert a prefix with fresh pages, as a request that ends does."""
+    """Insert a prefix with fresh pages, as a finished request does."""
     key = token_key(tokens)
     shared, held = cache.acquire(key)
     own = cache.allocator.allocate(len(tokens) // PAGE - len(shared))
@@ -99,7 +99,8 @@ def test_what_is_locked_stays() -> None:
 
 
 def test_the_cache_keeps_its_own_copy() -> None:
-    """Two requests computed the same pages: the second one's stay its own."""
+    """Two requests computed the same pages: the tree keeps the first one's and does not take the
+    second one's."""
     cache = make()
     key = token_key([5] * 6)
     one, other = cache.allocator.allocate(2), cache.allocator.allocate(2)
@@ -110,7 +111,7 @@ def test_the_cache_keeps_its_own_copy() -> None:
 
 
 def test_windows_reuse_up_to_a_border_with_a_whole_window_before_it() -> None:
-    cache = make(window=5)  # the first new token sees the four before it: two pages of three
+    cache = make(window=5)  # the first new token attends to the four before it: two pages of three
     own = cache.allocator.allocate(6)
     assert own is not None
     cache.allocator.release([own[0], own[3]])
@@ -139,11 +140,12 @@ def test_short_prefix_within_the_window_needs_all_of_it() -> None:
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_operations_against_a_dictionary(seed: int, window: int) -> None:
-    """5,000 operations a seed on few tokens, so that prefixes meet, branch and vanish."""
+    """5,000 operations per seed on few distinct tokens, so that prefixes are shared, branch and are
+    evicted."""
     rng = random.Random(seed)
     cache = make(pages=60, window=window)
     known: dict[Prefix, int] = {}
-    """The page of every prefix of whole pages that the tree should have."""
+    """The expected page of every prefix of whole pages in the tree."""
     held: list[tuple[Prefix, list[int], Node]] = []
 
     def tokens() -> Prefix:
@@ -161,7 +163,7 @@ def test_random_operations_against_a_dictionary(seed: int, window: int) -> None:
         return max(fits, default=0)
 
     def forget_missing() -> None:
-        """What was evicted was free to go, and what is left agrees."""
+        """Evicted prefixes were unlocked, and the remaining ones agree."""
         present: dict[Prefix, int] = {}
         for key, pages in paths(cache):
             ids = tuple(memoryview(key).cast("i"))
@@ -197,7 +199,7 @@ def test_random_operations_against_a_dictionary(seed: int, window: int) -> None:
             if own is None:
                 cache.release(node)
                 continue
-            if window:  # some fell out of the window
+            if window:  # some pages are before the window
                 lost = own[: rng.randrange(len(own) + 1)]
                 cache.allocator.release(lost)
                 own = [NULL_PAGE] * len(lost) + own[len(lost) :]

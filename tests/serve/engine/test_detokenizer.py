@@ -1,4 +1,4 @@
-"""Text comes out in whole characters, and never beyond or inside a stop string."""
+"""Text is emitted in whole characters, and never after the start of a stop string."""
 
 import random
 
@@ -35,7 +35,7 @@ def test_half_a_character_is_held_until_the_end(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_tokens_equal_one_decode(tokenizer: Tokenizer, seed: int) -> None:
-    """Also bytes that never make a character."""
+    """Also bytes that never form a character."""
     rng = random.Random(seed)
     ids = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(400)]
     stream = Detokenizer(tokenizer)
@@ -44,7 +44,7 @@ def test_random_tokens_equal_one_decode(tokenizer: Tokenizer, seed: int) -> None
 
 
 def test_leading_spaces_survive_a_sentencepiece_decoder() -> None:
-    """Such decoders strip the first space of a text, and spell unknown characters as bytes."""
+    """Such decoders strip the first space of a text, and write unknown characters as bytes."""
     words = ["<unk>", "▁Hello", "▁big", "▁world", "!", *(f"<0x{b:02X}>" for b in range(256))]
     tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(

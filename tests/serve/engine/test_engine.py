@@ -1,4 +1,4 @@
-"""The engine's greedy tokens are the training model's, however requests meet in it."""
+"""The engine's greedy tokens equal the training model's, however requests are batched."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -52,7 +52,8 @@ def test_greedy_equals_training_model(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_schedules(make_core: MakeCore, greedy_reference: Greedy, seed: int) -> None:
-    """Random sizes, arrivals and cancellations: survivors are right and no page is lost."""
+    """Random sizes, arrivals and cancellations: remaining requests are correct and no page is
+    lost."""
     rng = random.Random(seed)
     core = make_core(
         max_running=rng.randint(1, 6),
@@ -84,7 +85,8 @@ def test_random_schedules(make_core: MakeCore, greedy_reference: Greedy, seed: i
 
 
 def test_logits_equal_training_core(make_core: MakeCore, export: Export) -> None:
-    """Every row the head sees, prefilled in chunks and decoded, against one full forward."""
+    """Every row that the head computes, prefilled in chunks and decoded, against one full
+    forward."""
     core = make_core(max_batch_tokens=24)
     seen: list[Tensor] = []
     inner = core.executor.runner.run
@@ -179,7 +181,8 @@ def test_broken_request_fails_alone(make_core: MakeCore, greedy_reference: Greed
 
 
 def test_nan_logits_fail_alone(make_core: MakeCore, greedy_reference: Greedy) -> None:
-    """A request that goes bad leaves NaN in its pages; whoever gets them next is not harmed."""
+    """A request with NaN leaves NaN in its pages; the next requests that use these pages are not
+    affected."""
     core = make_core(kv_tokens=128, page_size=16)
     inner = core.executor.runner.run
 
@@ -225,7 +228,7 @@ def test_longest_request_fits_exactly(make_core: MakeCore, greedy_reference: Gre
 
 
 def test_absorbed_latents(make_core: MakeCore) -> None:
-    """The option reaches the runner, and is refused where it would have no effect."""
+    """The option is passed to the runner, and is refused if it would have no effect."""
     with pytest.raises(UserError, match="--absorb-mla: the model has no multi-head latent"):
         make_core(absorb_mla=True)
     config = FAMILIES["deepseek-v3"]

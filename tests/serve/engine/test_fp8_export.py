@@ -1,4 +1,4 @@
-"""An export in FP8 is served as the model that its blocks mean."""
+"""An FP8 export is served with the weights to which its blocks dequantize."""
 
 import json
 import random
@@ -34,7 +34,7 @@ WIDE = replace(CONFIG, d_model=128, moe=replace(CONFIG.moe, d_expert=128))
 
 @torch.no_grad()
 def greedy(model: Decoder, prompt: list[int], n: int) -> list[int]:
-    """By full forward passes: no cache, no batch."""
+    """Greedy tokens by full forward passes: no cache, no batch."""
     tokens = list(prompt)
     for _ in range(n):
         positions = torch.arange(len(tokens))
@@ -45,7 +45,7 @@ def greedy(model: Decoder, prompt: list[int], n: int) -> list[int]:
 
 
 def test_greedy_tokens_are_those_of_the_dequantised_model(tmp_path: Path) -> None:
-    """The reference is dequantised by plain loops, not by way of the folder."""
+    """The reference is dequantized by plain loops, not read from the folder."""
     given = Decoder(WIDE)
     initialize(given, WIDE, seed=0)
     write_fp8(given.eval(), tmp_path)
@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_model(tmp_path: Path) -> Non
 
 
 def test_bits_of_training_in_fp8(tmp_path: Path) -> None:
-    """Weights stay in FP8, and logits are those of the trainer's modules in FP8, bit by bit."""
+    """Weights stay in FP8, and logits equal those of the trainer's FP8 modules, bit by bit."""
     model = replace(WIDE, attention=replace(WIDE.attention, head_dim=64))
     given = Decoder(model)
     initialize(given, model, seed=0)
@@ -101,7 +101,8 @@ def test_bits_of_training_in_fp8(tmp_path: Path) -> None:
 
 
 def test_absorbed_latents_in_fp8(tmp_path: Path) -> None:
-    """What is absorbed is what the FP8 blocks mean, though the module has no other weight."""
+    """The absorbed weights equal the dequantized FP8 blocks, although the module has no other
+    weight."""
     given = replace(FAMILIES["deepseek-v3"], d_model=128)
     model = replace(given, attention=replace(given.attention, kv_lora_rank=128))
     decoder = Decoder(model)

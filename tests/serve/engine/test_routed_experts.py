@@ -1,4 +1,4 @@
-"""Reported experts are those that training's forward pass chooses, whatever happened on the way."""
+"""Reported experts equal the choices of training's forward pass, after any scheduling."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tokens follow the distribution that was asked for, whatever else is in the batch."""
+"""Sampled tokens follow the requested distribution, whatever else is in the batch."""
 
 import math
 import random
@@ -42,7 +42,7 @@ def make_sampler(vocab: int, rows: int, ends: frozenset[int] = frozenset()) -> S
 def choose(
     logits_RV: Tensor, requests: Sequence[Request], sampler: Sampler | None = None
 ) -> list[int | None]:
-    """One step; every request is given a row of the page table."""
+    """Sample one step; every request gets a row of the page table."""
     sampler = sampler or make_sampler(logits_RV.shape[1], len(requests))
     for row, one in enumerate(requests):
         one.sequence = SequencePages(row=row)
@@ -53,7 +53,7 @@ def choose(
 
 
 def frequencies(logits_V: Tensor, draws: int = 20000, **params: Any) -> Tensor:
-    """How often each token is drawn by one seeded request, as its output grows."""
+    """How often one seeded request draws each token, as its output grows."""
     one = request(seed=1, **params)
     sampler = make_sampler(len(logits_V), 1)
     plan = sampler.plan([chunk_of(one, index) for index in range(draws)])
@@ -81,7 +81,7 @@ def test_top_k_and_top_p_keep_the_likely_ones() -> None:
     assert found[1] == pytest.approx(4 / 7, abs=0.02)
     for top_p, kept in [(0.39, [1]), (0.41, [1, 3]), (0.75, [1, 2, 3]), (0.95, [0, 1, 2, 3])]:
         assert frequencies(logits, 500, top_p=top_p).nonzero().flatten().tolist() == kept
-    # top_p counts within what top_k left: 0.4 of 0.7 is less than 0.6, 0.4 of 0.4 is all
+    # top_p applies to the tokens that top_k kept: 0.4 of 0.7 is less than 0.6, 0.4 of 0.4 is all
     assert frequencies(logits, 500, top_k=2, top_p=0.6).nonzero().flatten().tolist() == [1, 3]
     assert frequencies(logits, 500, top_k=1, top_p=0.99).nonzero().flatten().tolist() == [1]
 
@@ -150,7 +150,7 @@ def test_not_finite_is_reported_for_its_row_alone() -> None:
 
 
 def reference_logits(logits_V: Tensor, one: Request, ends: frozenset[int]) -> Tensor:
-    """Bias, penalties and `min_tokens`, a token at a time in double precision."""
+    """Bias, penalties and `min_tokens`, one token at a time in double precision."""
     p, logits = one.params, logits_V.double().tolist()
     for token, bias in p.logit_bias.items():
         logits[token] += bias
@@ -184,7 +184,7 @@ def test_adjusted_logits_against_a_loop(seed: int) -> None:
         for _ in range(12)
     ]
     sampler = make_sampler(50, 12, ends)
-    for step in range(4):  # later steps find the history on the device
+    for step in range(4):  # in later steps the history is on the device
         logits = random_logits(12, seed=seed * 10 + step)
         for row, one in enumerate(requests):
             one.sequence.row = row
@@ -220,7 +220,7 @@ def test_threshold_against_a_loop(vocab: int, scale: float) -> None:
 
 
 def test_ties_stay_together() -> None:
-    """Two tokens share the second place, whatever is chosen from it."""
+    """Two tokens are tied for second place, so both are kept or neither."""
     probs = torch.tensor([[0.4, 0.2, 0.2, 0.15, 0.05]])
     for top_k, top_p in [(2, 1.0), (5, 0.5)]:
         least = threshold(probs, torch.tensor([top_k]), torch.tensor([top_p]), torch.zeros(1))
@@ -255,7 +255,7 @@ def test_logprobs() -> None:
 
 
 def test_seeded_requests_through_the_engine(make_core: Callable[..., EngineCore]) -> None:
-    """Alone, in a crowd, and retracted."""
+    """The same tokens alone, in a large batch, and after retraction."""
     mine = SamplingParams(max_tokens=40, seed=11, temperature=0.7, top_p=0.9, ignore_eos=True)
     expected = complete(make_core(), ["def add("], mine)[0].tokens
     crowd = [SamplingParams(max_tokens=40, seed=s, ignore_eos=True) for s in range(7)]

@@ -1,4 +1,5 @@
-"""The tests of schedules see faults: each of these is put into the code, and must be noticed."""
+"""Tests of the schedule tests: each of these faults is inserted into the code, and must be
+detected."""
 
 import random
 from collections.abc import Callable
@@ -141,7 +142,7 @@ MUTATIONS: dict[Callable[[pytest.MonkeyPatch], None], int] = {
     _slide_too_far: 11,
     _score_only_what_is_not_cached: 0,
 }
-"""Faults, each with the window of the model in which it shows."""
+"""Faults, each with the model's window for which it shows."""
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS)

@@ -1,4 +1,4 @@
-"""Order, budget, admission, retraction; and the allocator under them."""
+"""Order, budget, admission and retraction; and the page allocator."""
 
 import random
 from typing import Any
@@ -36,13 +36,13 @@ FRESH = iter(range(1, 1 << 30))
 
 
 def request(length: int, max_tokens: int = 4, priority: int = 0, start: int = 0) -> Request:
-    """A prompt of one token, which no other has unless `start` says so."""
+    """A prompt of one token, different from all others unless `start` is given."""
     token = start or next(FRESH)
     return Request([token] * length, SamplingParams(max_tokens=max_tokens), None, priority)
 
 
 def compute(scheduler: Scheduler) -> list[tuple[int, int, int]]:
-    """Play the engine: every chunk is computed, every request that can gets a token."""
+    """Simulate the engine: every chunk is computed, every complete request gets a token."""
     batch = scheduler.next_batch()
     assert batch is not None
     for chunk in batch:
@@ -72,7 +72,7 @@ def test_a_request_holds_pages_for_what_it_has() -> None:
 
 
 def test_admission_leaves_room_to_grow() -> None:
-    scheduler = make(pages=6, budget=32)  # five to give
+    scheduler = make(pages=6, budget=32)  # five tokens of the budget are left
     scheduler.add([request(8), request(8), request(1)])
     compute(scheduler)
     assert [one.number for one in scheduler.running] == [0, 2], "the second would take the rest"
@@ -171,7 +171,7 @@ def test_full_queue_refuses_a_call_as_a_whole() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_lives(seed: int) -> None:
-    """The first in rank moves at every step, and everything ends."""
+    """The request of highest rank advances at every step, and all requests end."""
     rng = random.Random(seed)
     scheduler = make(pages=rng.randint(8, 14), running=rng.randint(1, 6), budget=rng.randint(6, 20))
     todo = [

@@ -1,6 +1,6 @@
-"""Random lives of many requests: each gets what it gets alone without a prefix cache.
+"""Random schedules of many requests: each gets the same output as alone without a prefix cache.
 
-The model is a hash of what it finds in the cache (`tests.serve.hash_runner`), and the invariants of
+The model is a hash of the cache's content (`tests.serve.hash_runner`), and the invariants of
 scheduler, pool and tree are asserted after every step.
 """
 
@@ -79,7 +79,7 @@ def test_retraction_happens_and_changes_nothing(overlap: str) -> None:
 
 
 def test_retracted_requests_do_not_thrash() -> None:
-    """Naive, so that what is retracted is lost; all the same little is computed twice."""
+    """The naive cache loses retracted tokens; even so, few tokens are computed twice."""
     core = make_core(cache="naive", max_running=16, page_size=4, kv_tokens=400)
     traffic = DispatchCounters(seed=1, n_requests=0)
     for _ in range(40):
@@ -123,7 +123,7 @@ def test_nobody_starves_behind_a_hot_prefix() -> None:
 
 
 def test_siblings_share_the_prompt() -> None:
-    """n = 4: the prompt is computed once, but for its last page."""
+    """n = 4: the prompt is computed once, except for its last page."""
     core = make_core(page_size=4)
     requests = core.make_requests([3] * 41, SamplingParams(n=4, max_tokens=2, ignore_eos=True))
     core.scheduler.add(requests)

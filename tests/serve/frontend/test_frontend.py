@@ -1,4 +1,4 @@
-"""`serve.Engine`: whole answers, streams, coroutines and conversations are the same tokens."""
+"""`serve.Engine`: complete answers, streams, coroutines and conversations give the same tokens."""
 
 import asyncio
 import shutil

@@ -1,4 +1,4 @@
-"""`scripts.export --dtype fp8`: out of a checkpoint, in, and out again; memory; refusals."""
+"""`scripts.export --dtype fp8`: export, import and second export; memory; refusals."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ from train.convert.hf_import import import_hf
 
 
 def exported(source: Path, *arguments: object) -> int:
-    """The command's exit code."""
+    """Run the command; returns its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["export", str(source), *map(str, arguments)])
         return export_script.main()
 
 
 def imported(model: ModelConfig, folder: Path, tokenizer: Path) -> Path:  # noqa: F811
-    """A run that holds random weights."""
+    """A run with random weights."""
     (folder / "hf").mkdir()
     write(random_decoder(model), folder / "hf")
     shutil.copy(tokenizer / "tokenizer.json", folder / "hf")

@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face: exact in both directions, complete, small in memory."""
+"""Import of Hugging Face checkpoints: exact in both directions, complete, with little memory."""
 
 import json
 import math
@@ -68,7 +68,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_vocabulary(name: str) -> ModelConfig:
-    """A family's small model with room for a byte-level vocabulary, as an export needs one."""
+    """A family's small model with a vocabulary that fits a byte-level tokenizer, as an export needs
+    one."""
     return replace(FAMILIES[name], vocab_size=263)
 
 
@@ -80,7 +81,7 @@ def hf_folder(model: ModelConfig, folder: Path, tokenizer: Path) -> Path:
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, put together."""
+    """Every tensor of a checkpoint, assembled."""
     reader = checkpoint.Reader(checkpoint.read_manifest(path))
     return {name: reader.read(name, reader.whole(name)) for name in reader.manifest.boxes}
 
@@ -101,7 +102,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_import_of_an_export_is_the_checkpoint(name: str, tmp_path: Path, tokenizer: Path) -> None:
-    """x -> export -> import: the same tensors bit for bit, in a different cut."""
+    """x -> export -> import: the same tensors bit for bit, divided differently."""
     model = with_vocabulary(name)
     decoder = random_decoder(model)
     x = {f"model.{k}": v.float() for k, v in decoder.state_dict().items()}
@@ -137,9 +138,9 @@ def test_export_of_an_import_is_the_folder(
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "glm4-bare"])
 def test_a_model_of_transformers_in_both_layouts(name: str, tmp_path: Path) -> None:
-    """transformers draws and writes the weights, as published and as its modules hold them. Logits
-    within 1e-5 of the norm (fp32, other order of summation)."""
-    write(random_decoder(FAMILIES[name]), tmp_path)  # for its config.json alone
+    """transformers generates and writes the weights, in the published layout and in that of its
+    modules. Logits within 1e-5 of the norm (fp32, other order of summation)."""
+    write(random_decoder(FAMILIES[name]), tmp_path)  # only for its config.json
     (tmp_path / "config.json").rename(tmp_path / "wanted.json")
     run("-P", "-c", MAKE, tmp_path)
     given = load_file(tmp_path / "theirs.check")
@@ -194,7 +195,7 @@ def test_fused_families_one_expert_at_a_time(name: str, tmp_path: Path) -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made by operations have held together."""
+    """The largest number of bytes that tensors created by operations occupied at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +204,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        makes = all(out.alias_info is None for out in func._schema.returns)  # no view of another
+        makes = all(out.alias_info is None for out in func._schema.returns)  # not a view of another
         if makes and isinstance(result, Tensor) and result.device.type == "cpu":
             self._see(result.untyped_storage())
         return result
@@ -224,8 +225,8 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "llama4"])
 def test_memory_stays_below_two_shards(name: str, tmp_path: Path) -> None:
-    """A model of many shards; what is held at the worst moment, mapped files aside
-    (those are closed every 32 MiB), is below twice the largest file."""
+    """A model of many shards; peak memory, without mapped files (those are closed every 32 MiB), is
+    less than twice the largest file."""
     small = FAMILIES[name]
     model = replace(small, n_layers=12, moe=replace(small.moe, n_experts=16, d_expert=48))
     state = random_decoder(model).state_dict()
@@ -250,7 +251,7 @@ def test_memory_stays_below_two_shards(name: str, tmp_path: Path) -> None:
 
 
 def test_no_tensor_and_no_element_is_lost(tmp_path: Path) -> None:
-    """Every element is another number, so a lost, doubled or swapped expert cannot hide."""
+    """Every element is a different number, so a lost, doubled or swapped expert is detected."""
     model = FAMILIES["deepseek-v3"]
     tensors, n = {}, 0
     for t in hf_tensors(model):
@@ -330,7 +331,7 @@ def test_a_disk_that_takes_no_more_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Import and export, whichever file is the one that no longer fits."""
+    """Import and export, with the disk full at each of the files."""
     folder, ours, back = (tmp_path / name for name in ("hf", "ours", "back"))
     hf_folder(with_vocabulary("mixtral"), folder, tokenizer)
     saved, _ = import_hf(folder, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Import then export keeps what came with the weights: tokenizer, templates, generation."""
+"""Import then export keeps the files of the weights: tokenizer, templates, generation settings."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ OTHERS = ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "q
 
 
 def published(folder: Path, templates: str = "files") -> Path:
-    """A folder as they are published, with everything that a tokenizer can come with."""
+    """A folder as published, with every file that a tokenizer can have."""
     folder.mkdir()
     write(random_decoder(FAMILIES["mixtral"]), folder)
     config = json.loads((folder / "config.json").read_text()) | CONFIG
@@ -68,7 +68,7 @@ def published(folder: Path, templates: str = "files") -> Path:
 
 
 def beside_weights(folder: Path) -> dict[str, bytes]:
-    """Every file but the weights and config.json, by its path."""
+    """Every file except the weights and config.json, by its path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in files}
     return {n: p.read_bytes() for n, p in names.items()
@@ -97,7 +97,7 @@ def test_every_file_comes_out_as_it_went_in(templates: str, tmp_path: Path) -> N
 def test_transformers_renders_the_same_prompts(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = published(tmp_path / "hf")
-    for name in OTHERS:  # they hold nothing
+    for name in OTHERS:  # they contain nothing
         (folder / name).unlink()
     import_hf(folder, tmp_path / "ours")
     chat, seen = [{"role": "user", "content": "HI"}], []
@@ -118,7 +118,8 @@ def test_transformers_renders_the_same_prompts(tmp_path: Path) -> None:
 
 
 def test_what_did_not_come_is_not_made_up(tmp_path: Path) -> None:
-    """A base model: no template, no generation settings, no beginning of text, one end."""
+    """A base model: no template, no generation settings, no beginning-of-text token, one end
+    token."""
     folder = published(tmp_path / "hf", "string")
     for name in ("generation_config.json", "special_tokens_map.json", *OTHERS):
         (folder / name).unlink()
@@ -133,7 +134,7 @@ def test_what_did_not_come_is_not_made_up(tmp_path: Path) -> None:
 
 
 def test_a_model_without_tokenizer_json(tmp_path: Path) -> None:
-    """Its other files are copied, and come out again."""
+    """Its other files are copied, and exported again."""
     folder = published(tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
     _, lines = import_hf(folder, tmp_path / "ours")
@@ -143,7 +144,7 @@ def test_a_model_without_tokenizer_json(tmp_path: Path) -> None:
 
 
 def test_a_run_that_trains_on_passes_it_on(tmp_path: Path) -> None:
-    """From import to run to export; a model trained from nothing takes the tokenizer alone."""
+    """From import to run to export; a model trained from random weights uses only the tokenizer."""
     folder = published(tmp_path / "hf")
     import_hf(folder, tmp_path / "ours")
     file = tmp_path / "ours" / "tokenizer" / "tokenizer.json"

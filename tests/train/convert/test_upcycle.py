@@ -1,4 +1,5 @@
-"""Upcycling: the MoE computes what transformers' dense model computes, here and once exported."""
+"""Upcycling: the MoE computes the same as transformers' dense model, in Phalanx and once
+exported."""
 
 import json
 import re
@@ -100,7 +101,7 @@ def byte_tokenizer(folder: Path) -> None:
 
 
 def logits_of(run_folder: Path, tokens: Tensor) -> Tensor:
-    """Ours, of the newest checkpoint."""
+    """Our logits of the newest checkpoint."""
     decoder = decoder_of(run_folder)
     length = tokens.shape[1]
     positions = torch.arange(length).expand(len(tokens), length)
@@ -132,7 +133,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def upcycled(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """An MoE of every recipe in SAME, exported and run by transformers; what that found wrong."""
+    """An MoE of every recipe in SAME, exported and run by transformers; returns the faults
+    found."""
     folder = tmp_path_factory.mktemp("upcycled")
     for name, (source, recipe, family) in SAME.items():
         lines = upcycle_checkpoint(str(dense / source), folder / name, recipe, [])
@@ -148,7 +150,7 @@ def upcycled(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_the_function_is_that_of_the_dense_model(
     name: str, dense: Path, upcycled: tuple[Path, dict[str, Any]]
 ) -> None:
-    """1e-5 of the logits' norm: fp32, three layers, other orders of summation."""
+    """Tolerance 1e-5 of the logits' norm: fp32, three layers, other orders of summation."""
     folder, wrong = upcycled
     source, recipe, family = SAME[name]
     check = load_file(dense / source / "theirs.check")
@@ -218,7 +220,7 @@ def test_noise_differs_between_experts_and_repeats_with_the_seed(
     assert not torch.equal(w13, c["layers.1.ffn.experts.w13"])
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert not torch.equal(w13[first], w13[second])
-    for expert in w13:  # 48 * 32 draws: the share is met within a few percent
+    for expert in w13:  # 48 * 32 samples: the fraction is met within a few percent
         assert 0.09 < relative(expert[0], original) < 0.11
 
 
@@ -227,7 +229,7 @@ def load_original(folder: Path) -> dict[str, Tensor]:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """The same weights in one file, changed."""
+    """The same weights in one file, with a change."""
     tensors = load_original(folder)
     for path in folder.glob("*.safetensors"):
         path.unlink()
@@ -237,7 +239,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 
 def test_older_folders_are_read(dense: Path, tmp_path: Path) -> None:
-    """bf16 weights, keys that have defaults left out, tensors that carry nothing left in."""
+    """bf16 weights, keys with default values left out, unused tensors left in."""
     folder = tmp_path / "mistral"
     shutil.copytree(dense / "mistral", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -354,7 +356,8 @@ def test_recipes_that_do_not_fit_are_refused(dense: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_training_goes_on_from_the_dense_loss(dense: Path, corpus: Path, tmp_path: Path) -> None:
-    """By the commands: equal held-out loss before, a lower one after, and the trainer's own."""
+    """With the commands: equal held-out loss before training, a lower one after, equal to the
+    trainer's."""
     data = [
         f"--data.source={corpus}",
         f"--data.cache_dir={tmp_path / 'cache'}",

@@ -1,4 +1,4 @@
-"""GGUF as a source: transformers is the oracle, for a file made here and for a real one."""
+"""GGUF as a source, compared with transformers, for a generated file and for a real one."""
 
 import json
 import re
@@ -64,13 +64,13 @@ TEXT = "Hello world 1234, it's\n\tdéjà vu 🙂   x=0x7f;"
 
 
 def permuted(weight: Tensor, n_heads: int) -> Tensor:
-    """What llama.cpp's converter makes of query and key weights."""
+    """The layout that llama.cpp's converter gives query and key weights."""
     half = weight.shape[0] // n_heads // 2
     return weight.reshape(n_heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path: Path, weights: dict[str, Tensor], **more: Any) -> None:
-    """A Llama with a byte-level tokenizer, as llama.cpp's converter writes it."""
+    """A Llama with a byte-level tokenizer, as written by llama.cpp's converter."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -102,7 +102,7 @@ def write_gguf(path: Path, weights: dict[str, Tensor], **more: Any) -> None:
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter of every byte."""
+    """GPT-2's printable character for every byte."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -167,7 +167,7 @@ print(json.dumps({
 
 
 def test_special_tokens_come_along_to_the_export(made: Path, tmp_path: Path) -> None:
-    """What transformers makes of the export is what the metadata of the file say."""
+    """transformers' settings of the export equal the metadata of the file."""
     path = tmp_path / "special.gguf"
     write_gguf(path, load_file(made / "weights.check"), **SPECIAL)
     upcycle_checkpoint(str(path), tmp_path / "out", Recipe(), [])
@@ -204,7 +204,7 @@ def test_special_tokens_that_are_none(
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
 def test_quantised_tensors_are_dequantised(kind: str, tmp_path: Path) -> None:
-    """Against the values themselves: half a step of the format is its largest error."""
+    """Compared with the values themselves: the largest error is half a step of the format."""
     from gguf.quants import quantize
 
     number = gguf.GGMLQuantizationType[kind]
@@ -225,7 +225,7 @@ def test_quantised_tensors_are_dequantised(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused_in_one_line(made: Path, tmp_path: Path) -> None:
-    """Cut anywhere, or with lengths that would take for ever: an error at once, whatever it is."""
+    """Truncated anywhere, or with lengths that would take forever to read: an immediate error."""
     whole = (made / "llama.gguf").read_bytes()
     header = open_gguf(made / "llama.gguf").tensors["token_embd.weight"].start
     path = tmp_path / "bad.gguf"
@@ -269,7 +269,7 @@ def test_a_file_of_something_else_is_refused(made: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_smollm2_computes_what_transformers_computes(tmp_path: Path) -> None:
-    """The real weights, dequantised and taken apart by transformers' own reader."""
+    """The real weights, dequantized and converted by transformers' own reader."""
     pytest.importorskip("accelerate")
     try:
         path = _packaged_smollm2()
