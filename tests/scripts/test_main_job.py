@@ -171,7 +171,9 @@ def test_served_greedy_equals_trained_greedy(trained: Path, server: str) -> None
     generated = greedy(model, encoded, N_TOKENS)
     for prompt, text, tokens in zip(prompts, served, generated, strict=True):
         assert text == tokenizer.decode(tokens), prompt
-    assert len({token for tokens in generated for token in tokens}) > 10, "a model that repeats one token proves nothing"
+    assert len({token for tokens in generated for token in tokens}) > 10, (
+        "a model that repeats one token proves nothing"
+    )
 
 
 def test_streaming_gives_the_same_text(trained: Path, server: str) -> None:

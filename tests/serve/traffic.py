@@ -41,7 +41,7 @@ def random_params(rng: random.Random) -> SamplingParams:
     )
 
 
-class DispatchCounters:
+class Workload:
     """Calls with shared prefixes: a few system prompts, and turns that continue from answers."""
 
     def __init__(self, seed: int, n_requests: int) -> None:
@@ -66,7 +66,7 @@ class DispatchCounters:
         return call
 
 
-def live(core: EngineCore, traffic: DispatchCounters, aborts: float = 0.01) -> None:
+def live(core: EngineCore, traffic: Workload, aborts: float = 0.01) -> None:
     """Serve all traffic, with random arrivals and aborts."""
     rng = traffic.rng
     n_steps = 0
@@ -84,7 +84,7 @@ def live(core: EngineCore, traffic: DispatchCounters, aborts: float = 0.01) -> N
     assert_no_page_lost(core)
 
 
-def assert_as_alone(traffic: DispatchCounters, window: int = 0) -> None:
+def assert_as_alone(traffic: Workload, window: int = 0) -> None:
     """Assert that every request has the output that it gets alone, without a prefix cache."""
     alone = make_core(window, cache="naive", max_running=1, kv_tokens=512)
     for call in traffic.calls:

@@ -29,11 +29,11 @@ def with_undetermined_settings(
     model: ModelConfig,
     config: dict[str, Any],
     place: str,
-    says_the_same: Callable[[ModelConfig], bool],
+    is_equivalent: Callable[[ModelConfig], bool],
 ) -> ModelConfig:
     """`model` with the settings in `config[KEY]`.
 
-    says_the_same: whether the architecture's own keys are the same for another model as for
+    is_equivalent: whether the architecture's own keys are the same for another model as for
     `model`. Raises UserError if they are not: `config[KEY]` must not change what those keys
     determine. Settings of RoPE are then ignored instead: its keys are edited by hand (YaRN for
     longer contexts, as model cards recommend), and then determine what the exported model left
@@ -51,9 +51,9 @@ def with_undetermined_settings(
         sections.setdefault(section, {})[leaf] = value
     rope = sections.pop("rope", {})
     changed = _replaced(model, sections, place)
-    if says_the_same(with_rope := _replaced(changed, {"rope": rope}, place)):
+    if is_equivalent(with_rope := _replaced(changed, {"rope": rope}, place)):
         return with_rope
-    if not says_the_same(changed):
+    if not is_equivalent(changed):
         raise UserError(
             f"{place}: {KEY}: contradicts the other keys, and may only set what they leave open"
         )

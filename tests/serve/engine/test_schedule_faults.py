@@ -13,7 +13,7 @@ from serve.engine.request import Request
 from serve.engine.scheduler import Chunk, Scheduler
 from tests.serve.engine.test_schedules import test_nobody_starves_behind_a_hot_prefix as starve
 from tests.serve.hash_runner import make_core
-from tests.serve.traffic import DispatchCounters, assert_as_alone, live
+from tests.serve.traffic import Workload, assert_as_alone, live
 
 
 def _evict_what_is_locked(patch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_these_tests_see_faults(mutate: Callable[[pytest.MonkeyPatch], None]) ->
             core = make_core(
                 MUTATIONS[mutate], max_running=14, max_batch_tokens=60, page_size=4, kv_tokens=208
             )
-            traffic = DispatchCounters(seed=5, n_requests=120)
+            traffic = Workload(seed=5, n_requests=120)
             live(core, traffic)
         assert_as_alone(traffic, core.pages.window)
 
@@ -161,7 +161,7 @@ def test_these_tests_see_faults(mutate: Callable[[pytest.MonkeyPatch], None]) ->
 def test_the_unchanged_code_passes_what_sees_the_faults() -> None:
     for window in (0, 11):
         core = make_core(window, max_running=14, max_batch_tokens=60, page_size=4, kv_tokens=208)
-        traffic = DispatchCounters(seed=5, n_requests=120)
+        traffic = Workload(seed=5, n_requests=120)
         live(core, traffic)
         assert_as_alone(traffic, window)
         assert core.scheduler.n_retracted or window

@@ -10,7 +10,7 @@ import pytest
 
 from serve.engine.request import Request, SamplingParams
 from tests.serve.hash_runner import VOCAB, make_core
-from tests.serve.traffic import Call, DispatchCounters, assert_as_alone, live
+from tests.serve.traffic import Call, Workload, assert_as_alone, live
 
 
 @pytest.mark.long
@@ -28,7 +28,7 @@ def test_500_requests(cache: str, window: int, overlap: str) -> None:
         page_size=4,
         kv_tokens=600,
     )
-    traffic = DispatchCounters(seed=5, n_requests=500)
+    traffic = Workload(seed=5, n_requests=500)
     live(core, traffic)
     core.close()
     assert_as_alone(traffic, window)
@@ -51,7 +51,7 @@ def test_random_sizes(seed: int, overlap: str) -> None:
         page_size=rng.choice([1, 2, 5, 16]),
         kv_tokens=rng.randint(200, 320),
     )
-    traffic = DispatchCounters(seed, n_requests=60)
+    traffic = Workload(seed, n_requests=60)
     live(core, traffic, aborts=0.05)
     core.close()
     assert_as_alone(traffic, core.pages.window)
@@ -63,7 +63,7 @@ def test_retraction_happens_and_changes_nothing(overlap: str) -> None:
     core = make_core(overlap=overlap, max_running=12, page_size=4, kv_tokens=220)
     rng = random.Random(0)
     prompt = [rng.randrange(1, VOCAB) for _ in range(25)]
-    traffic = DispatchCounters(seed=0, n_requests=0)
+    traffic = Workload(seed=0, n_requests=0)
     for index in range(24):
         params = SamplingParams(max_tokens=40, seed=index, ignore_eos=True)
         call = Call([*prompt[: index % 3 * 8], *traffic.tokens(15)], params, 0)
@@ -81,7 +81,7 @@ def test_retraction_happens_and_changes_nothing(overlap: str) -> None:
 def test_retracted_requests_do_not_thrash() -> None:
     """The naive cache loses retracted tokens; even so, few tokens are computed twice."""
     core = make_core(cache="naive", max_running=16, page_size=4, kv_tokens=400)
-    traffic = DispatchCounters(seed=1, n_requests=0)
+    traffic = Workload(seed=1, n_requests=0)
     for _ in range(40):
         params = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
         call = Call(traffic.tokens(8), params, 0)
@@ -150,7 +150,7 @@ def test_turns_of_a_conversation_reuse_prompt_and_answer() -> None:
 
 def test_nothing_computed_before_is_used_after_a_flush() -> None:
     core = make_core(page_size=4, max_running=3)
-    traffic = DispatchCounters(seed=3, n_requests=30)
+    traffic = Workload(seed=3, n_requests=30)
     while traffic.left > 0:
         core.scheduler.add(traffic.next(core).requests)
     for _ in range(15):
