@@ -33,7 +33,7 @@ TUNABLES = {
 }
 """Variables that the trainer would otherwise restart itself with, or set before importing torch."""
 OURS = (
-    "tests.parallel.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
+    "tests.parallel.mesh.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
     # modules that these import lazily
     "torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",

@@ -101,6 +101,13 @@ def test_rooms_are_small_and_say_what_is_in_them() -> None:
         assert said, f"{room}/__init__.py has no docstring"
 
 
+def test_tests_mirror_the_rooms() -> None:
+    """A folder of tests has at most as many files as a room."""
+    for folder in (ROOT / "tests").rglob("*"):
+        if folder.is_dir() and folder.name != "__pycache__":
+            assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+
+
 def test_the_picture_of_the_structure_is_that_of_the_imports() -> None:
     assert drawn(PICTURE) == structure(), "run python -m scripts.draw_structure"
 

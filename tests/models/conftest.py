@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.models.families import FAMILIES
-from tests.models.test_hf import random_decoder, write
-from tests.models.transformers_peer import DENSE, SEVEN, transformers
+from tests.models.hf.test_hf import random_decoder, write
+from tests.models.hf.transformers_peer import DENSE, SEVEN, transformers
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,9 @@ import train.step
 from parallel.grad_norm import LARGEST
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import local_of
-from tests.parallel import fp8_models
-from tests.parallel.checkpoint_run import Run
-from tests.parallel.meshes import Case
+from tests.parallel.fp8 import fp8_models
+from tests.parallel.mesh.checkpoint_run import Run
+from tests.parallel.mesh.meshes import Case
 from train.step import NonFiniteError
 
 BAD = {

@@ -13,9 +13,9 @@ from models.init import initialize
 from parallel.grad_norm import global_grad_norm, scale_grads
 from parallel.ranks import start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
-from tests.parallel.checkpoint_run import Run
-from tests.parallel.mesh_run import whole
-from tests.parallel.meshes import Case
+from tests.parallel.mesh.checkpoint_run import Run
+from tests.parallel.mesh.mesh_run import whole
+from tests.parallel.mesh.meshes import Case
 from train.loss import loss_sum
 
 TIMEOUT_S = 77

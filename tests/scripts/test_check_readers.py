@@ -21,7 +21,7 @@ from scripts.check_readers import __main__ as check_readers
 from scripts.check_readers.__main__ import READERS, TEXTS, TOLERANCE, check, differences, prompts_of
 from tests.models.families import FAMILIES
 from tests.runs import run
-from tests.train.test_tokenizer import texts
+from tests.train.tokenizer.test_tokenizer import texts
 from train.convert.gguf_export import export_gguf, llama_cpp_words
 from train.tokenizer.hf_files import export_tokenizer
 from train.tokenizer.tokenizer import train_tokenizer

@@ -12,8 +12,8 @@ from serve.engine.batch import lay_out
 from serve.engine.loading import open_export
 from serve.engine.runner import ModelRunner
 from tests.models.families import FAMILIES
-from tests.models.test_hf import random_decoder, write
-from tests.models.transformers_peer import SEVEN, transformers
+from tests.models.hf.test_hf import random_decoder, write
+from tests.models.hf.transformers_peer import SEVEN, transformers
 
 N_NEW = 20
 

@@ -2,7 +2,7 @@
 
 A missing key does not mean "none": Mistral then has a window of 4,096 tokens, GPT-OSS the RoPE
 scaling of its publication. The numbers are those of the configuration classes of transformers 5.23;
-`tests/models/test_hf_defaults.py` compares them with the installed ones.
+`tests/models/hf/test_hf_defaults.py` compares them with the installed ones.
 """
 
 from typing import Any, NamedTuple

@@ -24,7 +24,7 @@ from serve.engine.request import SamplingParams
 from serve.engine.runner import ModelRunner
 from serve.frontend.engine import Engine, EngineOptions
 from tests.models.families import FAMILIES
-from tests.models.test_fp8_blocks import dequantised, write_fp8
+from tests.models.hf.test_fp8_blocks import dequantised, write_fp8
 from tests.models.test_invariance import logits
 from tests.serve.conftest import CONFIG, TOKENS, make_tokenizer
 from tests.serve.test_runner import random_sequences, run_in_random_steps

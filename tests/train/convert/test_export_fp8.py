@@ -15,8 +15,8 @@ from configs.model import ModelConfig
 from models.hf.files import write_tensors
 from models.hf.fp8_blocks import fp8_plan
 from scripts import export as export_script
-from tests.models.test_fp8_blocks import FP8, wide, write_fp8
-from tests.models.test_hf import random_decoder, read_all, write
+from tests.models.hf.test_fp8_blocks import FP8, wide, write_fp8
+from tests.models.hf.test_hf import random_decoder, read_all, write
 from tests.train.convert.test_import_hf import LiveBytes, model_of, tokenizer  # noqa: F401
 from train.convert.hf_import import import_hf
 

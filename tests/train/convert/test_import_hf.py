@@ -27,7 +27,7 @@ from parallel.shards import box_of
 from scripts.export import main as export_main
 from scripts.import_hf import main
 from tests.models.families import FAMILIES
-from tests.models.test_hf import random_decoder, read_all, write
+from tests.models.hf.test_hf import random_decoder, read_all, write
 from tests.runs import largest_file, run
 from train.checkpoint import checkpoint
 from train.convert.hf_export import export_hf

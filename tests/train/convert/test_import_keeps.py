@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from configs.errors import UserError
 from serve.engine.loading import open_export
 from tests.models.families import FAMILIES
-from tests.models.test_hf import random_decoder, write
+from tests.models.hf.test_hf import random_decoder, write
 from train.convert.hf_export import export_hf
 from train.convert.hf_import import import_hf
 from train.tokenizer.files import IMPORTED
