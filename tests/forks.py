@@ -38,7 +38,11 @@ OURS = (
     "torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
 )  # fmt: skip
-THEIRS = ("numpy", "safetensors.torch", "transformers.models.auto.modeling_auto")
+_FAMILIES = "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "mixtral", "qwen3_moe"
+THEIRS = (
+    "numpy", "safetensors.torch", "transformers.models.auto.modeling_auto",
+    *(f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES),
+)  # fmt: skip
 TRITON = (
     "pytest",
     "kernels.mlp.mlp_fp8",

@@ -26,7 +26,7 @@ def prompts(n: int, seed: int = 0, longest: int = 100) -> list[list[int]]:
 
 
 def test_reference_is_lively(greedy_reference: Greedy) -> None:
-    assert all(len(set(greedy_reference(prompt, 64))) > 16 for prompt in prompts(20))
+    assert all(len(set(greedy_reference(prompt, 40))) > 10 for prompt in prompts(10))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_reference_is_lively(greedy_reference: Greedy) -> None:
         {"max_running": 1},
         {"max_running": 16},
         {"max_running": 4, "max_batch_tokens": 7, "page_size": 3},
-        {"max_running": 8, "kv_tokens": 288, "page_size": 4},
+        {"max_running": 8, "kv_tokens": 240, "page_size": 4},
     ],
     ids=["alone", "batched", "chunked", "preempted"],
 )
@@ -43,9 +43,9 @@ def test_greedy_equals_training_model(
     make_core: MakeCore, greedy_reference: Greedy, options: dict[str, int]
 ) -> None:
     core = make_core(**options)
-    texts = prompts(20)
-    found = complete(core, texts, greedy(64))
-    assert [one.tokens for one in found] == [greedy_reference(text, 64) for text in texts]
+    texts = prompts(10)
+    found = complete(core, texts, greedy(40))
+    assert [one.tokens for one in found] == [greedy_reference(text, 40) for text in texts]
     assert {one.finish_reason for one in found} == {"length"}
     assert bool(core.scheduler.n_retracted) == ("kv_tokens" in options)
 

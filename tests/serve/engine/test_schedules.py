@@ -16,7 +16,13 @@ from tests.serve.traffic import Call, Workload, assert_as_alone, live
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("cache", "window", "overlap"),
-    [("radix", 0, "off"), ("radix", 0, "on"), ("radix", 11, "on"), ("naive", 0, "off")],
+    [
+        ("radix", 11, "on"),
+        *(
+            pytest.param(*options, marks=pytest.mark.slow)
+            for options in (("radix", 0, "off"), ("radix", 0, "on"), ("naive", 0, "off"))
+        ),
+    ],
 )
 def test_500_requests(cache: str, window: int, overlap: str) -> None:
     core = make_core(
