@@ -171,6 +171,8 @@ NOTICED = {"recomputed": "none", "activations": "full", "partly recomputed": "no
 def test_prediction_is_what_the_tracker_counts(case: Case, tmp_path: Path) -> None:
     found = measured(tmp_path, case)
     errors = [predicted(case) / size - 1 for size in (found[:1] if case.one_choice else found)]
+    counted = sorted({f"{size / 2**20:.1f}" for size in (min(found), max(found))})
+    print(case.name, case.ranks, " to ".join(counted), *(f"{error:+.1%}" for error in errors))
     tolerance = OF_ONE_RANK if case.ranks == 1 else TOLERANCE
     assert max(map(abs, errors)) <= tolerance, [f"{error:+.1%}" for error in errors]
     if case.name in NOTICED:
