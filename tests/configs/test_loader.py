@@ -155,13 +155,13 @@ def test_an_impossible_mesh_shows_its_product(
     parallel: ParallelConfig, world: int, expected: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve(replace(load(TINY), parallel=parallel), world)
+        resolve(replace(load(TINY, ["--train.micro_batch=2"]), parallel=parallel), world)
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 4)])
 def test_minus_one_takes_what_fits(world: int, ep: int) -> None:
-    parallel_dims = resolve(load(TINY), world)
+    parallel_dims = resolve(load(TINY, ["--train.micro_batch=2"]), world)
     assert (parallel_dims.dp_shard, parallel_dims.ep, parallel_dims.efsdp) == (world, ep, 1)
 
 
