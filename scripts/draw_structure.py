@@ -123,13 +123,16 @@ def _rooms(
         files = [file.removesuffix(".py") for file in rooms[name]["files"]]
         title = name.partition("/")[2] or "at its top"
         axis.text(left + i * step + 0.07, low + 1.36, title, fontsize=9, weight="bold", va="top")
-        columns = max(int(step * 12.5), 12)
+        fitting, longest = step * 14.8, max(len(file) for file in files) + 1
+        columns = int(max(fitting, longest))
         lines = textwrap.wrap(", ".join(files), columns, break_long_words=False)
         if len(lines) > 7:
             lines = [*lines[:6], lines[6][: columns - 2] + " ..."]
+        size = 7 * min(1.0, fitting / longest)
         axis.text(
-            left + i * step + 0.07, low + 1.15, "\n".join(lines), fontsize=7, va="top", color=_INK
-        )
+            left + i * step + 0.07, low + 1.15, "\n".join(lines),
+            fontsize=size, va="top", color=_INK,
+        )  # fmt: skip
 
 
 def _imported_floors(rooms: Structure, floor: str) -> list[str]:
