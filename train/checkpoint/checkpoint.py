@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from models.box import Box
 from models.hf.safetensors_files import MappedFiles, save_tensors
 from parallel.ranks import Ranks, gather_json, one_line
-from parallel.shards import Box, box_of, is_primary_replica, local_of
+from parallel.shards import box_of, is_primary_replica, local_of
 from train.atomic_files import replace_text, sync
 from train.checkpoint import retention
 from train.checkpoint.manifest import (
