@@ -110,7 +110,8 @@ class VocabularyEmbedding(Embedding):
 
     def __init__(self, whole: Embedding, tp_comm: TPGroupComm) -> None:
         """whole: on the meta device."""
-        super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
+        size = whole.num_embeddings, whole.embedding_dim
+        super().__init__(*size, device="meta", dtype=whole.weight.dtype)
         self.tp_comm = tp_comm
 
     def forward(self, tokens_T: Tensor) -> Tensor:

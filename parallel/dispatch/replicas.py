@@ -33,6 +33,8 @@ class ReplicaDispatcher:
         layer: LayerContext | None = None,
     ) -> Tensor:
         """The number of tokens must be a multiple of the number of replicas."""
-        share = (each.chunk(self.n)[self.comm.place] for each in (x_TD, expert_ids_TK, weights_TK))
-        y_TD = self.comm.gather(self.inner.run(*share, experts, layer=layer))
+        x_tD, ids_tK, weights_tK = (
+            each.chunk(self.n)[self.comm.place] for each in (x_TD, expert_ids_TK, weights_TK)
+        )
+        y_TD = self.comm.gather(self.inner.run(x_tD, ids_tK, weights_tK, experts, layer=layer))
         return y_TD if shared_experts is None else y_TD + shared_experts()
