@@ -7,12 +7,13 @@
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.loader import from_dict
@@ -22,6 +23,7 @@ from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_config, read_model
 from parallel.apply import materialize
+from parallel.fp8_weights import gather_in_fp8
 from parallel.inference import InferenceSharding
 from parallel.mesh import build
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
@@ -43,7 +45,6 @@ OPTIONS = EngineOptions(
     kv_tokens=512, page_size=8, max_running=3, max_batch_tokens=20, routed_experts=True
 )
 PROMPTS = [[1], [5, 17, 25, 3], [*range(40, 61)], [*range(40, 59), 3, 9]]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,27 @@ def answers(server: Server) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def trainer_logits(server: Server, case: dict[str, Any]) -> list[Tensor]:
-    """Logits of every sequence by the trainer's model on the same mesh, on every rank."""
+def trainer_logits(server: Server) -> list[Tensor]:
+    """Logits of every sequence by the trainer's model on the same mesh, on every rank; in FP8 from
+    the weights of which the export has the blocks."""
     dims, ranks = server.group.dims, server.group.ranks
-    settings = Case(case["family"], 1, dims.dp_shard, dims.tp, dims.ep, dims.etp).settings()
-    config, dtype = from_dict(settings, "case"), DTYPES[case["dtype"]]
-    model = shard_model(config, ranks, dtype).model
+    settings = Case("qwen3", 1, dims.dp_shard, dims.tp, dims.ep, dims.etp).settings()
+    settings["model"] = asdict(read_config(server.folder)[0])
+    masters = server.folder.with_suffix(".masters")
+    if masters.exists():
+        settings["precision"] = {"recipe": "fp8_blockwise"}
+        state = load_file(masters)
+    else:
+        state = read_model(server.folder, torch.float32).state_dict()
+    config = from_dict(settings, "case")
+    model = shard_model(config, ranks, server.export.dtype).model
     materialize(model, config.model, 0, ranks.device)
-    state = read_model(server.folder, torch.float32).state_dict()
+    fp8_weights = gather_in_fp8(model)
     for name, parameter in model.named_parameters():
         local_of(parameter).copy_(state[name][box_of(parameter).slices()])
     for name, buffer in model.named_buffers():
         buffer.copy_(state[name])
+    fp8_weights.refresh()
     found = []
     for tokens in TOKENS:
         padded = torch.tensor(tokens + [0] * (-len(tokens) % 16))
@@ -160,36 +170,42 @@ def stacked(s: Sequence) -> Tensor:
 
 
 def compare(server: Server, case: dict[str, Any]) -> dict[str, Any]:
-    """On rank 0, what is equal: bits to those of another order and other chunks (`invariant`) and
-    of the trainer (`trainer`); the greatest difference of logits to one process, as a share of the
-    largest (`logits`), of log-probabilities (`logprobs`); greedy `tokens`, routed `experts`; and of
-    every rank the elements of its weights and KV cache (`held`), and of one process' (`whole`)."""
-    first = rows_of_random_steps(server, 1)
-    second = rows_of_random_steps(server.again(), 2)
-    trained = trainer_logits(server, case)
+    """On rank 0, what is equal.
+
+    | key | content |
+    |---|---|
+    | trainer | whether the logits have the bits of the trainer's |
+    | invariant | whether they do not depend on batches and chunks, where the trainer's may |
+    | logits | their greatest difference to one process, as a share of the largest |
+    | logprobs | the greatest difference of log-probabilities |
+    | tokens, experts | whether greedy tokens and routed experts are those of one process |
+    | held, whole | what every rank holds, and one process (see `held_by`) |
+    """
+    first, second = rows_of_random_steps(server, 1), None
+    if case["tp"] > 2:
+        second = rows_of_random_steps(server.again(), 2)
+    trained = trainer_logits(server)
     served = answers(server.again())
     model = server.export.model.config
     held = gather_json(held_by(server.export.model, server.group.local_model(model)))
     if not server.group.ranks.is_first:
         return {}
     rows, single = alone(server.folder, case["dtype"])
+    found = [stacked(s) for s in first]
     scale = max(float(row.abs().max()) for row in rows)
     pairs = list(zip(served, single, strict=True))
     return {
-        "invariant": all(
-            torch.equal(stacked(a), stacked(b)) for a, b in zip(first, second, strict=True)
+        "trainer": all(map(torch.equal, found, trained)),
+        "invariant": second is None or all(map(torch.equal, found, map(stacked, second))),
+        "logits": max(float((a - b).abs().max()) for a, b in zip(found, rows, strict=True)) / scale,
+        "logprobs": max(
+            farthest([a["logprobs"], a["prompt"]], [b["logprobs"], b["prompt"]]) for a, b in pairs
         ),
-        "trainer": all(torch.equal(stacked(a), b) for a, b in zip(first, trained, strict=True)),
-        "logits": max(
-            float((stacked(a) - b).abs().max()) for a, b in zip(first, rows, strict=True)
-        ) / scale,
         "tokens": all(a["tokens"] == b["tokens"] for a, b in pairs),
         "experts": all(a["experts"] == b["experts"] for a, b in pairs),
-        "logprobs": max(farthest([a["logprobs"], a["prompt"]], [b["logprobs"], b["prompt"]])
-                        for a, b in pairs),
         "held": held,
         "whole": held_by(read_model(server.folder, torch.float32), model),
-    }  # fmt: skip
+    }
 
 
 def held_by(decoder: Decoder, model: ModelConfig) -> list[int]:
