@@ -151,12 +151,16 @@ class HFCheckpoint:
 
         boxes: the part of our tensors that was to be read, by name; of the others it is all.
         """
+        boxes = boxes or {}
+        for name, box in boxes.items():
+            stored = sum(math.prod(t.shape) for t in self._by_ours[name])
+            assert stored == math.prod(box.whole), f"{name} is {box.whole}"
         for t in self.tensors:
             if t.ours is None:
                 self._check_zero(t)
                 continue
             due = math.prod(t.shape)
-            if boxes is not None and t.ours in boxes:
+            if t.ours in boxes:
                 inner = boxes[t.ours].at(t.index)
                 due = 0 if inner is None else inner.numel
             assert self._taken[t.name] == due, f"{t.name} was not read in full"

@@ -47,9 +47,9 @@ def load_fp8(
     Weights are dequantized only within a product. The parameters keep their names and lose their
     last dimension, since their values are never read.
     """
-    read = {}
+    read, parameters = {}, dict(decoder.named_parameters())  # whole, where a module has local views
     for name, (module, key) in fp8_weights(decoder).items():
-        local, read[name] = sharding.part(module.get_parameter(key))
+        local, read[name] = sharding.part(parameters[name])
         module.read_from(key, partial(_same, _read(source, name, read[name], device)))
         empty = torch.empty((*local.shape[:-1], 0), dtype=local.dtype, device="meta")
         module.register_parameter(key, nn.Parameter(empty, requires_grad=False))

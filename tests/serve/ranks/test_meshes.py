@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from configs.model import ModelConfig
 from models.decoder import Decoder
-from models.hf.files import write_tensors
-from models.hf.table import hf_config
 from models.init import initialize
 from tests.models.test_fp8_blocks import write_fp8
-from tests.models.test_invariance import lively
-from tests.parallel.meshes import model_of
 from tests.runs import ROOT, run
 from tests.serve.conftest import CONFIG
 from tests.serve.test_runner import SERVED
@@ -37,20 +32,6 @@ FOUR = [
     ("qwen3", 4, 1, "fp32"), ("gpt-oss", 2, 4, "bf16"), ("deepseek-v3", 2, 2, "fp32"),
     ("llama4", 4, 4, "fp32"), ("glm4", 1, 4, "bf16"), ("qwen3", 4, 2, "bf16"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an export of every family, in fp32."""
-    folder = tmp_path_factory.mktemp("exports")
-    for family in SERVED:
-        model = model_of(family)
-        state = lively(model, torch.float32).state_dict()
-        (folder / family).mkdir()
-        write_tensors(folder / family, model, lambda n, i, s=state: s[n][i], torch.float32)
-        described = hf_config(model, max_positions=96, eos_token_id=None, dtype="float32")
-        (folder / family / "config.json").write_text(json.dumps(described))
-    return folder
 
 
 def compared(exports: Path, folder: Path, ranks: int, case: tuple[str, int, int, str]) -> Found:
