@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from models.box import Box
+from models.layers.box import Box
 
 
 def box_of(tensor: Tensor) -> Box:

@@ -15,8 +15,7 @@ from types import FrameType
 import uvicorn
 
 from configs.errors import UserError
-from parallel.failure import fail
-from parallel.launch_environment import read_launch_environment
+from parallel.launch_environment import fail, read_launch_environment
 from serve.api.app import MAX_HEADER_BYTES, build_app
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.rank_group import RankGroup, connect, handle_signals

@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     # upcycling asks which architecture will express the result
     "models": {"models/hf", "models/layers"},
     "models/layers": set(),
-    "models/hf": {"models", "models/hf/config", "models/hf/families"},
+    "models/hf": {"models", "models/hf/config", "models/hf/families", "models/layers"},
     "models/hf/config": {"models/hf"},
     "models/hf/families": {"models/hf", "models/hf/config"},
     "models/gguf": {"models/hf"},

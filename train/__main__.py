@@ -18,8 +18,12 @@ from configs.loader import load, parse_arguments
 from configs.parallel_dims import ParallelDims, default_world, resolve
 from configs.schema import JobConfig
 from parallel.allocator import restart_without_thread_cache
-from parallel.failure import end_if_lost, fail
-from parallel.launch_environment import LaunchEnvironment, read_launch_environment, read_world
+from parallel.launch_environment import (
+    LaunchEnvironment,
+    fail,
+    read_launch_environment,
+    read_world,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -86,7 +90,9 @@ def _train(config: JobConfig, parallel_dims: ParallelDims) -> int:
     except (NonFiniteError, CapacityOverflow) as error:
         return fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
     except RuntimeError:
-        end_if_lost(ranks, config.run.dir, "the same command resumes from the newest checkpoint")
+        if ranks.rank_monitor is not None:
+            advice = "the same command resumes from the newest checkpoint"
+            ranks.rank_monitor.end_if_lost(config.run.dir, advice)
         raise
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.model import ModelConfig
-from models.box import Box
 from models.hf.config.undetermined_settings import KEY
 from models.hf.copies import same_rows
 from models.hf.folder import RawTensor, raw_tensors
@@ -36,6 +35,7 @@ from models.hf.quantized import (
 from models.hf.safetensors_files import MappedFiles
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
+from models.layers.box import Box
 
 PIECE_BYTES = 2**26
 """Maximum number of bytes, in fp32, that are read from a file at a time (at least one row)."""

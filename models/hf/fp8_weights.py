@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from kernels.fp8 import BLOCK
 from kernels.gemm.linear_fp8 import Fp8Weight
-from models.box import Box
 from models.decoder import Decoder
 from models.fp8 import fp8_weights, in_fp8
 from models.hf.checkpoint import HFCheckpoint
 from models.hf.fp8_blocks import grid
 from models.hf.sharding import Sharding
+from models.layers.box import Box
 from models.parameters import spec_of
 
 _MANTISSA = 0x7FFFFF

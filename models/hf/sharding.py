@@ -4,8 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from models.box import Box
 from models.decoder import Decoder
+from models.layers.box import Box
 
 
 class Sharding(Protocol):

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,14 +32,14 @@ from configs.model import ModelConfig
 from configs.parallel_dims import resolve_serving
 from models.decoder import Decoder
 from models.hf.files import read_config
-from parallel.failure import end, end_if_lost
-from parallel.inference import InferenceSharding
 from parallel.launch_environment import read_launch_environment
-from parallel.mesh import build
 from parallel.ranks import Ranks, any_rank, gather_json, start_ranks, stop_ranks
 from serve.cache.kv_cache import KvCache
 from serve.engine.batch import ForwardBatch
 from serve.engine.runner import ModelRunner, Routing, Score
+
+if TYPE_CHECKING:
+    from parallel.apply import InferenceSharding
 
 log = logging.getLogger("serve")
 
@@ -68,7 +68,7 @@ class Command(IntEnum):
 class RankGroup:
     """The ranks of one server, of which this process is one."""
 
-    def __init__(self, ranks: Ranks, sharding: InferenceSharding, name: str) -> None:
+    def __init__(self, ranks: Ranks, sharding: "InferenceSharding", name: str) -> None:
         """name: of the export, for messages."""
         self.ranks, self.sharding, self.name = ranks, sharding, name
         self.dims = sharding.mesh.parallel_dims
@@ -107,7 +107,7 @@ class RankGroup:
                 raise UserError(f"rank {rank}: other settings than rank 0: {', '.join(differ)}")
 
     def send(self, command: Command, batch: ForwardBatch | None = None, text: str = "") -> None:
-        """Tell the other ranks what to do. batch: of a step. text: of LOAD."""
+        """On rank 0: send a command to the other ranks. batch: of a step. text: of LOAD."""
         parts = [torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)]
         table_width = 0
         if batch is not None:
@@ -176,10 +176,12 @@ class RankGroup:
         except UserError:
             raise
         except Exception as error:
-            end_if_lost(self.ranks, self.name, "start the server again")
+            monitor = self.ranks.rank_monitor
+            assert monitor is not None, "there are several ranks"
+            monitor.end_if_lost(self.name, "start the server again")
             log.exception("a step failed")
             first = (str(error).splitlines() or [""])[0][:200]
-            end(self.ranks, f"{self.name}: {type(error).__name__}: {first}")
+            monitor.end(f"{self.name}: {type(error).__name__}: {first}")
 
 
 class RankRunner(ModelRunner):
@@ -222,6 +224,10 @@ def connect(folder: Path, tp: int, ep: int, device: str = "auto") -> RankGroup |
     ranks = start_ranks(use_cuda=device != "cpu")
     if device == "cuda" and ranks.device.type != "cuda":
         raise UserError("--device cuda: this host has no CUDA device")
+    # they import torch's compiler, which takes a second that one process need not wait
+    from parallel.apply import InferenceSharding
+    from parallel.mesh import build
+
     sharding = InferenceSharding(build(dims, ranks.device.type))
     return RankGroup(ranks, sharding, folder.resolve().name)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.box import Box
+from models.layers.box import Box
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointError

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from models.box import Box
 from models.hf.safetensors_files import MappedFiles, save_tensors
+from models.layers.box import Box
 from parallel.ranks import Ranks, gather_json, one_line
 from parallel.shards import box_of, is_primary_replica, local_of
 from train.atomic_files import replace_text, sync

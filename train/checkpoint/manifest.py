@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from models.box import Box
+from models.layers.box import Box
 from parallel.ranks import gather_json
 from train.checkpoint.manifest_content import (
     FOLDER_NAME,

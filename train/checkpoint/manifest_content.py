@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from models.box import Box
+from models.layers.box import Box
 
 LONGEST_NAME = 1000
 _LONGEST_TEXT = 4096

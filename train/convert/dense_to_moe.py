@@ -25,13 +25,13 @@ from configs.schema import (
     TrainConfig,
     ValidationConfig,
 )
-from models.box import Box
 from models.counts import parameter_counts
 from models.gguf.llama import open_llama_gguf
 from models.gguf.tokenizer import write_gguf_tokenizer
 from models.hf.dense import DenseCheckpoint, open_dense
 from models.hf.folder import inside, read_json
 from models.hf.table import architecture
+from models.layers.box import Box
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
 from parallel.shards import box_of
 from train.checkpoint import checkpoint

@@ -29,12 +29,12 @@ from configs.schema import (
     ScheduleConfig,
     TrainConfig,
 )
-from models.box import Box
 from models.decoder import Decoder
 from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.files import SHARD_BYTES, read_config
 from models.hf.folder import refuse_code
 from models.hf.table import text_config
+from models.layers.box import Box
 from train.checkpoint import checkpoint
 from train.tokenizer.files import files_for_others, longest_sequence, take_over
 from train.tokenizer.tokenizer import load_tokenizer

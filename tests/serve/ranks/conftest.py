@@ -19,7 +19,7 @@ def write_lively(folder: Path, model: ModelConfig, positions: int, seed: int = 0
     state = lively(model, torch.float32, seed).state_dict()
     folder.mkdir(parents=True)
     write_tensors(folder, model, lambda name, index: state[name][index], torch.float32)
-    described = hf_config(model, max_positions=positions, eos_token_id=None, dtype="float32")
+    described = hf_config(model, max_positions=positions, eos_token_id=0, dtype="float32")
     (folder / "config.json").write_text(json.dumps(described))
     return folder
 

@@ -19,9 +19,11 @@ def main(tp: int, ep: int, out: Path, folders: list[str]) -> None:
     first, same, other = folders
     params = serve.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     sampled = serve.SamplingParams(max_tokens=8, seed=3, top_p=0.9, n=2)
-    options = {"kv_tokens": 4096, "page_size": 8, "max_batch_tokens": 2000, "overlap": "on"}
-    absorbs = "deepseek" in first
-    with serve.Engine(first, tp=tp, ep=ep, absorb_mla=absorbs, **options) as engine:
+    options = serve.EngineOptions(
+        kv_tokens=4096, page_size=8, max_batch_tokens=2000, overlap="on",
+        absorb_mla="deepseek" in first,
+    )  # fmt: skip
+    with serve.Engine(first, options, tp=tp, ep=ep) as engine:
         found = [[one.tokens for one in engine.generate(PROMPTS, params)]]
         found.append([one.tokens for one in engine.generate(PROMPTS[:2], sampled)])
         for _ in engine.stream(PROMPTS[0], serve.SamplingParams(max_tokens=500, ignore_eos=True)):

@@ -75,7 +75,8 @@ def server(export: Path, *options: str, ranks: int = 2) -> Iterator[tuple[Progra
 
 
 def ask(url: str, **more: object) -> list[int]:
-    body = {"prompt": [1, 2, 3], "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    body = {"prompt": [1, 2, 3], "max_tokens": 6, "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True}
     answer = httpx.post(f"{url}/completions", json=body | more, timeout=60).json()
     tokens: list[int] = answer["choices"][0]["token_ids"]
     return tokens

@@ -109,3 +109,21 @@ def test_fp8_blocks(mesh: tuple[int, int], tmp_path: Path) -> None:
     assert found["trainer"]
     if mesh[0] == 1:
         assert found["logits"] == 0 and found["tokens"]
+
+
+@pytest.mark.long
+def test_blocks_are_not_cut(tmp_path: Path) -> None:
+    model = replace(fp8_model(), moe=replace(fp8_model().moe, d_expert=128))
+    decoder = Decoder(model)
+    initialize(decoder, model, seed=0)
+    write_fp8(decoder.eval(), tmp_path / "fp8")
+    words = ["-m", "serve", "generate", tmp_path / "fp8", "--prompt", "x", "--tp", "2"]
+    done = run(*words, ranks=2, code=1, modules=("serve.generate", "parallel.apply"))
+    assert done.stderr.splitlines()[0] == (
+        "error: --tp 2: layers.0.ffn.experts.w13 is divided into parts of 64 (of 128), which must "
+        "be multiples of 128; use a smaller --tp, a larger --ep if it is an expert's weight, or "
+        "--dtype bf16"
+    )
+    words[-2:] = ["--tp", "2", "--dtype", "bf16"]
+    done = run(*words, ranks=2, code=1, modules=("serve.generate", "parallel.apply"))
+    assert done.stderr.startswith("error: this model has no tokenizer; send token ids")
