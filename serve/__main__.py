@@ -1,6 +1,6 @@
 """`python -m serve FOLDER`: serve an exported model over HTTP, OpenAI-compatible.
 
-`torchrun --nproc-per-node 2 -m serve FOLDER --tp 2` divides the model among two ranks.
+`torchrun --nproc-per-node 2 -m serve FOLDER --tp 2 --ep 2` divides the model among two ranks.
 `python -m serve generate FOLDER --prompt TEXT` prints the completion on the terminal instead.
 """
 
