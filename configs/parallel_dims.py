@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 from configs.dispatch import check_nodes
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
+from configs.model import ModelConfig
 from configs.schema import JobConfig
 
 
@@ -88,28 +89,75 @@ def resolve(config: JobConfig, world: int) -> ParallelDims:
     return parallel_dims
 
 
+def resolve_serving(model: ModelConfig, tp: int, ep: int, world: int) -> ParallelDims:
+    """ParallelDims of a server with `world` ranks. Raises UserError, one line with the option.
+
+    All ranks compute the same tokens. With `max(tp, ep)` ranks, the ranks of `tp` send different
+    tokens to the experts, which stay whole; with `tp x ep` ranks, `tp` divides the width of every
+    expert, too. If `ep` exceeds `tp`, there are `ep / tp` groups of `tp` ranks, and `dp_shard` is
+    their number.
+    """
+    for option, size in (("--tp", tp), ("--ep", ep)):
+        if size < 1:
+            raise UserError(f"{option} {size}: must be at least 1")
+    has_experts = any(map(model.is_moe, range(model.n_layers)))
+    for key, size in _divided_by_tp(model).items():
+        if size % tp:
+            raise UserError(f"--tp {tp}: must divide {key} = {size}")
+    n_experts = model.moe.n_experts if has_experts else 1
+    if n_experts % ep:
+        raise UserError(f"--ep {ep}: must divide the number of experts, {n_experts}")
+    most, least = max(tp, ep), min(tp, ep)
+    allowed = sorted({tp * ep} | ({most} if most % least == 0 else set()))
+    if world not in allowed:
+        start = f"torchrun --nproc-per-node {allowed[0]} -m serve"
+        found = f"there {'is' if world == 1 else 'are'} {world}"
+        raise UserError(
+            f"--tp {tp} --ep {ep}: {' or '.join(map(str, allowed))} ranks are needed, {found}; "
+            f"start them with {start}"
+            if most > 1
+            else f"{found} ranks: give --tp or --ep, which divide the model among them"
+        )
+    etp = tp if world == tp * ep else 1
+    if has_experts and model.moe.d_expert % etp:
+        raise UserError(
+            f"--tp {tp}: must divide the width of an expert, {model.moe.d_expert}, or --ep must "
+            "be a multiple of it"
+        )
+    if model.moe.expert_bias and model.d_model % etp:
+        raise UserError(f"--tp {tp}: must divide d_model = {model.d_model}")
+    return ParallelDims(1, world // tp, tp, world // (ep * etp), ep, etp)
+
+
 def _check_tensor_parallel(config: JobConfig) -> None:
     """Raise ConfigError if tp or etp does not divide every size that it splits."""
     tp, etp, model = config.parallel.tp, config.parallel.etp, config.model
-    attention, moe = model.attention, model.moe
-    divided = {
-        "model.attention.n_heads": attention.n_heads,
-        "model.attention.n_kv_heads": attention.kv_heads,
-        "model.vocab_size": model.vocab_size,
-        "data.seq_len": config.data.seq_len,
-    }
-    if not all(map(model.is_moe, range(model.n_layers))):
-        divided["model.d_ff"] = model.d_ff
-    if moe.n_shared_experts:
-        divided["model.moe.d_expert x n_shared_experts"] = moe.d_expert * moe.n_shared_experts
-    if attention.bias:
-        divided["model.d_model"] = model.d_model
-    for key, size in divided.items():
+    divided = {f"model.{key}": size for key, size in _divided_by_tp(model).items()}
+    for key, size in (divided | {"data.seq_len": config.data.seq_len}).items():
         if size % tp:
             raise ConfigError(f"parallel.tp = {tp}: must divide {key} = {size}")
-    for key, size in (("model.moe.d_expert", moe.d_expert), ("model.d_model", model.d_model)):
+    for key, size in (
+        ("model.moe.d_expert", model.moe.d_expert), ("model.d_model", model.d_model),
+    ):  # fmt: skip
         if size % etp:
             raise ConfigError(f"parallel.etp = {etp}: must divide {key} = {size}")
+
+
+def _divided_by_tp(model: ModelConfig) -> dict[str, int]:
+    """The sizes that tp divides, by their key in the model's config."""
+    attention, moe = model.attention, model.moe
+    divided = {
+        "attention.n_heads": attention.n_heads,
+        "attention.n_kv_heads": attention.kv_heads,
+        "vocab_size": model.vocab_size,
+    }
+    if not all(map(model.is_moe, range(model.n_layers))):
+        divided["d_ff"] = model.d_ff
+    if moe.n_shared_experts:
+        divided["moe.d_expert x n_shared_experts"] = moe.d_expert * moe.n_shared_experts
+    if attention.bias:
+        divided["d_model"] = model.d_model
+    return divided
 
 
 def default_world(config: JobConfig) -> int:

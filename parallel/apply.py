@@ -18,7 +18,7 @@ shard them all-reduce 4 bytes per 16,384 of their elements (`parallel.fp8_weight
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,21 +29,23 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from configs.errors import ConfigError
+from configs.dispatch import DispatchConfig
+from configs.errors import ConfigError, UserError
 from configs.model import ModelConfig
 from configs.schema import JobConfig
 from kernels.grouped_gemm.grouped_gemm_fp8 import row_alignment
 from models.block import Block
 from models.decoder import Decoder
-from models.fp8 import apply_fp8, check_device
+from models.fp8 import apply_fp8, check_device, fp8_modules
 from models.init import initial_value
+from models.layers.box import Box
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
-from parallel.fp8_weights import check_divided
+from parallel.fp8_weights import check_divided, cut_within_block
 from parallel.mesh import Mesh
 from parallel.recompute import apply_recompute
 from parallel.shards import box_of, local_of
-from parallel.tensor import apply_tensor_parallel
+from parallel.tensor import RankOrderComm, apply_tensor_parallel
 
 GRAPHS = 64
 """Maximum number of graphs that torch compiles of one function."""
@@ -75,6 +77,38 @@ def parallelize(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dt
         for block in model.blocks():
             block.compile()
     _apply_fsdp(model, mesh, config, compute)
+
+
+class InferenceSharding:
+    """Divides a model for inference: tensor and expert parallelism as in training, without FSDP2.
+
+    Weights are neither gathered nor updated, so every rank keeps exactly its part of them in the
+    compute dtype. Weights that no axis divides (norms, router, MLA's compressions) are on every
+    rank, and so are, with more ranks of `ep` than of `tp`, the divided weights of each `tp` rank.
+    All ranks compute the same tokens, whose number must be a multiple of the number of ranks.
+    `models.hf.sharding.Sharding` is the interface.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def apply(self, decoder: Decoder) -> None:
+        """Divide a decoder on the meta device. Raises UserError, one line, if `tp` would cut the
+        blocks of an FP8 weight."""
+        shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+        align = row_alignment(self.mesh.device_type) if fp8_modules(decoder) else 1
+        apply_expert_parallel(decoder, self.mesh, DispatchConfig(), align, inference=True)
+        apply_tensor_parallel(decoder, self.mesh.dense["tp"], RankOrderComm)
+        cut = cut_within_block(decoder, shapes)
+        if cut is not None:
+            raise UserError(
+                f"--tp {self.mesh.parallel_dims.tp}: {cut}; use a smaller --tp, a larger --ep if "
+                "it is an expert's weight, or --dtype bf16"
+            )
+
+    def part(self, tensor: Tensor) -> tuple[Tensor, Box]:
+        """The memory of this rank's part, and its box in the whole."""
+        return local_of(tensor), box_of(tensor)
 
 
 def _apply_fsdp(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dtype) -> None:

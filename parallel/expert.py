@@ -24,17 +24,27 @@ from models.moe import LocalDispatcher, MoE
 from models.parameters import spec_of
 from parallel.dispatch.factory import dispatcher_maker
 from parallel.dispatch.gathering import GatheringDispatcher
+from parallel.dispatch.replicas import ReplicaDispatcher
 from parallel.mesh import Mesh
 from parallel.sharded_parameters import pad_local, shard_parameters
+from parallel.tensor import RankOrderComm, TPGroupComm
 
 
 def apply_expert_parallel(
-    model: Decoder, mesh: Mesh, options: DispatchConfig, align: int = 1, power_of_two: bool = False
-) -> None:
+    model: Decoder, mesh: Mesh, options: DispatchConfig, align: int = 1,
+    power_of_two: bool = False, inference: bool = False,
+) -> None:  # fmt: skip
     """Divide the experts of a model on the meta device by `ep` and `etp`.
 
-    align: an expert's rows start at a multiple of this (`kernels.grouped_gemm.grouped_gemm_fp8`).
-    power_of_two: round the scales of rows sent in FP8 up to powers of two.
+    Args:
+        model: The model.
+        mesh: All ranks.
+        options: How rows are exchanged.
+        align: An expert's rows start at a multiple of this
+            (`kernels.grouped_gemm.grouped_gemm_fp8`).
+        power_of_two: Round the scales of rows sent in FP8 up to powers of two.
+        inference: All ranks of `dp_shard` have the same tokens, and ranks are added in their order
+            (`parallel.tensor.RankOrderComm`).
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for moe in layers:
@@ -52,8 +62,12 @@ def apply_expert_parallel(
         shard_parameters(moe.experts, mesh.expert[tuple(axes)], dims)
         if "ep" in axes:
             moe.dispatcher = make_dispatcher()
+            if inference and mesh.parallel_dims.dp_shard > 1:
+                replicas = mesh.dense["dp_shard"].get_group()
+                moe.dispatcher = ReplicaDispatcher(moe.dispatcher, replicas)
         if "etp" in axes:
             for name, spec in specs.items():
                 if spec.padded and spec.etp is not None:
                     pad_local(moe.experts, name, spec.etp, mesh.expert["etp"])
-            moe.dispatcher = GatheringDispatcher(moe.dispatcher, mesh.expert["etp"].get_group())
+            comm = (RankOrderComm if inference else TPGroupComm)(mesh.expert["etp"].get_group())
+            moe.dispatcher = GatheringDispatcher(moe.dispatcher, comm)

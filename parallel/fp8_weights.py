@@ -17,6 +17,7 @@ have to be moved with them.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -169,18 +170,44 @@ def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
 
     shapes: of the whole parameters, by name.
     """
+    cut = cut_within_block(model, shapes)
+    if cut is not None:
+        axis = "etp" if spec_of(cut.name).ep is not None else "tp"
+        raise ConfigError(
+            f"precision.recipe = 'fp8_blockwise': {cut}; use a smaller parallel.{axis}, or name "
+            "the module in precision.fp8.keep"
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An FP8 weight that is divided within a block."""
+
+    name: str
+    part: int
+    """Size of a rank's part of the divided dimension."""
+    whole: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} is divided into parts of {self.part} (of {self.whole}), which must be "
+            f"multiples of {BLOCK}"
+        )
+
+
+def cut_within_block(model: nn.Module, shapes: Mapping[str, torch.Size]) -> Cut | None:
+    """The first FP8 weight that is divided within a block; None if there is none.
+
+    shapes: of the whole parameters, by name.
+    """
     parameters = dict(model.named_parameters())
     for name in fp8_weights(model):
         local, whole = local_of(parameters[name]).shape, shapes[name]
         experts = spec_of(name).ep is not None
         for dim in range(int(experts), len(whole)):
             if local[dim] != whole[dim] and local[dim] % BLOCK:
-                raise ConfigError(
-                    f"precision.recipe = 'fp8_blockwise': {name} is divided into parts of "
-                    f"{local[dim]} (of {whole[dim]}), which must be multiples of {BLOCK}; use a "
-                    f"smaller parallel.{'etp' if experts else 'tp'}, or name the module in "
-                    "precision.fp8.keep"
-                )
+                return Cut(name, local[dim], whole[dim])
+    return None
 
 
 def fsdp_groups(model: nn.Module) -> list[Any]:

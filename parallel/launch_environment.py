@@ -1,4 +1,5 @@
-"""Reads the environment variables that the launcher sets for this process, without torch.
+"""Reads the environment variables that the launcher sets for this process, without torch, and ends
+a launched process with an error.
 
 torchrun sets all of them. Other launchers, and people, set some: a missing or invalid variable is
 an error with its name here, where torch would wait for ranks that never connect.
@@ -6,6 +7,9 @@ an error with its name here, where torch would wait for ranks that never connect
 
 import os
 import re
+import signal
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,6 +72,25 @@ def read_world(env: Mapping[str, str] = os.environ) -> int | None:
     if "WORLD_SIZE" not in env:
         return None
     return _number(env, "WORLD_SIZE", 1, 2**20, "the number of ranks")
+
+
+def fail(rank: int, line: str, code: int) -> int:
+    """Print the line once and end the process, or return `code` if no launcher started it.
+
+    The launcher stops all ranks as soon as one exits. Other ranks give rank 0 time to print first,
+    which usually has the same error; if it prints nothing, they do.
+    """
+    if rank:
+        # sent by the launcher after rank 0 has printed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        line = f"rank {rank}: {line}"
+    print(line, file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        if not rank and os.environ.get("WORLD_SIZE") != "1":
+            time.sleep(3)  # the store may end with this process: the others read the error from it
+        os._exit(code)  # other ranks may wait in a collective: do not wait for them
+    return code
 
 
 def _number(env: Mapping[str, str], name: str, low: int, high: int, why: str) -> int:

@@ -6,10 +6,13 @@ store, in a separate thread, also while it waits in a collective. A rank that do
 reported as absent. The only traffic is one small request to the store per second and rank.
 """
 
+import os
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -61,6 +64,31 @@ class RankMonitor:
             return bool(self.store.add("told", 1) == 1)
         except RuntimeError:
             return True
+
+    def end_if_lost(self, what: str, advice: str) -> None:
+        """End the process if ranks do not answer, after a collective has failed; one rank prints a
+        line. Returns if all answer.
+
+        what: the name of the run, before the line. advice: what the user can do, after it.
+        """
+        absent = self.absent()
+        if absent is None:
+            return
+        if self.is_first_to_tell():
+            print(
+                f"error: {what}: {absent} does not answer any more: it failed (its own line is "
+                "above then), was killed, ran out of memory, or its host is lost; the other ranks "
+                f"stop; {advice}",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)  # destructors of the process group would wait for the lost ranks
+
+    def end(self, line: str) -> NoReturn:
+        """End the process because of an error that only this rank has: the others may wait in a
+        collective."""
+        print(f"error: rank {self.rank}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _answer(self) -> None:
         answered = 0

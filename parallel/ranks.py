@@ -90,11 +90,12 @@ def one_line(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
-def start_ranks(threads: int = 0) -> Ranks:
+def start_ranks(threads: int = 0, use_cuda: bool = True) -> Ranks:
     """Join the process group that the launcher describes, or create a group of one.
 
     threads: CPU threads of this process; 0: OMP_NUM_THREADS if the user set it, else the available
-    cores, divided among the ranks of this host. Raises UserError if the launcher's variables are
+    cores, divided among the ranks of this host. use_cuda: if there are CUDA devices, use the one of
+    this rank's number on its host. Raises UserError if the launcher's variables are
     invalid, or the ranks do not connect to each other.
     """
     placement = read_launch_environment()
@@ -103,7 +104,7 @@ def start_ranks(threads: int = 0) -> Ranks:
     if threads or not given or (placement.is_launched and given == "1"):
         torch.set_num_threads(threads or max(usable_cores() // placement.local_world, 1))
     device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
+    if use_cuda and torch.cuda.is_available():
         if placement.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"LOCAL_RANK = {placement.local_rank}: this host has "

@@ -6,46 +6,11 @@ of the local shard in the whole tensor, and, if several ranks hold the same shar
 of them is the primary one.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-@dataclass(frozen=True)
-class Box:
-    """A box in a tensor of shape `whole`."""
-
-    whole: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def slices(self) -> tuple[slice, ...]:
-        """Index of the box in the whole tensor."""
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
-
-    def intersect(self, other: "Box") -> "Box | None":
-        """The common part of two boxes of the same tensor, or None if there is none."""
-        offset = tuple(map(max, self.offset, other.offset))
-        ends = [
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        ]
-        shape = tuple(end - start for start, end in zip(offset, ends, strict=True))
-        return Box(self.whole, offset, shape) if min(shape, default=1) > 0 else None
-
-    def within(self, outer: "Box") -> tuple[slice, ...]:
-        """Index of this box in a tensor that contains just `outer`."""
-        return tuple(
-            slice(o - p, o - p + n)
-            for o, p, n in zip(self.offset, outer.offset, self.shape, strict=True)
-        )
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+from models.layers.box import Box
 
 
 def box_of(tensor: Tensor) -> Box:

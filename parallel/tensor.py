@@ -39,12 +39,14 @@ from parallel.sharded_parameters import pad_local, shard_parameters
 _c10d = torch.ops._c10d_functional  # each returns a new tensor, so recomputation can keep it
 
 
-def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(
+    model: Decoder, mesh: DeviceMesh, comm: "type[TPGroupComm] | None" = None
+) -> None:
     """Divide a model on the meta device over the ranks of `mesh` (one axis); names and shapes stay
-    logical. With one rank nothing changes."""
+    logical. With one rank nothing changes. comm: by default `TPGroupComm`."""
     if mesh.size() == 1:
         return
-    tp_comm = TPGroupComm(mesh.get_group())
+    tp_comm = (comm or TPGroupComm)(mesh.get_group())
     for module in model.modules():
         if isinstance(getattr(module, "tp_comm", None), TPComm):
             setattr(module, "tp_comm", tp_comm)  # noqa: B010 (Module's own attribute types)
@@ -83,12 +85,33 @@ class TPGroupComm(TPComm):
         return total
 
 
+class RankOrderComm(TPGroupComm):
+    """For inference: a sum over ranks adds them in their order, in fp32, and is rounded once.
+
+    The libraries' reductions add three or more ranks in an order that depends on an element's place
+    in the message, so the bits of a token would depend on its place in the batch. Here each rank
+    receives the addends of its tokens, which are as many bytes as a reduce-scatter exchanges. Two
+    addends have the same sum in both orders: then the bits are those of `TPGroupComm`.
+    """
+
+    def reduce_scatter(self, y_TD: Tensor) -> Tensor:
+        n = self.group.size()
+        even = [len(y_TD) // n] * n
+        received = _c10d.all_to_all_single(y_TD.contiguous(), even, even, self.group.group_name)
+        first, *others = _c10d.wait_tensor(received).chunk(n)
+        total_tD = first.float()
+        for addend_tD in others:
+            total_tD = total_tD + addend_tD
+        return total_tD.to(y_TD.dtype)
+
+
 class VocabularyEmbedding(Embedding):
     """An embedding with the rows of some tokens; all ranks look up all tokens together."""
 
     def __init__(self, whole: Embedding, tp_comm: TPGroupComm) -> None:
         """whole: on the meta device."""
-        super().__init__(whole.num_embeddings, whole.embedding_dim, device="meta")
+        size = whole.num_embeddings, whole.embedding_dim
+        super().__init__(*size, device="meta", dtype=whole.weight.dtype)
         self.tp_comm = tp_comm
 
     def forward(self, tokens_T: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """`python -m serve FOLDER`: serve an exported model over HTTP, OpenAI-compatible.
 
+`torchrun --nproc-per-node 2 -m serve FOLDER --tp 2 --ep 2` divides the model among two ranks.
 `python -m serve generate FOLDER --prompt TEXT` prints the completion on the terminal instead.
 """
 
 import argparse
 import functools
-import signal
 import socket
 import sys
 import threading
@@ -15,10 +15,12 @@ from types import FrameType
 import uvicorn
 
 from configs.errors import UserError
+from parallel.launch_environment import fail, read_launch_environment
 from serve.api.app import MAX_HEADER_BYTES, build_app
-from serve.engine.core import EngineCore
-from serve.engine.loading import open_export
+from serve.engine.core import EngineCore, EngineOptions
+from serve.engine.rank_group import RankGroup, connect, handle_signals
 from serve.engine.sampling_params import RequestError
+from serve.frontend.follow import follow, open_together
 from serve.frontend.thread import EngineThread
 from serve.generate import generate
 from serve.generate import parse as parse_generate
@@ -36,10 +38,15 @@ class _Server(uvicorn.Server):
     """
 
     on_exit: Callable[[], None]
+    repeat_forces: bool = True
+    """Whether a second signal ends the open connections at once. A launcher sends each signal
+    again."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
             self.on_exit()
+        elif not self.repeat_forces:
+            return
         super().handle_exit(sig, frame)
 
 
@@ -86,10 +93,28 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM. Of several ranks the first listens, and the others compute."""
     sizes = engine_options(options)
-    listener = listen(options.host, options.port)
-    export = open_export(options.folder, options.dtype, options.device)
+    group = connect(options.folder, options.tp, options.ep, options.device)
+    if group is None:
+        _serve(options, sizes, None, listen(options.host, options.port))
+        return
+    listeners = []
+    group.ranks.on_first(lambda: listeners.append(listen(options.host, options.port)))
+    if group.ranks.is_first:
+        _serve(options, sizes, group, listeners[0])
+    else:
+        follow(open_together(options.folder, options.dtype, options.device, sizes, group), sizes)
+    group.leave()
+
+
+def _serve(
+    options: argparse.Namespace,
+    sizes: EngineOptions,
+    group: RankGroup | None,
+    listener: socket.socket,
+) -> None:
+    export = open_together(options.folder, options.dtype, options.device, sizes, group)
     core = EngineCore(export, sizes)
     name = options.model_name or export.name
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -99,7 +124,7 @@ def serve(options: argparse.Namespace) -> None:
         kind = str(export.dtype).removeprefix("torch.")
         print(
             f"serving {name} on http://{address}/v1 ({kind} on {export.device}; "
-            f"KV cache {core.cache.describe()})",
+            f"{'' if group is None else f'{group}; each rank: '}KV cache {core.cache.describe()})",
             flush=True,
         )
 
@@ -117,23 +142,24 @@ def serve(options: argparse.Namespace) -> None:
             timeout_graceful_shutdown=int(options.grace) + 5,
         )
     )
+    server.repeat_forces = group is None
     server.on_exit = functools.partial(_stop_later, thread, options.grace)
     # uvicorn raises the signals it caught again when it is done; they have had their effect by then
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    handle_signals(lambda *_: None)
     server.run(sockets=[listener])
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 after a stop, 2 with one line on stderr for an error of the user."""
+    rank = 0
     try:
+        rank = read_launch_environment().rank
         if arguments[:1] == ["generate"]:
             generate(parse_generate(arguments[1:]))
         else:
             serve(parse(arguments))
     except (UserError, RequestError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(rank, f"error: {error}", 2)
     except KeyboardInterrupt:
         pass
     return 0

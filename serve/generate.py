@@ -44,8 +44,10 @@ def generate(options: argparse.Namespace) -> None:
     params = SamplingParams(
         **{name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
     )
-    sizes, place = engine_options(options), {"device": options.device, "dtype": options.dtype}
-    with Engine(options.folder, sizes, **place) as engine:
+    with Engine(
+        options.folder, engine_options(options), dtype=options.dtype, device=options.device,
+        tp=options.tp, ep=options.ep,
+    ) as engine:  # fmt: skip
         prompts = [
             engine.chat_prompt([{"role": "user", "content": prompt}]) if options.chat else prompt
             for prompt in options.prompt

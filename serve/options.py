@@ -21,6 +21,8 @@ def make_parser(command: str, description: str) -> CommandParser:
     )
     parser.add_argument("--device", default="auto", help="auto: cuda where there is one, or cpu")
     for name, value, text in (
+        ("--tp", 1, "ranks, started by torchrun, that divide heads, widths and vocabulary"),
+        ("--ep", 1, "ranks, started by torchrun, that divide the experts"),
         ("--max-running", sizes.max_running, "requests computed together"),
         ("--max-waiting", sizes.max_waiting, "requests that may wait; more get 503"),
         ("--max-batch-tokens", sizes.max_batch_tokens, "tokens per step; longer prompts are cut"),

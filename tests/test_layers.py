@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     # upcycling checks which architecture can express the result
     "models": {"models/hf", "models/layers"},
     "models/layers": set(),
-    "models/hf": {"models", "models/hf/config", "models/hf/families"},
+    "models/hf": {"models", "models/hf/config", "models/hf/families", "models/layers"},
     "models/hf/config": {"models/hf"},
     "models/hf/families": {"models/hf", "models/hf/config"},
     "models/gguf": {"models/hf"},
@@ -92,6 +92,17 @@ def test_rooms_import_what_the_table_says() -> None:
     assert not {room: names for room, names in extra.items() if names}
     unused = {room: names - found.get(room, set()) for room, names in ROOMS.items()}
     assert not {room: names for room, names in unused.items() if names}
+
+
+def test_one_file_of_serving_knows_ranks() -> None:
+    """Scheduler, cache, sampler and HTTP are those of one process; the command reads the launcher's
+    variables."""
+    users = {
+        str(path.relative_to(ROOT))
+        for path in files_of("serve")
+        if any(name.startswith("parallel") for name in imported_modules(path))
+    }
+    assert users == {"serve/__main__.py", "serve/engine/rank_group.py"}
 
 
 def test_rooms_are_small_and_say_what_is_in_them() -> None:

@@ -11,19 +11,19 @@ tokenizer, initial weights) are not found; missing inputs alone leave the exit c
 import os
 import signal
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError, UserError
 from configs.loader import load, parse_arguments
 from configs.parallel_dims import ParallelDims, default_world, resolve
 from configs.schema import JobConfig
 from parallel.allocator import restart_without_thread_cache
-from parallel.launch_environment import LaunchEnvironment, read_launch_environment, read_world
-
-if TYPE_CHECKING:
-    from parallel.ranks import Ranks
+from parallel.launch_environment import (
+    LaunchEnvironment,
+    fail,
+    read_launch_environment,
+    read_world,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -52,10 +52,10 @@ def main(arguments: list[str]) -> int:
             return _check(config, ranks)
         return _train(config, resolve(config, placement.world))
     except UserError as error:
-        return _fail(rank, f"error: {error}", 2)
+        return fail(rank, f"error: {error}", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(rank, f"error: {ConfigError(f'{where}{error.strerror or error}')}", 2)
+        return fail(rank, f"error: {ConfigError(f'{where}{error.strerror or error}')}", 2)
     except KeyboardInterrupt:
         return 130
 
@@ -88,42 +88,12 @@ def _train(config: JobConfig, parallel_dims: ParallelDims) -> int:
         stop_ranks()
         return code or 0
     except (NonFiniteError, CapacityOverflow) as error:
-        return _fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
-    except RuntimeError as error:
-        return _lost(config, ranks, error)
-
-
-def _lost(config: JobConfig, ranks: "Ranks", error: RuntimeError) -> int:
-    """End a run whose collective failed because ranks are lost; raises if none is."""
-    absent = ranks.rank_monitor.absent() if ranks.rank_monitor is not None else None
-    if absent is None:
-        raise error
-    assert ranks.rank_monitor is not None
-    if ranks.rank_monitor.is_first_to_tell():
-        print(
-            f"error: {config.run.dir}: {absent} does not answer any more: it failed (its own line "
-            "is above then), was killed, ran out of memory, or its host is lost; the other ranks "
-            "stop; the same command resumes from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-    os._exit(1)  # destructors of the process group would wait for the lost ranks
-
-
-def _fail(rank: int, line: str, code: int) -> int:
-    """Print the line once. The launcher stops all ranks as soon as one exits, so the others give
-    rank 0 time to print first; if it prints nothing, they do."""
-    if rank:
-        # sent by the launcher after rank 0 has printed
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-        line = f"rank {rank}: {line}"
-    print(line, file=sys.stderr, flush=True)
-    if "RANK" in os.environ:
-        if not rank and os.environ.get("WORLD_SIZE") != "1":
-            time.sleep(3)  # the store may end with this process: the others read the error from it
-        os._exit(code)  # other ranks may wait in a collective: do not wait for them
-    return code
+        return fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
+    except RuntimeError:
+        if ranks.rank_monitor is not None:
+            advice = "the same command resumes from the newest checkpoint"
+            ranks.rank_monitor.end_if_lost(config.run.dir, advice)
+        raise
 
 
 if __name__ == "__main__":

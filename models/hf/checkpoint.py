@@ -9,11 +9,13 @@ bug silently loses experts.
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.errors import UserError
@@ -33,6 +35,7 @@ from models.hf.quantized import (
 from models.hf.safetensors_files import MappedFiles
 from models.hf.table import LLAMA4_WITH_IMAGES, hf_tensors, text_config
 from models.hf.tensors import HfTensor
+from models.layers.box import Box
 
 PIECE_BYTES = 2**26
 """Maximum number of bytes, in fp32, that are read from a file at a time (at least one row)."""
@@ -57,7 +60,7 @@ class HFCheckpoint:
         self.folder = folder
         self._files = MappedFiles()
         text = text_config(raw, str(folder / "config.json"))
-        self._quantisation = quantization_of(text, str(folder / "config.json"))
+        self._quantization = quantization_of(text, str(folder / "config.json"))
         found, left_out = raw_tensors(folder, self._files)
         self.left_out: Counter[str] = Counter(dict.fromkeys(left_out, 1))
         """Contents of the folder that the model does not use, with the number of tensors of
@@ -90,49 +93,77 @@ class HFCheckpoint:
     def __contains__(self, ours: str) -> bool:
         return ours in self._by_ours
 
-    def fill(self, ours: str, out: Tensor, start: int = 0, piece_bytes: int = PIECE_BYTES) -> None:
-        """Copy rows from `start` on of our tensor into `out`, of any dtype and device."""
+    def fill(
+        self, ours: str, out: Tensor, box: Box | None = None, piece_bytes: int = PIECE_BYTES
+    ) -> None:
+        """Copy our tensor, or a box of it, into `out`, of any dtype and device.
+
+        piece_bytes: maximum number of bytes, in fp32, read at a time (at least one row).
+        """
+        box = box or Box.all_of(out.shape)
         for t in self._by_ours[ours]:
-            if not t.index:
-                self._copy(t, out, start, piece_bytes)
-            elif start <= t.index[0] < start + len(out):
-                part = out[(t.index[0] - start, *t.index[1:])]
-                self._copy(t, part, 0, piece_bytes)
+            inner = box.at(t.index)
+            if inner is not None:
+                self._copy(t, out[_within(t, box)], inner, piece_bytes)
 
     def is_fp8(self, ours: str, block: int) -> bool:
         """Whether all of our tensor is stored as matrices of E4M3 with factors per block x block,
         none of them permuted."""
         return (
             ours in self._by_ours
-            and self._quantisation.method == "fp8"
-            and self._quantisation.block == (block, block)
+            and self._quantization.method == "fp8"
+            and self._quantization.block == (block, block)
             and all(
                 self._stored[t.name].scale is not None and not t.permute and len(t.shape) == 2
                 for t in self._by_ours[ours]
             )
         )
 
-    def fill_fp8(self, ours: str, data: Tensor, scales: Tensor) -> None:
-        """Copy our tensor, for which `is_fp8` is true, as it is stored: E4M3 and fp32 factors. If
-        ours is several matrices, the factors have the same leading dimensions."""
+    def fill_fp8(self, ours: str, data: Tensor, scales: Tensor, box: Box) -> None:
+        """Copy a box of our tensor, for which `is_fp8` is true, as it is stored: E4M3 and fp32
+        factors. It starts and ends at blocks of its matrices. If ours is several matrices, the
+        factors have the same leading dimensions."""
+        block = self._quantization.block
         for t in self._by_ours[ours]:
-            stored = self._stored[t.name]
+            stored, inner = self._stored[t.name], box.at(t.index)
+            if inner is None:
+                continue
             assert stored.scale is not None
-            data[t.index] = self._slice(stored.data, 0, t.shape[0])
-            scales[t.index] = self._slice(stored.scale, 0, stored.scale.shape[0]).float()
-            wrong = not scales[t.index].isfinite().all() or data[t.index].float().isnan().any()
+            index, cut = _within(t, box), inner.slices()
+            data[index] = self._slice(stored.data, *cut)
+            blocks = [slice(c.start // n, -(-c.stop // n)) for c, n in zip(cut, block, strict=True)]
+            scales[index] = self._slice(stored.scale, *blocks).float()
+            wrong = not scales[index].isfinite().all() or data[index].float().isnan().any()
             if wrong:
                 raise UserError(f"{located(stored.data.path)}: {t.name} holds inf or NaN")
-            self._taken[t.name] += math.prod(t.shape)
+            self._taken[t.name] += inner.numel
 
-    def check_complete(self) -> None:
+    def factors(self, ours: str) -> Iterator[Tensor]:
+        """The factors of all matrices of our tensor, for which `is_fp8` is true."""
+        for t in self._by_ours[ours]:
+            scale = self._stored[t.name].scale
+            assert scale is not None
+            yield self._slice(scale, slice(0, scale.shape[0])).float()
+
+    def check_complete(self, boxes: Mapping[str, Box] | None = None) -> None:
         """Check that every element was read once, and that tensors which the model lacks are
-        zero."""
+        zero.
+
+        boxes: the part of our tensors that was to be read, by name; of the others it is all.
+        """
+        boxes = boxes or {}
+        for name, box in boxes.items():
+            stored = sum(math.prod(t.shape) for t in self._by_ours[name])
+            assert stored == math.prod(box.whole), f"{name} is {box.whole}"
         for t in self.tensors:
             if t.ours is None:
                 self._check_zero(t)
-            else:
-                assert self._taken[t.name] == math.prod(t.shape), f"{t.name} was not read in full"
+                continue
+            due = math.prod(t.shape)
+            if t.ours in boxes:
+                inner = boxes[t.ours].at(t.index)
+                due = 0 if inner is None else inner.numel
+            assert self._taken[t.name] == due, f"{t.name} was not read in full"
 
     def _check_zero(self, t: HfTensor) -> None:
         """For architectures with a shared expert that the model does not have."""
@@ -144,35 +175,43 @@ class HFCheckpoint:
                     "config.json says that the model has no such expert; remove it there"
                 )
 
-    def _copy(self, t: HfTensor, part: Tensor, first: int, piece_bytes: int) -> None:
+    def _copy(self, t: HfTensor, part: Tensor, box: Box, piece_bytes: int) -> None:
+        """Fill `part`, which is `box` of `ours[t.index]`, piece by piece."""
         rows = max(1, piece_bytes // max(4 * math.prod(t.shape[1:]), 1))
+        first, *others = box.slices()
+        stored = self._stored[t.name]
+        # the columns of a matrix are cut in the file, other dimensions after they were read
+        narrow = len(box.whole) == len(t.shape) == 2 and not t.permute and stored.scale is None
+        columns = tuple(others) if narrow else ()
         for a in range(0, len(part), rows):
             piece = part[a : a + rows]
-            theirs = self._rows(self._stored[t.name], first + a, first + a + len(piece))
-            piece.copy_(t.from_hf(theirs, piece.shape))
+            start = first.start + a
+            theirs = self._rows(stored, start, start + len(piece), *columns)
+            if not narrow:
+                whole = torch.Size((len(piece), *box.whole[1:]))
+                theirs = t.from_hf(theirs, whole)[(slice(None), *others)]
+            piece.copy_(theirs)
             if not piece.isfinite().all():
-                raise UserError(
-                    f"{located(self._stored[t.name].data.path)}: {t.name} holds inf or NaN"
-                )
+                raise UserError(f"{located(stored.data.path)}: {t.name} holds inf or NaN")
             self._taken[t.name] += piece.numel()
 
-    def _rows(self, stored: _Stored, start: int, stop: int) -> Tensor:
-        data = self._slice(stored.data, start, stop)
+    def _rows(self, stored: _Stored, start: int, stop: int, *columns: slice) -> Tensor:
+        data = self._slice(stored.data, slice(start, stop), *columns)
         if stored.scale is None:
             return data
-        if self._quantisation.method == "mxfp4":
-            return dequantize_mxfp4(data, self._slice(stored.scale, start, stop))
-        block = self._quantisation.block
+        if self._quantization.method == "mxfp4":
+            return dequantize_mxfp4(data, self._slice(stored.scale, slice(start, stop)))
+        block = self._quantization.block
         if data.dim() > 2:  # whole matrices
-            return dequantize_fp8(data, self._slice(stored.scale, start, stop), block)
-        scale = self._slice(stored.scale, start // block[0], -(-stop // block[0]))
+            return dequantize_fp8(data, self._slice(stored.scale, slice(start, stop)), block)
+        scale = self._slice(stored.scale, slice(start // block[0], -(-stop // block[0])))
         return dequantize_fp8(data, scale, block, start)
 
-    def _slice(self, raw: RawTensor, start: int, stop: int) -> Tensor:
+    def _slice(self, raw: RawTensor, *index: slice) -> Tensor:
         from safetensors import SafetensorError
 
         try:
-            return self._files.slice(raw.path, raw.name, (slice(start, stop),))
+            return self._files.slice(raw.path, raw.name, index)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{located(raw.path)}: {named(raw.name)}: unreadable: {one_line(error)}"
@@ -197,7 +236,7 @@ class HFCheckpoint:
 
     def _pair_with_scales(self, found: dict[str, RawTensor]) -> dict[str, _Stored]:
         """Quantized tensors under the name they have unquantized, with their factors."""
-        method = self._quantisation.method
+        method = self._quantization.method
         pairs = {"none": [], "fp8": [("", "_scale_inv")], "mxfp4": [("_blocks", "_scales")]}[method]
         stored: dict[str, _Stored] = {}
         used: set[str] = set()
@@ -206,7 +245,7 @@ class HFCheckpoint:
                 name = scale_name.removesuffix(scale_end)
                 if name + data_end in found:
                     data, scale = found[name + data_end], found[scale_name]
-                    stored[name] = _quantized(data, scale, self._quantisation)
+                    stored[name] = _quantized(data, scale, self._quantization)
                     used |= {name + data_end, scale_name}
         for name, tensor in found.items():
             if name not in used:
@@ -229,7 +268,7 @@ class HFCheckpoint:
             if names:
                 packed = (
                     names
-                    and self._quantisation.method == "none"
+                    and self._quantization.method == "none"
                     and any(
                         name.endswith(("_scale_inv", "_blocks", "_scales")) for name in self._stored
                     )
@@ -290,6 +329,11 @@ class HFCheckpoint:
                 f"{place} has dtype {data.dtype} and no factors that quantization_config of "
                 f"config.json announces: must be one of {', '.join(_PLAIN)}"
             )
+
+
+def _within(t: HfTensor, box: Box) -> tuple[int, ...]:
+    """Index of `ours[t.index]` in a tensor that contains just `box`."""
+    return tuple(i - offset for i, offset in zip(t.index, box.offset, strict=False))
 
 
 def _quantized(data: RawTensor, scale: RawTensor, how: Quantization) -> _Stored:

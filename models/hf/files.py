@@ -22,8 +22,9 @@ from models.decoder import Decoder
 from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.folder import INDEX, read_json
 from models.hf.fp8_blocks import SCALE, fp8_plan, grid, quantize
-from models.hf.fp8_weights import keep_fp8
+from models.hf.fp8_weights import load_fp8, use_fp8
 from models.hf.safetensors_files import save_tensors
+from models.hf.sharding import Sharding, Unsharded
 from models.hf.table import from_hf_config, hf_tensors
 from models.hf.tensors import HfTensor
 from models.router import routers
@@ -148,27 +149,36 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def read_model(
     folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", *, mtp: bool = False,
-    fp8: bool = False,
+    fp8: bool = False, sharding: Sharding | None = None,
 ) -> Decoder:  # fmt: skip
     """The decoder of an export, in evaluation mode. Biases that are fp32 on disk stay fp32.
 
-    mtp: include MTP modules, if the folder has any; only training uses them. fp8: keep weights that
-    are stored in FP8 blocks in FP8, and compute in FP8.
+    Args:
+        folder: The export.
+        dtype: Of the parameters.
+        device: Of the parameters.
+        mtp: Include MTP modules, if the folder has any; only training uses them.
+        fp8: Keep weights that are stored in FP8 blocks in FP8, and compute in FP8.
+        sharding: Divides the decoder among ranks; only this rank's part is read.
     """
     described, raw = read_config(folder)
     source = HFCheckpoint(folder, described if mtp else replace(described, mtp_depth=0), raw)
-    model = source.model
+    sharding = sharding or Unsharded()
     with torch.device("meta"):
-        decoder = Decoder(model).to(dtype)
+        decoder = Decoder(source.model).to(dtype)
     for router in routers(decoder):
         router.float_bias()
-    read = keep_fp8(decoder, source) if fp8 else set()
+    if fp8:
+        use_fp8(decoder, source)
+    sharding.apply(decoder)
+    boxes = load_fp8(decoder, source, sharding, device) if fp8 else {}
     decoder.to_empty(device=device)
     for buffer in decoder.buffers():
         buffer.zero_()
     with torch.no_grad():
         for name, tensor in decoder.state_dict(keep_vars=True).items():
-            if name in source and name not in read:
-                source.fill(name, tensor)
-    source.check_complete()
+            if name in source and name not in boxes:
+                local, boxes[name] = sharding.part(tensor.detach())
+                source.fill(name, local, boxes[name])
+    source.check_complete(boxes)
     return decoder.eval()

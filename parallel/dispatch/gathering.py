@@ -5,7 +5,6 @@ It wraps any other strategy. The ranks and the communication are described in `p
 
 from collections.abc import Callable
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.moe import Dispatcher, ExpertsFn, MoE
@@ -17,8 +16,9 @@ from parallel.tensor import TPGroupComm
 class GatheringDispatcher:
     """Gathers the tokens of all `etp` ranks for an inner dispatcher and sums its results."""
 
-    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
-        self.inner, self.tp_comm = inner, TPGroupComm(group)
+    def __init__(self, inner: Dispatcher, tp_comm: TPGroupComm) -> None:
+        """tp_comm: of the ranks of `etp`."""
+        self.inner, self.tp_comm = inner, tp_comm
 
     def run(
         self,

@@ -108,6 +108,7 @@ def build_cache(
     wanted: int,
     dtype: torch.dtype,
     device: torch.device,
+    free: int | None = None,
 ) -> KvCache:
     """The cache of a server. Raises UserError if it does not fit.
 
@@ -118,8 +119,9 @@ def build_cache(
         page_size: Tokens per page.
         wanted: Default capacity.
         dtype, device: Of the cache.
+        free: Free bytes; by default those of the device.
     """
-    free = free_memory(device)
+    free = free_memory(device) if free is None else free
     each = bytes_per_token(model, dtype)
     if not kv_tokens:
         share = _SHARE_OF_FREE_MEMORY.get(device.type, 0.25)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.model import ModelConfig
 from serve.cache.allocator import NULL_PAGE, PageAllocator
 from serve.cache.prefix_cache import PrefixCache, token_key
 
@@ -30,6 +31,16 @@ class SequencePages:
     """Handle of the lock on them."""
     row: int = -1
     """Row of the page table."""
+
+
+def freed_window(model: ModelConfig) -> int:
+    """Number of tokens after which no layer attends to a token, so that its page can be freed. 0:
+    none.
+
+    All layers share the pages of a token, so one layer with full attention keeps all of them.
+    """
+    local = not any(model.attention.is_full(layer) for layer in range(model.n_layers))
+    return model.attention.local_size if local else 0
 
 
 class PageManager:

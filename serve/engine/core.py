@@ -10,6 +10,7 @@ engine itself continues.
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,16 +18,17 @@ from typing import Literal
 from configs.errors import UserError
 from configs.model import ModelConfig
 from serve.cache.allocator import PageAllocator
-from serve.cache.kv_cache import build_cache
-from serve.cache.manager import PageManager
+from serve.cache.kv_cache import KvCache, build_cache, free_memory
+from serve.cache.manager import PageManager, freed_window
 from serve.cache.prefix_cache import NaiveCache
 from serve.cache.radix import RadixCache
 from serve.cache.routing_cache import MAX_EXPERTS, RoutingCache
 from serve.engine.batch import StepPlan, plan_step
 from serve.engine.detokenizer import TextStream
 from serve.engine.executor import StepExecutor, StepUnderWay
-from serve.engine.loading import Export, open_export
+from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
+from serve.engine.rank_group import RankRunner
 from serve.engine.request import (
     FinishReason,
     Output,
@@ -94,14 +96,35 @@ def _check(name: str, value: object, low: int, high: int) -> None:
         raise UserError(f"{option} {value}: must lie between {low} and {high}")
 
 
-def freed_window(model: ModelConfig) -> int:
-    """Number of tokens after which no layer attends to a token, so that its page can be freed. 0:
-    none.
+def make_cache(export: Export, options: EngineOptions) -> KvCache:
+    """The KV cache of an export, on each of its ranks. Raises UserError if an option does not fit
+    the model or the memory."""
+    model, group = export.model.config, export.group
+    if options.absorb_mla and model.attention.kind != "mla":
+        raise UserError("--absorb-mla: the model has no multi-head latent attention")
+    no_experts = not _n_moe_layers(model) or model.moe.n_experts > MAX_EXPERTS
+    if options.routed_experts and no_experts:
+        raise UserError("--routed-experts: the model has no experts, or more than 65536")
+    return build_cache(
+        model if group is None else group.local_model(model),
+        kv_tokens=options.kv_tokens,
+        page_size=options.page_size,
+        wanted=options.max_running * (export.max_length + options.page_size),
+        dtype=export.dtype,
+        device=export.device,
+        free=None if group is None else group.least_memory(free_memory(export.device)),
+    )
 
-    All layers share the pages of a token, so one layer with full attention keeps all of them.
-    """
-    local = not any(model.attention.is_full(layer) for layer in range(model.n_layers))
-    return model.attention.local_size if local else 0
+
+def make_runner(export: Export, cache: KvCache, options: EngineOptions) -> ModelRunner:
+    """The runner of an export, on each of its ranks."""
+    if export.group is not None:
+        return RankRunner(export.model, cache, options.absorb_mla, export.group)
+    return ModelRunner(export.model, cache, options.absorb_mla)
+
+
+def _n_moe_layers(model: ModelConfig) -> int:
+    return sum(model.is_moe(layer) for layer in range(model.n_layers))
 
 
 class EngineCore:
@@ -110,14 +133,7 @@ class EngineCore:
     def __init__(self, export: Export, options: EngineOptions) -> None:
         self.export = export
         self.options = options
-        self.cache = build_cache(
-            export.model.config,
-            kv_tokens=options.kv_tokens,
-            page_size=options.page_size,
-            wanted=options.max_running * (export.max_length + options.page_size),
-            dtype=export.dtype,
-            device=export.device,
-        )
+        self.cache = make_cache(export, options)
         self.allocator = PageAllocator(self.cache.n_pages)
         self.pages = self._manage_pages()
         self.scheduler = Scheduler(
@@ -129,7 +145,7 @@ class EngineCore:
         self.routing = self._record_routing() if options.routed_experts else None
         vocab = export.model.config.vocab_size
         self.sampler = Sampler(
-            min(vocab, _highest_token(export) + 1),
+            min(vocab, export.highest_token + 1),
             export.end_tokens,
             options.max_running,
             export.device,
@@ -137,12 +153,14 @@ class EngineCore:
         on_gpu = export.device.type == "cuda"
         self.overlap = on_gpu if options.overlap == "auto" else options.overlap == "on"
         self.executor = StepExecutor(
-            self._make_runner(export),
+            make_runner(export, self.cache, options),
             self.sampler,
             self.routing,
             threaded=self.overlap and not on_gpu,
         )
         self._under_way: StepUnderWay | None = None
+        if export.group is not None:
+            export.group.begin()
 
     def _manage_pages(self) -> PageManager:
         size, window = self.options.page_size, freed_window(self.export.model.config)
@@ -158,17 +176,9 @@ class EngineCore:
             window,
         )
 
-    def _make_runner(self, export: Export) -> ModelRunner:
-        if self.options.absorb_mla and not self.cache.is_latent:
-            raise UserError("--absorb-mla: the model has no multi-head latent attention")
-        return ModelRunner(export.model, self.cache, self.options.absorb_mla)
-
     def _record_routing(self) -> RoutingCache:
-        model = self.export.model.config
-        n_layers = sum(model.is_moe(layer) for layer in range(model.n_layers))
-        if not n_layers or model.moe.n_experts > MAX_EXPERTS:
-            raise UserError("--routed-experts: the model has no experts, or more than 65536")
-        size, device = self.options.page_size, self.export.device
+        model, size, device = self.export.model.config, self.options.page_size, self.export.device
+        n_layers = _n_moe_layers(model)
         return RoutingCache(self.cache.n_pages, size, n_layers, model.moe.top_k, device)
 
     @property
@@ -211,13 +221,12 @@ class EngineCore:
         models are in memory for a moment. Raises UserError, without any change, if the models
         differ.
         """
-        kind = str(self.export.dtype).removeprefix("torch.")
-        new = open_export(folder, kind, str(self.export.device))
-        if new.model.config != self.export.model.config:
-            raise UserError(f"{folder}: is another model than the one that is served")
+        if self._under_way is not None:
+            wait([self._under_way.future])  # loading is a command to all ranks, as a step is
+        new = load_update(self.export, folder)
         outputs = self.flush_cache()
         self.export = replace(self.export, model=new.model)
-        self.executor.runner = self._make_runner(new)
+        self.executor.runner = make_runner(new, self.cache, self.options)
         return outputs
 
     def flush_cache(self) -> list[Output]:
@@ -241,6 +250,8 @@ class EngineCore:
         before = self._under_way
         chunks = self.scheduler.next_batch(in_flight=before is not None)
         after = self._start(chunks, before) if chunks else None
+        if before is after is None and self.export.group is not None:
+            self.export.group.beat()
         if before is not None:
             self._under_way = after
             return self._finish(before)
@@ -255,8 +266,10 @@ class EngineCore:
         return [] if before is None else self._finish(before)
 
     def close(self) -> None:
-        """End the thread of the device. No step may be running."""
+        """End the thread of the device, and let the other ranks end. No step may be running."""
         self.executor.close()
+        if self.export.group is not None:
+            self.export.group.stop()
 
     def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
         places = {} if before is None else before.places
@@ -372,10 +385,3 @@ class EngineCore:
             )
         if tokenizer is None and params.stop:
             raise RequestError("this model has no tokenizer; stop strings need one", "stop")
-
-
-def _highest_token(export: Export) -> int:
-    """The tokenizer's highest token: further ones of a padded vocabulary are never sampled."""
-    if export.tokenizer is None:
-        return export.model.config.vocab_size - 1
-    return max(export.tokenizer.get_vocab(with_added_tokens=True).values())

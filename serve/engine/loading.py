@@ -12,6 +12,7 @@ from models.decoder import Decoder
 from models.hf.files import read_config, read_model
 from models.hf.folder import inside, read_json
 from models.hf.messages import one_line, shown
+from serve.engine.rank_group import Command, RankGroup
 
 DTYPES = {
     "fp32": torch.float32,
@@ -36,13 +37,29 @@ class Export:
     """Maximum length of prompt and output together: later positions were never trained."""
     dtype: torch.dtype
     device: torch.device
+    group: RankGroup | None = None
+    """The ranks that divide the model; None for one process."""
+
+    @property
+    def highest_token(self) -> int:
+        """The tokenizer's highest token: further ones of a padded vocabulary are never sampled."""
+        if self.tokenizer is None:
+            return self.model.config.vocab_size - 1
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Export:
+def open_export(
+    folder: Path, dtype: str = "auto", device: str = "auto", group: RankGroup | None = None
+) -> Export:
     """Read an export.
 
-    dtype: `auto` (that of the export, in which weights in FP8 blocks stay in FP8), `fp32` or
-    `bf16`. device: `auto`, `cpu`, `cuda`, `cuda:1`.
+    Args:
+        folder: The export.
+        dtype: `auto` (that of the export, in which weights in FP8 blocks stay in FP8), `fp32` or
+            `bf16`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`; with a group it is that of the rank.
+        group: Ranks that divide the model; each reads its part of the weights.
+
     Raises UserError: one line with the file and its error.
     """
     model_config, raw = read_config(folder)
@@ -52,16 +69,40 @@ def open_export(folder: Path, dtype: str = "auto", device: str = "auto") -> Expo
         raise UserError(f"{place}: max_position_embeddings must be an integer of at least 2")
     tokenizer = _open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
     kind = _dtype(dtype, raw, place)
-    where = _device(device)
+    where = _device(device) if group is None else group.ranks.device
+    fp8 = dtype == "auto" and kind == torch.bfloat16
     return Export(
         name=folder.resolve().name,
-        model=read_model(folder, kind, where, fp8=dtype == "auto" and kind == torch.bfloat16),
+        model=read_model(
+            folder, kind, where, fp8=fp8, sharding=None if group is None else group.sharding
+        ),
         tokenizer=tokenizer,
         end_tokens=_end_tokens(folder, raw),
         max_length=max_length,
         dtype=kind,
         device=where,
+        group=group,
     )
+
+
+def load_update(old: Export, folder: Path) -> Export:
+    """The export of another folder, for the same model, dtype, device and ranks as `old`. Rank 0
+    lets the other ranks load it, too. Raises UserError, on all ranks, if the models differ."""
+    kind = str(old.dtype).removeprefix("torch.")
+
+    def load() -> Export:
+        new = open_export(folder, kind, str(old.device), old.group)
+        if new.model.config != old.model.config:
+            raise UserError(f"{folder}: is another model than the one that is served")
+        return new
+
+    if old.group is None:
+        return load()
+    with old.group.watched():
+        if old.group.ranks.is_first:
+            old.group.send(Command.LOAD, text=str(folder.absolute()))
+        export: Export = old.group.ranks.on_every(load)
+        return export
 
 
 def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:

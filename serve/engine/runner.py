@@ -38,11 +38,23 @@ class ModelRunner:
     """The model and its cache."""
 
     def __init__(
-        self, model: Decoder, cache: KvCache, absorbed: bool = False, fuses: bool = True
+        self,
+        model: Decoder,
+        cache: KvCache,
+        absorbed: bool = False,
+        fuses: bool = True,
+        n_ranks: int = 1,
     ) -> None:
-        """absorbed: see `serve.engine.attention.PagedAttention`. fuses: compute with
-        `serve.engine.fused` if that yields the same bits."""
+        """
+        Args:
+            model: The whole model, or this rank's part of it.
+            cache: Keys and values of the heads that are here.
+            absorbed: See `serve.engine.attention.PagedAttention`.
+            fuses: Compute with `serve.engine.fused` if that yields the same bits.
+            n_ranks: Ranks that compute a step together. The number of rows is a multiple of it.
+        """
         self.model = model
+        self.multiple = _ROWS * n_ranks
         self.cache = cache
         self.absorbed = absorbed
         self.fused = build_fused(model, cache) if fuses else None
@@ -65,9 +77,9 @@ class ModelRunner:
             x_TD = self.fused.hidden(batch, context)
             logits = partial(self.fused.logits, x_TD)
         else:
-            logits = partial(_logits, *self._hidden(batch, context))
+            logits = partial(self._logits, *self._hidden(batch, context))
         if routing is not None and context is not None:
-            routing(context.routed_experts()[:, : len(batch.tokens)])
+            routing(self._all_tokens(context.routed_experts())[:, : len(batch.tokens)])
         if score is not None:
             for first in range(0, len(batch.scored_rows), _SCORED_ROWS):
                 score(first, logits(batch.scored_rows[first : first + _SCORED_ROWS]))
@@ -79,13 +91,25 @@ class ModelRunner:
         """Final hidden states `[T, D]`, some rows more than tokens, and the head's weight."""
         device = self.cache.device
         hidden_TD, head_VD = self.model(
-            _padded(batch.tokens).to(device),
-            _padded(batch.positions).to(device),
+            _padded(batch.tokens, self.multiple).to(device),
+            _padded(batch.positions, self.multiple).to(device),
             PagedAttention(self.cache, batch, self.absorbed),
             output=lambda x_TD, weight_VD: (x_TD, weight_VD),
             context=context,
         )
         return hidden_TD, head_VD
+
+    def _logits(self, hidden_TD: Tensor, head_VD: Tensor, rows: Tensor) -> Tensor:
+        """fp32 `[n, V]`. With tensor parallelism the head has a part of the vocabulary."""
+        picked_TD = hidden_TD.index_select(0, _padded(rows, _ROWS).to(hidden_TD.device))
+        logits_nv = F.linear(picked_TD, head_VD)[: len(rows)]
+        if self.model.tp_comm.group is None or not len(rows):
+            return logits_nv.float()
+        return self.model.tp_comm.gather(logits_nv.T).T.float()
+
+    def _all_tokens(self, ids_LtK: Tensor) -> Tensor:
+        """The experts of all tokens, of which a rank of tensor parallelism routes its share."""
+        return self.model.tp_comm.gather(ids_LtK.transpose(0, 1)).transpose(0, 1)
 
 
 @torch.inference_mode()
@@ -113,12 +137,6 @@ def _agrees(fused: FusedModel, model: Decoder) -> bool:
     return not difference
 
 
-def _logits(hidden_TD: Tensor, head_VD: Tensor, rows: Tensor) -> Tensor:
-    """fp32 `[n, V]`."""
-    picked_TD = hidden_TD.index_select(0, _padded(rows).to(hidden_TD.device))
-    return F.linear(picked_TD, head_VD)[: len(rows)].float()
-
-
-def _padded(values: Tensor) -> Tensor:
+def _padded(values: Tensor, multiple: int) -> Tensor:
     """Repeat the last row, so that a token's padding uses no experts but its own."""
-    return torch.cat([values, values[-1:].expand(-len(values) % _ROWS)])
+    return torch.cat([values, values[-1:].expand(-len(values) % multiple)])

@@ -5,6 +5,7 @@ together. The thread starts with the first call.
 """
 
 import asyncio
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from serve.engine.core import EngineCore, EngineOptions
-from serve.engine.loading import Export, open_export
+from serve.engine.loading import Export
+from serve.engine.rank_group import connect, handle_signals
 from serve.engine.request import (
     FinishReason,
     Output,
@@ -25,6 +27,7 @@ from serve.engine.request import (
     TokenLogprob,
 )
 from serve.frontend.chat import ChatTemplate, Message, read_chat_template
+from serve.frontend.follow import follow, open_together
 from serve.frontend.thread import EngineThread
 
 Prompt = str | Sequence[int]
@@ -50,7 +53,12 @@ class Completion:
 
 
 class Engine:
-    """A model for generation. Use it as a context manager, or `close` it, to end its thread."""
+    """A model for generation. Use it as a context manager, or `close` it, to end its thread.
+
+    Under torchrun, with `tp` or `ep`, all ranks create it, and the script continues on rank 0 only:
+    on the others the constructor computes their part of rank 0's steps until rank 0 closes the
+    engine, then raises SystemExit. Rank 0 gets SIGTERM as KeyboardInterrupt.
+    """
 
     def __init__(
         self,
@@ -59,17 +67,38 @@ class Engine:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        tp: int = 1,
+        ep: int = 1,
         **settings: Any,
     ) -> None:
-        """model: the folder of an export, or an opened one. settings: fields of `EngineOptions`,
-        instead of `options`. Raises UserError, one line, for invalid arguments."""
+        """
+        Args:
+            model: The folder of an export, or an opened one.
+            options: Sizes and modes.
+            dtype, device: See `serve.engine.loading.open_export`.
+            tp: Number of ranks that divide heads, widths and vocabulary.
+            ep: Number of ranks that divide the experts.
+            **settings: Fields of `EngineOptions`, instead of `options`.
+
+        Raises UserError, one line, for invalid arguments.
+        """
         assert options is None or not settings, "options or settings, not both"
+        options = options or EngineOptions(**settings)
         self.chat_template: ChatTemplate | None = None
         if not isinstance(model, Export):
             self.chat_template = read_chat_template(Path(model))
-            model = open_export(Path(model), dtype, device)
-        self.core = EngineCore(model, options or EngineOptions(**settings))
+            group = connect(Path(model), tp, ep, device)
+            model = open_together(Path(model), dtype, device, options, group)
+        self.group = model.group
+        if self.group is not None and not self.group.ranks.is_first:
+            follow(model, options)
+            self.group.leave()
+            raise SystemExit(0)
+        self.core = EngineCore(model, options)
         self.thread = EngineThread(self.core)
+        if self.group is not None:
+            handle_signals(signal.default_int_handler)
+            self.thread.start()  # it must not leave the other ranks alone
 
     def __enter__(self) -> "Engine":
         return self
@@ -85,6 +114,9 @@ class Engine:
     def close(self) -> None:
         """End the thread; running requests end as cancelled."""
         self.thread.stop()
+        if self.group is not None:
+            self.group.leave()
+            self.group = None
 
     def generate(
         self,

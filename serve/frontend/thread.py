@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 
 from serve.engine.core import EngineCore
+from serve.engine.rank_group import BEAT_S
 from serve.engine.request import Output, Request, RequestError
 
 log = logging.getLogger("serve")
@@ -114,7 +115,8 @@ class EngineThread:
         scheduler = self.core.scheduler
         with self._wake:
             while not (self._stopping or self.core.busy or self._has_commands):
-                self._wake.wait()
+                if not self._wake.wait(None if self.core.export.group is None else BEAT_S):
+                    break  # an idle step checks the other ranks
             if self._stopping:
                 return False
             scheduler.add(self._submitted)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from configs.errors import UserError
 from models.hf.safetensors_files import MappedFiles, save_tensors
+from models.layers.box import Box
 from parallel.ranks import Ranks, gather_json, one_line
-from parallel.shards import Box, box_of, is_primary_replica, local_of
+from parallel.shards import box_of, is_primary_replica, local_of
 from train.atomic_files import replace_text, sync
 from train.checkpoint import retention
 from train.checkpoint.manifest import (

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from models.layers.box import Box
 from parallel.ranks import gather_json
-from parallel.shards import Box
 from train.checkpoint.manifest_content import (
     FOLDER_NAME,
     Fault,

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from parallel.shards import Box
+from models.layers.box import Box
 
 LONGEST_NAME = 1000
 _LONGEST_TEXT = 4096

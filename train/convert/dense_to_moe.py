@@ -31,8 +31,9 @@ from models.gguf.tokenizer import write_gguf_tokenizer
 from models.hf.dense import DenseCheckpoint, open_dense
 from models.hf.folder import inside, read_json
 from models.hf.table import architecture
+from models.layers.box import Box
 from models.upcycle import Recipe, layer_difference, upcycled_layer, upcycled_model
-from parallel.shards import Box, box_of
+from parallel.shards import box_of
 from train.checkpoint import checkpoint
 from train.checkpoint.config_changes import ConfigChange, change_of
 from train.tokenizer.files import note_imported, take_over

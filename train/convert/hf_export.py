@@ -22,7 +22,7 @@ from models.hf.files import Index, write_tensors
 from models.hf.folder import INDEX
 from models.hf.fp8_blocks import fp8_plan
 from models.hf.table import architecture, hf_config, hf_tensors
-from parallel.shards import Box
+from models.layers.box import Box
 from train.atomic_files import naming
 from train.checkpoint import checkpoint
 from train.tokenizer.files import GENERATION, SPECIAL_IDS, imported, longest_sequence, pass_on

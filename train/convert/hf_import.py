@@ -34,7 +34,7 @@ from models.hf.checkpoint import PIECE_BYTES, HFCheckpoint
 from models.hf.files import SHARD_BYTES, read_config
 from models.hf.folder import refuse_code
 from models.hf.table import text_config
-from parallel.shards import Box
+from models.layers.box import Box
 from train.checkpoint import checkpoint
 from train.tokenizer.files import files_for_others, longest_sequence, take_over
 from train.tokenizer.tokenizer import load_tokenizer
@@ -123,7 +123,8 @@ def _read_file(
     for name, box in boxes.items():
         value = torch.zeros(box.shape)
         if name in source:
-            source.fill(name, value, box.offset[0], min(PIECE_BYTES, shard_bytes // 8))
+            piece_bytes = min(PIECE_BYTES, shard_bytes // 8)
+            source.fill(name, value, box, piece_bytes)
         else:  # a router's balancing bias, which only some families have
             assert name.endswith("router.bias_E"), name
         held[f"model.{name}"] = (box, value)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.layers.box import Box
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from parallel.shards import Box
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointError
 from train.checkpoint.manifest_content import crc32_of
