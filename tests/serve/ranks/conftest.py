@@ -10,7 +10,7 @@ from configs.model import ModelConfig
 from models.hf.files import write_tensors
 from models.hf.table import hf_config
 from tests.models.test_invariance import lively
-from tests.parallel.meshes import model_of
+from tests.parallel.mesh.meshes import model_of
 from tests.serve.test_runner import SERVED
 
 

@@ -33,7 +33,7 @@ from serve.engine.loading import Export, open_export
 from serve.engine.rank_group import RankGroup
 from serve.engine.runner import ModelRunner
 from serve.frontend.follow import follow
-from tests.parallel.meshes import Case
+from tests.parallel.mesh.meshes import Case
 from tests.serve.drive import complete, greedy
 from tests.serve.test_runner import Sequence, random_sequences, run_in_random_steps
 from train.build import shard_model

@@ -17,7 +17,7 @@ from configs.parallel_dims import ParallelDims, resolve_serving
 from serve.__main__ import main
 from tests import forks
 from tests.forks import Program
-from tests.parallel.meshes import model_of
+from tests.parallel.mesh.meshes import model_of
 from tests.runs import ROOT, environment, free_port, run
 from tests.serve.ranks.conftest import write_lively
 

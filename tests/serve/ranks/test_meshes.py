@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from configs.model import ModelConfig
 from models.decoder import Decoder
 from models.init import initialize
-from tests.models.test_fp8_blocks import write_fp8
+from tests.models.hf.test_fp8_blocks import write_fp8
 from tests.runs import ROOT, run
 from tests.serve.conftest import CONFIG
 from tests.serve.test_runner import SERVED
