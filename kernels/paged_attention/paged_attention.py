@@ -63,9 +63,7 @@ def paged_attention(
     """
     _check(q_THC, keys, values, batch, sinks_H)
     if not device.on_accelerator(q_THC):
-        return paged_attention_reference(
-            q_THC, keys, values, batch, scale, window, chunk, sinks_H
-        )
+        return paged_attention_reference(q_THC, keys, values, batch, scale, window, chunk, sinks_H)
     from kernels.paged_attention.paged_attention_triton import attend
 
     with device.launching_on(q_THC):
@@ -110,7 +108,9 @@ def paged_attention_reference(
             sinks = sinks_H.float().view(G, H // G, 1, 1).expand(-1, -1, n, 1)
             scores = torch.cat([scores, sinks], -1)
         probs = scores.softmax(-1)[..., : end - first]
-        out_THV[rows] = torch.einsum("gmnl,lgv->ngmv", probs, v_lGV).reshape(n, H, V).to(q_THC.dtype)
+        out_THV[rows] = (
+            torch.einsum("gmnl,lgv->ngmv", probs, v_lGV).reshape(n, H, V).to(q_THC.dtype)
+        )
     return out_THV
 
 
@@ -176,8 +176,7 @@ def _check(
     B, problem = len(batch.key_lengths), None
     if width != C or values.shape[:3] != (n_pages, G, size) or H % G:
         problem = (
-            f"queries are {list(q_THC.shape)}, keys {list(keys.shape)}, values "
-            f"{list(values.shape)}"
+            f"queries are {list(q_THC.shape)}, keys {list(keys.shape)}, values {list(values.shape)}"
         )
     elif not q_THC.dtype == keys.dtype == values.dtype or q_THC.dtype not in _DTYPES:
         problem = f"queries are {q_THC.dtype}, the cache {keys.dtype}; both fp32 or bf16"

@@ -57,53 +57,63 @@ def attend(
     out = q_THC.new_empty(T, H, V)
     if not out.numel():
         return out
-    main = V if shared else C
-    group, n_decodes = H // G, batch.n_decodes
-    widths = {
-        "MAIN": max(triton.next_power_of_2(main), 16),
-        "REST": max(triton.next_power_of_2(C - main), 16) if C > main else 0,
-        "VALUE": max(triton.next_power_of_2(V), 16),
-    }
-    local = min(x for x in (window or P * size, chunk or P * size, P * size))
-    reach = local + _SPLIT - 1  # a window may begin within a split
-    n_splits = max(min(triton.cdiv(reach, _SPLIT), _SPLITS), 1)
-    partial, stats = out, out
+    n_decodes, target = batch.n_decodes, Target.current()
+    n_splits = _n_splits(min(x or P * size for x in (window, chunk, P * size)))
+    partial = stats = out
     if n_decodes and n_splits > 1:
-        partial = torch.empty(n_decodes, H, n_splits, V, dtype=torch.float32, device=out.device)
-        stats = torch.empty(n_decodes, H, n_splits, 2, dtype=torch.float32, device=out.device)
-    strides = (
-        *q_THC.stride()[:2], *keys.stride(), *values.stride(), batch.page_tables.stride(0),
-    )  # fmt: skip
-    precise = q_THC.dtype == torch.float32
+        partial = out.new_empty(n_decodes, H, n_splits, V, dtype=torch.float32)
+        stats = out.new_empty(n_decodes, H, n_splits, 2, dtype=torch.float32)
+    main = V if shared else C
+    model = {
+        "H": H, "GROUP": H // G, "C": main, "EXTRA": C - main, "V": V, "PAGE": size,
+        "WINDOW": window, "CHUNK": chunk, "SPLIT": _SPLIT, "SPLITS": _SPLITS,
+        "MAIN": _block(main), "REST": _block(C - main) if C > main else 0, "VALUE": _block(V),
+    }  # fmt: skip
     for is_decode in (True, False):
         n_requests = n_decodes if is_decode else B - n_decodes
-        if not n_requests or (not is_decode and T <= n_decodes):
+        if not n_requests or (not is_decode and T == n_decodes):
             continue
-        tile = _tile(is_decode, group, widths["MAIN"], precise, Target.current().amd)
-        heads = min(triton.next_power_of_2(group), tile.rows)
-        heads = tile.rows if is_decode else heads
-        queries = tile.rows // heads
-        tiles = n_decodes if is_decode else (T - n_decodes) // queries + n_requests
-        head_blocks = triton.cdiv(group, heads)
-        grid = (tiles * head_blocks, G, n_splits if is_decode else 1)
+        tile = _tile(is_decode, H // G, main, q_THC.dtype, target.amd)
+        heads = tile.rows if is_decode else min(triton.next_power_of_2(H // G), tile.rows)
+        tiles = n_requests if is_decode else (T - n_decodes) // (tile.rows // heads) + n_requests
+        grid = (tiles * triton.cdiv(H // G, heads), G, n_splits if is_decode else 1)
         _attend[grid](
             q_THC, keys, values, batch.page_tables, batch.query_starts, batch.key_lengths,
-            out if sinks_H is None else sinks_H, out, partial, stats,
-            B, n_decodes, H, group, head_blocks, main, C - main, V, n_splits, window, chunk,
-            scale * math.log2(math.e), *strides,
-            DECODE=is_decode, SINKS=sinks_H is not None, SHARED=shared, WINDOWED=window > 0,
-            CHUNKED=chunk > 0, PRECISE=precise, PAGE=size, ROWS=tile.rows, HEADS=heads,
-            KEYS=tile.keys, SPLIT=_SPLIT, SPLITS=_SPLITS, **widths,
-            num_warps=tile.warps, num_stages=tile.stages,
+            out if sinks_H is None else sinks_H, out, partial, stats, B, n_decodes, n_splits,
+            scale * math.log2(math.e), *q_THC.stride()[:2], *keys.stride(), *values.stride(),
+            batch.page_tables.stride(0),
+            DECODE=is_decode, SINKS=sinks_H is not None, SHARED=shared, ROWS=tile.rows, HEADS=heads,
+            KEYS=tile.keys, **model, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    if n_decodes and n_splits > 1:
-        block = _tile(True, group, widths["MAIN"], precise, Target.current().amd).keys
-        _combine[(n_decodes, H)](
-            partial, stats, batch.key_lengths, out, H, V, n_splits, window, chunk,
-            WINDOWED=window > 0, CHUNKED=chunk > 0, KEYS=block, SPLIT=_SPLIT, SPLITS=_SPLITS,
-            VALUE=widths["VALUE"], num_warps=4 if widths["VALUE"] > 128 else 1,
-        )  # fmt: skip
+        if is_decode and n_splits > 1:
+            _combine[(n_decodes, H)](
+                partial, stats, batch.key_lengths, out, n_splits, H=H, V=V, WINDOW=window,
+                CHUNK=chunk, KEYS=tile.keys, SPLIT=_SPLIT, SPLITS=_SPLITS, VALUE=_block(V),
+                num_warps=4 if V > 128 else 1,
+            )  # fmt: skip
     return out
+
+
+def _n_splits(n_keys: int) -> int:
+    """Most splits of a decode that attends to at most `n_keys` keys, which may begin within a
+    block."""
+    return max(min(triton.cdiv(n_keys + _SPLIT - 1, _SPLIT), _SPLITS), 1)
+
+
+def _block(width: int) -> int:
+    """Columns of a block for `width`, as tensor cores require."""
+    return max(triton.next_power_of_2(width), 16)
+
+
+def _tile(is_decode: bool, group: int, width: int, dtype: torch.dtype, amd: bool) -> _Tile:
+    """Sizes for `group` query heads per key/value head of this width, chosen so that no registers
+    are spilled (`python -m scripts.kernel_table`). None is measured."""
+    rows = min(max(triton.next_power_of_2(group), 16), 64) if is_decode else 64
+    if dtype == torch.float32:  # without tensor cores on NVIDIA
+        return _Tile(16, 32 if width <= 128 else 16, 8 if 128 < width <= 256 else 4, 1)
+    if width > 256:
+        return _Tile(min(rows, 32), 32, 4 if amd else 8, 1 if amd else 2)
+    return _Tile(rows, 64 if width <= 128 and not amd else 32, 4, 1 if amd else 2)
 
 
 def write(rows_TGC: Tensor, pages: Tensor, slots_T: Tensor) -> None:
@@ -117,27 +127,14 @@ def write(rows_TGC: Tensor, pages: Tensor, slots_T: Tensor) -> None:
     )  # fmt: skip
 
 
-def _tile(is_decode: bool, group: int, width: int, precise: bool, amd: bool) -> _Tile:
-    """Sizes for `group` query heads per key/value head whose (main) width is `width`."""
-    if is_decode:
-        rows = min(max(triton.next_power_of_2(group), 16), 64)
-    else:
-        rows = 64
-    if width > 256:
-        return _Tile(min(rows, 16 if precise else 32), 16 if precise else 32, 4, 1)
-    if precise:
-        return _Tile(min(rows, 32), 32, 4, 1)
-    return _Tile(rows, 64 if width <= 128 else 32, 4, 1 if amd else 2)
-
-
 @triton.jit
-def _first_key(position, window, chunk, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _first_key(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The first key to which the query at `position` attends."""
     first = position * 0
-    if WINDOWED:
-        first = tl.maximum(position - window + 1, 0)
-    if CHUNKED:
-        first = tl.maximum(first, position // chunk * chunk)
+    if WINDOW:
+        first = tl.maximum(position - WINDOW + 1, 0)
+    if CHUNK:
+        first = tl.maximum(first, position // CHUNK * CHUNK)
     return first
 
 
@@ -168,16 +165,17 @@ def _request_of(tile, starts_ptr, n_requests, first, QUERIES: tl.constexpr):  # 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr, sinks_ptr, out_ptr, partial_ptr,
-    stats_ptr, n_requests, n_decodes, H, group, head_blocks, main, rest, V, n_splits, window, chunk,
-    scale, q_row, q_head, k_page, k_head, k_dim, k_token, v_page, v_head, v_token, v_dim, table_row,
-    DECODE: tl.constexpr, SINKS: tl.constexpr, SHARED: tl.constexpr, WINDOWED: tl.constexpr,
-    CHUNKED: tl.constexpr, PRECISE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr,
+    stats_ptr, n_requests, n_decodes, n_splits, scale, q_row, q_head, k_page, k_head, k_dim,
+    k_token, v_page, v_head, v_token, v_dim, table_row,
+    DECODE: tl.constexpr, SINKS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
+    EXTRA: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, MAIN: tl.constexpr,
+    REST: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = ROWS // HEADS
-    PRECISION: tl.constexpr = "ieee" if PRECISE else "tf32"
-    tile = tl.program_id(0) // head_blocks
+    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    tile = tl.program_id(0) // HEAD_BLOCKS
     kv_head, split = tl.program_id(1), tl.program_id(2)
     if DECODE:
         request, begin_row, n_rows, done = tile, tile, 1, 0
@@ -190,12 +188,12 @@ def _attend(  # type: ignore[no-untyped-def]
             return
     length = tl.load(lengths_ptr + request)
     rows = tl.arange(0, ROWS)
-    heads = tl.program_id(0) % head_blocks * HEADS + rows % HEADS
+    heads = tl.program_id(0) % HEAD_BLOCKS * HEADS + rows % HEADS
     tokens = done + rows // HEADS
-    inside = (heads < group) & (tokens < n_rows)
+    inside = (heads < GROUP) & (tokens < n_rows)
     first = length - n_rows + done
     positions = first + tl.minimum(rows // HEADS, n_rows - 1 - done)
-    low = _first_key(tl.maximum(first, 0), window, chunk, WINDOWED, CHUNKED)
+    low = _first_key(tl.maximum(first, 0), WINDOW, CHUNK)
     end = tl.minimum(first + QUERIES, length)
 
     # the keys of this program
@@ -210,14 +208,14 @@ def _attend(  # type: ignore[no-untyped-def]
         begin += split * size
         stop = tl.minimum(begin + size, end)
 
-    heads += kv_head * group
+    heads += kv_head * GROUP
     q_at = q_ptr + ((begin_row + tokens).to(tl.int64) * q_row + heads * q_head)[:, None]
     dims = tl.arange(0, MAIN)
-    q = tl.load(q_at + dims[None, :], mask=inside[:, None] & (dims < main)[None, :], other=0.0)
+    q = tl.load(q_at + dims[None, :], mask=inside[:, None] & (dims < C)[None, :], other=0.0)
     if REST:
         rest_dims = tl.arange(0, REST)
-        q_mask = inside[:, None] & (rest_dims < rest)[None, :]
-        q_rest = tl.load(q_at + main + rest_dims[None, :], mask=q_mask, other=0.0)
+        q_mask = inside[:, None] & (rest_dims < EXTRA)[None, :]
+        q_rest = tl.load(q_at + C + rest_dims[None, :], mask=q_mask, other=0.0)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if SINKS:
@@ -241,20 +239,18 @@ def _attend(  # type: ignore[no-untyped-def]
         pages = tl.load(table + at // PAGE, mask=loaded, other=0).to(tl.int64)
         offsets = at % PAGE
         k_at = k_ptr + (pages * k_page + offsets * k_token)[None, :]
-        k_mask = (dims < main)[:, None] & loaded[None, :]
+        k_mask = (dims < C)[:, None] & loaded[None, :]
         k = tl.load(k_at + (dims * k_dim)[:, None], mask=k_mask, other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        scores = tl.dot(q, k, input_precision="ieee")
         if REST:
-            rest_mask = (rest_dims < rest)[:, None] & loaded[None, :]
-            k_rest = tl.load(
-                k_at + ((main + rest_dims) * k_dim)[:, None], mask=rest_mask, other=0.0
-            )
-            scores = tl.dot(q_rest, k_rest, scores, input_precision=PRECISION)
+            rest_mask = (rest_dims < EXTRA)[:, None] & loaded[None, :]
+            k_rest = tl.load(k_at + ((C + rest_dims) * k_dim)[:, None], mask=rest_mask, other=0.0)
+            scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
         visible = at[None, :] <= positions[:, None]
-        if WINDOWED:
-            visible &= positions[:, None] - at[None, :] < window
-        if CHUNKED:
-            visible &= at[None, :] >= (positions // chunk * chunk)[:, None]
+        if WINDOW:
+            visible &= positions[:, None] - at[None, :] < WINDOW
+        if CHUNK:
+            visible &= at[None, :] >= (positions // CHUNK * CHUNK)[:, None]
         scores = tl.where(visible, scores * scale, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         # a row without a visible key so far must not compute inf - inf
@@ -268,7 +264,7 @@ def _attend(  # type: ignore[no-untyped-def]
         else:
             v_at = v_ptr + (pages * v_page + offsets * v_token)[:, None] + columns[None, :] * v_dim
             v = tl.load(v_at, mask=used[:, None] & (columns < V)[None, :], other=0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     row_at = (begin_row + tokens).to(tl.int64) * H + heads
     mask = inside[:, None] & (columns < V)[None, :]
@@ -286,14 +282,14 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _combine(  # type: ignore[no-untyped-def]
-    partial_ptr, stats_ptr, lengths_ptr, out_ptr, H, V, n_splits, window, chunk,
-    WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
+    partial_ptr, stats_ptr, lengths_ptr, out_ptr, n_splits, H: tl.constexpr, V: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
     SPLITS: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits of a decode with more than one, in order."""
     request, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths_ptr + request)
-    low = _first_key(tl.maximum(length - 1, 0), window, chunk, WINDOWED, CHUNKED)
+    low = _first_key(tl.maximum(length - 1, 0), WINDOW, CHUNK)
     n_keys = length - low // KEYS * KEYS
     size = _split_size(n_keys, SPLIT, SPLITS)
     if n_keys <= size:
