@@ -32,6 +32,8 @@ _SPLIT = 512
 """Keys per split of a decode."""
 _SPLITS = 32
 """Maximum number of splits; beyond, splits are multiples of `_SPLIT`."""
+_MOST_KEYS = 64
+"""Most keys of a block; `_SPLIT` is a multiple of every block."""
 _WRITTEN = 1024
 """Elements per program of `write`."""
 _LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
@@ -58,7 +60,7 @@ def attend(
     if not out.numel():
         return out
     n_decodes, target = batch.n_decodes, Target.current()
-    n_splits = _n_splits(min(x or P * size for x in (window, chunk, P * size)))
+    n_splits = _n_splits(P * size, min(window or P * size, chunk or P * size))
     partial = stats = out
     if n_decodes and n_splits > 1:
         partial = out.new_empty(n_decodes, H, n_splits, V, dtype=torch.float32)
@@ -94,10 +96,11 @@ def attend(
     return out
 
 
-def _n_splits(n_keys: int) -> int:
-    """Most splits of a decode that attends to at most `n_keys` keys, which may begin within a
-    block."""
-    return max(min(triton.cdiv(n_keys + _SPLIT - 1, _SPLIT), _SPLITS), 1)
+def _n_splits(n_keys: int, local: int) -> int:
+    """Most splits of a decode with `n_keys` keys that attends to `local` of them, from anywhere in
+    a block."""
+    n_keys = min(n_keys, local + _MOST_KEYS - 1)
+    return max(min(triton.cdiv(n_keys, _SPLIT), _SPLITS), 1)
 
 
 def _block(width: int) -> int:
@@ -113,7 +116,7 @@ def _tile(is_decode: bool, group: int, width: int, dtype: torch.dtype, amd: bool
         return _Tile(16, 32 if width <= 128 else 16, 8 if 128 < width <= 256 else 4, 1)
     if width > 256:
         return _Tile(min(rows, 32), 32, 4 if amd else 8, 1 if amd else 2)
-    return _Tile(rows, 64 if width <= 128 and not amd else 32, 4, 1 if amd else 2)
+    return _Tile(rows, _MOST_KEYS if width <= 128 and not amd else 32, 4, 1 if amd else 2)
 
 
 def write(rows_TGC: Tensor, pages: Tensor, slots_T: Tensor) -> None:

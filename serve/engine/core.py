@@ -22,6 +22,7 @@ from serve.cache.manager import PageManager
 from serve.cache.prefix_cache import NaiveCache
 from serve.cache.radix import RadixCache
 from serve.cache.routing_cache import MAX_EXPERTS, RoutingCache
+from serve.cuda.runner import CudaRunner
 from serve.engine.batch import StepPlan, plan_step
 from serve.engine.detokenizer import TextStream
 from serve.engine.executor import StepExecutor, StepUnderWay
@@ -64,7 +65,11 @@ class EngineOptions:
     """Store the experts of every token, for requests with `return_routed_experts`."""
     absorb_mla: bool = False
     """MLA multiplies queries and outputs by the projection of keys and values instead of
-    expanding the cached latents: less work per key, but the last bits differ from training."""
+    expanding the cached latents: less work per key, but the last bits differ from training. CUDA
+    always computes this form."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """`auto`: a GPU computes steps that only decode as CUDA graphs. `off`: it launches every
+    kernel."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "page_size"):
@@ -75,6 +80,8 @@ class EngineOptions:
             raise UserError(f"--cache {self.cache}: must be radix or naive")
         if self.overlap not in ("auto", "on", "off"):
             raise UserError(f"--overlap {self.overlap}: must be auto, on or off")
+        if self.cuda_graphs not in ("auto", "off"):
+            raise UserError(f"--cuda-graphs {self.cuda_graphs}: must be auto or off")
         if self.max_batch_tokens < self.max_running:
             raise UserError(
                 f"--max-batch-tokens {self.max_batch_tokens}: must be at least "
@@ -161,7 +168,13 @@ class EngineCore:
     def _make_runner(self, export: Export) -> ModelRunner:
         if self.options.absorb_mla and not self.cache.is_latent:
             raise UserError("--absorb-mla: the model has no multi-head latent attention")
-        return ModelRunner(export.model, self.cache, self.options.absorb_mla)
+        if export.device.type != "cuda":
+            return ModelRunner(export.model, self.cache, self.options.absorb_mla)
+        graphs = self.options.cuda_graphs != "off"
+        return CudaRunner(
+            export.model, self.cache, self.options.max_running if graphs else 0,
+            -(-export.max_length // self.cache.page_size),
+        )  # fmt: skip
 
     def _record_routing(self) -> RoutingCache:
         model = self.export.model.config

@@ -31,8 +31,8 @@ LATENTS = [Heads(4, 1, 22, 14), Heads(70, 1, 40, 32), Heads(1, 1, 9, 8)]
 """One key per token, whose first V numbers are the value."""
 REQUESTS = {
     "decodes": ([1, 1, 1, 1], [40, 0, 1, 200], 4),
-    "chunks": ([3, 0, 70, 1], [3, 0, 101, 50], 0),
-    "mixed": ([1, 1, 33, 0, 2], [131, 7, 40, 12, 97], 2),
+    "chunks": ([3, 0, 37, 1], [3, 0, 71, 50], 0),
+    "mixed": ([1, 1, 20, 0, 2], [131, 7, 40, 12, 67], 2),
     "one": ([1], [65], 1),
     "padded": ([1, 1, 5], [0, 9, 0], 2),
 }
@@ -147,7 +147,7 @@ def test_latents(heads: Heads, requests: str, local: str, size: int, dtype: torc
 def test_other_requests_do_not_matter(latent: bool, dtype: torch.dtype) -> None:
     """The bits of each request alone, in another place of the batch, with a wider page table."""
     heads, size = Heads(4, 1 if latent else 2, 20, 20 - 6 * latent), 5
-    batch = make_batch([1, 1, 1, 9, 40], [200, 3, 130, 77, 41], 3, size)
+    batch = make_batch([1, 1, 1, 9, 24], [200, 3, 130, 47, 25], 3, size)
     keys, values = make_cache(heads, batch, size, dtype)
     latents = values.new_empty(len(values), size, heads.C)
     fill(latents, batch)
@@ -160,7 +160,7 @@ def test_other_requests_do_not_matter(latent: bool, dtype: torch.dtype) -> None:
             return paged.paged_attention(q, keys, values, batch, 0.4)
 
     whole = attend(q, batch)
-    for chosen in ([0], [1], [2], [3], [4], [2, 0, 4, 3], [1, 2, 4]):
+    for chosen in ([0], [3], [2, 4], [2, 0, 4, 3], [1, 4]):
         rows = [slice(*batch.query_starts[b : b + 2].tolist()) for b in chosen]
         lengths = batch.key_lengths[chosen]
         width = -(-int(lengths.max()) // size)
@@ -186,10 +186,10 @@ def test_not_a_number_stays_in_its_request() -> None:
 def test_overwhelming_scores_and_sinks() -> None:
     """Neither logits nor sinks of several hundred overflow."""
     heads = HEADS[0]
-    batch = make_batch([1, 3], [150, 30], 1, 16)
+    batch = make_batch([1, 3], [130, 30], 1, 16)
     keys, values = make_cache(heads, batch, 16, torch.float32)
     q = make_queries(heads, batch, torch.float32)
-    for scale, sink in ((200.0, 0.0), (1.0, 500.0), (1.0, -500.0), (200.0, 300.0)):
+    for scale, sink in ((200.0, 0.0), (1.0, 500.0), (200.0, -300.0)):
         arguments = (q, keys, values, batch, scale, 0, 0, torch.full((4,), sink))
         with kernels_on_cpu():
             ours = paged.paged_attention(*arguments)
