@@ -16,26 +16,11 @@ Shapes: T tokens of B requests, H query heads, G key/value heads, C head width, 
 width of a latent with its rotated part, R width of the latent, P pages per row of the page table.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kernels import device
-
-
-class PagedBatch(NamedTuple):
-    """The requests of a step and their pages; tensors on the device of the cache."""
-
-    page_tables: Tensor
-    """int32 `[B, P]`: pages of each request in order of position. Entries for keys to which no
-    query of the request attends are not read."""
-    query_starts: Tensor
-    """int32 `[B + 1]`: rows `query_starts[b]` to `query_starts[b + 1]` belong to request b."""
-    key_lengths: Tensor
-    """int32 `[B]`: keys of request b up to its last row. 0: the result of its rows is zero."""
-    n_decodes: int
-    """Number of requests, the first ones, with exactly one row."""
+from kernels.paged_attention.batch import PagedBatch
 
 
 def paged_attention(

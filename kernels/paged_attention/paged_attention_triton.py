@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gemm.gemm_fp8_triton import Target
-from kernels.paged_attention.paged_attention import PagedBatch
+from kernels.paged_attention.batch import PagedBatch
 
 _SPLIT = 512
 """Keys per split of a decode."""

@@ -28,8 +28,6 @@ class Case:
     """Launches the kernel on operands in this FP8 type."""
     multiplies: bool = False
     """Whether its code must use tensor cores."""
-    descriptors: bool = True
-    """Whether code with tensor cores must use TMA if the target has it."""
     everyday: bool = True
     """Whether continuous integration compiles it; the others differ from one of these in one
     type."""
@@ -39,6 +37,8 @@ class Case:
     """The type that its tensor cores multiply."""
     index: int = -1
     """Which of the kernels that it launches."""
+    descriptors: bool = True
+    """Whether code with tensor cores must use TMA if the target has it."""
 
 
 def fp8_of(target: str) -> torch.dtype:

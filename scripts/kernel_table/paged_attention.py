@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from kernels.paged_attention import paged_attention_triton
-from kernels.paged_attention.paged_attention import PagedBatch
+from kernels.paged_attention.batch import PagedBatch
 from scripts.kernel_table.case import Case
 
 REQUESTS, PAGES, PAGE_SIZE, CHUNK = 64, 2048, 16, 512
@@ -30,15 +30,15 @@ def cases() -> list[Case]:
                 cores = "bf16, few rows" if decodes else "bf16"
                 found.append(
                     Case(
-                        f"paged_attention {step}, {heads}, {name}", launch, is_bf16, False,
-                        everyday=is_bf16 or heads.startswith("32"), cores=cores, index=0,
+                        f"paged_attention {step}, {heads}, {name}", launch, is_bf16,
+                        everyday=is_bf16 or heads.startswith("32"), cores=cores, index=0, descriptors=False,
                     )
                 )  # fmt: skip
             launch = partial(_attend_latents, decodes, dtype)
             found.append(
                 Case(
-                    f"paged_latent_attention {step}, {name}", launch, is_bf16, False,
-                    everyday=is_bf16, cores="bf16, few rows", index=0,
+                    f"paged_latent_attention {step}, {name}", launch, is_bf16,
+                    everyday=is_bf16, cores="bf16, few rows", index=0, descriptors=False,
                 )
             )  # fmt: skip
     return [

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from configs.model import AttentionConfig
+from kernels.paged_attention.batch import PagedBatch
 from kernels.paged_attention.paged_attention import (
-    PagedBatch,
     paged_attention,
     paged_latent_attention,
     write_pages,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.paged_attention.paged_attention import PagedBatch
+from kernels.paged_attention.batch import PagedBatch
 from serve.cuda.attention import DeviceBatch, send
 from serve.engine.batch import ForwardBatch
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.paged_attention import paged_attention as paged
 from kernels.paged_attention import paged_attention_triton
-from kernels.paged_attention.paged_attention import PagedBatch
+from kernels.paged_attention.batch import PagedBatch
 from tests.kernels.lane import kernels_on_cpu, relative
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -160,7 +160,8 @@ def test_greedy_equals_training_model(
         return forward(batch, *context)
 
     assert runner.graphs is not None
-    runner._forward = runner.graphs.forward = spy  # type: ignore[method-assign]
+    runner.graphs.forward = spy
+    runner._forward = spy  # type: ignore[assignment, method-assign]
     rng = random.Random(0)
     texts = [[rng.randrange(1, 320) for _ in range(rng.randint(1, 30))] for _ in range(7)]
     found = complete(core, texts, [greedy(n) for n in range(5, 12)])
