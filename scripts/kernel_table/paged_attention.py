@@ -31,7 +31,8 @@ def cases() -> list[Case]:
                 found.append(
                     Case(
                         f"paged_attention {step}, {heads}, {name}", launch, is_bf16,
-                        everyday=is_bf16 or heads.startswith("32"), cores=cores, index=0, descriptors=False,
+                        everyday=is_bf16 or heads.startswith("32"), cores=cores, index=0,
+                        descriptors=False,
                     )
                 )  # fmt: skip
             launch = partial(_attend_latents, decodes, dtype)
