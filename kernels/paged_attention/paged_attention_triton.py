@@ -36,6 +36,9 @@ _MOST_KEYS = 64
 """Most keys of a block; `_SPLIT` is a multiple of every block."""
 _WRITTEN = 1024
 """Elements per program of `write`."""
+_VARYING = ["n_requests", "n_decodes", "n_splits", "table_row"]
+"""Arguments that differ between steps. Triton would compile them into the code where they are 1 or
+a multiple of 16, and so compile again while requests wait."""
 _LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
@@ -165,7 +168,7 @@ def _request_of(tile, starts_ptr, n_requests, first, QUERIES: tl.constexpr):  # 
     return low, tile - begin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr, sinks_ptr, out_ptr, partial_ptr,
     stats_ptr, n_requests, n_decodes, n_splits, scale, q_row, q_head, k_page, k_head, k_dim,
@@ -283,7 +286,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def _combine(  # type: ignore[no-untyped-def]
     partial_ptr, stats_ptr, lengths_ptr, out_ptr, n_splits, H: tl.constexpr, V: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels import device
 from kernels.paged_attention.batch import PagedBatch
 from serve.cuda.attention import DeviceBatch, send
 from serve.engine.batch import ForwardBatch
@@ -47,7 +48,7 @@ class DecodeGraphs:
         max_running: int,
         page_size: int,
         max_pages: int,
-        device: torch.device,
+        place: torch.device,
     ) -> "DecodeGraphs":
         """Allocate the buffers and, on CUDA, capture the graphs.
 
@@ -56,28 +57,32 @@ class DecodeGraphs:
             max_running: Largest number of requests.
             page_size: Tokens per page.
             max_pages: Largest number of pages of a request.
-            device: Of the cache.
+            place: The device of the cache.
         """
         sizes = batch_sizes(max_running)
-        integers = torch.zeros(3, max_running, dtype=torch.int64, device=device)
+        integers = torch.zeros(3, max_running, dtype=torch.int64, device=place)
         static = DeviceBatch(
             tokens=integers[0],
             positions=integers[1],
             slots=integers[2].fill_(-1),
             requests=PagedBatch(
-                torch.zeros(max_running, max_pages, dtype=torch.int32, device=device),
-                torch.arange(max_running + 1, dtype=torch.int32, device=device),
-                torch.zeros(max_running, dtype=torch.int32, device=device),
+                torch.zeros(max_running, max_pages, dtype=torch.int32, device=place),
+                torch.arange(max_running + 1, dtype=torch.int32, device=place),
+                torch.zeros(max_running, dtype=torch.int32, device=place),
                 max_running,
             ),
         )
         graphs = DecodeGraphs(forward, sizes, page_size, static)
-        if device.type == "cuda":
+        if place.type == "cuda":
             graphs.capture()
         return graphs
 
     def capture(self) -> None:
         """Capture every size, the largest first: the others then need no further memory."""
+        with device.launching_on(self.static.tokens):
+            self._capture()
+
+    def _capture(self) -> None:
         pool = None
         for size in reversed(self.sizes):
             batch = self._part(size)
@@ -112,7 +117,8 @@ class DecodeGraphs:
         captured = self.captured.get(size)
         if captured is None:
             return self.forward(part)
-        captured.graph.replay()
+        with device.launching_on(part.tokens):
+            captured.graph.replay()
         return captured.result
 
     def _part(self, size: int) -> DeviceBatch:

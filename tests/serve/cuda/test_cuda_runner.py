@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import device
 from models.decoder import Decoder
 from serve.cache.kv_cache import KvCache
 from serve.cuda.attention import DeviceBatch
@@ -208,6 +209,7 @@ def test_captured_graphs_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
         def wait_stream(self, other: object) -> None:
             assert isinstance(other, FakeStream)
 
+    monkeypatch.setattr(device, "launching_on", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
