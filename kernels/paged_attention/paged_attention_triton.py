@@ -64,7 +64,7 @@ def attend(
         return out
     n_decodes, target = batch.n_decodes, Target.current()
     n_splits = _n_splits(P * size, min(window or P * size, chunk or P * size))
-    partial = stats = out
+    partial = stats = out.new_empty(1, dtype=torch.float32)  # one type, for one compiled kernel
     if n_decodes and n_splits > 1:
         partial = out.new_empty(n_decodes, H, n_splits, V, dtype=torch.float32)
         stats = out.new_empty(n_decodes, H, n_splits, 2, dtype=torch.float32)
