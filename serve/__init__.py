@@ -1,14 +1,35 @@
-"""Serving of an exported folder, from Python (`serve.Engine`) or over HTTP (`python -m serve`)."""
+"""Serving of an exported folder, from Python (`serve.Engine`) or over HTTP (`python -m serve`).
 
+The names below are imported at first use: parts of this package run without the libraries that a
+tokenizer or a server needs.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # torch reads it when it is loaded: OpenMP threads that wait by spinning stall on a shared machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # torch's C++ logs a lost connection with its stack; lost ranks are reported in one line
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from serve.engine.core import EngineOptions
-from serve.engine.request import Output, RequestError, SamplingParams
-from serve.frontend.engine import Completion, Engine
+if TYPE_CHECKING:
+    from serve.engine.core import EngineOptions
+    from serve.engine.request import Output, RequestError, SamplingParams
+    from serve.frontend.engine import Completion, Engine
 
 __all__ = ["Completion", "Engine", "EngineOptions", "Output", "RequestError", "SamplingParams"]
+_MODULES = {
+    "Completion": "serve.frontend.engine",
+    "Engine": "serve.frontend.engine",
+    "EngineOptions": "serve.engine.core",
+    "Output": "serve.engine.request",
+    "RequestError": "serve.engine.request",
+    "SamplingParams": "serve.engine.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'serve' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

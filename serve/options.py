@@ -50,7 +50,14 @@ def make_parser(command: str, description: str) -> CommandParser:
     parser.add_argument(
         "--absorb-mla",
         action="store_true",
-        help="multi-head latent attention with less work per key, and other last bits",
+        help="multi-head latent attention with less work per key, and other last bits; always on "
+        "a GPU",
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        choices=["auto", "off"],
+        default=sizes.cuda_graphs,
+        help="auto: on a GPU, steps that only decode are CUDA graphs",
     )
     return parser
 

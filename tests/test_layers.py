@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
         "kernels", "kernels/gemm", "kernels/grouped_gemm", "kernels/quantization",
     },
     "kernels/moe": {"kernels"},
+    "kernels/paged_attention": {"kernels", "kernels/gemm"},
     # upcycling checks which architecture can express the result
     "models": {"models/hf", "models/layers"},
     "models/layers": set(),
@@ -49,7 +50,8 @@ ROOMS: dict[str, set[str]] = {
     "serve": {"serve/api", "serve/engine", "serve/frontend"},
     "serve/api": {"serve/engine", "serve/frontend"},
     "serve/frontend": {"serve/engine"},
-    "serve/engine": {"serve/cache"},
+    "serve/engine": {"serve/cache", "serve/cuda"},
+    "serve/cuda": {"serve/cache", "serve/engine"},
     "serve/cache": set(),
 }  # fmt: skip
 """The other subpackages of a package that each subpackage may import; none if it is not listed."""

@@ -13,12 +13,12 @@ import torch
 import triton
 
 from configs.command_line import CommandParser
-from scripts.gpu_suite import elementwise, gemm, grouped, layers, moe, quantize, training
+from scripts.gpu_suite import elementwise, gemm, grouped, layers, moe, quantize, serve, training
 from scripts.gpu_suite.harness import Place
 
 SECTIONS = {
     section.NAME: section
-    for section in (quantize, gemm, grouped, layers, elementwise, moe, training)
+    for section in (quantize, gemm, grouped, layers, elementwise, moe, training, serve)
 }
 
 

@@ -14,6 +14,7 @@ TARGETS: dict[str, tuple[str, int | str]] = {
 TENSOR_CORES = {
     "fp8": {"sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "MFMA", "gfx950": "MFMA"},
     "bf16": {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA", "gfx950": "MFMA"},
+    "bf16, few rows": {"sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA", "gfx950": "MFMA"},
 }
 SIZE = 4096
 
@@ -26,7 +27,7 @@ class Case:
     launch: Callable[..., object]
     """Launches the kernel on operands in this FP8 type."""
     multiplies: bool = False
-    """Whether its code must use tensor cores, and TMA if the target has it."""
+    """Whether its code must use tensor cores."""
     everyday: bool = True
     """Whether continuous integration compiles it; the others differ from one of these in one
     type."""
@@ -34,6 +35,10 @@ class Case:
     """The targets that it supports."""
     cores: str = "fp8"
     """The type that its tensor cores multiply."""
+    index: int = -1
+    """Which of the kernels that it launches."""
+    descriptors: bool = True
+    """Whether code with tensor cores must use TMA if the target has it."""
 
 
 def fp8_of(target: str) -> torch.dtype:

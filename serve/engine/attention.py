@@ -179,12 +179,12 @@ def _attend_absorbed(
     return _product(o_HmR, w_HXR[:, plain:].mT)[:, :n].transpose(0, 1).to(q_nHC.dtype)
 
 
-def plain_weight(linear: Linear) -> Tensor:
-    """The weight in fp32; for a module in FP8, the dequantized weight."""
+def plain_weight(linear: Linear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight in `dtype`; for a module in FP8, the dequantized weight."""
     if isinstance(linear, Fp8Linear):
         weight = linear.fp8_weight("weight")
-        return dequantize_128x128(weight.data, weight.scales)
-    values: Tensor = linear.weight.float()
+        return dequantize_128x128(weight.data, weight.scales, dtype)
+    values: Tensor = linear.weight.to(dtype)
     return values
 
 

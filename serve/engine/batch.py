@@ -37,6 +37,13 @@ class ForwardBatch:
     scored_rows: Tensor
     """int64 `[Q]`: the rows whose logits are computed a few at a time; there may be thousands."""
 
+    def slots(self, page_size: int) -> Tensor:
+        """int64 `[T]`: the slots of the keys and values of each row."""
+        lengths = self.query_starts.diff()
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        pages = self.page_tables[sequences, self.positions // page_size].long()
+        return pages * page_size + self.positions % page_size
+
 
 @dataclass(frozen=True)
 class ScoredRow:
@@ -62,14 +69,6 @@ class StepPlan:
     unknown: list[tuple[int, int]]
     """Rows whose token the previous step has yet to sample, each with its index in the `sampled` of
     that step."""
-
-    def slots(self, page_size: int) -> Tensor:
-        """int64 `[T]`: the slots of the keys and values of each row."""
-        batch = self.batch
-        lengths = batch.query_starts.diff()
-        sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        pages = batch.page_tables[sequences, batch.positions // page_size].long()
-        return pages * page_size + batch.positions % page_size
 
 
 def plan_step(

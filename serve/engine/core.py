@@ -23,6 +23,7 @@ from serve.cache.manager import PageManager, freed_window
 from serve.cache.prefix_cache import NaiveCache
 from serve.cache.radix import RadixCache
 from serve.cache.routing_cache import MAX_EXPERTS, RoutingCache
+from serve.cuda.runner import CudaRunner
 from serve.engine.batch import StepPlan, plan_step
 from serve.engine.detokenizer import TextStream
 from serve.engine.executor import StepExecutor, StepUnderWay
@@ -66,7 +67,11 @@ class EngineOptions:
     """Store the experts of every token, for requests with `return_routed_experts`."""
     absorb_mla: bool = False
     """MLA multiplies queries and outputs by the projection of keys and values instead of
-    expanding the cached latents: less work per key, but the last bits differ from training."""
+    expanding the cached latents: less work per key, but the last bits differ from training. CUDA
+    always computes this form."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """`auto`: a GPU computes steps that only decode as CUDA graphs. `off`: it launches every
+    kernel."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "page_size"):
@@ -77,6 +82,8 @@ class EngineOptions:
             raise UserError(f"--cache {self.cache}: must be radix or naive")
         if self.overlap not in ("auto", "on", "off"):
             raise UserError(f"--overlap {self.overlap}: must be auto, on or off")
+        if self.cuda_graphs not in ("auto", "off"):
+            raise UserError(f"--cuda-graphs {self.cuda_graphs}: must be auto or off")
         if self.max_batch_tokens < self.max_running:
             raise UserError(
                 f"--max-batch-tokens {self.max_batch_tokens}: must be at least "
@@ -120,6 +127,9 @@ def make_runner(export: Export, cache: KvCache, options: EngineOptions) -> Model
     """The runner of an export, on each of its ranks."""
     if export.group is not None:
         return RankRunner(export.model, cache, options.absorb_mla, export.group)
+    if export.device.type == "cuda":
+        max_running = options.max_running if options.cuda_graphs != "off" else 0
+        return CudaRunner(export.model, cache, max_running, cache.pages_for(export.max_length))
     return ModelRunner(export.model, cache, options.absorb_mla)
 
 

@@ -8,8 +8,10 @@ first token of a text differently (they strip its leading space).
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
+if TYPE_CHECKING:  # a runner without text does not need the library
+    from tokenizers import Tokenizer
 
 _UNFINISHED = "\ufffd"
 _MOST_UNFINISHED = 3
@@ -18,7 +20,7 @@ _MOST_UNFINISHED = 3
 class Detokenizer:
     """Incremental `tokenizer.decode` without special tokens."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: "Tokenizer") -> None:
         self.tokenizer = tokenizer
         self.window: list[int] = []
         self.border = 0
@@ -88,7 +90,7 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request: detokenizer, then stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str]) -> None:
         self.characters = Detokenizer(tokenizer)
         self.matcher = StopMatcher(stops)
 

@@ -113,7 +113,7 @@ class StepExecutor:
         routing = self.routing
         if routing is None:
             return None
-        slots_T = plan.slots(routing.page_size)
+        slots_T = plan.batch.slots(routing.page_size)
         return lambda ids_LTK: routing.write(slots_T, ids_LTK)
 
 

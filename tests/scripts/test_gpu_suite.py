@@ -132,7 +132,7 @@ def test_it_needs_torch_triton_and_numpy_only() -> None:
     assert "torchtitan" in missing and "tomli" in missing
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({missing!r}));"
-        "sys.argv = ['', '--dry-run', '--check-only', '--sections', 'training', 'moe'];"
+        "sys.argv = ['', '--dry-run', '--check-only', '--sections', 'training', 'moe', 'serve'];"
         "runpy.run_module('scripts.gpu_suite', run_name='__main__')"
     )
     done = subprocess.run(

@@ -10,6 +10,8 @@ import torch
 
 from kernels.gemm.gemm_fp8_gluon import gemm as gluon_gemm
 from kernels.gemm.gemm_fp8_triton import TILES, gemm
+from kernels.paged_attention.batch import PagedBatch
+from kernels.paged_attention.paged_attention_triton import attend
 from kernels.quantization.quantize_triton import quantize_groups
 from scripts.kernel_table.__main__ import build, cases
 from scripts.kernel_table.case import TARGETS, TENSOR_CORES, Case, fp8_of
@@ -27,13 +29,16 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def assert_sound(made: Build, target: str, multiplies: bool, cores: str = "fp8") -> None:
+def assert_sound(
+    made: Build, target: str, multiplies: bool, cores: str = "fp8", descriptors: bool = True
+) -> None:
     assert made.spilled == 0, made
     assert 0 < made.registers <= REGISTERS[target], made
     assert made.shared <= SHARED_BYTES[TARGETS[target][1]], made
     if multiplies:
         assert made.instructions.get(TENSOR_CORES[cores][target], 0) > 0, made
-        assert target.startswith("gfx") or made.instructions.get("UTMALDG", 0) > 0, made
+        copied = target.startswith("gfx") or made.instructions.get("UTMALDG", 0) > 0
+        assert copied or not descriptors, made
 
 
 def some() -> Iterator[tuple[Case, list[str]]]:
@@ -56,7 +61,7 @@ def some() -> Iterator[tuple[Case, list[str]]]:
 @pytest.mark.parametrize(("case", "targets"), [pytest.param(*s, id=s[0].name) for s in some()])
 def test_every_kernel(case: Case, targets: list[str]) -> None:
     for target in targets:
-        assert_sound(build(case, target), target, case.multiplies, case.cores)
+        assert_sound(build(case, target), target, case.multiplies, case.cores, case.descriptors)
 
 
 def test_some_are_enough() -> None:
@@ -74,7 +79,7 @@ def test_every_kernel_and_type(target: str) -> None:
     """The full table."""
     for case in cases():
         if target in case.targets:
-            assert_sound(build(case, target), target, case.multiplies, case.cores)
+            assert_sound(build(case, target), target, case.multiplies, case.cores, case.descriptors)
 
 
 def test_gluon_warps_specialise() -> None:
@@ -124,3 +129,16 @@ def test_sm_80_has_no_fp8() -> None:
     an error message."""
     with pytest.raises(Exception, match="fp8e4nv not supported"), offline("cuda", 80):
         quantize_groups(torch.empty(128, 128), fp8_of("sm_80"), False, True, False)
+
+
+def test_attention_over_pages_is_compiled_once() -> None:
+    """One kernel for decodes and one for chunks, for any requests, rows and widths of the table."""
+    keys = torch.empty(9, 4, 64, 16, dtype=torch.bfloat16)
+    with offline("cuda", 90) as builds:
+        for B, P, n_decodes, T in ((8, 256, 8, 8), (1, 1, 1, 1), (16, 64, 0, 99), (5, 99, 1, 60)):
+            integers = torch.zeros(B + 1, dtype=torch.int32)
+            tables = torch.zeros(B, P, dtype=torch.int32)
+            batch = PagedBatch(tables, integers, integers[:-1], n_decodes)
+            q = torch.empty(T, 32, 64, dtype=torch.bfloat16)
+            attend(q, keys, keys.transpose(2, 3), batch, 0.1, 0, 0, None)
+    assert sorted(made.name for made in builds) == ["attend", "attend", "combine"]
