@@ -193,7 +193,13 @@ EXPERIMENTS = [
 
 
 @pytest.mark.parametrize(
-    ("config", "device"), [*zip(EXPERIMENTS, ["cpu", "cuda", "cpu", "cuda", "cuda"], strict=True)]
+    ("config", "device"),
+    [
+        pytest.param(config, device, marks=[pytest.mark.slow] * (number in (2, 4)))
+        for number, (config, device) in enumerate(
+            zip(EXPERIMENTS, ["cpu", "cuda", "cpu", "cuda", "cuda"], strict=True)
+        )
+    ],
 )
 def test_few_layers_tell_what_all_need(
     config: JobConfig, device: str, monkeypatch: pytest.MonkeyPatch

@@ -156,7 +156,16 @@ def config_of(chosen: Combination) -> JobConfig:
     return experiment(**merged)
 
 
-@pytest.mark.parametrize("chosen", [*cover()], ids=lambda chosen: " ".join(chosen.values()))
+def marked() -> Iterator[Any]:
+    """The cover; combinations in which every value has been seen before are slow."""
+    seen: set[tuple[str, str]] = set()
+    for chosen in cover():
+        marks = [pytest.mark.slow] if chosen.items() <= seen else []
+        yield pytest.param(chosen, marks=marks, id=" ".join(chosen.values()))
+        seen |= set(chosen.items())
+
+
+@pytest.mark.parametrize("chosen", [*marked()])
 def test_every_pair_of_settings_is_traced(chosen: Combination) -> None:
     config, device = config_of(chosen), chosen["device"]
     parallel_dims = resolve(config, RANKS)
