@@ -41,8 +41,10 @@ def small(overrides: list[str], sequences: int) -> list[str]:
             "--optimizer.lr=5e-4"]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("steps", "sequences"), [(30, 64), (100, 256)])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("steps", "sequences"), [(30, 64), pytest.param(100, 256, marks=pytest.mark.slow)]
+)
 def test_a_pair_ends_at_the_same_loss(
     steps: int, sequences: int, overrides: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
