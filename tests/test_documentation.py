@@ -28,8 +28,8 @@ SHORT = [
 """Overrides that make a training of any experiment take a second; they follow the printed ones."""
 SHORT_START = ["--train.steps=1", "--schedule.warmup_steps=0", "--train.global_batch=1"]
 """The same for a training that starts from weights, whose sizes are given."""
-FEW_TOKENS = ["--max-tokens=2", "--device=cpu"]
-"""The same for a generation on several ranks."""
+FEW_TOKENS = ["--max-tokens=2", "--device=cpu", "--dtype=fp32"]
+"""The same for a generation on several ranks; another page may have left an export in FP8."""
 _GPU = "measures a GPU"
 _MINUTES = "a benchmark or a study of minutes to hours"
 NOT_RUN = {
