@@ -1,4 +1,4 @@
-"""Three training steps with every dispatcher on the started number of ranks.
+"""Two training steps with every dispatcher on the started number of ranks.
 
 Started as `torchrun ... dispatch_training_run.py FILE.json EP`. FILE maps the name of each setting
 to its largest difference from all-to-all (relative to a tensor's norm), its first step's fields
