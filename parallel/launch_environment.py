@@ -74,6 +74,13 @@ def read_world(env: Mapping[str, str] = os.environ) -> int | None:
     return _number(env, "WORLD_SIZE", 1, 2**20, "the number of ranks")
 
 
+def print_line(line: str) -> None:
+    """Print to stderr in one write: several ranks print at a time, and an unbuffered `print` would
+    write the line and its end apart."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def fail(rank: int, line: str, code: int) -> int:
     """Print the line once and end the process, or return `code` if no launcher started it.
 
@@ -85,7 +92,7 @@ def fail(rank: int, line: str, code: int) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         line = f"rank {rank}: {line}"
-    print(line, file=sys.stderr, flush=True)
+    print_line(line)
     if "RANK" in os.environ:
         if not rank and os.environ.get("WORLD_SIZE") != "1":
             time.sleep(3)  # the store may end with this process: the others read the error from it

@@ -8,7 +8,6 @@ reported as absent. The only traffic is one small request to the store per secon
 
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from parallel.launch_environment import LaunchEnvironment
+from parallel.launch_environment import LaunchEnvironment, print_line
 
 _EVERY_S = 1.0
 _PATIENCE_S = 6.0
@@ -75,19 +74,17 @@ class RankMonitor:
         if absent is None:
             return
         if self.is_first_to_tell():
-            print(
+            print_line(
                 f"error: {what}: {absent} does not answer any more: it failed (its own line is "
                 "above then), was killed, ran out of memory, or its host is lost; the other ranks "
-                f"stop; {advice}",
-                file=sys.stderr,
-                flush=True,
+                f"stop; {advice}"
             )
         os._exit(1)  # destructors of the process group would wait for the lost ranks
 
     def end(self, line: str) -> NoReturn:
         """End the process because of an error that only this rank has: the others may wait in a
         collective."""
-        print(f"error: rank {self.rank}: {line}", file=sys.stderr, flush=True)
+        print_line(f"error: rank {self.rank}: {line}")
         os._exit(1)
 
     def _answer(self) -> None:

@@ -7,7 +7,6 @@ opened first and passed to torch, and the name resolved and the connection tried
 import errno
 import os
 import socket
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -15,7 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from configs.errors import UserError
-from parallel.launch_environment import LaunchEnvironment
+from parallel.launch_environment import LaunchEnvironment, print_line
 
 _BRIEF_S = 10.0
 """How long a host name may be unknown: in a cluster it may appear after its process. Also how long
@@ -103,11 +102,7 @@ def _reach(placement: LaunchEnvironment, patience: float) -> None:
                 ) from None
         if not told and passed > _BRIEF_S:
             told = True
-            print(
-                f"rank {placement.rank}: waiting for rank 0 at {_place(placement)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print_line(f"rank {placement.rank}: waiting for rank 0 at {_place(placement)}")
         time.sleep(0.2)
 
 

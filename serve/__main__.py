@@ -41,9 +41,11 @@ class _Server(uvicorn.Server):
     repeat_forces: bool = True
     """Whether a second signal ends the open connections at once. A launcher sends each signal
     again."""
+    _signalled: bool = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.should_exit:
+        first, self._signalled = not self._signalled, True  # the next may interrupt this call
+        if first:
             self.on_exit()
         elif not self.repeat_forces:
             return
@@ -147,6 +149,8 @@ def _serve(
     # uvicorn raises the signals it caught again when it is done; they have had their effect by then
     handle_signals(lambda *_: None)
     server.run(sockets=[listener])
+    if group is not None:
+        thread.stop()  # however the server ended: it ends the other ranks
 
 
 def main(arguments: Sequence[str]) -> int:

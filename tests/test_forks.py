@@ -61,14 +61,15 @@ def test_at_exit_and_threads_are_waited_for() -> None:
 
 
 def test_ranks_are_what_torchrun_makes_them() -> None:
-    code = "import os; print(*(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))"
+    names = "('RANK', 'LOCAL_RANK', 'WORLD_SIZE')"
+    code = f"import os, sys; sys.stdout.write(' '.join(os.environ[k] for k in {names}) + '\\n')"
     done = run("-c", code, modules=BARE, ranks=3)
     assert sorted(done.stdout.splitlines()) == ["0 0 3", "1 1 3", "2 2 3"]
 
 
 def test_ranks_order_sets_differently() -> None:
     """As in separate processes, so that an order of collectives taken from a set is detected."""
-    code = "import os; print(os.environ['RANK'], hash('a name'))"
+    code = "import os, sys; sys.stdout.write(f\"{os.environ['RANK']} {hash('a name')}\\n\")"
     done = run("-c", code, modules=BARE, ranks=3)
     found = dict(line.split() for line in done.stdout.splitlines())
     assert found["0"] == found["2"] != found["1"]
