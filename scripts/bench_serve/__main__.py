@@ -1,25 +1,35 @@
 """`python -m scripts.bench_serve EXPORT`: the server under load, compared with others.
 
-    python -m scripts.bench_serve EXPORT --peer vllm=http://127.0.0.1:8001/v1 --rounds 3
+    python -m scripts.bench_serve EXPORT --peers naive,vllm,llama-server --out results
 
-Our server is started here; a peer is any running server of OpenAI completions (vLLM, llama-server,
-...). Rounds alternate between the servers, so that other load on the machine affects all; the best
-round of each is shown, and the ratio of its throughput to ours.
+All servers are started here, with the same threads and limits: ours, ours without RadixAttention
+(`naive`), `vllm` (also `vllm-eager`) and `llama-server` if they are in PATH. NAME=URL is a server
+that runs already and calls the model by --peer-model. Rounds alternate between the servers, so that
+other load on the machine affects all; the best round of each is shown, and the ratio of ours to it:
+of output tokens/s, and of median times to the first token (above 1: ours is better).
+transformers is compared in process, by `scripts.bench_serve.engine`: its server refuses ignore_eos.
 """
 
 import argparse
 import asyncio
 import json
 import os
-import subprocess
+import statistics
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from configs.command_line import CommandParser
 from configs.errors import UserError
 from scripts.bench_serve.client import Answer, run
-from scripts.bench_serve.workloads import NAMES, build
+from scripts.bench_serve.servers import PEERS, Load, Server, start
+from scripts.bench_serve.workloads import MAX_LENGTH, NAMES, build
+from train.report.environment import cpu_name
+
+_PAUSE_S = 0.5
+"""Between two servers: threads of OpenMP spin for a while after their last work."""
 
 
 def percentiles(values: list[float]) -> str:
@@ -51,21 +61,28 @@ def row(name: str, seconds: float, answers: list[Answer]) -> dict[str, object]:
 
 
 def measure(
-    servers: dict[str, tuple[str, str]], name: str, clients: int, vocab: int, rounds: int
+    servers: dict[str, Server], name: str, clients: int, vocab: int, rounds: int
 ) -> list[dict[str, object]]:
-    """The best round of every server (URL and model name), rounds interleaved. Every round has
-    different prompts, so that none is in a cache from an earlier round."""
-    best: dict[str, tuple[float, dict[str, object]]] = {}
+    """The best round of every server, rounds interleaved. Every round has different prompts, so
+    that none is in a cache from an earlier round."""
+    best: dict[str, tuple[float, float, dict[str, object]]] = {}
     for seed in range(rounds):
         workload = build(name, clients, vocab, seed)
-        for server, (url, model) in servers.items():
-            seconds, answers = asyncio.run(run(url, model, workload))
+        for label, server in servers.items():
+            seconds, answers = asyncio.run(run(server.url, server.model, workload))
             rate = sum(answer.output_tokens for answer in answers) / seconds
-            if server not in best or rate > best[server][0]:
-                best[server] = rate, row(server, seconds, answers)
-    label: dict[str, object] = {"workload": name, "clients": clients}
-    ours = best["ours"][0]
-    return [label | found | {"ours / it": round(ours / rate, 2)} for rate, found in best.values()]
+            if label not in best or rate > best[label][0]:
+                first = statistics.median(x.pieces[0] - x.asked for x in answers)
+                best[label] = rate, first, row(label, seconds, answers)
+            time.sleep(_PAUSE_S)
+    label_row: dict[str, object] = {"workload": name, "clients": clients}
+    ours, ours_first, _ = best["ours"]
+    return [
+        label_row | found | {
+            "ours / it": round(ours / rate, 2), "its TTFT / ours": round(first / ours_first, 2)
+        }
+        for rate, first, found in best.values()
+    ]  # fmt: skip
 
 
 def table(results: list[dict[str, object]]) -> str:
@@ -97,23 +114,6 @@ def draw(results: list[dict[str, object]], path: Path) -> None:
     figure.savefig(path)
 
 
-def start(export: Path, threads: int, max_running: int) -> tuple[subprocess.Popen[str], str]:
-    """Start our server; returns it and its URL. Raises UserError if it does not start."""
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "serve", str(export), "--port", "0", "--model-name", "bench",
-            "--max-running", str(max_running),
-        ],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )  # fmt: skip
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if " on http" not in line:
-        process.wait()
-        raise UserError(f"{export}: the server did not start: {line.strip() or 'see above'}")
-    return process, line.split(" on ")[1].split()[0]
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(
@@ -123,42 +123,54 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("export", type=Path)
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
-    parser.add_argument("--peer-model", help="what peers call the model; default: its folder")
+    parser.add_argument(
+        "--peers", type=lambda text: text.split(","), default=[], metavar="NAME,NAME=URL,...",
+        help=f"{', '.join(PEERS)}, or running servers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-model", help="what running servers call the model; default: the folder's name"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="folder for results.md and results.png")
     options = parser.parse_args(arguments)
-    if any("=" not in peer for peer in options.peer):
-        parser.error("--peer: must be NAME=URL, such as vllm=http://127.0.0.1:8001/v1")
+    for peer in options.peers:
+        name, _, url = peer.partition("=")
+        if not (url.startswith("http://") or peer in PEERS) or name == "ours":
+            parser.error(f"--peers {peer}: must be {', '.join(PEERS)}, or NAME=http://...")
     return options
 
 
 def main(arguments: list[str]) -> int:
     """Exit status 0, or 2 with one line for an error of the user."""
     options = parse(arguments)
+    results: list[dict[str, object]] = []
     try:
-        vocab = int(json.loads((options.export / "config.json").read_text())["vocab_size"])
-        process, url = start(options.export, options.threads, max(options.clients))
-    except (UserError, OSError, ValueError, KeyError) as error:
+        config = json.loads((options.export / "config.json").read_text())
+        vocab, length = int(config["vocab_size"]), int(config["max_position_embeddings"])
+        load = Load(options.threads, max(options.clients), min(length, MAX_LENGTH))
+        with ExitStack() as running:
+            folder = Path(running.enter_context(tempfile.TemporaryDirectory()))
+            servers = {}
+            for peer in ("ours", *options.peers):
+                name, _, url = peer.partition("=")
+                model = options.peer_model or options.export.resolve().name
+                servers[name] = (
+                    Server(url, model) if url else start(name, options.export, load, folder)
+                )
+                running.callback(servers[name].stop)
+            print(
+                f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {os.cpu_count()} cores, "
+                f"{options.threads} threads",
+                flush=True,
+            )
+            for name in options.workloads:
+                for clients in options.clients if name == "random" else [min(8, load.max_running)]:
+                    results += measure(servers, name, clients, vocab, options.rounds)
+                    print(table(results[-len(servers) :]), flush=True)
+    except (UserError, OSError, RuntimeError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    peers = dict(peer.split("=", 1) for peer in options.peer)
-    model = options.peer_model or str(options.export)
-    servers = {"ours": (url, "bench")} | {name: (at, model) for name, at in peers.items()}
-    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {options.threads} threads")
-    results = []
-    try:
-        for name in options.workloads:
-            for clients in options.clients if name == "random" else [min(8, max(options.clients))]:
-                results += measure(servers, name, clients, vocab, options.rounds)
-                print(json.dumps(results[-len(servers) :]), flush=True)
-    except (OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        process.terminate()
-        process.wait()
     print(table(results))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer, if the server returns them."""
 
 
 async def run(url: str, model: str, workload: Workload) -> tuple[float, list[Answer]]:
@@ -39,9 +40,9 @@ async def _converse(
         answers = []
         for added, n_out in turns:
             tokens = tokens + added
-            answers.append(await _ask(url, model, tokens, n_out))
-            # servers' answers differ in text only; the next turn repeats a text of that length
-            tokens = tokens + added[:1] * n_out
+            answers.append(answer := await _ask(url, model, tokens, n_out))
+            known = len(answer.tokens) == n_out
+            tokens = tokens + (answer.tokens if known else added[:1] * n_out)
         return answers
 
 
@@ -49,7 +50,7 @@ async def _ask(url: str, model: str, prompt: list[int], n_out: int) -> Answer:
     parts = urlsplit(url)
     body = json.dumps({
         "model": model, "prompt": prompt, "max_tokens": n_out, "temperature": 0, "stream": True,
-        "ignore_eos": True, "stream_options": {"include_usage": True},
+        "ignore_eos": True, "return_token_ids": True, "stream_options": {"include_usage": True},
     }).encode()  # fmt: skip
     answer = Answer(time.perf_counter())
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
@@ -79,5 +80,7 @@ def _take(answer: Answer, event: dict[str, object]) -> None:
         answer.prompt_tokens = usage["prompt_tokens"]
         answer.output_tokens = usage["completion_tokens"]
         answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    if event.get("choices"):
+    choices = event.get("choices")
+    if isinstance(choices, list) and choices:
         answer.pieces.append(time.perf_counter())
+        answer.tokens += choices[0].get("token_ids") or []

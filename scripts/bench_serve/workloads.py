@@ -62,3 +62,5 @@ _BUILDERS = {
     "long-among-short": _long_among_short,
 }
 NAMES = tuple(_BUILDERS)
+MAX_LENGTH = 2048
+"""More than the longest conversation."""

@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "triton", "torchtitan", "numpy", "tokenizers", "safetensor
 
 def describe(ranks: Ranks, parallel_dims: ParallelDims, compute: torch.dtype) -> dict[str, Any]:
     """Versions, commit, host, device and mesh of this attempt."""
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else _cpu_name()
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else cpu_name()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -67,7 +67,7 @@ def _attempts(path: Path) -> list[dict[str, Any]] | None:
     return attempts if is_list else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name from the kernel; on Linux `platform.processor` is mostly empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
