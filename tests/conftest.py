@@ -1,5 +1,6 @@
 """Distribution of tests among processes, their time limits, and a small corpus for runs."""
 
+import gc
 import os
 import random
 import re
@@ -38,6 +39,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 STARTED = pytest.StashKey[float]()
 """CPU time at the start of the current phase of a test."""
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # collecting imports all modules, and creates little garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the collector does not visit modules and tests again
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

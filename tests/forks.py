@@ -33,7 +33,8 @@ TUNABLES = {
 }
 """Variables that the trainer would otherwise restart itself with, or set before importing torch."""
 OURS = (
-    "tests.parallel.mesh.checkpoint_run", "train.check", "train.trainer", "scripts.validate",
+    "tests.parallel.mesh.checkpoint_run", "tests.serve.ranks.mesh_run", "train.check",
+    "train.trainer", "scripts.validate", "serve.generate", "serve.api.app",
     # modules that these import lazily
     "torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",

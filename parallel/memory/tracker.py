@@ -12,6 +12,7 @@ it: the size requested from an allocator, without the allocator's overhead, and 
 inside a single operation of torch. (Torch's `MemTracker` counts the same of real tensors.)
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -190,8 +191,11 @@ class MemoryTracker(TorchDispatchMode):
         if kwargs.get("device") is not None:
             without_data |= torch.device(kwargs["device"]).type == "meta"
             kwargs["device"] = "meta" if without_data else "cpu"
-        if without_data:
-            args, kwargs = _map(_without_data, args), _map(_without_data, kwargs)
+        if not without_data:
+            return operation(*args, **kwargs)
+        args, kwargs = _map(_without_data, args), _map(_without_data, kwargs)
+        if _makes_new_tensors(operation):
+            return _thawed(_made_by(operation, _frozen(args), _frozen([*kwargs.items()])))
         return operation(*args, **kwargs)
 
     def _exchange(self, operation: Any, args: Any) -> Any:
@@ -221,11 +225,41 @@ def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
     """Apply `function` to all tensors in `x`."""
     if isinstance(x, Tensor):
         return function(x)
-    if isinstance(x, list | tuple):
-        return type(x)([_map(function, item) for item in x])
-    if isinstance(x, dict):
-        return {name: _map(function, item) for name, item in x.items()}
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return kind([_map(function, item) for item in x])
+    if kind is dict:
+        return {name: _map(function, item) for name, item in x.items()} if x else x
     return x
+
+
+@functools.cache
+def _makes_new_tensors(operation: Any) -> bool:
+    """Whether results share no memory with arguments, so that layouts determine layouts."""
+    schema = operation._schema
+    return not schema.is_mutable and all(x.alias_info is None for x in schema.returns)
+
+
+@functools.lru_cache(2**14)
+def _made_by(operation: Any, args: Any, kwargs: Any) -> Any:
+    """The layouts of an operation's results. Torch computes many of them in Python, and all layers
+    have the same ones."""
+    return _frozen(operation(*_thawed(args), **dict(_thawed(kwargs))))
+
+
+def _frozen(x: Any) -> tuple[Any, ...]:
+    """A hashable form, with the layout of a tensor; the forms of 1, 1.0 and True differ."""
+    if isinstance(x, Tensor):
+        return Tensor, x.shape, x.stride(), x.dtype
+    return (tuple, *map(_frozen, x)) if isinstance(x, (tuple, list)) else (type(x), x)
+
+
+def _thawed(x: tuple[Any, ...]) -> Any:
+    """The inverse of `_frozen`, with tuples for lists and new tensors."""
+    kind, *rest = x
+    if kind is Tensor:
+        return torch.empty_strided(rest[0], rest[1], dtype=rest[2], device="meta")
+    return tuple(map(_thawed, rest)) if kind is tuple else rest[0]
 
 
 def _without_data(x: Tensor) -> Tensor:

@@ -22,13 +22,6 @@ from tests.runs import ROOT, environment, free_port, run
 from tests.serve.ranks.conftest import write_lively
 
 HERE = ROOT / "tests" / "serve" / "ranks"
-SERVE = (
-    "serve.generate",
-    "serve.api.app",
-    "torch._dynamo",
-    "torch.distributed.tensor",
-    "torch.distributed.fsdp",
-)
 needs_forks = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
 
 
@@ -52,7 +45,7 @@ def test_a_script(family: str, tp: int, ep: int, tmp_path: Path) -> None:
     found = []
     for ranks, degrees in ((1, (1, 1)), (2, (tp, ep))):
         out = tmp_path / f"{ranks}.json"
-        done = run(HERE / "engine_run.py", *degrees, out, *folders, ranks=ranks, modules=SERVE)
+        done = run(HERE / "engine_run.py", *degrees, out, *folders, ranks=ranks)
         assert (done.stdout, done.stderr) == ("the script went on\n", ""), done
         found.append(json.loads(out.read_text()))
     assert found[0] == found[1]
@@ -65,7 +58,7 @@ def test_a_script(family: str, tp: int, ep: int, tmp_path: Path) -> None:
 def server(export: Path, *options: str, ranks: int = 2) -> Iterator[tuple[Program, str]]:
     """A running server and its URL."""
     words = ["-m", "serve", str(export), "--port", "0", "--kv-tokens", "4096", *options]
-    with Program(words, environment(), SERVE, ranks) as program:
+    with Program(words, environment(), ranks=ranks) as program:
         deadline = time.monotonic() + 60
         while not (line := program.printed()[0]).endswith("\n"):
             assert program.is_running() and time.monotonic() < deadline, program.printed()
@@ -193,7 +186,7 @@ def test_faults_take_one_line(
     config = json.loads((export / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     words = ["-m", "serve", str(folder), "--port", "0", "--tp", "2", *options]
-    with Program(words, environment(), SERVE, ranks=2) as program:
+    with Program(words, environment(), ranks=2) as program:
         done = program.finish(30)
     first, *others = done.stderr.splitlines()
     assert done.returncode == 1 and first.startswith("error: ") and message in first, done
@@ -210,7 +203,7 @@ def test_ranks_with_other_settings(export: Path) -> None:
     with ExitStack() as running:
         programs = [
             running.enter_context(
-                Program([*words, "--page-size", size], environment() | shared | {"RANK": r}, SERVE)
+                Program([*words, "--page-size", size], environment() | shared | {"RANK": r})
             )
             for r, size in (("0", "16"), ("1", "32"))
         ]

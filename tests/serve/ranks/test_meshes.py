@@ -40,8 +40,7 @@ def compared(exports: Path, folder: Path, ranks: int, case: tuple[str, int, int,
     keys = ("family", "tp", "ep", "dtype")
     file.write_text(json.dumps([dict(zip(keys, case, strict=True))]))
     program = ROOT / "tests" / "serve" / "ranks" / "mesh_run.py"
-    modules = ("tests.serve.ranks.mesh_run",)
-    run(program, exports, file, out, ranks=ranks, modules=modules, timeout=300)
+    run(program, exports, file, out, ranks=ranks, timeout=300)
     (found,) = json.loads(out.read_text())
     result: Found = found
     return result
@@ -118,12 +117,12 @@ def test_blocks_are_not_cut(tmp_path: Path) -> None:
     initialize(decoder, model, seed=0)
     write_fp8(decoder.eval(), tmp_path / "fp8")
     words = ["-m", "serve", "generate", tmp_path / "fp8", "--prompt", "x", "--tp", "2"]
-    done = run(*words, ranks=2, code=1, modules=("serve.generate", "parallel.apply"))
+    done = run(*words, ranks=2, code=1)
     assert done.stderr.splitlines()[0] == (
         "error: --tp 2: layers.0.ffn.experts.w13 is divided into parts of 64 (of 128), which must "
         "be multiples of 128; use a smaller --tp, a larger --ep if it is an expert's weight, or "
         "--dtype bf16"
     )
     words[-2:] = ["--tp", "2", "--dtype", "bf16"]
-    done = run(*words, ranks=2, code=1, modules=("serve.generate", "parallel.apply"))
+    done = run(*words, ranks=2, code=1)
     assert done.stderr.startswith("error: this model has no tokenizer; send token ids")
