@@ -62,14 +62,14 @@ def run(model: Decoder, seed: int, n_sequences: int, length: int) -> list[Tensor
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["glm4", "gpt-oss", "llama4", "deepseek-v3"])
 def test_batches_that_differ_need_no_other_graph(family: str) -> None:
-    """The first batches contain every kind of block and two sizes; after them nothing is
-    compiled."""
+    """The first batches contain every kind of block and every size, in training and evaluation;
+    after them nothing is compiled. (Attention on a CPU is compiled for each size.)"""
     plain, compiled = build(FAMILIES[family]), build(FAMILIES[family])
     for block in compiled.blocks():
         block.compile(backend="eager")
     sizes = [(4, 24), (3, 21), (2, 18)]
     for seed in range(24):
-        with torch._dynamo.config.patch(recompile_limit=64, error_on_recompile=seed >= 9):
+        with torch._dynamo.config.patch(recompile_limit=64, error_on_recompile=seed >= 12):
             if seed % 4 == 3:
                 plain.eval(), compiled.eval()
             else:
