@@ -224,7 +224,12 @@ def settings_of(case: Case) -> dict[str, Any]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "cases", [CASES[:4], CASES[4:], FP8_CASES[:3], FP8_CASES[3:]],
+    "cases",
+    [
+        [CASES[0], CASES[3], CASES[5]], [FP8_CASES[0], FP8_CASES[4]],
+        pytest.param([CASES[1], CASES[2], CASES[4]], marks=pytest.mark.slow),
+        pytest.param(FP8_CASES[1:4], marks=pytest.mark.slow),
+    ],
     ids=lambda cases: ", ".join(case.name for case in cases),
 )  # fmt: skip
 def test_a_step_communicates_what_the_formulas_say(cases: list[Case], tmp_path: Path) -> None:

@@ -45,7 +45,12 @@ SLOW = pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "part"),
-    [(1, "0/1"), (2, "0/1"), pytest.param(4, "0/2", marks=SLOW), (4, "1/2")],
+    [
+        (1, "0/1"),
+        pytest.param(2, "0/1", marks=SLOW),
+        pytest.param(4, "0/2", marks=SLOW),
+        (4, "1/2"),
+    ],
 )
 def test_gathered_weights_are_the_quantised_masters(ranks: int, part: str, tmp_path: Path) -> None:
     assert not faults("fp8_weights_run", ranks, part, tmp_path)
