@@ -9,7 +9,7 @@ existing modules, files, targets and options.
 import json
 import re
 import shutil
-import subprocess
+import signal
 import time
 import urllib.request
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 
 from configs.loader import load
 from tests.documentation import Command, documented_commands, run_module
-from tests.runs import ROOT, command, environment, free_port, run
+from tests.runs import ROOT, free_port, run, started
 
 SHORT = [
     "--train.steps=1", "--schedule.warmup_steps=0", "--model.vocab_size=300", "--data.seq_len=64",
@@ -130,25 +130,23 @@ def serve(words: list[str], folder: Path) -> None:
     """Start the server on a free port and stop it once it answers; `nowhere` must be refused in a
     line."""
     port = free_port()
-    process = subprocess.Popen(
-        command("-m", "serve", *words, "--port", port),
-        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    if words == ["nowhere"]:
-        _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors.count("\n")) == (2, 1)
-        return
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-                assert answer.status == 200
-                break
-        except OSError:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
-    process.terminate()
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    with started("-m", "serve", *words, "--port", port, cwd=folder) as program:
+        if words == ["nowhere"]:
+            done = program.finish(60)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+            return
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                assert program.is_running() and time.monotonic() < deadline, program.printed()
+                time.sleep(0.1)
+        program.signal(signal.SIGTERM)
+        done = program.finish(30)
+        assert done.returncode == 0, done
 
 
 @pytest.mark.parametrize("documented", [c for c in COMMANDS if c not in RUN], ids=str)
