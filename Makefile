@@ -26,8 +26,9 @@ help: ## list the targets (this text)
 demo: $(RUNTIME) ## install the runtime, then train, export and serve a tiny model
 	$(PY) -m scripts.demo $(ARGS)
 
+# Bytecode is written even where the environment forbids it: many processes import the same modules.
 test: $(DEV) ## run all tests except slow and gpu
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(WORKERS) $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(WORKERS) $(ARGS)
 
 check: $(DEV) ## ruff, its formatter, mypy, and the test of the import layers
 	$(PY) -m ruff check
