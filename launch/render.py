@@ -56,7 +56,7 @@ class Job:
     exclude: tuple[str, ...] = ()
     """Nodes to avoid, in addition to the site's."""
     summary: tuple[str, ...] = ()
-    """Command that a task of an array runs at its end."""
+    """Arguments of `python -m launch.slurm` that a task of an array runs at its end."""
 
     @property
     def logs(self) -> Path:
@@ -82,6 +82,7 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
     environment, or the running one."""
     check_names(job.name, job.folder)
     activated = f"{site.software.activate}/bin/python" if site.software.activate else ""
+    interpreter = shlex.quote(python or activated or sys.executable)
     container = "".join(shlex.quote(word) + " " for word in site.software.container)
     again = ['  echo "$(date +%FT%T) queued again"\n  scontrol requeue "$SLURM_JOB_ID" || true\n']
     later = ['  echo "$(date +%FT%T) the next job of the chain continues"\n']
@@ -94,14 +95,16 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
         logs=shlex.quote(str(job.logs)) + ("/$SLURM_ARRAY_TASK_ID" if len(job.runs) > 1 else ""),
         arguments=_arguments(job),
         container=container,
-        python=shlex.quote(python or activated or sys.executable),
+        python=interpreter,
         ranks=site.node.ranks_per_node,
         torchrun_options="--numa-binding node " if site.node.numa_binding else "",
         signal_s=site.slurm.signal_s,
         attempts=site.faults.attempts,
         stop_code=0 if job.continues else 75,
         requeue="".join(later if job.continues else again),
-        at_end=" ".join(map(shlex.quote, job.summary)) + " || true" if job.summary else "",
+        at_end=f"{interpreter} -m launch.slurm {shlex.join(job.summary)} >/dev/null || true"
+        if job.summary
+        else "",
     )
 
 

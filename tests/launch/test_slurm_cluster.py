@@ -198,3 +198,13 @@ def test_what_the_cluster_refuses_is_one_line_with_its_words(job: Run) -> None:
     assert expected in too_many and "node" in too_many.lower(), too_many
     assert expected in job.submit("--constraint=gold", code=2)[0]
     assert not (job.folder / "launch" / "submission.json").exists()
+
+
+def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
+    words = ["sweep", str(TINY), "--nodes=1", "--site", str(job.site), "--set", "run.seed=1,2"]
+    said = job.launch(*words, *job.overrides[:3], "--train.steps=3")
+    number = said.split("job ")[1].split(",")[0]
+    job.cluster.wait(lambda: not job.cluster.state(number), "end of the array", 240)
+    table = (job.folder / "results.md").read_text()
+    assert "| seed=1 | 3 |" in table and "| seed=2 | 3 |" in table, job.logs()
+    assert job.launch("results", str(job.folder)) == table

@@ -87,8 +87,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     [
         (["absent.toml", "--nodes=1"], "absent.toml: no such file"),
         ([TINY], "the following arguments are required: --nodes"),
-        ([TINY, "--nodes=0"], "--nodes 0: must lie between 1 and"),
-        ([TINY, "--nodes=x"], "invalid int value"),
+        ([TINY, "--nodes=0"], "--nodes 0: must be a number from 1"),
+        ([TINY, "--nodes=x"], "--nodes x: must be a number from 1"),
         ([TINY, "--nodes=1", "--jobs=0"], "--jobs 0"),
         ([TINY, "--nodes=1", "--model.moe.topk=1"], "did you mean model.moe.top_k?"),
         ([TINY, "--nodes=1", "--parition=x"], "--parition=x"),
