@@ -45,8 +45,9 @@ def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
         raise UserError("--set: a key is given twice")
     if len({*nodes}) < len(nodes) or min(nodes) < 1:
         raise UserError(f"counts {list(nodes)}: must be positive and different")
-    found_all = []
-    for count, *chosen in itertools.product(nodes, *axes):
+    found_all: list[Variant] = []
+    points = [(count, chosen) for count in nodes for chosen in itertools.product(*axes)]
+    for count, chosen in points:
         words = [f"{key.split('.')[-1]}={_UNSAFE.sub('_', value)}" for key, value in chosen]
         name = "-".join([*words, *[f"n{count}"] * (len(nodes) > 1)]) or "only"
         found_all.append(Variant(name, count, tuple(f"--{key}={value}" for key, value in chosen)))
