@@ -44,7 +44,7 @@ bench: $(RUNTIME) ## run the training benchmark on this machine
 	$(PY) -m scripts.bench_train $(ARGS)
 
 docs: $(DEV) ## write the API pages, one per module, to build/api
-	$(PY) -m pdoc --no-search --output-directory build/api configs kernels models parallel train serve
+	$(PY) -m pdoc --no-search --output-directory build/api configs kernels models parallel train serve launch
 
 clean: ## delete .venv and the tools' caches; runs/ and cache/ are kept
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

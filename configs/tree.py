@@ -19,6 +19,14 @@ _LONGEST_STRING = 4096
 _BARE = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 
+def build_section(kind: Any, tree: dict[str, Any], source: str) -> Any:
+    """The dataclass `kind`, of the same form as a section of the schema, from a tree of values.
+
+    source: origin of the tree for error messages. Raises ConfigError.
+    """
+    return _Builder(shortened(source, 200), {}, kind).section(kind, tree, "")
+
+
 def build(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> JobConfig:
     """The config of a tree.
 
@@ -29,12 +37,13 @@ def build(tree: dict[str, Any], source: str, places: Mapping[str, str]) -> JobCo
     return config
 
 
-def nearest(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
-    """A suggestion for an unknown key of the section `prefix`."""
+def nearest(key: str, prefix: str, hints: Mapping[str, Any], root: Any = JobConfig) -> str:
+    """A suggestion for an unknown key of the section `prefix`, also from other sections of
+    `root`."""
     near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5) if len(key) < 100 else []
     if near:
         return f"did you mean {prefix}{near[0]}?"
-    elsewhere = [dotted for dotted in _all_keys(JobConfig, "") if dotted.endswith(f".{key}")]
+    elsewhere = [dotted for dotted in _all_keys(root, "") if dotted.endswith(f".{key}")]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"known here: {', '.join(hints)}"
@@ -51,6 +60,7 @@ def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
 class _Builder:
     source: str
     places: Mapping[str, str]
+    root: Any = JobConfig
 
     def section(self, kind: Any, tree: dict[str, Any], prefix: str) -> Any:
         """Build dataclass `kind` from `tree`; prefix: its dotted key with a trailing dot."""
@@ -59,7 +69,7 @@ class _Builder:
             if key not in hints:
                 name = key if _BARE.fullmatch(key) else shown(key)
                 where = self._place(prefix + name)
-                raise ConfigError(f"{where}: unknown key; {nearest(key, prefix, hints)}")
+                raise ConfigError(f"{where}: unknown key; {nearest(key, prefix, hints, self.root)}")
         values: dict[str, Any] = {}
         for spec in fields(kind):
             dotted = prefix + spec.name

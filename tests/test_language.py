@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("configs", "kernels", "models", "parallel", "train", "serve", "scripts")
+FOLDERS = ("configs", "kernels", "models", "parallel", "train", "serve", "launch", "scripts")
 PAGES = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/*.md")
 HISTORY = "docs/log.md"
 PLAIN = {

@@ -5,7 +5,8 @@
 
 `--check` trains nothing: it prints the resolved experiment, its sizes and which inputs (data,
 tokenizer, initial weights) are not found; missing inputs alone leave the exit code at 0. Exit code
-2 and one line mean that a setting is invalid.
+2 and one line mean that a setting is invalid. Exit code 75: SIGTERM or SIGUSR1 stopped the run
+before its last step; its state is saved, and the same command continues.
 """
 
 import os
@@ -28,7 +29,7 @@ from parallel.launch_environment import (
 
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
-    for stop in (signal.SIGINT, signal.SIGTERM):
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(stop, signal.SIG_DFL)  # until there is something to save, just end
     rank = 0
     # torch reads it when it is loaded: if threads of OpenMP wait by spinning, a step of 0.9 s takes

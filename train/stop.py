@@ -1,10 +1,14 @@
-"""Stopping on Ctrl-C and SIGTERM without losing work.
+"""Stopping on Ctrl-C, SIGTERM and SIGUSR1 without losing work.
+
+Cluster schedulers send SIGTERM (SLURM: a pre-emption) or the signal that a job selects (SIGUSR1 in
+our job scripts, before the end of its time).
 
 The first signal only sets a flag. All ranks check it together before every microbatch, discard the
 unfinished step and save; torchrun kills its workers 30 s after the signal, so stopping must not
 wait for a long step. A later Ctrl-C interrupts at once.
 """
 
+import os
 import signal
 import time
 from types import FrameType
@@ -21,8 +25,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.number: int | None = None
         self._since = 0.0
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(stop, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.number is not None and time.monotonic() - self._since > _PATIENCE
@@ -37,5 +41,6 @@ class StopSignal:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as in a shell."""
-        return 128 + (self.number or signal.SIGTERM)
+        """75 (EX_TEMPFAIL) after SIGTERM or SIGUSR1: the state is saved, and a supervisor should
+        start the same command again. 130 after Ctrl-C, as in a shell."""
+        return 128 + signal.SIGINT if self.number == signal.SIGINT else os.EX_TEMPFAIL

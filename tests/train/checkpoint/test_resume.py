@@ -61,17 +61,22 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
 
 
 @pytest.mark.long
-def test_a_stop_saves_and_the_rest_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_stop_saves_and_the_rest_is_bit_identical(
+    stop: signal.Signals, code: int, overrides: list[str], tmp_path: Path
+) -> None:
     arguments = ["-m", "train", str(TINY), *overrides, "--train.steps=16", "--checkpoint.every=5"]
     whole = tmp_path / "whole"
     run(*arguments, f"--run.dir={whole}")
     with started(*arguments) as program:
         wait_for_step(tmp_path / "run", 5, program.is_running)
-        program.signal(signal.SIGTERM)
+        program.signal(stop)
         done = program.finish(25)
     assert "Traceback" not in done.stdout + done.stderr
     if done.returncode != 0:  # it may have finished before the signal arrived
-        assert done.returncode == 128 + signal.SIGTERM, done.stderr
+        assert done.returncode == code, done.stderr
     run(*arguments)
     assert losses(tmp_path / "run") == losses(whole)
     assert final_weights(tmp_path / "run") == final_weights(whole)

@@ -1,0 +1,1 @@
+"""Starts runs on one machine and on SLURM; imports neither torch nor any floor but configs."""

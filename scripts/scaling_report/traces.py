@@ -1,0 +1,82 @@
+"""Where the time of a profiled step is spent, from the trace of one rank.
+
+Communication is the union of the spans of gloo, or of NCCL's kernels. It is *hidden* while the rank
+also computes (operations of the main thread on a CPU, other kernels on a GPU), otherwise *exposed*.
+The trace itself slows a step down, so shares are reported, and no speed is computed from it.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Span = tuple[float, float]
+_KINDS = {
+    "all_to_all": "dispatch", "alltoall": "dispatch", "all_gather": "FSDP", "allgather": "FSDP",
+    "reduce_scatter": "FSDP", "reducescatter": "FSDP",
+}  # fmt: skip
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """Disjoint spans that cover the same time, in order."""
+    merged: list[Span] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def length(spans: Iterable[Span]) -> float:
+    """Time that the spans cover together."""
+    return sum(end - begin for begin, end in union(spans))
+
+
+def overlap(one: Iterable[Span], other: Iterable[Span]) -> float:
+    """Time that both cover."""
+    one, other = list(one), list(other)
+    return length(one) + length(other) - length([*one, *other])
+
+
+def breakdown(trace: Path) -> dict[str, float]:
+    """Share of the step per part; `forward` is what remains. Communication overlaps with the
+    others, so its rows are not part of the sum. Raises ValueError for a file that is no trace."""
+    events = [e for e in json.loads(trace.read_bytes())["traceEvents"] if e.get("ph") == "X"]
+    optimizer = [e for e in events if e["name"].startswith("Optimizer.step")]
+    if not optimizer:
+        raise ValueError(f"{trace}: no optimizer step in it")
+    thread = optimizer[0]["tid"]
+    main = [e for e in events if e["tid"] == thread and e.get("cat") == "cpu_op"]
+    total = _extent([*main, *optimizer])
+    backward = length(_span(e) for e in main if e["name"].startswith("autograd::engine"))
+    step = length(map(_span, optimizer))
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    computing = [_span(e) for e in kernels if "nccl" not in e["name"].lower()] if kernels else [
+        _span(e) for e in main if e["name"].startswith(("aten::", "phalanx::"))
+    ]  # fmt: skip
+    sent = {"dispatch": list[Span](), "FSDP": list[Span](), "other": list[Span]()}
+    for event in events:
+        name = event["name"].lower()
+        if name.startswith("gloo:") or (event.get("cat") == "kernel" and "nccl" in name):
+            kinds = [kind for word, kind in _KINDS.items() if word in name]
+            sent[kinds[0] if kinds else "other"].append(_span(event))
+    parts = {
+        "forward": total - backward - step,
+        "backward": backward,
+        "optimizer": step,
+    }
+    for kind, spans in sent.items():
+        hidden = overlap(spans, computing)
+        parts[f"{kind}, hidden"] = hidden
+        parts[f"{kind}, exposed"] = length(spans) - hidden
+    return {part: time / total for part, time in parts.items()}
+
+
+def _span(event: dict[str, Any]) -> Span:
+    return float(event["ts"]), float(event["ts"]) + float(event["dur"])
+
+
+def _extent(events: list[dict[str, Any]]) -> float:
+    spans = [_span(event) for event in events]
+    return max(end for _, end in spans) - min(begin for begin, _ in spans)

@@ -1,0 +1,210 @@
+"""`python -m launch.slurm` on a real SLURM cluster of two nodes (tests/launch/slurm_cluster.py):
+pre-emption, end of time, a killed node, cancellation and refusals. The curve of each run equals
+that of an uninterrupted one bit for bit."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.run_folder import records
+from tests.launch import slurm_cluster
+from tests.launch.slurm_cluster import SlurmCluster
+from tests.runs import ROOT, TINY, environment
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "-"),
+]
+SITE = """\
+[slurm]
+signal_s = 50
+[node]
+ranks = 1
+cpus = 1
+threads = 1
+interface = "lo"
+[software]
+environment = ["OPENBLAS_NUM_THREADS=1", "CUDA_VISIBLE_DEVICES="]
+"""
+ENDLESS = ["--train.steps=100000", "--schedule.steps=100000", "--checkpoint.every=5"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    root = tmp_path_factory.mktemp("slurm")
+    for folder in (root, *list(root.parents)[:2]):
+        folder.chmod(0o755)  # munge requires that all users may enter
+    running = SlurmCluster(root)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+class Run:
+    """One run of tests/tiny.toml on the cluster."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, overrides: list[str]) -> None:
+        self.cluster, self.folder = cluster, folder / "run"
+        self.overrides = [*overrides, *ENDLESS]
+        self.site = folder / "site.toml"
+        self.site.write_text(SITE)
+
+    def launch(self, *words: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.slurm", *words],
+            cwd=ROOT, env=environment() | self.cluster.env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        assert code == 0 or done.stderr.count("\n") == 1, done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, *options: str, nodes: int = 2, code: int = 0) -> list[str]:
+        said = self.launch(
+            str(TINY), "--nodes", str(nodes), "--site", str(self.site), *options, *self.overrides,
+            code=code,
+        )  # fmt: skip
+        if code:
+            return [said]
+        found = re.search(r"^job (.*)$", said, re.MULTILINE)
+        assert found and f"logs {self.folder}/launch" in said
+        return found[1].split(", ")
+
+    def saved(self) -> int:
+        steps = [int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step-*")]
+        return max(steps, default=0)
+
+    def starts(self) -> int:
+        path = self.folder / "environment.json"
+        return len(json.loads(path.read_text())) if path.is_file() else 0
+
+    def wait_for_step(self, step: int) -> None:
+        self.cluster.wait(lambda: self.saved() >= step, f"checkpoint {step}", 240)
+
+    def logs(self) -> str:
+        logs = sorted((self.folder / "launch").rglob("*.log"))
+        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
+
+    def cancel(self, *jobs: str) -> None:
+        assert self.launch("cancel", str(self.folder)).startswith("cancelled ")
+        self.cluster.wait(lambda: not any(map(self.cluster.state, jobs)), "end of the job", 60)
+        assert self.launch("cancel", str(self.folder)) == "no job of this run is left\n"
+
+    def check_curve(self, tmp_path: Path) -> None:
+        """Every recorded loss equals that of an uninterrupted run with two ranks, bit for bit."""
+        found = [record["loss"] for record in records(self.folder)]
+        assert [r["step"] for r in records(self.folder)] == list(range(1, len(found) + 1))
+        whole = tmp_path / "whole"
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.local", str(TINY), "--nproc=2", *self.overrides,
+             f"--run.dir={whole}", f"--train.steps={len(found)}", "--checkpoint.every=0"],
+            cwd=ROOT, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert [record["loss"] for record in records(whole)] == found
+
+
+@pytest.fixture
+def job(cluster: SlurmCluster, tmp_path: Path, overrides: list[str]) -> Run:
+    return Run(cluster, tmp_path, overrides)
+
+
+def test_a_pre_empted_run_saves_is_queued_again_and_resumes(job: Run, tmp_path: Path) -> None:
+    (number,) = job.submit()
+    job.wait_for_step(10)
+    status = job.launch("status", str(job.folder))
+    assert f"{number} RUNNING" in status and re.search(r"step +\d+ of 100000", status), status
+    assert "tokens/s" in status and re.search(r"starts +1\n", status)
+    sent = job.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 1",
+                           "--output=/dev/null", "--parsable")  # fmt: skip
+    job.cluster.wait(lambda: job.cluster.state(number) == "PENDING", "requeue")
+    job.cluster.wait(lambda: not job.cluster.state(sent.strip()), "end of the other job")
+    stopped = job.saved()
+    assert re.search(rf"saved \S*step-{stopped:08}", job.logs()), job.logs()
+    job.cluster.start_now(number)
+    job.wait_for_step(stopped + 15)
+    assert job.starts() == 2 and "restart 1, attempt 1" in job.logs()
+    job.cancel(number)
+    assert not (job.folder / "launch" / "failed_nodes").exists(), "pre-emption is no fault"
+    job.check_curve(tmp_path)
+
+
+def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_path: Path) -> None:
+    first, second = job.submit("--jobs=2", "--time=00:01:00")
+    assert job.cluster.state(second) == "PENDING"
+    job.wait_for_step(5)
+    job.cluster.wait(lambda: not job.cluster.state(first) or job.starts() > 1, "end of time", 150)
+    assert "end of time: the ranks save and stop" in job.logs()
+    assert "the next job of the chain continues" in job.logs()
+    stopped = job.saved()
+    job.wait_for_step(stopped + 5)
+    assert job.starts() == 2
+    job.cancel(second)
+    job.check_curve(tmp_path)
+
+
+def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
+    job: Run, tmp_path: Path
+) -> None:
+    (number,) = job.submit()
+    job.wait_for_step(10)
+    job.cluster.kill_node("n2")
+    job.cluster.wait(lambda: job.cluster.state(number) == "PENDING", "requeue")
+    job.cluster.start_node("n2")
+    job.cluster.wait(lambda: job.cluster.idle() == 2, "two idle nodes")
+    stopped = job.saved()
+    job.cluster.start_now(number)
+    job.wait_for_step(stopped + 15)
+    job.cancel(number)
+    job.check_curve(tmp_path)
+
+
+def test_a_rank_that_dies_is_restarted_in_the_same_job_and_its_node_is_named(
+    job: Run, tmp_path: Path
+) -> None:
+    (number,) = job.submit()
+    job.wait_for_step(10)
+    wanted = {f"SLURM_JOB_ID={number}".encode(), b"SLURMD_NODENAME=n2", b"RANK=1"}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            found = set((folder / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if wanted <= found:
+            os.kill(int(folder.name), signal.SIGKILL)
+    job.cluster.wait(lambda: job.starts() == 2, "second attempt")
+    job.wait_for_step(job.saved() + 10)
+    assert job.cluster.state(number) == "RUNNING"
+    assert "restart 0, attempt 2" in job.logs()
+    failed = (job.folder / "launch" / "failed_nodes").read_text().split()
+    assert len(failed) == 1 and failed[0] in slurm_cluster.NODES
+    refused = job.submit(code=2)[0]
+    assert f"job {number} of this run is still queued or running" in refused
+    job.cancel(number)
+    job.check_curve(tmp_path)
+
+
+def test_what_the_cluster_refuses_is_one_line_with_its_words(job: Run) -> None:
+    expected = "error: sbatch refused: "
+    assert expected in job.submit("--partition=absent", code=2)[0]
+    too_many = job.submit("--train.global_batch=16", nodes=4, code=2)[0]
+    assert expected in too_many and "node" in too_many.lower(), too_many
+    assert expected in job.submit("--constraint=gold", code=2)[0]
+    assert not (job.folder / "launch" / "submission.json").exists()
+
+
+def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
+    words = ["sweep", str(TINY), "--nodes=1", "--site", str(job.site), "--set", "run.seed=1,2"]
+    said = job.launch(*words, *job.overrides[:3], "--train.steps=3")
+    number = said.split("job ")[1].split(",")[0]
+    job.cluster.wait(lambda: not job.cluster.state(number), "end of the array", 240)
+    table = (job.folder / "results.md").read_text()
+    assert "| seed=1 | 3 |" in table and "| seed=2 | 3 |" in table, job.logs()
+    assert job.launch("results", str(job.folder)) == table
