@@ -56,6 +56,11 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # it leaves out this end
+            await self.lifespan.shutdown()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         first, self._signaled = not self._signaled, True  # the next may interrupt this call
         if not first and not self.repeat_forces:
@@ -69,7 +74,7 @@ class _Server(uvicorn.Server):
 
     def _begin_drain(self) -> None:
         assert self._loop is not None
-        self.drain.started.set()
+        self.drain.start()
         self._loop.call_later(self.grace, self.thread.stop, False)
         self._loop.call_later(self.grace + _AFTER_GRACE, self._close_connections)
 

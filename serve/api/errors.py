@@ -30,6 +30,8 @@ def error_body(error: RequestError) -> Json:
 def error_response(error: RequestError) -> JSONResponse:
     """Clients may send a refused request again after a second (429, 503)."""
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status in (408, 413, 503):  # the body may not have been read
+        headers["Connection"] = "close"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status, headers)

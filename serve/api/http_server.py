@@ -6,6 +6,7 @@ connection than the limit is refused; without that a few hundred slow sockets oc
 
 import asyncio
 import json
+import socket
 import sys
 
 import h11
@@ -18,6 +19,7 @@ from serve.engine.request import RequestError
 
 MAX_HEADER_BYTES = 16 * 2**10
 MAX_CONNECTIONS = 2048
+SEND_BUFFER_BYTES = 2**17
 HEADER_SECONDS = 30.0
 """From the start of a connection, or the first byte of another request, to the end of headers."""
 STALL_SECONDS = 30.0
@@ -32,6 +34,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # otherwise the kernel takes megabytes for a client that reads nothing
+        own = transport.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         if len(self.connections) > MAX_CONNECTIONS:
             self._refuse(RequestError("too many connections", None, 503, "overloaded"))
         else:
