@@ -93,8 +93,10 @@ def _parse_tool_calls(calls: object, place: str) -> list[Json]:
     found = []
     wrong = RequestError(f"{place}.tool_calls must be a list of function calls", "messages")
     for call in calls if isinstance(calls, list) else [None]:
-        function = isinstance(call, dict) and call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(call, dict) or not isinstance(function, dict):
+            raise wrong
+        if not isinstance(function.get("name"), str):
             raise wrong
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
