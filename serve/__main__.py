@@ -5,57 +5,82 @@
 """
 
 import argparse
-import functools
+import asyncio
 import socket
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
 
 from configs.errors import UserError
 from parallel.launch_environment import fail, read_launch_environment
-from serve.api.app import MAX_HEADER_BYTES, build_app
+from serve.api.app import build_app
+from serve.api.http_server import server_config
+from serve.api.limits import Drain
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.rank_group import RankGroup, connect, handle_signals
 from serve.engine.sampling_params import RequestError
+from serve.frontend.chat import read_chat_template
 from serve.frontend.follow import follow, open_together
 from serve.frontend.thread import EngineThread
 from serve.generate import generate
 from serve.generate import parse as parse_generate
 from serve.options import engine_options, make_parser
 
-MAX_CONNECTIONS = 2048
-"""Further connections are answered with 503 at once."""
+_AFTER_GRACE = 1.0
+"""Seconds after which connections whose response is not read are closed."""
 
 
 class _Server(uvicorn.Server):
-    """Calls `on_exit` at the first signal.
+    """Refuses new work at the first signal, and stops at once at the second.
 
     uvicorn then accepts no new connections and waits for the open ones; after the grace period,
     stopping the engine ends their requests with an error, instead of a dropped connection.
     """
 
-    on_exit: Callable[[], None]
-    repeat_forces: bool = True
-    """Whether a second signal ends the open connections at once. A launcher sends each signal
-    again."""
-    _signalled: bool = False
+    def __init__(
+        self, config: uvicorn.Config, drain: Drain, thread: EngineThread, grace: float
+    ) -> None:
+        super().__init__(config)
+        self.drain = drain
+        self.thread = thread
+        self.grace = grace
+        self.repeat_forces = True
+        """Whether a second signal ends the open connections at once. A launcher sends each signal
+        again."""
+        self._signaled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # it leaves out this end
+            await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        first, self._signalled = not self._signalled, True  # the next may interrupt this call
-        if first:
-            self.on_exit()
-        elif not self.repeat_forces:
+        first, self._signaled = not self._signaled, True  # the next may interrupt this call
+        if not first and not self.repeat_forces:
             return
         super().handle_exit(sig, frame)
+        if not first:
+            self.force_exit = True
+            self.thread.stop(wait=False)
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain)
 
+    def _begin_drain(self) -> None:
+        assert self._loop is not None
+        self.drain.start()
+        self._loop.call_later(self.grace, self.thread.stop, False)
+        self._loop.call_later(self.grace + _AFTER_GRACE, self._close_connections)
 
-def _stop_later(thread: EngineThread, seconds: float) -> None:
-    timer = threading.Timer(seconds, thread.stop, [False])
-    timer.daemon = True  # the process need not wait for it if all requests finish earlier
-    timer.start()
+    def _close_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -70,11 +95,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=5.0,
         help="seconds that requests under way get to finish after Ctrl-C or SIGTERM",
     )
+    parser.add_argument(
+        "--keep-alive",
+        type=int,
+        default=620,
+        help="seconds that an idle connection stays open; more than the proxy in front",
+    )
+    parser.add_argument("--api-key", help="clients must send it, on every path but /health")
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: must lie between 0 and 65535")
     if not 0 <= options.grace <= 3600:
         raise UserError(f"--grace {options.grace}: must lie between 0 and 3600 seconds")
+    if not 1 <= options.keep_alive <= 86400:
+        raise UserError(f"--keep-alive {options.keep_alive}: must lie between 1 and 86400 seconds")
+    if options.api_key is not None and not (options.api_key.isascii() and options.api_key.strip()):
+        raise UserError("--api-key: must be of ASCII characters, and not empty")
     return options
 
 
@@ -117,6 +153,7 @@ def _serve(
     listener: socket.socket,
 ) -> None:
     export = open_together(options.folder, options.dtype, options.device, sizes, group)
+    template = read_chat_template(options.folder)
     core = EngineCore(export, sizes)
     name = options.model_name or export.name
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -130,22 +167,19 @@ def _serve(
             flush=True,
         )
 
-    thread = EngineThread(core)
-    server = _Server(
-        uvicorn.Config(
-            build_app(thread, name, announce),
-            http="h11",
-            ws="none",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=int(options.grace) + 5,
-        )
+    thread, drain = EngineThread(core), Drain()
+    app = build_app(
+        thread,
+        name,
+        announce,
+        drain=drain,
+        api_key=options.api_key,
+        template=template,
+        model_path=str(options.folder),
     )
+    config = server_config(app, options.keep_alive, options.grace)
+    server = _Server(config, drain, thread, options.grace)
     server.repeat_forces = group is None
-    server.on_exit = functools.partial(_stop_later, thread, options.grace)
     # uvicorn raises the signals it caught again when it is done; they have had their effect by then
     handle_signals(lambda *_: None)
     server.run(sockets=[listener])

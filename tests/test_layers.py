@@ -49,11 +49,12 @@ ROOMS: dict[str, set[str]] = {
     "train/report": {"train"},
     "train/tokenizer": set(),
     "serve": {"serve/api", "serve/engine", "serve/frontend"},
-    "serve/api": {"serve/engine", "serve/frontend"},
+    "serve/api": {"serve/engine", "serve/frontend", "serve/text"},
     "serve/frontend": {"serve/engine"},
-    "serve/engine": {"serve/cache", "serve/cuda"},
+    "serve/engine": {"serve/cache", "serve/cuda", "serve/text"},
     "serve/cuda": {"serve/cache", "serve/engine"},
     "serve/cache": set(),
+    "serve/text": {"serve/engine"},
 }  # fmt: skip
 """The other subpackages of a package that each subpackage may import; none if it is not listed."""
 MOST_FILES = 16

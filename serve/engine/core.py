@@ -25,7 +25,6 @@ from serve.cache.radix import RadixCache
 from serve.cache.routing_cache import MAX_EXPERTS, RoutingCache
 from serve.cuda.runner import CudaRunner
 from serve.engine.batch import StepPlan, plan_step
-from serve.engine.detokenizer import TextStream
 from serve.engine.executor import StepExecutor, StepUnderWay
 from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
@@ -41,6 +40,7 @@ from serve.engine.request import (
 from serve.engine.runner import ModelRunner
 from serve.engine.sampler import Sampled, Sampler
 from serve.engine.scheduler import Chunk, Scheduler
+from serve.text.encoder import TextEncoder
 
 log = logging.getLogger("serve")
 
@@ -146,6 +146,9 @@ class EngineCore:
         self.cache = make_cache(export, options)
         self.allocator = PageAllocator(self.cache.n_pages)
         self.pages = self._manage_pages()
+        self._text_encoder: TextEncoder | None = None
+        if export.tokenizer is not None:
+            self._text_encoder = TextEncoder(export.tokenizer, self.longest)
         self.scheduler = Scheduler(
             self.pages,
             max_running=options.max_running,
@@ -197,32 +200,40 @@ class EngineCore:
         return self.scheduler.busy or self._under_way is not None
 
     def make_requests(
-        self, prompt: Sequence[int], params: SamplingParams, priority: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        group: object | None = None,
     ) -> list[Request]:
-        """A request for each of `params.n` choices. Raises RequestError if it can never be
-        served."""
+        """A request for each of `params.n` choices. group: see `Request.group`; by default these
+        are one. Raises RequestError if it can never be served."""
         self._check(prompt, params)
-        tokenizer = self.export.tokenizer
-        return [
-            Request(
-                list(prompt),
-                params.choice(index),
-                None if tokenizer is None else TextStream(tokenizer, params.stop),
-                priority,
-            )
-            for index in range(params.n)
-        ]
+        tokens, encoder = list(prompt), self._text_encoder
+        group = object() if group is None else group
+        made = []
+        for index in range(params.n):
+            skip = params.skip_special_tokens
+            text = None if encoder is None else encoder.stream(params.stop, tokens, skip)
+            made.append(Request(tokens, params.choice(index), text, priority, group))
+        return made
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text prompt, with the begin token if the tokenizer adds one."""
-        if self.export.tokenizer is None:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text prompt, with the begin token if the tokenizer adds one. Text of special
+        tokens is text like any other."""
+        return self.text_encoder.encode(text, add_special_tokens)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Raises RequestError if the export has no tokenizer."""
+        if self._text_encoder is None:
             raise RequestError("this model has no tokenizer; send token ids", "prompt")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RequestError("the prompt is not valid Unicode", "prompt") from None
-        tokens: list[int] = self.export.tokenizer.encode(text).ids
-        return tokens
+        return self._text_encoder
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together that a request may have."""
+        return min(self.export.max_length, self.cache.capacity + 1)
 
     def update_weights(self, folder: Path) -> list[Output]:
         """Continue with the weights of another export of the same model.
@@ -306,7 +317,7 @@ class EngineCore:
                 row.request.prompt_logprobs.append(one)
         tokens: dict[Request, tuple[int | None, TokenLogprob | None]] = {}
         if sampled is not None:
-            tokens = self._tokens_of(plan.sampled, sampled)
+            tokens = sampled.read(plan.sampled)
         outputs = []
         for chunk in plan.chunks:
             request = chunk.request
@@ -327,23 +338,13 @@ class EngineCore:
                 outputs.append(self._fail(request))
         return outputs
 
-    def _tokens_of(
-        self, chunks: Sequence[Chunk], sampled: Sampled
-    ) -> dict[Request, tuple[int | None, TokenLogprob | None]]:
-        tokens, finite = sampled.tokens_R.tolist(), sampled.finite_R.tolist()
-        logprobs: dict[int, TokenLogprob] = {}
-        if sampled.scores is not None:
-            own = [tokens[r] for r in sampled.scored]
-            found = sampled.scores.read(own, sampled.tops)
-            logprobs = dict(zip(sampled.scored, found, strict=True))
-        return {
-            chunk.request: (tokens[r] if finite[r] else None, logprobs.get(r))
-            for r, chunk in enumerate(chunks)
-        }
-
     def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> Output:
         """Append the next token to a request."""
         params, stream = request.params, request.text
+        if params.max_tokens == 0:  # the step computed the prompt, which is all that was requested
+            self._report_experts(request, len(request.tokens))
+            self.scheduler.finish(request, "length")
+            return Output(request, "", [], [], "length")
         request.tokens.append(token)
         n_output = request.n_output
         ended = token in params.stop_token_ids or (
@@ -361,11 +362,13 @@ class EngineCore:
             if stream is not None:
                 text += stream.finish()
                 reason = "stop" if stream.stopped else reason
-            if params.return_routed_experts and self.routing is not None:
-                n_tokens = len(request.tokens) - 1
-                request.routed_experts = self.routing.read(request.sequence.pages, n_tokens)
+            self._report_experts(request, len(request.tokens) - 1)
             self.scheduler.finish(request, reason)
         return Output(request, text, [token], [] if logprob is None else [logprob], reason)
+
+    def _report_experts(self, request: Request, n_tokens: int) -> None:
+        if request.params.return_routed_experts and self.routing is not None:
+            request.routed_experts = self.routing.read(request.sequence.pages, n_tokens)
 
     def _fail(self, request: Request) -> Output:
         self.scheduler.finish(request, "error", keep=False)
@@ -375,16 +378,16 @@ class EngineCore:
         vocab, tokenizer = self.export.model.config.vocab_size, self.export.tokenizer
         if not prompt:
             raise RequestError("the prompt is empty", "prompt")
-        if not all(type(token) is int and 0 <= token < vocab for token in prompt):
-            raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "prompt")
-        longest = min(self.export.max_length, self.cache.capacity + 1)
-        if len(prompt) + params.max_tokens > longest:
+        longest = self.longest
+        if len(prompt) + params.max_tokens > longest or len(prompt) > self.cache.capacity:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
                 f"together at most {longest} are possible",
                 "prompt",
                 code="context_length_exceeded",
             )
+        if not all(type(token) is int and 0 <= token < vocab for token in prompt):
+            raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "prompt")
         for name in ("logit_bias", "stop_token_ids"):
             if any(token >= self.sampler.n_tokens for token in getattr(params, name)):
                 most = self.sampler.n_tokens - 1

@@ -44,6 +44,8 @@ class Request:
     """None if there is no tokenizer."""
     priority: int = 0
     """Larger numbers are served first."""
+    group: object = field(default_factory=object, repr=False)
+    """Requests of one call have the same; calls get equal shares of the running requests."""
     number: int = field(default=-1, init=False)
     """Order of arrival, set by the scheduler."""
     tokens: list[int] = field(init=False)
@@ -56,6 +58,8 @@ class Request:
     """While it waits: the key to look up in the prefix cache (`Scheduler`)."""
     match: tuple[int, int] = field(default=(-1, 0), init=False, repr=False)
     """The last match of the key, as (version of the cache, pages)."""
+    queued_at: int = field(default=0, init=False)
+    """While it waits: the scheduler's step since when."""
     num_overtaken: int = field(default=0, init=False)
     """Number of later requests that were admitted before it."""
     aged: bool = field(default=False, init=False)

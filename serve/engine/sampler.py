@@ -22,7 +22,7 @@ from torch import Tensor
 
 from serve.engine.logprobs import Scores, score
 from serve.engine.penalties import TokenHistory, penalize
-from serve.engine.request import Request
+from serve.engine.request import Request, TokenLogprob
 from serve.engine.scheduler import Chunk
 
 _CANDIDATES = 256
@@ -77,6 +77,20 @@ class Sampled:
     scored: list[int]
     tops: list[int]
     scores: Scores | None
+
+    def read(
+        self, chunks: Sequence[Chunk]
+    ) -> dict[Request, tuple[int | None, TokenLogprob | None]]:
+        """Tokens and scores of the sampled requests, on the host; None: it has no token."""
+        tokens, finite = self.tokens_R.tolist(), self.finite_R.tolist()
+        logprobs: dict[int, TokenLogprob] = {}
+        if self.scores is not None:
+            found = self.scores.read([tokens[r] for r in self.scored], self.tops)
+            logprobs = dict(zip(self.scored, found, strict=True))
+        return {
+            chunk.request: (tokens[r] if finite[r] else None, logprobs.get(r))
+            for r, chunk in enumerate(chunks)
+        }
 
 
 class Sampler:

@@ -1,11 +1,10 @@
 """Checked parameters of sampling and of the end of a request, as clients may set them."""
 
-import math
 from dataclasses import dataclass, field, replace
 
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 128
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
@@ -37,7 +36,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 16
-    """Maximum number of tokens to generate, the end token included."""
+    """Maximum number of tokens to generate, the end token included. 0: only compute the prompt."""
     n: int = 1
     """Independent choices; they share the prompt's pages if a prefix cache is on."""
     temperature: float = 1.0
@@ -74,11 +73,13 @@ class SamplingParams:
     """The same for the tokens of the prompt, whose cached prefix is then computed again."""
     echo: bool = False
     """Return the prompt before the text; with `logprobs`, score it as well."""
+    skip_special_tokens: bool = True
+    """Omit special tokens from the text."""
     return_routed_experts: bool = False
     """Report the experts of every token; the engine must be started with this option."""
 
     def __post_init__(self) -> None:
-        _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        _integer("max_tokens", self.max_tokens, 0, MAX_TOKENS)
         _integer("n", self.n, 1, MAX_CHOICES)
         _number("temperature", self.temperature, 0.0, 2.0)
         _number("top_p", self.top_p, 0.0, 1.0)
@@ -94,7 +95,7 @@ class SamplingParams:
             raise RequestError("min_tokens must not exceed max_tokens", "min_tokens")
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        for name in ("ignore_eos", "echo", "return_routed_experts"):
+        for name in ("ignore_eos", "echo", "skip_special_tokens", "return_routed_experts"):
             if type(getattr(self, name)) is not bool:
                 raise RequestError(f"{name} must be true or false", name, code="invalid_type")
         for name in ("logprobs", "prompt_logprobs"):
@@ -149,5 +150,5 @@ def _number(name: str, value: object, low: float, high: float, param: str = "") 
     if type(value) not in (int, float):
         raise RequestError(f"{name} must be a number", param or name, code="invalid_type")
     assert isinstance(value, int | float)
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # false for NaN, and exact for integers of any size
         raise RequestError(f"{name} must lie between {low:g} and {high:g}", param or name)

@@ -11,6 +11,11 @@ then order of arrival. No request starves: one that later requests of any priori
 `max_overtaken` times is next, and none is admitted before it. A request whose prefix another one
 is about to compute waits for it, if that is faster than computing it twice.
 
+**Groups.** The choices and prompts of one call are a group. Within a priority the group with the
+fewest running requests is next, whatever is cached, so a call with many choices does not keep
+others waiting. If a group has waited `patience` steps with none of its requests running, a request
+of the group with the most running ones, at least two, is retracted for it.
+
 **Memory.** A request holds pages for its current tokens, not for those it may generate. It is
 admitted if its pages are available and, in addition, each running request can grow by some tokens
 (`headroom`). If a running request gets no page, the running request of lowest rank is retracted: it
@@ -20,6 +25,8 @@ admitted again only when there is memory for some time.
 """
 
 import bisect
+import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +36,8 @@ from serve.engine.request import FinishReason, Request, RequestError
 
 _MOST_SORTED = 128
 """Number of waiting requests that are ordered by their cached prefix; the others wait."""
+_MOST_SCANNED = 1024
+"""Number of waiting requests among which those are chosen."""
 _MOST_REFUSED = 8
 """Number of requests that do not fit after which admission ends for this step."""
 _MOST_HEADROOM = 1 << 14
@@ -68,6 +77,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_waiting: int,
         max_overtaken: int = 64,
+        patience: int = 16,
     ) -> None:
         assert max_batch_tokens >= max_running, "every running request must get its token"
         self.pages = pages
@@ -75,6 +85,7 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_waiting = max_waiting
         self.max_overtaken = max_overtaken
+        self.patience = patience
         self.waiting: list[Request] = []
         """In rank: those that were overtaken too often, then by priority and arrival."""
         self.running: list[Request] = []
@@ -85,18 +96,23 @@ class Scheduler:
         cached."""
         self.n_cached_tokens = 0
         self._n_added = 0
+        self._n_steps = 0
         self._headroom = float(pages.page_size)
 
     @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def refuse_if_full(self, n_new: int) -> None:
-        """Raise RequestError (503) if the queue cannot hold `n_new` more."""
-        present = len(self.waiting) + len(self.running)
+    def refuse_if_full(self, n_new: int, n_coming: int = 0) -> None:
+        """Raise RequestError (429) if the queue cannot hold `n_new` after `n_coming` more, 400 if
+        it never can."""
+        present = len(self.waiting) + len(self.running) + n_coming
+        if n_new > self.max_waiting + self.max_running:
+            most = self.max_waiting + self.max_running
+            raise RequestError(f"at most {most} choices of all prompts fit into the queue", "n")
         if present + n_new > self.max_waiting + self.max_running:
             raise RequestError(
-                "the server is at its limit; try again later", None, 503, "overloaded"
+                "the server is at its limit; try again later", None, 429, "overloaded"
             )
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -129,6 +145,11 @@ class Scheduler:
         None: a request must be retracted, which needs these results; call again when they are
         known.
         """
+        displaced = self._find_displaced()
+        if displaced is not None:
+            if in_flight:
+                return None
+            self._displace(displaced)
         decodes: list[Request] = []
         for request in tuple(self.running):
             if request.running and request.remaining == 1 and request.budget > 0:
@@ -150,6 +171,7 @@ class Scheduler:
             if not room:
                 break
         self._headroom = max(self.pages.page_size, self._headroom * _DECAY)
+        self._n_steps += 1
         assert batch or in_flight or not self.busy, "there is work but nothing can run"
         return sorted(batch, key=lambda chunk: chunk.length > 1)
 
@@ -199,6 +221,7 @@ class Scheduler:
             limit = min(limit, scored)
         request.key = self.pages.key_of(request.tokens, limit)
         request.match = (-1, 0)
+        request.queued_at = self._n_steps
         bisect.insort(self.waiting, request, key=_rank)
 
     def _admitted(self) -> Iterator[Request]:
@@ -223,13 +246,47 @@ class Scheduler:
 
     def _candidates(self) -> list[Request]:
         """The first waiting requests in the order of admission."""
-        first = self.waiting[:_MOST_SORTED]
+        running = Counter(request.group for request in self.running)
+        shares: dict[Request, int] = {}
+        for request in self.waiting[:_MOST_SCANNED]:
+            shares[request] = 0 if request.aged else running[request.group]
+            running[request.group] += 1
+        first = heapq.nsmallest(
+            _MOST_SORTED, shares, lambda r: (not r.aged, -r.priority, shares[r], r.number)
+        )
         version = self.pages.prefixes.version
         for request in first:
             if request.match[0] != version:
                 request.match = (version, self.pages.prefixes.match(request.key))
-        first.sort(key=lambda r: (not r.aged, -r.priority, 0 if r.aged else -r.match[1], r.number))
+        first.sort(
+            key=lambda r: (
+                not r.aged, -r.priority, shares[r], 0 if r.aged else -r.match[1], r.number
+            )
+        )  # fmt: skip
         return first
+
+    def _find_displaced(self) -> Request | None:
+        """The request to retract for a group that had nothing running for too long: the last one
+        of the group with the most running ones."""
+        if not self.waiting or len(self.running) < 2:
+            return None
+        running = Counter(request.group for request in self.running)
+        ((group, most),) = running.most_common(1)
+        if most < 2:
+            return None
+        last = next(request for request in reversed(self.running) if request.group is group)
+        patient = self._n_steps - self.patience
+        for request in self.waiting[:_MOST_SCANNED]:
+            late = not running[request.group] and request.queued_at <= patient
+            if late and request.priority >= last.priority:
+                return last
+        return None
+
+    def _displace(self, request: Request) -> None:
+        """Retract a request. Those that wait are patient for some more steps."""
+        self._retract(request, crowded=False)
+        for other in self.waiting:
+            other.queued_at = max(other.queued_at, self._n_steps - self.patience // 2)
 
     def _awaits_prefix(self, request: Request) -> bool:
         """Whether a running prompt will soon provide pages that are worth waiting for."""
@@ -271,7 +328,10 @@ class Scheduler:
     def _count_overtaken(self, admitted: Request) -> bool:
         """Count for all that arrived earlier. True if one of them must be next now."""
         aged = []
+        served = {request.group for request in self.running}
         for request in self.waiting:
+            if request.group in served:
+                continue  # another one of its call is running
             if request.number < admitted.number and not request.aged:
                 request.num_overtaken += 1
                 if request.num_overtaken >= self.max_overtaken:
@@ -293,7 +353,7 @@ class Scheduler:
                 return False
         return True
 
-    def _retract(self, request: Request, keep: bool = True) -> None:
+    def _retract(self, request: Request, keep: bool = True, crowded: bool = True) -> None:
         assert not request.num_pending, "its token is still to come"
         self.running.remove(request)
         n_tokens = request.num_committed if keep else 0
@@ -301,5 +361,6 @@ class Scheduler:
         request.num_computed = request.num_committed = 0
         request.num_retracted += 1
         self.n_retracted += 1
-        self._headroom = min(2 * self._headroom, _MOST_HEADROOM)
+        if crowded:  # there were too few pages
+            self._headroom = min(2 * self._headroom, _MOST_HEADROOM)
         self._enqueue(request)

@@ -199,12 +199,11 @@ class Engine:
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation, up to the start of the answer."""
-        tokenizer = self.core.export.tokenizer
-        if self.chat_template is None or tokenizer is None:
+        if self.chat_template is None or self.core.export.tokenizer is None:
             raise RequestError("this model has no chat template; use generate", "messages")
-        text = self.chat_template.render(messages)
-        tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return tokens
+        encoder = self.core.text_encoder
+        text = self.chat_template.render(messages, encoder.mark_text)
+        return encoder.encode_rendered(text, "messages")
 
     def flush_cache(self) -> None:
         """Remove all cached prefixes."""

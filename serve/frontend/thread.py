@@ -53,7 +53,8 @@ class EngineThread:
             self._thread.join()
 
     def submit(self, requests: Sequence[Request], deliver: Deliver, limited: bool = True) -> None:
-        """Queue all of `requests` or, with RequestError (503), none of them.
+        """Queue all of `requests` or none of them, with RequestError: 429 if the queue is full, 503
+        if the engine has stopped.
 
         limited: reject requests that exceed the queue.
         """
@@ -61,10 +62,16 @@ class EngineThread:
             if not self.alive:
                 raise RequestError("the server is shutting down", None, 503, "unavailable")
             if limited:
-                self.core.scheduler.refuse_if_full(len(self._submitted) + len(requests))
+                self.core.scheduler.refuse_if_full(len(requests), len(self._submitted))
             self._submitted += requests
             self._deliver |= dict.fromkeys(requests, deliver)
             self._wake.notify()
+
+    def refuse_if_full(self) -> None:
+        """Raise RequestError (429) if not even one request would be queued; before any work on
+        it."""
+        with self._wake:
+            self.core.scheduler.refuse_if_full(1, len(self._submitted))
 
     @contextmanager
     def submitted(self, requests: Sequence[Request], deliver: Deliver) -> Iterator[None]:

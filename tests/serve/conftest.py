@@ -21,8 +21,10 @@ from models.hf.files import read_model, write_tensors
 from models.hf.table import hf_config
 from models.init import initialize
 from serve.api.app import build_app
+from serve.api.http_server import server_config
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export, open_export
+from serve.frontend.chat import ChatTemplate
 from serve.frontend.thread import EngineThread
 from tests.serve.drive import assert_no_page_lost
 
@@ -36,6 +38,11 @@ def add(a, b):
 for number in range(10): print(number, "numbers and more numbers")
 日本語のテキスト 🙂 naïve café
 """
+
+TEMPLATE = (
+    "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if tag is defined %}{{ tag }}{% endif %}assistant:"
+)
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
@@ -133,6 +140,7 @@ def greedy_reference(export_folder: Path) -> Callable[[Sequence[int], int], list
 class RunningServer:
     def __init__(self, thread: EngineThread, port: int) -> None:
         self.thread = thread
+        self.port = port
         self.core = thread.core
         self.url = f"http://127.0.0.1:{port}"
 
@@ -146,12 +154,15 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def run_server(core: EngineCore, name: str = "tiny") -> Iterator[RunningServer]:
+def run_server(
+    core: EngineCore, name: str = "tiny", keep_alive: int = 620, **options: Any
+) -> Iterator[RunningServer]:
+    """options: of `build_app`."""
     thread = EngineThread(core)
     ready = threading.Event()
-    app = build_app(thread, name, ready.set)
+    app = build_app(thread, name, ready.set, template=ChatTemplate(TEMPLATE, {}), **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5)
+        config = server_config(app, keep_alive, grace=0)
         server = uvicorn.Server(config)
         worker = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         worker.start()

@@ -170,3 +170,43 @@ def test_no_delay_between_headers_and_first_token() -> None:
             accepted, _ = listener.accept()
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             accepted.close()
+
+
+def test_half_sent_bodies_do_not_delay_a_stop(export_folder: Path) -> None:
+    process, url = start(export_folder, "--grace", "5")
+    try:
+        port = int(url.removesuffix("/v1").rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            begin = time.monotonic()
+            assert half.recv(4096).startswith(b"HTTP/1.1 503")
+        out, errors = process.communicate(timeout=20)
+        assert (process.returncode, out, errors) == (0, "", "")
+        assert time.monotonic() - begin < 3
+    finally:
+        process.kill()
+
+
+def test_a_second_signal_stops_at_once(export_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "long"
+    shutil.copytree(export_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    process, url = start(folder, "--grace", "60")
+    body = {"prompt": "a", "max_tokens": 99_000, "ignore_eos": True, "stream": True}
+    try:
+        with httpx.stream("POST", f"{url}/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            assert "choices" in next(lines)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert process.poll() is None
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            errors = process.communicate(timeout=20)[1]
+            assert (process.returncode, errors) == (0, "")
+            assert time.monotonic() - begin < 3
+    finally:
+        process.kill()

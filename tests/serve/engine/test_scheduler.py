@@ -166,7 +166,7 @@ def test_full_queue_refuses_a_call_as_a_whole() -> None:
     scheduler.refuse_if_full(1)
     with pytest.raises(RequestError) as caught:
         scheduler.refuse_if_full(2)
-    assert caught.value.status == 503
+    assert caught.value.status == 429
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,0 +1,57 @@
+"""Errors as clients of OpenAI's API expect them: one line in a JSON object, never a traceback."""
+
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from serve.engine.request import RequestError
+
+Json = dict[str, Any]
+
+FAILURES = {
+    "error": RequestError("the request failed inside the server", None, 500, "internal_error"),
+    "cancelled": RequestError("the server is shutting down", None, 503, "unavailable"),
+}
+"""Finish reasons of the engine that are errors."""
+DRAINING = RequestError("the server is shutting down", None, 503, "unavailable")
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def error_body(error: RequestError) -> Json:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = _KINDS.get(error.status, kind)
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Clients may send a refused request again after a second (429, 503)."""
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status in (408, 413, 503):  # the body may not have been read
+        headers["Connection"] = "close"
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+async def on_request_error(http: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def on_http_error(http: HttpRequest, error: Exception) -> Response:
+    """Unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    shown = RequestError(error.detail, None, error.status_code, "http_error")
+    return JSONResponse(error_body(shown), error.status_code, error.headers)
+
+
+async def on_disconnect(http: HttpRequest, error: Exception) -> Response:
+    return Response(status_code=499)  # the client is gone
+
+
+async def on_fault(http: HttpRequest, error: Exception) -> Response:
+    return error_response(FAILURES["error"])

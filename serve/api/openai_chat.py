@@ -1,0 +1,270 @@
+"""The OpenAI chat completions format.
+
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+import json
+import time
+import uuid
+from typing import Any
+
+from serve.api.answer import Writer
+from serve.api.errors import Json
+from serve.api.fields import (
+    MAX_SEQUENCES,
+    SAMPLING,
+    SAMPLING_LISTS,
+    STRUCTURED,
+    UNSUPPORTED,
+    check_model,
+    check_names,
+    flag,
+    get,
+    integer,
+    priority,
+    sampling_params,
+    text,
+)
+from serve.api.openai_completions import finish_reason, include_usage, usage
+from serve.engine.core import EngineCore
+from serve.engine.request import Output, Request, RequestError, TokenLogprob
+from serve.engine.sampling_params import MAX_LOGPROBS, MAX_TOKENS
+from serve.frontend.chat import ChatTemplate, Message
+from serve.text.token_names import TokenNames
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_USED = (
+    *SAMPLING,
+    *SAMPLING_LISTS,
+    *("messages", "logprobs", "top_logprobs", "max_completion_tokens", "chat_template_kwargs"),
+    *("model", "stream", "stream_options", "priority", "rid", "return_token_ids", "echo"),
+)
+_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
+
+
+def parse_messages(value: object) -> list[Message]:
+    """Messages for a template: content is text; parts of it are joined. Raises RequestError."""
+    if not isinstance(value, list) or not value:
+        raise RequestError("messages must be a list of objects", "messages", code="invalid_type")
+    return [_parse_message(one, f"messages[{i}]") for i, one in enumerate(value)]
+
+
+def _parse_message(value: object, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise RequestError(f"{place} must be an object", "messages", code="invalid_type")
+    role = value.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{place}.role must be one of {', '.join(ROLES)}", "messages")
+    message: Message = {"role": role, "content": _parse_content(value.get("content"), place)}
+    for name in ("name", "tool_call_id"):
+        if value.get(name) is not None:
+            if not isinstance(value[name], str):
+                raise RequestError(f"{place}.{name} must be a string", "messages")
+            message[name] = value[name]
+    if value.get("tool_calls"):
+        message["tool_calls"] = _parse_tool_calls(value["tool_calls"], place)
+    elif value.get("content") is None:
+        raise RequestError(f"{place}.content is missing", "messages", code="invalid_type")
+    return message
+
+
+def _parse_content(content: object, place: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(
+            f"{place}.content must be a text or a list of parts", "messages", code="invalid_type"
+        )
+    for part in content:
+        known = isinstance(part, dict) and part.get("type") == "text"
+        if not known or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"{place}.content has a part that is not text; only text is supported",
+                "messages",
+                code="unsupported_content",
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _parse_tool_calls(calls: object, place: str) -> list[Json]:
+    """Earlier calls of tools, as templates read them: with their arguments as an object."""
+    found = []
+    wrong = RequestError(f"{place}.tool_calls must be a list of function calls", "messages")
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(call, dict) or not isinstance(function, dict):
+            raise wrong
+        if not isinstance(function.get("name"), str):
+            raise wrong
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                raise wrong from None
+        called = {"name": function["name"], "arguments": arguments}
+        found.append({"id": str(call.get("id", "")), "type": "function", "function": called})
+    return found
+
+
+class ChatWriter(Writer):
+    """A checked body of `POST /v1/chat/completions`, and its answer. Raises RequestError."""
+
+    def __init__(
+        self, fields: Json, core: EngineCore, template: ChatTemplate | None, model_name: str
+    ) -> None:
+        check_model(fields, model_name)
+        check_names(fields, _USED, STRUCTURED | UNSUPPORTED)
+        if flag(fields, "echo"):
+            raise RequestError("echo is not supported", "echo", code="unsupported_parameter")
+        if template is None or core.export.tokenizer is None:
+            raise RequestError(
+                "this model has no chat template; use /v1/completions", code="no_chat_template"
+            )
+        variables = get(fields, "chat_template_kwargs", {})
+        if not isinstance(variables, dict) or not variables.keys().isdisjoint(_RESERVED):
+            raise RequestError(
+                "chat_template_kwargs must be an object of other variables",
+                "chat_template_kwargs",
+                code="invalid_type",
+            )
+        encoder = core.text_encoder
+        rendered = template.render(
+            parse_messages(fields.get("messages")), encoder.mark_text, variables
+        )
+        tokens = encoder.encode_rendered(rendered, "messages")
+        self.params = sampling_params(
+            fields, logprobs=_logprobs(fields), max_tokens=_max_tokens(fields, core, len(tokens))
+        )
+        if self.params.n > MAX_SEQUENCES:
+            raise RequestError(f"n must be at most {MAX_SEQUENCES}", "n")
+        self.stream = flag(fields, "stream")
+        self.include_usage = include_usage(fields)
+        self.names = [text(fields, "rid") or uuid.uuid4().hex]
+        self.requests = core.make_requests(tokens, self.params, priority(fields), self)
+        with_ids = flag(fields, "return_token_ids")
+        self.choices = {
+            request: _Choice(index, request, core, with_ids)
+            for index, request in enumerate(self.requests)
+        }
+        self.head: Json = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model_name,
+        }
+
+    def start(self) -> list[Json]:
+        role: Json = {"role": "assistant", "content": ""}
+        return [
+            self._chunk({"index": index, "delta": role, "logprobs": None, "finish_reason": None})
+            for index in range(len(self.requests))
+        ]
+
+    def add(self, output: Output) -> list[Json]:
+        piece = self.choices[output.request].add(output)
+        if not (piece["delta"] or piece["finish_reason"] or piece["logprobs"]):
+            return []
+        return [self._chunk(piece)]
+
+    def end(self) -> list[Json]:
+        if not self.include_usage:
+            return []
+        counts = {"choices": [], "usage": usage(self.requests, self.params.n)}
+        return [self.head | {"object": "chat.completion.chunk"} | counts]
+
+    def whole(self) -> Json:
+        choices = [choice.join() for choice in self.choices.values()]
+        counts = usage(self.requests, self.params.n)
+        return self.head | {"object": "chat.completion", "choices": choices, "usage": counts}
+
+    def _chunk(self, choice: Json) -> Json:
+        tail: Json = {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
+        return self.head | {"object": "chat.completion.chunk"} | tail
+
+
+def _logprobs(fields: Json) -> int | None:
+    top = integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
+    if flag(fields, "logprobs"):
+        return top or 0
+    if top:
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    return None
+
+
+def _max_tokens(fields: Json, core: EngineCore, n_prompt: int) -> int:
+    """By default what the context leaves."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        found = integer(fields, name, 0, MAX_TOKENS)
+        if found is not None:
+            return found
+    return max(0 if n_prompt > core.longest else 1, core.longest - n_prompt)
+
+
+class _Choice:
+    """Converts the outputs of one request to deltas and to its choice object."""
+
+    def __init__(self, index: int, request: Request, core: EngineCore, with_ids: bool) -> None:
+        self.index = index
+        self.request = request
+        self.with_ids = with_ids
+        self.content: list[str] = []
+        self.logprobs: list[Json] | None = None
+        self.reason: str | None = None
+        self.names: TokenNames | None = None
+        if request.params.logprobs is not None:
+            self.logprobs = []
+            self.names = core.text_encoder.names(request.prompt, request.params.skip_special_tokens)
+
+    def add(self, output: Output) -> Json:
+        self.content.append(output.text)
+        self.reason = finish_reason(output.finish_reason)
+        logprobs = None
+        if self.logprobs is not None:
+            logprobs = [self._entry(one) for one in output.logprobs]
+            self.logprobs += logprobs
+        delta: Json = {"content": output.text} if output.text else {}
+        piece: Json = {
+            "index": self.index,
+            "delta": delta,
+            "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
+            "finish_reason": self.reason,
+        }
+        if self.with_ids:
+            piece["token_ids"] = output.tokens
+        return piece
+
+    def _entry(self, one: TokenLogprob) -> Json:
+        assert self.names is not None
+        names = self.names.name((one.token, *(token for token, _ in one.top)))
+        top = dict(one.top[: self.request.params.logprobs])
+        if self.request.params.logprobs:
+            top.setdefault(one.token, one.logprob)  # the sampled token is always among them
+        self.names.add(one.token)
+        own: Json = self._named(names[one.token], one.token, one.logprob)
+        listed = [self._named(names[token], token, value) for token, value in top.items()]
+        return own | {"top_logprobs": listed}
+
+    def _named(self, name: str, token: int, logprob: float) -> Json:
+        assert self.names is not None
+        return {"token": name, "logprob": logprob, "bytes": self.names.bytes_of(token, name)}
+
+    def join(self) -> Json:
+        """The whole choice."""
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(self.content),
+            "refusal": None,
+        }
+        choice: Json = {
+            "index": self.index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": self.reason,
+        }
+        if self.logprobs is not None:
+            choice["logprobs"] = {"content": self.logprobs, "refusal": None}
+        if self.with_ids:
+            choice["token_ids"] = self.request.output
+        return choice

@@ -1,0 +1,115 @@
+"""What the routes of a server share: its engine, its calls under way, the body of a request."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from serve.api.answer import Answer, Writer
+from serve.api.errors import Json
+from serve.api.fields import parse_json
+from serve.api.limits import Drain, read_body
+from serve.api.metrics import CONTENT_TYPE, Metrics
+from serve.engine.request import RequestError
+from serve.frontend.chat import ChatTemplate
+from serve.frontend.thread import EngineThread
+
+_LARGE_BODY = 64 * 2**10
+"""Larger bodies are parsed and tokenized one after another, in a thread of their own."""
+
+_T = TypeVar("_T")
+MakeWriter = Callable[[Json, "Api"], Writer]
+
+
+class Api:
+    """State of the server that its routes share."""
+
+    def __init__(
+        self,
+        thread: EngineThread,
+        model_name: str,
+        drain: Drain,
+        template: ChatTemplate | None,
+        model_path: str,
+    ) -> None:
+        self.template = template
+        self.thread = thread
+        self.core = thread.core
+        self.model_name = model_name
+        self.model_path = model_path
+        self.drain = drain
+        self.metrics = Metrics(self.core, model_name)
+        self.created = int(time.time())
+        self.answers: dict[str, Answer] = {}
+        """Calls under way, by name."""
+        self._large: Executor = ThreadPoolExecutor(1, "large bodies")
+
+    async def health(self, http: HttpRequest) -> Response:
+        """200 while the engine runs, otherwise 503."""
+        if self.drain.started.is_set():
+            return JSONResponse({"status": "the server is shutting down"}, 503)
+        if self.thread.alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine has stopped"}, 503)
+
+    async def report_metrics(self, http: HttpRequest) -> Response:
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def models(self, http: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, http: HttpRequest) -> Response:
+        if http.path_params["name"] != self.model_name:
+            raise RequestError("there is no such model here", "model", 404, "model_not_found")
+        return JSONResponse(self._card())
+
+    def generate(self, make_writer: MakeWriter) -> Callable[[HttpRequest], object]:
+        """A route that generates text: `make_writer` checks a body's fields and writes the
+        answer."""
+
+        async def route(http: HttpRequest) -> Response:
+            self.drain.refuse()
+            self.thread.refuse_if_full()
+            writer = await self.in_thread(http, lambda fields: make_writer(fields, self))
+            answer = Answer(self.thread, writer, self.metrics)
+            names = set(writer.names)
+            if not names.isdisjoint(self.answers):
+                raise RequestError(
+                    "a request with this rid is running", "rid", code="duplicate_rid"
+                )
+            self.answers |= dict.fromkeys(names, answer)
+            answer.on_close = lambda: self._remove(names)
+            return await answer.respond(http)
+
+        return route
+
+    def _remove(self, names: set[str]) -> None:
+        for name in names:
+            self.answers.pop(name, None)
+
+    def abort(self, name: str | None) -> int:
+        """Abort the call of a name, or all; returns their number."""
+        found = {answer for key, answer in self.answers.items() if name in (None, key)}
+        for answer in found:
+            answer.abort()
+        return len(found)
+
+    async def in_thread(self, http: HttpRequest, work: Callable[[Json], _T]) -> _T:
+        """`work` on the fields of the body, outside the event loop."""
+        body = await read_body(http, self.drain)
+        loop = asyncio.get_running_loop()
+        pool = self._large if len(body) > _LARGE_BODY else None
+        return await loop.run_in_executor(pool, lambda: work(parse_json(body)))
+
+    def _card(self) -> Json:
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "phalanx",
+            "max_model_len": self.core.export.max_length,
+        }

@@ -1,0 +1,1 @@
+"""Text to tokens, and the texts and bytes of single tokens."""
