@@ -1,104 +1,16 @@
 // A transformer block over the tokens of a step, in two calls: up to the input of the feed-forward,
 // and the feed-forward. Threads process the pieces of a phase one after another, and wait for
-// each other between phases. Structures are those of `kernels.fused_cpu.layout`.
-#include <omp.h>
-#include <sched.h>
-
-#include <atomic>
+// each other between phases.
 #include <cstring>
-#include <vector>
 
-#include "pages.h"
-#include "product.h"
+#include "engine.h"
 
 extern "C" void SGEMM(const char*, const char*, const int*, const int*, const int*, const float*,
                       const float*, const int*, const float*, const int*, const float*, float*,
                       const int*);
+extern "C" int MKL_Set_Num_Threads_Local(int);
 
-struct Layer {
-  const bf16 *attention_norm, *ffn_norm, *q_norm, *k_norm;  // the last two may be null
-  Matrix qkv, wo;
-  bf16 *keys, *values;
-  float scale;
-  int32_t window, chunk, has_rope;
-  int32_t n_experts, top_k, d_expert, d_shared;  // no experts: dense, d_shared wide
-  const bf16 *experts13, *experts2;              // packed, one expert after another
-  Matrix shared13, shared2;
-  const float *router, *bias;  // [E, D] and [E] for the choice
-  int32_t softmax, normalize;
-  float route_scale;
-};
-
-struct Model {
-  int32_t d_model, n_heads, n_groups, width, page_size, interleaved, threads;
-  float eps;
-};
-
-struct Step {
-  int32_t n_tokens, n_requests, n_columns, longest;
-  const int64_t* positions;
-  const int32_t *starts, *lengths, *tables;
-  const float *cos, *sin;
-  bf16* x;            // [T, D], the residual stream
-  bf16* normed;       // [T rounded up to 8, D], zeros after T
-  int64_t* ids;       // [T, K]
-  float* weights;     // [T, K]
-};
-
-struct Scratch {
-  std::vector<bf16> qkv, out, hidden, made, shared_hidden, shared;
-  std::vector<float> wide, logits;
-  std::vector<int> order, begins;
-};
-
-struct Engine {
-  Model model;
-  Scratch s;
-  std::atomic<int> next[8], arrived;
-  std::atomic<int> round;
-};
-
-template <typename T>
-static T* room(std::vector<T>& buffer, size_t n) {
-  if (buffer.size() < n) buffer.resize(n);
-  return buffer.data();
-}
-
-struct Team {
-  Engine& engine;
-  int size;
-
-  void meet() {
-    const int seen = engine.round.load();
-    if (engine.arrived.fetch_add(1) + 1 == size) {
-      engine.arrived.store(0);
-      engine.round.fetch_add(1);
-      return;
-    }
-    for (int spins = 0; engine.round.load() == seen; spins++) {
-      if (spins < 2000)
-        _mm_pause();
-      else
-        sched_yield();
-    }
-  }
-
-  template <typename F>
-  void share(int phase, int n, F piece) {
-    for (int i; (i = engine.next[phase].fetch_add(1)) < n;) piece(i);
-  }
-};
-
-template <typename F>
-static void together(Engine& engine, F body) {
-  for (auto& counter : engine.next) counter = 0;
-  engine.arrived = 0;
-#pragma omp parallel num_threads(engine.model.threads)
-  {
-    Team team{engine, omp_get_num_threads()};
-    body(team);
-  }
-}
+constexpr int64_t ALONE = 1 << 20;
 
 static void rotate(const float* x, const float* cos, const float* sin, int width, bool interleaved,
                    float* y) {
@@ -271,7 +183,11 @@ extern "C" void route(Engine* e, const Layer* layer, const Step* step) {
   float* x = room(e->s.wide, (size_t)T * D);
   float* logits = room(e->s.logits, (size_t)T * E + 32);
   for (int64_t i = 0; i < (int64_t)T * D; i += 16) _mm512_storeu_ps(x + i, widen(step->normed + i));
+  // for a few rows, waking MKL's threads takes longer than the product; the bits are the same
+  const bool alone = (int64_t)T * E * D < ALONE;
+  const int before = alone ? MKL_Set_Num_Threads_Local(1) : 0;
   SGEMM("T", "N", &E, &T, &D, &one, l.router, &D, x, &D, &zero, logits, &E);
+  if (alone) MKL_Set_Num_Threads_Local(before);
   std::vector<float> scores(E + 16);
   for (int t = 0; t < step->n_tokens; t++) {
     std::copy(logits + t * E, logits + (t + 1) * E, scores.begin());
