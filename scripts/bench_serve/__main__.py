@@ -63,8 +63,8 @@ def row(name: str, seconds: float, answers: list[Answer]) -> dict[str, object]:
 def measure(
     servers: dict[str, Server], name: str, clients: int, vocab: int, rounds: int
 ) -> list[dict[str, object]]:
-    """The best round of every server, rounds interleaved. Every round has different prompts, so
-    that none is in a cache from an earlier round."""
+    """The best round of every server, rounds interleaved. Every round and number of clients has
+    other prompts, so that none is in a cache from before."""
     best: dict[str, tuple[float, float, dict[str, object]]] = {}
     for seed in range(rounds):
         workload = build(name, clients, vocab, seed)

@@ -92,7 +92,7 @@ def _vllm(export: Path, load: Load, port: int, folder: Path) -> list[str]:
     return [
         _installed("vllm"), "serve", str(export), "--served-model-name", _MODEL,
         "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(load.max_length),
-        "--max-num-seqs", str(load.max_running),
+        "--max-num-seqs", str(load.max_running), "--enable-prompt-tokens-details",
     ]  # fmt: skip
 
 

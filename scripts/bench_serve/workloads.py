@@ -28,7 +28,7 @@ class Workload:
 
 def build(name: str, concurrency: int, vocab: int, seed: int) -> Workload:
     """The requests of a workload. Raises KeyError for an unknown name."""
-    rng = random.Random(f"{name} {seed}")
+    rng = random.Random(f"{name} {concurrency} {seed}")
 
     def draw(n: int) -> list[int]:
         return [rng.randrange(3, vocab) for _ in range(n)]
