@@ -5,6 +5,8 @@
 // every pair of K, two values of each output.
 #pragma once
 
+#include <vector>
+
 #include "vectors.h"
 
 constexpr int BLOCK = 64;
@@ -68,4 +70,8 @@ static inline __m512 rounded(const float* x) {
   __m512 v = _mm512_loadu_ps(x);
   __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+static inline void store_products(const float* wide, int lanes, bf16* to) {
+  for (int j = 0; j < lanes * 16; j += 16) store(to + j, rounded(wide + j));
 }

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve.cache.allocator import NULL_PAGE
 from serve.cache.manager import PageManager
 from serve.engine.request import Request
 from serve.engine.scheduler import Chunk
+
+_NO_ROWS = torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -120,23 +123,25 @@ def _layout(
     rows: list[int],
     scored_rows: list[int],
 ) -> ForwardBatch:
-    starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-    lengths = np.array([chunk.length for chunk in chunks], dtype=np.int64)
-    ends = starts + lengths
-    query_starts = np.zeros(len(chunks) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=query_starts[1:])
-    positions = np.arange(len(tokens)) + np.repeat(starts - query_starts[:-1], lengths)
-    held = -(-ends // pages.page_size)
-    table = pages.page_table[[chunk.request.sequence.row for chunk in chunks], : held.max()]
-    table[np.arange(table.shape[1]) >= held[:, None]] = 0  # allocated, but for later steps
+    positions: list[int] = []
+    query_starts, ends = [0], []
+    for chunk in chunks:
+        positions += range(chunk.start, chunk.end)
+        query_starts.append(len(positions))
+        ends.append(chunk.end)
+    held = [pages.pages_for(end) for end in ends]
+    table = pages.page_table[:, : max(held)].take([c.request.sequence.row for c in chunks], axis=0)
+    if len(chunks) > 1:  # pages beyond are allocated for later steps, or of earlier requests
+        table[np.arange(table.shape[1]) >= np.array(held)[:, None]] = NULL_PAGE
+    # few operations: their code is not in the processor's cache after a step
     return ForwardBatch(
         tokens=torch.tensor(tokens),
-        positions=torch.from_numpy(positions),
-        query_starts=torch.from_numpy(query_starts.astype(np.int32)),
-        key_lengths=torch.from_numpy(ends.astype(np.int32)),
-        page_tables=torch.from_numpy(np.ascontiguousarray(table)),
+        positions=torch.tensor(positions),
+        query_starts=torch.tensor(query_starts, dtype=torch.int32),
+        key_lengths=torch.tensor(ends, dtype=torch.int32),
+        page_tables=torch.from_numpy(table),
         rows=torch.tensor(rows, dtype=torch.int64),
-        scored_rows=torch.tensor(scored_rows, dtype=torch.int64),
+        scored_rows=torch.tensor(scored_rows, dtype=torch.int64) if scored_rows else _NO_ROWS,
     )
 
 

@@ -94,10 +94,12 @@ class StepExecutor:
             parts.append(score(logits_nV, targets, most, self.sampler.n_tokens))
 
         batch, last_tokens = plan.batch, self._last_tokens
-        # if this step fails, the next one computes results for requests that have ended
-        self._last_tokens = torch.zeros(len(plan.sampled), dtype=torch.int64)
+        self._last_tokens = None
         if plan.unknown:
-            assert last_tokens is not None
+            if last_tokens is None:  # that step failed, so results for its requests are ignored
+                last_tokens = torch.zeros(
+                    1 + max(place for _, place in plan.unknown), dtype=torch.int64
+                )
             rows, places = torch.tensor(plan.unknown, device=last_tokens.device).T
             tokens = batch.tokens.to(last_tokens.device)
             tokens[rows] = last_tokens[places]
@@ -122,9 +124,9 @@ def _to_host(result: Result) -> _Copied:
     sampled, scores = result
     if sampled is not None:
         own = None if sampled.scores is None else _host_scores(sampled.scores)
-        tokens_R, finite_R = _host(sampled.tokens_R), _host(sampled.finite_R)
+        tokens_R, best_R = _host(sampled.tokens_R), _host(sampled.best_R)
         on_gpu = sampled.tokens_R.is_cuda
-        sampled = replace(sampled, tokens_R=tokens_R, finite_R=finite_R, scores=own)
+        sampled = replace(sampled, tokens_R=tokens_R, best_R=best_R, scores=own)
     if scores is not None:
         on_gpu = scores.own_R.is_cuda
         scores = _host_scores(scores)

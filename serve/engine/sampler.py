@@ -14,6 +14,7 @@ else runs on the device. Tokens above the tokenizer's (padded vocabulary) are re
 V vocabulary. Logits are fp32.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,8 +73,8 @@ class Sampled:
     """Tokens of a step, on the device."""
 
     tokens_R: Tensor
-    finite_R: Tensor
-    """Whether the model's logits are usable."""
+    best_R: Tensor
+    """The largest logit of each row; not finite if the model's logits are not usable."""
     scored: list[int]
     tops: list[int]
     scores: Scores | None
@@ -82,13 +83,13 @@ class Sampled:
         self, chunks: Sequence[Chunk]
     ) -> dict[Request, tuple[int | None, TokenLogprob | None]]:
         """Tokens and scores of the sampled requests, on the host; None: it has no token."""
-        tokens, finite = self.tokens_R.tolist(), self.finite_R.tolist()
+        tokens, best = self.tokens_R.tolist(), self.best_R.tolist()
         logprobs: dict[int, TokenLogprob] = {}
         if self.scores is not None:
             found = self.scores.read([tokens[r] for r in self.scored], self.tops)
             logprobs = dict(zip(self.scored, found, strict=True))
         return {
-            chunk.request: (tokens[r] if finite[r] else None, logprobs.get(r))
+            chunk.request: (tokens[r] if math.isfinite(best[r]) else None, logprobs.get(r))
             for r, chunk in enumerate(chunks)
         }
 
@@ -138,7 +139,7 @@ class Sampler:
         """The next token of each row."""
         params = plan.params
         allowed_RV = self._adjust(logits_RV[:, : self.n_tokens], plan)
-        best_R, tokens_R = allowed_RV.max(-1)
+        best_R, tokens_R = _largest(allowed_RV)
         if not params.greedy:
             tokens_R = torch.where(params.drawn_R, self._draw(allowed_RV, plan), tokens_R)
         if params.penalized:
@@ -152,7 +153,7 @@ class Sampler:
         if params.scored:
             rows = torch.tensor(params.scored, device=self.device)
             scores = score(logits_RV[rows], tokens_R[rows], max(params.tops), self.n_tokens)
-        return Sampled(tokens_R, best_R.isfinite(), params.scored, params.tops, scores)
+        return Sampled(tokens_R, best_R, params.scored, params.tops, scores)
 
     def _pack(self, requests: list[Request]) -> _Params:
         params = [request.params for request in requests]
@@ -226,6 +227,15 @@ class Sampler:
         draws_R1 = torch.tensor(plan.draws, device=self.device)[:, None]
         found_R1 = torch.searchsorted(cumulative_RV, draws_R1 * cumulative_RV[:, -1:], right=True)
         return found_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)
+
+
+def _largest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, and the first token that has it."""
+    if logits_RV.device.type != "cpu" or not logits_RV.numel():
+        return logits_RV.max(-1)
+    # numpy searches with vector instructions, torch does not: 4 instead of 50 us per row of 32,000
+    tokens_R = torch.from_numpy(logits_RV.numpy().argmax(-1))
+    return logits_RV.gather(1, tokens_R[:, None]).squeeze(1), tokens_R
 
 
 def threshold(probs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:

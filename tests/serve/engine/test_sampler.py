@@ -48,7 +48,7 @@ def choose(
         one.sequence = SequencePages(row=row)
     plan = sampler.plan([chunk_of(one) for one in requests])
     found = sampler.sample(logits_RV.clone(), plan)
-    tokens = zip(found.tokens_R.tolist(), found.finite_R.tolist(), strict=True)
+    tokens = zip(found.tokens_R.tolist(), found.best_R.isfinite().tolist(), strict=True)
     return [token if finite else None for token, finite in tokens]
 
 
