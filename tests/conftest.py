@@ -20,7 +20,9 @@ LONG_S = 60.0
 """The same limit for tests marked long."""
 REFERENCE_S = 0.0155
 """CPU time of `slowness` on the reference machine: a core of an AMD EPYC 9004."""
-LONG = ("parallel", "train", "scripts", "kernels")
+LONG = (
+    "train", "parallel", "launch", "scripts", "test_documentation.py", "serve", "kernels",
+)  # fmt: skip
 """Folders with long-running files are started first, because the last file to start determines when
 the run ends."""
 
@@ -53,7 +55,13 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.parent.name, len(LONG)))
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        parts = item.path.relative_to(here).parts
+        return places.get(parts[0], len(LONG)), -len(parts)  # inner rooms have the longest files
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

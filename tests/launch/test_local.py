@@ -24,7 +24,11 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("ranks", "stop"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)], ids=["one", "two"]
+    ("ranks", "stop"),
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow, id="one"),
+        pytest.param(2, signal.SIGUSR1, id="two"),
+    ],
 )
 def test_a_stopped_training_ends_with_75_and_continues(
     ranks: int, stop: signal.Signals, overrides: list[str], tmp_path: Path

@@ -43,7 +43,7 @@ def small(overrides: list[str], sequences: int) -> list[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("steps", "sequences"), [(30, 64), pytest.param(100, 256, marks=pytest.mark.slow)]
+    ("steps", "sequences"), [(20, 32), pytest.param(100, 256, marks=pytest.mark.slow)]
 )
 def test_a_pair_ends_at_the_same_loss(
     steps: int, sequences: int, overrides: list[str], tmp_path: Path,

@@ -82,7 +82,7 @@ def test_a_stop_saves_and_the_rest_is_bit_identical(
     assert final_weights(tmp_path / "run") == final_weights(whole)
 
 
-@pytest.mark.long
+@pytest.mark.slow  # tests/launch/test_local.py does the same with another signal
 def test_under_torchrun_a_stop_saves_too(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, "--schedule.decay_fraction=0", "--checkpoint.every=5"]
     process = subprocess.Popen(
