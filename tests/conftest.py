@@ -29,6 +29,10 @@ the run ends."""
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
 
 
+def pytest_configure() -> None:
+    os.environ.setdefault(forks.SESSION, str(os.getpid()))  # processes started later inherit it
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One worker per core and one more, because some tests wait, with 4 GiB each; none if GPU tests
@@ -58,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
 
     def place(item: pytest.Item) -> tuple[int, int]:
+        if not item.path.is_relative_to(here):
+            return len(LONG), 0
         parts = item.path.relative_to(here).parts
         return places.get(parts[0], len(LONG)), -len(parts)  # inner rooms have the longest files
 

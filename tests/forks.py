@@ -1,5 +1,5 @@
 """Runs programs in forks of template processes, in milliseconds instead of the seconds of their
-imports.
+imports. All processes of a test session share its templates.
 
 `forked` is a replacement for `subprocess.run` of `python ARGUMENTS` or torchrun: same arguments,
 environment, streams, exit code and signals. Two things differ, and tests of these start real
@@ -8,11 +8,12 @@ forked from two templates, so that the iteration order of sets of strings differ
 it does between separate processes.
 """
 
-import atexit
+import hashlib
 import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,50 +58,73 @@ _attempts = count(1)
 _spent: list[float] = []
 
 
-class Template:
-    """A process of `tests/template.py`."""
+SESSION = "TEST_SESSION"
+"""Environment variable that is equal in all processes of a test session."""
 
-    def __init__(self, modules: tuple[str, ...], env: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", HERE / "template.py", *modules], cwd=HERE.parent, env=env,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        atexit.register(self._process.communicate)  # closing its input ends it
+
+class Template:
+    """A connection to a process of `tests/template.py`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._answers = connection.makefile("rb")
 
     def start(self, words: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
         """Start a program, which appends to the files `out` and `err`; returns its process id."""
         place = {"cwd": str(cwd), "out": str(out), "err": str(err)}
         return int(self._ask(start={"words": words, "env": env} | place)["pid"])
 
-    def reap(self, pid: int) -> int:
-        """Wait for a program to end; returns its exit code, negative for a signal."""
-        return int(self._ask(reap=pid)["code"])
-
-    def cpu_time(self) -> float:
-        """CPU seconds of the template and of its ended programs."""
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
-        ticks = stat.rpartition(")")[2].split()[11:15]
-        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    def reap(self, pid: int) -> tuple[int, float]:
+        """Wait for a program to end; returns its exit code, negative for a signal, and its CPU
+        seconds."""
+        ended = self._ask(reap=pid)
+        return int(ended["code"]), float(ended["seconds"])
 
     def _ask(self, **request: Any) -> Any:
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(request).encode() + b"\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        assert answer, f"the template has ended: {process.wait()}"
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        answer = self._answers.readline()
+        assert answer, "the template has ended"
         return json.loads(answer)
 
 
 @cache
 def template(modules: tuple[str, ...], odd: bool, more: tuple[tuple[str, str], ...]) -> Template:
-    """The template for these modules, cached until this process ends. more: environment variables
-    during its imports."""
+    """The template for these modules; the first process of the session that needs it starts it.
+    more: environment variables during its imports."""
+    session = os.environ.setdefault(SESSION, str(os.getpid()))
+    words = json.dumps([sys.executable, str(HERE), session, modules, odd, more])
+    address = "\0phalanx-tests-" + hashlib.sha256(words.encode()).hexdigest()
+    deadline = time.monotonic() + 60
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.bind(address)
+        except OSError:  # it exists
+            try:
+                connection.connect(address)
+                return Template(connection)
+            except OSError:  # its process just begins or ends
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+                continue
+        with connection as listener:
+            listener.listen(64)
+            _spawn(listener, modules, odd, more)
+
+
+def _spawn(
+    listener: socket.socket, modules: tuple[str, ...], odd: bool, more: tuple[tuple[str, str], ...]
+) -> None:
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return Template(modules, os.environ | threads | TUNABLES | {
-        "PYTHONPATH": str(HERE.parent), "PYTHONHASHSEED": "1" if odd else "0",
-        "CUDA_VISIBLE_DEVICES": "", **dict(more),
-    })  # fmt: skip
+    number = listener.fileno()
+    subprocess.Popen(
+        [sys.executable, "-P", HERE / "template.py", str(number), *modules], cwd=HERE.parent,
+        env=os.environ | threads | TUNABLES | {
+            "PYTHONPATH": str(HERE.parent), "PYTHONHASHSEED": "1" if odd else "0",
+            "CUDA_VISIBLE_DEVICES": "", **dict(more),
+        },
+        stdin=subprocess.DEVNULL, pass_fds=[number], start_new_session=True,
+    )  # fmt: skip
 
 
 def cpu_time() -> float:
@@ -156,8 +180,7 @@ class Program:
             source = template(modules, odd, key)
             self.pids.append(source.start(words, environment, cwd, self._out, self._err))
             self._running[os.pidfd_open(self.pids[-1])] = source, self.pids[-1]
-        self._sources = {source for source, _ in self._running.values()}
-        self._before = self._cpu_time()
+        self._seconds = 0.0
 
     def is_running(self) -> bool:
         """Whether no rank has ended."""
@@ -174,7 +197,7 @@ class Program:
     def finish(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Wait for the end; after the timeout, kill all ranks and raise TimeoutExpired."""
         codes = self._wait(timeout)
-        _spent.append((self._cpu_time() - self._before) / min(len(self.pids), 2))
+        _spent.append(self._seconds / min(len(self.pids), 2))
         printed = self.printed()
         if codes is None:
             raise subprocess.TimeoutExpired(self.words, timeout, *printed)
@@ -184,9 +207,6 @@ class Program:
     def printed(self) -> tuple[str, str]:
         """Standard output and error so far."""
         return self._out.read_text(errors="replace"), self._err.read_text(errors="replace")
-
-    def _cpu_time(self) -> float:
-        return sum(source.cpu_time() for source in self._sources)
 
     def _wait(self, timeout: float) -> list[int] | None:
         """Exit codes in the order in which the processes ended; None after a timeout."""
@@ -202,7 +222,9 @@ class Program:
                 source, pid = self._running.pop(descriptor)
                 poll.unregister(descriptor)
                 os.close(descriptor)
-                codes.append(source.reap(pid))
+                code, seconds = source.reap(pid)
+                codes.append(code)
+                self._seconds += seconds
             if not ended:
                 late = late or time.monotonic() >= end
                 self.signal(signal.SIGKILL)

@@ -1,17 +1,18 @@
 """A process that has imported the modules of our programs and forks a copy of itself for each
 program.
 
-`python -P tests/template.py MODULE...` imports the modules once. Then it answers one line of JSON
-per line on its standard input:
+`python -P tests/template.py SOCKET MODULE...` imports the modules once. SOCKET is the file
+descriptor of a listening socket. Any number of clients connect to it; each sends lines of JSON, and
+gets one line for each:
 
     {"start": {"words": [...], "env": {...}, "cwd": ..., "out": FILE, "err": FILE}} -> {"pid": N}
-    {"reap": N} -> {"code": exit code of that child, negative for a signal}
+    {"reap": N} -> {"code": exit code of that child, negative for a signal, "seconds": its CPU time}
 
 `words` are the arguments of a Python interpreter: `-m MODULE ...`, `-c CODE ...` or `FILE ...`,
 each optionally after `-P`. A child has its own standard streams, environment, signals, process
 group and exit code, and ends like any Python process; only its modules were imported before. A fork
-copies one thread, so the template refuses to serve with several threads. When its input ends, it
-kills the remaining children.
+copies one thread, so the template refuses to serve with several threads. The children of a client
+that disconnects are killed. The template ends when it has had no client for a while.
 """
 
 import atexit
@@ -21,52 +22,91 @@ import json
 import os
 import random
 import runpy
+import select
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
+
+IDLE_S = 5.0
 
 
-def main(modules: list[str]) -> None:
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+@dataclass
+class Client:
+    connection: socket.socket
+    requests: BinaryIO
+    children: set[int] = field(default_factory=set)
+
+    def answer(self, **values: object) -> None:
+        self.connection.sendall(json.dumps(values).encode() + b"\n")
+
+
+def main(listening: int, modules: list[str]) -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)  # output of an import is not an answer
+    os.dup2(2, 1)
     for name in modules:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in every child"
     gc.collect()
     gc.freeze()  # keeps these pages shared: a child's garbage collector does not touch them
-    program = serve(requests, answers)
+    program = serve(socket.socket(fileno=listening))
     run_to_end(program or (lambda: None))
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> Callable[[], None] | None:
-    """Answer until the input ends; in a child, return the program to run."""
-    children: set[int] = set()
-    for line in iter(requests.readline, b""):
-        request = json.loads(line)
-        if "start" in request:
-            pid = os.fork()
-            if not pid:
-                requests.close()
-                answers.close()
-                return partial(become, **request["start"])
-            children.add(pid)
-            answer = {"pid": pid}
-        else:
-            _, status = os.waitpid(request["reap"], 0)
-            children.remove(request["reap"])
-            answer = {"code": os.waitstatus_to_exitcode(status)}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
+def serve(listener: socket.socket) -> Callable[[], None] | None:
+    """Answer until there is no client; in a child, return the program to run."""
+    clients: dict[int, Client] = {}
+    while ready := select.select([listener, *clients], [], [], None if clients else IDLE_S)[0]:
+        for one in ready:
+            if one is listener:
+                connection, _ = listener.accept()
+                client = Client(connection, connection.makefile("rb"))
+                clients[connection.fileno()] = client
+                continue
+            client = clients[one]
+            line = client.requests.readline()
+            if not line:
+                del clients[one]
+                disconnect(client)
+                continue
+            program = answer(client, json.loads(line))
+            if program is not None:
+                listener.close()
+                for other in clients.values():
+                    other.requests.close()
+                    other.connection.close()
+                return program
     return None
+
+
+def answer(client: Client, request: dict[str, Any]) -> Callable[[], None] | None:
+    """Answer a request; in a child, return the program to run."""
+    if "start" in request:
+        pid = os.fork()
+        if not pid:
+            return partial(become, **request["start"])
+        client.children.add(pid)
+        client.answer(pid=pid)
+        return None
+    _, status, used = os.wait4(request["reap"], 0)
+    client.children.remove(request["reap"])
+    client.answer(code=os.waitstatus_to_exitcode(status), seconds=used.ru_utime + used.ru_stime)
+    return None
+
+
+def disconnect(client: Client) -> None:
+    for pid in client.children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    client.requests.close()
+    client.connection.close()
 
 
 def run_to_end(program: Callable[[], None]) -> NoReturn:
@@ -122,4 +162,4 @@ def become(words: list[str], env: dict[str, str], cwd: str, out: str, err: str) 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2:])

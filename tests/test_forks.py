@@ -1,6 +1,7 @@
 """Forks behave like processes: streams, exit codes, environment, signals, and ranks that fail."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,11 +98,39 @@ def test_what_is_random_differs_between_forks() -> None:
 
 def test_a_template_with_threads_refuses() -> None:
     """A fork copies only one thread, and would wait forever for locks of the others."""
-    done = subprocess.run(
-        [sys.executable, "-P", ROOT / "tests" / "template.py", "tests.threaded"], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, input="",
-    )  # fmt: skip
+    with socket.socket(socket.AF_UNIX) as listener:
+        number = str(listener.fileno())
+        done = subprocess.run(
+            [sys.executable, "-P", ROOT / "tests" / "template.py", number, "tests.threaded"],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            pass_fds=[listener.fileno()],
+        )  # fmt: skip
     assert done.returncode == 1 and "a thread would be lost" in done.stderr
+
+
+PARENT = """
+import os, sys
+print(os.getppid())
+if len(sys.argv) > 1:
+    from pathlib import Path
+    from tests.forks import Program
+    program = Program(["-c", "import time; time.sleep(600)"], dict(os.environ), ("json",))
+    print(*program.pids, flush=True)
+    os._exit(0)  # it does not end its program
+"""
+
+
+def test_processes_of_a_session_share_templates_and_leave_nothing() -> None:
+    """The second process starts a program and dies; its template kills the program."""
+    here = run("-c", PARENT, modules=BARE).stdout.split()
+    there = subprocess.run(
+        [sys.executable, "-c", PARENT, "start"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+    ).stdout.split()  # fmt: skip
+    left = int(there[1])
+    assert run("-c", PARENT, modules=BARE).stdout.split() == here
+    with pytest.raises(ProcessLookupError):  # the template has answered since
+        os.kill(left, 0)
 
 
 SPIN = """

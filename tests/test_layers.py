@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels/mlp": {
         "kernels", "kernels/gemm", "kernels/grouped_gemm", "kernels/quantization",
     },
+    "kernels/fused_cpu": {"kernels"},
     "kernels/moe": {"kernels"},
     "kernels/paged_attention": {"kernels", "kernels/gemm"},
     # upcycling checks which architecture can express the result

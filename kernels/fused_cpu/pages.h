@@ -7,6 +7,7 @@
 #include "vectors.h"
 
 constexpr int QUERIES = 8;  // processed together
+constexpr int AHEAD = 64;   // positions between a fetch and its use
 
 struct Pages {
   const bf16 *keys, *values;  // of this head in page 0
@@ -23,38 +24,73 @@ static inline int first_seen(int position, int window, int chunk) {
   return chunk ? position / chunk * chunk : 0;
 }
 
-template <int N>
-static void scores_of_16(const float* q, const bf16* k, int width, int size, float* out,
-                         int64_t row) {
-  __m512 total[N];
-  for (auto& v : total) v = _mm512_setzero_ps();
-  for (int c = 0; c < width; c++) {
-    __m512 keys = widen(k + c * size);
-    for (int i = 0; i < N; i++)
-      total[i] = _mm512_fmadd_ps(_mm512_set1_ps(q[i * width + c]), keys, total[i]);
+// Scores of N queries and 16 * BLOCKS keys. Several blocks at once hide the latency of additions.
+template <int N, int BLOCKS>
+static void scores_of(const Pages& pages, const float* q, int position, float* out, int64_t row) {
+  __m512 total[N][BLOCKS];
+  const bf16* k[BLOCKS];
+  for (int b = 0; b < BLOCKS; b++) {
+    const int at = position + 16 * b;
+    k[b] = pages.keys + pages.at(at) + at % pages.size;
+    for (int i = 0; i < N; i++) total[i][b] = _mm512_setzero_ps();
   }
-  for (int i = 0; i < N; i++) _mm512_storeu_ps(out + i * row, total[i]);
+  for (int c = 0; c < pages.width; c++) {
+    __m512 keys[BLOCKS];
+    for (int b = 0; b < BLOCKS; b++) keys[b] = widen(k[b] + c * pages.size);
+    for (int i = 0; i < N; i++) {
+      const __m512 x = _mm512_set1_ps(q[i * pages.width + c]);
+      for (int b = 0; b < BLOCKS; b++) total[i][b] = _mm512_fmadd_ps(x, keys[b], total[i][b]);
+    }
+  }
+  for (int i = 0; i < N; i++)
+    for (int b = 0; b < BLOCKS; b++) _mm512_storeu_ps(out + i * row + 16 * b, total[i][b]);
 }
 
-template <int N>
-static void values_of_16(const Pages& pages, const bf16* probs, int64_t row, int begin, int end,
-                         int column, float* out) {
-  __m512 total[N];
-  for (auto& v : total) v = _mm512_setzero_ps();
-  for (int j = begin; j < end; j += 2) {
-    const bf16* v = pages.values + pages.at(j) + (j % pages.size) * pages.width + column;
-    __m512i pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)v));
-    if (j + 1 < end) {  // later values of a page are arbitrary
-      __m256i next = _mm256_loadu_si256((const __m256i*)(v + pages.width));
-      pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16));
+// 16 * BLOCKS columns of the weighted sums of values [begin, end), begin a multiple of 16.
+template <int N, int BLOCKS>
+static void values_of(const Pages& pages, const bf16* probs, int64_t row, int begin, int end,
+                      int column, bf16* const* out) {
+  __m512 total[N][BLOCKS];
+  for (auto& sums : total)
+    for (auto& v : sums) v = _mm512_setzero_ps();
+  auto add = [&](const bf16* v, const bf16* p, bool both) {  // two positions, or the last one
+    __m512i pair[BLOCKS];
+    for (int b = 0; b < BLOCKS; b++) {
+      pair[b] = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(v + 16 * b)));
+      if (!both) continue;  // later values of a page are arbitrary
+      __m256i next = _mm256_loadu_si256((const __m256i*)(v + pages.width + 16 * b));
+      pair[b] = _mm512_or_si512(pair[b], _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16));
     }
     for (int i = 0; i < N; i++) {
-      int32_t p;
-      __builtin_memcpy(&p, probs + i * row + (j - begin), 4);
-      total[i] = _mm512_dpbf16_ps(total[i], (__m512bh)_mm512_set1_epi32(p), (__m512bh)pair);
+      int32_t both_probs;
+      __builtin_memcpy(&both_probs, p + i * row, 4);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(both_probs);
+      for (int b = 0; b < BLOCKS; b++)
+        total[i][b] = _mm512_dpbf16_ps(total[i][b], x, (__m512bh)pair[b]);
     }
+  };
+  for (int j = begin; j < end; j += 16) {
+    const bf16* v = pages.values + pages.at(j) + (j % pages.size) * pages.width + column;
+    const int n = std::min(16, end - j);
+    int i = 0;
+    for (; i + 1 < n; i += 2) add(v + i * pages.width, probs + (j - begin) + i, true);
+    if (i < n) add(v + i * pages.width, probs + (j - begin) + i, false);
   }
-  for (int i = 0; i < N; i++) _mm512_storeu_ps(out + i * 16, total[i]);
+  for (int i = 0; i < N; i++)
+    for (int b = 0; b < BLOCKS; b++)
+      _mm256_storeu_si256((__m256i*)(out[i] + column + 16 * b),
+                          (__m256i)_mm512_cvtneps_pbh(total[i][b]));
+}
+
+// Fetch what `scores_of` and `values_of` read of 16 positions: pages are anywhere in memory.
+static inline void fetch(const Pages& pages, int position) {
+  const int64_t page = pages.at(position);
+  const int offset = position % pages.size;
+  const bf16 *k = pages.keys + page + offset, *v = pages.values + page + offset * pages.width;
+  const int rows = std::max(1, 32 / pages.size);  // of keys per cache line
+  for (int c = 0; c < pages.width; c += rows)
+    _mm_prefetch((const char*)(k + c * pages.size), _MM_HINT_T1);
+  for (int i = 0; i < 16 * pages.width; i += 32) _mm_prefetch((const char*)(v + i), _MM_HINT_T1);
 }
 
 // N queries [N][width], scaled, at positions; outputs to out[i] + column.
@@ -69,11 +105,13 @@ static void attend(const Pages& pages, const float* q, const int* positions, int
   }
   first &= ~15;
   const int columns = (last - first + 16) & ~15;
-  for (int j = 0; j < columns; j += 16) {
-    const int position = first + j;
-    const bf16* k = pages.keys + pages.at(position) + position % pages.size;
-    scores_of_16<N>(q, k, pages.width, pages.size, scores + j, columns);
+  int j = 0;
+  for (; j + 32 <= columns; j += 32) {
+    for (int ahead = j + AHEAD; ahead < std::min(j + AHEAD + 32, columns); ahead += 16)
+      fetch(pages, first + ahead);
+    scores_of<N, 2>(pages, q, first + j, scores + j, columns);
   }
+  if (j < columns) scores_of<N, 1>(pages, q, first + j, scores + j, columns);
   for (int i = 0; i < N; i++) {
     float* row = scores + (int64_t)i * columns;
     const int from = first_seen(positions[i], window, chunk) - first, to = positions[i] - first;
@@ -82,10 +120,9 @@ static void attend(const Pages& pages, const float* q, const int* positions, int
     softmax(row, columns);
     for (int j = 0; j < columns; j += 16) store(probs + (int64_t)i * columns + j, _mm512_loadu_ps(row + j));
   }
-  float block[N * 16];
-  for (int c = 0; c < pages.width; c += 16) {
-    values_of_16<N>(pages, probs, columns, first, last + 1, c, block);
-    for (int i = 0; i < N; i++)
-      _mm256_storeu_si256((__m256i*)(out[i] + c), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(block + i * 16)));
-  }
+  constexpr int BLOCKS = N > 4 ? 2 : 4;
+  int c = 0;
+  for (; c + 16 * BLOCKS <= pages.width; c += 16 * BLOCKS)
+    values_of<N, BLOCKS>(pages, probs, columns, first, last + 1, c, out);
+  for (; c < pages.width; c += 16) values_of<N, 1>(pages, probs, columns, first, last + 1, c, out);
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.model import ModelConfig
+from kernels import huge_pages
 
 _SHARE_OF_FREE_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """Share of the memory that is free after the weights are loaded; a CPU also runs other programs."""
@@ -47,9 +48,7 @@ class KvCache:
         else:
             heads, width = a.kv_heads, a.head_dim
             shapes = [(n_pages, heads, width, page_size), (n_pages, heads, page_size, width)]
-        self.tensors = [
-            torch.zeros(model.n_layers, *shape, dtype=dtype, device=device) for shape in shapes
-        ]
+        self.tensors = [_zeros((model.n_layers, *shape), dtype, device) for shape in shapes]
         """Keys and values, or latents, of all layers."""
         self.values_per_token = values_per_token(model)
 
@@ -85,6 +84,12 @@ class KvCache:
     def latents(self, layer: int) -> Tensor:
         """`[pages, size, N]`, a view."""
         return self.tensors[0][layer]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return huge_pages.zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def values_per_token(model: ModelConfig) -> int:

@@ -2,8 +2,8 @@
 
 The layers' weights are packed once. A step is one call for all layers and one for the logits; a
 router that the C++ does not support (groups, a bias, fewer than 16 softmax scores) is the training
-module, between two calls. Before it is used, its results are compared with the torch form, bit by bit, on a
-batch of random tokens: another CPU or another torch may sum in another order.
+module, between two calls. Before it is used, its results are compared with the torch form, bit by
+bit, on a batch of random tokens: another CPU or another torch may sum in another order.
 T tokens, K experts per token, D model width, V vocabulary.
 """
 
@@ -109,7 +109,8 @@ class FusedModel:
         choice yet."""
         step, T = self._prepare(batch), len(batch.tokens)
         K, D = self.model.config.moe.top_k, self.model.config.d_model
-        ids_LTK = self._ids[: len(self.routers) * T * K].view(-1, T, K)
+        L = len(self.routers)
+        ids_LTK = self._ids[: L * T * K].view(L, T, K)
         stage = 0  # two per layer: attention, feed-forward
         for (layer, router), ids_TK in zip(self.routers, ids_LTK, strict=True):
             if self.layers[layer].routes_itself:
