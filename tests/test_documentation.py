@@ -95,7 +95,14 @@ def inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", dict.fromkeys(c.page for c in RUN))
+@pytest.mark.parametrize(
+    "page",
+    [
+        # tests/train/convert does the same in one process
+        pytest.param(page, marks=[pytest.mark.slow] if page == "docs/upcycling.md" else [])
+        for page in dict.fromkeys(c.page for c in RUN)
+    ],
+)
 def test_commands_of_a_page_do_what_they_say(page: str, inside: Path) -> None:
     for number, documented in enumerate(c for c in RUN if c.page == page):
         words = documented.words

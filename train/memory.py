@@ -133,7 +133,7 @@ class _Step:
                     updated=self.traced.refresh,
                 ),
             )  # fmt: skip
-            masks = sum(mask.nbytes for mask in batch.core._masks.values() if mask is not None)
+            masks = batch.core.mask_bytes
         # the earlier microbatches are in memory until the end of the step
         self.held[MASKS] += (self.passes - 1) * masks
         self.held[BATCH] *= self.passes

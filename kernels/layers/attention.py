@@ -1,7 +1,7 @@
 """Causal attention within documents: softmax(scale * q k^T) v, grouped heads, optional sinks.
 
-On a CPU this is `kernels.layers.attention_cpu`, except for gradients of long sequences; on CUDA,
-and for those, torch's `scaled_dot_product_attention`.
+On a CPU this is `kernels.layers.attention_cpu`, except for gradients of long sequences that are
+plain causal; on CUDA, and for those, torch's `scaled_dot_product_attention`.
 
 A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453). For torch it is one more key of zeros with the sink as its bias, and a value of
@@ -24,6 +24,7 @@ def document_attention(
     mask_BLL: Tensor | None,
     scale: float,
     sinks_H: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """`o_BHLV`. Differentiable in q, k, v and the sinks.
 
@@ -33,13 +34,23 @@ def document_attention(
             row; None for plain causal attention.
         scale: Factor on the logits.
         sinks_H: Logits, or None.
+        window: Without a mask, number of keys up to its own that a query attends to; 0: all.
     """
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q_BHLC, k_BGLC, v_BGLV, sinks_H)
     )
-    if q_BHLC.device.type == "cpu" and (q_BHLC.shape[2] <= SHORT or not differentiated):
-        return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H)
+    plain = mask_BLL is None and sinks_H is None and not window
+    if q_BHLC.device.type == "cpu" and not (differentiated and plain and q_BHLC.shape[2] > SHORT):
+        return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window)
+    if window:
+        mask_BLL = band(q_BHLC.shape[2], window, q_BHLC.device)
     return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H)
+
+
+def band(length: int, window: int, device: torch.device) -> Tensor:
+    """The mask of a window, bool `[1, L, L]`."""
+    seen = torch.ones(1, length, length, dtype=torch.bool, device=device)
+    return seen.tril_().triu_(1 - window)
 
 
 def document_attention_reference(

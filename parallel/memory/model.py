@@ -149,7 +149,7 @@ class TracedModel:
         self.tracker.begin(STEP)
         with self.category(MASKS):
             for index in self.layers.kept:
-                core.mask(layer_of(self.config.model, min(index, self.layers.n_trunk - 1)))
+                core.prepare(layer_of(self.config.model, min(index, self.layers.n_trunk - 1)))
         self._now(ENDS)
         step()
         return self.tracker.begin("")

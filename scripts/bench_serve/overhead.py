@@ -1,4 +1,4 @@
-"""`python -m scripts.bench_serve.overhead EXPORT`: what a step costs in addition to the model, in process.
+"""`python -m scripts.bench_serve.overhead EXPORT`: the cost of a step without the model.
 
 Random prompts that share nothing, so the radix tree is only work here. Greedy tokens, all requests
 at once. Of the time of all steps it prints the shares of:
@@ -54,8 +54,9 @@ class Timed:
 
 def build(export: Export, requests: int, **options: Any) -> EngineCore:
     """An engine that runs `requests` at once."""
-    sizes = {"max_running": requests, "max_batch_tokens": max(512, requests)}
-    return EngineCore(export, EngineOptions(**sizes, **options))
+    size = max(512, requests)
+    options |= {"max_running": requests, "max_batch_tokens": size}
+    return EngineCore(export, EngineOptions(**options))
 
 
 def generate(core: EngineCore, requests: int, rng: random.Random) -> float:

@@ -75,7 +75,8 @@ def test_a_reader_that_fails_says_why(export: Path, tmp_path: Path) -> None:
     found = check(export, {"vllm": sys.executable, "openvino": "/no/python"}, None, TOLERANCE)
     assert found["vllm"] == ["failed: ModuleNotFoundError: No module named 'vllm' (exit code 1)"]
     assert found["openvino"] and "/no/python" in found["openvino"][0]
-    done = run("-m", "scripts.check_readers", export, "--vllm", sys.executable, code=1)
+    only = ["--transformers", "", "--vllm", sys.executable]
+    done = run("-m", "scripts.check_readers", export, *only, code=1)
     assert "vllm: failed" in done.stdout
     done = run("-m", "scripts.check_readers", tmp_path, code=2)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -26,6 +26,8 @@ from train.__main__ import main
 from train.check import missing_inputs
 
 Check = Callable[..., tuple[int, str, str]]
+SLOW = {"llama4_scout", "qwen3_235b_a22b", "gpt_oss_120b"}
+"""Other sizes of a family, or nearly as large as DeepSeek-V3."""
 EXPERIMENTS = sorted((ROOT / "configs").rglob("*.toml"))
 
 
@@ -45,7 +47,14 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run_check
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+        for path in EXPERIMENTS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_every_shipped_experiment_passes_without_its_inputs(path: Path, check: Check) -> None:
     code, out, err = check(path, "--data.source=/absent/corpus")
     assert (code, err) == (0, "")
@@ -198,7 +207,7 @@ def test_the_reason_is_said_before_training(override: str, reason: str, check: C
     assert code == 0 and reason in out.split("export as")[1].splitlines()[0]
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_shipped_experiment_passes_for_its_ranks(path: Path) -> None:
     assert check_keys([str(path), f"--ranks={default_world(load(path))}"]) == 0
 

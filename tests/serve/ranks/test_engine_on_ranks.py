@@ -112,7 +112,7 @@ def test_a_killed_rank_ends_the_others(lost: int, busy: bool, export: Path) -> N
     assert "does not answer any more" in line and line.endswith("start the server again")
 
 
-@pytest.mark.long
+@pytest.mark.slow  # test_two_hosts.py starts real processes, tests/launch/test_local.py torchrun
 def test_torchrun_starts_the_command(export: Path) -> None:
     """The real launcher, once: the text is that of one process."""
     words = ["-m", "serve", "generate", export, "--prompt", "x", "--tp", "2", "--device", "cpu"]

@@ -62,7 +62,12 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("stop", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+    ("stop", "code"),
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),  # tests/launch/test_local.py
+        (signal.SIGINT, 130),
+    ],
 )
 def test_a_stop_saves_and_the_rest_is_bit_identical(
     stop: signal.Signals, code: int, overrides: list[str], tmp_path: Path
