@@ -16,6 +16,7 @@ Non-reentrant checkpointing of torch, with its selective policy (arXiv:2205.0519
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 import kernels.gemm.gemm_fp8
@@ -87,35 +87,41 @@ class RecomputeRunner:
 
     def __init__(self, block: Block, operations: frozenset[Any]) -> None:
         """operations: forward keeps their results."""
-        self.block, self.operations = block, operations
+        # torch.compile reads the contexts of a checkpoint from constants only
+        options: dict[str, Any] = {"use_reentrant": False}
+        options["preserve_rng_state"] = False  # no random operations in a block
+        if operations:
+            options["context_fn"] = partial(_contexts, block, operations)
+        self.checkpoint = partial(checkpoint, **options)
 
     def __call__(self, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return compute(*arguments)
-        return checkpoint(
-            compute,
-            *arguments,
-            use_reentrant=False,
-            preserve_rng_state=False,  # no random operations in a block
-            context_fn=self._contexts if self.operations else noop_context_fn,
-        )
+        output: Tensor = self.checkpoint(compute, *arguments)
+        return output
 
-    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Contexts of forward and of its recomputation, which reads the results that the first
-        kept."""
-        first, again = create_selective_checkpoint_contexts(self._policy)
-        return first, self._gathered(again)
 
-    def _policy(self, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = operation in self.operations
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts(
+    block: Block, operations: frozenset[Any]
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of forward and of its recomputation, which reads the results that the first kept."""
+    first, again = create_selective_checkpoint_contexts(partial(_policy, operations))
+    return first, _gathered(block, again)
 
-    @contextmanager
-    def _gathered(self, inner: AbstractContextManager[Any]) -> Iterator[None]:
-        """Run `inner` with all weights of the block gathered. In forward they usually are already;
-        gathering them in recomputation would be another operation that forward did not have."""
-        for module in self.block.modules():
-            if isinstance(module, FSDPModule):  # it is sharded after this object was created
-                module.unshard()
-        with inner:
-            yield
+
+def _policy(
+    operations: frozenset[Any], context: Any, operation: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    keep = operation in operations
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _gathered(block: Block, inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Run `inner` with all weights of the block gathered. In forward they usually are already;
+    gathering them in recomputation would be another operation that forward did not have."""
+    for module in block.modules():
+        if isinstance(module, FSDPModule):  # it is sharded after its runner was created
+            module.unshard()
+    with inner:
+        yield

@@ -108,7 +108,9 @@ class _Pieces:
             step = max(_BAND, window + -window % ALIGN)
         starts = range(0, self.L, step)
         self.all = [slice(start, min(start + step, self.L)) for start in starts]
-        most = max((rows.stop - self.keys(rows).start for rows in self.all), default=0)
+        most = 0
+        for rows in self.all:
+            most = max(most, rows.stop - self.keys(rows).start)
         self.scores = torch.empty(self.H * min(step, self.L) * most)
         self._biases: tuple[tuple[int, int], Tensor] | None = None
 

@@ -84,9 +84,10 @@ def wide(model: ModelConfig) -> ModelConfig:
 def odd(model: ModelConfig) -> ModelConfig:
     """The same with sizes that 3 and 6 ranks can divide."""
     made = wide(model)
-    attention = replace(made.attention, n_heads=12)
-    if attention.kind == "gqa":
-        attention = replace(attention, n_kv_heads=12 if model.attention.n_kv_heads == 0 else 6)
+    kv_heads = made.attention.n_kv_heads
+    if made.attention.kind == "gqa":
+        kv_heads = 12 if model.attention.n_kv_heads == 0 else 6
+    attention = replace(made.attention, n_heads=12, n_kv_heads=kv_heads)
     moe = replace(made.moe, n_experts=6, d_expert=18, n_groups=min(made.moe.n_groups, 3))
     return replace(made, attention=attention, moe=moe, d_model=42)
 
