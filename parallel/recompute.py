@@ -92,7 +92,7 @@ class RecomputeRunner:
         options["preserve_rng_state"] = False  # no random operations in a block
         if operations:
             options["context_fn"] = partial(_contexts, block, operations)
-        self.checkpoint = partial(checkpoint, **options)
+        self.checkpoint: Callable[..., Any] = partial(checkpoint, **options)
 
     def __call__(self, compute: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not torch.is_grad_enabled():
