@@ -64,7 +64,7 @@ def manifest(arguments: list[str]) -> str:
             "with a letter"
         )
     words = [_file_in_pod(options.file, place), *overrides]
-    return _rendered(name, nodes, words, site, f"python -m launch.kubernetes {shlex.join(arguments)}")
+    return render(name, nodes, words, site, f"python -m launch.kubernetes {shlex.join(arguments)}")
 
 
 def _check_site(site: Site) -> None:
@@ -99,7 +99,8 @@ def _file_in_pod(file: str, place: KubernetesSite) -> str:
     )
 
 
-def _rendered(name: str, nodes: int, words: list[str], site: Site, command: str) -> str:
+def render(name: str, nodes: int, words: list[str], site: Site, command: str) -> str:
+    """The manifest of a checked job. words: arguments of `python -m train`. command: printed."""
     place, node = site.kubernetes, site.node
     environment = [
         *variables(site),

@@ -18,10 +18,8 @@ from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import SlurmCluster
 from tests.runs import ROOT, TINY, environment
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "-"),
-]
+pytestmark = pytest.mark.skipif(slurm_cluster.is_skipped(), reason=slurm_cluster.missing() or "-")
+slow = pytest.mark.slow
 SITE = """\
 [slurm]
 signal_s = 50
@@ -116,6 +114,7 @@ def job(cluster: SlurmCluster, tmp_path: Path, overrides: list[str]) -> Run:
     return Run(cluster, tmp_path, overrides)
 
 
+@slow
 def test_a_pre_empted_run_saves_is_queued_again_and_resumes(job: Run, tmp_path: Path) -> None:
     (number,) = job.submit()
     job.wait_for_step(10)
@@ -136,6 +135,7 @@ def test_a_pre_empted_run_saves_is_queued_again_and_resumes(job: Run, tmp_path: 
     job.check_curve(tmp_path)
 
 
+@slow
 def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_path: Path) -> None:
     first, second = job.submit("--jobs=2", "--time=00:01:00")
     assert job.cluster.state(second) == "PENDING"
@@ -150,6 +150,7 @@ def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_pat
     job.check_curve(tmp_path)
 
 
+@slow
 def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
     job: Run, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
     job.check_curve(tmp_path)
 
 
+@slow
 def test_a_rank_that_dies_is_restarted_in_the_same_job_and_its_node_is_named(
     job: Run, tmp_path: Path
 ) -> None:
@@ -191,15 +193,34 @@ def test_a_rank_that_dies_is_restarted_in_the_same_job_and_its_node_is_named(
     job.check_curve(tmp_path)
 
 
-def test_what_the_cluster_refuses_is_one_line_with_its_words(job: Run) -> None:
+@pytest.mark.long
+def test_a_cancelled_run_saves_and_resumes_and_refusals_are_one_line(
+    job: Run, tmp_path: Path
+) -> None:
+    """The short form, which continuous integration runs; the others are slow."""
     expected = "error: sbatch refused: "
     assert expected in job.submit("--partition=absent", code=2)[0]
     too_many = job.submit("--train.global_batch=16", nodes=4, code=2)[0]
     assert expected in too_many and "node" in too_many.lower(), too_many
     assert expected in job.submit("--constraint=gold", code=2)[0]
     assert not (job.folder / "launch" / "submission.json").exists()
+    (first,) = job.submit()
+    job.wait_for_step(5)
+    assert f"job {first} of this run is still queued or running" in job.submit(code=2)[0]
+    assert len(job.cluster.run("squeue", "-h").splitlines()) == 1, "nothing else was submitted"
+    job.cancel(first)
+    stopped = job.saved()
+    assert re.search(rf"saved \S*step-{stopped:08}", job.logs()), job.logs()
+    said = job.launch("resume", str(job.folder))
+    second = re.search(r"^job (\d+)$", said, re.MULTILINE)
+    assert second and second[1] != first
+    job.wait_for_step(stopped + 5)
+    assert job.starts() == 2
+    job.cancel(second[1])
+    job.check_curve(tmp_path)
 
 
+@slow
 def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
     words = ["sweep", str(TINY), "--nodes=1", "--site", str(job.site), "--set", "run.seed=1,2"]
     said = job.launch(*words, *job.overrides[:3], "--train.steps=3")
