@@ -89,7 +89,7 @@ def _as_name(text: str) -> str:
 
 def _file_in_pod(file: str, place: KubernetesSite) -> str:
     """The experiment's path as a pod finds it: in the checkout, or in the shared folder."""
-    path = Path(file).absolute()
+    path = Path(file).resolve()
     if path.is_relative_to(CHECKOUT):
         return str(path.relative_to(CHECKOUT))
     if path.is_relative_to(place.mount):

@@ -15,6 +15,10 @@ from configs.command_line import CommandParser
 from configs.errors import UserError
 from configs.loader import load
 from configs.parallel_dims import resolve
+from scripts.scaling_report.runs import LEAST_STEPS, WARMUP
+
+
+_STEPS = WARMUP + LEAST_STEPS + 1
 
 
 def main(arguments: list[str]) -> int:
@@ -54,6 +58,11 @@ def main(arguments: list[str]) -> int:
 def _overrides(file: str, overrides: list[str], ranks: int, weak: bool) -> list[str]:
     """The settings of a point. Raises UserError if the mesh does not fit."""
     config = load(file, overrides)
+    if config.train.steps < _STEPS:
+        raise UserError(
+            f"train.steps = {config.train.steps}: a point needs at least {_STEPS}: {WARMUP} of "
+            f"warmup, {LEAST_STEPS} that are measured, and the last, which is profiled"
+        )
     batch = config.train.global_batch * (ranks if weak else 1)
     words = [
         *overrides, f"--train.global_batch={batch}", f"--train.profile_steps=[{config.train.steps}]"

@@ -42,6 +42,7 @@ NOT_RUN = {
     r"python -m venv .*": "installs programs of other projects",
     r"torchrun --nnodes .*": "needs two hosts",
     r"python -m launch\.slurm (?!.*--dry-run).*": "needs SLURM; tests/launch starts one",
+    r"python -m launch\.kubernetes .*": "needs a site file; tests/launch runs it",
     r"python -m launch\.write_examples": "writes into the checkout",
     r"python -m launch\.local .*": "tests/launch runs it",
     r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",

@@ -6,7 +6,7 @@ The trace itself slows a step down, so shares are reported, and no speed is comp
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,23 @@ def overlap(one: Iterable[Span], other: Iterable[Span]) -> float:
     return length(one) + length(other) - length([*one, *other])
 
 
-def breakdown(trace: Path) -> dict[str, float]:
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The events with a duration. Raises ValueError for a file that is no trace of a step."""
+    events = [e for e in json.loads(path.read_bytes())["traceEvents"] if e.get("ph") == "X"]
+    if not any(e["name"].startswith("Optimizer.step") for e in events):
+        raise ValueError(f"{path.name}: no optimizer step in it")
+    return events
+
+
+def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Share of the step per part; `forward` is what remains. Communication overlaps with the
-    others, so its rows are not part of the sum. Raises ValueError for a file that is no trace."""
-    events = [e for e in json.loads(trace.read_bytes())["traceEvents"] if e.get("ph") == "X"]
+    others, so its rows are not part of the sum. events: of `read_trace`."""
     optimizer = [e for e in events if e["name"].startswith("Optimizer.step")]
-    if not optimizer:
-        raise ValueError(f"{trace}: no optimizer step in it")
     thread = optimizer[0]["tid"]
     main = [e for e in events if e["tid"] == thread and e.get("cat") == "cpu_op"]
     total = _extent([*main, *optimizer])
-    backward = length(_span(e) for e in main if e["name"].startswith("autograd::engine"))
+    # on CUDA it has a thread of its own
+    backward = length(_span(e) for e in events if e["name"].startswith("autograd::engine"))
     step = length(map(_span, optimizer))
     kernels = [e for e in events if e.get("cat") == "kernel"]
     computing = [_span(e) for e in kernels if "nccl" not in e["name"].lower()] if kernels else [

@@ -2,21 +2,25 @@
 pre-emption, end of time, a killed node, cancellation and refusals. The curve of each run equals
 that of an uninterrupted one bit for bit."""
 
+import importlib.util
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.run_folder import records
 from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import SlurmCluster
-from tests.runs import ROOT, TINY, environment
+from tests.runs import ROOT, TINY, environment, free_port
+from tests.serve.conftest import write_export
 
 pytestmark = pytest.mark.skipif(slurm_cluster.is_skipped(), reason=slurm_cluster.missing() or "-")
 slow = pytest.mark.slow
@@ -229,3 +233,58 @@ def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
     table = (job.folder / "results.md").read_text()
     assert "| seed=1 | 3 |" in table and "| seed=2 | 3 |" in table, job.logs()
     assert job.launch("results", str(job.folder)) == table
+
+
+def _answer(port: int, path: str = "completions") -> dict[str, Any]:
+    """The response to a greedy request, or {} if there is none yet."""
+    body = {"model": "tiny", "prompt": "def value", "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/{path}", json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            found: dict[str, Any] = json.load(response)
+            return found
+    except OSError:
+        return {}
+
+
+@slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("sglang_router") is None, reason="pip install sglang-router"
+)
+def test_a_served_model_answers_through_the_router_and_an_engine_is_replaced(job: Run) -> None:
+    export = job.folder.parent / "tiny"
+    write_export(export)
+    port = free_port()
+    said = job.launch(
+        "serve", str(export), "--nodes=2", f"--run={job.folder}", f"--port={port}",
+        f"--site={job.site}", "--device=cpu", "--kv-tokens=1024",
+    )  # fmt: skip
+    number = said.split("job ")[1].split("\n")[0]
+    job.cluster.wait(lambda: bool(_answer(port)), "answer of the router", 180)
+    text = _answer(port)["choices"][0]["text"]
+    for engine in (1, 2):
+        job.cluster.wait(lambda: bool(_answer(port + engine)), "answer of the engine", 180)
+        assert _answer(port + engine)["choices"][0]["text"] == text
+    assert f"http://127.0.0.1:{port}/v1\n" in job.launch("status", str(job.folder))
+    doomed = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if (words := _words_of(folder))[-1:] == [str(port + 2)] and "-u" in words
+    ]
+    assert len(doomed) == 1, "the rank of engine 1"
+    os.kill(doomed[0], signal.SIGKILL)
+    assert [_answer(port)["choices"][0]["text"] for _ in range(8)] == [text] * 8
+    job.cluster.wait(lambda: "engine 1, attempt 1: ended" in job.logs(), "end of engine 1")
+    job.cluster.wait(lambda: bool(_answer(port + 2)), "answer of the new engine", 180)
+    job.cancel(number)
+    assert "queued again" not in job.logs() and "attempt 3" not in job.logs()
+
+
+def _words_of(process: Path) -> list[str]:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
