@@ -115,8 +115,9 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         self.run("slurmd", "-N", node, "-f", str(self.root / "slurm.conf"))
 
-    def kill_node(self, node: str) -> None:
-        """Kill slurmd and every process of the node at once, as a power failure does."""
+    def kill_node(self, node: str, *, is_noticed: bool = True) -> None:
+        """Kill slurmd and every process of the node at once, as a power failure does. is_noticed:
+        whether slurmctld knows it at once, or only after its SlurmdTimeout."""
         doomed = [int((self.root / f"slurmd-{node}.pid").read_text())]
         wanted = (f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}".encode())
         for folder in Path("/proc").glob("[0-9]*"):
@@ -131,7 +132,8 @@ class SlurmCluster:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
+        if is_noticed:
+            self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
 
     def start_now(self, job: str) -> None:
         """A job that was queued again waits two minutes: start it at once."""

@@ -155,12 +155,13 @@ def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_pat
 
 
 @slow
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "not-noticed"])
 def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
-    job: Run, tmp_path: Path
+    is_noticed: bool, job: Run, tmp_path: Path
 ) -> None:
     (number,) = job.submit()
     job.wait_for_step(10)
-    job.cluster.kill_node("n2")
+    job.cluster.kill_node("n2", is_noticed=is_noticed)
     job.cluster.wait(lambda: job.cluster.state(number) == "PENDING", "requeue")
     job.cluster.start_node("n2")
     job.cluster.wait(lambda: job.cluster.idle() == 2, "two idle nodes")
