@@ -1,7 +1,7 @@
 """`python -m launch.kubernetes FILE.toml --nodes N --site FILE [--section.key=value ...]`.
 
 Checks the experiment for the nodes as `python -m launch.slurm` does, and prints a manifest of a
-JobSet (https://jobset.sigs.k8s.io, API v1alpha2) that trains it: one pod per node, torchrun in each.
+JobSet (https://jobset.sigs.k8s.io, API v1alpha2) that trains it, with torchrun in one pod per node.
 
     python -m launch.kubernetes configs/demo.toml --nodes 2 --site site.toml | kubectl apply -f -
 
@@ -136,7 +136,9 @@ def render(name: str, nodes: int, words: list[str], site: Site, command: str) ->
         if node.scratch
         else "",
         torchrun_options=torchrun_options(site),
-        arguments="".join(f"\n              - {quoted(_literal(word))}" for word in [python, *words]),
+        arguments="".join(
+            f"\n              - {quoted(_literal(word))}" for word in [python, *words]
+        ),
     )
 
 

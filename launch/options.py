@@ -55,8 +55,10 @@ def slurm_site(path: Path | None, options: dict[str, object]) -> Site:
     """The site with the options in place of its keys. Raises ConfigError."""
     site = chosen_site(path)
     if site.kubernetes != KubernetesSite():
-        raise UserError(f"{path or os.environ['PHALANX_SITE']}: kubernetes: belongs to "
-                        "python -m launch.kubernetes; use another site file for SLURM")
+        raise UserError(
+            f"{path or os.environ['PHALANX_SITE']}: kubernetes: belongs to "
+            "python -m launch.kubernetes; use another site file for SLURM"
+        )
     keys = [option[2:] for option in SITE_OPTIONS]
     given = {key: options[key] for key in keys if options[key] is not None}
     return replace(site, slurm=replace(site.slurm, **given))  # type: ignore[arg-type]

@@ -58,7 +58,10 @@ def read_serving_job(arguments: list[str]) -> tuple[ServingJob, Site, bool]:
     parser.add_argument("--policy", default=POLICIES[0], choices=POLICIES, help="of the router")
     options, more = parsed(parser, arguments)
     site = slurm_site(options.site, vars(options))
-    nodes, each = counts(options.nodes, 1)[0], counts(options.nodes_per_engine, 1)[0]
+    nodes, each = (
+        counts(options.nodes, 1)[0],
+        counts(options.nodes_per_engine, 1, "--nodes-per-engine")[0],
+    )
     if nodes % each or nodes // each > _MOST_ENGINES:
         raise UserError(
             f"--nodes {nodes}: must be a multiple of --nodes-per-engine {each}, for at most "

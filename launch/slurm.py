@@ -7,8 +7,8 @@
 
 Checks the experiment for the nodes, writes RUN/launch/train.sbatch and submits it. `status`,
 `logs`, `cancel` and `resume` take the run's folder. `sweep` submits one job array per number of
-nodes, with a run in run.dir/NAME for every combination of values, and `results` prints their table. `serve`
-starts engines of an export and a router in front of them.
+nodes, with a run in run.dir/NAME for every combination of values, and `results` prints their table.
+`serve` starts engines of an export and a router in front of them.
 """
 
 import os
@@ -29,7 +29,9 @@ from launch.site import Site
 from launch.sweep import results, variants
 
 _VERBS = ("status", "logs", "cancel", "resume", "results")
-_FILE = "experiment (TOML), or sweep, serve, status, logs, cancel, resume and what each of them needs"
+_FILE = (
+    "experiment (TOML), or sweep, serve, status, logs, cancel, resume and what each of them needs"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -148,7 +150,9 @@ def serve(arguments: list[str]) -> int:
             arguments=["serve", *arguments], folder=str(Path.cwd()), jobs=[*earlier, number]
         ),
     )
-    print(f"{job.engines} engines of {job.nodes_per_engine} nodes, port {job.port} of the first node")
+    print(
+        f"{job.engines} engines of {job.nodes_per_engine} nodes, port {job.port} of the first node"
+    )
     print(f"job {number}")
     print(f"logs {job.logs}")
     return 0

@@ -17,7 +17,6 @@ from configs.loader import load
 from configs.parallel_dims import resolve
 from scripts.scaling_report.runs import LEAST_STEPS, WARMUP
 
-
 _STEPS = WARMUP + LEAST_STEPS + 1
 
 

@@ -120,6 +120,8 @@ def _profile(run: MeasuredRun) -> tuple[dict[str, float], list[Exchange]] | None
         read = [read_trace(path) for path in of_step]
         ranks = [breakdown(events) for events in read]
         rows = exchanged(run, read)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"{run.folder}: a trace cannot be read: {error}") from None
     mean = {key: statistics.fmean(rank[key] for rank in ranks) for key in ranks[0]}
@@ -134,10 +136,15 @@ def _mean_exchange(runs: list[list[Exchange]]) -> list[dict[str, Any]]:
             "kind": repeats[0].kind,
             "axes": list(repeats[0].axes),
             "predicted_bytes": repeats[0].predicted,
-            "measured_bytes": statistics.fmean(one.measured for one in repeats),
+            "measured_bytes": _mean_of([one.measured for one in repeats]),
         }
         for repeats in zip(*runs, strict=True)
     ]
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _add_efficiency(points: list[dict[str, Any]]) -> None:

@@ -58,7 +58,9 @@ def projections(points: list[dict[str, Any]], ranks: list[int], is_weak: bool) -
         base = max(usable, key=lambda point: (point["ranks"], point["tokens_per_s"]))
         most = max(point["ranks"] for point in some)
         if wrong := [n for n in ranks if n <= most]:
-            raise UserError(f"--project {wrong[0]}: {most} ranks were measured; give larger numbers")
+            raise UserError(
+                f"--project {wrong[0]}: {most} ranks were measured; give larger numbers"
+            )
         found += [project(base, n, is_weak) for n in ranks]
     return found
 

@@ -10,9 +10,9 @@ Table = tuple[str, str, list[list[str]]]
 """Title, a paragraph (may be empty) and rows, the first being the header."""
 _FORMULA = (
     "Projected points are computed, not run: T(n) = T(m) * [(1 - F) * s + F * r], with T the "
-    "seconds of a step, m the ranks of the measured point, F the share of its profiled step that is "
-    "exposed communication of weights and gradients, s = m / n (strong scaling) or 1 (weak), and "
-    "r = ((n - 1) / n) / ((m - 1) / m). It assumes that only the data-parallel size grows, over "
+    "seconds of a step, m the ranks of the measured point, F the share of its profiled step that "
+    "is exposed communication of weights and gradients, s = m / n (strong scaling) or 1 "
+    "(weak), and r = ((n - 1) / n) / ((m - 1) / m). It assumes that only the data-parallel size grows, over "
     "links as fast as the measured ones."
 )
 
@@ -114,8 +114,9 @@ def _exchanged(points: Sequence[dict[str, Any]]) -> list[list[str]]:
             predicted, measured = row["predicted_bytes"], row["measured_bytes"]
             rows.append([
                 ROUTING[point["forced_routing"]], str(point["ranks"]), row["kind"],
-                " or ".join(row["axes"]) or "all ranks", _size(predicted), _size(measured),
-                f"{measured / predicted:.2f}" if predicted else "",
+                " or ".join(row["axes"]) or "all ranks", _size(predicted),
+                "" if measured is None else _size(measured),
+                f"{measured / predicted:.2f}" if predicted and measured is not None else "",
             ])  # fmt: skip
     return rows
 

@@ -17,6 +17,9 @@ _KINDS = {
 }  # fmt: skip
 
 
+_SCATTER = "_c10d_functional::reduce_scatter_tensor"
+
+
 def union(spans: Iterable[Span]) -> list[Span]:
     """Disjoint spans that cover the same time, in order."""
     merged: list[Span] = []
@@ -61,11 +64,20 @@ def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     computing = [_span(e) for e in kernels if "nccl" not in e["name"].lower()] if kernels else [
         _span(e) for e in main if e["name"].startswith(("aten::", "phalanx::"))
     ]  # fmt: skip
+    # gloo computes a reduce-scatter as an all-reduce of its input
+    scattered = {
+        shape
+        for name, place in (("c10d::_reduce_scatter_base_", 1), (_SCATTER, 0))
+        for event in events
+        if event["name"] == name and (shape := _shape(event, place))
+    }
     sent = {"dispatch": list[Span](), "FSDP": list[Span](), "other": list[Span]()}
     for event in events:
         name = event["name"].lower()
         if name.startswith("gloo:") or (event.get("cat") == "kernel" and "nccl" in name):
             kinds = [kind for word, kind in _KINDS.items() if word in name]
+            is_scatter = _shape(event, 0) in scattered
+            kinds += ["FSDP"] if name == "gloo:all_reduce" and is_scatter else []
             sent[kinds[0] if kinds else "other"].append(_span(event))
     parts = {
         "forward": total - backward - step,
@@ -77,6 +89,12 @@ def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
         parts[f"{kind}, hidden"] = hidden
         parts[f"{kind}, exposed"] = length(spans) - hidden
     return {part: time / total for part, time in parts.items()}
+
+
+def _shape(event: dict[str, Any], place: int) -> str:
+    """The shape of an argument; empty if the trace does not have it."""
+    shapes = event.get("args", {}).get("Input Dims", [])
+    return str(shapes[place]) if len(shapes) > place else ""
 
 
 def _span(event: dict[str, Any]) -> Span:

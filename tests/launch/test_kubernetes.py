@@ -281,4 +281,6 @@ def test_an_experiment_that_no_pod_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pods have the checkout and"):
         manifest([str(outside / "x.toml"), "--nodes=2", option, *places])
     shutil.copy(TINY, shared / "x.toml")
-    assert f'- "{shared}/x.toml"' in manifest([str(shared / "x.toml"), "--nodes=2", option, *places])
+    assert f'- "{shared}/x.toml"' in manifest(
+        [str(shared / "x.toml"), "--nodes=2", option, *places]
+    )

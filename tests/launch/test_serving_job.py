@@ -47,7 +47,8 @@ import json, os, signal, sys, time
 words = sys.argv[1:]
 is_router = "sglang_router.launch_router" in words
 with open(os.environ["FOUND"], "a") as file:
-    file.write(json.dumps([words, os.environ.get("RELATIVE"), os.environ.get("SLURM_NODEID")]) + "\\n")
+    place = [os.environ.get(name) for name in ("RELATIVE", "SLURM_NODEID")]
+    file.write(json.dumps([words, *place]) + "\\n")
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped", flush=True), os._exit(1)))
 {body}
 ' "$@"

@@ -266,9 +266,9 @@ def test_a_served_model_answers_through_the_router_and_an_engine_is_replaced(job
     number = said.split("job ")[1].split("\n")[0]
     job.cluster.wait(lambda: bool(_answer(port)), "answer of the router", 180)
     text = _answer(port)["choices"][0]["text"]
-    for engine in (1, 2):
-        job.cluster.wait(lambda: bool(_answer(port + engine)), "answer of the engine", 180)
-        assert _answer(port + engine)["choices"][0]["text"] == text
+    for at in (port + 1, port + 2):
+        job.cluster.wait(lambda at=at: bool(_answer(at)), "answer of the engine", 180)  # type: ignore[misc]
+        assert _answer(at)["choices"][0]["text"] == text
     assert f"http://127.0.0.1:{port}/v1\n" in job.launch("status", str(job.folder))
     doomed = [
         int(folder.name)

@@ -1,6 +1,7 @@
 """Goodput, projections and exchanged bytes of a scaling report, against figures known by hand."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from configs.errors import UserError
 from scripts.scaling_report.__main__ import main
+from scripts.scaling_report.exchanged import Exchange, compared, counted, exchanged
 from scripts.scaling_report.goodput import StepEvent, elapsed, read_goodput
 from scripts.scaling_report.projection import errors_of_projection, project, projections
+from scripts.scaling_report.runs import read_run
+from scripts.scaling_report.traces import read_trace
+from tests.runs import TINY, run
 from tests.scripts.test_scaling_report import make_run
 
 STARTS = (1000.0, 1060.0)
@@ -87,9 +92,11 @@ def test_projections_start_from_the_most_ranks_and_know_their_error() -> None:
 
 
 def test_a_report_marks_what_is_projected(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / str(n), n, speed) for n, speed in ((1, 100), (2, 160), (4, 250))]
-    for run, ranks in zip(runs[1:], (2, 4), strict=True):
-        add_profile(run, ranks)
+    small = {"train.micro_batch": 1}
+    speeds = ((1, 100), (2, 160), (4, 250))
+    runs = [make_run(tmp_path / str(n), n, speed, **small) for n, speed in speeds]
+    for one, ranks in zip(runs[1:], (2, 4), strict=True):
+        add_profile(one, ranks)
     words = [*map(str, runs), "--out", str(tmp_path / "out"), "--project", "8,16"]
     assert main(words) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -112,23 +119,98 @@ def event(name: str, ts: float, dur: float, tid: int = 1, **more: Any) -> dict[s
     return {"ph": "X", "name": name, "ts": ts, "dur": dur, "tid": tid, "cat": "cpu_op", **more}
 
 
-def add_profile(run: Path, ranks: int) -> None:
+def add_profile(folder: Path, ranks: int) -> None:
     """Traces of step 8 of all ranks: 100 us, of which FSDP is exposed for 10."""
-    (run / "profile").mkdir()
+    (folder / "profile").mkdir()
     events = [
         event("aten::mm", 0, 80), event("Optimizer.step#AdamW.step", 90, 10),
         event("gloo:all_gather", 80, 10, tid=2),
     ]  # fmt: skip
     for rank in range(ranks):
-        path = run / "profile" / f"step-00000008-rank-{rank:05d}.json"
+        path = folder / "profile" / f"step-00000008-rank-{rank:05d}.json"
         path.write_text(json.dumps({"traceEvents": events}))
 
 
 def test_traces_of_every_rank_are_needed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [make_run(tmp_path / str(n), n, 100) for n in (1, 2)]
+    runs = [make_run(tmp_path / str(n), n, 100) for n in (1, 2, 4)]
     add_profile(runs[1], 1)
-    assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "1 traces of step-00000008, but 2 ranks" in said and said.count("\n") == 1
+
+    def refused() -> str:
+        assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    assert "1 traces of step-00000008, but 2 ranks" in refused()
+    shutil.rmtree(runs[1] / "profile")
+    add_profile(runs[2], 4)
+    assert "config.toml is not that of 4 ranks: train.global_batch = 8" in refused()
+    (runs[2] / "profile" / "step-00000008-rank-00003.json").write_text("{")
+    assert "a trace cannot be read" in refused()
+
+
+def traced(name: str, shapes: list[Any], concrete: list[str] | None = None) -> dict[str, Any]:
+    types = ["float" if shape else "" for shape in shapes]
+    args = {"Input Dims": shapes, "Input type": types, "Concrete Inputs": concrete or []}
+    return event(name, 0, 1, args=args)
+
+
+def test_bytes_are_counted_by_kind_and_ranks() -> None:
+    events = [
+        traced("c10d::_allgather_base_", [[40], [10]]),
+        traced("_c10d_functional::all_gather_into_tensor", [[3, 5], [], []], ["", "2", ""]),
+        traced("c10d::allgather_into_tensor_coalesced_", [[[6, 5]], [[3, 5]]]),  # the same again
+        traced("c10d::_reduce_scatter_base_", [[5], [20]]),
+        traced("gloo:all_reduce", [[20]]), traced("gloo:all_reduce", [[7]]),
+        traced("c10d::allreduce_", [[[7]]]),
+        traced("c10d::alltoall_base_", [[9, 2], [8, 2], [], []], ["", "", "", "[3, 6]"]),
+        traced("c10d::alltoall_base_", [[8], [8], [], []], ["", "", "", "[]"]),
+    ]  # fmt: skip
+    assert counted(events) == {
+        ("all-gather", 4): 160, ("all-gather", 2): 120, ("reduce-scatter", 4): 80,
+        ("all-reduce", None): 28, ("all-to-all", 2): 64, ("all-to-all", None): 32,
+    }  # fmt: skip
+
+
+def test_bytes_are_next_to_the_axes_that_can_be_meant() -> None:
+    predicted = {
+        "dp_shard all-gather": 100, "tp all-gather": 10, "efsdp all-gather": 30,
+        "ep all-to-all": 5, "dp_replicate all-reduce": 7, "tp all-reduce": 1,
+    }  # fmt: skip
+    sizes = {"dp_shard": 4, "tp": 2, "efsdp": 2, "ep": 4, "dp_replicate": 2}
+    measured = {
+        ("all-gather", 4): 100, ("all-gather", 2): 41, ("all-to-all", 4): 6.0,
+        ("all-reduce", None): 9, ("reduce-scatter", 8): 3,
+    }  # fmt: skip
+    rows = compared(predicted, sizes, measured)
+    assert rows == [
+        Exchange("all-gather", ("efsdp", "tp"), 40, 41),
+        Exchange("all-gather", ("dp_shard",), 100, 100),
+        Exchange("all-reduce", ("dp_replicate", "tp"), 8, 9),
+        Exchange("all-to-all", ("ep",), 5, 6),
+        Exchange("reduce-scatter", (), 0, 3),
+    ]
+
+
+@pytest.mark.long
+def test_two_ranks_exchange_what_is_predicted(overrides: list[str], tmp_path: Path) -> None:
+    """Oracle: with forced routing the loads are even, so the prediction holds to the byte."""
+    words = ["--train.steps=6", "--train.profile_steps=[6]", "--model.moe.force_balance=true"]
+    run("-m", "train", TINY, *overrides, *words, ranks=2)
+    found = read_run(tmp_path / "run")
+    traces = sorted((tmp_path / "run" / "profile").iterdir())
+    rows = exchanged(found, [read_trace(path) for path in traces])
+    by_kind = {row.kind: row for row in rows}
+    for kind, axis in (
+        ("all-gather", "dp_shard"),
+        ("reduce-scatter", "dp_shard"),
+        ("all-to-all", "ep"),
+    ):
+        assert by_kind[kind].axes == (axis,)
+        assert by_kind[kind].measured == by_kind[kind].predicted > 1000
+    assert 0 < (by_kind["all-reduce"].measured or 0) < 1000, "sums of a few numbers"
+    parts = read_goodput(found.folder, found.attempts)
+    assert sum(parts.values()) == pytest.approx(1, abs=0.1), "starts are recorded in seconds"
+    assert 0 < parts["goodput"] < 1 and parts["repeated"] == parts["down"] == 0

@@ -61,7 +61,9 @@ def test_figures_are_those_of_the_runs(tmp_path: Path) -> None:
     assert forced_two["tokens_per_s_half_width"] is None
     assert one["imbalance"] == pytest.approx((2 + 4 / 3) / 2) and one["kind"] == "measured"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;b&gt;x" in page and "<b>x" not in page and page.count("data:image/png") == 1, "nothing was profiled"
+    assert "&lt;b&gt;x" in page and "<b>x" not in page and page.count("data:image/png") == 1, (
+        "nothing was profiled"
+    )
     assert 'src="http' not in page
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| natural | measured | 2 | dp_shard 2 | 3 | 160 ± 25 | 80 | 0.80 ± 0.23 |" in text
