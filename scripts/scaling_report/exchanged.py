@@ -42,7 +42,7 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class Exchange:
-    """Collectives of one kind on one axis, or on several that cannot be told apart."""
+    """Collectives of one kind on one axis, or on several that a trace does not distinguish."""
 
     kind: str
     axes: tuple[str, ...]

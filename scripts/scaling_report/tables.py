@@ -12,8 +12,8 @@ _FORMULA = (
     "Projected points are computed, not run: T(n) = T(m) * [(1 - F) * s + F * r], with T the "
     "seconds of a step, m the ranks of the measured point, F the share of its profiled step that "
     "is exposed communication of weights and gradients, s = m / n (strong scaling) or 1 "
-    "(weak), and r = ((n - 1) / n) / ((m - 1) / m). It assumes that only the data-parallel size grows, over "
-    "links as fast as the measured ones."
+    "(weak), and r = ((n - 1) / n) / ((m - 1) / m). It assumes that only the "
+    "data-parallel size grows, over links as fast as the measured ones."
 )
 
 
@@ -57,7 +57,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         (
             "Bytes that a rank exchanges in a step",
             "Predicted by --check for even loads, and measured in the profiled step; of a gather "
-            "the result, of others the input. Axes that a trace cannot tell apart share a row.",
+            "the result, of others the input. Axes that a trace does not distinguish share a row.",
             _exchanged(measured),
         ),
         (

@@ -20,7 +20,6 @@ from launch.run_folder import records
 from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import SlurmCluster
 from tests.runs import ROOT, TINY, environment, free_port
-from tests.serve.conftest import write_export
 
 pytestmark = pytest.mark.skipif(slurm_cluster.is_skipped(), reason=slurm_cluster.missing() or "-")
 slow = pytest.mark.slow
@@ -256,6 +255,8 @@ def _answer(port: int, path: str = "completions") -> dict[str, Any]:
     importlib.util.find_spec("sglang_router") is None, reason="pip install sglang-router"
 )
 def test_a_served_model_answers_through_the_router_and_an_engine_is_replaced(job: Run) -> None:
+    from tests.serve.conftest import write_export  # imports the engine
+
     export = job.folder.parent / "tiny"
     write_export(export)
     port = free_port()
