@@ -80,6 +80,7 @@ def _point(runs: list[MeasuredRun]) -> dict[str, Any]:
         "mesh": {axis: size for axis, size in first.mesh.items() if size > 1},
         "repeats": len(runs),
         "global_batch": first.config.train.global_batch,
+        "micro_batch": first.config.train.micro_batch,
         "tokens_per_s": speed,
         "tokens_per_s_half_width": width,
         "tokens_per_s_per_rank": speed / first.ranks,

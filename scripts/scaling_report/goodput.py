@@ -35,6 +35,8 @@ def elapsed(starts: Sequence[float], attempts: Sequence[Sequence[StepEvent]]) ->
     `down`: from the last step of a start to the next start.
     """
     attempts = [list(steps) for steps in attempts]
+    while not attempts[-1]:  # a start of a complete run
+        attempts.pop()
     last = max(steps[-1].end for steps in attempts if steps)
     total = last - starts[0]
     parts = dict.fromkeys(("goodput", "repeated", "between steps", "start-up", "down"), 0.0)

@@ -61,8 +61,22 @@ def projections(points: list[dict[str, Any]], ranks: list[int], is_weak: bool) -
             raise UserError(
                 f"--project {wrong[0]}: {most} ranks were measured; give larger numbers"
             )
+        if not is_weak:
+            _check_batch(base, ranks)
         found += [project(base, n, is_weak) for n in ranks]
     return found
+
+
+def _check_batch(base: dict[str, Any], ranks: list[int]) -> None:
+    """Raise UserError for numbers of ranks among which the global batch cannot be divided."""
+    batch, micro, tp = base["global_batch"], base["micro_batch"], base["mesh"].get("tp", 1)
+    for n in ranks:
+        if n % tp or batch % (micro * (n // tp)):
+            raise UserError(
+                f"--project {n}: {n} ranks cannot divide a global batch of {batch} sequences in "
+                f"microbatches of {micro} (tp {tp}); with the same global batch, numbers up to "
+                f"{batch // micro * tp} are possible"
+            )
 
 
 def errors_of_projection(points: list[dict[str, Any]], is_weak: bool) -> list[dict[str, Any]]:

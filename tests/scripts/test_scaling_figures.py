@@ -36,6 +36,8 @@ def test_elapsed_time_is_divided_completely() -> None:
     found = elapsed(STARTS, steps)
     assert found == pytest.approx(SHARES) and sum(found.values()) == pytest.approx(1)
     assert elapsed([0.0], [[StepEvent(1, 4.0, 3.0)]])["goodput"] == 0.75
+    again = elapsed([0.0, 9.0], [[StepEvent(1, 4.0, 3.0)], []])
+    assert again["goodput"] == 0.75 and again["down"] == 0, "a start of a complete run"
     lost = elapsed([0.0, 10.0], [[], [StepEvent(1, 20.0, 5.0)]])
     assert lost == pytest.approx(
         {"goodput": 0.25, "repeated": 0, "between steps": 0, "start-up": 0.25, "down": 0.5}
@@ -58,6 +60,7 @@ def test_goodput_is_read_from_the_events_of_a_run(tmp_path: Path) -> None:
 def point(ranks: int, speed: float, fixed: float = 0.3, **more: Any) -> dict[str, Any]:
     return {
         "kind": "measured", "forced_routing": False, "ranks": ranks, "global_batch": 8,
+        "micro_batch": 1, "mesh": {},
         "tokens_per_s": speed, "step_s_median": 100 / speed,
         "breakdown": {"FSDP, exposed": fixed / 3, "other, exposed": 2 * fixed / 3,
                       "dispatch, exposed": 0.1}, **more,
@@ -80,11 +83,13 @@ def test_projected_points_follow_the_formula() -> None:
 
 def test_projections_start_from_the_most_ranks_and_know_their_error() -> None:
     points = [point(1, 60), point(2, 100), point(4, 150)]
-    found = projections(points, [8, 16], is_weak=False)
+    found = projections(points, [8, 16], is_weak=True)
     assert [(p["from_ranks"], p["ranks"]) for p in found] == [(4, 8), (4, 16)]
     (error,) = errors_of_projection(points, is_weak=False)
     assert (error["from_ranks"], error["ranks"]) == (2, 4)
     assert error["error"] == pytest.approx((100 / 0.8) / 150 - 1)
+    with pytest.raises(UserError, match="numbers up to 8 are possible"):
+        projections(points, [16], is_weak=False)
     with pytest.raises(UserError, match="4 ranks were measured; give larger"):
         projections(points, [4], is_weak=False)
     with pytest.raises(UserError, match="at least 2 ranks and a profiled step"):
@@ -92,7 +97,7 @@ def test_projections_start_from_the_most_ranks_and_know_their_error() -> None:
 
 
 def test_a_report_marks_what_is_projected(tmp_path: Path) -> None:
-    small = {"train.micro_batch": 1}
+    small = {"train.micro_batch": 1, "batch": 16}
     speeds = ((1, 100), (2, 160), (4, 250))
     runs = [make_run(tmp_path / str(n), n, speed, **small) for n, speed in speeds]
     for one, ranks in zip(runs[1:], (2, 4), strict=True):

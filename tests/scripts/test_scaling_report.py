@@ -158,6 +158,11 @@ def test_a_breakdown_divides_the_step(tmp_path: Path) -> None:
     [
         (["--ranks=1,x"], "--ranks 1,x: must be numbers"),
         (["--ranks=0"], "--ranks 0: must be numbers"),
+        (["--ranks=1,1"], "--ranks 1,1: a number is given twice"),
+        (["--run.dir=x"], "--run.dir=x: every point has its own"),
+        (["--model.moe.force_balance=true"], "every point has its own"),
+        (["--train.steps=0"], "train.steps = 0: must lie between"),
+        (["--train.steps=5"], "train.steps = 5: a point needs at least 6"),
         (["--repeats=0"], "--repeats 0: must lie"),
         (["--ranks=3"], "must be a multiple of"),
         (["--model.moe.topk=1"], "did you mean model.moe.top_k?"),
