@@ -8,7 +8,7 @@ collective has the same shape for any number of ranks (all-reduce): then their b
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,9 +109,9 @@ def _n_bytes(args: dict[str, Any], index: int) -> int:
 
 
 def compared(
-    predicted: dict[str, float],
-    sizes: dict[str, int],
-    measured: dict[tuple[str, int | None], float],
+    predicted: Mapping[str, float],
+    sizes: Mapping[str, int],
+    measured: Mapping[tuple[str, int | None], float],
 ) -> list[Exchange]:
     """Rows of predicted bytes (by "axis kind") and measured ones (by kind and number of ranks; None
     where it is not known). sizes: of each axis."""

@@ -98,9 +98,9 @@ def _point(runs: list[MeasuredRun]) -> dict[str, Any]:
         parts = [part for part, _ in profiles]
         found["breakdown"] = {key: statistics.fmean(p[key] for p in parts) for key in parts[0]}
         found["exchanged"] = _mean_exchange([rows for _, rows in profiles])
-    elapsed = [parts for run in runs if (parts := read_goodput(run.folder, run.attempts))]
-    if elapsed:
-        found["elapsed"] = {key: statistics.fmean(p[key] for p in elapsed) for key in elapsed[0]}
+    times = [one for run in runs if (one := read_goodput(run.folder, run.attempts))]
+    if times:
+        found["elapsed"] = {key: statistics.fmean(one[key] for one in times) for key in times[0]}
     return found
 
 

@@ -148,11 +148,15 @@ class SlurmCluster:
             assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s"
             time.sleep(0.3)
 
+    def cancel_all(self) -> None:
+        """Cancel all jobs, and wait until their processes have ended."""
+        self.run("scancel", "--me", check=False)
+        self.wait(lambda: not self.run("squeue", "-h", check=False), "empty queue", 60)
+
     def stop(self) -> None:
         """Cancel all jobs and end the daemons."""
-        self.run("scancel", "--me", check=False)
         try:
-            self.wait(lambda: not self.run("squeue", "-h", check=False), "empty queue", 40)
+            self.cancel_all()
         finally:
             for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munge"):
                 pid = self.root / f"{name}.pid"

@@ -113,8 +113,9 @@ class Run:
 
 
 @pytest.fixture
-def job(cluster: SlurmCluster, tmp_path: Path, overrides: list[str]) -> Run:
-    return Run(cluster, tmp_path, overrides)
+def job(cluster: SlurmCluster, tmp_path: Path, overrides: list[str]) -> Iterator[Run]:
+    yield Run(cluster, tmp_path, overrides)
+    cluster.cancel_all()  # a test that failed would occupy the nodes of the next
 
 
 @slow

@@ -97,7 +97,7 @@ def test_projections_start_from_the_most_ranks_and_know_their_error() -> None:
 
 
 def test_a_report_marks_what_is_projected(tmp_path: Path) -> None:
-    small = {"train.micro_batch": 1, "batch": 16}
+    small: dict[str, Any] = {"train.micro_batch": 1, "batch": 16}
     speeds = ((1, 100), (2, 160), (4, 250))
     runs = [make_run(tmp_path / str(n), n, speed, **small) for n, speed in speeds]
     for one, ranks in zip(runs[1:], (2, 4), strict=True):
