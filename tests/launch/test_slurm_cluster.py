@@ -272,6 +272,7 @@ def test_a_served_model_answers_through_the_router_and_an_engine_is_replaced(job
         job.cluster.wait(lambda at=at: bool(_answer(at)), "answer of the engine", 180)  # type: ignore[misc]
         assert _answer(at)["choices"][0]["text"] == text
     assert f"http://127.0.0.1:{port}/v1\n" in job.launch("status", str(job.folder))
+    job.cluster.wait(lambda: _workers(port) == 2, "router with both engines", 180)
     doomed = [
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
@@ -284,6 +285,12 @@ def test_a_served_model_answers_through_the_router_and_an_engine_is_replaced(job
     job.cluster.wait(lambda: bool(_answer(port + 2)), "answer of the new engine", 180)
     job.cancel(number)
     assert "queued again" not in job.logs() and "attempt 3" not in job.logs()
+
+
+def _workers(port: int) -> int:
+    """Engines that the router knows to be healthy."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/workers", timeout=10) as response:
+        return sum(worker["is_healthy"] for worker in json.load(response)["workers"])
 
 
 def _words_of(process: Path) -> list[str]:
