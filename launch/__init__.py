@@ -1,1 +1,1 @@
-"""Starts runs on one machine and on SLURM; imports neither torch nor any floor but configs."""
+"""Starts runs on one machine, on SLURM and on Kubernetes; imports configs only, and no torch."""

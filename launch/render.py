@@ -37,30 +37,36 @@ class _Template(string.Template):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one job script trains, and where."""
+class SlurmJob:
+    """What every job script has."""
 
     name: str
     nodes: int
     folder: Path
     """Folder of the run (absolute), which has the script and the logs in `launch/`."""
-    runs: tuple[tuple[str, ...], ...]
-    """Arguments of `python -m train`: one tuple, or one per task of a job array."""
     command: str
     """The command that rendered the script, for its reader."""
     start_in: Path
-    """Folder that relative paths of the experiment refer to."""
-    continues: bool = False
-    """Whether a later job of a chain continues after the end of time; otherwise the job is
-    queued again."""
+    """Folder that relative paths refer to."""
     exclude: tuple[str, ...] = ()
     """Nodes to avoid, in addition to the site's."""
-    summary: tuple[str, ...] = ()
-    """Arguments of `python -m launch.slurm` that a task of an array runs at its end."""
 
     @property
     def logs(self) -> Path:
         return self.folder / "launch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(SlurmJob):
+    """What one job script trains."""
+
+    runs: tuple[tuple[str, ...], ...]
+    """Arguments of `python -m train`: one tuple, or one per task of a job array."""
+    continues: bool = False
+    """Whether a later job of a chain continues after the end of time; otherwise the job is
+    queued again."""
+    summary: tuple[str, ...] = ()
+    """Arguments of `python -m launch.slurm` that a task of an array runs at its end."""
 
 
 def check_names(name: str, folder: Path) -> None:
@@ -81,37 +87,35 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
     """The text of the sbatch script. python: interpreter of the nodes; default: the site's virtual
     environment, or the running one."""
     check_names(job.name, job.folder)
-    activated = f"{site.software.activate}/bin/python" if site.software.activate else ""
-    interpreter = shlex.quote(python or activated or sys.executable)
-    container = "".join(shlex.quote(word) + " " for word in site.software.container)
     again = ['  echo "$(date +%FT%T) queued again"\n  scontrol requeue "$SLURM_JOB_ID" || true\n']
     later = ['  echo "$(date +%FT%T) the next job of the chain continues"\n']
-    return _template("train.sbatch").substitute(
-        directives=_directives(job, site),
+    return template("train.sbatch").substitute(
+        directives=directives(job, site, array=len(job.runs)),
         command=" ".join(job.command.split()),
         checkout=shlex.quote(str(checkout)),
         folder=shlex.quote(str(job.start_in)),
-        setup="\n".join(_setup(site)),
+        setup=setup(site),
         logs=shlex.quote(str(job.logs)) + ("/$SLURM_ARRAY_TASK_ID" if len(job.runs) > 1 else ""),
         arguments=_arguments(job),
-        container=container,
-        python=interpreter,
+        container=container(site),
+        python=interpreter(site, python),
         ranks=site.node.ranks_per_node,
-        torchrun_options="--numa-binding node " if site.node.numa_binding else "",
+        torchrun_options=torchrun_options(site),
         signal_s=site.slurm.signal_s,
         attempts=site.faults.attempts,
         stop_code=0 if job.continues else 75,
         requeue="".join(later if job.continues else again),
-        at_end=f"{interpreter} -m launch.slurm {shlex.join(job.summary)} >/dev/null || true"
+        at_end=f"{interpreter(site, python)} -m launch.slurm {shlex.join(job.summary)} "
+        ">/dev/null || true"
         if job.summary
         else "",
     )
 
 
-def _directives(job: Job, site: Site) -> str:
+def directives(job: SlurmJob, site: Site, array: int = 1) -> str:
+    """The lines of sbatch's options. array: tasks, 1 for a job that is no array."""
     node, slurm = site.node, site.slurm
     exclude = ",".join([*filter(None, [slurm.exclude]), *job.exclude])
-    is_array = len(job.runs) > 1
     options = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -125,27 +129,49 @@ def _directives(job: Job, site: Site) -> str:
         "exclude": exclude,
         "time": slurm.time,
         "signal": f"B:USR1@{slurm.signal_s}",
-        "array": f"0-{len(job.runs) - 1}" if is_array else None,
-        "output": job.logs / ("job-%A-%a.log" if is_array else "job-%j.log"),
+        "array": f"0-{array - 1}" if array > 1 else None,
+        "output": job.logs / ("job-%A-%a.log" if array > 1 else "job-%j.log"),
         "open-mode": "append",
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
     return "\n".join([*lines, "#SBATCH --requeue"])
 
 
-def _setup(site: Site) -> list[str]:
-    node, software = site.node, site.software
-    lines = [f"module load {shlex.quote(module)}" for module in software.modules]
+def setup(site: Site) -> str:
+    """The lines of a script that load modules and set variables."""
+    lines = [f"module load {shlex.quote(module)}" for module in site.software.modules]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables(site)]
+    return "\n".join(lines)
+
+
+def variables(site: Site) -> list[tuple[str, str]]:
+    """Names and values of the variables that the site file implies for every rank."""
+    node = site.node
     threads = node.threads or (node.cpus // node.ranks_per_node if node.cpus else 0)
-    variables = [("OMP_NUM_THREADS", str(threads))] if threads else []
+    found = [("OMP_NUM_THREADS", str(threads))] if threads else []
     if node.interface:
-        variables += [(f"{name}_SOCKET_IFNAME", node.interface) for name in ("NCCL", "GLOO")]
+        found += [(f"{name}_SOCKET_IFNAME", node.interface) for name in ("NCCL", "GLOO")]
     if node.scratch:
-        variables.append(("TMPDIR", node.scratch))
-    for variable in software.environment:
+        found.append(("TMPDIR", node.scratch))
+    for variable in site.software.environment:
         name, _, value = variable.partition("=")
-        variables.append((name, value))
-    return lines + [f"export {name}={shlex.quote(value)}" for name, value in variables]
+        found.append((name, value))
+    return found
+
+
+def interpreter(site: Site, python: str = "") -> str:
+    """Python on the nodes, quoted: the given one, the site's, or the running one."""
+    activated = f"{site.software.activate}/bin/python" if site.software.activate else ""
+    return shlex.quote(python or activated or sys.executable)
+
+
+def container(site: Site) -> str:
+    """The words before Python, quoted, with a space after each."""
+    return "".join(shlex.quote(word) + " " for word in site.software.container)
+
+
+def torchrun_options(site: Site) -> str:
+    return "--numa-binding node " if site.node.numa_binding else ""
 
 
 def _arguments(job: Job) -> str:
@@ -155,5 +181,6 @@ def _arguments(job: Job) -> str:
     return "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "  *) exit 1 ;;", "esac"])
 
 
-def _template(name: str) -> _Template:
+def template(name: str) -> string.Template:
+    """A template of `launch/templates`."""
     return _Template((_TEMPLATES / name).read_text())

@@ -14,6 +14,7 @@ from configs.loader import load
 from configs.rules import shown
 
 LAUNCH, SUBMISSION, SCRIPT = "launch", "submission.json", "train.sbatch"
+SERVE_SCRIPT, ADDRESS = "serve.sbatch", "address"
 _RECENT = 20
 """Last steps that speed and remaining time are computed from."""
 

@@ -25,6 +25,9 @@ _TIME = re.compile(r"(\d{1,3}-)?\d{1,2}(:[0-5]\d){2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0-\x1f\x7f]*")
 _LINE = re.compile(r"[^\0-\x1f\x7f]+")
 _ABSOLUTE = re.compile(r"/[^\0-\x1f\x7f]*")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:1052 1052]{0,511}")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_RESOURCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,61}/[a-z0-9][a-z0-9.-]{0,61}")
 _RESERVED = re.compile(
     r"(SLURM_\w*|SBATCH_\w*|MASTER_(ADDR|PORT)|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|BASH_\w+|LD_PRELOAD"
     r"|TORCHELASTIC_\w+)="
@@ -144,6 +147,36 @@ class SoftwareSite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KubernetesSite:
+    """What `python -m launch.kubernetes` needs; without effect on SLURM, where it is refused."""
+
+    image: str = ""
+    """Container image with Python and the libraries."""
+    namespace: str = "default"
+    """Namespace of the JobSet."""
+    claim: str = ""
+    """PersistentVolumeClaim of a file system that all pods can write (ReadWriteMany)."""
+    mount: str = "/shared"
+    """Folder of that file system in the pods."""
+    checkout: str = "/shared/phalanx"
+    """Folder of the checkout in the pods."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """Name of the resource that the GPUs are."""
+    grace_s: int = 300
+    """Seconds that the ranks get to save after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        check(self, _IMAGE, "a name of an image, as registry/name:tag", "image")
+        check(self, _LABEL, "at most 63 lower-case letters, digits and -", "namespace", "claim")
+        check(self, _ABSOLUTE, "an absolute path in one line", "mount", "checkout")
+        check(self, _RESOURCE, "a resource of Kubernetes, as nvidia.com/gpu", "gpu_resource")
+        for key in ("namespace", "mount", "checkout", "gpu_resource"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty: leave it out for its default")
+        between(self, 30, 86400, "grace_s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FaultSite:
     """What a job does about failures."""
 
@@ -164,6 +197,7 @@ class Site:
     node: NodeSite = field(default_factory=NodeSite)
     software: SoftwareSite = field(default_factory=SoftwareSite)
     faults: FaultSite = field(default_factory=FaultSite)
+    kubernetes: KubernetesSite = field(default_factory=KubernetesSite)
 
 
 def load_site(path: Path | None) -> Site:

@@ -3,15 +3,15 @@
     python -m launch.slurm configs/demo.toml --nodes 2 --site site.toml --dry-run
     python -m launch.slurm status runs/demo
     python -m launch.slurm sweep configs/demo.toml --set parallel.ep=1,2 --nodes 1,2
+    python -m launch.slurm serve runs/demo/export --nodes 2 --run runs/serving
 
 Checks the experiment for the nodes, writes RUN/launch/train.sbatch and submits it. `status`,
 `logs`, `cancel` and `resume` take the run's folder. `sweep` submits one job array per number of
 nodes, with a run in run.dir/NAME for every combination of values, and `results` prints their table.
+`serve` starts engines of an export and a router in front of them.
 """
 
-import argparse
 import os
-import re
 import shlex
 import sys
 from dataclasses import replace
@@ -21,13 +21,17 @@ from configs.command_line import CommandParser
 from configs.errors import UserError
 from launch import cluster, run_folder
 from launch.experiment import Checked, check_experiment
+from launch.options import counts, parsed, slurm_parser, slurm_site
 from launch.render import Job, training_script
-from launch.run_folder import LAUNCH, SCRIPT, Submission
-from launch.site import Site, load_site
+from launch.run_folder import LAUNCH, SCRIPT, SERVE_SCRIPT, Submission
+from launch.serving import read_serving_job, serving_script
+from launch.site import Site
 from launch.sweep import results, variants
 
 _VERBS = ("status", "logs", "cancel", "resume", "results")
-_SITE_OPTIONS = ("--partition", "--account", "--qos", "--time", "--constraint", "--exclude")
+_FILE = (
+    "experiment (TOML), or sweep, serve, status, logs, cancel, resume and what each of them needs"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +39,8 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments and arguments[0] == "sweep":
             return sweep(arguments[1:])
+        if arguments and arguments[0] == "serve":
+            return serve(arguments[1:])
         if arguments and arguments[0] in _VERBS:
             return _on_run(arguments[0], arguments[1:])
         return submit(arguments)
@@ -47,27 +53,15 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
-def _parser(prog: str = "python -m launch.slurm") -> CommandParser:
-    parser = CommandParser(prog=prog, description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", help="experiment (TOML), or status, logs, cancel, resume and a run")
-    parser.add_argument("--nodes", required=True, help="nodes of the job; of a sweep, several")
-    parser.add_argument("--site", type=Path, help="site file (TOML); default: $PHALANX_SITE")
-    parser.add_argument("--name", default="", help="job name; default: name of the run's folder")
-    parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
-    for option in _SITE_OPTIONS:
-        parser.add_argument(option, help=f"replaces slurm.{option[2:]} of the site file")
-    return parser
-
-
 def submit(arguments: list[str]) -> int:
     """Check, render and submit one run."""
-    parser = _parser()
+    parser = slurm_parser("python -m launch.slurm", __doc__, _FILE)
     parser.add_argument("--jobs", type=int, default=1, help="jobs, each after the one before")
-    options, overrides = _parsed(parser, arguments)
-    options.nodes = _counts(options.nodes, 1)[0]
+    options, overrides = parsed(parser, arguments)
+    options.nodes = counts(options.nodes, 1)[0]
     if not 1 <= options.jobs <= 1000:
         raise UserError(f"--jobs {options.jobs}: must lie between 1 and 1000")
-    site = _site(options.site, vars(options))
+    site = slurm_site(options.site, vars(options))
     ranks = options.nodes * site.node.ranks_per_node
     checked = check_experiment(options.file, overrides, ranks, site)
     job = Job(
@@ -85,8 +79,8 @@ def submit(arguments: list[str]) -> int:
     print(*checked.lines, sep="\n")
     if job.exclude:
         print(f"excluded after repeated failures: {', '.join(job.exclude)}")
-    ids = _submit_chain(job, site, options.jobs)
     earlier = _earlier(checked.folder)
+    ids = _submit_chain(job, site, options.jobs)
     run_folder.write_submission(
         checked.folder,
         Submission(arguments=arguments, folder=str(Path.cwd()), jobs=[*earlier, *ids]),
@@ -98,11 +92,11 @@ def submit(arguments: list[str]) -> int:
 
 def sweep(arguments: list[str]) -> int:
     """Check, render and submit all variants of an experiment: a job array per number of nodes."""
-    parser = _parser("python -m launch.slurm sweep")
+    parser = slurm_parser("python -m launch.slurm sweep", __doc__, "experiment (TOML)")
     parser.add_argument("--set", action="append", default=[], help="section.key=value,value,...")
-    options, overrides = _parsed(parser, arguments)
-    site = _site(options.site, vars(options))
-    found = variants(options.set, _counts(options.nodes, 100))
+    options, overrides = parsed(parser, arguments)
+    site = slurm_site(options.site, vars(options))
+    found = variants(options.set, counts(options.nodes, 100))
     base, rendered = Path(), list[tuple[Job, list[str]]]()
     for nodes in dict.fromkeys(variant.nodes for variant in found):
         runs = []
@@ -123,41 +117,45 @@ def sweep(arguments: list[str]) -> int:
     if options.dry_run:
         print(*(text for *_, text in scripts), sep="\n", end="")
         return 0
-    ids = []
+    earlier, ids = _earlier(base), list[str]()
     for job, names, text in scripts:
         path = job.logs / f"sweep-{job.nodes}.sbatch"
         run_folder.replace(path, text)
         ids.append(cluster.sbatch(path))
         print(f"job {ids[-1]}, {job.nodes} nodes: {', '.join(names)}")
-    submission = Submission(arguments=["sweep", *arguments], folder=str(Path.cwd()), jobs=ids)
+    submission = Submission(
+        arguments=["sweep", *arguments], folder=str(Path.cwd()), jobs=[*earlier, *ids]
+    )
     run_folder.write_submission(base, submission)
     print(f"logs {base / LAUNCH}; table: python -m launch.slurm results {base}")
     return 0
 
 
-def _parsed(parser: CommandParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options and overrides. Raises UserError for words that are neither."""
-    options, overrides = parser.parse_known_args(arguments)
-    if wrong := [word for word in overrides if not (word.startswith("--") and "=" in word)]:
-        raise UserError(f"{wrong[0]!r}: neither an option nor --section.key=value")
-    return options, overrides
-
-
-def _counts(text: str, most: int) -> list[int]:
-    """The numbers of nodes in `N` or `N,N,...`. Raises UserError."""
-    words = text.split(",")
-    if len(words) > most or not all(re.fullmatch(r"[1-9][0-9]{0,4}", word) for word in words):
-        several = ", or several separated by commas" if most > 1 else ""
-        raise UserError(f"--nodes {text}: must be a number from 1 to 99999{several}")
-    return [int(word) for word in words]
-
-
-def _site(path: Path | None, options: dict[str, object]) -> Site:
-    chosen = path or (Path(os.environ["PHALANX_SITE"]) if os.environ.get("PHALANX_SITE") else None)
-    site = load_site(chosen)
-    keys = [option[2:] for option in _SITE_OPTIONS]
-    given = {key: options[key] for key in keys if options[key] is not None}
-    return replace(site, slurm=replace(site.slurm, **given))  # type: ignore[arg-type]
+def serve(arguments: list[str]) -> int:
+    """Check, render and submit a serving job."""
+    job, site, is_dry_run = read_serving_job(arguments)
+    text = serving_script(job, site)
+    if is_dry_run:
+        print(text, end="")
+        return 0
+    if not Path(job.arguments[0]).is_dir():
+        raise UserError(f"{job.arguments[0]}: no such folder; name an export")
+    earlier = _earlier(job.folder)
+    script = job.logs / SERVE_SCRIPT
+    run_folder.replace(script, text)
+    number = cluster.sbatch(script)
+    run_folder.write_submission(
+        job.folder,
+        Submission(
+            arguments=["serve", *arguments], folder=str(Path.cwd()), jobs=[*earlier, number]
+        ),
+    )
+    print(
+        f"{job.engines} engines of {job.nodes_per_engine} nodes, port {job.port} of the first node"
+    )
+    print(f"job {number}")
+    print(f"logs {job.logs}")
+    return 0
 
 
 def _train_arguments(file: str, overrides: list[str], checked: Checked) -> tuple[str, ...]:
@@ -215,9 +213,14 @@ def _on_run(verb: str, arguments: list[str]) -> int:
 
 
 def _status(run: Path) -> None:
-    lines = run_folder.status(run)
-    if (run / LAUNCH / run_folder.SUBMISSION).is_file():
-        jobs = run_folder.read_submission(run).jobs
+    has_jobs = (run / LAUNCH / run_folder.SUBMISSION).is_file()
+    submission = run_folder.read_submission(run) if has_jobs else None
+    is_serving = submission is not None and submission.arguments[:1] == ["serve"]
+    lines = {} if is_serving else run_folder.status(run)
+    if is_serving and (run / LAUNCH / run_folder.ADDRESS).is_file():
+        lines["router"] = (run / LAUNCH / run_folder.ADDRESS).read_text().strip()
+    if submission is not None:
+        jobs = submission.jobs
         try:
             states = cluster.queue(jobs)
             lines["jobs"] = ", ".join(f"{job} {states.get(job, 'ended')}" for job in jobs[-5:])

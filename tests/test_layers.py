@@ -49,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "train/data": {"train", "train/tokenizer"},
     "train/report": {"train"},
     "train/tokenizer": set(),
+    "scripts": {"scripts/scaling_report"},
     "serve": {"serve/api", "serve/engine", "serve/frontend"},
     "serve/api": {"serve/engine", "serve/frontend", "serve/text"},
     "serve/frontend": {"serve/engine"},

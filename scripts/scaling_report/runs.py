@@ -1,6 +1,7 @@
 """Reads runs and refuses those that cannot be compared."""
 
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,11 @@ MAY_DIFFER = (
 WEAK_TOO = ("train.global_batch",)
 """Weak scaling: the batch grows with the ranks."""
 WARMUP = 2
-"""First steps of a start, which are left out: they allocate and compile."""
+"""First steps of a run, which are left out: they allocate and compile."""
+LEAST_STEPS = 3
+"""Steps that a figure needs after the warmup."""
+_FIELDS = ("step_s", "data_share", "memory_gib")
+"""What a record of a step must have to be used."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class MeasuredRun:
     ranks: int
     mesh: dict[str, int]
     device: str
+    compute_dtype: str
     config: JobConfig
     tokens_per_s: float
     """Tokens of the steps after the warmup over their time."""
@@ -39,17 +45,16 @@ class MeasuredRun:
     memory_gib: float
     """Of rank 0: the largest allocation on CUDA, else resident memory."""
     mfu: float | None
-    imbalance: float
-    """Mean over steps and layers of the largest load over the mean load."""
-    starts: int
+    imbalance: float | None
+    """Mean over steps and layers of the largest load over the mean load; None without records."""
+    attempts: tuple[dict[str, Any], ...]
+    """The starts, as environment.json has them."""
+    unreadable: int
+    """Steps without a usable record, which are left out."""
 
     @property
     def is_forced(self) -> bool:
         return self.config.model.moe.force_balance
-
-    @property
-    def repeat(self) -> str:
-        return self.folder.name
 
 
 def read_run(folder: Path) -> MeasuredRun:
@@ -57,14 +62,15 @@ def read_run(folder: Path) -> MeasuredRun:
     records = read_lines(folder / METRICS)
     if not (folder / "config.toml").is_file() or not records:
         raise UserError(f"{folder}: no run with metrics (config.toml and {METRICS} with steps)")
-    used = [r for r in records if r["step"] > WARMUP and "step_s" in r]
-    used = [r for r in used if r["step"] not in _profiled(folder)]
-    if len(used) < 3:
-        raise UserError(
-            f"{folder}: {len(records)} steps; at least 3 are needed after {WARMUP} of warmup, "
-            "without those that were profiled"
-        )
+    complete = [record for record in records if _is_complete(record)]
     attempts = _attempts(folder)
+    profiled = _profiled(folder)
+    used = [r for r in complete if r["step"] > WARMUP and r["step"] not in profiled]
+    if len(used) < LEAST_STEPS:
+        raise UserError(
+            f"{folder}: {len(complete)} steps; at least {LEAST_STEPS} are needed after {WARMUP} of "
+            "warmup, without those that were profiled"
+        )
     config = load(folder / "config.toml")
     tokens = config.train.global_batch * config.data.seq_len
     loads = [row for r in read_lines(folder / EXPERT_LOAD) for row in r["load"] if any(row)]
@@ -73,19 +79,33 @@ def read_run(folder: Path) -> MeasuredRun:
         ranks=int(attempts[-1]["ranks"]),
         mesh={axis: int(size) for axis, size in attempts[-1]["mesh"].items()},
         device=f"{attempts[-1]['device']}, torch {attempts[-1]['packages']['torch']}",
+        compute_dtype=str(attempts[-1].get("compute_dtype", "")),
         config=config,
         tokens_per_s=tokens * len(used) / sum(r["step_s"] for r in used),
         step_s=tuple(float(r["step_s"]) for r in used),
         data_share=statistics.mean(r["data_share"] for r in used),
         memory_gib=max(r["memory_gib"] for r in used),
-        mfu=statistics.mean(r["mfu"] for r in used) if "mfu" in used[0] else None,
-        imbalance=statistics.mean(max(row) * len(row) / sum(row) for row in loads) if loads else 1,
-        starts=len(attempts),
+        mfu=_mean(r.get("mfu") for r in used),
+        imbalance=_mean(max(row) * len(row) / sum(row) for row in loads),
+        attempts=tuple(attempts),
+        unreadable=max(r["step"] for r in records) - len(complete),
     )
 
 
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Whether a step's figures are there and possible."""
+    values = [record.get(name, math.nan) for name in _FIELDS]
+    return record["step"] > 0 and all(math.isfinite(v) and v >= 0 for v in values) and values[0] > 0
+
+
+def _mean(values: Any) -> float | None:
+    found = list(values)
+    return None if not found or None in found else statistics.fmean(found)
+
+
 def _profiled(folder: Path) -> set[int]:
-    return {int(path.name.split("-")[1]) for path in (folder / "profile").glob("step-*.json")}
+    words = [path.name.split("-")[1] for path in (folder / "profile").glob("step-*.json")]
+    return {int(word) for word in words if word.isdecimal()}
 
 
 def _attempts(folder: Path) -> list[dict[str, Any]]:
@@ -93,8 +113,9 @@ def _attempts(folder: Path) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_bytes())
         ranks = {int(attempt["ranks"]) for attempt in found}
-        {attempt["mesh"].items and attempt["device"] and attempt["packages"]["torch"]
-         for attempt in found}  # fmt: skip
+        for attempt in found:
+            {axis: int(size) for axis, size in attempt["mesh"].items()}
+            attempt["device"], attempt["packages"]["torch"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: missing or damaged; the number of ranks is not known") from None
     if len(ranks) != 1:
@@ -115,10 +136,14 @@ def check_comparable(runs: list[MeasuredRun]) -> str:
                     f"{run.folder}: {key} = {other[key]!r}, but {first.folder} has "
                     f"{expected[key]!r}; runs of a report differ in their mesh only"
                 )
-        if run.device != first.device:
-            raise UserError(
-                f"{run.folder}: measured on {run.device}, but {first.folder} on {first.device}"
-            )
+        for what, one, two in (
+            ("measured on", run.device, first.device),
+            ("computed in", run.compute_dtype, first.compute_dtype),
+        ):
+            if one != two:
+                raise UserError(f"{run.folder}: {what} {one}, but {first.folder} {what} {two}")
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError("a run is given twice")
     per_rank = {run.config.train.global_batch / run.ranks for run in runs}
     batches = {run.config.train.global_batch for run in runs}
     if len(batches) == 1:

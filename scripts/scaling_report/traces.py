@@ -6,7 +6,7 @@ The trace itself slows a step down, so shares are reported, and no speed is comp
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ _KINDS = {
     "all_to_all": "dispatch", "alltoall": "dispatch", "all_gather": "FSDP", "allgather": "FSDP",
     "reduce_scatter": "FSDP", "reducescatter": "FSDP",
 }  # fmt: skip
+
+
+_SCATTER = "_c10d_functional::reduce_scatter_tensor"
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
@@ -39,27 +42,42 @@ def overlap(one: Iterable[Span], other: Iterable[Span]) -> float:
     return length(one) + length(other) - length([*one, *other])
 
 
-def breakdown(trace: Path) -> dict[str, float]:
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """The events with a duration. Raises ValueError for a file that is no trace of a step."""
+    events = [e for e in json.loads(path.read_bytes())["traceEvents"] if e.get("ph") == "X"]
+    if not any(e["name"].startswith("Optimizer.step") for e in events):
+        raise ValueError(f"{path.name}: no optimizer step in it")
+    return events
+
+
+def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Share of the step per part; `forward` is what remains. Communication overlaps with the
-    others, so its rows are not part of the sum. Raises ValueError for a file that is no trace."""
-    events = [e for e in json.loads(trace.read_bytes())["traceEvents"] if e.get("ph") == "X"]
+    others, so its rows are not part of the sum. events: of `read_trace`."""
     optimizer = [e for e in events if e["name"].startswith("Optimizer.step")]
-    if not optimizer:
-        raise ValueError(f"{trace}: no optimizer step in it")
     thread = optimizer[0]["tid"]
     main = [e for e in events if e["tid"] == thread and e.get("cat") == "cpu_op"]
     total = _extent([*main, *optimizer])
-    backward = length(_span(e) for e in main if e["name"].startswith("autograd::engine"))
+    # on CUDA it has a thread of its own
+    backward = length(_span(e) for e in events if e["name"].startswith("autograd::engine"))
     step = length(map(_span, optimizer))
     kernels = [e for e in events if e.get("cat") == "kernel"]
     computing = [_span(e) for e in kernels if "nccl" not in e["name"].lower()] if kernels else [
         _span(e) for e in main if e["name"].startswith(("aten::", "phalanx::"))
     ]  # fmt: skip
+    # gloo computes a reduce-scatter as an all-reduce of its input
+    scattered = {
+        shape
+        for name, place in (("c10d::_reduce_scatter_base_", 1), (_SCATTER, 0))
+        for event in events
+        if event["name"] == name and (shape := _shape(event, place))
+    }
     sent = {"dispatch": list[Span](), "FSDP": list[Span](), "other": list[Span]()}
     for event in events:
         name = event["name"].lower()
         if name.startswith("gloo:") or (event.get("cat") == "kernel" and "nccl" in name):
             kinds = [kind for word, kind in _KINDS.items() if word in name]
+            is_scatter = _shape(event, 0) in scattered
+            kinds += ["FSDP"] if name == "gloo:all_reduce" and is_scatter else []
             sent[kinds[0] if kinds else "other"].append(_span(event))
     parts = {
         "forward": total - backward - step,
@@ -71,6 +89,12 @@ def breakdown(trace: Path) -> dict[str, float]:
         parts[f"{kind}, hidden"] = hidden
         parts[f"{kind}, exposed"] = length(spans) - hidden
     return {part: time / total for part, time in parts.items()}
+
+
+def _shape(event: dict[str, Any], place: int) -> str:
+    """The shape of an argument; empty if the trace does not have it."""
+    shapes = event.get("args", {}).get("Input Dims", [])
+    return str(shapes[place]) if len(shapes) > place else ""
 
 
 def _span(event: dict[str, Any]) -> Span:

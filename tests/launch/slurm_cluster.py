@@ -1,7 +1,7 @@
 """A real SLURM cluster of two nodes on this machine: slurmctld, and one slurmd per node.
 
-Needs root and the packages slurm-wlm and munge. Ports, keys and state belong to one folder, so a
-cluster of the machine itself is not touched.
+Needs root and the packages slurm-wlm and munge. Keys and state belong to one folder and all ports
+are free ones, so other clusters of the machine are not touched.
 """
 
 import os
@@ -12,6 +12,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.runs import free_port
 
 NODES = ("n1", "n2")
 _CONF = """\
@@ -35,7 +37,8 @@ SchedulerParameters=bf_interval=1,batch_sched_delay=0,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-SlurmctldPort=26817
+SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd-%n.pid
 SlurmdSpoolDir={root}/spool-%n
@@ -45,11 +48,14 @@ SlurmdLogFile={root}/slurmd-%n.log
 KillWait=30
 SlurmdTimeout=30
 SlurmdParameters=config_overrides
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[26901-26902] CPUs=4 Sockets=1 \
-CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
+_NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Sockets=1 "
+    "CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN"
+)
 
 
 def missing() -> str:
@@ -61,16 +67,31 @@ def missing() -> str:
     return "" if os.getuid() == 0 else "slurmd needs root"
 
 
+def is_skipped() -> bool:
+    """Whether tests are skipped: not where REQUIRE_SLURM is set, as in continuous integration after
+    the packages were installed. There, what is missing is an error."""
+    return bool(missing()) and "REQUIRE_SLURM" not in os.environ
+
+
 class SlurmCluster:
     """The running cluster; its commands find it through SLURM_CONF."""
 
     def __init__(self, root: Path) -> None:
+        assert not missing(), missing()
         self.root = root
         self.env = os.environ | {"SLURM_CONF": str(root / "slurm.conf")}
         host = socket.gethostname().split(".")[0]
         for name in ("state", "spool-n1", "spool-n2"):
             (root / name).mkdir()
-        (root / "slurm.conf").write_text(_CONF.format(root=root, host=host))
+        ports = [free_port() for _ in range(1 + len(NODES))]
+        nodes = "\n".join(
+            _NODE.format(name=name, host=host, port=port)
+            for name, port in zip(NODES, ports[1:], strict=True)
+        )
+        # torchrun's ports follow from the job's number: those of another cluster are others
+        first_job = 1 + ports[0] % 30000
+        text = _CONF.format(root=root, host=host, ports=ports, nodes=nodes, first_job=first_job)
+        (root / "slurm.conf").write_text(text)
         key = root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -94,8 +115,9 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         self.run("slurmd", "-N", node, "-f", str(self.root / "slurm.conf"))
 
-    def kill_node(self, node: str) -> None:
-        """Kill slurmd and every process of the node at once, as a power failure does."""
+    def kill_node(self, node: str, *, is_noticed: bool = True) -> None:
+        """Kill slurmd and every process of the node at once, as a power failure does. is_noticed:
+        whether slurmctld knows it at once, or only after its SlurmdTimeout."""
         doomed = [int((self.root / f"slurmd-{node}.pid").read_text())]
         wanted = (f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}".encode())
         for folder in Path("/proc").glob("[0-9]*"):
@@ -110,7 +132,8 @@ class SlurmCluster:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
+        if is_noticed:
+            self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
 
     def start_now(self, job: str) -> None:
         """A job that was queued again waits two minutes: start it at once."""
@@ -125,11 +148,15 @@ class SlurmCluster:
             assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s"
             time.sleep(0.3)
 
+    def cancel_all(self) -> None:
+        """Cancel all jobs, and wait until their processes have ended."""
+        self.run("scancel", "--me", check=False)
+        self.wait(lambda: not self.run("squeue", "-h", check=False), "empty queue", 60)
+
     def stop(self) -> None:
         """Cancel all jobs and end the daemons."""
-        self.run("scancel", "--me", check=False)
         try:
-            self.wait(lambda: not self.run("squeue", "-h", check=False), "empty queue", 40)
+            self.cancel_all()
         finally:
             for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munge"):
                 pid = self.root / f"{name}.pid"

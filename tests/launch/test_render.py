@@ -196,3 +196,15 @@ def _child(parent: int) -> int:
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     assert len(children) == 1
     return int(children[0])
+
+
+def test_a_node_that_cannot_run_true_is_lost_and_the_job_is_queued_again(
+    fake: FakeSlurm, tmp_path: Path
+) -> None:
+    fake.program("srun", SRUN.replace('exec "$@"', '[ "$1" != true ] || exit 1\nexec "$@"'))
+    job = replace(job_of(tmp_path), continues=True)
+    process = fake.start(training_script(job, Site(), python=fake.python("sys.exit(3)")))
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "a node does not respond: queued again" in said
+    assert len(fake.starts()) == 1, "the other attempts would fail as well"
+    assert "requeue 7" in (fake.folder / "scontrol").read_text()

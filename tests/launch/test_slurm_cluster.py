@@ -2,26 +2,27 @@
 pre-emption, end of time, a killed node, cancellation and refusals. The curve of each run equals
 that of an uninterrupted one bit for bit."""
 
+import importlib.util
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.run_folder import records
 from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import SlurmCluster
-from tests.runs import ROOT, TINY, environment
+from tests.runs import ROOT, TINY, environment, free_port
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "-"),
-]
+pytestmark = pytest.mark.skipif(slurm_cluster.is_skipped(), reason=slurm_cluster.missing() or "-")
+slow = pytest.mark.slow
 SITE = """\
 [slurm]
 signal_s = 50
@@ -112,10 +113,12 @@ class Run:
 
 
 @pytest.fixture
-def job(cluster: SlurmCluster, tmp_path: Path, overrides: list[str]) -> Run:
-    return Run(cluster, tmp_path, overrides)
+def job(cluster: SlurmCluster, tmp_path: Path, overrides: list[str]) -> Iterator[Run]:
+    yield Run(cluster, tmp_path, overrides)
+    cluster.cancel_all()  # a test that failed would occupy the nodes of the next
 
 
+@slow
 def test_a_pre_empted_run_saves_is_queued_again_and_resumes(job: Run, tmp_path: Path) -> None:
     (number,) = job.submit()
     job.wait_for_step(10)
@@ -136,11 +139,12 @@ def test_a_pre_empted_run_saves_is_queued_again_and_resumes(job: Run, tmp_path: 
     job.check_curve(tmp_path)
 
 
+@slow
 def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_path: Path) -> None:
-    first, second = job.submit("--jobs=2", "--time=00:01:00")
+    first, second = job.submit("--jobs=2", "--time=00:02:00")
     assert job.cluster.state(second) == "PENDING"
     job.wait_for_step(5)
-    job.cluster.wait(lambda: not job.cluster.state(first) or job.starts() > 1, "end of time", 150)
+    job.cluster.wait(lambda: not job.cluster.state(first) or job.starts() > 1, "end of time", 210)
     assert "end of time: the ranks save and stop" in job.logs()
     assert "the next job of the chain continues" in job.logs()
     stopped = job.saved()
@@ -150,12 +154,14 @@ def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_pat
     job.check_curve(tmp_path)
 
 
+@slow
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "not-noticed"])
 def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
-    job: Run, tmp_path: Path
+    is_noticed: bool, job: Run, tmp_path: Path
 ) -> None:
     (number,) = job.submit()
     job.wait_for_step(10)
-    job.cluster.kill_node("n2")
+    job.cluster.kill_node("n2", is_noticed=is_noticed)
     job.cluster.wait(lambda: job.cluster.state(number) == "PENDING", "requeue")
     job.cluster.start_node("n2")
     job.cluster.wait(lambda: job.cluster.idle() == 2, "two idle nodes")
@@ -166,6 +172,7 @@ def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
     job.check_curve(tmp_path)
 
 
+@slow
 def test_a_rank_that_dies_is_restarted_in_the_same_job_and_its_node_is_named(
     job: Run, tmp_path: Path
 ) -> None:
@@ -191,15 +198,34 @@ def test_a_rank_that_dies_is_restarted_in_the_same_job_and_its_node_is_named(
     job.check_curve(tmp_path)
 
 
-def test_what_the_cluster_refuses_is_one_line_with_its_words(job: Run) -> None:
+@pytest.mark.long
+def test_a_cancelled_run_saves_and_resumes_and_refusals_are_one_line(
+    job: Run, tmp_path: Path
+) -> None:
+    """The short form, which continuous integration runs; the others are slow."""
     expected = "error: sbatch refused: "
     assert expected in job.submit("--partition=absent", code=2)[0]
     too_many = job.submit("--train.global_batch=16", nodes=4, code=2)[0]
     assert expected in too_many and "node" in too_many.lower(), too_many
     assert expected in job.submit("--constraint=gold", code=2)[0]
     assert not (job.folder / "launch" / "submission.json").exists()
+    (first,) = job.submit()
+    job.wait_for_step(5)
+    assert f"job {first} of this run is still queued or running" in job.submit(code=2)[0]
+    assert len(job.cluster.run("squeue", "-h").splitlines()) == 1, "nothing else was submitted"
+    job.cancel(first)
+    stopped = job.saved()
+    assert re.search(rf"saved \S*step-{stopped:08}", job.logs()), job.logs()
+    said = job.launch("resume", str(job.folder))
+    second = re.search(r"^job (\d+)$", said, re.MULTILINE)
+    assert second and second[1] != first
+    job.wait_for_step(stopped + 5)
+    assert job.starts() == 2
+    job.cancel(second[1])
+    job.check_curve(tmp_path)
 
 
+@slow
 def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
     words = ["sweep", str(TINY), "--nodes=1", "--site", str(job.site), "--set", "run.seed=1,2"]
     said = job.launch(*words, *job.overrides[:3], "--train.steps=3")
@@ -208,3 +234,67 @@ def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
     table = (job.folder / "results.md").read_text()
     assert "| seed=1 | 3 |" in table and "| seed=2 | 3 |" in table, job.logs()
     assert job.launch("results", str(job.folder)) == table
+
+
+def _answer(port: int, path: str = "completions") -> dict[str, Any]:
+    """The response to a greedy request, or {} if there is none yet."""
+    body = {"model": "tiny", "prompt": "def value", "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/{path}", json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            found: dict[str, Any] = json.load(response)
+            return found
+    except OSError:
+        return {}
+
+
+@slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("sglang_router") is None, reason="pip install sglang-router"
+)
+def test_a_served_model_answers_through_the_router_and_an_engine_is_replaced(job: Run) -> None:
+    from tests.serve.conftest import write_export  # imports the engine
+
+    export = job.folder.parent / "tiny"
+    write_export(export)
+    port = free_port()
+    said = job.launch(
+        "serve", str(export), "--nodes=2", f"--run={job.folder}", f"--port={port}",
+        f"--site={job.site}", "--device=cpu", "--kv-tokens=1024",
+    )  # fmt: skip
+    number = said.split("job ")[1].split("\n")[0]
+    job.cluster.wait(lambda: bool(_answer(port)), "answer of the router", 180)
+    text = _answer(port)["choices"][0]["text"]
+    for at in (port + 1, port + 2):
+        job.cluster.wait(lambda at=at: bool(_answer(at)), "answer of the engine", 180)  # type: ignore[misc]
+        assert _answer(at)["choices"][0]["text"] == text
+    assert f"http://127.0.0.1:{port}/v1\n" in job.launch("status", str(job.folder))
+    job.cluster.wait(lambda: _workers(port) == 2, "router with both engines", 180)
+    doomed = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if (words := _words_of(folder))[-1:] == [str(port + 2)] and "-u" in words
+    ]
+    assert len(doomed) == 1, "the rank of engine 1"
+    os.kill(doomed[0], signal.SIGKILL)
+    assert [_answer(port)["choices"][0]["text"] for _ in range(8)] == [text] * 8
+    job.cluster.wait(lambda: "engine 1, attempt 1: ended" in job.logs(), "end of engine 1")
+    job.cluster.wait(lambda: bool(_answer(port + 2)), "answer of the new engine", 180)
+    job.cancel(number)
+    assert "queued again" not in job.logs() and "attempt 3" not in job.logs()
+
+
+def _workers(port: int) -> int:
+    """Engines that the router knows to be healthy."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/workers", timeout=10) as response:
+        return sum(worker["is_healthy"] for worker in json.load(response)["workers"])
+
+
+def _words_of(process: Path) -> list[str]:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []

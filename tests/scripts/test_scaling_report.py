@@ -11,7 +11,7 @@ from configs.loader import load, to_toml
 from scripts import scaling_sweep
 from scripts.scaling_report.__main__ import main
 from scripts.scaling_report.figures import interval
-from scripts.scaling_report.traces import breakdown, length, overlap
+from scripts.scaling_report.traces import breakdown, length, overlap, read_trace
 from tests.runs import TINY
 
 
@@ -61,10 +61,12 @@ def test_figures_are_those_of_the_runs(tmp_path: Path) -> None:
     assert forced_two["tokens_per_s_half_width"] is None
     assert one["imbalance"] == pytest.approx((2 + 4 / 3) / 2) and one["kind"] == "measured"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;b&gt;x" in page and "<b>x" not in page and page.count("data:image/png") == 2
+    assert "&lt;b&gt;x" in page and "<b>x" not in page and page.count("data:image/png") == 1, (
+        "nothing was profiled"
+    )
     assert 'src="http' not in page
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| natural | 2 | dp_shard 2 | 3 | 160 ± 25 | 80 | 0.80 ± 0.23 |" in text
+    assert "| natural | measured | 2 | dp_shard 2 | 3 | 160 ± 25 | 80 | 0.80 ± 0.23 |" in text
 
 
 def test_weak_scaling_is_recognized(tmp_path: Path) -> None:
@@ -96,8 +98,9 @@ def test_unusable_runs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     good, other = make_run(tmp_path / "a", 1, 100), make_run(tmp_path / "b", 2, 100)
     (tmp_path / "empty").mkdir()
     odd = make_run(tmp_path / "odd", 4, 100, batch=24)
+    last = make_run(tmp_path / "a run", 2, 100)
 
-    def refused(*runs: Path) -> str:
+    def refused(*runs: Path | str) -> str:
         assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1
@@ -112,6 +115,12 @@ def test_unusable_runs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = (good / "metrics.jsonl").read_text().splitlines(keepends=True)
     (good / "metrics.jsonl").write_text("".join(lines[:4]))
     assert "at least 3 are needed" in refused(good)
+    (good / "metrics.jsonl").write_text("".join(lines))
+    assert "a run is given twice" in refused(good, odd, good)
+    assert "--project 8,x: must be numbers" in refused(good, "--project", "8,x")
+    assert "no measured point with natural routing" in refused(good, last, "--project=8")
+    (last / "config.toml").write_text("[model")
+    assert "config.toml" in refused(good, last)
 
 
 def test_intervals_and_spans() -> None:
@@ -136,7 +145,7 @@ def test_a_breakdown_divides_the_step(tmp_path: Path) -> None:
     ]  # fmt: skip
     path = tmp_path / "step-00000001-rank-00000.json"
     path.write_text(json.dumps({"traceEvents": events}))
-    found = breakdown(path)
+    found = breakdown(read_trace(path))
     assert found == pytest.approx({
         "forward": 0.5, "backward": 0.4, "optimizer": 0.1, "dispatch, hidden": 0.1,
         "dispatch, exposed": 0.1, "FSDP, hidden": 0.1, "FSDP, exposed": 0.2,
@@ -149,6 +158,11 @@ def test_a_breakdown_divides_the_step(tmp_path: Path) -> None:
     [
         (["--ranks=1,x"], "--ranks 1,x: must be numbers"),
         (["--ranks=0"], "--ranks 0: must be numbers"),
+        (["--ranks=1,1"], "--ranks 1,1: a number is given twice"),
+        (["--run.dir=x"], "--run.dir=x: every point has its own"),
+        (["--model.moe.force_balance=true"], "every point has its own"),
+        (["--train.steps=0"], "train.steps = 0: must lie between"),
+        (["--train.steps=5"], "train.steps = 5: a point needs at least 6"),
         (["--repeats=0"], "--repeats 0: must lie"),
         (["--ranks=3"], "must be a multiple of"),
         (["--model.moe.topk=1"], "did you mean model.moe.top_k?"),
@@ -160,3 +174,25 @@ def test_a_wrong_sweep_is_one_line(
     assert scaling_sweep.main([str(TINY), str(tmp_path / "out"), *words]) == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_records_without_possible_figures_are_left_out_and_counted(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run {n}", n, 100 * n) for n in (1, 2)]
+    path = runs[1] / "metrics.jsonl"
+    steps = path.read_text().splitlines()
+    steps[3] = steps[3][:-9]  # damaged
+    steps[4] = steps[4].replace('"step_s": ', '"step_s": -')
+    steps[5] = steps[5].replace('"memory_gib": 0.5', '"memory_gib": NaN')
+    steps.append('{"step": 9, "loss": 5.0, "lr": 0.1}')
+    steps[2] = steps[2].replace('"data_share": 0.01, ', "")
+    path.write_text("\n".join(steps) + "\n")
+    extra = json.loads(steps[7]) | {"step": 10}
+    path.write_text(path.read_text() + json.dumps(extra) + "\n")
+    found = report(tmp_path, *runs)
+    assert found["points"][1]["tokens_per_s"] == pytest.approx(200)
+    assert "run 2: 5 steps have no usable record; they are left out." in found["remarks"]
+    (runs[0] / "expert_load.jsonl").unlink()
+    found = report(tmp_path, *runs)
+    assert found["points"][0]["imbalance"] is None
+    (tmp_path / "blocked").write_text("")
+    assert main([*map(str, runs), "--out", str(tmp_path / "blocked" / "x")]) == 2

@@ -1,0 +1,83 @@
+"""Where the elapsed time of a run is, over all its starts: the times of its TensorBoard events.
+
+Every step writes an event when it ends, also one that a later start repeats. A step that a killed
+process did not write any more counts as time between two starts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+_TAG = "step_s"
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """The end of one step."""
+
+    step: int
+    end: float
+    """Unix time."""
+    seconds: float
+    """Duration of the step, without validation and checkpoint."""
+
+
+def elapsed(starts: Sequence[float], attempts: Sequence[Sequence[StepEvent]]) -> dict[str, float]:
+    """Shares of the time from the first start to the end of the last step.
+
+    starts: Unix time of each start. attempts: the steps of each start, in order. `goodput`: steps
+    that were kept, each counted once. `repeated`: steps that a later start computed again.
+    `between steps`: checkpoints, validation, output. `start-up`: from a start to its first step.
+    `down`: from the last step of a start to the next start.
+    """
+    attempts = [list(steps) for steps in attempts]
+    while not attempts[-1]:  # a start of a complete run
+        attempts.pop()
+    last = max(steps[-1].end for steps in attempts if steps)
+    total = last - starts[0]
+    parts = dict.fromkeys(("goodput", "repeated", "between steps", "start-up", "down"), 0.0)
+    for i, steps in enumerate(attempts):
+        kept = min((s.step for later in attempts[i + 1 :] for s in later), default=None)
+        time = starts[i]
+        for j, step in enumerate(steps):
+            parts["between steps" if j else "start-up"] += max(step.end - step.seconds - time, 0.0)
+            is_kept = kept is None or step.step < kept
+            parts["goodput" if is_kept else "repeated"] += step.seconds
+            time = step.end
+        if i + 1 < len(attempts):
+            parts["down"] += max(starts[i + 1] - time, 0.0)
+    return {name: seconds / total for name, seconds in parts.items()}
+
+
+def read_goodput(folder: Path, attempts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """`elapsed` of the run in a folder; empty if it has no events. attempts: of its
+    environment.json. Raises UserError for files that cannot be read."""
+    files = sorted((folder / "tensorboard").glob("events.out.tfevents.*"))
+    if not files:
+        return {}
+    try:
+        starts = [datetime.fromisoformat(str(one["time"])).timestamp() for one in attempts]
+        by_start: list[list[StepEvent]] = [[] for _ in starts]
+        for event in sorted((e for file in files for e in _events(file)), key=lambda e: e.end):
+            begun = [i for i, start in enumerate(starts) if start <= event.end]
+            by_start[begun[-1] if begun else 0].append(event)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: times of its steps cannot be read: {error}") from None
+    return elapsed(starts, by_start) if any(by_start) else {}
+
+
+def _events(file: Path) -> list[StepEvent]:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    found = []
+    for event in EventFileLoader(str(file)).Load():
+        for value in event.summary.value:
+            if value.tag == _TAG:
+                seconds = float(make_ndarray(value.tensor))
+                found.append(StepEvent(event.step, event.wall_time, seconds))
+    return found
