@@ -68,8 +68,8 @@ def missing() -> str:
 
 
 def is_skipped() -> bool:
-    """Whether tests are skipped: not where REQUIRE_SLURM is set, as in continuous integration after
-    the packages were installed. There, what is missing is an error."""
+    """Whether tests are skipped: not where REQUIRE_SLURM is set. There, what is missing is an
+    error."""
     return bool(missing()) and "REQUIRE_SLURM" not in os.environ
 
 
