@@ -6,6 +6,7 @@ connection than the limit is refused; without that a few hundred slow sockets oc
 
 import asyncio
 import json
+import resource
 import socket
 import sys
 
@@ -19,6 +20,7 @@ from serve.engine.request import RequestError
 
 MAX_HEADER_BYTES = 16 * 2**10
 MAX_CONNECTIONS = 2048
+_OTHER_FILES = 256
 SEND_BUFFER_BYTES = 2**17
 HEADER_SECONDS = 30.0
 """From the start of a connection, or the first byte of another request, to the end of headers."""
@@ -100,6 +102,16 @@ class Connection(H11Protocol):
             for event in (reply, h11.Data(data=content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def allow_connections() -> None:
+    """Raise this process's limit of open files, often 1,024, to what the connections need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = MAX_CONNECTIONS + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def server_config(app: ASGIApp, keep_alive: int, grace: float) -> uvicorn.Config:
