@@ -8,6 +8,7 @@ import asyncio
 import json
 import resource
 import socket
+import struct
 import sys
 
 import h11
@@ -61,7 +62,13 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._stall_timer = self.loop.call_later(STALL_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """Reset the connection; otherwise the kernel keeps what the client does not read."""
+        linger = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -3,9 +3,9 @@
 import argparse
 import asyncio
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from configs.command_line import CommandParser
@@ -34,8 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other prompts")
     parser.add_argument("--api-key", default="none", help="sent with every request")
     options = parser.parse_args(arguments)
-    parts = urlsplit(options.url)
-    if parts.scheme != "http" or not parts.hostname:
+    if not _is_url(options.url):
         raise UserError(f"{options.url}: must be a URL such as http://127.0.0.1:8000")
     if min(options.clients) < 1 or max(options.clients) > 1024:
         raise UserError("--clients: must lie between 1 and 1024")
@@ -44,6 +43,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not (options.api_key.isascii() and options.api_key.isprintable()):
         raise UserError("--api-key: must be of ASCII characters")
     return options
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == "http" and bool(parts.hostname) and (parts.port or 80) > 0
+    except ValueError:  # brackets, or a port that is none
+        return False
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -64,7 +71,7 @@ def bench(options: argparse.Namespace) -> None:
                 )
             found = measured(*asyncio.run(run(url, card["id"], workload, options.api_key)))
             rows.append({"workload": options.workload, "clients": clients} | found)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:
         raise UserError(f"{options.url}: {' '.join(str(error).split())}") from None
     print(table(rows))
 

@@ -29,7 +29,6 @@ _MOST_MESSAGE = 600
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     limit_memory()
     template: Template | None = None
     for line in sys.stdin.buffer:

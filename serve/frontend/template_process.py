@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class TemplateProcess:
         self._source = source
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._end = lambda: None
+        self._end: Callable[[], object] = lambda: None
 
     def render(self, variables: dict[str, Any]) -> str:
         """Raises TemplateFailed. variables: as in JSON."""
@@ -53,14 +54,19 @@ class TemplateProcess:
 
     def _start(self) -> None:
         if self._process is not None:
-            return
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+            if self._process.poll() is None:
+                return
+            self._close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the parent only
+            )
+        except OSError as error:
+            raise TemplateFailed(f"its process does not start: {error}") from None
         self._end = weakref.finalize(self, _kill, self._process)
         try:
             self._exchange(json.dumps(self._source))
