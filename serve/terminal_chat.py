@@ -75,7 +75,7 @@ class Conversation:
         try:
             for output in self.engine.stream(tokens, SamplingParams(**settings)):  # type: ignore[arg-type]
                 pieces.append(output.text)
-                write(_shown(output.text))
+                write(shown(output.text))
         except KeyboardInterrupt:
             pass
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
@@ -107,6 +107,6 @@ def converse(talk: Conversation, read: Callable[[], str], write: Callable[..., N
                 write(f"error: {error}", style="red")
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """The text without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -67,7 +67,9 @@ class Connection(H11Protocol):
     def _cut_off(self) -> None:
         """Reset the connection; otherwise the kernel keeps what the client does not read."""
         linger = struct.pack("ii", 1, 0)
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, linger
+        )
         self.transport.abort()
 
     def resume_writing(self) -> None:
@@ -97,7 +99,10 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer without the application, and close."""
+        """Answer without the application, and close. What it still sends is dropped."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             content = json.dumps(error_body(error)).encode()
             headers = [

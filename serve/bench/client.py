@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from serve.bench.workloads import Turn, Workload
 
-
 _MOST_REFUSAL = 400
 """Characters of an error that are shown."""
 
@@ -55,9 +54,7 @@ async def run(
     return time.perf_counter() - start, [answer for answers in found for answer in answers]
 
 
-async def _converse(
-    server: _Server, turns: list[Turn], limit: asyncio.Semaphore
-) -> list[Answer]:
+async def _converse(server: _Server, turns: list[Turn], limit: asyncio.Semaphore) -> list[Answer]:
     async with limit:
         tokens: list[int] = []
         answers = []

@@ -143,9 +143,7 @@ class StopMatcher:
         if not self.stops:
             return text
         new, text = text, self.held + text
-        found = [
-            (at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0
-        ]
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.held = ""
             _, at, self.matched = min(found)

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEXT = 1 << 23
 """Characters of a prompt."""
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 MAX_BYTES = 1 << 29
 """Memory, in addition to what the process needs at its start."""
 _MOST_MESSAGE = 600

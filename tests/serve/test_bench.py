@@ -32,7 +32,7 @@ def test_it_reports_the_load_that_the_server_had(
     head, _, first, second = out.splitlines()[:4]
     assert errors == "" and head.count("|") == first.count("|")
     assert first.startswith("| random | 1 |") and second.startswith("| random | 2 |")
-    generated = re.search(r"generation_tokens_total\S* (\S+)", metrics)
+    generated = re.search(r"^sglang:generation_tokens_total\S* (\S+)", metrics, re.MULTILINE)
     assert generated is not None and float(generated[1]) == 2 * 2 * 8 * 64
 
 

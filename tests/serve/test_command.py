@@ -259,5 +259,3 @@ def test_no_delay_between_headers_and_first_token() -> None:
             accepted, _ = listener.accept()
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             accepted.close()
-
-

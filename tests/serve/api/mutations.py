@@ -219,7 +219,9 @@ def _chunked(rng: random.Random, call: Call) -> Call:
 
 def _length(rng: random.Random, call: Call) -> Call:
     n = len(call.body)
-    return replace(call, length=rng.choice([0, n // 2, n + 1, n + 100, 4 << 20, 5 << 20, 2**62, -1]))
+    return replace(
+        call, length=rng.choice([0, n // 2, n + 1, n + 100, 4 << 20, 5 << 20, 2**62, -1])
+    )
 
 
 def _method(rng: random.Random, call: Call) -> Call:
@@ -230,8 +232,19 @@ def _method(rng: random.Random, call: Call) -> Call:
 
 def _path(rng: random.Random, call: Call) -> Call:
     paths = ["", "/", "//", "*", "/v1", call.path + "/", call.path + "?x=" + "%ff" * 9]
-    paths += [call.path.upper(), "/%2e%2e/" + call.path, "/v1/models/%ed%a0%80", "/v1/models/\ud800"]
-    paths += ["/" + "a" * 20_000, "http://evil/" + call.path, "/v1/models/%00", "/é", call.path + "#a"]
+    paths += [
+        call.path.upper(),
+        "/%2e%2e/" + call.path,
+        "/v1/models/%ed%a0%80",
+        "/v1/models/\ud800",
+    ]
+    paths += [
+        "/" + "a" * 20_000,
+        "http://evil/" + call.path,
+        "/v1/models/%00",
+        "/é",
+        call.path + "#a",
+    ]
     return replace(call, path=rng.choice(paths))
 
 
@@ -251,7 +264,9 @@ def _headers(rng: random.Random, call: Call) -> Call:
 
 
 def _version(rng: random.Random, call: Call) -> Call:
-    return replace(call, version=rng.choice([b"HTTP/1.0", b"HTTP/2", b"HTTP/9.9", b"", b"http/1.1"]))
+    return replace(
+        call, version=rng.choice([b"HTTP/1.0", b"HTTP/2", b"HTTP/9.9", b"", b"http/1.1"])
+    )
 
 
 _AROUND = (_chunked, _chunked, _length, _method, _path, _headers, _headers, _version)

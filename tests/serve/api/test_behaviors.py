@@ -82,7 +82,10 @@ def test_a_character_split_over_tokens_arrives_whole(
     half = {"prompt": "a", "logit_bias": {str(begin[0]): 100}, "max_tokens": 5}
     *early, end = pieces(http, **half)
     assert not any("\ufffd" in piece["text"] for piece in early)
-    assert "".join(piece["text"] for piece in [*early, end]) == complete(http, **half)["choices"][0]["text"]
+    assert (
+        "".join(piece["text"] for piece in [*early, end])
+        == complete(http, **half)["choices"][0]["text"]
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
@@ -122,7 +125,18 @@ def test_prompts_in_every_form(
     ):  # fmt: skip
         found = complete(http, prompt=prompt, max_tokens=6, return_token_ids=True)["choices"]
         assert [choice["token_ids"] for choice in found] == wanted
-    for prompt in (None, [], [[]], [texts[0], ids[0]], [5, "a"], [None], [[5], None], 5, {}, [[[5]]]):
+    for prompt in (
+        None,
+        [],
+        [[]],
+        [texts[0], ids[0]],
+        [5, "a"],
+        [None],
+        [[5], None],
+        5,
+        {},
+        [[[5]]],
+    ):
         answer = http.post("/v1/completions", json={"prompt": prompt})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt", prompt
     without = {"prompt": "", "add_special_tokens": False}
@@ -217,7 +231,14 @@ def test_identical_prompts_at_once(http: httpx.Client, greedy_reference: Greedy)
 
 @pytest.mark.parametrize(
     "kind",
-    [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "\xff", "json"],
+    [
+        None,
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "\xff",
+        "json",
+    ],
 )
 def test_content_types_do_not_matter(http: httpx.Client, kind: str | None) -> None:
     """curl -d sends a form's type with JSON."""
@@ -277,7 +298,10 @@ def test_long_runs_of_one_character_are_read(http: httpx.Client) -> None:
 
 def test_many_texts_in_one_call_are_refused(http: httpx.Client) -> None:
     """Each costs time of the one thread that reads large bodies."""
-    for path, body in (("/tokenize", {"prompt": ["a"] * 1025}), ("/detokenize", {"tokens": [[5]] * 1025})):
+    for path, body in (
+        ("/tokenize", {"prompt": ["a"] * 1025}),
+        ("/detokenize", {"tokens": [[5]] * 1025}),
+    ):
         assert http.post(path, json=body).status_code == 400
 
 

@@ -89,5 +89,3 @@ def test_metrics_count_what_happened(export: Export) -> None:
         while not (count := metrics_of(server)["sglang:num_aborted_requests_total"]):
             assert time.monotonic() < deadline
         assert count == 2
-
-

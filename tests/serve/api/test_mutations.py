@@ -9,6 +9,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.serve.conftest import RunningServer, run_server
 MAX_GROWTH = 50 * 2**20
 """Bytes that the process may grow, after the first requests of every kind."""
 N_WARM = 200
+N_CLIENTS = 8
 PATIENCE_S = 0.5
 """After this time without an answer the client ends its side: the request was incomplete."""
 LEAKS = re.compile(r"Traceback|0x[0-9a-f]{6}|\.py\b|site-packages|object at")
@@ -93,7 +95,8 @@ def check(data: bytes, found: bytes) -> int | None:
     assert status < 500 or status == 503, shown
     assert b"internal_error" not in found, shown
     if status >= 400 and body:
-        message = json.loads(body)["error"]["message"] if b"json" in head else ""
+        content = json.loads(body) if b"json" in head else {}
+        message = content["error"]["message"] if "error" in content else content.get("message", "")
         assert message and message.isprintable(), shown
         assert not LEAKS.search(message), shown
     return status
@@ -101,13 +104,15 @@ def check(data: bytes, found: bytes) -> int | None:
 
 def attack(server: RunningServer, seeds: range, folder: Path) -> tuple[Counter[int | None], int]:
     """The number of answers of each status, and the growth of this process in bytes."""
-    statuses: Counter[int | None] = Counter()
-    before = 0
-    for n, seed in enumerate(seeds):
-        if n == N_WARM:
-            before = resident()
+
+    def send(seed: int) -> int | None:
         data = mutation(seed, str(folder))
-        statuses[check(data, exchange(server.port, data))] += 1
+        return check(data, exchange(server.port, data))
+
+    with ThreadPoolExecutor(N_CLIENTS) as pool:
+        statuses = Counter(pool.map(send, seeds[:N_WARM]))
+        before = resident()
+        statuses.update(pool.map(send, seeds[N_WARM:]))
     return statuses, resident() - before
 
 
@@ -117,6 +122,7 @@ def run_attack(
     caplog.set_level(logging.ERROR)
     options = EngineOptions(kv_tokens=4096)
     with run_server(EngineCore(export, options), model_path=str(folder)) as server:
+        logging.getLogger("uvicorn").addHandler(caplog.handler)  # it does not propagate
         alone = httpx.post(f"{server.url}/v1/completions", json=GOOD).json()["choices"][0]["text"]
         with good_client(server) as texts:
             statuses, growth = attack(server, seeds, folder)
@@ -125,6 +131,7 @@ def run_attack(
         assert texts.total() > len(seeds) // 100
         server.wait_until_idle()
         assert httpx.get(f"{server.url}/health").status_code == 200
+    logging.getLogger("uvicorn").removeHandler(caplog.handler)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert growth < MAX_GROWTH
     return statuses

@@ -119,10 +119,18 @@ def test_code_in_an_export_is_not_imported(
     folder = tmp_path / "poisoned"
     shutil.copytree(export_folder, folder)
     code = f"open({str(marker)!r}, 'w')\nclass Model: pass\n"
-    for name in ("modeling_evil.py", "tokenization_evil.py", "__init__.py", "configuration_evil.py"):
+    for name in (
+        "modeling_evil.py",
+        "tokenization_evil.py",
+        "__init__.py",
+        "configuration_evil.py",
+    ):
         (folder / name).write_text(code)
     place = folder / "config.json"
-    evil = {"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    evil = {
+        "AutoConfig": "configuration_evil.Config",
+        "AutoModelForCausalLM": "modeling_evil.Model",
+    }
     place.write_text(json.dumps(json.loads(place.read_text()) | {"auto_map": evil}))
     tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_evil.Model", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
@@ -189,7 +197,9 @@ def test_malformed_grammars_between_good_requests(http: httpx.Client) -> None:
     for fields in bad:
         answer = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1} | fields)
         assert answer.status_code == 400, fields
-        assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert (
+            http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        )
 
 
 def test_all_pairs_of_sampling_parameters_work_together(http: httpx.Client) -> None:
@@ -244,7 +254,9 @@ def test_the_key_is_required_on_every_route(export: Export) -> None:
     """And compared in constant time (CVE-2025-59425)."""
     core = EngineCore(export, EngineOptions(kv_tokens=512))
     routes = routes_of(core)
-    assert {"/generate", "/metrics", "/v1/models", "/update_weights_from_disk"} <= {r.path for r in routes}
+    assert {"/generate", "/metrics", "/v1/models", "/update_weights_from_disk"} <= {
+        r.path for r in routes
+    }
     with run_server(core, api_key="secret") as server, httpx.Client(base_url=server.url) as http:
         for route in routes:
             path = route.path.replace("{name:path}", "tiny")
@@ -292,7 +304,9 @@ def test_headers_of_weights_are_checked(export_folder: Path, tmp_path: Path, see
         one[key][rng.randrange(len(one[key]))] = rng.choice(numbers)
         text = json.dumps(changed).encode()
         length = rng.choice([len(text)] * 6 + [0, 2**40, 2**64 - 1])
-        (tmp_path / "m" / source.name).write_bytes(struct.pack("<Q", length) + text + data[8 + size :])
+        (tmp_path / "m" / source.name).write_bytes(
+            struct.pack("<Q", length) + text + data[8 + size :]
+        )
         with pytest.raises(UserError) as caught:
             open_export(tmp_path / "m", device="cpu")
         assert "\n" not in str(caught.value)

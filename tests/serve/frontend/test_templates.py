@@ -88,7 +88,7 @@ def test_memory_is_limited(source: str) -> None:
     "source",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ (9 ** 9 ** 9) % 7 }}",
+        "{{ (9 ** (9 ** 9)) % 7 }}",
     ],
 )
 def test_time_is_limited(source: str) -> None:
@@ -99,7 +99,9 @@ def test_time_is_limited(source: str) -> None:
 
 @pytest.fixture
 def fragile() -> Iterator[ChatTemplate]:
-    template = ChatTemplate("{% if bad %}{{ 'a' | center(9999999999) }}{% endif %}{{ messages[0].content }}", {})
+    template = ChatTemplate(
+        "{% if bad %}{{ 'a' | center(9999999999) }}{% endif %}{{ messages[0].content }}", {}
+    )
     yield template
     template.process.close()
 
@@ -156,8 +158,10 @@ def test_functions_of_transformers() -> None:
         "{{ strftime_now('%Y') }}{{ x }}"
     )
     template = ChatTemplate(source, {"eos_token": "</s>"})
-    found = template.render([*HELLO, {"role": "user", "content": "ü"}], variables={"tool": {"é": "<"}})
-    assert found == f'ü\n{{"é": "<"}}{{\n "é": "<"\n}}{time.strftime("%Y")}5'
+    found = template.render(
+        [*HELLO, {"role": "user", "content": "ü"}], variables={"tool": {"é": "<"}}
+    )
+    assert found == f'ü{{"é": "<"}}{{\n "é": "<"\n}}{time.strftime("%Y")}5'
     template.process.close()
     with pytest.raises(RequestError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
@@ -165,7 +169,9 @@ def test_functions_of_transformers() -> None:
         render("{{ x }}", x=object())
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{{ x | nothing }}", "{% for %}", "{{ " + "(" * 5000])
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{ x | nothing }}", "{% for %}", "{{ " + "(" * 5000]
+)
 def test_errors_are_found_when_an_export_is_opened(tmp_path: Path, source: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(UserError, match="not a chat template") as caught:
