@@ -16,7 +16,7 @@ from tests.serve.conftest import RunningServer, run_server
 from tests.serve.drive import complete, greedy
 
 N_TOKENS = 24
-SIZES = EngineOptions(kv_tokens=1536, max_running=32, max_waiting=2000, max_batch_tokens=256)
+SIZES = EngineOptions(kv_tokens=768, max_running=32, max_waiting=2000, max_batch_tokens=256)
 """Fewer tokens than the running requests need, so that some are retracted."""
 
 
