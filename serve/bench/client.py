@@ -70,7 +70,8 @@ async def _ask(server: _Server, prompt: list[int], n_out: int) -> Answer:
     url, parts = server.url, urlsplit(server.url)
     body = json.dumps({
         "model": server.model, "prompt": prompt, "max_tokens": n_out, "temperature": 0,
-        "stream": True, "ignore_eos": True, "return_token_ids": True, "stream_options": {"include_usage": True},
+        "stream": True, "stream_options": {"include_usage": True},
+        "ignore_eos": True, "return_token_ids": True,
     }).encode()  # fmt: skip
     answer = Answer(time.perf_counter())
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)

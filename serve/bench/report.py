@@ -15,7 +15,7 @@ def percentiles(values: list[float]) -> str:
 
 
 def measured(seconds: float, answers: list[Answer]) -> Row:
-    """Rates in tokens per second, latencies in milliseconds, and the cached share of the prompts."""
+    """Rates in tokens per second, latencies in milliseconds, the cached share of the prompts."""
     total_in = sum(answer.prompt_tokens for answer in answers)
     gaps = [b - a for x in answers for a, b in zip(x.pieces, x.pieces[1:], strict=False)]
     per_token = [

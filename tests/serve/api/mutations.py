@@ -52,7 +52,8 @@ def valid_calls(folder: str) -> list[tuple[str, str, Any]]:
     }  # fmt: skip
     chat = {
         "model": "tiny", "max_completion_tokens": 3, "logprobs": True, "top_logprobs": 2,
-        "stream": True, "seed": 2, "stop": "zz", "temperature": 1, "tools": [], "tool_choice": "none",
+        "stream": True, "seed": 2, "stop": "zz", "temperature": 1,
+        "tools": [], "tool_choice": "none",
         "response_format": {"type": "text"}, "chat_template_kwargs": {"tag": "x"},
         "messages": [
             {"role": "system", "content": "b"},
@@ -257,7 +258,8 @@ def _headers(rng: random.Random, call: Call) -> Call:
         (b"Transfer-Encoding", b"gzip, chunked"), (b"Transfer-Encoding", b"chunked"),
         (b"Content-Length", b"7"), (b"Content-Length", b"1" * 5000), (b"Host", b"y"),
         (b"Authorization", b"Bearer " + b"x" * 9000), (b"X" * 17_000, b"1"), (b"X", b"1" * 17_000),
-        (b"", b"x"), (b"Bad Name", b"x"), (b"X", b"a\x00b"), (b"X", b"\r\nY: 1"), (b"Range", b"bytes=0-"),
+        (b"", b"x"), (b"Bad Name", b"x"), (b"X", b"a\x00b"), (b"X", b"\r\nY: 1"),
+        (b"Range", b"bytes=0-"),
         (b"Accept", b"nothing/at-all"), (b"Accept-Encoding", b"br"), (b"Cookie", b"=" * 4000),
     ]  # fmt: skip
     return replace(call, headers=tuple(rng.sample(headers, rng.choice([1, 1, 2, 4]))))

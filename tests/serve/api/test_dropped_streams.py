@@ -1,5 +1,5 @@
-"""Many concurrent streams, half of which their clients drop: no page is lost, and the others get the
-text that they get alone."""
+"""Many concurrent streams, half of which their clients drop: no page is lost, and the others get
+the text that they get alone."""
 
 import asyncio
 import json
@@ -26,7 +26,8 @@ def make_calls(n: int) -> list[dict[str, Any]]:
     shared = [[rng.randrange(3, 250) for _ in range(40)] for _ in range(3)]
     calls = []
     for i in range(n):
-        prompt = rng.choice(shared)[: rng.choice([5, 17, 33, 40])] + [3 + i % 240, 3 + i // 240]
+        length = rng.choice([5, 17, 33, 40])
+        prompt = [*rng.choice(shared)[:length], 3 + i % 240, 3 + i // 240]
         sampling = {"temperature": 0} if i % 2 else {"temperature": 1, "seed": i}
         body = {"prompt": prompt, "max_tokens": N_TOKENS, "ignore_eos": True, "stream": True}
         calls.append(body | sampling)

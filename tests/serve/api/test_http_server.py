@@ -1,8 +1,10 @@
 """Clients that violate HTTP, are slow, or stop reading; the key; draining."""
 
+import gc
 import json
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +144,20 @@ def test_idle_connections_stay_open(export: Export) -> None:
             found = read_all(client)
             assert found.endswith(b"}") and b"200" in found
             assert time.monotonic() - begin > 0.9, "closed after the time of the option, not before"
+
+
+def test_connections_that_clients_reset_are_freed(server: RunningServer) -> None:
+    """At once, not when they would have been idle for too long."""
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=LIVENESS_S) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    deadline = time.monotonic() + LIVENESS_S
+    while sum(type(one) is http_server.Connection for one in gc.get_objects()) > 5:
+        assert time.monotonic() < deadline, "they are kept"
+        time.sleep(0.1)
+        gc.collect()
 
 
 def test_key_is_required_everywhere_but_for_health(export: Export) -> None:

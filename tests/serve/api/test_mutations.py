@@ -22,8 +22,8 @@ from tests.serve.api.mutations import mutation
 from tests.serve.conftest import RunningServer, run_server
 
 MAX_GROWTH = 50 * 2**20
-"""Bytes that the process may grow, after the first requests of every kind."""
-N_WARM = 200
+"""Bytes that the process may grow, after the first requests of every kind: a share of all."""
+WARM = 0.2
 N_CLIENTS = 8
 PATIENCE_S = 0.5
 """After this time without an answer the client ends its side: the request was incomplete."""
@@ -109,10 +109,11 @@ def attack(server: RunningServer, seeds: range, folder: Path) -> tuple[Counter[i
         data = mutation(seed, str(folder))
         return check(data, exchange(server.port, data))
 
+    n_warm = int(WARM * len(seeds))
     with ThreadPoolExecutor(N_CLIENTS) as pool:
-        statuses = Counter(pool.map(send, seeds[:N_WARM]))
+        statuses = Counter(pool.map(send, seeds[:n_warm]))
         before = resident()
-        statuses.update(pool.map(send, seeds[N_WARM:]))
+        statuses.update(pool.map(send, seeds[n_warm:]))
     return statuses, resident() - before
 
 

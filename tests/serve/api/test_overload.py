@@ -51,8 +51,10 @@ def test_500_slow_sockets_are_cut_off_and_disturb_no_one(
 ) -> None:
     """Headers and bodies that arrive a byte at a time, and readers that stop."""
     for module, name in (
-        (http_server, "HEADER_SECONDS"), (limits, "MAX_BODY_SECONDS"), (http_server, "STALL_SECONDS"),
-    ):  # fmt: skip
+        (http_server, "HEADER_SECONDS"),
+        (limits, "MAX_BODY_SECONDS"),
+        (http_server, "STALL_SECONDS"),
+    ):
         monkeypatch.setattr(module, name, 3.0)
     http_server.allow_connections()
     with ExitStack() as stack:
@@ -95,8 +97,8 @@ def ended(client: socket.socket) -> bool:
 
 @pytest.fixture
 def crowded(export: Export) -> Iterator[RunningServer]:
-    """Four run and eight wait; a step takes at least 20 ms, so that the rate does not depend on what
-    the clients in this process cost."""
+    """Four run and eight wait; a step takes at least 20 ms, so that the rate hardly depends
+    on what the clients in this process cost."""
     options = EngineOptions(kv_tokens=2048, max_running=4, max_waiting=8)
     with run_server(EngineCore(export, options)) as server:
         slow_down(server.core, 0.02)

@@ -228,7 +228,8 @@ def test_no_address_is_opened_for_a_client(http: httpx.Client) -> None:
         canary.settimeout(0)
         url = f"http://127.0.0.1:{canary.getsockname()[1]}\\@example.com/x"
         parts = [
-            {"type": "image_url", "image_url": {"url": url}}, {"type": "image_url", "image_url": url},
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "image_url", "image_url": url},
             {"type": "video_url", "video_url": {"url": url}}, {"type": "input_audio", "data": url},
             {"type": "file", "file": {"file_url": url}},
         ]  # fmt: skip
