@@ -69,7 +69,7 @@ def bench(options: argparse.Namespace) -> None:
                     f"--workload {options.workload}: has {longest(workload)} tokens, the model at "
                     f"most {room}"
                 )
-            found = measured(*asyncio.run(run(url, card["id"], workload, options.api_key)))
+            found = measured(*asyncio.run(run(url, str(card["id"]), workload, options.api_key)))
             rows.append({"workload": options.workload, "clients": clients} | found)
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
         raise UserError(f"{options.url}: {' '.join(str(error).split())}") from None
@@ -84,9 +84,9 @@ def _card(url: str, options: argparse.Namespace) -> dict[str, object]:
     with urllib.request.urlopen(request, timeout=_CONNECT_S) as answer:
         listed = json.load(answer)
     cards = listed.get("data") if isinstance(listed, dict) else None
-    if not isinstance(cards, list) or not cards or not isinstance(cards[0], dict):
-        raise UserError(f"{url}/models: lists no model")
-    found = [card for card in cards if options.model in (None, card.get("id"))]
+    if not isinstance(cards, list) or not all(isinstance(c, dict) and "id" in c for c in cards):
+        raise UserError(f"{url}/models: is no list of models")
+    found = [card for card in cards if options.model in (None, card["id"])]
     if not found:
-        raise UserError(f"--model {options.model}: {url}/models does not list it")
+        raise UserError(f"--model {options.model or ''}: {url}/models does not list it")
     return found[0]

@@ -125,7 +125,7 @@ def test_prompts_in_every_form(
     ):  # fmt: skip
         found = complete(http, prompt=prompt, max_tokens=6, return_token_ids=True)["choices"]
         assert [choice["token_ids"] for choice in found] == wanted
-    for prompt in (
+    refused: tuple[Any, ...] = (
         None,
         [],
         [[]],
@@ -136,9 +136,10 @@ def test_prompts_in_every_form(
         5,
         {},
         [[[5]]],
-    ):
-        answer = http.post("/v1/completions", json={"prompt": prompt})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt", prompt
+    )
+    for bad in refused:
+        answer = http.post("/v1/completions", json={"prompt": bad})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt", bad
     without = {"prompt": "", "add_special_tokens": False}
     assert http.post("/v1/completions", json=without).status_code == 400
 
