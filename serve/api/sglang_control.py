@@ -186,8 +186,8 @@ class _Control:
             skip = flag(fields, "skip_special_tokens", True)
             if isinstance(tokens, list) and tokens and isinstance(tokens[0], list):
                 _check_number(tokens, "tokens")
-                return {"text": [_decode(self.core, one, skip) for one in tokens]}
-            return {"text": _decode(self.core, tokens, skip)}
+                return {"text": [decode_tokens(self.core, one, skip) for one in tokens]}
+            return {"text": decode_tokens(self.core, tokens, skip)}
 
         return JSONResponse(await self.api.in_thread(http, work))
 
@@ -222,7 +222,8 @@ def _check_number(texts: list[object], name: str) -> None:
         raise RequestError(f"at most {_MAX_TEXTS} texts fit in one call", name)
 
 
-def _decode(core: EngineCore, tokens: object, skip_special_tokens: bool) -> str:
+def decode_tokens(core: EngineCore, tokens: object, skip_special_tokens: bool) -> str:
+    """The text of token ids from a body. Raises RequestError."""
     vocab = core.export.model.config.vocab_size
     if core.export.tokenizer is None:
         raise RequestError("this model has no tokenizer", "tokens")
