@@ -253,7 +253,7 @@ def test_content_types_do_not_matter(http: httpx.Client, kind: str | None) -> No
 @pytest.mark.parametrize("place", ["rid", "tool id", "stop", "kwargs", "whole"])
 def test_nesting_is_an_error_of_the_client(http: httpx.Client, place: str) -> None:
     """At every depth, also where the interpreter's limit of recursion is."""
-    for depth in [5, 100, *range(900, 1000, 2), 10_000]:
+    for depth in [5, 100, *range(930, 1000, 3), 10_000]:
         deep = "[" * depth + "]" * depth
         path, body = {
             "rid": ("/generate", '{"text": ["a"], "rid": [%s]}'),
