@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from serve.api.http_server import allow_connections
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export
 from tests.serve.conftest import RunningServer, run_server
@@ -91,6 +92,7 @@ async def one_round(
 
 
 def run_rounds(export: Export, n_streams: int, n_rounds: int, n_calls: int) -> None:
+    allow_connections()  # both ends are in this process
     calls = make_calls(n_calls)
     alone = texts_alone(export, calls)
     core = EngineCore(export, SIZES)
