@@ -1,14 +1,16 @@
 """`python -m serve FOLDER`: serve an exported model over HTTP, OpenAI-compatible.
 
 `torchrun --nproc-per-node 2 -m serve FOLDER --tp 2 --ep 2` divides the model among two ranks.
-`python -m serve generate FOLDER --prompt TEXT` prints the completion on the terminal instead.
+`python -m serve generate FOLDER --prompt TEXT` prints the completion on the terminal instead,
+`python -m serve chat FOLDER` answers one line after another, and `python -m serve bench URL`
+measures a running server.
 """
 
 import argparse
 import asyncio
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -16,8 +18,10 @@ import uvicorn
 from configs.errors import UserError
 from parallel.launch_environment import fail, read_launch_environment
 from serve.api.app import build_app
-from serve.api.http_server import server_config
+from serve.api.http_server import allow_connections, server_config
 from serve.api.limits import Drain
+from serve.bench.command import bench
+from serve.bench.command import parse as parse_bench
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.rank_group import RankGroup, connect, handle_signals
 from serve.engine.sampling_params import RequestError
@@ -27,7 +31,10 @@ from serve.frontend.thread import EngineThread
 from serve.generate import generate
 from serve.generate import parse as parse_generate
 from serve.options import engine_options, make_parser
+from serve.terminal_chat import chat
+from serve.terminal_chat import parse as parse_chat
 
+Parse = Callable[[Sequence[str]], argparse.Namespace]
 _AFTER_GRACE = 1.0
 """Seconds after which connections whose response is not read are closed."""
 
@@ -156,6 +163,8 @@ def _serve(
     template = read_chat_template(options.folder)
     core = EngineCore(export, sizes)
     name = options.model_name or export.name
+    if not name.isprintable():
+        raise UserError("--model-name: must be printable; the default is the name of the folder")
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{listener.getsockname()[1]}"
 
@@ -177,6 +186,7 @@ def _serve(
         template=template,
         model_path=str(options.folder),
     )
+    allow_connections()
     config = server_config(app, options.keep_alive, options.grace)
     server = _Server(config, drain, thread, options.grace)
     server.repeat_forces = group is None and not read_launch_environment().is_launched
@@ -187,15 +197,20 @@ def _serve(
         thread.stop()  # however the server ended: it ends the other ranks
 
 
+_COMMANDS: dict[str, tuple[Parse, Callable[[argparse.Namespace], None]]] = {
+    "generate": (parse_generate, generate),
+    "chat": (parse_chat, chat),
+    "bench": (parse_bench, bench),
+}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 after a stop, 2 with one line on stderr for an error of the user."""
     rank = 0
     try:
         rank = read_launch_environment().rank
-        if arguments[:1] == ["generate"]:
-            generate(parse_generate(arguments[1:]))
-        else:
-            serve(parse(arguments))
+        parse_options, run = _COMMANDS.get(arguments[0] if arguments else "", (parse, serve))
+        run(parse_options(arguments[1:] if run is not serve else arguments))
     except (UserError, RequestError) as error:
         return fail(rank, f"error: {error}", 2)
     except KeyboardInterrupt:

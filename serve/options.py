@@ -24,7 +24,7 @@ def make_parser(command: str, description: str) -> CommandParser:
         ("--tp", 1, "ranks, started by torchrun, that divide heads, widths and vocabulary"),
         ("--ep", 1, "ranks, started by torchrun, that divide the experts"),
         ("--max-running", sizes.max_running, "requests computed together"),
-        ("--max-waiting", sizes.max_waiting, "requests that may wait; more get 503"),
+        ("--max-waiting", sizes.max_waiting, "requests that may wait; more get 429"),
         ("--max-batch-tokens", sizes.max_batch_tokens, "tokens per step; longer prompts are cut"),
         ("--kv-tokens", sizes.kv_tokens, "size of the KV cache; 0: what max-running needs"),
         ("--page-size", sizes.page_size, "tokens per page of the KV cache"),

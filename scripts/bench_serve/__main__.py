@@ -23,41 +23,19 @@ from pathlib import Path
 
 from configs.command_line import CommandParser
 from configs.errors import UserError
-from scripts.bench_serve.client import Answer, run
 from scripts.bench_serve.servers import PEERS, Load, Server, start
-from scripts.bench_serve.workloads import MAX_LENGTH, NAMES, build
+from serve.bench.client import Answer, run
+from serve.bench.report import measured, table
+from serve.bench.workloads import MAX_LENGTH, NAMES, build
 from train.report.environment import cpu_name
 
 _PAUSE_S = 0.5
 """Between two servers: threads of OpenMP spin for a while after their last work."""
 
 
-def percentiles(values: list[float]) -> str:
-    """Median, 90 and 99 percent in milliseconds."""
-    if not values:
-        return "-"
-    ranked = sorted(values)
-    at = (ranked[min(int(len(ranked) * q), len(ranked) - 1)] for q in (0.5, 0.9, 0.99))
-    return " / ".join(f"{1e3 * value:.1f}" for value in at)
-
-
 def row(name: str, seconds: float, answers: list[Answer]) -> dict[str, object]:
     """The results of one run of a workload on one server."""
-    total_in = sum(answer.prompt_tokens for answer in answers)
-    gaps = [b - a for x in answers for a, b in zip(x.pieces, x.pieces[1:], strict=False)]
-    per_token = [
-        (x.pieces[-1] - x.pieces[0]) / (x.output_tokens - 1)
-        for x in answers if len(x.pieces) > 1 and x.output_tokens > 1
-    ]  # fmt: skip
-    return {
-        "server": name,
-        "out tok/s": round(sum(answer.output_tokens for answer in answers) / seconds, 1),
-        "in tok/s": round(total_in / seconds, 1),
-        "TTFT ms p50/p90/p99": percentiles([x.pieces[0] - x.asked for x in answers]),
-        "TPOT ms p50/p90/p99": percentiles(per_token),
-        "ITL ms p50/p90/p99": percentiles(gaps),
-        "hit rate": round(sum(x.cached_tokens for x in answers) / max(total_in, 1), 3),
-    }
+    return {"server": name} | measured(seconds, answers)
 
 
 def measure(
@@ -83,13 +61,6 @@ def measure(
         }
         for rate, first, found in best.values()
     ]  # fmt: skip
-
-
-def table(results: list[dict[str, object]]) -> str:
-    """Markdown."""
-    heads = list(results[0])
-    lines = [heads, ["---"] * len(heads), *([str(r[head]) for head in heads] for r in results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw(results: list[dict[str, object]], path: Path) -> None:

@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.api.errors import FAILURES, Json, error_body
+from serve.api.errors import Json, error_body, failure
 from serve.api.limits import unless_disconnected
 from serve.api.metrics import CallTimes, Metrics
 from serve.engine.request import Output, Request, RequestError
@@ -92,9 +92,10 @@ class Answer:
             output = await self._outputs.get()
             if output.request not in left:
                 continue
-            if output.finish_reason in FAILURES and not self.aborted:
+            error = failure(output.finish_reason)
+            if error is not None and not self.aborted:
                 self.times.fail(output.request)
-                raise FAILURES[output.finish_reason]
+                raise error
             if output.finish_reason is not None:
                 left.discard(output.request)
             self.times.add(output)

@@ -10,26 +10,41 @@ from serve.engine.request import RequestError
 
 Json = dict[str, Any]
 
-FAILURES = {
-    "error": RequestError("the request failed inside the server", None, 500, "internal_error"),
-    "cancelled": RequestError("the server is shutting down", None, 503, "unavailable"),
-}
-"""Finish reasons of the engine that are errors."""
-DRAINING = RequestError("the server is shutting down", None, 503, "unavailable")
+_INTERNAL = ("the request failed inside the server", None, 500, "internal_error")
+_DRAINING = ("the server is shutting down", None, 503, "unavailable")
+_FAILURES = {"error": _INTERNAL, "cancelled": _DRAINING}
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+def failure(reason: str | None) -> RequestError | None:
+    """The error of a finish reason of the engine; None if the reason is no error.
+
+    It is a new one each time, because an exception keeps the frames of every place that raised it.
+    """
+    if reason not in _FAILURES:
+        return None
+    return RequestError(*_FAILURES[reason])
+
+
+def draining() -> RequestError:
+    return RequestError(*_DRAINING)
+
+
+def printable(text: str) -> str:
+    """One line of valid Unicode: parts of a message may come from a body or from a file."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def error_body(error: RequestError) -> Json:
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = _KINDS.get(error.status, kind)
-    return {
-        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    }
+    message = printable(str(error))
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """Clients may send a refused request again after a second (429, 503)."""
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    """Clients may send a refused request again after some seconds (429, 503)."""
+    headers = {"Retry-After": str(error.retry_after)} if error.status in (429, 503) else {}
     if error.status in (408, 413, 503):  # the body may not have been read
         headers["Connection"] = "close"
     if error.status == 401:
@@ -54,4 +69,4 @@ async def on_disconnect(http: HttpRequest, error: Exception) -> Response:
 
 
 async def on_fault(http: HttpRequest, error: Exception) -> Response:
-    return error_response(FAILURES["error"])
+    return error_response(RequestError(*_INTERNAL))

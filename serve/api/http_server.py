@@ -6,7 +6,9 @@ connection than the limit is refused; without that a few hundred slow sockets oc
 
 import asyncio
 import json
+import resource
 import socket
+import struct
 import sys
 
 import h11
@@ -19,6 +21,7 @@ from serve.engine.request import RequestError
 
 MAX_HEADER_BYTES = 16 * 2**10
 MAX_CONNECTIONS = 2048
+_OTHER_FILES = 256
 SEND_BUFFER_BYTES = 2**17
 HEADER_SECONDS = 30.0
 """From the start of a connection, or the first byte of another request, to the end of headers."""
@@ -47,6 +50,8 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        # uvicorn keeps the timer, and so this object, if the client has reset the connection
+        self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -59,7 +64,15 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._stall_timer = self.loop.call_later(STALL_SECONDS, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """Reset the connection; otherwise the kernel keeps what the client does not read."""
+        linger = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, linger
+        )
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -88,7 +101,10 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer without the application, and close."""
+        """Answer without the application, and close. What it still sends is dropped."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             content = json.dumps(error_body(error)).encode()
             headers = [
@@ -100,6 +116,16 @@ class Connection(H11Protocol):
             for event in (reply, h11.Data(data=content), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def allow_connections() -> None:
+    """Raise this process's limit of open files, often 1,024, to what the connections need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = MAX_CONNECTIONS + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def server_config(app: ASGIApp, keep_alive: int, grace: float) -> uvicorn.Config:

@@ -1,6 +1,7 @@
 """What every request has to pass before a route handles it."""
 
 import asyncio
+import hashlib
 import hmac
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.api.errors import DRAINING, error_response
+from serve.api.errors import draining, error_response
 from serve.api.http_server import MAX_HEADER_BYTES
 from serve.engine.request import RequestError
 
@@ -37,7 +38,7 @@ class Drain:
     def refuse(self) -> None:
         """Raise RequestError (503) if it is."""
         if self.started.is_set():
-            raise DRAINING
+            raise draining()
 
 
 class HeaderLimit:
@@ -58,16 +59,16 @@ class HeaderLimit:
 
 class ApiKey:
     """Requires `Authorization: Bearer KEY` on every path but /health. The time of the comparison
-    does not depend on where a wrong key differs."""
+    depends neither on where a wrong key differs nor on its length."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
-        self.key = b"Bearer " + key.encode()
+        self.digest = hashlib.sha256(b"Bearer " + key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self.key):
+            if not hmac.compare_digest(hashlib.sha256(given).digest(), self.digest):
                 error = RequestError(
                     "the API key is wrong or missing", None, 401, "invalid_api_key"
                 )
@@ -89,7 +90,7 @@ async def read_body(http: HttpRequest, drain: Drain) -> bytes:
         if reading in done:
             return reading.result()
         if stopped in done:
-            raise DRAINING
+            raise draining()
         raise RequestError("the body did not arrive in time", None, 408, "timeout")
     finally:
         reading.cancel()

@@ -104,8 +104,11 @@ def _parse_tool_calls(calls: object, place: str) -> list[Json]:
                 arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError):
                 raise wrong from None
+        name = call.get("id") or ""
+        if not isinstance(name, str):
+            raise wrong
         called = {"name": function["name"], "arguments": arguments}
-        found.append({"id": str(call.get("id", "")), "type": "function", "function": called})
+        found.append({"id": name, "type": "function", "function": called})
     return found
 
 

@@ -3,7 +3,6 @@ weights."""
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from starlette.requests import Request as HttpRequest
@@ -12,7 +11,7 @@ from starlette.routing import Route
 
 from configs.errors import UserError
 from models.hf.messages import one_line
-from serve.api.errors import FAILURES, Json
+from serve.api.errors import Json, failure, printable
 from serve.api.fields import flag, parse_json, text
 from serve.api.limits import read_body
 from serve.api.service import Api
@@ -21,6 +20,8 @@ from serve.engine.request import Output, RequestError, SamplingParams
 
 _HEALTH_SECONDS = 20.0
 _MAX_PATH = 4096
+_MAX_TEXTS = 1024
+"""Texts, or lists of tokens, in one call."""
 
 
 def control_routes(api: Api) -> list[Route]:
@@ -51,7 +52,7 @@ class _Control:
         """200 after the engine has computed a token, otherwise 503."""
         self.api.drain.refuse()
         loop, done = asyncio.get_running_loop(), asyncio.Event()
-        reasons: list[object] = []
+        reasons: list[str | None] = []
 
         def deliver(output: Output) -> None:
             reasons.append(output.finish_reason)
@@ -67,7 +68,7 @@ class _Control:
             raise RequestError("the engine does not respond", None, 503, "unavailable") from None
         finally:
             self.api.thread.cancel(requests)
-        if reasons[0] in FAILURES:
+        if failure(reasons[0]) is not None:
             raise RequestError("the engine fails", None, 503, "unavailable")
         return JSONResponse({"status": "ok"})
 
@@ -81,6 +82,7 @@ class _Control:
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
             }
+            | self._architecture()
         )
 
     async def server_info(self, http: HttpRequest) -> Response:
@@ -101,7 +103,12 @@ class _Control:
                 "page_size": options.page_size,
                 "internal_states": [self._load()],
             }
+            | self._architecture()
         )
+
+    def _architecture(self) -> Json:
+        export = self.core.export
+        return {"model_type": export.model_type, "architectures": list(export.architectures)}
 
     def _load(self) -> Json:
         core, scheduler = self.core, self.core.scheduler
@@ -167,6 +174,7 @@ class _Control:
                 return {"tokens": tokens, "count": len(tokens), "max_model_len": longest}
             if not isinstance(prompt, list) or not all(isinstance(one, str) for one in prompt):
                 raise RequestError("prompt must be a text or texts", "prompt", code="invalid_type")
+            _check_number(prompt, "prompt")
             lists = [self.core.encode(one, special) for one in prompt]
             return {"tokens": lists, "count": [*map(len, lists)], "max_model_len": longest}
 
@@ -177,8 +185,9 @@ class _Control:
             tokens = fields.get("tokens")
             skip = flag(fields, "skip_special_tokens", True)
             if isinstance(tokens, list) and tokens and isinstance(tokens[0], list):
-                return {"text": [_decode(self.core, one, skip) for one in tokens]}
-            return {"text": _decode(self.core, tokens, skip)}
+                _check_number(tokens, "tokens")
+                return {"text": [decode_tokens(self.core, one, skip) for one in tokens]}
+            return {"text": decode_tokens(self.core, tokens, skip)}
 
         return JSONResponse(await self.api.in_thread(http, work))
 
@@ -200,7 +209,7 @@ class _Control:
         try:
             await asyncio.to_thread(self.api.thread.call, update)
         except (UserError, OSError) as error:
-            message = one_line(error)
+            message = printable(one_line(error))
             return JSONResponse({"success": False, "message": message}, 400)
         self.api.model_path = path
         return JSONResponse(
@@ -208,7 +217,13 @@ class _Control:
         )
 
 
-def _decode(core: EngineCore, tokens: object, skip_special_tokens: bool) -> str:
+def _check_number(texts: list[object], name: str) -> None:
+    if len(texts) > _MAX_TEXTS:
+        raise RequestError(f"at most {_MAX_TEXTS} texts fit in one call", name)
+
+
+def decode_tokens(core: EngineCore, tokens: object, skip_special_tokens: bool) -> str:
+    """The text of token ids from a body. Raises RequestError."""
     vocab = core.export.model.config.vocab_size
     if core.export.tokenizer is None:
         raise RequestError("this model has no tokenizer", "tokens")
@@ -216,5 +231,6 @@ def _decode(core: EngineCore, tokens: object, skip_special_tokens: bool) -> str:
         raise RequestError("tokens must be a list of token ids", "tokens", code="invalid_type")
     if not all(0 <= token < vocab for token in tokens):
         raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "tokens")
-    decode: Callable[..., str] = core.export.tokenizer.decode
-    return decode(tokens, skip_special_tokens=skip_special_tokens)
+    # the library holds the interpreter lock while it decodes one list, but not for a batch
+    (found,) = core.export.tokenizer.decode_batch([tokens], skip_special_tokens=skip_special_tokens)
+    return str(found)

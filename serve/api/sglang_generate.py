@@ -70,9 +70,10 @@ def _names(fields: Json, n: int) -> list[str]:
     rid = fields.get("rid")
     if not isinstance(rid, list):
         return [text(fields, "rid") or uuid.uuid4().hex] * n
-    if len(rid) != n or len({str(one) for one in rid}) != n:
+    names = [text({"rid": one}, "rid") or uuid.uuid4().hex for one in rid[: n + 1]]
+    if len(names) != n or len(set(names)) != n:
         raise RequestError("rid must have one distinct name per prompt", "rid")
-    return [text({"rid": one}, "rid") or uuid.uuid4().hex for one in rid]
+    return names
 
 
 class GenerateWriter(Writer):

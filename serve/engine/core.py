@@ -52,7 +52,7 @@ class EngineOptions:
     max_running: int = 16
     """Requests computed together."""
     max_waiting: int = 256
-    """Requests that may wait; further ones are rejected with 503."""
+    """Requests that may wait; further ones are rejected with 429."""
     max_batch_tokens: int = 512
     """Tokens per step: longer prompts are cut into chunks of the tokens left after decodes."""
     kv_tokens: int = 0

@@ -120,6 +120,8 @@ def _borders(stop: str) -> tuple[int, ...]:
 class StopMatcher:
     """Searches for stop strings in text that arrives in pieces.
 
+    The first to be complete ends the text, and of several with the same end the longest, so the
+    result does not depend on the pieces.
     The cost of a character is constant for each stop string, however similar both are.
     """
 
@@ -141,10 +143,10 @@ class StopMatcher:
         if not self.stops:
             return text
         new, text = text, self.held + text
-        found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.held = ""
-            at, self.matched = min(found, key=lambda one: one[0])
+            _, at, self.matched = min(found)
             return text[:at]
         for i, stop in enumerate(self.stops):
             self.begun[i] = _advance(stop, self.begun[i], new)

@@ -37,6 +37,9 @@ class Export:
     """Maximum length of prompt and output together: later positions were never trained."""
     dtype: torch.dtype
     device: torch.device
+    model_type: str | None = None
+    """From config.json, as `architectures`: transformers' names."""
+    architectures: tuple[str, ...] = ()
     group: RankGroup | None = None
     """The ranks that divide the model; None for one process."""
 
@@ -81,6 +84,8 @@ def open_export(
         max_length=max_length,
         dtype=kind,
         device=where,
+        model_type=raw.get("model_type"),
+        architectures=tuple(raw.get("architectures") or ()),
         group=group,
     )
 

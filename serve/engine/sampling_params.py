@@ -20,11 +20,14 @@ class RequestError(ValueError):
         param: str | None = None,
         status: int = 400,
         code: str = "invalid_value",
+        retry_after: int = 1,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
         self.code = code
+        self.retry_after = retry_after
+        """Seconds after which the same request may be accepted (429, 503)."""
 
 
 @dataclass(frozen=True, kw_only=True)

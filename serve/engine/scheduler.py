@@ -103,17 +103,13 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def refuse_if_full(self, n_new: int, n_coming: int = 0) -> None:
-        """Raise RequestError (429) if the queue cannot hold `n_new` after `n_coming` more, 400 if
-        it never can."""
-        present = len(self.waiting) + len(self.running) + n_coming
-        if n_new > self.max_waiting + self.max_running:
-            most = self.max_waiting + self.max_running
+    def n_excess(self, n_new: int, n_coming: int = 0) -> int:
+        """Number of requests that must end before the queue can hold `n_new` after `n_coming` more.
+        Raises RequestError if it never can."""
+        most = self.max_waiting + self.max_running
+        if n_new > most:
             raise RequestError(f"at most {most} choices of all prompts fit into the queue", "n")
-        if present + n_new > self.max_waiting + self.max_running:
-            raise RequestError(
-                "the server is at its limit; try again later", None, 429, "overloaded"
-            )
+        return max(0, len(self.waiting) + len(self.running) + n_coming + n_new - most)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue new requests, in order of arrival."""

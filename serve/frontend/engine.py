@@ -114,6 +114,8 @@ class Engine:
     def close(self) -> None:
         """End the thread; running requests end as cancelled."""
         self.thread.stop()
+        if self.chat_template is not None:
+            self.chat_template.process.close()
         if self.group is not None:
             self.group.leave()
             self.group = None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from serve.engine.core import EngineCore
 from serve.engine.rank_group import BEAT_S
 from serve.engine.request import Output, Request, RequestError
+from serve.frontend.finish_rate import FinishRate
 
 log = logging.getLogger("serve")
 
@@ -31,6 +32,7 @@ class EngineThread:
         self._cancelled: list[Request] = []
         self._calls: list[tuple[Callable[[], list[Output]], Future[None]]] = []
         self._deliver: dict[Request, Deliver] = {}
+        self._rate = FinishRate()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -62,7 +64,7 @@ class EngineThread:
             if not self.alive:
                 raise RequestError("the server is shutting down", None, 503, "unavailable")
             if limited:
-                self.core.scheduler.refuse_if_full(len(requests), len(self._submitted))
+                self._refuse_if_full(len(requests))
             self._submitted += requests
             self._deliver |= dict.fromkeys(requests, deliver)
             self._wake.notify()
@@ -71,7 +73,15 @@ class EngineThread:
         """Raise RequestError (429) if not even one request would be queued; before any work on
         it."""
         with self._wake:
-            self.core.scheduler.refuse_if_full(1, len(self._submitted))
+            self._refuse_if_full(1)
+
+    def _refuse_if_full(self, n_new: int) -> None:
+        scheduler, n_coming = self.core.scheduler, len(self._submitted)
+        n_excess = scheduler.n_excess(n_new, n_coming)
+        if n_excess:
+            seconds = self._rate.retry_after(n_excess, len(scheduler.waiting) + n_coming)
+            message = "the server is at its limit; try again later"
+            raise RequestError(message, None, 429, "overloaded", seconds)
 
     @contextmanager
     def submitted(self, requests: Sequence[Request], deliver: Deliver) -> Iterator[None]:
@@ -121,9 +131,12 @@ class EngineThread:
         """Wait for work and take the commands from the inbox. False if the thread must stop."""
         scheduler = self.core.scheduler
         with self._wake:
+            idle = not self.core.busy
             while not (self._stopping or self.core.busy or self._has_commands):
                 if not self._wake.wait(None if self.core.export.group is None else BEAT_S):
                     break  # an idle step checks the other ranks
+            if idle:
+                self._rate.begin()
             if self._stopping:
                 return False
             scheduler.add(self._submitted)
@@ -148,6 +161,7 @@ class EngineThread:
         deliver = self._deliver.get(output.request)
         if output.finish_reason is not None:
             self._deliver.pop(output.request, None)
+            self._rate.count()
         if deliver is None:
             return
         try:

@@ -1,10 +1,11 @@
 """Runs an engine's core step by step, checking its invariants after every step."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from serve.engine.core import EngineCore
-from serve.engine.request import Request, SamplingParams
+from serve.engine.request import Output, Request, SamplingParams
 from serve.frontend.engine import Completion
 
 
@@ -44,3 +45,14 @@ def assert_no_page_lost(core: EngineCore) -> None:
     total = core.allocator.n_pages - 1
     assert core.allocator.n_free + core.pages.prefixes.n_evictable == total
     core.scheduler.check()
+
+
+def slow_down(core: EngineCore, seconds: float) -> None:
+    """Each step takes at least this long."""
+    step = core.step
+
+    def slow() -> list[Output]:
+        time.sleep(seconds)
+        return step()
+
+    core.step = slow  # type: ignore[method-assign]

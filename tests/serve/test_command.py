@@ -1,13 +1,17 @@
 """`python -m serve`: starts, prints its URL, stops cleanly; a user error gives a one-line
 message."""
 
+import contextlib
 import json
+import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -17,10 +21,42 @@ from serve.__main__ import listen, main
 from serve.engine.loading import open_export
 
 ROOT = Path(__file__).resolve().parents[2]
+LIVENESS_S = 30.0
+GRACE = "120"
+"""Seconds, more than the limit for hanging: a stop that needs them is found."""
+ENDLESS = {"prompt": "a", "max_tokens": 99_000, "ignore_eos": True, "stream": True}
+HALF = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+    b"Content-Length: 50\r\n\r\n{"
+)
 
 
-def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
-    """The process and the URL in its only line of output."""
+class Served:
+    """A server in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.url = url
+        self.port = int(url.removesuffix("/v1").rsplit(":", 1)[1])
+
+    def finish(self) -> None:
+        """Wait for its end, which is clean. The limit is for hanging, and less than any grace."""
+        out, errors = self.process.communicate(timeout=LIVENESS_S)
+        assert (self.process.returncode, out, errors) == (0, "", "")
+
+    def wait_until_draining(self) -> None:
+        """Until it has acted on the first signal: it accepts no connections any more."""
+        deadline = time.monotonic() + LIVENESS_S
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:
+                assert time.monotonic() < deadline
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[Served]:
+    """The process is killed at the end if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "serve", str(folder), "--port", "0", "--device", "cpu", *options],
         cwd=ROOT,
@@ -28,46 +64,99 @@ def start(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("serving "), line + process.communicate()[1]
-    return process, line.split()[3]
-
-
-def test_serves_and_stops(export_folder: Path) -> None:
-    process, url = start(export_folder, "--model-name", "mine", "--dtype", "bf16")
     try:
-        assert url.startswith("http://127.0.0.1:")
-        answer = httpx.post(f"{url}/completions", json={"model": "mine", "prompt": "a", "seed": 1})
-        assert answer.status_code == 200
-        process.send_signal(signal.SIGINT)
-        begin = time.monotonic()
-        out, errors = process.communicate(timeout=20)
-        assert (process.returncode, out, errors) == (0, "", "")
-        assert time.monotonic() - begin < 4, "an idle server needs no grace"
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving "), line + process.communicate()[1]
+        yield Served(process, line.split()[3])
     finally:
         process.kill()
+        process.communicate()
 
 
-def test_stop_under_load_ends_streams_with_an_error(export_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "long"
+@pytest.fixture(scope="module")
+def long_folder(export_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export with a context that no test reaches the end of."""
+    folder = tmp_path_factory.mktemp("long") / "long"
     shutil.copytree(export_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
-    process, url = start(folder, "--max-running", "1", "--grace", "0.2")
-    body = {"prompt": "a", "max_tokens": 99_000, "ignore_eos": True, "stream": True}
-    try:
-        with httpx.stream("POST", f"{url}/completions", json=body) as answer:
+    return folder
+
+
+def test_serves_and_stops(export_folder: Path) -> None:
+    with serving(export_folder, "--model-name=mine", "--dtype=bf16", f"--grace={GRACE}") as served:
+        assert served.url.startswith("http://127.0.0.1:")
+        body = {"model": "mine", "prompt": "a", "seed": 1}
+        assert httpx.post(f"{served.url}/completions", json=body).status_code == 200
+        served.process.send_signal(signal.SIGINT)
+        served.finish()  # an idle server needs no grace
+
+
+def test_stop_under_load_ends_streams_with_an_error(long_folder: Path) -> None:
+    with serving(long_folder, "--max-running", "1", "--grace", "0.2") as served:
+        with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             lines = answer.iter_lines()
             assert "choices" in next(lines)
-            process.send_signal(signal.SIGTERM)
+            served.process.send_signal(signal.SIGTERM)
             *_, error, done = [line for line in lines if line]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "unavailable"
         assert done == "data: [DONE]"
-        out, errors = process.communicate(timeout=20)
-        assert (process.returncode, out, errors) == (0, "", "")
+        served.finish()
+
+
+def test_half_sent_bodies_do_not_delay_a_stop(export_folder: Path) -> None:
+    with serving(export_folder, "--grace", GRACE) as served:
+        with socket.create_connection(("127.0.0.1", served.port), timeout=LIVENESS_S) as half:
+            half.sendall(HALF)
+            assert half.recv(4096).startswith(b"HTTP/1.1 100"), "it reads the body"
+            served.process.send_signal(signal.SIGTERM)
+            assert half.recv(4096).startswith(b"HTTP/1.1 503")
+        served.finish()
+
+
+def test_a_second_signal_stops_at_once(long_folder: Path) -> None:
+    with serving(long_folder, "--grace", GRACE) as served:
+        with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
+            lines = answer.iter_lines()
+            assert "choices" in next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            served.wait_until_draining()
+            assert "choices" in "".join(next(lines) for _ in range(4)), "the stream goes on"
+            served.process.send_signal(signal.SIGTERM)
+            served.finish()
+
+
+def test_it_listens_on_one_local_address_only(export_folder: Path) -> None:
+    """CVE-2025-30202: no internal socket is open to the network."""
+    with serving(export_folder) as served:
+        folder = Path(f"/proc/{served.process.pid}/fd")
+        links = [os.readlink(link) for link in folder.iterdir()]
+        own = {link[8:-1] for link in links if link.startswith("socket:[")}
+        found = []
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                words = line.split()
+                if words[9] in own and words[3] in ("0A", "07"):  # listens; receives datagrams
+                    found.append((table, words[1]))
+        assert found == [("tcp", f"0100007F:{served.port:04X}")]
+
+
+def test_few_open_files_are_enough_for_many_connections(export_folder: Path) -> None:
+    """The usual soft limit is 1,024; the server raises it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, hard), hard))
+    try:
+        with serving(export_folder) as served, contextlib.ExitStack() as stack:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, hard), hard))
+            for _ in range(400):
+                client = socket.create_connection(("127.0.0.1", served.port), LIVENESS_S)
+                stack.enter_context(client)
+            assert httpx.get(f"http://127.0.0.1:{served.port}/health").status_code == 200
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
     finally:
-        process.kill()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -170,43 +259,3 @@ def test_no_delay_between_headers_and_first_token() -> None:
             accepted, _ = listener.accept()
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             accepted.close()
-
-
-def test_half_sent_bodies_do_not_delay_a_stop(export_folder: Path) -> None:
-    process, url = start(export_folder, "--grace", "5")
-    try:
-        port = int(url.removesuffix("/v1").rsplit(":", 1)[1])
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as half:
-            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
-            time.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
-            begin = time.monotonic()
-            assert half.recv(4096).startswith(b"HTTP/1.1 503")
-        out, errors = process.communicate(timeout=20)
-        assert (process.returncode, out, errors) == (0, "", "")
-        assert time.monotonic() - begin < 3
-    finally:
-        process.kill()
-
-
-def test_a_second_signal_stops_at_once(export_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "long"
-    shutil.copytree(export_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
-    process, url = start(folder, "--grace", "60")
-    body = {"prompt": "a", "max_tokens": 99_000, "ignore_eos": True, "stream": True}
-    try:
-        with httpx.stream("POST", f"{url}/completions", json=body) as answer:
-            lines = answer.iter_lines()
-            assert "choices" in next(lines)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            assert process.poll() is None
-            begin = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            errors = process.communicate(timeout=20)[1]
-            assert (process.returncode, errors) == (0, "")
-            assert time.monotonic() - begin < 3
-    finally:
-        process.kill()

@@ -1,21 +1,26 @@
-"""Clients that violate HTTP, are slow, or stop reading; the key; draining; metrics."""
+"""Clients that violate HTTP, are slow, or stop reading; the key; draining."""
 
+import gc
 import json
+import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from serve.api import http_server, limits
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export
 from tests.serve.conftest import RunningServer, run_server
 
+LIMIT_S = 0.2
+"""No prompt may delay other answers by more, on an idle machine."""
+LIVENESS_S = 60.0
+"""Longer than anything here may take on a busy machine; a limit for hanging."""
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -87,11 +92,9 @@ def test_slow_headers_are_cut_off(export: Export, monkeypatch: pytest.MonkeyPatc
         clients = [socket.create_connection(address, timeout=10) for _ in range(100)]
         for client in clients[50:]:
             client.sendall(b"GET /health HTTP/1.1\r\nHo")
-        begin = time.monotonic()
         for client in clients:
             assert b"408" in read_all(client)
             client.close()
-        assert time.monotonic() - begin < 5
         with httpx.Client(base_url=server.url) as good:  # idle between requests is not slow
             assert good.get("/health").status_code == 200
             time.sleep(0.5)
@@ -107,49 +110,54 @@ def test_slow_bodies_are_cut_off(export: Export, monkeypatch: pytest.MonkeyPatch
 
 
 def test_readers_that_stop_are_cut_off(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a reset, so that nothing is kept for them; others are served meanwhile."""
     monkeypatch.setattr(http_server, "STALL_SECONDS", 0.3)
     options = EngineOptions(kv_tokens=4096, max_running=16)
     with run_server(EngineCore(export, options)) as server:
         body = {"prompt": "a", "max_tokens": 180, "n": 16, "logprobs": 20, "stream": True}
         sent = json.dumps(body | {"ignore_eos": True}).encode()
         with socket.socket() as client:
-            client.settimeout(15)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", server.port))
             client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(sent) + sent)
-            while not server.core.scheduler.running:
-                time.sleep(0.01)
-            connections = 1
-            deadline = time.monotonic() + 20
-            while connections and time.monotonic() < deadline:
-                small = httpx.post(
-                    f"{server.url}/v1/completions", json={"prompt": "b", "max_tokens": 2}
-                )
-                assert small.status_code == 200, "others are served meanwhile"
-                connections = int(server.core.busy)
-            server.wait_until_idle()
-            time.sleep(0.6)
-            with pytest.raises(ConnectionError):  # reset, not the end of the stream
-                data = read_all(client)
-                raise AssertionError(data[-100:]) if b"[DONE]" in data else ConnectionError
+            poll = select.poll()
+            poll.register(client, select.POLLRDHUP)
+            deadline = time.monotonic() + LIVENESS_S
+            while not poll.poll(0):
+                assert time.monotonic() < deadline, "the reader is still connected"
+                small = {"prompt": "b", "max_tokens": 2}
+                assert httpx.post(f"{server.url}/v1/completions", json=small).status_code == 200
+            data = b""
+            with pytest.raises(ConnectionResetError):
+                while part := client.recv(65536):
+                    data += part
+        assert data.startswith(b"HTTP/1.1 200") and b"[DONE]" not in data
+        server.wait_until_idle()
 
 
 def test_idle_connections_stay_open(export: Export) -> None:
     core = EngineCore(export, EngineOptions(kv_tokens=512))
     with run_server(core, keep_alive=1) as server:
-        for pause, closed in ((0.3, False), (1.6, True)):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-                answer = b""
-                while not answer.endswith(b"}"):
-                    answer += client.recv(4096)
-                assert b"200" in answer
-                time.sleep(pause)
-                client.setblocking(False)
-                try:
-                    assert (client.recv(1) == b"") == closed
-                except BlockingIOError:
-                    assert not closed
+        with socket.create_connection(("127.0.0.1", server.port), timeout=LIVENESS_S) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            begin = time.monotonic()
+            found = read_all(client)
+            assert found.endswith(b"}") and b"200" in found
+            assert time.monotonic() - begin > 0.9, "closed after the time of the option, not before"
+
+
+def test_connections_that_clients_reset_are_freed(server: RunningServer) -> None:
+    """At once, not when they would have been idle for too long."""
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=LIVENESS_S) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    deadline = time.monotonic() + LIVENESS_S
+    while sum(type(one) is http_server.Connection for one in gc.get_objects()) > 5:
+        assert time.monotonic() < deadline, "they are kept"
+        time.sleep(0.1)
+        gc.collect()
 
 
 def test_key_is_required_everywhere_but_for_health(export: Export) -> None:
@@ -175,55 +183,14 @@ def test_draining_refuses_new_work(export: Export) -> None:
     core = EngineCore(export, EngineOptions(kv_tokens=512))
     with run_server(core, drain=drain) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as half:
-            half.sendall(HEAD + b"Content-Length: 50\r\n\r\n{")
-            time.sleep(0.2)
+            half.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 50\r\n\r\n{")
+            assert half.recv(4096).startswith(b"HTTP/1.1 100"), "it reads the body"
             drain.start()
             assert b"HTTP/1.1 503" in half.recv(4096)
         for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
             answer = httpx.post(f"{server.url}{path}", json={})
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert httpx.get(f"{server.url}/health").status_code == 503
-
-
-def metrics_of(server: RunningServer) -> dict[str, float]:
-    found = httpx.get(f"{server.url}/metrics")
-    assert found.headers["content-type"].startswith("text/plain")
-    return {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(found.text)
-        for sample in family.samples
-        if sample.labels.get("le", "+Inf") == "+Inf"
-        if sample.labels.get("model_name") == "tiny"
-    }
-
-
-def test_metrics_count_what_happened(export: Export) -> None:
-    core = EngineCore(export, EngineOptions(kv_tokens=4096))
-    with run_server(core) as server:
-        url = f"{server.url}/v1/completions"
-        body: dict[str, Any] = {"prompt": [5] * 33, "max_tokens": 6, "ignore_eos": True, "n": 2}
-        for stream in (False, True):
-            assert httpx.post(url, json=body | {"stream": stream}).status_code == 200
-        found = metrics_of(server)
-        assert found["sglang:generation_tokens_total"] == 24
-        assert found["sglang:prompt_tokens_total"] == 33 * 4
-        assert found["sglang:cached_tokens_total"] == 32 * 3
-        assert found["sglang:cache_hit_rate"] == pytest.approx(32 * 3 / (33 * 4))
-        assert found["sglang:time_to_first_token_seconds_count"] == 2
-        assert found["sglang:inter_token_latency_seconds_count"] == 4 * 5
-        assert found["sglang:time_per_output_token_seconds_count"] == 4
-        assert found["sglang:e2e_request_latency_seconds_count"] == 4
-        assert found["sglang:num_requests_total"] == 4
-        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
-            assert found[name] == 0
-        assert found["vllm:kv_cache_usage_perc"] == found["sglang:token_usage"] == 0
-        with httpx.stream("POST", url, json=body | {"max_tokens": 150, "stream": True}) as answer:
-            next(answer.iter_lines())
-        server.wait_until_idle()
-        deadline = time.monotonic() + 5
-        while not (count := metrics_of(server)["sglang:num_aborted_requests_total"]):
-            assert time.monotonic() < deadline
-        assert count == 2
 
 
 def test_health_and_streams_go_on_while_large_prompts_are_read(export: Export) -> None:
@@ -260,4 +227,4 @@ def test_health_and_streams_go_on_while_large_prompts_are_read(export: Export) -
             attacker.join()
         assert statuses == {400}
         delays.sort()
-        assert delays[-7] < 0.2, "a tenth may be late on a busy machine"
+        assert delays[-7] < 10 * LIMIT_S, "a tenth may be later on a busy machine"

@@ -168,12 +168,17 @@ def test_aborts_and_equal_names(small_server: RunningServer) -> None:
         assert http.post("/generate", json=body | {"sampling_params": PARAMS}).status_code == 200
 
 
-def test_information(http: httpx.Client, routed: RunningServer) -> None:
+def test_information(http: httpx.Client, routed: RunningServer, export_folder: Path) -> None:
+    config = json.loads((export_folder / "config.json").read_text())
+    names = (config["model_type"], config["architectures"])
     for path in ("/model_info", "/get_model_info"):
-        assert http.get(path).json()["served_model_name"] == "tiny"
+        info = http.get(path).json()
+        assert info["served_model_name"] == "tiny"
+        assert (info["model_type"], info["architectures"]) == names
     for path in ("/server_info", "/get_server_info"):
         info = http.get(path).json()
         assert (info["tp_size"], info["dp_size"], info["disaggregation_mode"]) == (1, 1, "null")
+        assert (info["model_type"], info["architectures"]) == names
         assert info["max_total_num_tokens"] == routed.core.cache.capacity
     assert http.get("/get_load").json() == [
         {"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 0}

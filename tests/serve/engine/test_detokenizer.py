@@ -79,19 +79,30 @@ def test_what_looked_like_a_stop_is_given_back() -> None:
     assert not matcher.stopped
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(60))
 def test_any_cut_finds_the_same_stop(seed: int) -> None:
+    """The first of several that is complete, and the longest of those that end there."""
     rng = random.Random(seed)
-    text = "".join(rng.choice("ab") for _ in range(60))
-    stop = "".join(rng.choice("ab") for _ in range(rng.randint(1, 6)))
-    matcher, out, rest = StopMatcher([stop]), "", text
+    letters = "ab" if seed % 2 else "abcd"
+    text = "".join(rng.choice(letters) for _ in range(60))
+    at = rng.randrange(50)
+    stops = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(3)]
+    stops += [text[at : at + 8], text[at + 2 : at + 7], text[at + 1 : at + 8]]
+    stops = rng.sample(stops, rng.randint(1, 6))
+    matcher, out, rest = StopMatcher(stops), "", text
     while rest and not matcher.stopped:
-        cut = rng.randint(1, 5)
+        cut = rng.randint(1, 12)
         out += matcher.add(rest[:cut])
-        assert stop not in out
+        assert not any(stop in out for stop in stops)
         rest = rest[cut:]
     out += matcher.finish()
-    assert out == text.partition(stop)[0]
+    ends = (end for end in range(1, 61) if text[:end].endswith(tuple(stops)))
+    end = next(ends, None)
+    if end is None:
+        assert (out, matcher.matched) == (text, None)
+    else:
+        longest = max((stop for stop in stops if text[:end].endswith(stop)), key=len)
+        assert (out, matcher.matched) == (text[: end - len(longest)], longest)
 
 
 def test_stream_stops_inside_a_token(tokenizer: Tokenizer) -> None:

@@ -163,10 +163,12 @@ def test_finish_is_idempotent_and_works_anywhere() -> None:
 def test_full_queue_refuses_a_call_as_a_whole() -> None:
     scheduler = make(running=2)
     scheduler.add([request(1) for _ in range(5)])
-    scheduler.refuse_if_full(1)
+    limit = scheduler.max_running + scheduler.max_waiting
+    for n_new, n_coming in ((1, 0), (2, 0), (limit, 0), (limit, 3)):
+        assert scheduler.n_excess(n_new, n_coming) == max(0, 5 + n_new + n_coming - limit)
     with pytest.raises(RequestError) as caught:
-        scheduler.refuse_if_full(2)
-    assert caught.value.status == 429
+        scheduler.n_excess(limit + 1)
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("seed", range(8))

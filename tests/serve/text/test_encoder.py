@@ -3,7 +3,6 @@ from templates. The reference is the tokenizers package, called directly."""
 
 import random
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -111,34 +110,37 @@ def test_special_tokens_that_strip_spaces_still_do(tokenizer: Tokenizer) -> None
     assert len(reference) == 3
 
 
-def test_text_that_cannot_fit_is_refused_unread(tokenizer: Tokenizer) -> None:
+def test_text_that_cannot_fit_is_refused_unread(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = TextEncoder(tokenizer, 10)
     longest = 10 * max(map(len, tokenizer.get_vocab()))
     assert encoder.encode("a" * longest)
-    begin = time.perf_counter()
+    monkeypatch.setattr(encoder, "_tokenizer", None)  # not used any more
     with pytest.raises(RequestError, match="characters; at most") as caught:
         encoder.encode("a" * (4 << 20))
-    assert time.perf_counter() - begin < 0.05
     assert caught.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("text", ["def add(a, b): naïve " * 50_000, "a" * 1_000_000, " " * 500_000])
 def test_other_threads_run_while_a_text_is_encoded(tokenizer: Tokenizer, text: str) -> None:
+    """If encoding held the interpreter lock, the other thread would run twice at most."""
     encoder = TextEncoder(tokenizer, 1_000_000)
-    worst, done = 0.0, threading.Event()
+    n_turns, done = 0, threading.Event()
 
-    def tick() -> None:
-        nonlocal worst
-        last = time.perf_counter()
-        while not done.wait(0.002):
-            worst, last = max(worst, time.perf_counter() - last), time.perf_counter()
+    def turn() -> None:
+        nonlocal n_turns
+        while not done.wait(0.001):
+            n_turns += 1
 
-    ticking = threading.Thread(target=tick)
-    ticking.start()
+    turning = threading.Thread(target=turn)
+    turning.start()
+    before = n_turns
     encoder.encode(text)
+    during = n_turns - before
     done.set()
-    ticking.join()
-    assert worst < 0.2
+    turning.join()
+    assert during > 5
 
 
 def test_words_that_fill_the_vocabulary_keep_their_tokens(tmp_path: Path) -> None:

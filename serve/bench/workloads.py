@@ -55,6 +55,13 @@ def _long_among_short(draw: Callable[[int], list[int]], n: int) -> list[list[Tur
     return conversations
 
 
+def longest(workload: Workload) -> int:
+    """Tokens of the longest conversation."""
+    return max(
+        sum(len(added) + n_out for added, n_out in turns) for turns in workload.conversations
+    )
+
+
 _BUILDERS = {
     "random": _random,
     "shared-prefix": _shared_prefix,

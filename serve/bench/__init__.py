@@ -1,0 +1,1 @@
+"""Load for a server over HTTP: workloads, the client, and what is reported of a run."""

@@ -1,0 +1,208 @@
+"""Slow clients, and more requests than the server can serve."""
+
+import json
+import math
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.api import http_server, limits
+from serve.engine.core import EngineCore, EngineOptions
+from serve.engine.loading import Export
+from serve.frontend.finish_rate import MAX_RETRY_S, FinishRate
+from tests.serve.conftest import RunningServer, run_server
+from tests.serve.drive import slow_down
+
+LIVENESS_S = 60.0
+"""Longer than everything here may take on a busy machine; a limit for hanging."""
+KEPT = 0.7
+"""Goodput under overload, as a share of the unloaded rate. Refusals cost a little of it."""
+GOOD = {"prompt": "The quick", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+SCRAPES = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 60
+"""Pipelined: their answers fill the buffers of a client that does not read."""
+
+
+def connect(port: int) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+def text_of(http: httpx.Client) -> str:
+    answer = http.post("/v1/completions", json=GOOD)
+    assert answer.status_code == 200, answer.text
+    found: str = answer.json()["choices"][0]["text"]
+    return found
+
+
+def test_500_slow_sockets_are_cut_off_and_disturb_no_one(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers and bodies that arrive a byte at a time, and readers that stop."""
+    for module, name in (
+        (http_server, "HEADER_SECONDS"),
+        (limits, "MAX_BODY_SECONDS"),
+        (http_server, "STALL_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 3.0)
+    http_server.allow_connections()
+    with ExitStack() as stack:
+        server = stack.enter_context(run_server(EngineCore(export, EngineOptions(kv_tokens=512))))
+        http = stack.enter_context(httpx.Client(base_url=server.url, timeout=LIVENESS_S))
+        alone = text_of(http)
+        slow = [stack.enter_context(connect(server.port)) for _ in range(500)]
+        begins = [b"GET /health HTTP/1.1\r\nX: ", HEAD + b"Content-Length: 5000\r\n\r\n{", SCRAPES]
+        for i, client in enumerate(slow):
+            client.sendall(begins[i % 5 // 2])
+        writers = [client for i, client in enumerate(slow) if i % 5 < 4]
+        left, n_good = set(slow), 0
+        deadline = time.monotonic() + LIVENESS_S
+        while left:
+            assert time.monotonic() < deadline, f"{len(left)} are still connected"
+            assert text_of(http) == alone
+            n_good += 1
+            dribble(writers, left)
+            left -= {client for client in left if ended(client)}
+        assert n_good > 10
+        server.wait_until_idle()
+
+
+def dribble(writers: list[socket.socket], left: set[socket.socket]) -> None:
+    for client in writers:
+        if client in left:
+            try:
+                client.send(b"a")
+            except OSError:
+                left.discard(client)  # reset by the server
+
+
+def ended(client: socket.socket) -> bool:
+    """Whether the server has closed the connection. Reads nothing of a long answer: the error of
+    the poll is enough."""
+    poll = select.poll()
+    poll.register(client, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+@pytest.fixture
+def crowded(export: Export) -> Iterator[RunningServer]:
+    """Four run and eight wait; a step takes at least 20 ms, so that the rate hardly depends
+    on what the clients in this process cost."""
+    options = EngineOptions(kv_tokens=2048, max_running=4, max_waiting=8)
+    with run_server(EngineCore(export, options)) as server:
+        slow_down(server.core, 0.02)
+        yield server
+
+
+@dataclass
+class Offered:
+    """What clients got that send one request after another, also after a refusal."""
+
+    n_good: int = 0
+    texts: set[str] = field(default_factory=set)
+    refusals: list[tuple[int, int, str]] = field(default_factory=list)
+    """Status, Retry-After and code."""
+
+
+def offer(server: RunningServer, clients: int, seconds: float) -> Offered:
+    """The answers within a time. The clients are light, because they share the processor."""
+    done, offered = threading.Event(), Offered()
+    ready = threading.Barrier(clients + 1)
+
+    def work() -> None:
+        http = HTTPConnection("127.0.0.1", server.port, timeout=LIVENESS_S)
+        http.connect()
+        ready.wait()
+        while not done.is_set():
+            http.request("POST", "/v1/completions", json.dumps(GOOD))
+            answer = http.getresponse()
+            content = json.load(answer)
+            if answer.status == 200:
+                offered.texts.add(content["choices"][0]["text"])
+                offered.n_good += not done.is_set()
+            else:
+                after = int(answer.headers["retry-after"])
+                offered.refusals.append((answer.status, after, content["error"]["code"]))
+                done.wait(0.2)
+        http.close()
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    time.sleep(seconds)
+    done.set()
+    for thread in threads:
+        thread.join()
+    return offered
+
+
+def test_ten_times_the_load_keeps_the_goodput(crowded: RunningServer) -> None:
+    """Four clients are as many as run; in turn, because other load on the machine changes both."""
+    rounds = [(offer(crowded, 4, 2.0), offer(crowded, 40, 2.0)) for _ in range(2)]
+    few, many = (sum(one[i].n_good for one in rounds) for i in (0, 1))
+    refusals = [refusal for one in rounds for refusal in one[1].refusals]
+    print(f"\nanswered in 4 s: {few} of 4 clients, {many} of 40, {len(refusals)} refused")
+    assert many >= KEPT * few
+    assert len(set.union(*(offered.texts for one in rounds for offered in one))) == 1
+    assert len(refusals) > 20 and not any(one[0].refusals for one in rounds)
+    for status, after, code in refusals:
+        assert (status, code) == (429, "overloaded") and 1 <= after <= MAX_RETRY_S
+    crowded.wait_until_idle()
+
+
+def test_retry_after_is_the_time_of_half_the_queue(export: Export) -> None:
+    options = EngineOptions(kv_tokens=512, max_running=1, max_waiting=40)
+    with run_server(EngineCore(export, options)) as server, ExitStack() as stack:
+        slow_down(server.core, 0.05)
+        body: dict[str, Any] = GOOD | {"max_tokens": 4, "n": 41}
+        content = json.dumps(body).encode()
+        many = stack.enter_context(connect(server.port))
+        many.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        scheduler = server.core.scheduler
+        deadline = time.monotonic() + LIVENESS_S
+        while not 0 < len(scheduler.waiting) <= 37:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with httpx.Client(base_url=server.url) as http:
+            answer = http.post("/v1/completions", json=GOOD | {"n": 5})
+        assert answer.status_code == 429
+        # each needs four steps of 50 ms; by now the queue may have become shorter
+        least = 4 * 0.05 * (len(scheduler.waiting) // 2)
+        assert least > 1
+        assert least <= int(answer.headers["retry-after"]) <= MAX_RETRY_S
+
+
+def test_rate_of_ends() -> None:
+    now = 100.0
+    rate = FinishRate(lambda: now)
+    assert rate.retry_after(1, 100) == 1, "nothing is known"
+    now += 7.5
+    assert rate.retry_after(1, 100) == 8, "nothing has ended for 7.5 s"
+    for _ in range(5):
+        now += 0.5
+        rate.count()
+    assert rate.seconds(10) == pytest.approx(20.0), "5 in 10 s"
+    assert rate.retry_after(1, 10) == 10 and rate.retry_after(8, 10) == 16
+    assert rate.retry_after(1, 0) == 2 and rate.retry_after(1, 10_000) == MAX_RETRY_S
+    for _ in range(200):
+        now += 0.1
+        rate.count()
+    assert rate.seconds(10) == pytest.approx(1.0), "recent ends only"
+    now += 12.8
+    assert rate.seconds(10) == pytest.approx(3.0), "it has become slower"
+    rate.begin()
+    now += 1.0
+    rate.count()
+    assert math.isclose(rate.seconds(1), 1.0), "idle time does not count"
