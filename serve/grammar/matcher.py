@@ -114,26 +114,35 @@ class Matchers:
     def update(self, states: Sequence[GrammarState]) -> None:
         """Compute the masks of states that have none; those that fail get an error."""
         todo = [state for state in states if not state.is_current and state.error is None]
-        while todo:
+        tries = 3
+        while todo and tries:
             try:
-                connection = self._connected()
-                self._ask(connection, todo)
-                while todo:
-                    content, mask = receive(connection)
-                    state = todo.pop(0)
-                    if "error" in content:
-                        state.error = content["error"]
-                    else:
-                        state.update(content["forced"], content["finished"], mask)
-            except GrammarError as error:  # it does not start
-                for state in todo:
-                    state.error = str(error)
-                return
-            except (EOFError, OSError):
-                state = todo.pop(0)
-                state.error = "its grammar takes too long to match"
-                log.error("the process that matches grammars is lost; one request fails")
+                self._ask(self._connected(), todo)
+            except GrammarError:  # it does not start
+                break
+            except OSError:  # it was lost before: no request is the reason
                 self.close()
+                tries -= 1
+                continue
+            try:
+                while todo:
+                    self._read(todo[0])
+                    del todo[0]
+            except (EOFError, OSError):
+                log.error("the process that matches grammars is lost; one request fails")
+                todo.pop(0).error = "its grammar takes too long to match"
+                self.close()
+        for state in todo:
+            state.error = "the process that matches grammars does not start"
+
+    def _read(self, state: GrammarState) -> None:
+        """The answer for a state. Raises EOFError or OSError if there is none."""
+        assert self._connection is not None
+        content, mask = receive(self._connection)
+        if "error" in content:
+            state.error = content["error"]
+        else:
+            state.update(content["forced"], content["finished"], mask)
 
     def close(self) -> None:
         """End the process."""

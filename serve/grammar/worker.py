@@ -35,7 +35,8 @@ def _child(kind: bytes, connection: socket.socket, vocabulary: Vocabulary) -> No
 
 
 def main(fd: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when the engine does
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends when the engine does
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave no zombies
     control = socket.socket(fileno=fd)
     (end_tokens, size), tokenizer = receive(control)
