@@ -100,8 +100,9 @@ def report_cost(core: EngineCore, n: int, rounds: int) -> None:
         plain = min(plain, seconds / steps)
         seconds, steps, _ = generate(core, n, seed, json_schema=TEXTS)
         if seed:
-            restricted, waiting = min(restricted, seconds / steps), min(
-                waiting, timed.seconds / steps
+            restricted, waiting = (
+                min(restricted, seconds / steps),
+                min(waiting, timed.seconds / steps),
             )
     core.grammars.matchers = timed.inner
     masks = mask_seconds(core, n)

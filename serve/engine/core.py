@@ -30,7 +30,6 @@ from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
 from serve.engine.rank_group import RankRunner
 from serve.engine.request import (
-    FinishReason,
     Output,
     Request,
     RequestError,

@@ -25,8 +25,8 @@ from serve.grammar.limits import (
 )
 from serve.grammar.matcher import Grammar, Matchers
 from serve.grammar.messages import receive, send
-from serve.grammar.spec import GrammarSpec
 from serve.grammar.processes import COMPILE, GrammarWorker
+from serve.grammar.spec import GrammarSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -152,6 +152,10 @@ def _closed_object(schema: dict[str, Any]) -> dict[str, Any]:
         schema["properties"] = properties | dict.fromkeys(missing, of_others)
     open_ones = {"patternProperties", "additionalProperties", "propertyNames",
                  "unevaluatedProperties"}  # fmt: skip
-    if not schema.get("properties") and "properties" not in schema and not open_ones & schema.keys():
+    if (
+        not schema.get("properties")
+        and "properties" not in schema
+        and not open_ones & schema.keys()
+    ):
         schema["additionalProperties"] = True
     return schema

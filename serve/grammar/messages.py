@@ -17,7 +17,7 @@ def receive(connection: socket.socket) -> tuple[Any, bytes]:
     sizes = _read(connection, 8)
     n_head, n_body = int.from_bytes(sizes[:4], "big"), int.from_bytes(sizes[4:], "big")
     content = _read(connection, n_head + n_body)
-    return json.loads(content[:n_head]), bytes(content[n_head:])
+    return json.loads(bytes(content[:n_head])), bytes(content[n_head:])
 
 
 def _read(connection: socket.socket, n_bytes: int) -> memoryview:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 COMPILE, MATCH = b"c", b"m"
 """What a child of the worker does."""
+READY = b"r"
+"""A child sends this first."""
+_START_SECONDS = 60.0
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _INSTALL = 'structured output needs xgrammar: pip install "xgrammar>=0.2.8,<0.3"'
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -40,16 +44,23 @@ class GrammarWorker:
         self._closed = False
 
     def connect(self, kind: bytes) -> socket.socket:
-        """A connection to a new child. Raises GrammarError if the library is not installed."""
-        ours, theirs = socket.socketpair()
-        with self._lock, theirs:
-            for _ in range(2):  # a worker that was killed is started again
-                try:
-                    socket.send_fds(self._started(), [kind], [theirs.fileno()])
+        """A connection to a new child. Raises GrammarError (503) if there is none, 400 if the library
+        is not installed."""
+        for _ in range(2):  # a worker that was killed is started again
+            ours, theirs = socket.socketpair()
+            with self._lock, theirs:
+                control = self._started()
+                with suppress(OSError):
+                    socket.send_fds(control, [kind], [theirs.fileno()])
+            ours.settimeout(_START_SECONDS)
+            with suppress(OSError):
+                if ours.recv(1) == READY:
                     return ours
-                except OSError:
+            ours.close()
+            with self._lock:
+                if self._control is control:
                     self._stop()
-        raise GrammarError("the process that compiles grammars does not start", 503)
+        raise GrammarError("the process of the grammars does not start", 503)
 
     def close(self) -> None:
         """End the process."""

@@ -18,12 +18,12 @@ from serve.grammar.compilation import compile_one, limit_memory
 from serve.grammar.limits import MATCH_BYTES
 from serve.grammar.matching import serve_matchers
 from serve.grammar.messages import receive
-from serve.grammar.processes import COMPILE
+from serve.grammar.processes import COMPILE, READY
 from serve.grammar.vocabulary import Vocabulary, make_vocabulary
 
 
-
 def _child(kind: bytes, connection: socket.socket, vocabulary: Vocabulary) -> None:
+    connection.sendall(READY)
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)

@@ -143,7 +143,9 @@ def test_tools(client: openai.OpenAI, choice: Any, reason: str) -> None:
     assert call.type == "function" and call.function.name in names
     if reason == "stop":
         assert call.function.name == "add"
-    schema = TOOLS[names.index(call.function.name)]["function"].get("parameters", {"maxProperties": 0})
+    schema = TOOLS[names.index(call.function.name)]["function"].get(
+        "parameters", {"maxProperties": 0}
+    )
     jsonschema.validate(json.loads(call.function.arguments), schema)
     name, arguments, ids = "", "", []
     for chunk in client.chat.completions.create(**options, stream=True):
@@ -202,7 +204,9 @@ def test_metrics(server: Running) -> None:
     for _ in range(2):
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     after = read()
-    added = {name: after[name] - before[name] for name in after if "grammar" in name or "jump" in name}
+    added = {
+        name: after[name] - before[name] for name in after if "grammar" in name or "jump" in name
+    }
     assert added["sglang:num_jump_forward_tokens_total"] > 10
     assert added["sglang:num_grammar_total"] == 1
     assert added["sglang:num_grammar_cache_hit_total"] == 1

@@ -13,13 +13,13 @@ def make_schema(rng: random.Random) -> Schema:
     schema = _object(rng, 2)
     if rng.random() < 0.3:
         schema["$defs"] = {"part": _leaf(rng)}
-        schema["properties"]["part"] = {"$ref": "#/$defs/part"}
-        schema["required"].append("part")
+        schema.setdefault("properties", {})["part"] = {"$ref": "#/$defs/part"}
+        schema.setdefault("required", []).append("part")
     if rng.random() < 0.2:
         node = {"type": "object", "properties": {"v": _leaf(rng)}, "required": ["v"]}
         node["properties"]["next"] = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
         schema["$defs"] = schema.get("$defs", {}) | {"node": node}
-        schema["properties"]["list"] = {"$ref": "#/$defs/node"}
+        schema.setdefault("properties", {})["list"] = {"$ref": "#/$defs/node"}
     return schema
 
 

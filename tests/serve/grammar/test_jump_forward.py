@@ -64,6 +64,8 @@ def test_scores_and_experts_are_of_every_token(export: Export, params: Params) -
             SamplingParams(max_tokens=1, return_routed_experts=True, temperature=0),
         )  # fmt: skip
         assert again.request is not None and again.request.routed_experts is not None
-        assert np.array_equal(again.request.routed_experts[:n_tokens], routed.request.routed_experts)
+        assert np.array_equal(
+            again.request.routed_experts[:n_tokens], routed.request.routed_experts
+        )
     finally:
         core.close()
