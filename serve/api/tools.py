@@ -6,9 +6,10 @@ A call is written as Hermes and Qwen models are trained to:
     {"name": "add", "arguments": {"a": 1, "b": 2}}
     </tool_call>
 
-A structural tag restricts the output to such calls of the given functions, with arguments that match
-their schemas: exactly one (a named function), at least one and nothing else (`required`), or text in
-which every `<tool_call>` begins one (`auto`). https://platform.openai.com/docs/guides/function-calling
+A structural tag restricts the output to such calls of the given functions, with arguments that
+match their schemas: exactly one (a named function), at least one and nothing else (`required`), or
+text in which every `<tool_call>` begins one (`auto`).
+https://platform.openai.com/docs/guides/function-calling
 """
 
 import json
@@ -57,11 +58,11 @@ def parse_tools(fields: Json) -> tuple[list[Json], Tools | None]:
         choice = "auto" if definitions else "none"
     if choice == "none" or (choice == "auto" and not definitions):
         return definitions, None
-    named = isinstance(choice, dict)
-    if named:
-        name = _named(choice)
-        if name not in parameters:
-            raise RequestError(f"tool_choice: there is no tool {name!r:.80}", "tool_choice")
+    named = False
+    if isinstance(choice, dict):
+        name, named = _named(choice), True
+        if not isinstance(name, str) or name not in parameters:
+            raise RequestError(f"tool_choice: there is no tool {str(name)!r:.80}", "tool_choice")
         parameters = {name: parameters[name]}
     elif choice not in ("auto", "required") or not definitions:
         kinds = "none, auto, required or a function of tools"
@@ -85,7 +86,7 @@ def _parse_tool(tool: Any, place: str) -> tuple[str, Any]:
     return name, parameters or _NO_PARAMETERS
 
 
-def _named(choice: Json) -> Any:
+def _named(choice: Json) -> object:
     function = choice.get("function")
     return function.get("name") if isinstance(function, dict) else choice.get("name")
 

@@ -257,7 +257,7 @@ def _masks(requests: Sequence[Request]) -> tuple[list[int], NDArray[np.int32]] |
         for r, request in enumerate(requests)
         if request.grammar is not None and request.grammar.mask is not None
     }
-    return (list(masks), np.stack(list(masks.values()))) if masks else None  # type: ignore[arg-type]
+    return (list(masks), np.stack(list(masks.values()))) if masks else None
 
 
 def _largest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:

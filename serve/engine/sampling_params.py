@@ -35,8 +35,8 @@ class RequestError(ValueError):
 class SamplingParams:
     """Types and ranges are checked. Raises RequestError.
 
-    The logits of a token are changed in this order: the grammar, `logit_bias`, penalties, `min_tokens`,
-    temperature, `top_k`, `top_p` (within the tokens that `top_k` kept), `min_p`.
+    The logits of a token are changed in this order: the grammar, `logit_bias`, penalties,
+    `min_tokens`, temperature, `top_k`, `top_p` (within the tokens that `top_k` kept), `min_p`.
     """
 
     max_tokens: int = 16

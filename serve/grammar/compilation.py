@@ -32,7 +32,7 @@ def compile_one(connection: socket.socket, vocabulary: Vocabulary) -> None:
     (kind, text), _ = receive(connection)
     limit_memory(COMPILE_BYTES)
     resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, _STACK_BYTES))
-    os.nice(10)  # the engine goes on at the same time
+    os.nice(5)  # the engine computes at the same time
     signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_SECONDS)
     compiled = b""
     try:

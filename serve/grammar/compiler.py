@@ -105,6 +105,9 @@ class GrammarCompiler:
             try:
                 send(connection, [spec.kind, spec.text])
                 content, compiled = receive(connection)
+            except TimeoutError:
+                message = "the machine is too busy to compile the grammar; try again later"
+                raise GrammarError(message, 503) from None
             except (EOFError, OSError):
                 late = time.monotonic() - begin >= COMPILE_CPU_SECONDS
                 reason = "it takes too long to compile" if late else (

@@ -1,9 +1,9 @@
 """Which JSON schemas are enforced completely.
 
-xgrammar ignores keywords that it cannot express, and those next to `$ref`, `const`, `enum`, `anyOf`,
-`oneOf` and `allOf`. A text that matches its grammar could then violate the schema, so such schemas
-are refused here. (What depends on values, such as whether the branches of `oneOf` exclude each
-other, it reports when it compiles; those warnings are errors, see `serve.grammar.compilation`.)
+xgrammar ignores keywords that it cannot express, and those next to `$ref`, `const`, `enum`,
+`anyOf`, `oneOf` and `allOf`. A text that matches its grammar could then violate the schema, so such
+schemas are refused here. (What depends on values, such as whether the branches of `oneOf` exclude
+each other, it reports when it compiles; those warnings are errors, see `compilation.py`.)
 
 Objects have the listed properties only, unless `additionalProperties` allows others, as xgrammar
 treats them. An object or array of which nothing is listed is unrestricted.

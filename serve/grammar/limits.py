@@ -4,12 +4,12 @@ MAX_GRAMMAR_CHARS = 1 << 18
 MAX_CHOICES_OF_TEXT = 1024
 MAX_SCHEMA_DEPTH = 64
 """Schemas within schemas."""
-COMPILE_CPU_SECONDS = 4
-COMPILE_SECONDS = 20
-"""Wall-clock time, for a machine with other work."""
+COMPILE_CPU_SECONDS = 3
+COMPILE_SECONDS = 60
+"""Wall-clock time; more than the processor time, for a machine with other work."""
 PROBE_TOKENS = 32
 """Tokens that a compiled grammar is tried with."""
-PROBE_CPU_SECONDS = 1.0
+PROBE_CPU_SECONDS = 0.5
 COMPILE_BYTES = 1 << 30
 """Memory that a compilation may allocate."""
 MAX_COMPILED_BYTES = 1 << 24

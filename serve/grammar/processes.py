@@ -44,8 +44,8 @@ class GrammarWorker:
         self._closed = False
 
     def connect(self, kind: bytes) -> socket.socket:
-        """A connection to a new child. Raises GrammarError (503) if there is none, 400 if the library
-        is not installed."""
+        """A connection to a new child. Raises GrammarError: 503 if there is none, 400 if the
+        library is not installed."""
         for _ in range(2):  # a worker that was killed is started again
             ours, theirs = socket.socketpair()
             with self._lock, theirs:

@@ -1,4 +1,4 @@
-"""`python -m serve.grammar.worker FD`: forks the processes in which grammars are compiled and matched.
+"""`python -m serve.grammar.worker FD`: forks processes that compile and match grammars.
 
 A hostile grammar can overflow the C++ library's stack, fill the memory, or compute forever. So each
 is compiled in a child with limits of time and memory, and the matchers of all requests are in

@@ -17,8 +17,9 @@ def make_schema(rng: random.Random) -> Schema:
         schema.setdefault("properties", {})["part"] = {"$ref": "#/$defs/part"}
         schema.setdefault("required", []).append("part")
     if rng.random() < 0.2:
-        node = {"type": "object", "properties": {"v": _leaf(rng)}, "required": ["v"]}
-        node["properties"]["next"] = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
+        properties: Schema = {"v": _leaf(rng)}
+        properties["next"] = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}
+        node: Schema = {"type": "object", "properties": properties, "required": ["v"]}
         schema["$defs"] = schema.get("$defs", {}) | {"node": node}
         schema.setdefault("properties", {})["list"] = {"$ref": "#/$defs/node"}
     return schema

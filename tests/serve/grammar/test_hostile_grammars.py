@@ -15,8 +15,8 @@ import pytest
 
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export
-from serve.engine.request import start_grammars
-from serve.grammar.limits import COMPILE_CPU_SECONDS, PROBE_CPU_SECONDS
+from serve.engine.request import Request, start_grammars
+from serve.grammar.limits import COMPILE_SECONDS
 from tests.serve.conftest import RunningServer, run_server
 from tests.serve.drive import complete, make_request
 from tests.serve.grammar.conftest import Params
@@ -105,8 +105,9 @@ def test_each_gets_400_within_the_limit_while_a_stream_continues(server: Running
     try:
         for name, grammar in HOSTILE.items():
             begin = time.monotonic()
-            body = json.dumps({"prompt": "x", "max_tokens": 20} | grammar)
-            answer = httpx.post(f"{server.url}/v1/completions", content=body, timeout=60)
+            body = {"prompt": "x", "max_tokens": 20} | grammar
+            url = f"{server.url}/v1/completions"
+            answer = httpx.post(url, content=json.dumps(body), timeout=60)
             assert answer.status_code == 400, (name, answer.text[:300])
             error = answer.json()["error"]
             assert error["message"] and "\n" not in error["message"], name
@@ -114,16 +115,15 @@ def test_each_gets_400_within_the_limit_while_a_stream_continues(server: Running
     finally:
         stream.ends.set()
         stream.join()
-    assert slowest < 4 * (COMPILE_CPU_SECONDS + PROBE_CPU_SECONDS)  # the machine has other work
+    assert slowest < COMPILE_SECONDS
     assert len(stream.gaps) > 300 and max(stream.gaps) < 3
-    body = {"prompt": "x", "regex": "ok"}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    answer = httpx.post(url, json={"prompt": "x", "regex": "ok"}, timeout=60)
     assert answer.json()["choices"][0]["text"] == "ok"
 
 
 def test_a_cached_grammar_waits_for_no_other(server: RunningServer) -> None:
     """Neither does a new one while there are fewer hostile ones than compilations at a time."""
-    hostile = [{"prompt": "x", "ebnf": f'root ::= "{i}" root'} for i in range(2)]
+    hostile = [{"prompt": "x", "regex": f"a{{{1_000_000 + i}}}"} for i in range(2)]
     url, codes = f"{server.url}/v1/completions", []
 
     def post(body: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def test_a_request_that_matches_too_long_ends_alone(core: EngineCore, params: Pa
         os.kill(int(matcher), signal.SIGCONT)
 
     threading.Timer(0.5, end).start()
-    reasons = {}
+    reasons: dict[Request, str | None] = {}
     while core.busy:
         reasons |= {output.request: output.finish_reason for output in core.step()}
     assert [reasons[request] for request in requests] == ["error", "stop", "stop"]
