@@ -29,9 +29,10 @@ def apply_masks(logits_RV: Tensor, rows: list[int], masks_MW: NDArray[np.int32])
     """Set the logits of tokens that are not allowed to minus infinity, in place, in these rows."""
     n_tokens = logits_RV.shape[1]
     if logits_RV.device.type == "cpu":
-        bits = np.unpackbits(masks_MW.view(np.uint8), axis=1, count=n_tokens, bitorder="little")
-        for row, allowed in zip(rows, torch.from_numpy(bits).bool(), strict=True):
-            logits_RV[row].masked_fill_(~allowed, -torch.inf)
+        refused = (~masks_MW).view(np.uint8)
+        bits = np.unpackbits(refused, axis=1, count=n_tokens, bitorder="little").view(np.bool_)
+        for row, refused_V in zip(rows, torch.from_numpy(bits), strict=True):
+            logits_RV[row].masked_fill_(refused_V, -torch.inf)
         return
     words = torch.from_numpy(masks_MW).to(logits_RV.device)
     shifts = torch.arange(32, device=logits_RV.device, dtype=torch.int32)

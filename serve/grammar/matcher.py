@@ -2,8 +2,8 @@
 
 The matchers are in another process (`serve.grammar.matching`), since no limit can stop a library
 that computes too long in a thread. A step exchanges one message with it for all requests. If the
-process is lost, the request it was computing for ends with an error, and the others continue in a
-new process, which gets their tokens again.
+process is lost, a new one gets the tokens of the requests again, one by one; a request with which
+it is lost again ends with an error, and the others continue.
 """
 
 import itertools
@@ -114,35 +114,22 @@ class Matchers:
     def update(self, states: Sequence[GrammarState]) -> None:
         """Compute the masks of states that have none; those that fail get an error."""
         todo = [state for state in states if not state.is_current and state.error is None]
-        tries = 3
-        while todo and tries:
-            try:
-                self._ask(self._connected(), todo)
-            except GrammarError:  # it does not start
-                break
-            except OSError:  # it was lost before: no request is the reason
-                self.close()
-                tries -= 1
-                continue
-            try:
-                while todo:
-                    self._read(todo[0])
-                    del todo[0]
-            except (EOFError, OSError):
-                log.error("the process that matches grammars is lost; one request fails")
-                todo.pop(0).error = "its grammar takes too long to match"
-                self.close()
-        for state in todo:
-            state.error = "the process that matches grammars does not start"
-
-    def _read(self, state: GrammarState) -> None:
-        """The answer for a state. Raises EOFError or OSError if there is none."""
-        assert self._connection is not None
-        content, mask = receive(self._connection)
-        if "error" in content:
-            state.error = content["error"]
-        else:
-            state.update(content["forced"], content["finished"], mask)
+        if not todo:
+            return
+        try:
+            self._exchange(todo)
+        except GrammarError as error:  # it does not start
+            for state in todo:
+                state.error = str(error)
+        except (EOFError, OSError):  # one of them may be the reason: each alone
+            log.warning("the process that matches grammars is lost; it is started again")
+            self.close()
+            for state in todo:
+                try:
+                    self._exchange([state])
+                except (EOFError, OSError, GrammarError):
+                    state.error = "its grammar takes too long to match"
+                    self.close()
 
     def close(self) -> None:
         """End the process."""
@@ -161,8 +148,10 @@ class Matchers:
             self._connection.settimeout(MATCH_SECONDS)
         return self._connection
 
-    def _ask(self, connection: socket.socket, todo: Sequence[GrammarState]) -> None:
-        """Send the new tokens of states, all of them if the process does not have the state."""
+    def _exchange(self, todo: Sequence[GrammarState]) -> None:
+        """Send the new tokens of states, all of them if the process does not have the state, and
+        take what it computes."""
+        connection = self._connected()
         dropped = self._loaded - {grammar.number for grammar in self._grammars}
         ended = self._started - {state.number for state in self._states}
         self._loaded -= dropped
@@ -181,3 +170,8 @@ class Matchers:
             bodies.append(body)
             items.append([state.number, grammar.number, grammar.is_json, len(body), tokens])
         send(connection, [[*dropped], [*ended], items], b"".join(bodies))
+        contents, masks = receive(connection)
+        n_bytes = len(masks) // len(todo)
+        for n, (state, (forced, finished, error)) in enumerate(zip(todo, contents, strict=True)):
+            state.error = error
+            state.update(forced, finished, masks[n * n_bytes : (n + 1) * n_bytes])

@@ -117,7 +117,7 @@ def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
             grammars.pop(key, None)
         for number in ended:
             matchers.pop(number, None)
-        at = 0
+        at, contents, masks = 0, [], []
         for number, key, is_json, n_compiled, tokens in items:
             if n_compiled:
                 signal.setitimer(signal.ITIMER_PROF, _LOADING_SECONDS)
@@ -126,20 +126,21 @@ def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
                 compiled = xgrammar.CompiledGrammar.deserialize_json(text, vocabulary.info)
                 grammars[key] = compiled, is_json
             if number not in matchers:
-                signal.setitimer(signal.ITIMER_PROF, MATCH_CPU_SECONDS)
                 compiled, is_json = grammars[key]
                 matchers[number] = Matcher(compiled, vocabulary, is_json)
-            _answer(connection, matchers[number], tokens)
+            contents.append(_answer(matchers[number], tokens))
+            masks.append(matchers[number].mask.tobytes())
+        send(connection, contents, b"".join(masks))
 
 
-def _answer(connection: socket.socket, matcher: Matcher, tokens: list[int]) -> None:
+def _answer(matcher: Matcher, tokens: list[int]) -> tuple[list[int], bool, str | None]:
+    """The forced tokens, whether the output is complete, and the error, if there is one."""
     more = len(tokens) * MATCH_CPU_PER_TOKEN
     matcher.seconds_left = min(matcher.seconds_left + more, MATCH_CPU_SECONDS + more)
     signal.setitimer(signal.ITIMER_PROF, matcher.seconds_left)
     try:
-        forced, finished = matcher.advance(tokens)
-        content = {"forced": forced, "finished": finished}
+        return *matcher.advance(tokens), None
     except Exception as error:
-        content = {"error": str(error)[:300]}
-    matcher.seconds_left = max(signal.setitimer(signal.ITIMER_PROF, 0)[0], 1e-3)
-    send(connection, content, matcher.mask.tobytes())
+        return [], False, str(error)[:300]
+    finally:
+        matcher.seconds_left = max(signal.setitimer(signal.ITIMER_PROF, 0)[0], 1e-3)
