@@ -159,7 +159,8 @@ def report_cost(core: EngineCore, n: int, rounds: int) -> None:
     print(
         f"{n:>3} requests: step {step:.0f} us, of processor time {cpu:.0f} us; "
         f"matching {matching:.0f} us of processor time, masks {masks:.0f} us: "
-        f"{(matching + masks) / cpu:.1%}; waits for the matchers {waited:.0f} us ({waited / step:.1%})",
+        f"{(matching + masks) / cpu:.1%}; "
+        f"waits for the matchers {waited:.0f} us ({waited / step:.1%})",
         flush=True,
     )
 

@@ -152,10 +152,13 @@ class Matchers:
         """Send the new tokens of states, all of them if the process does not have the state, and
         take what it computes."""
         connection = self._connected()
-        dropped = self._loaded - {grammar.number for grammar in self._grammars}
-        ended = self._started - {state.number for state in self._states}
-        self._loaded -= dropped
-        self._started -= ended
+        dropped: set[int] = set()
+        ended: set[int] = set()
+        if len(self._states) != len(self._started):  # some were deleted
+            dropped = self._loaded - {grammar.number for grammar in self._grammars}
+            ended = self._started - {state.number for state in self._states}
+            self._loaded -= dropped
+            self._started -= ended
         items, bodies = [], []
         for state in todo:
             grammar, body = state.grammar, b""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMPILE, MATCH = b"c", b"m"
 """What a child of the worker does."""
 READY = b"r"
-"""A child sends this first."""
+"""The worker and its children send this first."""
 _START_SECONDS = 60.0
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _INSTALL = 'structured output needs xgrammar: pip install "xgrammar>=0.2.8,<0.3"'
@@ -87,7 +87,10 @@ class GrammarWorker:
             )
         self._control = control
         tokenizer = self.tokenizer.to_str().encode()
-        send(control, [sorted(self.end_tokens), self.n_tokens], tokenizer)
+        control.settimeout(_START_SECONDS)
+        with suppress(OSError):
+            send(control, [sorted(self.end_tokens), self.n_tokens], tokenizer)
+            control.recv(1)  # READY: what follows is no part of this message
         return control
 
     def _stop(self) -> None:

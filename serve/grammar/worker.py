@@ -40,6 +40,7 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave no zombies
     control = socket.socket(fileno=fd)
     (end_tokens, size), tokenizer = receive(control)
+    control.sendall(READY)
     vocabulary = make_vocabulary(Tokenizer.from_str(tokenizer.decode()), end_tokens, size)
     while True:
         kind, fds, _, _ = socket.recv_fds(control, 1, 1)
