@@ -46,7 +46,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._cache: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
         self._n_compiling = 0
-        self._n_bytes = 0
+        self._sizes: dict[GrammarSpec, int] = {}
+        """Bytes of those that are compiled or refused."""
         self._pool = ThreadPoolExecutor(N_COMPILING, "grammars")
         self._connections: set[socket.socket] = set()
 
@@ -83,19 +84,17 @@ class GrammarCompiler:
             error = None if done.cancelled() else done.exception()
             if done.cancelled() or (error and getattr(error, "status", 500) != 400):
                 self._cache.pop(spec, None)  # another try may succeed
-            elif error is None:
-                self._n_bytes += len(done.result().compiled)
+            else:
+                self._sizes[spec] = 0 if error else len(done.result().compiled)
             self._evict()
 
     def _evict(self) -> None:
         """Remove the least recently used grammars that exceed the bounds."""
-        for spec, one in list(self._cache.items()):
-            if len(self._cache) <= MAX_CACHED and self._n_bytes <= MAX_CACHED_BYTES:
+        for spec in list(self._cache):
+            if len(self._cache) <= MAX_CACHED and sum(self._sizes.values()) <= MAX_CACHED_BYTES:
                 return
-            if one.done():
-                del self._cache[spec]
-                if one.exception() is None:
-                    self._n_bytes -= len(one.result().compiled)
+            if spec in self._sizes:
+                del self._cache[spec], self._sizes[spec]
 
     def _compile(self, spec: GrammarSpec) -> Grammar:
         begin = time.monotonic()

@@ -13,6 +13,7 @@ from tests.serve.grammar.conftest import PERSON
 RUN = ROOT / "tests" / "serve" / "grammar" / "ranks_run.py"
 
 
+@pytest.mark.long
 def test_generate(export_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(PERSON))
