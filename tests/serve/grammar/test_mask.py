@@ -8,7 +8,7 @@ import xgrammar
 from serve.grammar.mask import apply_masks, n_words, only, pack
 
 
-@pytest.mark.parametrize("n_tokens", [2, 31, 32, 300, 1000])
+@pytest.mark.parametrize("n_tokens", [1, 2, 31, 32, 300, 1000])
 def test_apply(n_tokens: int) -> None:
     rng = np.random.default_rng(n_tokens)
     flags = rng.random((3, n_tokens)) < 0.5
@@ -17,11 +17,14 @@ def test_apply(n_tokens: int) -> None:
     found = logits.clone()
     apply_masks(found[:, :n_tokens], [4, 0, 2], masks)
     for row, allowed in zip((4, 0, 2), flags, strict=True):
-        one = logits[row : row + 1].clone()
-        xgrammar.apply_token_bitmask_inplace(
-            one, torch.from_numpy(pack(allowed)[None]), vocab_size=n_tokens
-        )
-        assert torch.equal(found[row], one[0])
+        expected = logits[row].clone()
+        expected[:n_tokens][~torch.from_numpy(allowed)] = -torch.inf
+        assert torch.equal(found[row], expected)
+        if n_tokens > 2:  # xgrammar 0.2.9 leaves masked tokens of tiny vocabularies
+            one = logits[row : row + 1].clone()
+            mask = torch.from_numpy(pack(allowed)[None])
+            xgrammar.apply_token_bitmask_inplace(one, mask, vocab_size=n_tokens)
+            assert torch.equal(found[row], one[0])
     assert torch.equal(found[[1, 3]], logits[[1, 3]])
 
 
