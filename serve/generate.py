@@ -4,7 +4,9 @@ server."""
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from configs.errors import UserError
 from serve.engine.sampling_params import SamplingParams
 from serve.frontend.engine import Engine
 from serve.options import engine_options, make_parser
@@ -33,17 +35,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default = getattr(defaults, name[2:].replace("-", "_"))
         parser.add_argument(name, type=kind, default=default, help=text)
     parser.add_argument("--stop", action="append", default=[], help="end before this text")
+    parser.add_argument("--json-schema", type=Path, help="file: the answer is JSON that matches it")
+    parser.add_argument("--regex", help="the whole answer matches this regular expression")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
     parser.add_argument("--json", action="store_true", help="one object per answer")
     return parser.parse_args(arguments)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"--json-schema {path}: {reason}") from None
+
+
 def generate(options: argparse.Namespace) -> None:
     """Print every completion: a single one as it is generated, several each after its prompt."""
     names = SamplingParams.__dataclass_fields__.keys() & vars(options).keys()
-    params = SamplingParams(
-        **{name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
-    )
+    given = {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
+    if options.json_schema is not None:
+        given["json_schema"] = _read(options.json_schema)
+    params = SamplingParams(**given)
     with Engine(
         options.folder, engine_options(options), dtype=options.dtype, device=options.device,
         tp=options.tp, ep=options.ep,

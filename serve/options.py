@@ -54,6 +54,12 @@ def make_parser(command: str, description: str) -> CommandParser:
         "a GPU",
     )
     parser.add_argument(
+        "--jump-forward",
+        choices=["on", "off"],
+        default=sizes.jump_forward,
+        help="on: tokens that a grammar forces are appended without a forward pass each",
+    )
+    parser.add_argument(
         "--cuda-graphs",
         choices=["auto", "off"],
         default=sizes.cuda_graphs,

@@ -54,9 +54,10 @@ ROOMS: dict[str, set[str]] = {
     "serve/api": {"serve/engine", "serve/frontend", "serve/text"},
     "serve/bench": set(),
     "serve/frontend": {"serve/engine"},
-    "serve/engine": {"serve/cache", "serve/cuda", "serve/text"},
+    "serve/engine": {"serve/cache", "serve/cuda", "serve/grammar", "serve/text"},
     "serve/cuda": {"serve/cache", "serve/engine"},
     "serve/cache": set(),
+    "serve/grammar": {"serve/text"},
     "serve/text": {"serve/engine"},
 }  # fmt: skip
 """The other subpackages of a package that each subpackage may import; none if it is not listed."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from serve.api.errors import Json
+from serve.api.structured import GRAMMARS, grammar_fields
 from serve.engine.request import RequestError, SamplingParams
 
 log = logging.getLogger("serve")
@@ -20,24 +21,15 @@ MAX_SEQUENCES = 128
 MAX_PRIORITY = 1 << 31
 
 STRUCTURED: dict[str, tuple[object, ...]] = {
-    "response_format": ({"type": "text"},),
-    "regex": (),
-    "json_schema": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
+    "guided_decoding_backend": ("auto", "xgrammar"),
     "guided_whitespace_pattern": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
 }
-"""Fields of constrained output, with the values (in addition to null) that have no effect."""
+"""Fields of structured output that are not supported, with the values (in addition to null) that
+have no effect."""
+TOOLS: dict[str, tuple[object, ...]] = {"tools": ([],), "tool_choice": ("none", "auto")}
+"""The same for routes without chats."""
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "best_of": (1,),
@@ -205,6 +197,8 @@ SAMPLING = (
 )
 """Fields of a body that are fields of `SamplingParams`, checked there."""
 SAMPLING_LISTS = ("stop", "stop_token_ids", "logit_bias")
+READ = (*SAMPLING, *SAMPLING_LISTS, *GRAMMARS)
+"""Fields that `sampling_params` reads."""
 
 
 def sampling_params(fields: Json, **more: Any) -> SamplingParams:
@@ -219,7 +213,7 @@ def sampling_params(fields: Json, **more: Any) -> SamplingParams:
     if not isinstance(ends, list):
         raise RequestError("stop_token_ids must be a list", "stop_token_ids", code="invalid_type")
     lists = {"stop": tuple(stop), "stop_token_ids": tuple(ends), "logit_bias": _biases(fields)}
-    return SamplingParams(**{**given, **lists, **more})
+    return SamplingParams(**{**given, **lists, **grammar_fields(fields), **more})
 
 
 def _biases(fields: Json) -> dict[int, float]:

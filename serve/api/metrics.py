@@ -72,6 +72,8 @@ class _EngineCollector:
         used = (total - core.allocator.n_free - core.pages.prefixes.n_evictable) / total
         n_prompt, n_cached = scheduler.n_prompt_tokens, scheduler.n_cached_tokens
         n_running, n_waiting = len(scheduler.running), len(scheduler.waiting)
+        grammars = core.grammars
+        n_compiled, n_hits = (grammars.n_compiled, grammars.n_cached) if grammars else (0, 0)
         for name, text, value in (
             ("sglang:num_running_reqs", "Requests computed together", n_running),
             ("sglang:num_queue_reqs", "Requests that wait", n_waiting),
@@ -87,6 +89,9 @@ class _EngineCollector:
             ("sglang:prompt_tokens", "Prompt tokens of admitted requests", n_prompt),
             ("sglang:cached_tokens", "Those found in the prefix cache", n_cached),
             ("sglang:num_retractions", "Requests retracted", scheduler.n_retracted),
+            ("sglang:num_jump_forward_tokens", "Tokens without a forward pass each", core.n_jumped),
+            ("sglang:num_grammar", "Grammars compiled or refused", n_compiled),
+            ("sglang:num_grammar_cache_hit", "Requests whose grammar was cached", n_hits),
         ):
             yield self._one(CounterMetricFamily(name, text, labels=["model_name"]), value)
 

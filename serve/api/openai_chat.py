@@ -12,8 +12,7 @@ from serve.api.answer import Writer
 from serve.api.errors import Json
 from serve.api.fields import (
     MAX_SEQUENCES,
-    SAMPLING,
-    SAMPLING_LISTS,
+    READ,
     STRUCTURED,
     UNSUPPORTED,
     check_model,
@@ -26,6 +25,8 @@ from serve.api.fields import (
     text,
 )
 from serve.api.openai_completions import finish_reason, include_usage, usage
+from serve.api.structured import GRAMMARS
+from serve.api.tools import ToolCallParser, Tools, parse_tools
 from serve.engine.core import EngineCore
 from serve.engine.request import Output, Request, RequestError, TokenLogprob
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_TOKENS
@@ -34,10 +35,10 @@ from serve.text.token_names import TokenNames
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _USED = (
-    *SAMPLING,
-    *SAMPLING_LISTS,
+    *READ,
     *("messages", "logprobs", "top_logprobs", "max_completion_tokens", "chat_template_kwargs"),
     *("model", "stream", "stream_options", "priority", "rid", "return_token_ids", "echo"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
 )
 _RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 
@@ -133,14 +134,23 @@ class ChatWriter(Writer):
                 "chat_template_kwargs",
                 code="invalid_type",
             )
+        definitions, tools = parse_tools(fields)
+        if definitions:
+            variables = variables | {"tools": definitions}
         encoder = core.text_encoder
         rendered = template.render(
             parse_messages(fields.get("messages")), encoder.mark_text, variables
         )
         tokens = encoder.encode_rendered(rendered, "messages")
-        self.params = sampling_params(
-            fields, logprobs=_logprobs(fields), max_tokens=_max_tokens(fields, core, len(tokens))
-        )
+        more: Json = {
+            "logprobs": _logprobs(fields), "max_tokens": _max_tokens(fields, core, len(tokens))
+        }  # fmt: skip
+        if tools is not None:
+            given = next((name for name in GRAMMARS if fields.get(name) is not None), None)
+            if given is not None and fields[given] != {"type": "text"}:
+                raise RequestError(f"{given} and tools exclude each other", given)
+            more["structural_tag"] = tools.structural_tag
+        self.params = sampling_params(fields, **more)
         if self.params.n > MAX_SEQUENCES:
             raise RequestError(f"n must be at most {MAX_SEQUENCES}", "n")
         self.stream = flag(fields, "stream")
@@ -149,7 +159,7 @@ class ChatWriter(Writer):
         self.requests = core.make_requests(tokens, self.params, priority(fields), self)
         with_ids = flag(fields, "return_token_ids")
         self.choices = {
-            request: _Choice(index, request, core, with_ids)
+            request: _Choice(index, request, core, with_ids, tools)
             for index, request in enumerate(self.requests)
         }
         self.head: Json = {
@@ -208,11 +218,19 @@ def _max_tokens(fields: Json, core: EngineCore, n_prompt: int) -> int:
 class _Choice:
     """Converts the outputs of one request to deltas and to its choice object."""
 
-    def __init__(self, index: int, request: Request, core: EngineCore, with_ids: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        core: EngineCore,
+        with_ids: bool,
+        tools: Tools | None,
+    ) -> None:
         self.index = index
         self.request = request
         self.with_ids = with_ids
         self.content: list[str] = []
+        self.calls = None if tools is None else ToolCallParser(tools.named)
         self.logprobs: list[Json] | None = None
         self.reason: str | None = None
         self.names: TokenNames | None = None
@@ -223,11 +241,14 @@ class _Choice:
     def add(self, output: Output) -> Json:
         self.content.append(output.text)
         self.reason = finish_reason(output.finish_reason)
+        delta: Json = {"content": output.text} if output.text else {}
+        if self.calls is not None:
+            delta = self.calls.add(output.text, self.reason is not None)
+            self.reason = self.calls.finish_reason(self.reason)
         logprobs = None
         if self.logprobs is not None:
             logprobs = [self._entry(one) for one in output.logprobs]
             self.logprobs += logprobs
-        delta: Json = {"content": output.text} if output.text else {}
         piece: Json = {
             "index": self.index,
             "delta": delta,
@@ -260,6 +281,9 @@ class _Choice:
             "content": "".join(self.content),
             "refusal": None,
         }
+        if self.calls is not None and self.calls.calls:
+            content = "".join(self.calls.content)
+            message |= {"content": content or None, "tool_calls": self.calls.calls}
         choice: Json = {
             "index": self.index,
             "message": message,

@@ -13,9 +13,9 @@ from serve.api.answer import Writer
 from serve.api.errors import Json
 from serve.api.fields import (
     MAX_SEQUENCES,
-    SAMPLING,
-    SAMPLING_LISTS,
+    READ,
     STRUCTURED,
+    TOOLS,
     UNSUPPORTED,
     check_model,
     check_names,
@@ -32,8 +32,7 @@ from serve.text.token_names import TokenNames
 Prompt = str | list[int]
 
 _USED = (
-    *SAMPLING,
-    *SAMPLING_LISTS,
+    *READ,
     *("prompt", "logprobs", "echo", "add_special_tokens", "return_token_ids"),
     *("model", "stream", "stream_options", "priority", "rid"),
 )
@@ -98,7 +97,7 @@ class CompletionsWriter(Writer):
 
     def __init__(self, fields: Json, core: EngineCore, model_name: str) -> None:
         check_model(fields, model_name)
-        check_names(fields, _USED, STRUCTURED | UNSUPPORTED)
+        check_names(fields, _USED, STRUCTURED | TOOLS | UNSUPPORTED)
         prompts = parse_prompts(fields.get("prompt"), "prompt")
         scores = fields.get("logprobs")
         if scores is False:  # as routers write it

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from serve.api.errors import Json
 from serve.api.fields import parse_json
 from serve.api.limits import Drain, read_body
 from serve.api.metrics import CONTENT_TYPE, Metrics
-from serve.engine.request import RequestError
+from serve.engine.request import Request, RequestError, start_grammars
 from serve.frontend.chat import ChatTemplate
 from serve.frontend.thread import EngineThread
 
@@ -75,6 +75,7 @@ class Api:
             self.drain.refuse()
             self.thread.refuse_if_full()
             writer = await self.in_thread(http, lambda fields: make_writer(fields, self))
+            await _compiled(writer.requests)
             answer = Answer(self.thread, writer, self.metrics)
             names = set(writer.names)
             if not names.isdisjoint(self.answers):
@@ -113,3 +114,14 @@ class Api:
             "owned_by": "phalanx",
             "max_model_len": self.core.export.max_length,
         }
+
+
+async def _compiled(requests: Sequence[Request]) -> None:
+    """Wait, in no thread, until the grammars of requests are compiled, and start them. Raises
+    RequestError if one is refused."""
+    for compiling in {request.compiling for request in requests}:
+        if compiling is not None:  # others may wait for it, too: it is not cancelled with this call
+            waiting = asyncio.wrap_future(compiling)
+            waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.wait([waiting])
+    start_grammars(requests)

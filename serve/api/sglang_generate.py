@@ -15,8 +15,9 @@ from serve.api.answer import Writer
 from serve.api.errors import Json
 from serve.api.fields import (
     MAX_SEQUENCES,
-    SAMPLING,
+    READ,
     STRUCTURED,
+    TOOLS,
     UNSUPPORTED,
     check_names,
     flag,
@@ -26,6 +27,7 @@ from serve.api.fields import (
     text,
 )
 from serve.api.openai_completions import Prompt, parse_prompts
+from serve.api.structured import GRAMMARS
 from serve.engine.core import EngineCore
 from serve.engine.request import Output, Request, RequestError, SamplingParams, TokenLogprob
 from serve.engine.sampling_params import MAX_LOGPROBS
@@ -38,6 +40,8 @@ _USED = (
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 """SGLang's names of sampling parameters, and ours."""
 _DEFAULT_MAX_TOKENS = 128
+_ELSEWHERE: dict[str, tuple[object, ...]] = dict.fromkeys(GRAMMARS, ({"type": "text"},))
+"""Fields that belong into `sampling_params`."""
 
 
 def _params(value: object, more: Json) -> SamplingParams:
@@ -46,10 +50,11 @@ def _params(value: object, more: Json) -> SamplingParams:
         raise RequestError(
             "sampling_params must be an object", "sampling_params", code="invalid_type"
         )
-    known = {*SAMPLING, "stop", "stop_token_ids", "logit_bias"}
+    known = {*READ}
     fields = {_NAMES.get(str(name), str(name)): one for name, one in fields.items()}
-    check_names(fields, known, STRUCTURED | UNSUPPORTED)
-    for name in fields.keys() - known - STRUCTURED.keys() - UNSUPPORTED.keys():
+    refused = STRUCTURED | TOOLS | UNSUPPORTED
+    check_names(fields, known, refused)
+    for name in fields.keys() - known - refused.keys():
         raise RequestError(f"sampling_params has no {name:.80}", "sampling_params")
     return sampling_params({"max_tokens": _DEFAULT_MAX_TOKENS} | fields, **more)
 
@@ -80,7 +85,7 @@ class GenerateWriter(Writer):
     """A checked body, and its answer. Raises RequestError."""
 
     def __init__(self, fields: Json, core: EngineCore) -> None:
-        check_names(fields, _USED, STRUCTURED | UNSUPPORTED)
+        check_names(fields, _USED, _ELSEWHERE | STRUCTURED | TOOLS | UNSUPPORTED)
         prompts, self.many = _prompts(fields)
         self.stream = flag(fields, "stream")
         self.scored = flag(fields, "return_logprob")

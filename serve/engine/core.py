@@ -30,16 +30,18 @@ from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
 from serve.engine.rank_group import RankRunner
 from serve.engine.request import (
-    FinishReason,
     Output,
     Request,
     RequestError,
     SamplingParams,
     TokenLogprob,
+    check_tokens,
+    compile_grammar,
 )
 from serve.engine.runner import ModelRunner
 from serve.engine.sampler import Sampled, Sampler
 from serve.engine.scheduler import Chunk, Scheduler
+from serve.grammar.compiler import GrammarCompiler
 from serve.text.encoder import TextEncoder
 
 log = logging.getLogger("serve")
@@ -69,6 +71,8 @@ class EngineOptions:
     """MLA multiplies queries and outputs by the projection of keys and values instead of
     expanding the cached latents: less work per key, but the last bits differ from training. CUDA
     always computes this form."""
+    jump_forward: Literal["on", "off"] = "on"
+    """Append tokens that a grammar forces without a forward pass each."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """`auto`: a GPU computes steps that only decode as CUDA graphs. `off`: it launches every
     kernel."""
@@ -82,6 +86,8 @@ class EngineOptions:
             raise UserError(f"--cache {self.cache}: must be radix or naive")
         if self.overlap not in ("auto", "on", "off"):
             raise UserError(f"--overlap {self.overlap}: must be auto, on or off")
+        if self.jump_forward not in ("on", "off"):
+            raise UserError(f"--jump-forward {self.jump_forward}: must be on or off")
         if self.cuda_graphs not in ("auto", "off"):
             raise UserError(f"--cuda-graphs {self.cuda_graphs}: must be auto or off")
         if self.max_batch_tokens < self.max_running:
@@ -163,6 +169,11 @@ class EngineCore:
             options.max_running,
             export.device,
         )
+        self.grammars: GrammarCompiler | None = None
+        if (own := export.tokenizer) is not None:
+            self.grammars = GrammarCompiler(own, export.end_tokens, self.sampler.n_tokens)
+        self.n_jumped = 0
+        """Tokens appended by jump-forward."""
         on_gpu = export.device.type == "cuda"
         self.overlap = on_gpu if options.overlap == "auto" else options.overlap == "on"
         self.executor = StepExecutor(
@@ -207,15 +218,18 @@ class EngineCore:
         group: object | None = None,
     ) -> list[Request]:
         """A request for each of `params.n` choices. group: see `Request.group`; by default these
-        are one. Raises RequestError if it can never be served."""
+        are one. Raises RequestError if it can never be served.
+
+        Grammars are compiled meanwhile: call `start_grammars` before the requests are submitted."""
         self._check(prompt, params)
         tokens, encoder = list(prompt), self._text_encoder
+        compiling = compile_grammar(self.grammars, params)
         group = object() if group is None else group
         made = []
         for index in range(params.n):
             skip = params.skip_special_tokens
             text = None if encoder is None else encoder.stream(params.stop, tokens, skip)
-            made.append(Request(tokens, params.choice(index), text, priority, group))
+            made.append(Request(tokens, params.choice(index), text, priority, group, compiling))
         return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -289,14 +303,23 @@ class EngineCore:
     def close(self) -> None:
         """End the thread of the device, and let the other ranks end. No step may be running."""
         self.executor.close()
+        if self.grammars is not None:
+            self.grammars.close()
         if self.export.group is not None:
             self.export.group.stop()
 
     def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
         places = {} if before is None else before.places
         plan = plan_step(chunks, self.pages, places)
+        self._match([chunk.request for chunk in plan.sampled])
         sampling = self.sampler.plan(plan.sampled) if plan.sampled else None
         return self.executor.start(plan, sampling)
+
+    def _match(self, requests: Sequence[Request]) -> None:
+        """Compute what the grammars of requests allow next, together."""
+        states = [request.grammar for request in requests if request.grammar is not None]
+        if states and self.grammars is not None:
+            self.grammars.matchers.update(states)
 
     def _finish(self, step: StepUnderWay) -> list[Output]:
         try:
@@ -318,6 +341,8 @@ class EngineCore:
         tokens: dict[Request, tuple[int | None, TokenLogprob | None]] = {}
         if sampled is not None:
             tokens = sampled.read(plan.sampled)
+            ends = self.export.end_tokens
+            self._match([r for r, (token, _) in tokens.items() if r.accept(token, ends)])
         outputs = []
         for chunk in plan.chunks:
             request = chunk.request
@@ -326,8 +351,9 @@ class EngineCore:
                 continue  # it ended during the step
             token, logprob = tokens.get(request, (None, None))
             try:
-                if chunk.samples and token is None:
-                    log.error("request %d: the logits are not finite", request.number)
+                error = None if request.grammar is None else request.grammar.error
+                if chunk.samples and (token is None or error is not None):
+                    log.error("request %d: %s", request.number, error or "logits are not finite")
                     outputs.append(self._fail(request))
                     continue
                 self.scheduler.commit(chunk)
@@ -339,32 +365,21 @@ class EngineCore:
         return outputs
 
     def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> Output:
-        """Append the next token to a request."""
-        params, stream = request.params, request.text
+        """Append the next token to a request, and those that its grammar forces after it.
+
+        Scores and experts are those of each token, so with them no token is left out of a step."""
+        params = request.params
         if params.max_tokens == 0:  # the step computed the prompt, which is all that was requested
             self._report_experts(request, len(request.tokens))
             self.scheduler.finish(request, "length")
             return Output(request, "", [], [], "length")
-        request.tokens.append(token)
-        n_output = request.n_output
-        ended = token in params.stop_token_ids or (
-            token in self.export.end_tokens and not params.ignore_eos
-        )
-        text = ""
-        if stream is not None and not ended:
-            text = stream.add(token, n_output > params.min_tokens)
-        reason: FinishReason | None = None
-        if ended or (stream is not None and stream.stopped):
-            reason = "stop"
-        elif n_output == params.max_tokens:
-            reason = "length"
+        jumps = self.options.jump_forward == "on" and not params.is_reported_by_token
+        tokens, text, reason = request.extend(token, self.export.end_tokens, jumps)
+        self.n_jumped += len(tokens) - 1
         if reason is not None:
-            if stream is not None:
-                text += stream.finish()
-                reason = "stop" if stream.stopped else reason
             self._report_experts(request, len(request.tokens) - 1)
             self.scheduler.finish(request, reason)
-        return Output(request, text, [token], [] if logprob is None else [logprob], reason)
+        return Output(request, text, tokens, [] if logprob is None else [logprob], reason)
 
     def _report_experts(self, request: Request, n_tokens: int) -> None:
         if request.params.return_routed_experts and self.routing is not None:
@@ -375,26 +390,11 @@ class EngineCore:
         return Output(request, "", [], [], "error")
 
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        vocab, tokenizer = self.export.model.config.vocab_size, self.export.tokenizer
-        if not prompt:
-            raise RequestError("the prompt is empty", "prompt")
-        longest = self.longest
-        if len(prompt) + params.max_tokens > longest or len(prompt) > self.cache.capacity:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
-                f"together at most {longest} are possible",
-                "prompt",
-                code="context_length_exceeded",
-            )
-        if not all(type(token) is int and 0 <= token < vocab for token in prompt):
-            raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "prompt")
-        for name in ("logit_bias", "stop_token_ids"):
-            if any(token >= self.sampler.n_tokens for token in getattr(params, name)):
-                most = self.sampler.n_tokens - 1
-                raise RequestError(f"tokens of {name} must lie between 0 and {most}", name)
+        vocab, n_sampled = self.export.model.config.vocab_size, self.sampler.n_tokens
+        check_tokens(prompt, params, self.longest, self.cache.capacity, vocab, n_sampled)
         if params.return_routed_experts and self.routing is None:
             raise RequestError(
                 "the engine was not started with routed_experts", "return_routed_experts"
             )
-        if tokenizer is None and params.stop:
+        if self.export.tokenizer is None and params.stop:
             raise RequestError("this model has no tokenizer; stop strings need one", "stop")

@@ -9,6 +9,8 @@ stopped.
 """
 
 import random
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 from serve.cache.manager import SequencePages
 from serve.engine.detokenizer import TextStream
 from serve.engine.sampling_params import RequestError, SamplingParams
+from serve.grammar.compiler import GrammarCompiler
+from serve.grammar.limits import GrammarError
+from serve.grammar.matcher import Grammar, GrammarState
 
 __all__ = ["FinishReason", "Output", "Request", "RequestError", "SamplingParams", "TokenLogprob"]
 
@@ -46,6 +51,10 @@ class Request:
     """Larger numbers are served first."""
     group: object = field(default_factory=object, repr=False)
     """Requests of one call have the same; calls get equal shares of the running requests."""
+    compiling: Future[Grammar] | None = field(default=None, repr=False)
+    """The grammar of the output, if there is one; see `start_grammars`."""
+    grammar: GrammarState | None = field(default=None, init=False, repr=False)
+    """What it allows after the output so far."""
     number: int = field(default=-1, init=False)
     """Order of arrival, set by the scheduler."""
     tokens: list[int] = field(init=False)
@@ -107,6 +116,116 @@ class Request:
     def budget(self) -> int:
         """Tokens it may still generate."""
         return self.params.max_tokens - self.n_output - self.num_pending
+
+    def ends_with(self, token: int, end_tokens: frozenset[int]) -> bool:
+        """Whether `token` ends the output. end_tokens: of the model."""
+        if token in self.params.stop_token_ids:
+            return True
+        return token in end_tokens and not self.params.ignore_eos
+
+    def accept(self, token: int | None, end_tokens: frozenset[int]) -> bool:
+        """Continue the grammar after a sampled token. False if it has none or ends here."""
+        if self.grammar is None or token is None or self.finish_reason is not None:
+            return False
+        if self.params.max_tokens == 0 or self.ends_with(token, end_tokens):
+            return False
+        self.grammar.accept(token)
+        return True
+
+    def extend(
+        self, token: int, end_tokens: frozenset[int], jumps: bool
+    ) -> tuple[list[int], str, FinishReason | None]:
+        """Append a token that `grammar` has accepted, and, with `jumps`, those that it forces after
+        it. Returns the tokens, their text, and the reason if the output ends with them."""
+        tokens, grammar = [token], self.grammar
+        text, reason = self._append(token, end_tokens)
+        while grammar is not None and grammar.forced and jumps and reason is None:
+            tokens.append(grammar.forced[0])
+            grammar.accept(tokens[-1])
+            more, reason = self._append(tokens[-1], end_tokens)
+            text += more
+        return tokens, text, reason
+
+    def _append(self, token: int, end_tokens: frozenset[int]) -> tuple[str, FinishReason | None]:
+        self.tokens.append(token)
+        stream, text = self.text, ""
+        ended = self.ends_with(token, end_tokens)
+        if stream is not None and not ended:
+            text = stream.add(token, self.n_output > self.params.min_tokens)
+        complete = self.grammar is not None and self.grammar.finished
+        reason: FinishReason | None = None
+        if ended or complete or (stream is not None and stream.stopped):
+            reason = "stop"
+        elif self.n_output == self.params.max_tokens:
+            reason = "length"
+        if reason is not None and stream is not None:
+            text += stream.finish()
+            reason = "stop" if stream.stopped else reason
+        return text, reason
+
+
+def check_tokens(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    longest: int,
+    capacity: int,
+    vocab: int,
+    n_sampled: int,
+) -> None:
+    """Raise RequestError if a prompt can never be served.
+
+    Args:
+        prompt: Token ids.
+        params: Its parameters.
+        longest: Tokens of prompt and output together.
+        capacity: Tokens of the KV cache.
+        vocab: Tokens of the model.
+        n_sampled: Tokens that may be sampled.
+    """
+    if not prompt:
+        raise RequestError("the prompt is empty", "prompt")
+    if len(prompt) + params.max_tokens > longest or len(prompt) > capacity:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; "
+            f"together at most {longest} are possible",
+            "prompt",
+            code="context_length_exceeded",
+        )
+    if not all(type(token) is int and 0 <= token < vocab for token in prompt):
+        raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "prompt")
+    for name in ("logit_bias", "stop_token_ids"):
+        if any(token >= n_sampled for token in getattr(params, name)):
+            raise RequestError(f"tokens of {name} must lie between 0 and {n_sampled - 1}", name)
+
+
+def compile_grammar(
+    grammars: GrammarCompiler | None, params: SamplingParams
+) -> Future[Grammar] | None:
+    """The compiled grammar of an output, later; None if it has none. grammars: None without a
+    tokenizer. Raises RequestError for a bad one."""
+    spec, name = params.grammar_spec(), params.grammar_field
+    if spec is None:
+        return None
+    if grammars is None:
+        raise RequestError("this model has no tokenizer; a grammar needs one", name)
+    try:
+        return grammars.compile(spec)
+    except GrammarError as error:
+        raise RequestError(str(error), name, error.status) from None
+
+
+def start_grammars(requests: Sequence[Request]) -> None:
+    """Wait until the grammars of requests are compiled, and start them. Raises RequestError if one
+    is refused."""
+    for request in requests:
+        if request.compiling is not None and request.grammar is None:
+            try:
+                request.grammar = GrammarState(request.compiling.result())
+            except GrammarError as error:
+                name = request.params.grammar_field
+                raise RequestError(str(error), name, error.status) from None
+            except CancelledError:
+                raise RequestError("the server is shutting down", None, 503) from None
 
 
 @dataclass(frozen=True)

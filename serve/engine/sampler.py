@@ -18,13 +18,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.engine.logprobs import Scores, score
 from serve.engine.penalties import TokenHistory, penalize
 from serve.engine.request import Request, TokenLogprob
 from serve.engine.scheduler import Chunk
+from serve.grammar.mask import apply_masks
 
 _CANDIDATES = 256
 """Number of most likely tokens that a CPU sorts for `top_p` before it sorts all of them."""
@@ -63,6 +66,8 @@ class SamplingPlan:
     draws: list[float]
     banned: tuple[list[int], list[int]]
     """Rows and tokens that `min_tokens` forbids."""
+    masks: tuple[list[int], NDArray[np.int32]] | None
+    """Rows with a grammar, and their bitmasks `[rows, words]`."""
     history_rows: list[int]
     history_ends: list[int]
     history_new: list[tuple[int, list[int]]]
@@ -120,8 +125,8 @@ class Sampler:
         if not params.greedy:
             draws = [_uniform(chunk.request.seed, chunk.index) for chunk in sampled]
         for r, chunk in enumerate(sampled):
-            if chunk.index < chunk.request.params.min_tokens:
-                ends = self.end_tokens.union(chunk.request.params.stop_token_ids)
+            ends = self._banned(chunk)
+            if ends:
                 banned[0].extend([r] * len(ends))
                 banned[1].extend(ends)
         rows, ends_, new = [], [], []
@@ -132,7 +137,21 @@ class Sampler:
             missing = self.history.missing(chunk.request, chunk.end)
             if missing is not None:
                 new.append((rows[-1], missing))
-        return SamplingPlan(params, draws, banned, rows, ends_, new)
+        return SamplingPlan(params, draws, banned, _masks(requests), rows, ends_, new)
+
+    def _banned(self, chunk: Chunk) -> frozenset[int]:
+        """The end tokens and stop tokens that may not be sampled yet. After an end token a
+        grammar does not continue, so with `ignore_eos` there is none while others are allowed."""
+        own, grammar = chunk.request.params, chunk.request.grammar
+        if chunk.index < own.min_tokens:
+            ends = self.end_tokens.union(own.stop_token_ids)
+        elif grammar is not None and own.ignore_eos:
+            ends = self.end_tokens
+        else:
+            return frozenset()
+        if grammar is not None and not grammar.allows_others(ends):
+            return frozenset()
+        return ends
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, plan: SamplingPlan) -> Sampled:
@@ -197,9 +216,11 @@ class Sampler:
     def _adjust(self, logits_RV: Tensor, plan: SamplingPlan) -> Tensor:
         """Apply bias, penalties and `min_tokens`; returns a copy if anything changes."""
         params, (rows, tokens) = plan.params, plan.banned
-        if params.bias is None and not params.penalized and not rows:
+        if params.bias is None and not (params.penalized or rows or plan.masks):
             return logits_RV
         logits_RV = logits_RV.clone()
+        if plan.masks is not None:
+            apply_masks(logits_RV, *plan.masks)
         if params.bias is not None:
             logits_RV.index_put_(params.bias[:2], params.bias[2], accumulate=True)
         if params.penalized:
@@ -227,6 +248,16 @@ class Sampler:
         draws_R1 = torch.tensor(plan.draws, device=self.device)[:, None]
         found_R1 = torch.searchsorted(cumulative_RV, draws_R1 * cumulative_RV[:, -1:], right=True)
         return found_R1.squeeze(1).clamp(max=logits_RV.shape[1] - 1)
+
+
+def _masks(requests: Sequence[Request]) -> tuple[list[int], NDArray[np.int32]] | None:
+    """The masks of the requests that have a grammar."""
+    masks = {
+        r: request.grammar.mask
+        for r, request in enumerate(requests)
+        if request.grammar is not None and request.grammar.mask is not None
+    }
+    return (list(masks), np.stack(list(masks.values()))) if masks else None
 
 
 def _largest(logits_RV: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,10 @@
 """Checked parameters of sampling and of the end of a request, as clients may set them."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from serve.grammar.limits import GrammarError
+from serve.grammar.spec import FIELDS, GrammarSpec, make_spec
 
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 128
@@ -34,8 +38,8 @@ class RequestError(ValueError):
 class SamplingParams:
     """Types and ranges are checked. Raises RequestError.
 
-    The logits of a token are changed in this order: `logit_bias`, penalties, `min_tokens`,
-    temperature, `top_k`, `top_p` (within the tokens that `top_k` kept), `min_p`.
+    The logits of a token are changed in this order: the grammar, `logit_bias`, penalties,
+    `min_tokens`, temperature, `top_k`, `top_p` (within the tokens that `top_k` kept), `min_p`.
     """
 
     max_tokens: int = 16
@@ -80,6 +84,16 @@ class SamplingParams:
     """Omit special tokens from the text."""
     return_routed_experts: bool = False
     """Report the experts of every token; the engine must be started with this option."""
+    json_schema: str | dict[str, Any] | None = None
+    """The text is JSON that matches this schema. At most one of this and the next four is set."""
+    regex: str | None = None
+    """The whole text matches this regular expression."""
+    ebnf: str | None = None
+    """The text is derived from the rule `root` of this grammar (EBNF of xgrammar)."""
+    structural_tag: str | dict[str, Any] | None = None
+    """The text has this structure of tags (structural tags of xgrammar)."""
+    choices: tuple[str, ...] | None = None
+    """The text is one of these."""
 
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 0, MAX_TOKENS)
@@ -110,6 +124,9 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("a token of logit_bias", token, 0, (1 << 31) - 1, "logit_bias")
             _number("a value of logit_bias", bias, -100.0, 100.0, "logit_bias")
+        given = [name for name in FIELDS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RequestError(f"{given[0]} and {given[1]} exclude each other", given[1])
 
     def _check_stops(self) -> None:
         for name, most in (("stop", MAX_STOPS), ("stop_token_ids", MAX_STOP_TOKENS)):
@@ -131,6 +148,26 @@ class SamplingParams:
         if self.prompt_logprobs is not None:
             return self.prompt_logprobs
         return self.logprobs if self.echo else None
+
+    @property
+    def grammar_field(self) -> str | None:
+        """The field that has the grammar of the output; None: there is none."""
+        return next((name for name in FIELDS if getattr(self, name) is not None), None)
+
+    def grammar_spec(self) -> GrammarSpec | None:
+        """The grammar of the output. Raises RequestError for a bad one."""
+        name = self.grammar_field
+        if name is None:
+            return None
+        try:
+            return make_spec(name, getattr(self, name))
+        except GrammarError as error:
+            raise RequestError(str(error), name, error.status) from None
+
+    @property
+    def is_reported_by_token(self) -> bool:
+        """Whether results of the step of each token are reported."""
+        return self.logprobs is not None or self.return_routed_experts
 
     @property
     def has_penalties(self) -> bool:

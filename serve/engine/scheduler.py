@@ -115,6 +115,7 @@ class Scheduler:
         """Queue new requests, in order of arrival."""
         for request in requests:
             assert request.number < 0, "a request is added once"
+            assert request.compiling is None or request.grammar is not None, "start_grammars"
             request.number = self._n_added
             self._n_added += 1
             self._enqueue(request)
@@ -148,11 +149,14 @@ class Scheduler:
             self._displace(displaced)
         decodes: list[Request] = []
         for request in tuple(self.running):
-            if request.running and request.remaining == 1 and request.budget > 0:
-                if self._grow(request, in_flight):
+            if request.running and request.remaining and request.budget > 0:
+                if request.grammar is not None and request.num_pending:
+                    continue  # what may follow depends on the token of the running step
+                if not self._grow(request, in_flight):
+                    if in_flight:
+                        return None
+                elif request.remaining == 1:
                     decodes.append(request)
-                elif in_flight:
-                    return None
         batch = [self._launch(request, 1) for request in decodes]
         room = self.max_batch_tokens - len(batch)
         for request in self.running:

@@ -25,6 +25,7 @@ from serve.engine.request import (
     RequestError,
     SamplingParams,
     TokenLogprob,
+    start_grammars,
 )
 from serve.frontend.chat import ChatTemplate, Message, read_chat_template
 from serve.frontend.follow import follow, open_together
@@ -233,10 +234,12 @@ class Engine:
         each: list[Any] = [prompts] if one else list(prompts)
         params = params or SamplingParams()
         many = [params] * len(each) if isinstance(params, SamplingParams) else params
-        return [
+        requests = [
             request
             for prompt, p in zip(each, many, strict=True)
             for request in self.core.make_requests(
                 self.core.encode(prompt) if isinstance(prompt, str) else prompt, p
             )
         ]
+        start_grammars(requests)
+        return requests

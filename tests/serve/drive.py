@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve.engine.core import EngineCore
-from serve.engine.request import Output, Request, SamplingParams
+from serve.engine.request import Output, Request, SamplingParams, start_grammars
 from serve.frontend.engine import Completion
 
 
@@ -21,6 +21,7 @@ def make_request(core: EngineCore, prompt: str | Sequence[int], params: Sampling
 
 def run(core: EngineCore, requests: Sequence[Request]) -> list[Completion]:
     """Serve `requests`, added at the same time."""
+    start_grammars(requests)
     found = {request: Completion(request.prompt, request=request) for request in requests}
     core.scheduler.add(requests)
     while core.busy:

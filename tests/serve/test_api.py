@@ -228,7 +228,7 @@ BAD: list[tuple[Any, int, str]] = [
     ({"prompt": "a", "ignore_eos": 1}, 400, "invalid_type"),
     ({"prompt": "a", "suffix": "b"}, 400, "unsupported_parameter"),
     ({"prompt": "a", "best_of": 2}, 400, "unsupported_parameter"),
-    ({"prompt": "a", "response_format": {"type": "json_object"}}, 400, "unsupported_parameter"),
+    ({"prompt": "a", "response_format": {"type": "xml"}}, 400, "invalid_value"),
     ({"prompt": "a", "model": "gpt"}, 404, "model_not_found"),
     ({"prompt": "a", "model": 5}, 404, "model_not_found"),
     (b'{"prompt": "' + b"a" * (4 << 20) + b'"}', 413, "request_too_large"),

@@ -154,7 +154,7 @@ def test_variables_of_the_template(client: openai.OpenAI, tokenizer: Tokenizer) 
         ({"logprobs": 3}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),

@@ -124,7 +124,7 @@ def test_what_ended_it(http: httpx.Client) -> None:
         {"input_ids": []},
         {"text": "a", "sampling_params": 5},
         {"text": "a", "sampling_params": {"max_new_token": 5}},
-        {"text": "a", "sampling_params": {"regex": "a"}},
+        {"text": "a", "sampling_params": {"stop_regex": "a"}},
         {"text": "a", "sampling_params": [{}, {}]},
         {"text": ["a", "b"], "rid": ["x", "x"]},
         {"text": ["a", "b"], "rid": ["x"]},

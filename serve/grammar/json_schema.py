@@ -1,0 +1,161 @@
+"""Which JSON schemas are enforced completely.
+
+xgrammar ignores keywords that it cannot express, and those next to `$ref`, `const`, `enum`,
+`anyOf`, `oneOf` and `allOf`. A text that matches its grammar could then violate the schema, so such
+schemas are refused here. (What depends on values, such as whether the branches of `oneOf` exclude
+each other, it reports when it compiles; those warnings are errors, see `compilation.py`.)
+
+Objects have the listed properties only, unless `additionalProperties` allows others, as xgrammar
+treats them. An object or array of which nothing is listed is unrestricted.
+"""
+
+from typing import Any
+
+from serve.grammar.limits import MAX_SCHEMA_DEPTH, GrammarError
+
+_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMAS = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties",
+            "unevaluatedItems")  # fmt: skip
+_NOT_ENFORCED = {
+    "not": (), "if": (), "then": (), "else": (), "contains": (), "minContains": (),
+    "maxContains": (), "uniqueItems": (False,), "dependentRequired": ({},),
+    "dependentSchemas": ({},), "dependencies": ({},), "additionalItems": (), "$dynamicRef": (),
+    "$recursiveRef": (),
+}  # fmt: skip
+"""Keywords without effect in xgrammar, and values with which they have none by definition."""
+_ALONE = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
+"""Next to the first of these all other assertions have no effect in xgrammar."""
+_OBJECTS = ("properties", "required", "minProperties", "maxProperties", "patternProperties",
+            "additionalProperties", "propertyNames", "unevaluatedProperties")  # fmt: skip
+_ARRAYS = ("items", "prefixItems", "minItems", "maxItems", "unevaluatedItems")
+_STRINGS = ("minLength", "maxLength", "pattern")
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_ASSERTIONS = {"type", *_OBJECTS, *_ARRAYS, *_STRINGS, *_NUMBERS, *_ALONE}
+_OF_TYPE = {"object": _OBJECTS, "array": _ARRAYS, "string": _STRINGS, "number": _NUMBERS}
+_PYTHON = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+
+
+def closed_schema(schema: Any, depth: int = 0) -> Any:
+    """The schema for xgrammar. Raises GrammarError for one that it would not enforce."""
+    if isinstance(schema, bool):
+        return schema
+    if not isinstance(schema, dict):
+        raise GrammarError("json_schema: a schema must be an object, true or false")
+    if depth > MAX_SCHEMA_DEPTH:
+        raise GrammarError(f"json_schema is nested more than {MAX_SCHEMA_DEPTH} deep")
+    for keyword, neutral in _NOT_ENFORCED.items():
+        if keyword in schema and not any(schema[keyword] is one or (one == {} == schema[keyword])
+                                         for one in neutral):  # fmt: skip
+            raise GrammarError(f"json_schema: {keyword} is not supported")
+    found = dict(schema)
+    for keyword in _SCHEMA_MAPS:
+        if isinstance(found.get(keyword), dict):
+            found[keyword] = {k: closed_schema(v, depth + 1) for k, v in found[keyword].items()}
+    for keyword in _SCHEMA_LISTS:
+        if isinstance(found.get(keyword), list):
+            found[keyword] = [closed_schema(one, depth + 1) for one in found[keyword]]
+    for keyword in _SCHEMAS:
+        if keyword in found:
+            found[keyword] = closed_schema(found[keyword], depth + 1)
+    alone = next((keyword for keyword in _ALONE if keyword in found), None)
+    if alone is not None:
+        return _without_siblings(found, alone)
+    return _closed_object(_closed_array(_closed_string(_typed(found))))
+
+
+def _without_siblings(schema: dict[str, Any], alone: str) -> dict[str, Any]:
+    """Next to `alone` there may only be a type that does not restrict it further."""
+    others = [key for key in schema if key in _ASSERTIONS - {alone, "type"}]
+    if others:
+        raise GrammarError(f"json_schema: {others[0]} next to {alone} is not supported")
+    if "type" not in schema:
+        return schema
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if alone in ("const", "enum"):
+        values = [schema["const"]] if alone == "const" else schema["enum"]
+        if not isinstance(values, list):
+            raise GrammarError("json_schema: enum must be a list")
+        kept = [value for value in values if any(_has_type(value, kind) for kind in kinds)]
+        if not kept:
+            raise GrammarError(f"json_schema: no value of {alone} has the type")
+        return {key: one for key, one in schema.items() if key != alone} | {"enum": kept}
+    branches = schema[alone] if isinstance(schema[alone], list) else []
+    if not branches or not all(
+        isinstance(one, dict) and _types(one) and _types(one) <= set(kinds) for one in branches
+    ):
+        raise GrammarError(f"json_schema: type next to {alone} needs a type in each branch")
+    return schema
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    kinds = schema.get("type", [])
+    listed = kinds if isinstance(kinds, list) else [kinds]
+    return {kind for kind in listed if isinstance(kind, str)}
+
+
+def _has_type(value: object, kind: object) -> bool:
+    if kind in ("number", "integer"):
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (whole or kind == "number")
+    return isinstance(value, _PYTHON.get(str(kind), ()))
+
+
+def _typed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Keywords without a type would restrict values of their type only; the grammar has only those
+    values."""
+    if "type" not in schema:
+        kind = next((k for k, keys in _OF_TYPE.items() if any(key in schema for key in keys)), None)
+        return schema if kind is None else schema | {"type": kind}
+    return schema
+
+
+def _closed_string(schema: dict[str, Any]) -> dict[str, Any]:
+    """xgrammar reads the first of format, pattern and lengths. A format alone is an annotation, so
+    it gives way to the others."""
+    if "multipleOf" in schema and "number" in _types(schema):
+        raise GrammarError("json_schema: multipleOf of a number is not supported")
+    lengths = schema.get("minLength", 0) != 0 or "maxLength" in schema
+    if "pattern" in schema and lengths:
+        raise GrammarError("json_schema: pattern together with a length is not supported")
+    if "format" in schema and ("pattern" in schema or lengths):
+        return {key: one for key, one in schema.items() if key != "format"}
+    return schema
+
+
+def _closed_array(schema: dict[str, Any]) -> dict[str, Any]:
+    if "array" not in _types(schema):
+        return schema
+    if not {"items", "prefixItems", "unevaluatedItems"} & schema.keys():
+        schema["items"] = True
+    if isinstance(schema.get("items"), list):
+        raise GrammarError("json_schema: a list of items is not supported; use prefixItems")
+    return schema
+
+
+def _closed_object(schema: dict[str, Any]) -> dict[str, Any]:
+    """Required properties that are not listed have any value."""
+    if "object" not in _types(schema):
+        return schema
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties")
+    required = schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise GrammarError("json_schema: properties must be an object, required a list")
+    if not all(isinstance(name, str) for name in required):
+        raise GrammarError("json_schema: required must be a list of names")
+    missing = [name for name in required if name not in properties]
+    if missing and ("patternProperties" in schema or "propertyNames" in schema or others is False):
+        raise GrammarError("json_schema: a required property is not among the properties")
+    if missing:
+        of_others = others if isinstance(others, dict) else True
+        schema["properties"] = properties | dict.fromkeys(missing, of_others)
+    open_ones = {"patternProperties", "additionalProperties", "propertyNames",
+                 "unevaluatedProperties"}  # fmt: skip
+    if (
+        not schema.get("properties")
+        and "properties" not in schema
+        and not open_ones & schema.keys()
+    ):
+        schema["additionalProperties"] = True
+    return schema

@@ -1,0 +1,146 @@
+"""Matches outputs with their grammars. Runs in a process of its own (`serve.grammar.worker`).
+
+Where the grammar allows a single text, the output's tokens are those that the tokenizer gives this
+text, although the grammar also allows other divisions of it. So they are known without the model,
+and the engine appends them without a forward pass each (jump-forward). The last word of the forced
+text may be part of a token that also covers text that is not forced; there the model chooses.
+
+The process ends itself when a request uses too much processor time: the timer's signal cannot be
+missed by a library that is in a loop. The engine then ends this request and starts the process
+again for the others.
+"""
+
+import signal
+import socket
+from typing import Any
+
+import numpy as np
+import xgrammar
+from numpy.typing import NDArray
+
+from serve.grammar.limits import MATCH_CPU_PER_TOKEN, MATCH_CPU_SECONDS
+from serve.grammar.messages import receive, send
+from serve.grammar.vocabulary import Vocabulary
+
+_MOST_FORCED = 4096
+"""Forced tokens after which the search ends for this time."""
+_LOADING_SECONDS = 2.0
+"""Processor time to load a compiled grammar."""
+
+
+class Matcher:
+    """The state of a grammar after the tokens of one output."""
+
+    def __init__(self, compiled: Any, vocabulary: Vocabulary, is_json: bool) -> None:
+        self.is_json = is_json
+        self.vocabulary = vocabulary
+        self.matcher = xgrammar.GrammarMatcher(
+            compiled, terminate_without_stop_token=not vocabulary.info.stop_token_ids
+        )
+        self.mask: NDArray[np.int32] = np.zeros((1, len(vocabulary.not_ends)), np.int32)
+        """`[1, W]`: the tokens that may be next."""
+        self.seconds_left = MATCH_CPU_SECONDS
+
+    def advance(self, tokens: list[int]) -> tuple[list[int], bool]:
+        """Continue after `tokens`. Returns the tokens that are forced after them, which it
+        continues with, and whether the output is then complete: nothing can follow."""
+        self._accept(tokens)
+        forced: list[int] = []
+        while not self._is_finished():
+            run = self._forced_tokens()
+            self._accept(run)
+            forced += run
+            if not run or len(forced) >= _MOST_FORCED:
+                return forced, False
+        return forced, True
+
+    def _accept(self, tokens: list[int]) -> None:
+        for token in tokens:
+            if not self.matcher.accept_token(token):
+                raise ValueError(f"the grammar does not allow token {token}")
+
+    def _is_finished(self) -> bool:
+        """Fills the mask."""
+        if self.matcher.is_terminated():
+            return True
+        return self._fill(self.matcher, self.mask)
+
+    def _fill(self, matcher: Any, mask: NDArray[np.int32]) -> bool:
+        """Whether only the end can follow. The library lets strings with a length contain control
+        characters, which JSON forbids."""
+        matcher.fill_next_token_bitmask(mask)
+        if self.is_json:
+            mask &= self.vocabulary.printable
+        return matcher.is_completed() and not (mask[0] & self.vocabulary.not_ends).any()
+
+    def _forced_tokens(self) -> list[int]:
+        """The tokens of the forced text that cannot be parts of longer ones."""
+        text = "" if self.matcher.is_completed() else self.matcher.find_jump_forward_string()
+        if not text:
+            return []
+        encoded = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
+        ids, words, whole = encoded.ids, encoded.word_ids, text.encode()
+        keep = len(ids) if self._ends_with(text) else _without_last_word(words)
+        at = 0
+        for n, token in enumerate(ids[:keep]):
+            piece = self.vocabulary.tokens[token]
+            if not piece or whole[at : at + len(piece)] != piece:
+                return ids[:n]  # the tokenizer adds a space, or normalizes
+            at += len(piece)
+        return ids[:keep]
+
+    def _ends_with(self, text: str) -> bool:
+        """Whether the output is complete after `text`."""
+        ahead = self.matcher.fork()
+        if not ahead.accept_string(text) or not ahead.is_completed():
+            return False
+        return ahead.is_terminated() or self._fill(ahead, np.zeros_like(self.mask))
+
+
+def _without_last_word(words: list[int | None]) -> int:
+    """Number of tokens before the last word, or before the last token of a single word."""
+    if len(set(words)) < 2:
+        return len(words) - 1
+    return words.index(words[-1])
+
+
+def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
+    """Answer the messages of `serve.grammar.matcher` until the engine closes the connection."""
+    grammars: dict[int, tuple[Any, bool]] = {}
+    matchers: dict[int, Matcher] = {}
+    while True:
+        try:
+            (dropped, ended, items), body = receive(connection)
+        except EOFError:
+            return
+        for key in dropped:
+            grammars.pop(key, None)
+        for number in ended:
+            matchers.pop(number, None)
+        at, contents, masks = 0, [], []
+        for number, key, is_json, n_compiled, tokens in items:
+            if n_compiled:
+                signal.setitimer(signal.ITIMER_PROF, _LOADING_SECONDS)
+                text = body[at : at + n_compiled].decode()
+                at += n_compiled
+                compiled = xgrammar.CompiledGrammar.deserialize_json(text, vocabulary.info)
+                grammars[key] = compiled, is_json
+            if number not in matchers:
+                compiled, is_json = grammars[key]
+                matchers[number] = Matcher(compiled, vocabulary, is_json)
+            contents.append(_answer(matchers[number], tokens))
+            masks.append(matchers[number].mask.tobytes())
+        send(connection, contents, b"".join(masks))
+
+
+def _answer(matcher: Matcher, tokens: list[int]) -> tuple[list[int], bool, str | None]:
+    """The forced tokens, whether the output is complete, and the error, if there is one."""
+    more = len(tokens) * MATCH_CPU_PER_TOKEN
+    matcher.seconds_left = min(matcher.seconds_left + more, MATCH_CPU_SECONDS + more)
+    signal.setitimer(signal.ITIMER_PROF, matcher.seconds_left)
+    try:
+        return *matcher.advance(tokens), None
+    except Exception as error:
+        return [], False, str(error)[:300]
+    finally:
+        matcher.seconds_left = max(signal.setitimer(signal.ITIMER_PROF, 0)[0], 1e-3)

@@ -1,0 +1,103 @@
+"""Starts the worker of an engine (`serve.grammar.worker`), and connects to its children."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve.grammar.limits import GrammarError
+from serve.grammar.messages import send
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+COMPILE, MATCH = b"c", b"m"
+"""What a child of the worker does."""
+READY = b"r"
+"""The worker and its children send this first."""
+_START_SECONDS = 60.0
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_INSTALL = 'structured output needs xgrammar: pip install "xgrammar>=0.2.8,<0.3"'
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+"""Of the worker: a process with several threads cannot be forked safely."""
+
+
+class GrammarWorker:
+    """The worker for one tokenizer; it starts with the first connection. Any thread may call it.
+
+    end_tokens: of the model. n_tokens: that may be sampled.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", end_tokens: frozenset[int], n_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.end_tokens = end_tokens
+        self.n_tokens = n_tokens
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._closed = False
+
+    def connect(self, kind: bytes) -> socket.socket:
+        """A connection to a new child. Raises GrammarError: 503 if there is none, 400 if the
+        library is not installed."""
+        for _ in range(2):  # a worker that was killed is started again
+            ours, theirs = socket.socketpair()
+            with self._lock, theirs:
+                control = self._started()
+                with suppress(OSError):
+                    socket.send_fds(control, [kind], [theirs.fileno()])
+            ours.settimeout(_START_SECONDS)
+            with suppress(OSError):
+                if ours.recv(1) == READY:
+                    return ours
+            ours.close()
+            with self._lock:
+                if self._control is control:
+                    self._stop()
+        raise GrammarError("the process of the grammars does not start", 503)
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._closed = True
+            self._stop()
+
+    def _started(self) -> socket.socket:
+        if self._closed:
+            raise GrammarError("the server is shutting down", 503)
+        if self._control is not None:
+            return self._control
+        if importlib.util.find_spec("xgrammar") is None:
+            raise GrammarError(_INSTALL)
+        control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "serve.grammar.worker", str(theirs.fileno())],
+                cwd=_ROOT,
+                env=os.environ | _ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._control = control
+        tokenizer = self.tokenizer.to_str().encode()
+        control.settimeout(_START_SECONDS)
+        with suppress(OSError):
+            send(control, [sorted(self.end_tokens), self.n_tokens], tokenizer)
+            control.recv(1)  # READY: what follows is no part of this message
+        return control
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.kill()  # its children end when their connections are closed
+            self._process.wait()
+            self._process = None

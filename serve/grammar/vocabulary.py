@@ -1,0 +1,50 @@
+"""The bytes of every token of a tokenizer, as xgrammar needs them. Used in the worker only."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xgrammar
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from serve.grammar.mask import pack
+from serve.text.token_bytes import TokenBytes, special_ids
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's tokens. W words of 32 tokens."""
+
+    tokenizer: Tokenizer
+    info: Any
+    """xgrammar's TokenizerInfo."""
+    tokens: list[bytes]
+    """Special tokens are empty: a grammar never allows them as text."""
+    printable: NDArray[np.int32]
+    """`[W]`: tokens without control characters."""
+    not_ends: NDArray[np.int32]
+    """`[W]`: all tokens but the end tokens."""
+
+
+def make_vocabulary(tokenizer: Tokenizer, end_tokens: Collection[int], size: int) -> Vocabulary:
+    """size: tokens that may be sampled."""
+    ends = sorted(token for token in end_tokens if token < size)
+    hidden = special_ids(tokenizer).union(ends)
+    known = TokenBytes(tokenizer)
+    tokens = [b""] * size
+    for text, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        if i < size and i not in hidden:
+            found = known.find(i)
+            tokens[i] = text.replace("\u2581", " ").encode() if found is None else found
+    info = xgrammar.TokenizerInfo(
+        tokens, xgrammar.VocabType.RAW, vocab_size=size, stop_token_ids=ends
+    )
+    return Vocabulary(
+        tokenizer=tokenizer,
+        info=info,
+        tokens=tokens,
+        printable=pack(np.array([min(token, default=32) >= 32 for token in tokens])),
+        not_ends=pack(~np.isin(np.arange(size), ends)),
+    )

@@ -1,0 +1,70 @@
+"""Schemas that xgrammar would not enforce are refused; the others keep their meaning."""
+
+from typing import Any
+
+import pytest
+
+from serve.grammar.json_schema import closed_schema
+from serve.grammar.limits import GrammarError
+from serve.grammar.spec import make_spec
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"not": {}},
+        {"type": "array", "uniqueItems": True},
+        {"type": "array", "contains": {}},
+        {"type": "object", "properties": {"a": {"if": {}, "then": {}}}},
+        {"anyOf": [{"not": {}}]},
+        {"type": "object", "dependentRequired": {"a": ["b"]}},
+        {"$ref": "#/$defs/a", "minLength": 1, "$defs": {"a": {}}},
+        {"anyOf": [{"type": "string"}], "required": ["a"]},
+        {"anyOf": [{}, {"type": "string"}], "type": "string"},
+        {"type": "string", "pattern": "a", "maxLength": 3},
+        {"type": "number", "multipleOf": 0.1},
+        {"type": "integer", "enum": ["a"]},
+        {"type": "object", "required": ["a"], "additionalProperties": False},
+        {"type": "array", "items": [{}, {}]},
+        {"type": "object", "properties": {"a": 3}},
+        [],
+    ],
+)
+def test_refused(schema: Any) -> None:
+    with pytest.raises(GrammarError):
+        closed_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": "object"}, {"type": "object", "additionalProperties": True}),
+        ({"type": "array"}, {"type": "array", "items": True}),
+        (
+            {"type": "object", "properties": {}, "required": ["a"]},
+            {"type": "object", "properties": {"a": True}, "required": ["a"]},
+        ),
+        ({"minimum": 3}, {"minimum": 3, "type": "number"}),
+        (
+            {"type": "string", "format": "date", "maxLength": 3},
+            {"type": "string", "maxLength": 3},
+        ),
+        ({"type": "string", "enum": ["a", 1]}, {"type": "string", "enum": ["a"]}),
+        ({"type": "array", "items": {}, "uniqueItems": False}, None),
+        # properties with the names of keywords
+        ({"type": "object", "properties": {"not": {"type": "null"}, "if": {"type": "null"}}}, None),
+        (True, None),
+    ],
+)
+def test_accepted(schema: Any, expected: Any) -> None:
+    assert closed_schema(schema) == (schema if expected is None else expected)
+
+
+def test_specifications() -> None:
+    assert make_spec("json_schema", {"a": 1}) == make_spec("json_schema", '{"a":1}')
+    with pytest.raises(GrammarError, match="null character"):
+        make_spec("regex", "a\0")
+    with pytest.raises(GrammarError, match="must be a string"):
+        make_spec("ebnf", {"a": 1})
+    with pytest.raises(GrammarError, match="not valid JSON"):
+        make_spec("json_schema", "NaN")
