@@ -16,10 +16,11 @@ from tests.serve.grammar.schemas import make_schema
 
 
 @pytest.mark.long
-def test_generated_schemas(core: EngineCore, params: Params) -> None:
+@pytest.mark.parametrize("n_schemas", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_generated_schemas(n_schemas: int, core: EngineCore, params: Params) -> None:
     """Outputs that end by themselves are valid, whatever a random model would like to write."""
     rng = random.Random(0)
-    schemas = [make_schema(rng) for _ in range(200)]
+    schemas = [make_schema(rng) for _ in range(n_schemas)]
     each = [
         params(json_schema=schema, seed=n, temperature=0 if n % 4 == 0 else 1)
         for n, schema in enumerate(schemas)
@@ -35,7 +36,7 @@ def test_generated_schemas(core: EngineCore, params: Params) -> None:
         assert one.finish_reason == "stop"
         jsonschema.Draft202012Validator(schema).validate(json.loads(one.text))
         checked += 1
-    assert checked >= 150
+    assert checked >= n_schemas * 3 // 4
 
 
 @pytest.mark.parametrize(
