@@ -179,7 +179,7 @@ def test_the_pod_ends_with_the_code_of_its_ranks(body: str, code: int, tmp_path:
     assert process.returncode == code, said
 
 
-@pytest.mark.long
+@pytest.mark.slow  # tests/launch/test_local.py stops a training by default
 def test_a_terminated_pod_saves_with_the_others_and_a_new_start_continues(
     overrides: list[str], tmp_path: Path
 ) -> None:
