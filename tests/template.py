@@ -63,9 +63,10 @@ def main(listening: int, modules: list[str]) -> None:
 def serve(listener: socket.socket) -> Callable[[], None] | None:
     """Answer until there is no client; in a child, return the program to run."""
     clients: dict[int, Client] = {}
-    while ready := select.select([listener, *clients], [], [], None if clients else IDLE_S)[0]:
+    own = listener.fileno()
+    while ready := select.select([own, *clients], [], [], None if clients else IDLE_S)[0]:
         for one in ready:
-            if one is listener:
+            if one == own:
                 connection, _ = listener.accept()
                 client = Client(connection, connection.makefile("rb"))
                 clients[connection.fileno()] = client
