@@ -109,7 +109,8 @@ class DocumentAttention:
         for piece, *qkv in zip(pieces, *parts, strict=True):
             q, k, v = (x.transpose(0, 1)[None] for x in qkv)
             mask = None if piece.mask is None else piece.mask[None]
-            out = document_attention(q, k, v, mask, layer.scale, sinks_H, piece.window)
+            # memory must not depend on the lengths of documents: `--check` does not know them
+            out = document_attention(q, k, v, mask, layer.scale, sinks_H, piece.window, keep=False)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 

@@ -25,6 +25,7 @@ def document_attention(
     scale: float,
     sinks_H: Tensor | None = None,
     window: int = 0,
+    keep: bool = True,
 ) -> Tensor:
     """`o_BHLV`. Differentiable in q, k, v and the sinks.
 
@@ -35,13 +36,14 @@ def document_attention(
         scale: Factor on the logits.
         sinks_H: Logits, or None.
         window: Without a mask, number of keys up to its own that a query attends to; 0: all.
+        keep: A CPU may keep the probabilities of a short sequence for backward.
     """
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q_BHLC, k_BGLC, v_BGLV, sinks_H)
     )
     plain = mask_BLL is None and sinks_H is None and not window
     if q_BHLC.device.type == "cpu" and not (differentiated and plain and q_BHLC.shape[2] > SHORT):
-        return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window)
+        return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window, keep)
     if window:
         mask_BLL = band(q_BHLC.shape[2], window, q_BHLC.device)
     return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H)

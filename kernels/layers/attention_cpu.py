@@ -38,13 +38,15 @@ SHORT = 512
 """Longest sequence whose probabilities are kept for backward."""
 _PIECE = 2**21
 """Scores of one block of queries of a long sequence."""
+_LEAST = 4
+"""Smallest block, in multiples of ALIGN: with many heads fewer queries make products too small."""
 _BAND = 256
 """Queries of a block if there is a window, or as many as the window is long."""
 
 
 def attention_cpu(
     q_BHLC: Tensor, k_BGLC: Tensor, v_BGLV: Tensor, mask_BLL: Tensor | None, scale: float,
-    sinks_H: Tensor | None = None, window: int = 0,
+    sinks_H: Tensor | None = None, window: int = 0, keep: bool = True,
 ) -> Tensor:  # fmt: skip
     """`kernels.layers.attention.document_attention` on a CPU."""
     length, missing = q_BHLC.shape[2], -q_BHLC.shape[2] % ALIGN
@@ -52,7 +54,7 @@ def attention_cpu(
         q_BHLC, k_BGLC, v_BGLV = (F.pad(x, (0, 0, 0, missing)) for x in (q_BHLC, k_BGLC, v_BGLV))
         if mask_BLL is not None:
             mask_BLL = F.pad(F.pad(mask_BLL, (0, missing)), (0, 0, 0, missing), value=True)
-    out: Tensor = _Attention.apply(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window)
+    out: Tensor = _Attention.apply(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window, keep)
     return out[:, :, :length]
 
 
@@ -103,7 +105,9 @@ class _Pieces:
     ) -> None:
         self.H, self.L = q_BHLC.shape[1:3]
         self.G, self.mask_BLL, self.window = k_BGLC.shape[1], mask_BLL, window
-        step = self.L if self.L <= SHORT else max(_PIECE // (self.H * self.L * ALIGN), 1) * ALIGN
+        step = (
+            self.L if self.L <= SHORT else max(_PIECE // (self.H * self.L * ALIGN), _LEAST) * ALIGN
+        )
         if window and self.L > SHORT:
             step = max(_BAND, window + -window % ALIGN)
         starts = range(0, self.L, step)
@@ -155,13 +159,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_BHLC: Tensor, k_BGLC: Tensor, v_BGLV: Tensor, mask_BLL: Tensor | None,
-        scale: float, sinks_H: Tensor | None, window: int,
+        scale: float, sinks_H: Tensor | None, window: int, keep: bool,
     ) -> Tensor:  # fmt: skip
         (B, H, L, _), G = q_BHLC.shape, k_BGLC.shape[1]
         pieces = _Pieces(q_BHLC, k_BGLC, mask_BLL, window)
         out = q_BHLC.new_empty(B, H, L, v_BGLV.shape[-1])
         kept = sunk_BHL1 = None
-        if any(ctx.needs_input_grad) and L <= SHORT:
+        if any(ctx.needs_input_grad) and L <= SHORT and keep:
             kept = q_BHLC.new_empty(B, G, H // G * L, L)
             sunk_BHL1 = None if sinks_H is None else torch.empty(B, H, L, 1)
         for b in range(B):
@@ -200,7 +204,7 @@ class _Attention(torch.autograd.Function):
                     pieces.grouped(out[b, :, rows]),
                 )  # fmt: skip
         grad_q, grad_k, grad_v, grad_sinks = gradients.results()
-        return grad_q, grad_k, grad_v, None, None, grad_sinks, None
+        return grad_q, grad_k, grad_v, None, None, grad_sinks, None, None
 
 
 class _Gradients:

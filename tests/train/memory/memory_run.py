@@ -14,6 +14,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
 from configs.loader import from_dict
 from configs.schema import JobConfig
+from kernels.layers.attention_cpu import SHORT
 from models.router import routers
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh.mesh_run import random_corpus
@@ -49,8 +50,10 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
         if one_choice:
             router.bias_E[: router.config.top_k] = 100.0  # scores are at most 1
     fp8_weights.refresh()
+    # predicted for documents as long as the sequence; in long sequences shorter ones need less
+    eot = 0 if config.data.seq_len <= SHORT else -1
     data = TrainingData(
-        Sequences(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, 0),
+        Sequences(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, eot),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
