@@ -35,7 +35,7 @@ ALIGN = 16
 KEY_BLOCK = 128
 """Keys that are summed over at a time if values are not bf16."""
 SHORT = 512
-"""Longest sequence whose probabilities are kept for backward."""
+"""Longest sequence whose probabilities may be kept for backward."""
 _PIECE = 2**21
 """Scores of one block of queries of a long sequence."""
 _LEAST = 4

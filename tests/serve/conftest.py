@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 import uvicorn
@@ -185,3 +186,10 @@ def small_server(export: Export) -> Iterator[RunningServer]:
     options = EngineOptions(kv_tokens=512, max_running=2, max_waiting=2)
     with run_server(EngineCore(export, options)) as running:
         yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of the module's `server`."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made

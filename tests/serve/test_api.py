@@ -6,38 +6,22 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from tokenizers import Tokenizer
 
-from serve.engine.core import EngineCore
-from serve.frontend.thread import EngineThread
+from tests.serve.conftest import RunningServer
 from tests.serve.drive import slow_down
-
-
-class Running(Protocol):
-    url: str
-    core: EngineCore
-    thread: EngineThread
-
-    def wait_until_idle(self, seconds: float = 10.0) -> None: ...
-
 
 Greedy = Callable[[Sequence[int], int], list[int]]
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture
-def http(server: Running) -> Iterator[httpx.Client]:
+def http(server: RunningServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as made:
         yield made
 
@@ -144,7 +128,7 @@ def test_echo_and_logprobs_score_a_prompt(http: httpx.Client) -> None:
 
 
 def test_many_clients_at_once(
-    server: Running, http: httpx.Client, greedy_reference: Greedy
+    server: RunningServer, http: httpx.Client, greedy_reference: Greedy
 ) -> None:
     prompts = [[1 + i, 2 + i, 3 + i] * (1 + i % 7) for i in range(24)]
     found: dict[int, list[int]] = {}
@@ -294,7 +278,7 @@ LONG = {"prompt": "a", "max_tokens": 180, "ignore_eos": True}
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_disconnect_frees_pages(small_server: Running, stream: bool) -> None:
+def test_disconnect_frees_pages(small_server: RunningServer, stream: bool) -> None:
     slow_down(small_server.core, 0.05)  # 180 tokens would take nine seconds
     body = json.dumps({**LONG, "stream": stream, "n": 2}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -308,7 +292,7 @@ def test_disconnect_frees_pages(small_server: Running, stream: bool) -> None:
     assert {request.finish_reason for request in requests} == {"cancelled"}
 
 
-def test_overload_is_refused_and_passes(small_server: Running) -> None:
+def test_overload_is_refused_and_passes(small_server: RunningServer) -> None:
     slow_down(small_server.core, 0.02)
     url = f"{small_server.url}/v1/completions"
     with httpx.Client(timeout=30) as client:
@@ -328,7 +312,7 @@ def test_overload_is_refused_and_passes(small_server: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_fault_in_the_engine_is_one_clean_error(small_server: Running, stream: bool) -> None:
+def test_fault_in_the_engine_is_one_clean_error(small_server: RunningServer, stream: bool) -> None:
     run = small_server.core.executor.runner.run
 
     def broken(*step: Any) -> Any:
@@ -350,7 +334,7 @@ def test_fault_in_the_engine_is_one_clean_error(small_server: Running, stream: b
     small_server.wait_until_idle()
 
 
-def test_dead_engine_shows_in_health(small_server: Running) -> None:
+def test_dead_engine_shows_in_health(small_server: RunningServer) -> None:
     small_server.thread.stop()
     assert httpx.get(f"{small_server.url}/health").status_code == 503
     answer = httpx.post(f"{small_server.url}/v1/completions", json={"prompt": "a"})

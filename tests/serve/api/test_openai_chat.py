@@ -1,27 +1,19 @@
 """Chats with the official client; the reference is a completion of the rendered conversation."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from tokenizers import Tokenizer
 
+from tests.serve.conftest import RunningServer
+
 Greedy = Callable[[Sequence[int], int], list[int]]
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 HELLO: list[Any] = [{"role": "user", "content": "Hello 日本"}]
-
-
-class Running(Protocol):
-    url: str
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def rendered(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], tail: str = "") -> list[int]:
@@ -160,7 +152,7 @@ def test_variables_of_the_template(client: openai.OpenAI, tokenizer: Tokenizer) 
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ],
 )
-def test_bad_chats(server: Running, fields: dict[str, Any], param: str) -> None:
+def test_bad_chats(server: RunningServer, fields: dict[str, Any], param: str) -> None:
     body = {"messages": HELLO, "max_tokens": 1} | fields
     answer = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps(body).encode())
     assert answer.status_code == 400, answer.text

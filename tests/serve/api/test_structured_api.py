@@ -3,8 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 import jsonschema
@@ -12,18 +11,8 @@ import openai
 import pytest
 
 from serve.api.tools import ToolCallParser
+from tests.serve.conftest import RunningServer
 from tests.serve.grammar.conftest import PERSON
-
-
-class Running(Protocol):
-    url: str
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
@@ -73,7 +62,7 @@ def test_json_object(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "text"}, "regex": "q"}, "q"),
     ],
 )
-def test_completions(server: Running, fields: dict[str, Any], pattern: str) -> None:
+def test_completions(server: RunningServer, fields: dict[str, Any], pattern: str) -> None:
     body = {"prompt": "x", "seed": 1, "max_tokens": 20} | fields
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
     assert re.fullmatch(pattern, answer["choices"][0]["text"]), answer
@@ -93,7 +82,7 @@ def test_completions(server: Running, fields: dict[str, Any], pattern: str) -> N
         ),
     ],
 )  # fmt: skip
-def test_sglang(server: Running, fields: dict[str, Any], pattern: str, stream: bool) -> None:
+def test_sglang(server: RunningServer, fields: dict[str, Any], pattern: str, stream: bool) -> None:
     params = {"max_new_tokens": 30, "sampling_seed": 2} | fields
     body = {"text": "x", "sampling_params": params, "stream": stream}
     answer = httpx.post(f"{server.url}/generate", json=body, timeout=60)
@@ -119,7 +108,7 @@ def test_sglang(server: Running, fields: dict[str, Any], pattern: str, stream: b
             "name": "a b"}}]}),
     ],
 )  # fmt: skip
-def test_refused(server: Running, path: str, fields: dict[str, Any]) -> None:
+def test_refused(server: RunningServer, path: str, fields: dict[str, Any]) -> None:
     answer = httpx.post(f"{server.url}/{path}", json=fields, timeout=60)
     assert answer.status_code == 400 and "\n" not in answer.json()["error"]["message"]
 
@@ -193,7 +182,7 @@ def test_calls_are_divided_wherever_pieces_end(seed: int) -> None:
     assert parser.finish_reason("stop") == "tool_calls"
 
 
-def test_metrics(server: Running) -> None:
+def test_metrics(server: RunningServer) -> None:
     def read() -> dict[str, float]:
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
