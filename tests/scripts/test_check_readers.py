@@ -43,6 +43,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_transformers_agrees_and_the_others_are_not_called_a_success(export: Path) -> None:
     pytest.importorskip("transformers")
     done = run("-m", "scripts.check_readers", export, code=3)

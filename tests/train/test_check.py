@@ -26,7 +26,7 @@ from train.__main__ import main
 from train.check import missing_inputs
 
 Check = Callable[..., tuple[int, str, str]]
-SLOW = {"llama4_scout", "qwen3_235b_a22b", "gpt_oss_120b"}
+SLOW = {"llama4_scout", "qwen3_235b_a22b", "gpt_oss_120b", "gpt_oss_20b", "deepseek_v3_671b"}
 """Other sizes of a family, or nearly as large as DeepSeek-V3."""
 EXPERIMENTS = sorted((ROOT / "configs").rglob("*.toml"))
 

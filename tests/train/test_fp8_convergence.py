@@ -38,13 +38,11 @@ def small(overrides: list[str], sequences: int) -> list[str]:
     return [*rest, "--model.d_model=144", "--model.moe.d_expert=128", "--model.d_ff=160",
             "--model.attention.head_dim=32", f"--validation.sequences={sequences}",
             "--schedule.warmup_steps=10", "--train.micro_batch=8",
-            "--optimizer.lr=5e-4"]  # fmt: skip
+            "--optimizer.lr=5e-4", "--validation.every=20"]  # fmt: skip
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("steps", "sequences"), [(20, 32), pytest.param(100, 256, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "sequences"), [(20, 32), (100, 256)])
 def test_a_pair_ends_at_the_same_loss(
     steps: int, sequences: int, overrides: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],

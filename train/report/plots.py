@@ -32,13 +32,27 @@ def draw(folder: Path) -> list[Path]:
     return pictures
 
 
+def _margins(width: float, height: float, right: float) -> dict[str, float]:
+    """Borders of the axes as shares of a figure of `width` by `height` inches, `right` inches wide
+    at the right. Fixed ones take half the time of a computed layout."""
+    return {
+        "left": 0.9 / width, "right": 1 - right / width,
+        "bottom": 0.6 / height, "top": 1 - 0.35 / height,
+    }  # fmt: skip
+
+
 def _loss(folder: Path) -> Path:
     from matplotlib import pyplot
 
     records = read_lines(folder / METRICS)
     steps = [r["step"] for r in records]
     figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+        2,
+        1,
+        figsize=(8, 6),
+        sharex=True,
+        height_ratios=[3, 1],
+        gridspec_kw=_margins(8, 6, right=0.2),
     )
     top.plot(steps, [r["loss"] for r in records], lw=0.8, label="training")
     if any("force_balance" in r for r in records):
@@ -73,15 +87,11 @@ def _experts(folder: Path, records: list[dict[str, Any]], columns: int = 200) ->
     n_layers = share_CLE.shape[1]
     across = min(n_layers, 4)
     down = -(-n_layers // across)
+    width, height = 3.2 * across + 1, 2.4 * down + 0.6
     figure, axes = pyplot.subplots(
-        down,
-        across,
-        figsize=(3.2 * across + 1, 2.4 * down + 0.6),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
+        down, across, figsize=(width, height), squeeze=False, sharex=True, sharey=True,
+        gridspec_kw=_margins(width, height, right=1.0) | {"wspace": 0.08, "hspace": 0.2},
+    )  # fmt: skip
     for layer, axis in enumerate(axes.flat):
         if layer >= n_layers:
             axis.axis("off")
@@ -91,7 +101,9 @@ def _experts(folder: Path, records: list[dict[str, Any]], columns: int = 200) ->
             extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, share_CLE.shape[2] - 0.5),
         )  # fmt: skip
         axis.set_title(f"MoE layer {layer}", fontsize=9)
-    figure.colorbar(image, ax=axes, label="load / fair share")
+    place = _margins(width, height, right=1.0)
+    bar = (1 - 0.8 / width, place["bottom"], 0.15 / width, place["top"] - place["bottom"])
+    figure.colorbar(image, cax=figure.add_axes(bar), label="load / fair share")
     figure.supxlabel("optimizer step")
     figure.supylabel("expert")
     path = folder / EXPERTS_PICTURE

@@ -253,7 +253,7 @@ def test_a_step_communicates_what_the_formulas_say(cases: list[Case], tmp_path: 
         assert shown == bytes_of(formula.traffic, report["same"]), case.name
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_check_predicts_the_bytes_of_both_recipes(tmp_path: Path) -> None:
     """In bf16, with meshes on which no axis contains all ranks, so that sums over all ranks have a
     separate group."""

@@ -32,7 +32,7 @@ def start(words: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.long
+@pytest.mark.slow  # tests/serve/ranks/test_meshes.py does the same on one host
 @pytest.mark.skipif(not namespaces_work(), reason="needs root, ip and /dev/net/tun")
 @pytest.mark.parametrize("degrees", [["--tp", "2", "--ep", "2"]], ids=" ".join)
 def test_two_hosts_give_the_text_of_one_process(degrees: list[str], export_folder: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
 ) -> None:
     arguments = [
         "-m", "train", str(TINY), *overrides, "--train.steps=6", "--validation.every=3",
-        "--validation.sequences=200", "--train.micro_batch=2", "--data.validation_fraction=0.5",
+        "--validation.sequences=80", "--train.micro_batch=2", "--data.validation_fraction=0.5",
         "--data.seq_len=16", "--checkpoint.every=0",
     ]  # fmt: skip
     whole, metrics = tmp_path / "whole", tmp_path / "run" / "metrics.jsonl"
@@ -138,7 +138,7 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
         while not re.search("step +2/6", program.printed()[0]):
             assert program.is_running()
             time.sleep(0.01)
-        time.sleep(0.4)  # within the validation of step 3, if timing is as usual
+        time.sleep(0.15)  # within the validation of step 3, if timing is as usual
         program.signal(signal.SIGTERM)
         program.finish(25)
     run(*arguments)

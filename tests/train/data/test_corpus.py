@@ -203,7 +203,7 @@ def test_two_processes_at_once(tmp_path: Path, texts: list[str]) -> None:
     root = Path(__file__).parents[3]
     pipe = subprocess.PIPE
     children = [
-        subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True) for _ in range(3)
+        subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True) for _ in range(2)
     ]
     for child in children:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
@@ -212,7 +212,7 @@ def test_two_processes_at_once(tmp_path: Path, texts: list[str]) -> None:
         child.stdin.write("\n")
         child.stdin.flush()
     prints = {child.communicate()[0] for child in children}
-    assert [child.returncode for child in children] == [0, 0, 0]
+    assert [child.returncode for child in children] == [0, 0]
     assert len(prints) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -137,7 +137,7 @@ BY_NAME = {case.name: case for case in CASES}
 SLOW = {"ahead and balanced", "long", "FP8 with biases", "FP8 recomputed", "FP8 states",
         "FP8 tensors", "FP8 shards", "in chunks and FP8", "divided experts",
         "replicas", "two levels", "all axes, recomputed", "experts", "tensors",
-        "FP8 experts"}  # fmt: skip
+        "FP8 experts", "room for so many", "gathered", "partly recomputed"}  # fmt: skip
 """What others cover one by one, or all at once: combinations with FP8, and of axes."""
 
 
