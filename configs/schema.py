@@ -160,6 +160,12 @@ class ParallelConfig:
     experts) or `tp` (they divide the width of every expert)."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward: less memory, one more all-gather."""
+    zero_stage: int = 3
+    """What ranks that shard weights keep whole between the microbatches of a step. 3: nothing. 2:
+    weights, gathered once per step. 1: also the sums of their gradients, in fp32, reduced once per
+    step: the least communication, and the most memory."""
+    expert_zero_stage: int = 0
+    """The same for the routed experts. 0: `zero_stage`."""
     prefetch: int = 1
     """Blocks whose parameters are gathered ahead of the current one, in forward and backward: the
     gather overlaps with the computation, and the gathered weights use memory."""
@@ -186,6 +192,8 @@ class ParallelConfig:
         between(self, 1, _MOST_RANKS, "dp_replicate", "tp", "etp")
         between(self, 1, 10_000, "recompute_every")
         between(self, 0, 10_000, "prefetch")
+        between(self, 1, 3, "zero_stage")
+        between(self, 0, 3, "expert_zero_stage")
         if self.recompute == "none" and self.recompute_every > 1:
             raise ConfigError(
                 f"recompute_every = {self.recompute_every}: recompute = none recomputes no block; "
@@ -196,6 +204,10 @@ class ParallelConfig:
         for key in ("dp_shard", "ep"):
             if getattr(self, key) != -1:
                 between(self, 1, _MOST_RANKS, key)
+
+    def stage(self, experts: bool) -> int:
+        """The ZeRO stage of the routed experts, or of all other weights."""
+        return (self.expert_zero_stage if experts else 0) or self.zero_stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ sharded over `dp_shard`, undivided ones over `dp_shard * tp`, experts over `efsd
 
 Communication of one microbatch per rank and group of N elements (its part after tp, ep, etp):
 all-gather of N in the compute dtype, twice if parameters are freed after forward; reduce-scatter of
-N in fp32; with replicas, all-reduce of N / (ranks that shard) in fp32. Groups of one rank do not
-communicate. Weights in FP8 are gathered at one byte per element, and once per step the ranks that
-shard them all-reduce 4 bytes per 16,384 of their elements (`parallel.fp8_weights`).
+N in fp32; with replicas, all-reduce of N / (ranks that shard) in fp32. ZeRO stages 2 and 1 do less
+of it (`parallel.accumulation`). Groups of one rank do not communicate. Weights in FP8 are gathered
+at one byte per element, and once per step the ranks that shard them all-reduce 4 bytes per 16,384
+of their elements (`parallel.fp8_weights`).
 """
 
 import torch
@@ -118,7 +119,7 @@ def _apply_fsdp(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dt
     divided = mesh.parallel_dims.tp > 1
     blocks = model.blocks()
     for block in blocks:
-        if isinstance(block.ffn, MoE) and (divided or mesh.parallel_dims.ep > 1):
+        if isinstance(block.ffn, MoE) and (divided or mesh.parallel_dims.ep > 1 or shard.is_split):
             shard([block.ffn.experts], expert)
         if divided:
             shard(_undivided(block), whole)
@@ -160,7 +161,9 @@ class _Fsdp:
     """FSDP2 with the options of this run."""
 
     def __init__(self, config: JobConfig, compute: torch.dtype, device_type: str) -> None:
-        self.reshard = config.parallel.reshard_after_forward
+        self.parallel = config.parallel
+        self.is_split = self.parallel.stage(experts=True) != self.parallel.stage(experts=False)
+        """Whether experts need a group of their own on any mesh."""
         self.policy = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -171,6 +174,7 @@ class _Fsdp:
     def __call__(self, modules: list[nn.Module], mesh: DeviceMesh, root: bool = False) -> None:
         """Shard the parameters of `modules` that are not sharded yet, as one group."""
         n_ranks = mesh.shape[-1]
+        stage = self.parallel.stage(experts=isinstance(modules[0], Experts))
         experts = {
             id(p)
             for module in modules
@@ -183,7 +187,7 @@ class _Fsdp:
             mesh=mesh,
             mp_policy=self.policy,
             offload_policy=self.offload,
-            reshard_after_forward=self.reshard and not root,
+            reshard_after_forward=self.parallel.reshard_after_forward and stage == 3 and not root,
             shard_placement_fn=lambda p: placement(p, n_ranks, id(p) in experts),
         )
         if mesh.size() > 1:

@@ -1,11 +1,12 @@
 """`python -m train FILE.toml [--section.key=value ...]`, as one process or under torchrun.
 
     torchrun --nproc-per-node 2 -m train configs/demo.toml
-    python -m train configs/demo.toml --check [--ranks N]
+    python -m train configs/demo.toml --check [--ranks N] [--stages]
 
 `--check` trains nothing: it prints the resolved experiment, its sizes and which inputs (data,
-tokenizer, initial weights) are not found; missing inputs alone leave the exit code at 0. Exit code
-2 and one line mean that a setting is invalid. Exit code 75: SIGTERM or SIGUSR1 stopped the run
+tokenizer, initial weights) are not found; missing inputs alone leave the exit code at 0. With
+`--stages` it also compares memory and communication of all ZeRO stages. Exit code 2 and one line
+mean that a setting is invalid. Exit code 75: SIGTERM or SIGUSR1 stopped the run
 before its last step; its state is saved, and the same command continues.
 """
 
@@ -44,13 +45,15 @@ def main(arguments: list[str]) -> int:
         check = "--check" in arguments
         placement = LaunchEnvironment() if check else read_launch_environment()
         rank = placement.rank  # before any error that all ranks raise
-        rest = [argument for argument in arguments if argument != "--check"]
+        rest = [argument for argument in arguments if argument not in ("--check", "--stages")]
         file, overrides, ranks = parse_arguments(rest)
         if ranks and not check:
             raise ConfigError("--ranks: only with --check; torchrun decides how many ranks train")
+        if "--stages" in arguments and not check:
+            raise ConfigError("--stages: only with --check")
         config = load(file, overrides)
         if check:
-            return _check(config, ranks)
+            return _check(config, ranks, "--stages" in arguments)
         return _train(config, resolve(config, placement.world))
     except UserError as error:
         return fail(rank, f"error: {error}", 2)
@@ -61,14 +64,14 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def _check(config: JobConfig, ranks: int | None) -> int:
+def _check(config: JobConfig, ranks: int | None, stages: bool) -> int:
     import torch
 
     from train.check import missing_inputs, report
 
     torch.set_num_threads(1)  # there is almost no data, and waiting threads take time
     world = ranks or read_world() or default_world(config)
-    print(report(config, resolve(config, world)), flush=True)
+    print(report(config, resolve(config, world), stages), flush=True)
     # after the sizes: the data may be missing where only the model's file is available
     missing = missing_inputs(config)
     print(*(["not found"] * bool(missing)), *(f"  {line}" for line in missing), sep="\n")

@@ -12,6 +12,7 @@ from configs.parallel_dims import resolve
 from configs.schema import JobConfig
 from models.decoder import Decoder
 from parallel import mesh as meshes
+from parallel.accumulation import Accumulation
 from parallel.apply import materialize, parallelize
 from parallel.fp8_weights import Fp8Weights, gather_in_fp8
 from parallel.mesh import Mesh
@@ -34,6 +35,7 @@ class ShardedModel:
 class Training(ShardedModel):
     """This rank's part of a model with its initial values, and the optimizer."""
 
+    accumulation: Accumulation
     fp8_weights: Fp8Weights
     """Must be refreshed whenever the weights have changed, the first time after loading."""
     optimizer: torch.optim.AdamW
@@ -68,4 +70,5 @@ def build_training(
     optimizer = build_optimizer(model, config.optimizer, config.precision.moments)
     fp8_weights = gather_in_fp8(model)
     optimizer.register_step_post_hook(lambda *_: fp8_weights.expire())  # a refresh cannot be missed
-    return Training(sharded.mesh, model, sharded.compute, fp8_weights, optimizer)
+    accumulation = Accumulation(model, config.parallel)
+    return Training(sharded.mesh, model, sharded.compute, accumulation, fp8_weights, optimizer)

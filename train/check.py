@@ -19,13 +19,19 @@ from parallel.memory.model import CATEGORIES, ROUTED
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
-from train.memory import predict
+from train.memory import predict, predict_stages
 from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
 
+_FLOPS = 4e14
+"""FLOP/s of a GPU for the comparison of ZeRO stages: 40 percent of an H100's peak in bf16."""
 
-def report(config: JobConfig, parallel_dims: ParallelDims) -> str:
-    """The resolved experiment and its sizes as text. Raises ConfigError for invalid settings."""
+
+def report(config: JobConfig, parallel_dims: ParallelDims, stages: bool = False) -> str:
+    """The resolved experiment and its sizes as text. Raises ConfigError for invalid settings.
+
+    stages: compare the ZeRO stages.
+    """
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.seq_len)
     tokens = config.train.global_batch * config.data.seq_len
@@ -54,6 +60,7 @@ def report(config: JobConfig, parallel_dims: ParallelDims) -> str:
         f"{tokens * config.train.steps * flops:.2e} FLOPs",
         "bytes per rank",
         *_bytes_per_rank(config, parallel_dims),
+        *(_stages(config, parallel_dims, tokens * flops / parallel_dims.world) if stages else ()),
     ]
     return "\n".join(lines)
 
@@ -135,6 +142,26 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
         lines += ["exchanged per rank in a step (of a gather the result, of others the input)"]
         lines += [_row(kind, [n[kind] for n in exchanged]) for kind in sorted({*exchanged[0]})]
         lines += [_row("sum", [n.total() for n in exchanged])]
+    return lines
+
+
+def _stages(config: JobConfig, parallel_dims: ParallelDims, flops: float) -> list[str]:
+    """Memory and communication of a rank in every ZeRO stage on GPUs. flops: of a rank in a
+    step."""
+    compute = compute_dtype(config, torch.device("cuda"), is_here=False)
+    seconds = flops / _FLOPS
+    used = (config.parallel.stage(experts=False), config.parallel.stage(experts=True))
+    lines = [
+        f"ZeRO stages on GPUs; a step's products take {seconds:.3g} s at "
+        f"{_FLOPS / 1e12:.0f} TFLOP/s, during which the exchange needs a rate of",
+        f"  {'zero_stage':<11} {'expert_zero_stage':<18} {'memory':>12} {'exchanged':>14}",
+    ]
+    for stage, needs in predict_stages(config, parallel_dims, "cuda", compute).items():
+        total = needs.exchanged.total()
+        lines.append(
+            f"  {stage[0]:<11} {stage[1]:<18} {_size(needs.peak.total()):>12} {_size(total):>14}"
+            f" {_size(total / seconds):>12}/s" + "   as set" * (stage == used)
+        )
     return lines
 
 

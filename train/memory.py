@@ -14,6 +14,7 @@ counted: the sums of a few numbers per step (loss, norm of the gradients, loads)
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import count, product
 from unittest.mock import patch
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from configs.parallel_dims import ParallelDims
 from configs.schema import JobConfig
 from kernels.layers import cross_entropy
+from parallel.accumulation import Accumulation
 from parallel.memory.fake_group import fake_group
 from parallel.memory.model import BATCH, GRADIENTS, MASKS, MOMENTS, PARAMETERS, TracedModel
 from parallel.memory.routing import chosen, even, one_sided
@@ -64,6 +66,24 @@ def predict(
         return evenly, step.needs(step.worst())
 
 
+def predict_stages(
+    config: JobConfig, parallel_dims: ParallelDims, device: str, compute: torch.dtype
+) -> dict[tuple[int, int], Needs]:
+    """What a rank needs in every ZeRO stage of dense weights and of experts, for even loads.
+
+    Arguments as for `predict`.
+    """
+    found = {}
+    with fake_group(parallel_dims.world + 1):
+        for dense, experts in product((3, 2, 1), repeat=2):
+            parallel = replace(config.parallel, zero_stage=dense, expert_zero_stage=experts)
+            one = _traceable(replace(config, parallel=parallel), parallel_dims)
+            step = _Step(one, parallel_dims, device, compute)
+            evenly = even(config.model.moe, parallel_dims.ep, step.own_tokens)
+            found[dense, experts] = step.needs(step.trace(evenly))
+    return found
+
+
 def _traceable(config: JobConfig, parallel_dims: ParallelDims) -> JobConfig:
     """Replace settings that cannot be traced: compilation, and the buffers of DeepEP; its rows are
     counted as those of the exact exchange."""
@@ -80,6 +100,10 @@ def _traceable(config: JobConfig, parallel_dims: ParallelDims) -> JobConfig:
     return replace(config, parallel=replace(config.parallel, dispatch=dispatch, compile=False))
 
 
+_Trace = list[list[Segment]]
+"""Segments of the microbatches of a step that differ, the last one with the rest of the step."""
+
+
 class _Step:
     """Steps of one rank, traced one after another."""
 
@@ -90,8 +114,12 @@ class _Step:
         train = config.train
         self.passes = train.global_batch // (train.micro_batch * parallel_dims.data_ranks)
         self.own_tokens = train.micro_batch * config.data.seq_len // parallel_dims.tp
+        stages = [config.parallel.stage(experts) for experts in (False, True)]
+        self.differ = self.passes > 1 and min(stages) < 3
+        """Whether the microbatches of a step keep and communicate different things."""
         self.traced = TracedModel(config, parallel_dims, device, compute)
         self.model = self.traced.module
+        self.accumulation = Accumulation(self.model, config.parallel)
         with self.traced.tracing():
             self.optimizer = build_optimizer(self.model, config.optimizer, config.precision.moments)
             self.traced.give_gradients()
@@ -101,7 +129,7 @@ class _Step:
             self.optimizer.zero_grad()
             self.traced.refresh()
 
-    def worst(self) -> list[Segment]:
+    def worst(self) -> _Trace:
         """A step in which the first experts get all tokens of all ranks. If that is so many rows
         that their indices alone would fill this machine's memory, it is extrapolated from two
         smaller loads."""
@@ -112,25 +140,39 @@ class _Step:
             return self.trace(one_sided(moe, self.own_tokens))
         shares = (small / worst, 2 * small / worst)
         low, high = (self.trace(one_sided(moe, self.own_tokens, share)) for share in shares)
-        return extrapolate(low, high, worst / small - 1)
+        factor = worst / small - 1
+        return [extrapolate(*both, factor) for both in zip(low, high, strict=True)]
 
-    def trace(self, ids_TK: Tensor) -> list[Segment]:
+    def trace(self, ids_TK: Tensor) -> _Trace:
         """The last of a step's microbatches, and the rest of the step, with that choice of
-        experts."""
+        experts; if they differ, the first and another one precede it."""
         train, batch = self.config.train, self._batch()
+        n_traced = min(self.passes, 3) if self.differ else 1
+        begun, earlier = count(1), _Trace()
+
+        def begin() -> bool:
+            """Called before every microbatch."""
+            number = next(begun)
+            if number > 1:
+                earlier.append(self.traced.next_microbatch())
+            if number == n_traced:
+                self.held = self.traced.held(self._states())
+            return False
+
         with self.traced.tracing(), chosen(ids_TK), self._few_chunks():
-            if self.passes > 1:
+            if self.passes > 1 and not self.differ:
                 self.traced.give_gradients()
             with self.traced.category(BATCH):
                 batch = batch.to(self.traced.tracker.device)
             self.held = self.traced.held(self._states())
-            segments = self.traced.trace(
+            last = self.traced.trace(
                 batch.core,
                 lambda: train_step(
-                    self.model, self.optimizer, [batch], step=1, rank=0,
+                    self.model, self.optimizer, [batch] * n_traced, step=1, rank=0,
                     tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
                     mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
-                    updated=self.traced.refresh,
+                    stop=begin if self.differ else lambda: False, updated=self.traced.refresh,
+                    accumulation=self.accumulation,
                 ),
             )  # fmt: skip
             masks = batch.core.mask_bytes
@@ -144,13 +186,19 @@ class _Step:
             if is_moe
         )
         self.held["other"] += absent_moe * (8 * self.config.model.moe.n_experts + 12)
-        return segments
+        return [*earlier, last]
 
-    def needs(self, segments: list[Segment]) -> Needs:
+    def needs(self, trace: _Trace) -> Needs:
         on_host = frozenset[str]()
         if self.config.parallel.cpu_offload and self.device != "cpu":
             on_host = frozenset((PARAMETERS, GRADIENTS, MOMENTS))
-        return needs_of(self.held, segments, self.traced.layers, self.passes, on_host)
+        *earlier, last = trace
+        if not self.differ:
+            return needs_of(self.held, last, self.traced.layers, self.passes, on_host)
+        times = (1, self.passes - 2)
+        return needs_of(
+            self.held, last, self.traced.layers, 1, on_host, list(zip(earlier, times, strict=False))
+        )
 
     def _batch(self) -> Batch:
         """Sequences of several documents, one of them nearly as long as the sequence."""

@@ -27,6 +27,7 @@ from models.balance import mean_losses
 from models.decoder import Decoder
 from models.router import routers, update_biases
 from models.step_context import StepContext
+from parallel.accumulation import Accumulation
 from parallel.dispatch.gathering import routed_dispatchers
 from parallel.dispatch.overflow import overflowed
 from parallel.dispatch.stats import dispatch_fields, sum_counts
@@ -89,6 +90,7 @@ def train_step(
     z_loss_coef: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
     updated: Callable[[], None] = lambda: None,
+    accumulation: Accumulation | None = None,
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
 
@@ -106,6 +108,7 @@ def train_step(
         stop: Called before every microbatch; must return the same on all ranks. If true the step is
             abandoned, with no change, and None returned.
         updated: Called once the weights have changed.
+        accumulation: What is kept between microbatches; None for nothing.
     """
     microbatches = list(batches)
     depth = model.config.mtp_depth
@@ -124,12 +127,14 @@ def train_step(
     weights[0] = 1.0
     objective = _Objective(targets, weights, z_loss_coef)
     with _watching(model) as hidden:
-        totals = _forward_backward(model, microbatches, objective, context, stop)
+        totals = _forward_backward(model, microbatches, objective, context, stop, accumulation)
         if totals is not None and overflowed(model, context, step):
             optimizer.zero_grad()
             context = context.redo_exactly()
-            totals = _forward_backward(model, microbatches, objective, context, stop)
+            totals = _forward_backward(model, microbatches, objective, context, stop, accumulation)
     if totals is None:
+        if accumulation is not None:
+            accumulation.discard()
         optimizer.zero_grad()
         return None
     parameters = list(model.parameters())
@@ -171,14 +176,17 @@ def _forward_backward(
     objective: _Objective,
     context: StepContext,
     stop: Callable[[], bool],
+    accumulation: Accumulation | None,
 ) -> Tensor | None:
     """This rank's losses summed over microbatches, gradients added up; None if `stop` returns
     true."""
     weights = objective.weights
     totals = torch.zeros_like(weights)
-    for batch in microbatches:
+    for i, batch in enumerate(microbatches):
         if stop():
             return None
+        if accumulation is not None:
+            accumulation.begin(is_last=i == len(microbatches) - 1)
         microbatch = context.microbatch()
         losses = loss_sums(model, batch, len(weights) - 1, objective.z_loss_coef, microbatch)
         losses = losses / objective.targets.clamp(min=1)

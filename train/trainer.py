@@ -90,6 +90,7 @@ class Trainer:
                         tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
                         mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
                         stop=stop.agreed, updated=self.training.fp8_weights.refresh,
+                        accumulation=self.training.accumulation,
                     )  # fmt: skip
                 if result is None:
                     break

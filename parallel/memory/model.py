@@ -144,8 +144,15 @@ class TracedModel:
             held[storage.category] += times * storage.n_bytes
         return held
 
+    def next_microbatch(self) -> list[Segment]:
+        """Begin the trace of a further microbatch of the step; returns that of the previous one."""
+        trace = self.tracker.begin(STEP)
+        self._now(ENDS)
+        return trace
+
     def trace(self, core: DocumentAttention, step: Callable[[], object]) -> list[Segment]:
-        """The trace of one step. core: of its microbatch, which has no masks yet."""
+        """The trace of one step, or of its last microbatch (`next_microbatch`) and the rest of it.
+        core: of its microbatches, which has no masks yet."""
         self.tracker.begin(STEP)
         with self.category(MASKS):
             for index in self.layers.kept:
@@ -233,6 +240,9 @@ class TracedModel:
                 grad = record.sharded_param.grad
                 if grad is not None:
                     storage_of(local_of(grad)).recategorize(GRADIENTS)
+                whole = record.unsharded_accumulated_grad  # of ZeRO stage 1
+                if whole is not None:
+                    storage_of(local_of(whole)).recategorize(GRADIENTS)
             if is_root:
                 self._now(NORM)
 

@@ -41,21 +41,30 @@ def needs_of(
     layers: Layers,
     passes: int,
     on_host: frozenset[str] = frozenset(),
+    earlier: Sequence[tuple[Sequence[Segment], int]] = (),
 ) -> Needs:
     """Memory and communication of a step of all layers.
 
-    held: before the step, by all layers. segments: of the last of its microbatches, traced with
-    `layers`. passes: microbatches of the step. on_host: categories that are in host memory.
+    held: before the last microbatch, by all layers. segments: of that microbatch and the rest of
+    the step, traced with `layers`. passes: number of microbatches that communicate as it does.
+    on_host: categories that are in host memory. earlier: traces of microbatches that communicate
+    differently, and how many there are.
     """
-    by_mark = {segment.mark: segment for segment in segments}
-    assert len(by_mark) == len(segments), "a mark that came twice"
-    way = [by_mark[mark] for mark in _order(layers) if mark in by_mark]
+    way = _way(segments, layers)
     exchanged: Bytes = Counter()
-    for segment in way:
-        for kind, n_bytes in segment.exchanged.items():
-            exchanged[kind] += n_bytes * (1 if segment.mark[0] == REFRESH else passes)
+    for trace, times in [(way, passes), *((_way(one, layers), times) for one, times in earlier)]:
+        for segment in trace:
+            for kind, n_bytes in segment.exchanged.items():
+                exchanged[kind] += n_bytes * (1 if segment.mark[0] == REFRESH else times)
     device = _peak(held, way, layers, lambda category: category not in on_host)
     return Needs(device, _peak(held, way, layers, on_host.__contains__), exchanged)
+
+
+def _way(segments: Sequence[Segment], layers: Layers) -> list[Segment]:
+    """The segments of all layers in order."""
+    by_mark = {segment.mark: segment for segment in segments}
+    assert len(by_mark) == len(segments), "a mark that came twice"
+    return [by_mark[mark] for mark in _order(layers) if mark in by_mark]
 
 
 def _order(layers: Layers) -> Iterator[Mark]:

@@ -37,6 +37,12 @@ CASES = [
     Case("deepseek-v3", 1, 2, 2, 2, 2),
     Case("gpt-oss", 1, 2, 2, 1, 2),
 ]  # fmt: skip
+STAGES = [
+    Case("glm4", 1, 2, 2, 4, 1, (("zero_stage", 2),)),
+    Case("glm4", 2, 2, 1, 2, 1, (("zero_stage", 1),)),
+    Case("glm4", 2, 2, 1, 1, 1, (("zero_stage", 3), ("expert_zero_stage", 1))),
+    Case("fp8", 1, 4, 1, 2, 1, (("zero_stage", 1), ("expert_zero_stage", 2))),
+]
 FP8_CASES = [
     Case("fp8", 1, 2, 2, 4, 1), Case("fp8", 2, 2, 1, 2, 1), Case("fp8", 1, 4, 1, 1, 1),
     Case("fp8", 1, 2, 2, 1, 2, (("reshard_after_forward", False),)),
@@ -119,7 +125,10 @@ class Formula:
 
     def _fsdp(self) -> None:
         case, tp = self.case, self.case.tp
-        experts_alone = case.ep > 1 or tp > 1
+        stages = dict(case.more)
+        dense = int(stages.get("zero_stage", 3))
+        routed = int(stages.get("expert_zero_stage", dense))
+        experts_alone = case.ep > 1 or tp > 1 or dense != routed
         for i in range(self.model.n_layers):
             divided, undivided = Part(), Part()
             for name, (size, split) in self.sizes.items():
@@ -136,31 +145,33 @@ class Formula:
             for name, (size, _) in self.sizes.items():
                 if name.startswith(f"layers.{i}.") and ".experts." in name and experts_alone:
                     experts += self._part(name, size, case.ep * case.etp)
-            self._group("dp_shard", case.dp_shard, divided)
-            self._group("dp_shard_tp", case.dp_shard * tp, undivided)
-            self._group("efsdp", case.dp_shard * tp // (case.ep * case.etp), experts)
+            self._group("dp_shard", case.dp_shard, divided, dense)
+            self._group("dp_shard_tp", case.dp_shard * tp, undivided, dense)
+            self._group("efsdp", case.dp_shard * tp // (case.ep * case.etp), experts, routed)
         root = {n: s for n, (s, _) in self.sizes.items() if not n.startswith("layers.")}
         norm = root.pop("norm.weight")
         held = sum(root.values()) // tp + (norm if tp == 1 else 0)
-        self._group("dp_shard", case.dp_shard, Part(held, held * FLOAT), root=True)
+        self._group("dp_shard", case.dp_shard, Part(held, held * FLOAT), dense, root=True)
         rest = Part() if tp == 1 else Part(norm, norm * FLOAT)
-        self._group("dp_shard_tp", case.dp_shard * tp, rest)
+        self._group("dp_shard_tp", case.dp_shard * tp, rest, dense)
 
     def _part(self, name: str, size: int, ranks: int) -> "Part":
         """The part of one parameter, which this many ranks divide before FSDP2 shards it."""
         blocks = self.grids.get(name, 0)
         return Part(size // ranks, size // ranks * (1 if blocks else FLOAT), blocks // ranks)
 
-    def _group(self, axis: str, n_ranks: int, part: "Part", root: bool = False) -> None:
+    def _group(self, axis: str, n_ranks: int, part: "Part", stage: int, root: bool = False) -> None:
         numel = part.numel
         if not numel:
             return
         reshard = dict(self.case.more).get("reshard_after_forward", True) and not root
+        gathers = (2 if reshard else 1) * PASSES if stage == 3 else 1
+        reductions = PASSES if stage > 1 else 1
         if n_ranks > 1:
             self.maxima[axis] += part.blocks * FLOAT
-            self.add(axis, "allgather", part.gathered, PASSES * (2 if reshard else 1))
-            self.add(axis, "reducescatter", numel * FLOAT)
-        self.add("dp_replicate", "allreduce", numel * FLOAT // n_ranks)
+            self.add(axis, "allgather", part.gathered, gathers)
+            self.add(axis, "reducescatter", numel * FLOAT, reductions)
+        self.add("dp_replicate", "allreduce", numel * FLOAT // n_ranks, reductions)
 
     def _step(self) -> None:
         n_layers, n_experts = len(self.moe_layers), self.model.moe.n_experts
@@ -226,7 +237,7 @@ def settings_of(case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "cases",
     [
-        [CASES[0], CASES[3], CASES[5]], [FP8_CASES[0], FP8_CASES[4]],
+        [CASES[0], CASES[3], CASES[5]], [FP8_CASES[0], FP8_CASES[4]], STAGES,
         pytest.param([CASES[1], CASES[2], CASES[4]], marks=pytest.mark.slow),
         pytest.param(FP8_CASES[1:4], marks=pytest.mark.slow),
     ],

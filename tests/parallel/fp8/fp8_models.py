@@ -83,7 +83,7 @@ STEPS = {
 SAME: tuple[dict[str, Any], ...] = (
     {}, {"recompute": "full"}, {"recompute": "selective"},
     {"recompute": "selective", "recompute_keep": ("exchange",), "recompute_every": 2},
-    {"reshard_after_forward": False, "prefetch": 0},
+    {"reshard_after_forward": False, "prefetch": 0}, {"zero_stage": 2},
 )  # fmt: skip
 """Settings of `[parallel]` that must not change a bit."""
 LAYERS = {

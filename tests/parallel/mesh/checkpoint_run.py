@@ -36,7 +36,7 @@ class Run:
         self.config, self.ranks = from_dict(settings, name), ranks
         training = training_of(self.config, ranks, compute)
         self.mesh, self.model, self.optimizer = training.mesh, training.model, training.optimizer
-        self.fp8_weights = training.fp8_weights
+        self.fp8_weights, self.accumulation = training.fp8_weights, training.accumulation
         shake(self.model)
         self.fp8_weights.refresh()
         self.data = TrainingData(
@@ -53,7 +53,7 @@ class Run:
         done = train_step(
             self.model, self.optimizer, self.data.step(step), step=step, rank=self.ranks.rank,
             tp_size=self.mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=0.3,
-            updated=updated or self.fp8_weights.refresh,
+            updated=updated or self.fp8_weights.refresh, accumulation=self.accumulation,
         )  # fmt: skip
         assert done is not None
         return done

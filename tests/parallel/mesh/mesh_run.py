@@ -189,7 +189,7 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
             done = train_step(
                 model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,
                 tp_size=mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
-                z_loss_coef=config.train.z_loss_coef,
+                z_loss_coef=config.train.z_loss_coef, accumulation=training.accumulation,
             )  # fmt: skip
             assert done is not None
             losses = [*done.mtp_losses, *done.router_losses.values()]

@@ -37,6 +37,23 @@ RECOMPUTED = [
     Case(GLM4, 1, 2, 2, 4, 1, (("reshard_after_forward", False), ("prefetch", 0))),
     Case(GLM4, 1, 4, 1, 2, 1, (("cpu_offload", True), ("prefetch", 2))),
 ]
+ACCUMULATED = [
+    Case(GLM4, 1, 2, 2, 4, 1, (("zero_stage", 1),)),
+    Case(GLM4, 1, 4, 1, 1, 1, (("zero_stage", 1), ("expert_zero_stage", 3), ("recompute", "full"))),
+    Case(GLM4, 2, 2, 1, 2, 1, (("zero_stage", 2), ("expert_zero_stage", 1))),
+    Case(GLM4, 1, 2, 2, 2, 2, (("zero_stage", 3), ("expert_zero_stage", 2), ("prefetch", 2))),
+    Case(GLM4, 1, 4, 1, 4, 1, (("zero_stage", 1), ("cpu_offload", True))),
+    Case(
+        GLM4,
+        2,
+        1,
+        2,
+        2,
+        1,
+        (("zero_stage", 2), ("recompute", "selective")),
+        (("kind", "sync_free"), ("capacity_factor", 0.5)),
+    ),
+]
 DISPATCHED = [
     Case(GLM4, 1, 2, 2, 4, 1, (), (("kind", "hierarchical"), ("node_size", 2))),
     Case(GLM4, 1, 2, 2, 4, 1, (("recompute", "full"),), (("chunks", 3),)),
@@ -51,7 +68,7 @@ ODD_FAMILIES = [ODD + family for family in (GLM4, "deepseek-v3", "gpt-oss", "lla
 FULL = {
     2: [*all_meshes(GLM4, 2), GATHERED_AGAIN],
     3: all_meshes(ODD + GLM4, 3),
-    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + DISPATCHED,
+    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + ACCUMULATED + DISPATCHED,
     # each family has a different one, the first has all pairs of axes
     6: pairwise(ODD + GLM4, 6) + [thirds(family)[i] for i, family in enumerate(ODD_FAMILIES)],
     8: pairwise(GLM4, 8),
@@ -68,6 +85,7 @@ COVER = {
         [RECOMPUTED[3], Case("mixtral", 2, 1, 2, 1, 2, RECOMPUTED[5].more)],
         [replace(RECOMPUTED[6], family="deepseek-v3-mtp")],
         [Case("qwen3", 1, 2, 2, 2, 2, RECOMPUTED[4].more)],
+        ACCUMULATED[1:4],
         [replace(DISPATCHED[2], family="gpt-oss"), replace(DISPATCHED[1], family="llama4")],
     ],
     8: [[Case("glm4-bare", 2, 2, 2, 2, 2)]],

@@ -49,6 +49,7 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
     for router in routers(model):
         if one_choice:
             router.bias_E[: router.config.top_k] = 100.0  # scores are at most 1
+    accumulation = training.accumulation
     fp8_weights.refresh()
     # predicted for documents as long as the sequence; in long sequences shorter ones need less
     eot = 0 if config.data.seq_len <= SHORT else -1
@@ -73,7 +74,7 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
             train_step(
                 model, optimizer, data.step(step), step=step, rank=ranks.rank,
                 tp_size=parallel_dims.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
-                stop=forget, updated=fp8_weights.refresh,
+                stop=forget, updated=fp8_weights.refresh, accumulation=accumulation,
             )  # fmt: skip
     snapshot = tracker.get_tracker_snapshot("peak")
     return sum(device["Total"] for device in snapshot.values())

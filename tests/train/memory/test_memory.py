@@ -26,9 +26,11 @@ from tests.runs import ROOT, run
 from train import memory
 from train.check import report
 from train.compute_dtype import compute_dtype
-from train.memory import predict
+from train.memory import predict, predict_stages
 
 TOLERANCE, OF_ONE_RANK = 0.10, 0.01
+SAID = re.compile(r"--check --stages: ([\d.]+) GiB; ([\d.,]+) GiB exchanged per step")
+"""Prediction in the file of an experiment."""
 CPU = torch.device("cpu")
 
 
@@ -120,6 +122,16 @@ CASES = [
     Case("room for so many", "qwen3", 2, {"ep": 2, "dispatch": {"kind": "sync_free"}}, passes=2),
     Case("in chunks and FP8", "glm4", 2,
          {"ep": 2, "dispatch": {"chunks": 2, "dispatch_dtype": "fp8"}}, recipe="bf16"),
+    Case("ZeRO 1", "qwen3", 2, {"ep": 2, "zero_stage": 1}, passes=3),
+    Case("ZeRO 1 in bf16", "gpt-oss", 2, {"tp": 2, "etp": 2, "zero_stage": 1}, passes=3,
+         recipe="bf16"),
+    Case("ZeRO 1 of four", "glm4", 4, {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1}, passes=2,
+         recipe="bf16"),
+    Case("ZeRO 2", "mixtral", 2, {"zero_stage": 2, "recompute": "full"}, {"n_layers": 5}, passes=2,
+         recipe="bf16", **SMALL),
+    Case("ZeRO 1 of experts", "deepseek-v3", 2, {"expert_zero_stage": 1, "ep": 2}, passes=4),
+    Case("ZeRO 1 in FP8", "mixtral", 2, {"zero_stage": 1, "expert_zero_stage": 2},
+         {"n_layers": 5}, passes=2, **FP8 | SMALL),
     Case("on the host", "glm4", 2, {"cpu_offload": True}, recipe="bf16", passes=2, **SMALL),
     Case("FP8 shards", "mixtral", 2, {"prefetch": 2}, {"n_layers": 5}, passes=2, **FP8 | SMALL),
     Case("FP8 experts", "qwen3", 2, {"ep": 2, "dispatch": {"dispatch_dtype": "fp8"}}, **FP8),
@@ -134,7 +146,8 @@ CASES = [
     Case("replicas", "mixtral", 4, {"dp_replicate": 2, "dp_shard": 2, "ep": 2}, passes=2, **SMALL),
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
-SLOW = {"ahead and balanced", "long", "FP8 with biases", "FP8 recomputed", "FP8 states",
+SLOW = {"ZeRO 2", "ZeRO 1 of experts", "ZeRO 1 in bf16", "ZeRO 1 of four",
+        "ahead and balanced", "long", "FP8 with biases", "FP8 recomputed", "FP8 states",
         "FP8 tensors", "FP8 shards", "in chunks and FP8", "divided experts",
         "replicas", "two levels", "all axes, recomputed", "experts", "tensors",
         "FP8 experts", "room for so many", "gathered", "partly recomputed"}  # fmt: skip
@@ -216,6 +229,26 @@ def test_true_sizes_take_seconds(file: Path) -> None:
     assert even.peak["AdamW moments"] == pytest.approx(8 * held, rel=0.01)
     assert worst.peak.total() >= even.peak.total() * 0.99
     assert not even.host
+    if said := SAID.search(file.read_text()):
+        memory, traffic = (float(number.replace(",", "")) * 2**30 for number in said.groups())
+        assert memory == pytest.approx(even.peak.total(), rel=0.01)
+        assert traffic == pytest.approx(even.exchanged.total(), rel=0.01)
+    assert said or config.run.dir.endswith("demo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*_*.toml")), ids=lambda file: file.stem
+)
+def test_shipped_experiments_use_the_zero_stage_with_the_least_traffic_that_fits(
+    file: Path,
+) -> None:
+    """Into 90 percent of 80 GB."""
+    config = load(str(file), [])
+    found = predict_stages(config, resolve(config, default_world(config)), "cuda", torch.bfloat16)
+    fitting = {s: needs for s, needs in found.items() if needs.peak.total() < 0.9 * 80e9}
+    least = min(fitting, key=lambda stage: fitting[stage].exchanged.total())
+    assert least == (config.parallel.stage(experts=False), config.parallel.stage(experts=True))
 
 
 def test_check_prints_every_byte_and_the_worst_routing() -> None:

@@ -111,6 +111,8 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "gathered": {"reshard_after_forward": False, "prefetch": 2},
         "offload": {"cpu_offload": True, "prefetch": 0},
         "compile": {"compile": True},
+        "zero 1": {"zero_stage": 1, "passes": 3},
+        "zero 2 and 1": {"zero_stage": 2, "expert_zero_stage": 1},
     },
     "passes": {"one": {}, "two": {"passes": 2}},
     "device": {"cuda": {}, "cpu": {}},
@@ -195,7 +197,8 @@ def axes_of(config: JobConfig, parallel_dims: ParallelDims) -> set[str]:
     sizes = {"dp_replicate": d.dp_replicate, "dp_shard": d.dp_shard, "tp": d.tp, "etp": d.etp}
     if d.tp > 1:
         sizes["dp_shard_tp"] = d.dp_shard * d.tp
-    if d.tp * d.ep > 1:
+    stages = {config.parallel.stage(experts) for experts in (False, True)}
+    if d.tp * d.ep > 1 or len(stages) > 1:
         sizes["efsdp"] = d.efsdp
     if config.parallel.dispatch.kind == "hierarchical":
         sizes |= {"ep between nodes": 2, "ep in a node": d.ep // 2}
@@ -229,6 +232,10 @@ FEWER_FIRST: dict[str, list[dict[str, Any]]] = {
     "tp": [{"tp": 4}, {"tp": 2}, {}],
     "prefetch": [FEW_TOKENS | {"prefetch": ahead} for ahead in (1, 2, 3)],
     "gathered": [{}, {"reshard_after_forward": False}],
+    "stages": [
+        {"passes": 4, "zero_stage": dense, "expert_zero_stage": experts}
+        for dense, experts in ((3, 3), (2, 3), (2, 2), (2, 1), (1, 1))
+    ],
     "room": [
         EP | {"dispatch": {"kind": "sync_free", "capacity_factor": factor}} for factor in (1, 2, 4)
     ],
@@ -246,6 +253,26 @@ def test_memory_rises(name: str) -> None:
         needs(experiment(**settings), "cuda")[0].peak.total() for settings in FEWER_FIRST[name]
     ]
     assert all(fewer < more for fewer, more in pairwise(found)), found
+
+
+@pytest.mark.parametrize("stage", [3, 2, 1])
+def test_traffic_of_microbatches(stage: int) -> None:
+    """Weights are gathered, and gradients reduced, as often as the stage says; dispatch does not
+    depend on it."""
+
+    def exchanged(passes: int) -> dict[str, int]:
+        config = experiment(passes=passes, zero_stage=stage, dp_replicate=2, dp_shard=2, ep=2)
+        return needs(config, "cuda")[0].exchanged
+
+    one = exchanged(1)
+    for passes in (2, 3, 5):
+        found = exchanged(passes)
+        once = {"dp_shard all-gather": stage < 3, "dp_shard reduce-scatter": stage < 2,
+                "dp_replicate all-reduce": stage < 2, "ep all-to-all": False}  # fmt: skip
+        assert found.keys() == once.keys() == one.keys()
+        assert found == {
+            kind: one[kind] * (1 if is_once else passes) for kind, is_once in once.items()
+        }
 
 
 PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
