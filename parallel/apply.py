@@ -18,6 +18,8 @@ at one byte per element, and once per step the ranks that shard them all-reduce 
 of their elements (`parallel.fp8_weights`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +45,7 @@ from models.layers.box import Box
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
 from parallel.fp8_weights import check_divided, cut_within_block
+from parallel.gloo import AllToAllReduceScatter
 from parallel.mesh import Mesh
 from parallel.recompute import apply_recompute
 from parallel.shards import box_of, local_of
@@ -113,7 +116,7 @@ class InferenceSharding:
 
 
 def _apply_fsdp(model: Decoder, mesh: Mesh, config: JobConfig, compute: torch.dtype) -> None:
-    shard = _Fsdp(config, compute, mesh.dense.device_type)
+    shard = _Fsdp(config, compute, mesh)
     dense, whole = mesh.fsdp(mesh.dense, "dp_shard"), mesh.fsdp(mesh.whole, "dp_shard_tp")
     expert = mesh.fsdp(mesh.expert, "efsdp")
     divided = mesh.parallel_dims.tp > 1
@@ -160,16 +163,17 @@ def _groups(blocks: list[Block]) -> list[FSDPModule]:
 class _Fsdp:
     """FSDP2 with the options of this run."""
 
-    def __init__(self, config: JobConfig, compute: torch.dtype, device_type: str) -> None:
+    def __init__(self, config: JobConfig, compute: torch.dtype, mesh: Mesh) -> None:
         self.parallel = config.parallel
         self.is_split = self.parallel.stage(experts=True) != self.parallel.stage(experts=False)
         """Whether experts need a group of their own on any mesh."""
         self.policy = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        self.on_gloo = mesh.device_type == "cpu"
         self.offload = OffloadPolicy()
         if config.parallel.cpu_offload:
-            self.offload = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+            self.offload = CPUOffloadPolicy(pin_memory=mesh.dense.device_type == "cuda")
 
     def __call__(self, modules: list[nn.Module], mesh: DeviceMesh, root: bool = False) -> None:
         """Shard the parameters of `modules` that are not sharded yet, as one group."""
@@ -194,6 +198,9 @@ class _Fsdp:
             assert isinstance(modules[0], FSDPModule)
             modules[0].set_gradient_divide_factor(1.0)
             modules[0].set_force_sum_reduction_for_comms(True)
+            if self.on_gloo and n_ranks > 1:
+                reduce_scatter: Any = AllToAllReduceScatter()
+                modules[0].set_custom_reduce_scatter(reduce_scatter)
 
 
 def placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:

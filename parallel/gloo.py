@@ -1,4 +1,6 @@
-"""One worker thread per gloo group, because torch's default of two corrupts the heap.
+"""Gloo's groups and a reduce-scatter for them.
+
+Every group has one worker thread, because torch's default of two corrupts the heap.
 
 torch 2.13 starts two threads for every gloo group. When one of them has finished an operation it
 writes the operation's name into a string of the group (`lastCompletedWorkName`), without a lock. Up
@@ -14,7 +16,13 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+SPAN = "gloo reduce-scatter over "
+"""Name of a reduce-scatter in a profile, followed by the number of ranks."""
 
 
 @cache
@@ -37,3 +45,26 @@ def one_thread_per_group() -> None:
         made(self, store, rank, size, options)
 
     gloo.__init__ = init
+
+
+class AllToAllReduceScatter:
+    """A reduce-scatter that sends every element once: each rank receives its part of all ranks'
+    inputs, and adds them up. Gloo's own computes an all-reduce of a copy of the input, which sends
+    twice as much.
+
+    The interface is that of FSDP2's `set_custom_reduce_scatter`.
+    """
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any,
+        async_op: bool = False,
+    ) -> None:  # fmt: skip
+        """FSDP2 passes ReduceOp.SUM (`parallel.apply`) and waits on CPUs."""
+        assert op == dist.ReduceOp.SUM and not async_op
+        with record_function(f"{SPAN}{group.size()}"):
+            received = torch.empty_like(input_tensor)
+            dist.all_to_all_single(received, input_tensor, group=group)
+            torch.sum(received.view(group.size(), -1), 0, out=output_tensor)

@@ -73,8 +73,12 @@ COLLECTIVES: dict[Any, Collective] = {
     _functional.all_reduce.default: Collective(ALL_REDUCE, lambda x, *_: x.clone(), 0),
     _c10d._allgather_base_.default: Collective(ALL_GATHER, _in_place, 0, 2),
     _c10d._reduce_scatter_base_.default: Collective(REDUCE_SCATTER, _in_place, 1, 2),
+    # that of `parallel.gloo`; the experts' exchange is the functional operation
+    _c10d.alltoall_base_.default: Collective(REDUCE_SCATTER, lambda *_: FakeWork().boxed(), 1, 2),
     _c10d.allgather_.default: Collective(ALL_GATHER, _gathered_in_place, 0, 2),
     _c10d.allreduce_.default: Collective(ALL_REDUCE, _in_place, 0, 1),
 }
 """By operation."""
+COPIES_ON_GLOO = _functional.reduce_scatter_tensor.default
+"""Gloo copies its input."""
 WAIT = _functional.wait_tensor.default

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.memory.collectives import COLLECTIVES, REDUCE_SCATTER, WAIT
+from parallel.memory.collectives import COLLECTIVES, COPIES_ON_GLOO, WAIT
 
 DEVICES = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
 """The device that traced tensors report: with `meta`, code uses the path of an accelerator without
@@ -202,8 +202,8 @@ class MemoryTracker(TorchDispatchMode):
         collective = COLLECTIVES[operation]
         result = collective.run(*args)
         n_bytes = collective.n_bytes(args, result)
-        if self.is_gloo and collective.kind == REDUCE_SCATTER:
-            Storage(self, n_bytes)  # gloo copies its input; freed at once
+        if self.is_gloo and operation is COPIES_ON_GLOO:
+            Storage(self, n_bytes)  # freed at once
         axis = self.axes.get(collective.group_name(args))
         if axis is not None:
             self.segments[-1].exchanged[f"{axis} {collective.kind}"] += n_bytes

@@ -17,6 +17,7 @@ import torch
 from configs.errors import ConfigError, UserError
 from configs.parallel_dims import resolve
 from scripts.scaling_report.runs import MeasuredRun
+from scripts.scaling_report.traces import ALL_TO_ALL, reduce_scatters
 from train.memory import predict
 
 _SINGLE = {
@@ -29,7 +30,7 @@ _FUNCTIONAL = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", 2),
 }
 """Kind, and index of the number of ranks. These have one tensor, the input."""
-_ALL_TO_ALL, _ALL_REDUCE = "c10d::alltoall_base_", "gloo:all_reduce"
+_ALL_REDUCE = "gloo:all_reduce"
 _SPLITS = 3
 """Index of the sizes of the parts that an all-to-all receives, one per rank."""
 _ITEM_BYTES = {
@@ -80,6 +81,8 @@ def exchanged(run: MeasuredRun, traces: Sequence[Sequence[dict[str, Any]]]) -> l
 def counted(events: Sequence[dict[str, Any]]) -> Counter[tuple[str, int | None]]:
     """Bytes of one rank by kind and number of ranks (None: not known)."""
     found: Counter[tuple[str, int | None]] = Counter()
+    reduced = 0  # in reduce-scatters that gloo computes as all-reduces
+    by_all_to_all = {id(event): ranks for event, ranks in reduce_scatters(events)}
     for event in events:
         name, args = event["name"], event.get("args", {})
         if name in _SINGLE:
@@ -89,17 +92,20 @@ def counted(events: Sequence[dict[str, Any]]) -> Counter[tuple[str, int | None]]
         elif name in _FUNCTIONAL:
             kind, place = _FUNCTIONAL[name]
             size = int(args["Concrete Inputs"][place])
-            found[kind, size] += _n_bytes(args, 0) * (size if kind == "all-gather" else 1)
-        elif name == _ALL_TO_ALL:
+            n_bytes = _n_bytes(args, 0) * (size if kind == "all-gather" else 1)
+            found[kind, size] += n_bytes
+            reduced += n_bytes * (kind == "reduce-scatter")
+        elif name == ALL_TO_ALL and id(event) in by_all_to_all:
+            found["reduce-scatter", by_all_to_all[id(event)]] += _n_bytes(args, 1)
+        elif name == ALL_TO_ALL:
             parts = [
                 word for word in args["Concrete Inputs"][_SPLITS].strip("[]").split(",") if word
             ]
             found["all-to-all", len(parts) or None] += _n_bytes(args, 1)
         elif name == _ALL_REDUCE:
             found["all-reduce", None] += _n_bytes(args, 0)
-    # gloo computes a reduce-scatter as an all-reduce of its input
     if ("all-reduce", None) in found:
-        found["all-reduce", None] -= sum(n for (kind, _), n in found.items() if "scatter" in kind)
+        found["all-reduce", None] -= reduced
     return found
 
 

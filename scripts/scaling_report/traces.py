@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.gloo import SPAN
+
 Span = tuple[float, float]
 _KINDS = {
     "all_to_all": "dispatch", "alltoall": "dispatch", "all_gather": "FSDP", "allgather": "FSDP",
@@ -17,6 +19,7 @@ _KINDS = {
 }  # fmt: skip
 
 
+ALL_TO_ALL = "c10d::alltoall_base_"
 _SCATTER = "_c10d_functional::reduce_scatter_tensor"
 
 
@@ -64,20 +67,17 @@ def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     computing = [_span(e) for e in kernels if "nccl" not in e["name"].lower()] if kernels else [
         _span(e) for e in main if e["name"].startswith(("aten::", "phalanx::"))
     ]  # fmt: skip
-    # gloo computes a reduce-scatter as an all-reduce of its input
-    scattered = {
-        shape
-        for name, place in (("c10d::_reduce_scatter_base_", 1), (_SCATTER, 0))
-        for event in events
-        if event["name"] == name and (shape := _shape(event, place))
-    }
+    # gloo computes a reduce-scatter as an all-reduce of its input, `parallel.gloo` as an all-to-all
+    scattered = {shape for e in events if e["name"] == _SCATTER and (shape := _shape(e, 0))}
+    exchanged = {_shape(event, 1) for event, _ in reduce_scatters(events)}
     sent = {"dispatch": list[Span](), "FSDP": list[Span](), "other": list[Span]()}
     for event in events:
         name = event["name"].lower()
         if name.startswith("gloo:") or (event.get("cat") == "kernel" and "nccl" in name):
             kinds = [kind for word, kind in _KINDS.items() if word in name]
-            is_scatter = _shape(event, 0) in scattered
-            kinds += ["FSDP"] if name == "gloo:all_reduce" and is_scatter else []
+            of_fsdp = {"gloo:all_reduce": scattered, "gloo:all_to_all": exchanged}
+            if _shape(event, 0) in of_fsdp.get(name, ()):
+                kinds = ["FSDP"]
             sent[kinds[0] if kinds else "other"].append(_span(event))
     parts = {
         "forward": total - backward - step,
@@ -89,6 +89,22 @@ def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
         parts[f"{kind}, hidden"] = hidden
         parts[f"{kind}, exposed"] = length(spans) - hidden
     return {part: time / total for part, time in parts.items()}
+
+
+def reduce_scatters(events: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
+    """The all-to-alls that are reduce-scatters (`parallel.gloo`), and their number of ranks."""
+    spans = [
+        (e["tid"], *_span(e), int(e["name"].removeprefix(SPAN)))
+        for e in events
+        if e["name"].startswith(SPAN)
+    ]
+    return [
+        (event, ranks)
+        for event in events
+        if event["name"] == ALL_TO_ALL
+        for thread, begin, end, ranks in spans
+        if event["tid"] == thread and begin <= event["ts"] < end
+    ]
 
 
 def _shape(event: dict[str, Any], place: int) -> str:

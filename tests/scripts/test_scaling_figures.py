@@ -9,6 +9,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.errors import UserError
+from parallel.gloo import SPAN
 from scripts.scaling_report.__main__ import main
 from scripts.scaling_report.exchanged import Exchange, compared, counted, exchanged
 from scripts.scaling_report.goodput import StepEvent, elapsed, read_goodput
@@ -168,14 +169,19 @@ def test_bytes_are_counted_by_kind_and_ranks() -> None:
         traced("_c10d_functional::all_gather_into_tensor", [[3, 5], [], []], ["", "2", ""]),
         traced("c10d::allgather_into_tensor_coalesced_", [[[6, 5]], [[3, 5]]]),  # the same again
         traced("c10d::_reduce_scatter_base_", [[5], [20]]),
-        traced("gloo:all_reduce", [[20]]), traced("gloo:all_reduce", [[7]]),
+        traced("_c10d_functional::reduce_scatter_tensor", [[15], [], []], ["", "", "3"]),
+        traced("gloo:all_reduce", [[15]]), traced("gloo:all_reduce", [[7]]),
+        event(f"{SPAN}2", 50, 10), event(f"{SPAN}4", 70, 10, tid=7),
+        traced("c10d::alltoall_base_", [[6], [6], [], []], ["", "", "", "[]"]) | {"ts": 55},
+        traced("c10d::alltoall_base_", [[4], [4], [], []], ["", "", "", "[]"]) | {"ts": 75},
         traced("c10d::allreduce_", [[[7]]]),
         traced("c10d::alltoall_base_", [[9, 2], [8, 2], [], []], ["", "", "", "[3, 6]"]),
         traced("c10d::alltoall_base_", [[8], [8], [], []], ["", "", "", "[]"]),
     ]  # fmt: skip
     assert counted(events) == {
         ("all-gather", 4): 160, ("all-gather", 2): 120, ("reduce-scatter", 4): 80,
-        ("all-reduce", None): 28, ("all-to-all", 2): 64, ("all-to-all", None): 32,
+        ("reduce-scatter", 3): 60, ("reduce-scatter", 2): 24,
+        ("all-reduce", None): 28, ("all-to-all", 2): 64, ("all-to-all", None): 48,
     }  # fmt: skip
 
 

@@ -39,11 +39,13 @@ class CollectiveCounter(TorchDispatchMode):
         if "c10d" not in family or kind is None:
             return result
         functional = family == "_c10d_functional"
+        # with gloo, FSDP2's reduce-scatter is that of `parallel.gloo`
+        scatter = kind[0] == "alltoall" and not functional
         group = [a for a in args if isinstance(a, str)][-1] if functional else _group_of(args)
         listed = [t for a in args for t in (a if isinstance(a, list) else [a])]
         tensors = [t for t in [*listed, result] if isinstance(t, Tensor)]
         sent = tensors[0 if functional else 1] if kind[0] == "alltoall" else None
-        entry = self.groups[group][kind[0]]
+        entry = self.groups[group]["reducescatter" if scatter else kind[0]]
         entry[0] += 1
         entry[1] += sent.nbytes if sent is not None else max(t.nbytes for t in tensors)
         return result
