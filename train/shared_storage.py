@@ -21,7 +21,7 @@ from configs.paths import local_path
 from configs.schema import JobConfig
 from parallel.ranks import Ranks, gather_json
 from train.checkpoint.manifest_content import short
-from train.checkpoint.retention import delete
+from train.checkpoint.storage.local import delete
 
 _PATIENCE_S = 10.0
 """Time that a network file system may need to show a new name."""

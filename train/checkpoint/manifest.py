@@ -6,6 +6,7 @@ contain: a checked manifest can be read safely, and no tensor is larger than its
 one line of bounded length.
 """
 
+import json
 import stat
 import zlib
 from collections.abc import Iterable
@@ -15,7 +16,6 @@ from typing import Any
 
 from configs.errors import UserError
 from models.layers.box import Box
-from parallel.ranks import gather_json
 from train.checkpoint.manifest_content import (
     FOLDER_NAME,
     Fault,
@@ -34,6 +34,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _MOST_BYTES = 2**30
 """Largest manifest that is read: at 150 bytes per box, seven million of them."""
+
+_REMOVE = "remove"
 
 
 class CheckpointError(UserError):
@@ -90,7 +92,20 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint, after checking its checksum and the sizes of all files."""
     path = folder / MANIFEST
     try:
-        content = parse(_read(path))
+        text = _read(path)
+    except (OSError, ValueError) as error:
+        why = str(error) if isinstance(error, Fault) else short(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
+    manifest = parse_manifest(text, folder)
+    _check_sizes(folder, manifest.files)
+    return manifest
+
+
+def parse_manifest(text: str, folder: Path) -> Manifest:
+    """The checked content of a manifest, without a look at the files in `folder`."""
+    path = folder / MANIFEST
+    try:
+        content = parse(text)
         written = content.get("format")
         if type(written) is not int or written != FORMAT:
             raise CheckpointError(f"{path}: format {short(written)}, expected {FORMAT}")
@@ -102,11 +117,26 @@ def read_manifest(folder: Path) -> Manifest:
         raise
     except Fault as fault:
         raise CheckpointError(f"{path}: unreadable: {fault}; {_remedy(folder)}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         why = short(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
-    _check_sizes(folder, files)
     return Manifest(folder, boxes, files, dtypes_of(content), state, config)
+
+
+def manifest_text(
+    reports: Iterable[dict[str, Any]], state: dict[str, Any], config: dict[str, Any]
+) -> str:
+    """The text of a manifest. reports: `file`, `bytes`, `crc32` and `boxes` of each file."""
+    written = list(reports)
+    content = {
+        "format": FORMAT,
+        "state": state,
+        "config": config,
+        "files": {r["file"]: {"bytes": r["bytes"], "crc32": r["crc32"]} for r in written},
+        "boxes": [{**box, "file": r["file"]} for r in written for box in r["boxes"]],
+    }
+    content["crc32"] = crc32_of(content)
+    return json.dumps(content)
 
 
 def is_valid(folder: Path) -> bool:
@@ -118,15 +148,14 @@ def is_valid(folder: Path) -> bool:
     return True
 
 
-def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
-    """Compare every file with the manifest, divided among the ranks; raises on all if one fails.
+def verify_files(manifest: Manifest) -> None:
+    """Compare every file with the manifest: the checksum, and the names, shapes and dtypes in the
+    header. Raises CheckpointError."""
+    raise_faults(manifest, faults_of_files(manifest))
 
-    It compares the checksum, and the names, shapes and dtypes in the header. With `world` 1 no
-    process group is needed.
-    """
-    faults = faults_of_files(manifest, rank, world)
-    if world > 1:
-        faults = {file: fault for found in gather_json(faults) for file, fault in found.items()}
+
+def raise_faults(manifest: Manifest, faults: dict[str, str]) -> None:
+    """Raise CheckpointError for the first of the files with errors, if there are any."""
     if faults:
         file = min(faults)
         raise CheckpointError(
@@ -194,7 +223,7 @@ def _fault_of_file(manifest: Manifest, file: str, boxes: Iterable[tuple[str, Box
     try:
         if crc32(path) != manifest.files[file]["crc32"]:
             return "damaged (checksum differs)"
-        with safe_open(path, framework="pt") as content:
+        with safe_open(path, framework="np") as content:  # only the header: without torch
             held = set(content.keys())
             for name, box in boxes:
                 if name not in held:
@@ -212,4 +241,9 @@ def _fault_of_file(manifest: Manifest, file: str, boxes: Iterable[tuple[str, Box
 
 def _remedy(folder: Path) -> str:
     others = [path for path in checkpoints(folder.parent) if path != folder]
-    return f"remove {folder} to use {others[-1].name}" if others else f"remove {folder}"
+    return f"{_REMOVE} {folder} to use {others[-1].name}" if others else f"{_REMOVE} {folder}"
+
+
+def without_remedy(error: str) -> str:
+    """An error of a checkpoint without the advice at its end."""
+    return error.rpartition(f"; {_REMOVE} ")[0] or error
