@@ -15,13 +15,17 @@ from configs.rules import shown
 from configs.schema import JobConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
-from parallel.memory.model import CATEGORIES, ROUTED
+from parallel.memory.model import CATEGORIES, MOMENTS, PARAMETERS, ROUTED
+from parallel.memory.timeline import Needs
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
 from train.memory import predict
 from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
+
+_SAVED = (PARAMETERS, MOMENTS)
+"""Categories of memory that a checkpoint has."""
 
 
 def report(config: JobConfig, parallel_dims: ParallelDims) -> str:
@@ -128,6 +132,9 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
     lines += [_row("sum", [peak.total() for peak in even]) + "   at the worst moment of a step"]
     if any(memory.total() for memory in host):
         lines += [_row("in addition, host memory", [memory.total() for memory in host])]
+    if config.checkpoint.async_save and config.checkpoint.every:
+        copies = [_saved_bytes(needs[0]) for needs in found.values()]
+        lines += [_row("copy of a checkpoint", copies) + "   host memory, from the first save on"]
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]
@@ -136,6 +143,11 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
         lines += [_row(kind, [n[kind] for n in exchanged]) for kind in sorted({*exchanged[0]})]
         lines += [_row("sum", [n.total() for n in exchanged])]
     return lines
+
+
+def _saved_bytes(needs: Needs) -> int:
+    """Most bytes of a rank's part of a checkpoint: of replicas, one rank saves."""
+    return sum(memory[kind] for memory in (needs.peak, needs.host) for kind in _SAVED)
 
 
 def _row(name: str, sizes: Sequence[float]) -> str:

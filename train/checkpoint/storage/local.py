@@ -70,9 +70,9 @@ class LocalStorage(Storage):
             raise CheckpointError(
                 f"{self.root}: no space: {needed:,} bytes are needed, {free:,} are free"
             )
+        sync(self.root.parent)
         partial = free_name(self.root / f".{name}.partial")
         partial.mkdir()
-        sync(self.root.parent)
         return partial.name
 
     def write(
