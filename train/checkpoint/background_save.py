@@ -11,8 +11,8 @@ import time
 from itertools import count
 from queue import Empty, SimpleQueue
 
-from parallel.store_group import Abandoned, StoreGroup
 from configs.errors import UserError
+from parallel.store_group import Abandoned, StoreGroup
 from train.checkpoint.saving import Part, Save, run_save
 from train.checkpoint.storage.base import Storage
 from train.checkpoint.storage.client import WriterProcess
@@ -98,4 +98,4 @@ class BackgroundSave:
 
     def _say_failure(self) -> None:
         if self.failures == 1 and self._group.is_first:
-            self._lines.put(f"{self.error}; training goes on, the save is repeated")
+            self._lines.put(f"{self.error}; training continues, the save is repeated")

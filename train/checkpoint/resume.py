@@ -24,7 +24,7 @@ from train.checkpoint.config_changes import (
     refuse_other_corpus,
     settings_then,
 )
-from train.checkpoint.manifest import MANIFEST, faults_of_files, raise_faults, without_remedy
+from train.checkpoint.manifest import faults_of_files, raise_faults, without_remedy
 from train.checkpoint.manifest_content import FOLDER_NAME, short
 from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.base import Storage
@@ -103,9 +103,7 @@ def _resume(
     return ResumeState(manifest.step, said, manifest.state["owes_validation"])
 
 
-def _start(
-    config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors
-) -> ResumeState:
+def _start(config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors) -> ResumeState:
     """The state of a run that begins with the weights of `checkpoint.init_from`."""
     init_from = config.checkpoint.init_from
     root, names = ranks.on_first(lambda: _given(init_from))
@@ -161,8 +159,8 @@ def _newest_sound(
         for look in range(_LOOKS):
             with _opened(storage, name, ranks, fill) as (manifest, fault):
                 if manifest is not None and not fault:
-                    lines = ranks.on_first(lambda: compare(manifest))  # noqa: B023
-                    fault = _fault(lambda: checkpoint.load(manifest, fill(manifest)))  # noqa: B023
+                    lines = ranks.on_first(lambda: compare(manifest))
+                    fault = _fault(lambda: checkpoint.load(manifest, fill(manifest)))
                     if not fault:
                         return name, manifest, lines, damaged
             if look + 1 < _LOOKS:
@@ -247,9 +245,7 @@ def _needed(manifest: Manifest, live: Mapping[str, Tensor]) -> list[str]:
     return sorted(needed)
 
 
-def _compare_model(
-    manifest: Manifest, config: JobConfig, facts: dict[str, str]
-) -> list[str]:
+def _compare_model(manifest: Manifest, config: JobConfig, facts: dict[str, str]) -> list[str]:
     """Raise UserError for weights of another model; list other changes."""
     state = _state(manifest)
     lines = compare_for_start(settings_then(manifest), config)

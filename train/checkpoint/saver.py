@@ -27,7 +27,7 @@ from train.checkpoint.storage.base import Storage
 from train.checkpoint.storage.client import WriterProcess
 
 _PATIENCE_S = 10.0
-"""How long a save waits for the one before; then it is postponed and training goes on."""
+"""How long a save waits for the one before; then it is postponed and training continues."""
 _POLL_S = 0.005
 
 
@@ -94,7 +94,7 @@ class Saver:
             try:
                 self._write(tensors, state, self._rule)
             except CheckpointError as error:
-                self._lines.append(f"{error}; training goes on")
+                self._lines.append(f"{error}; training continues")
 
     def save_now(
         self, tensors: Mapping[str, Tensor], state: dict[str, Any], keep_all: bool = False
@@ -208,7 +208,7 @@ class Saver:
                 seconds = time.monotonic() - active.started
                 self._lines.append(
                     f"{self.storage.address(active.save.name)}: being written for {seconds:.0f} s; "
-                    "training goes on, the next one is saved afterwards"
+                    "training continues, the next one is saved afterwards"
                 )
                 self._is_owed = True
                 return False

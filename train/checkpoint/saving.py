@@ -75,9 +75,7 @@ def part_of_rank(tensors: Mapping[str, Tensor], rank: int) -> Part:
     return part_of(f"rank-{rank:05d}.safetensors", mine)
 
 
-def write_part(
-    storage: Storage, partial: str, part: Part, tensors: Mapping[str, Tensor]
-) -> bytes:
+def write_part(storage: Storage, partial: str, part: Part, tensors: Mapping[str, Tensor]) -> bytes:
     """Write a part from tensors that hold the data of its boxes; returns its report."""
 
     def blocks() -> Any:

@@ -85,7 +85,9 @@ def wait(one: Saver) -> None:
         time.sleep(0.002)
 
 
-def test_later_changes_are_not_in_the_checkpoint(make: Callable[..., Saver], tmp_path: Path) -> None:
+def test_later_changes_are_not_in_the_checkpoint(
+    make: Callable[..., Saver], tmp_path: Path
+) -> None:
     one, live = make(), tensors(1)
     for step in (1, 2, 3):
         for name, tensor in tensors(step).items():
@@ -141,7 +143,7 @@ def test_an_error_is_said_and_the_save_repeated(
     wait(one)
     said, address = one.lines(), str(tmp_path / "step-00000001")
     assert len(said) == 2 and said[1] == f"saved {address}"
-    assert expected in said[0] and "training goes on" in said[0] and address in said[0]
+    assert expected in said[0] and "training continues" in said[0] and address in said[0]
     assert sound(tmp_path) == [1] and not list(tmp_path.glob(".*"))
     assert one.fields()["checkpoint/failures"] == 1
 
@@ -156,7 +158,7 @@ def test_a_later_save_replaces_one_that_fails(
     one.save(tensors(1), {"step": 1})
     while not (said := one.lines()):
         time.sleep(0.01)
-    assert "training goes on" in said[0]
+    assert "training continues" in said[0]
     one.save(tensors(2), {"step": 2})
     flag.unlink()
     wait(one)

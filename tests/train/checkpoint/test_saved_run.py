@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import TINY, run
 from tests.train.in_process import train
+from train.__main__ import main
 from train.checkpoint import checkpoint
+from train.checkpoint.storage.addresses import storage_at
+from train.checkpoint.storage.object_store import ObjectStorage
 from train.report.metrics import read_lines
 
 
@@ -34,3 +38,66 @@ def test_a_run_writes_the_same_files_with_and_without(
         assert "checkpoint/blocked_s" in losses[3]
     assert found["true"] == found["false"] and len(found["true"]) == 4
     assert "checkpoint" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_check_prints_the_size_of_the_copy(
+    overrides: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def copies(*more: str) -> list[str]:
+        words = ["--check", "--ranks=1", "--model.d_model=64", "--model.n_layers=9", *more]
+        assert main([str(TINY), *overrides, *words]) == 0
+        return re.findall(r"^  copy of a checkpoint +(\S+) MiB", capfd.readouterr().out, re.M)
+
+    assert copies("--checkpoint.async_save=false") == copies("--checkpoint.every=0") == []
+    (predicted,) = copies()
+    words = ["--model.d_model=64", "--model.n_layers=9", "--train.steps=2", "--checkpoint.every=1"]
+    assert train(*overrides, *words) == 0
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-00000001").glob("*.safetensors")
+    assert float(predicted) * 2**20 == pytest.approx(file.stat().st_size, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_run_in_an_object_store(
+    kind: str, overrides: list[str], tmp_path: Path, s3_server: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    url = f"{s3_server}/x" if kind == "s3" else f"memory://{tmp_path.name}/x"
+    words = [f"--checkpoint.dir={url}", "--checkpoint.every=4"]
+    assert train(*overrides, *words, "--train.steps=8", "--schedule.steps=12") == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    storage = storage_at(url)
+    assert isinstance(storage, ObjectStorage) and len(storage.names()) == 2
+    file = f"{storage._root}/step-00000008/rank-00000.safetensors"
+    content = bytearray(storage._fs.cat_file(file))
+    content[-1] ^= 1
+    storage._fs.pipe_file(file, bytes(content))
+    capfd.readouterr()
+    assert train(*overrides, *words) == 0
+    out = capfd.readouterr().out
+    assert "damaged, not used: " in out and f"resuming from {url}/step-00000004\n" in out
+    assert f"saved {url}/step-00000012\n" in out
+    whole = tmp_path / "whole"
+    assert train(*overrides, f"--run.dir={whole}") == 0
+    newest = whole / "checkpoints" / "step-00000012" / "rank-00000.safetensors"
+    assert storage._fs.cat_file(file.replace("0008", "0012")) == newest.read_bytes()
+    init = [f"--run.dir={tmp_path / 'other'}", f"--checkpoint.init_from={url}"]
+    capfd.readouterr()
+    assert train(*overrides, *init, "--train.steps=3") == 0
+    assert f"weights from {url}/step-00000012" in capfd.readouterr().out
+
+
+@pytest.mark.long
+def test_ranks_share_an_object_store(overrides: list[str], tmp_path: Path, s3_server: str) -> None:
+    words = ["-m", "train", TINY, *overrides, f"--checkpoint.dir={s3_server}/ranks"]
+    run(*words, "--train.steps=4", "--schedule.steps=12", ranks=2)
+    out = run(*words, ranks=1).stdout
+    assert f"resuming from {s3_server}/ranks/step-00000004" in out
+    whole = tmp_path / "whole"
+    run("-m", "train", TINY, *overrides, f"--run.dir={whole}")
+    one, other = (
+        {r["step"]: r["loss"] for r in read_lines(folder / "metrics.jsonl")}
+        for folder in (tmp_path / "run", whole)
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+    done = run(*words[:-1], "--checkpoint.dir=memory://x", ranks=2, code=1)
+    assert "is in the memory of one process" in done.stderr and done.stderr.count("\n") == 1

@@ -131,9 +131,7 @@ class LocalStorage(Storage):
                 lines.append(f"{old}: cannot be removed: {error.strerror}")
                 continue
             if not delete(leaving):
-                lines.append(
-                    f"{leaving}: cannot be removed; delete it, the run does not need it"
-                )
+                lines.append(f"{leaving}: cannot be removed; delete it, the run does not need it")
         return lines
 
     def set_aside(self, name: str) -> str:

@@ -22,7 +22,14 @@ _ASIDE = "damaged-manifest.json"
 """Name of the manifest of a checkpoint that was set aside."""
 _MOST_DAMAGED = 2
 _MOST_MANIFEST_BYTES = 2**30
-_EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+_EXTRAS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+}
 """Package of each protocol that fsspec itself does not implement."""
 
 

@@ -23,9 +23,9 @@ from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from configs.errors import UserError
-from train.checkpoint.storage.messages import receive, send
 from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.base import Storage
+from train.checkpoint.storage.messages import receive, send
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LOWEST = 19

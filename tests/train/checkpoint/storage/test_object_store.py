@@ -1,7 +1,6 @@
 """Checkpoints in object stores: a server of the S3 protocol, and the memory of this process."""
 
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,27 +21,6 @@ RANKS: Ranks
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket on a server of this process; its address is in the environment."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    set_here = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-    before = {key: os.environ.get(key) for key in set_here}
-    os.environ.update(set_here)
-    import fsspec
-
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket"
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def ranks() -> Iterator[None]:
     global RANKS
     RANKS = start_ranks(threads=1)
@@ -52,7 +30,7 @@ def ranks() -> Iterator[None]:
 
 @pytest.fixture(params=["s3", "memory"])
 def storage(request: pytest.FixtureRequest, ranks: None) -> Storage:
-    base = request.getfixturevalue("s3") if request.param == "s3" else "memory://store"
+    base = request.getfixturevalue("s3_server") if request.param == "s3" else "memory://store"
     retention._SOUND.clear()
     return storage_at(f"{base}/{uuid.uuid4().hex}/run")
 
@@ -134,8 +112,8 @@ def test_damage_is_found_and_set_aside(storage: Storage, tmp_path: Path) -> None
     load(storage, "step-00000004", tmp_path)
 
 
-def test_the_writer_process_writes_to_a_server(s3: str, ranks: None) -> None:
-    writer = WriterProcess(f"{s3}/{uuid.uuid4().hex}")
+def test_the_writer_process_writes_to_a_server(s3_server: str, ranks: None) -> None:
+    writer = WriterProcess(f"{s3_server}/{uuid.uuid4().hex}")
     try:
         partial = writer.call("begin", name="step-00000001", needed=0)
         writer.call("commit_parts", b"", partial=partial, name="step-00000001",
@@ -152,7 +130,7 @@ def test_the_writer_process_writes_to_a_server(s3: str, ranks: None) -> None:
         ("nothing://x", "Protocol not known: nothing"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_one_line(url: str, expected: str, s3: str) -> None:
+def test_an_unusable_address_is_one_line(url: str, expected: str, s3_server: str) -> None:
     with pytest.raises(CheckpointError, match=expected) as caught:
         storage_at(url).check()
     assert "\n" not in str(caught.value) and url.split("/")[2] in str(caught.value)
