@@ -68,7 +68,8 @@ class Trainer:
         self.training.fp8_weights.refresh()
         self.done = start.done
         self.saver = Saver(storage, config.checkpoint, flatten(config), ranks, start.done)
-        self.owes_validation, self.validation_loss = start.owes_validation, None
+        self.owes_validation = start.owes_validation
+        self.validation_loss: float | None = None
         if ranks.is_first:
             self._introduce(start.lines)
 

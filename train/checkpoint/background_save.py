@@ -1,4 +1,4 @@
-"""One save beside training: a thread per rank runs the steps of `saving` with the other ranks'
+"""One save while training continues: a thread per rank runs the steps of `saving` with the other ranks'
 threads, through the store; the rank's writer process does the work.
 
 The thread itself only waits, for the process and for other ranks, so it takes no time from a step.

@@ -1,4 +1,4 @@
-"""Saves the states of a run: beside training, or at once where the run waits for the result."""
+"""Saves the states of a run: while training continues, or at once where the run waits for the result."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -37,8 +37,8 @@ def open_storage(run_dir: Path, setting: str, ranks: Ranks) -> Storage:
     storage: Storage = ranks.on_every(lambda: storage_of_run(run_dir, setting))
     if storage.is_private and ranks.world > 1:
         raise ConfigError(
-            f"checkpoint.dir = {setting}: is in the memory of one process; {ranks.world} ranks need "
-            "a folder or an object store"
+            f"checkpoint.dir = {setting}: is in the memory of one process; {ranks.world} ranks "
+            "need a folder or an object store"
         )
     ranks.on_first(storage.check)
     return storage
@@ -81,7 +81,7 @@ class Saver:
         return self._is_owed and self._active is None
 
     def save(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save the state of step `state["step"]` beside training. An error is reported, and the
+        """Save the state of step `state["step"]` while training continues. An error is reported, and the
         save repeated; nothing is raised."""
         with self._blocking():
             is_postponed = self._active is not None and self._is_owed

@@ -2,7 +2,7 @@
 commit, remove older checkpoints.
 
 The same steps run in the main thread, where the files are written from the live tensors, and in a
-second thread beside training, where the writer process writes a snapshot.
+second thread while training continues, where the writer process writes a snapshot.
 """
 
 import json

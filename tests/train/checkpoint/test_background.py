@@ -85,9 +85,7 @@ def wait(one: Saver) -> None:
         time.sleep(0.002)
 
 
-def test_later_changes_are_not_in_the_checkpoint(
-    make: Callable[..., Saver], tmp_path: Path
-) -> None:
+def test_later_changes_are_not_saved(make: Callable[..., Saver], tmp_path: Path) -> None:
     one, live = make(), tensors(1)
     for step in (1, 2, 3):
         for name, tensor in tensors(step).items():

@@ -90,7 +90,8 @@ class Storage(ABC):
         """The signature of a checkpoint."""
 
     def fetch(self, name: str, files: Iterable[str], folder: Path) -> None:
-        """Copy files of a checkpoint to a local folder, if the storage is remote."""
+        """Copy files of a checkpoint to a local folder; only if the storage is remote."""
+        raise NotImplementedError
 
     def commit_parts(
         self,

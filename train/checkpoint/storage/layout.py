@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
@@ -34,17 +35,16 @@ class FileLayout:
 def file_layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> FileLayout:
     """The layout of a file with these tensors: name -> (dtype as safetensors names it, shape)."""
     ordered = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
-    entries, offset = {}, 0
+    entries, places, offset = dict[str, dict[str, Any]](), dict[str, tuple[int, int]](), 0
     for name in ordered:
         dtype, shape = tensors[name]
         end = offset + ITEM_BYTES[dtype] * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        places[name] = offset, end
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = {
-        name: (len(header) + start, len(header) + end)
-        for name, (start, end) in ((name, entries[name]["data_offsets"]) for name in ordered)
-    }
-    return FileLayout(header, places, len(header) + offset)
+    start = len(header)
+    places = {name: (start + first, start + end) for name, (first, end) in places.items()}
+    return FileLayout(header, places, start + offset)

@@ -5,10 +5,10 @@ frames whose lengths the header lists under `frames`.
 """
 
 import json
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 
-def send(pipe: BinaryIO, header: dict[str, Any], *frames: bytes) -> None:
+def send(pipe: IO[bytes], header: dict[str, Any], *frames: bytes) -> None:
     """Write one message."""
     text = json.dumps(header | {"frames": [len(frame) for frame in frames]}).encode()
     pipe.write(len(text).to_bytes(8, "little") + text)
@@ -17,7 +17,7 @@ def send(pipe: BinaryIO, header: dict[str, Any], *frames: bytes) -> None:
     pipe.flush()
 
 
-def receive(pipe: BinaryIO) -> tuple[dict[str, Any], list[bytes]] | None:
+def receive(pipe: IO[bytes]) -> tuple[dict[str, Any], list[bytes]] | None:
     """Read one message; None at the end of the pipe."""
     size = pipe.read(8)
     if len(size) < 8:

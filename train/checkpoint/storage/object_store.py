@@ -22,7 +22,7 @@ _ASIDE = "damaged-manifest.json"
 """Name of the manifest of a checkpoint that was set aside."""
 _MOST_DAMAGED = 2
 _MOST_MANIFEST_BYTES = 2**30
-_EXTRAS = {
+_PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
     "gs": "gcsfs",
@@ -41,7 +41,7 @@ class ObjectStorage(Storage):
     def __init__(self, url: str) -> None:
         protocol = url.partition("://")[0]
         self.url, self.is_private = url.rstrip("/"), protocol == "memory"
-        package = _EXTRAS.get(protocol, "fsspec")
+        package = _PACKAGES.get(protocol, "fsspec")
         try:
             from fsspec.core import url_to_fs
 
