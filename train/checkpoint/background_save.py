@@ -1,5 +1,7 @@
-"""One save while training continues: a thread per rank runs the steps of `saving` with the other ranks'
-threads, through the store; the rank's writer process does the work.
+"""One save while training continues.
+
+A thread per rank runs the steps of `saving` with the other ranks' threads, through the store; the
+rank's writer process does the work.
 
 The thread itself only waits, for the process and for other ranks, so it takes no time from a step.
 A save that fails is repeated from the same snapshot, after longer and longer pauses, until it

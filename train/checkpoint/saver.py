@@ -1,4 +1,4 @@
-"""Saves the states of a run: while training continues, or at once where the run waits for the result."""
+"""Saves the states of a run, while training continues or, at its end, at once."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -81,8 +81,8 @@ class Saver:
         return self._is_owed and self._active is None
 
     def save(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save the state of step `state["step"]` while training continues. An error is reported, and the
-        save repeated; nothing is raised."""
+        """Save the state of step `state["step"]` while training continues. An error is reported,
+        and the save repeated; nothing is raised."""
         with self._blocking():
             is_postponed = self._active is not None and self._is_owed
             if is_postponed or not self._end_active(_PATIENCE_S):
