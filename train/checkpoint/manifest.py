@@ -112,6 +112,7 @@ def parse_manifest(text: str, folder: Path) -> Manifest:
         if content.pop("crc32", None) != crc32_of(content):
             raise CheckpointError(f"{path}: damaged (checksum differs); {_remedy(folder)}")
         files, boxes = files_of(content), boxes_of(content)
+        dtypes = dtypes_of(content)
         state, config = state_of(content, folder), config_of(content)
     except CheckpointError:
         raise
@@ -120,7 +121,7 @@ def parse_manifest(text: str, folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         why = short(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
-    return Manifest(folder, boxes, files, dtypes_of(content), state, config)
+    return Manifest(folder, boxes, files, dtypes, state, config)
 
 
 def manifest_text(
@@ -199,7 +200,9 @@ def _check_sizes(folder: Path, files: dict[str, dict[str, int]]) -> None:
     inside = folder.resolve()
     for name, facts in files.items():
         file = folder / name
-        if Path(name).name != name or not _is_file(file) or file.resolve().parent != inside:
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST}: {short(name)}: missing; {_remedy(folder)}")
+        if not _is_file(file) or file.resolve().parent != inside:
             raise CheckpointError(f"{folder / short(name)}: missing; {_remedy(folder)}")
         size = file.stat().st_size
         if size != facts["bytes"]:
