@@ -113,19 +113,23 @@ def write(
     final, storage = path_of(root, state["step"]), LocalStorage(root)
     try:
         partial = storage.begin(final.name, 0)
-        reports = []
-        for i, create in enumerate(parts):
-            made = create()
-            boxes = {name: (box, tensor.dtype) for name, (box, tensor) in made.items()}
-            part = part_of(f"part-{i:05d}.safetensors", boxes)
-            tensors = {name: tensor for name, (_, tensor) in made.items()}
-            reports.append(write_part(storage, partial, part, tensors))
+        reports = [
+            _write_boxes(storage, partial, f"part-{i:05d}.safetensors", create())
+            for i, create in enumerate(parts)
+        ]
         storage.commit_parts(reports, partial, final.name, state, config)
     except OSError as error:
         raise CheckpointError(f"{final}: cannot write the checkpoint: {one_line(error)}") from None
     except UserError as error:
         raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
     return final
+
+
+def _write_boxes(
+    storage: Storage, partial: str, file: str, made: dict[str, tuple[Box, Tensor]]
+) -> bytes:
+    part = part_of(file, {name: (box, tensor.dtype) for name, (box, tensor) in made.items()})
+    return write_part(storage, partial, part, {name: tensor for name, (_, tensor) in made.items()})
 
 
 _INTERCHANGEABLE = {torch.float32, torch.bfloat16}
