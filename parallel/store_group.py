@@ -51,6 +51,8 @@ class StoreGroup:
                 answer = {"error": str(error)}
             except OSError as error:
                 answer = {"error": one_line(error)}
+            except Exception as error:  # the others must not wait for ever
+                answer = {"error": f"{type(error).__name__}: {error}"}
         key = f"{self._name}/{next(self._calls)}"
         if self._store is not None:
             if self.is_first:

@@ -51,6 +51,10 @@ class BackgroundSave:
         self._hurry.set()
         self._writer.urgent(True)
 
+    def join(self) -> None:
+        """Wait for the end of the thread, which is near after `StoreGroup.abandon`."""
+        self._thread.join(5.0)
+
     def slow_down(self) -> None:
         """Run at the lowest priority again."""
         self._writer.urgent(False)

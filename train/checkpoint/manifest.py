@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.loader import load
+from configs.paths import is_url, local_path
 from models.layers.box import Box
 from train.checkpoint.manifest_content import (
     FOLDER_NAME,
@@ -77,7 +79,7 @@ def find(path: Path) -> Path:
     try:
         if (path / MANIFEST).is_file():
             return path
-        found = checkpoints(path) or checkpoints(path / "checkpoints")
+        found = checkpoints(path) or checkpoints(_root_of(path))
         why = "holds no checkpoint" if path.is_dir() else "no such folder"
     except OSError as error:
         found, why = [], str(error.strerror)
@@ -86,6 +88,15 @@ def find(path: Path) -> Path:
             f"{short(str(path))}: {why}; name a run folder or one of its checkpoints"
         )
     return found[-1]
+
+
+def _root_of(run: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    file = run / "config.toml"
+    setting = load(file).checkpoint.dir if file.is_file() else ""
+    if is_url(setting):
+        raise CheckpointError(f"{run}: its checkpoints are in {setting}; copy one to a folder")
+    return local_path(setting) if setting else run / "checkpoints"
 
 
 def read_manifest(folder: Path) -> Manifest:

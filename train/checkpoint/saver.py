@@ -16,6 +16,7 @@ from parallel.launch_environment import read_launch_environment
 from parallel.ranks import Ranks, any_rank
 from parallel.shards import local_of
 from parallel.store_group import StoreGroup
+from train.atomic_files import claim
 from train.checkpoint import checkpoint
 from train.checkpoint.background_save import BackgroundSave
 from train.checkpoint.checkpoint import CheckpointError, Retention
@@ -25,6 +26,7 @@ from train.checkpoint.saving import Part, Save, part_of_rank
 from train.checkpoint.storage.addresses import storage_of_run
 from train.checkpoint.storage.base import Storage
 from train.checkpoint.storage.client import WriterProcess
+from train.checkpoint.storage.local import LocalStorage
 
 _PATIENCE_S = 10.0
 """How long a save waits for the one before; then it is postponed and training continues."""
@@ -41,6 +43,8 @@ def open_storage(run_dir: Path, setting: str, ranks: Ranks) -> Storage:
             "need a folder or an object store"
         )
     ranks.on_first(storage.check)
+    if setting and isinstance(storage, LocalStorage):
+        ranks.on_first(lambda: claim(storage.root))
     return storage
 
 
@@ -133,9 +137,15 @@ class Saver:
 
     def close(self) -> None:
         """End threads and processes. A save in progress is abandoned: call `finish` before."""
+        if self._active is not None:
+            self._active.hurry()
         self._group.abandon()
         if self._writer is not None:
             self._writer.stop()
+        if self._active is not None:
+            self._active.join()
+        if self._buffer is not None:
+            self._buffer.close()
 
     @contextmanager
     def _blocking(self) -> Iterator[None]:

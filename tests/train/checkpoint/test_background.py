@@ -52,8 +52,6 @@ def make(ranks: None, tmp_path: Path) -> Iterator[Callable[..., Saver]]:
     yield create
     for one in made:
         one.close()
-        if one._buffer is not None:
-            one._buffer.close()
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:

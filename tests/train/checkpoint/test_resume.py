@@ -152,7 +152,7 @@ def test_one_run_dir_has_one_writer(overrides: list[str], tmp_path: Path) -> Non
     with started("-m", "train", TINY, *overrides, "--train.steps=2000") as program:
         wait_for_step(tmp_path / "run", 4, program.is_running)
         done = run("-m", "train", TINY, *overrides, code=2)
-        assert "another process is training in this run.dir" in done.stderr
+        assert "another process is training in this folder" in done.stderr
 
 
 def test_weights_of_another_model_are_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Runs with checkpoints beside training, in object stores, and their `--check`."""
 
+import fcntl
 import re
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import TINY, run
 from tests.train.in_process import train
@@ -12,6 +14,7 @@ from train.__main__ import main
 from train.checkpoint import checkpoint
 from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.object_store import ObjectStorage
+from train.convert.hf_export import export_hf
 from train.report.metrics import read_lines
 
 
@@ -54,6 +57,21 @@ def test_check_prints_the_size_of_the_copy(
     assert train(*overrides, *words) == 0
     (file,) = (tmp_path / "run" / "checkpoints" / "step-00000001").glob("*.safetensors")
     assert float(predicted) * 2**20 == pytest.approx(file.stat().st_size, rel=0.05)
+
+
+def test_another_folder_is_found_by_export_and_lock(
+    overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "elsewhere"
+    words = [*overrides, f"--checkpoint.dir={place}", "--train.steps=4"]
+    assert train(*words) == 0 and len(checkpoint.checkpoints(place)) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert export_hf(tmp_path / "run", None, torch.float32) == tmp_path / "run" / "export"
+    with (place / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert train(*words, f"--run.dir={tmp_path / 'second'}") == 2
+    assert f"{place}: another process is training" in capfd.readouterr().err
+    assert train(*overrides, "--checkpoint.dir=/") == 2
 
 
 @pytest.mark.parametrize("kind", ["memory", "s3"])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,23 @@ class WriterProcess:
         self._buffer = buffer
         self._process: subprocess.Popen[bytes] | None = None
         self._sending = threading.Lock()
-        self._is_urgent = False
+        self._is_urgent = self._is_stopped = False
 
     def call(self, method: str, *frames: bytes, **arguments: Any) -> Any:
         """The result of a method of the storage. Raises CheckpointError if it fails, or the process
         ends."""
+        if self._is_stopped:
+            raise CheckpointError("the process that writes checkpoints was stopped")
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
         try:
             with self._sending:
                 send(process.stdin, {"call": method, "arguments": arguments}, *frames)
             message = receive(process.stdout)
-        except OSError:
+        except (OSError, ValueError):  # the pipe is broken, or closed by `stop`
             message = None
         if message is None:
-            raise CheckpointError(self._ended())
+            raise CheckpointError(self._end(process))
         reply = message[0]
         if "error" in reply:
             raise CheckpointError(reply["error"])
@@ -51,21 +54,14 @@ class WriterProcess:
     def urgent(self, flag: bool) -> None:
         """Set whether the rank waits for the process, which then runs at normal priority."""
         self._is_urgent = flag
-        if self._process is not None:
-            self._send_urgent(self._process)
+        if (process := self._process) is not None:
+            self._send_urgent(process)
 
     def stop(self) -> None:
-        """End the process, also within a call."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    try:
-                        pipe.close()
-                    except OSError:  # unsent bytes
-                        pass
-            self._process = None
+        """End the process, also within a call; later calls fail."""
+        self._is_stopped = True
+        if (process := self._process) is not None:
+            self._end(process)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -84,14 +80,17 @@ class WriterProcess:
         try:
             with self._sending:
                 send(process.stdin, {"urgent": self._is_urgent})
-        except OSError:  # it has ended; the next call notices
+        except (OSError, ValueError):  # it has ended; the next call notices
             pass
 
-    def _ended(self) -> str:
-        """Why the process ended; the next call starts another one."""
-        assert self._process is not None
-        self._process.kill()
-        code = self._process.wait()
-        self.stop()
+    def _end(self, process: subprocess.Popen[bytes]) -> str:
+        """End the process, if it has not ended; returns how. The next call starts another one."""
+        process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with suppress(OSError):  # unsent bytes
+                pipe.close()
+        self._process = None
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         return f"the process that writes the checkpoint was ended {how}"
