@@ -62,8 +62,8 @@ def matching(file: str, content: Callable[[bytes], bytes]) -> Callable[[Path, Pa
     return damage
 
 
-def replaced(file: str, content: bytes) -> Callable[[Path, Path], None]:
-    return lambda newest, outside: (newest / file).write_bytes(content) and None
+def replaced(file: str, content: bytes) -> Callable[[Path, Path], object]:
+    return lambda newest, outside: (newest / file).write_bytes(content)
 
 
 def swap(newest: Path, outside: Path) -> None:

@@ -4,10 +4,12 @@ The snapshot is the image of the file that the writer will write. The memory is 
 used again for every checkpoint. On CUDA it is pinned, so copies from the device are fast.
 """
 
+import errno
 import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,13 +19,21 @@ from train.checkpoint.storage.layout import FileLayout
 
 
 class HostBuffer:
-    """`size` bytes of shared memory. Raises OSError if there is not so much memory."""
+    """`size` bytes of shared memory.
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    Raises OSError if there is not so much memory. The system itself does not refuse it: it ends
+    processes when the memory is full, so the available memory is read first.
+    """
+
+    def __init__(self, size: int, device: torch.device, n_buffers: int = 1) -> None:
+        """n_buffers: buffers of this size that processes of this host allocate at this time."""
         self.size = size
+        available = available_host_memory()
+        if available is not None and size * n_buffers > available:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         self.descriptor = _anonymous_file()
         try:
-            # allocates every page now: a lack of memory is an error here, not a signal later
+            # allocates every page now, so that the first copy is not slower than later ones
             os.posix_fallocate(self.descriptor, 0, size)
             self._map = mmap.mmap(self.descriptor, size)
         except OSError:
@@ -63,13 +73,36 @@ def raw_bytes(tensor: Tensor) -> Tensor:
 
 
 def available_host_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None if the system does not report it."""
-    try:
+    """Bytes that can be allocated without swapping, also within the limits of this process's
+    control groups (containers, jobs); None if the system does not report it."""
+    found = []
+    with suppress(OSError, KeyError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    values = dict(line.split(":", 1) for line in lines)
-    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
+        kib = dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]
+        found.append(int(kib) * 1024)
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                found += _left_in_group(Path("/sys/fs/cgroup"), path, "max", "current", "")
+            elif "memory" in controllers.split(","):
+                root, names = Path("/sys/fs/cgroup/memory"), ("limit_in_bytes", "usage_in_bytes")
+                found += _left_in_group(root, path, *names, "total_")
+    return min(found, default=None)
+
+
+def _left_in_group(root: Path, path: str, limit: str, used: str, prefix: str) -> list[int]:
+    """Bytes up to the limit of a control group, in a list; empty if it has none. Cached files are
+    given up when memory is needed, so they do not count as used."""
+    folder = root / path.lstrip("/")
+    try:
+        most, now = (int((folder / f"memory.{name}").read_text()) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in (line.split() for line in lines)}
+        cached = stat[f"{prefix}inactive_file"] + stat[f"{prefix}active_file"]
+    except (OSError, ValueError, KeyError):  # `max` is no number
+        return []
+    return [most - now + cached]
 
 
 def _anonymous_file() -> int:

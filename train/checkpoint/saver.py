@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from train.atomic_files import claim
 from train.checkpoint import checkpoint
 from train.checkpoint.background_save import BackgroundSave
 from train.checkpoint.checkpoint import CheckpointError, Retention
-from train.checkpoint.host_buffer import HostBuffer, available_host_memory
+from train.checkpoint.host_buffer import HostBuffer
 from train.checkpoint.manifest import path_of
 from train.checkpoint.saving import Part, Save, part_of_rank
 from train.checkpoint.storage.addresses import storage_of_run
@@ -177,16 +177,10 @@ class Saver:
             return True
         self._part = part_of_rank(tensors, self.ranks.rank)
         size = max(self._part.layout.size, 1)
-        local_ranks = read_launch_environment().local_world
-        available = available_host_memory()
-        is_short = available is not None and size * local_ranks > available
         buffer = None
-        if not is_short:
-            try:
-                buffer = HostBuffer(size, self.ranks.device)
-            except OSError:
-                is_short = True
-        if any_rank(is_short):
+        with suppress(OSError):
+            buffer = HostBuffer(size, self.ranks.device, read_launch_environment().local_world)
+        if any_rank(buffer is None):
             self._is_async = False
             if buffer is not None:
                 buffer.close()

@@ -12,7 +12,7 @@ import torch
 
 from configs.schema import CheckpointConfig
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from train.checkpoint import checkpoint, saver
+from train.checkpoint import checkpoint, host_buffer, saver
 from train.checkpoint.saver import Saver
 from train.checkpoint.storage import client
 from train.checkpoint.storage.local import LocalStorage
@@ -172,7 +172,7 @@ def test_a_later_save_replaces_one_that_fails(
 def test_without_memory_for_a_copy_the_run_waits(
     make: Callable[..., Saver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "available_host_memory", lambda: 100)
+    monkeypatch.setattr(host_buffer, "available_host_memory", lambda: 100)
     one = make()
     one.save(tensors(1), {"step": 1})
     one.save(tensors(2), {"step": 2})
