@@ -1,6 +1,5 @@
 """Saves beside training: what they write, what they do about errors, and that none is lost."""
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -198,8 +197,7 @@ def test_the_writer_ends_with_its_rank_and_not_by_its_signals(
     while not list(tmp_path.glob(".*/*")):
         time.sleep(0.005)
     assert process.stdin is not None
-    os.close(process.stdin.fileno())  # as when the rank is killed
+    process.stdin.close()  # as when the rank is killed
     assert process.wait(10) == 0
-    process.stdin = None
     wait(one)  # another one is started
     assert sound(tmp_path) == [1, 2]
