@@ -4,6 +4,7 @@
 `train.step`, its data in `train.data.batches`, checkpoints in `train.checkpoint.saver`.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -157,7 +158,7 @@ class Trainer:
             )
         report.flush()
         state = {"step": self.done, "owes_validation": self.owes_validation, **self.facts}
-        if self.validation_loss is not None:
+        if self.validation_loss is not None and math.isfinite(self.validation_loss):
             state["validation_loss"] = self.validation_loss
         if beside_training:
             self.saver.save(weights | others, state)

@@ -44,6 +44,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; the message names the file."""
 
 
+class Unavailable(CheckpointError):
+    """The storage does not answer; the checkpoint in it may be sound."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of a checkpoint, as its `manifest.json` lists them."""

@@ -24,7 +24,12 @@ from train.checkpoint.config_changes import (
     refuse_other_corpus,
     settings_then,
 )
-from train.checkpoint.manifest import faults_of_files, raise_faults, without_remedy
+from train.checkpoint.manifest import (
+    Unavailable,
+    faults_of_files,
+    raise_faults,
+    without_remedy,
+)
 from train.checkpoint.manifest_content import FOLDER_NAME, short
 from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.base import Storage
@@ -45,6 +50,18 @@ class ResumeState:
     """Messages for the user."""
     owes_validation: bool
     """Whether a stop interrupted the validation after the last step."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a checkpoint cannot be used."""
+
+    text: str
+    is_damage: bool
+    """False if its storage did not answer: then it stays where it is."""
+
+    def __str__(self) -> str:
+        return f"{'damaged' if self.is_damage else 'not available'}, not used: {self.text}"
 
 
 def restore(
@@ -92,8 +109,9 @@ def _resume(
     def compare(manifest: Manifest) -> list[str]:
         return _compare(manifest, config, facts)
 
-    name, manifest, lines, damaged = _newest_sound(storage, own, ranks, compare, fill)
-    said = [f"damaged, not used: {line}" for line in damaged.values()]
+    name, manifest, lines, faults = _newest_sound(storage, own, ranks, compare, fill)
+    said = [str(fault) for fault in faults.values()]
+    damaged = [other for other, fault in faults.items() if fault.is_damage]
     said += ranks.on_first(lambda: [storage.set_aside(other) for other in damaged])
     said += [f"resuming from {storage.address(name)}", *lines]
     if ranks.is_first:
@@ -116,8 +134,8 @@ def _start(config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tens
         return _compare_model(manifest, config, facts)
 
     storage = storage_at(root)
-    name, _, lines, damaged = _newest_sound(storage, names, ranks, compare, fill)
-    said = [f"damaged, not used: {line}" for line in damaged.values()]
+    name, _, lines, faults = _newest_sound(storage, names, ranks, compare, fill)
+    said = [str(fault) for fault in faults.values()]
     address = storage.address(name)
     said += [f"weights from {address}; optimizer and steps start anew", *lines]
     return ResumeState(0, said, False)
@@ -147,26 +165,27 @@ def _newest_sound(
     ranks: Ranks,
     compare: Callable[[Manifest], list[str]],
     fill: Callable[[Manifest], Mapping[str, Tensor]],
-) -> tuple[str, Manifest, list[str], dict[str, str]]:
+) -> tuple[str, Manifest, list[str], dict[str, Fault]]:
     """Load the newest sound checkpoint of `names` (oldest first) into live tensors.
 
     Returns its name and manifest, the lines of `compare`, and the faults of the newer ones by
     name. compare: raises UserError if the settings do not allow this checkpoint; nothing is loaded
     then. fill: the live tensors to fill. Raises CheckpointError on all ranks if none is sound.
     """
-    damaged: dict[str, str] = {}
+    faults: dict[str, Fault] = {}
     for name in reversed(names):
         for look in range(_LOOKS):
             with _opened(storage, name, ranks, fill) as (manifest, fault):
-                if manifest is not None and not fault:
+                if manifest is not None and fault is None:
                     lines = ranks.on_first(lambda: compare(manifest))
                     fault = _fault(lambda: checkpoint.load(manifest, fill(manifest)))
-                    if not fault:
-                        return name, manifest, lines, damaged
+                    if fault is None:
+                        return name, manifest, lines, faults
             if look + 1 < _LOOKS:
                 time.sleep(_PAUSE_S)
-        damaged[name] = fault
-    listed = "; ".join(list(damaged.values())[:3])
+        assert fault is not None
+        faults[name] = fault
+    listed = "; ".join(fault.text for fault in list(faults.values())[:3])
     raise CheckpointError(
         f"{storage.address()}: no checkpoint is sound, and none is changed: {listed}; put a copy "
         "in its place, or remove them all to start anew"
@@ -176,10 +195,10 @@ def _newest_sound(
 @contextmanager
 def _opened(
     storage: Storage, name: str, ranks: Ranks, fill: Callable[[Manifest], Mapping[str, Tensor]]
-) -> Iterator[tuple[Manifest | None, str]]:
-    """The manifest of a checkpoint whose files have been compared with it, and its fault, empty if
-    there is none; all ranks get the same fault. Files of a remote storage are in a local folder
-    until the end of the context."""
+) -> Iterator[tuple[Manifest | None, Fault | None]]:
+    """The manifest of a checkpoint whose files have been compared with it, and its fault; all ranks
+    get the same fault. Files of a remote storage are in a local folder until the end of the
+    context."""
     found: list[Manifest] = []
 
     def read() -> None:
@@ -211,23 +230,24 @@ def _opened(
         yield found[0], fault
 
 
-def _fault(function: Callable[[], object]) -> str:
-    """Run `function` on every rank; the first error of a checkpoint or file, empty if there is
-    none."""
-    text = ""
+def _fault(function: Callable[[], object]) -> Fault | None:
+    """Run `function` on every rank; the first error of a checkpoint or file."""
+    text, is_damage = "", True
     try:
         function()
     except CheckpointError as error:
-        text = without_remedy(str(error))
+        text, is_damage = without_remedy(str(error)), not isinstance(error, Unavailable)
     except OSError as error:
-        text = one_line(error)
-    for rank, other in enumerate(gather_json(text)):
+        text, is_damage = one_line(error), False
+    found = gather_json([text, is_damage])
+    is_damage = all(damage for other, damage in found if other)
+    for rank, (other, _) in enumerate(found):
         if other:
-            return f"rank {rank}: {other}" if rank else str(other)
-    return ""
+            return Fault(f"rank {rank}: {other}" if rank else other, is_damage)
+    return None
 
 
-def _shared_fault(manifest: Manifest, ranks: Ranks) -> str:
+def _shared_fault(manifest: Manifest, ranks: Ranks) -> Fault | None:
     """The first error of the files, compared by all ranks together."""
     mine = faults_of_files(manifest, ranks.rank, ranks.world)
     faults = {file: fault for found in gather_json(mine) for file, fault in found.items()}

@@ -4,6 +4,7 @@ import fcntl
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.runs import TINY, run
 from tests.train.in_process import train
 from train.__main__ import main
 from train.checkpoint import checkpoint
+from train.checkpoint.manifest import Unavailable
 from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.object_store import ObjectStorage
 from train.convert.hf_export import export_hf
@@ -119,3 +121,27 @@ def test_ranks_share_an_object_store(overrides: list[str], tmp_path: Path, s3_se
     assert one == pytest.approx(other, rel=1e-4)
     done = run(*words[:-1], "--checkpoint.dir=memory://x", ranks=2, code=1)
     assert "is in the memory of one process" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_store_that_does_not_answer_is_no_damage(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    url = f"memory://{tmp_path.name}/away"
+    words = [*overrides, f"--checkpoint.dir={url}", "--checkpoint.every=2", "--checkpoint.keep=9"]
+    assert train(*words, "--train.steps=4") == 0
+    real = ObjectStorage.fetch
+
+    def fetch(storage: ObjectStorage, name: str, *rest: Any) -> None:
+        if name == "step-00000004":
+            raise Unavailable(f"{storage.address(name)}: cannot be read: timed out")
+        real(storage, name, *rest)
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStorage, "fetch", fetch)
+        assert train(*words, "--train.steps=6") == 0
+        out = capfd.readouterr().out
+    assert f"not available, not used: {url}/step-00000004: cannot be read: timed out\n" in out
+    assert f"resuming from {url}/step-00000002\n" in out and "renamed" not in out
+    assert storage_at(url).names() == [f"step-{step:08d}" for step in (2, 4, 6)]

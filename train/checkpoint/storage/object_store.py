@@ -14,7 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, parse_manifest
+from train.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    Unavailable,
+    parse_manifest,
+)
 from train.checkpoint.manifest_content import FOLDER_NAME, short, step_of
 from train.checkpoint.storage.base import Signature, Storage, pieces
 
@@ -120,14 +126,17 @@ class ObjectStorage(Storage):
 
     def read_manifest(self, name: str) -> Manifest:
         path, address = self._path(name, MANIFEST), self.address(name)
-        with _one_line(address, "cannot be read"):
+        with _one_line(address, "cannot be read", Unavailable):
             files = self._folders().get(name, {})
             if MANIFEST not in files:
                 raise CheckpointError(f"{address}/{MANIFEST}: missing")
             if files[MANIFEST]["size"] > _MOST_MANIFEST_BYTES:
                 raise CheckpointError(f"{address}/{MANIFEST}: too large")
-            text = self._fs.cat_file(path).decode()
-            manifest = parse_manifest(text, Path(name))
+            raw = self._fs.cat_file(path)
+        try:
+            manifest = parse_manifest(raw.decode(), Path(name))
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{address}/{MANIFEST}: unreadable: {error.reason}") from None
         for file, facts in manifest.files.items():
             size = files[file]["size"] if file in files else None
             if size != facts["bytes"]:
@@ -137,7 +146,7 @@ class ObjectStorage(Storage):
 
     def fetch(self, name: str, files: Iterable[str], folder: Path) -> None:
         for file in files:
-            with _one_line(f"{self.address(name)}/{file}", "cannot be read"):
+            with _one_line(f"{self.address(name)}/{file}", "cannot be read", Unavailable):
                 self._fs.get_file(self._path(name, file), str(folder / file))
 
     def remove(self, names: list[str]) -> list[str]:
@@ -197,13 +206,15 @@ def _signature(files: dict[str, dict[str, Any]]) -> Signature:
 
 
 @contextmanager
-def _one_line(place: str, what: str) -> Generator[None, None, None]:
-    """Turn the errors of fsspec and of its clients, which have no common class, into a
-    CheckpointError of one line."""
+def _one_line(
+    place: str, what: str, kind: type[CheckpointError] = CheckpointError
+) -> Generator[None, None, None]:
+    """Turn the errors of fsspec and of its clients, which have no common class, into an error of
+    one line."""
     try:
         yield
-    except (CheckpointError, GeneratorExit):
+    except CheckpointError:
         raise
     except Exception as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise CheckpointError(f"{place}: {what}: {short(why, 300)}") from None
+        raise kind(f"{place}: {what}: {short(why, 300)}") from None
