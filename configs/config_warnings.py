@@ -3,6 +3,7 @@
 A run prints them when it starts, and so does `--check`: no setting is ignored silently.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -49,6 +50,11 @@ def _of_model(config: JobConfig) -> Iterator[str]:
 def _of_training(config: JobConfig) -> Iterator[str]:
     if not config.model.mtp_depth:
         yield from _unused(config.train, "train", "model.mtp_depth = 0", "mtp_weight")
+    saves, validations = config.checkpoint.every, config.validation.every
+    if not saves or not validations or math.lcm(saves, validations) >= config.train.steps:
+        why = f"no step before the last has a validation and a checkpoint: every = {saves}"
+        why += f", validation.every = {validations}"
+        yield from _unused(config.checkpoint, "checkpoint", why, "keep_best")
     if config.schedule.kind != "wsd":
         why = f"kind = {config.schedule.kind}"
         yield from _unused(config.schedule, "schedule", why, "decay_fraction")

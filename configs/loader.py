@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
-from configs.paths import check_folder
+from configs.paths import check_folder, is_url
 from configs.rules import shown
 from configs.schema import JobConfig
 from configs.tree import build
@@ -38,6 +38,8 @@ def check_folders(config: JobConfig) -> None:
     """Raise ConfigError for a folder that a run could never write to."""
     check_folder("run.dir", config.run.dir)
     check_folder("data.cache_dir", config.data.cache_dir)
+    if config.checkpoint.dir and not is_url(config.checkpoint.dir):
+        check_folder("checkpoint.dir", config.checkpoint.dir)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, list[str], int | None]:

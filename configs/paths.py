@@ -1,6 +1,7 @@
 """Paths in settings."""
 
 import os
+import re
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -27,3 +28,8 @@ def local_path(setting: str | Path) -> Path:
     if home == "~":
         raise ConfigError(f"{shown(text)}: this account has no home folder; write the path in full")
     return Path(home + text[1:])
+
+
+def is_url(setting: str) -> bool:
+    """Whether a setting is the URL of an object store, such as `s3://bucket/folder`."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", setting) is not None

@@ -225,8 +225,20 @@ class ValidationConfig:
 class CheckpointConfig:
     every: int = 0
     """Steps between checkpoints; the last step and a stop also save one. 0: only those."""
+    dir: str = ""
+    """Folder of the checkpoints, or the URL of an object store (`s3://bucket/folder`), one for each
+    run. Empty: `checkpoints` in `run.dir`."""
+    async_save: bool = True
+    """Whether steps wait only for a copy of the state to host memory; the copy is written while
+    training continues. `--check` prints the size of the copy; without enough memory for it, and at
+    the last step, the run waits for the files."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_every: int = 0
+    """Of steps that are multiples of this, checkpoints are never removed. 0: no such steps."""
+    keep_best: int = 0
+    """Number of checkpoints with the lowest validation loss to keep in addition, among those of
+    steps with a validation."""
     init_from: str = ""
     """Start from the weights of this checkpoint (a run folder or one step of it) with a new
     optimizer state at step 0. Ignored once the run has its own checkpoint."""
@@ -234,6 +246,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         between(self, 0, 2**31, "every")
         between(self, 1, 2**31, "keep")
+        between(self, 0, 2**31, "keep_every", "keep_best")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from configs.command_line import CommandParser
 from configs.errors import UserError
+from configs.paths import is_url
 from configs.rules import shown
 from launch.experiment import check_experiment
 from launch.options import chosen_site, counts, parsed
@@ -51,7 +52,10 @@ def manifest(arguments: list[str]) -> str:
     checked = check_experiment(options.file, overrides, nodes * site.node.ranks_per_node, site)
     place = site.kubernetes
     config = checked.config
-    for key, folder in (("run.dir", config.run.dir), ("data.cache_dir", config.data.cache_dir)):
+    folders = [("run.dir", config.run.dir), ("data.cache_dir", config.data.cache_dir)]
+    if config.checkpoint.dir and not is_url(config.checkpoint.dir):
+        folders.append(("checkpoint.dir", config.checkpoint.dir))
+    for key, folder in folders:
         if not PurePosixPath(folder).is_relative_to(place.mount) or ".." in Path(folder).parts:
             raise UserError(
                 f"{key} = {shown(folder)}: must be below kubernetes.mount = {place.mount}, the "

@@ -23,7 +23,7 @@ from configs.loader import load
 from configs.parallel_dims import resolve
 from configs.paths import local_path
 from launch.render import CHECKOUT
-from launch.sweep import results, variants
+from launch.sweep import own_checkpoints, results, variants
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -64,6 +64,7 @@ def sweep(arguments: list[str]) -> int:
         for one in found:
             print(f"--- {one.name}", flush=True)
             words = [*overrides, *one.overrides, f"--run.dir={base / one.name}"]
+            words += own_checkpoints(configs[0], one.name)
             if code := train([options.file, *words], one.nodes):
                 return code
         print(results(base), end="")

@@ -11,6 +11,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.loader import load
+from configs.paths import is_url, local_path
 from configs.rules import shown
 
 LAUNCH, SUBMISSION, SCRIPT = "launch", "submission.json", "train.sbatch"
@@ -96,9 +97,10 @@ def status(run: Path) -> dict[str, str]:
     if not run.is_dir():
         raise UserError(f"{shown(str(run))}: no such run folder")
     steps, lines = records(run), dict[str, str]()
+    config = load(run / "config.toml") if (run / "config.toml").is_file() else None
     if steps:
         last, recent = steps[-1], steps[-_RECENT:]
-        total = load(run / "config.toml").train.steps if (run / "config.toml").is_file() else 0
+        total = config.train.steps if config else 0
         step_s = statistics.median(float(r.get("step_s", 0)) for r in recent)
         speed = statistics.median(float(r.get("tokens_per_s", 0)) for r in recent)
         lines["step"] = f"{last['step']}" + (f" of {total}" if total else "")
@@ -111,9 +113,16 @@ def status(run: Path) -> dict[str, str]:
     else:
         lines["step"] = "none yet"
     lines["starts"] = str(_starts(run))
-    saved = sorted((run / "checkpoints").glob("step-*"))
-    lines["checkpoint"] = saved[-1].name if saved else "none yet"
+    lines["checkpoint"] = _newest(run, config.checkpoint.dir if config else "")
     return lines
+
+
+def _newest(run: Path, setting: str) -> str:
+    """The newest checkpoint. setting: `checkpoint.dir`."""
+    if is_url(setting):
+        return f"in {setting}"
+    saved = sorted((local_path(setting) if setting else run / "checkpoints").glob("step-*"))
+    return saved[-1].name if saved else "none yet"
 
 
 def _starts(run: Path) -> int:

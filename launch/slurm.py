@@ -26,7 +26,7 @@ from launch.render import Job, training_script
 from launch.run_folder import LAUNCH, SCRIPT, SERVE_SCRIPT, Submission
 from launch.serving import read_serving_job, serving_script
 from launch.site import Site
-from launch.sweep import results, variants
+from launch.sweep import own_checkpoints, results, variants
 
 _VERBS = ("status", "logs", "cancel", "resume", "results")
 _FILE = (
@@ -105,6 +105,7 @@ def sweep(arguments: list[str]) -> int:
             ranks = nodes * site.node.ranks_per_node
             checked = check_experiment(options.file, words, ranks, site)
             base = checked.folder
+            words += own_checkpoints(checked.config, variant.name)
             checked = replace(checked, folder=base / variant.name)
             runs.append(_train_arguments(options.file, words, checked))
         job = Job(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.rules import shown
+from configs.schema import JobConfig
 from launch import run_folder
 
 _KEY = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
@@ -35,7 +36,7 @@ def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
         key, found, values = setting.partition("=")
         if not found or not _KEY.fullmatch(key):
             raise UserError(f"--set {shown(setting)}: must be section.key=value,value,...")
-        if key in ("run.dir", "train.profile_steps"):
+        if key in ("run.dir", "checkpoint.dir", "train.profile_steps"):
             raise UserError(f"--set {key}: every run of a sweep has its own")
         parts = _split(values)
         if not all(parts) or len({*parts}) < len(parts):
@@ -59,6 +60,12 @@ def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
             Variant(f"{i}-{v.name}", v.nodes, v.overrides) for i, v in enumerate(found_all)
         ]
     return found_all
+
+
+def own_checkpoints(config: JobConfig, name: str) -> list[str]:
+    """The override that gives a variant its own folder of checkpoints in `checkpoint.dir`."""
+    folder = config.checkpoint.dir.rstrip("/")
+    return [f"--checkpoint.dir={folder}/{name}"] if folder else []
 
 
 def _split(values: str) -> list[str]:

@@ -42,9 +42,11 @@ ROOMS: dict[str, set[str]] = {
     "parallel/dispatch": {"parallel"},
     "parallel/memory": {"parallel", "parallel/dispatch"},
     "train": {
-        "train/checkpoint", "train/data", "train/optim", "train/report", "train/tokenizer",
+        "train/checkpoint", "train/checkpoint/storage", "train/data", "train/optim",
+        "train/report", "train/tokenizer",
     },
-    "train/checkpoint": {"train", "train/optim"},
+    "train/checkpoint": {"train/checkpoint/storage", "train/optim"},
+    "train/checkpoint/storage": {"train", "train/checkpoint"},
     "train/convert": {"train", "train/checkpoint", "train/tokenizer"},
     "train/data": {"train", "train/tokenizer"},
     "train/report": {"train"},

@@ -83,7 +83,7 @@ def claim(folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(f"{folder}: another process is training in this run.dir") from None
+        raise UserError(f"{folder}: another process is training in this folder") from None
     except OSError as error:  # some network file systems have no locks
         os.close(handle)
         raise UserError(f"{folder / '.lock'}: cannot be locked: {error.strerror}") from None

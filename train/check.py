@@ -15,7 +15,8 @@ from configs.rules import shown
 from configs.schema import JobConfig
 from models.counts import flops_per_token, parameter_counts
 from models.hf.table import architecture
-from parallel.memory.model import CATEGORIES, ROUTED
+from parallel.memory.model import CATEGORIES, MOMENTS, PARAMETERS, ROUTED
+from parallel.memory.timeline import Needs
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
@@ -25,6 +26,8 @@ from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tok
 
 _FLOPS = 4e14
 """FLOP/s of a GPU for the comparison of ZeRO stages: 40 percent of an H100's peak in bf16."""
+_SAVED = (PARAMETERS, MOMENTS)
+"""Categories of memory that a checkpoint has."""
 
 
 def report(config: JobConfig, parallel_dims: ParallelDims, stages: bool = False) -> str:
@@ -135,6 +138,9 @@ def _bytes_per_rank(config: JobConfig, parallel_dims: ParallelDims) -> list[str]
     lines += [_row("sum", [peak.total() for peak in even]) + "   at the worst moment of a step"]
     if any(memory.total() for memory in host):
         lines += [_row("in addition, host memory", [memory.total() for memory in host])]
+    if config.checkpoint.async_save and config.checkpoint.every:
+        copies = [_saved_bytes(needs[0]) for needs in found.values()]
+        lines += [_row("copy of a checkpoint", copies) + "   host memory, from the first save on"]
     lines += ["  if all tokens chose the same experts, on the rank that has them:"]
     lines += [_row(f"  {kind}", [peak[kind] for peak in worst]) for kind in ROUTED]
     lines += [_row("  sum", [peak.total() for peak in worst])]
@@ -163,6 +169,11 @@ def _stages(config: JobConfig, parallel_dims: ParallelDims, flops: float) -> lis
             f" {_size(total / seconds):>12}/s" + "   as set" * (stage == used)
         )
     return lines
+
+
+def _saved_bytes(needs: Needs) -> int:
+    """Most bytes of a rank's part of a checkpoint: of replicas, one rank saves."""
+    return sum(memory[kind] for memory in (needs.peak, needs.host) for kind in _SAVED)
 
 
 def _row(name: str, sizes: Sequence[float]) -> str:

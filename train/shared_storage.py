@@ -17,11 +17,11 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.loader import flatten
-from configs.paths import local_path
+from configs.paths import is_url, local_path
 from configs.schema import JobConfig
 from parallel.ranks import Ranks, gather_json
 from train.checkpoint.manifest_content import short
-from train.checkpoint.retention import delete
+from train.checkpoint.storage.local import delete
 
 _PATIENCE_S = 10.0
 """Time that a network file system may need to show a new name."""
@@ -33,6 +33,8 @@ def check_shared(config: JobConfig, ranks: Ranks) -> None:
         return
     _check_settings(config)
     _check_folder("run.dir", config.run.dir, ranks, writes=True)
+    if config.checkpoint.dir and not is_url(config.checkpoint.dir):
+        _check_folder("checkpoint.dir", config.checkpoint.dir, ranks, writes=True)
     _check_folder("data.cache_dir", config.data.cache_dir, ranks, writes=False)
 
 

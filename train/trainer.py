@@ -1,12 +1,13 @@
 """A run from its config to its last checkpoint.
 
 `Trainer.run` is the main loop: fetch, step, report, validate, save. A step is implemented in
-`train.step`, its data in `train.data.batches`, checkpoints in `train.checkpoint.checkpoint`.
+`train.step`, its data in `train.data.batches`, checkpoints in `train.checkpoint.saver`.
 """
 
+import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks
 from train.atomic_files import claim, replace_text
 from train.build import build_training, shard_model
-from train.checkpoint import checkpoint
+from train.checkpoint.manifest import path_of
 from train.checkpoint.resume import restore
+from train.checkpoint.saver import Saver, open_storage
 from train.checkpoint.value_range import values_out_of_range
 from train.data.batches import Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
@@ -53,7 +55,7 @@ class Trainer:
         self.config, self.parallel_dims, self.ranks = config, parallel_dims, ranks
         self.folder = local_path(config.run.dir)
         ranks.on_first(lambda: claim(self.folder))  # before any slow step
-        ranks.on_first(lambda: checkpoint.check_folder(self.folder / "checkpoints"))
+        storage = open_storage(self.folder, config.checkpoint.dir, ranks)
         check_shared(config, ranks)
         sharded = shard_model(config, ranks)  # raises early for invalid settings
         self.corpus = self._open_corpus()
@@ -63,10 +65,12 @@ class Trainer:
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
         compute = str(self.training.compute)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": compute}
-        start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
+        start = restore(config, storage, ranks, self.facts, self._weights, self._optimizer_state)
         self.training.fp8_weights.refresh()
-        self.done = self.saved = start.done
+        self.done = start.done
+        self.saver = Saver(storage, config.checkpoint, flatten(config), ranks, start.done)
         self.owes_validation = start.owes_validation
+        self.validation_loss: float | None = None
         if ranks.is_first:
             self._introduce(start.lines)
 
@@ -75,7 +79,9 @@ class Trainer:
         train, total = self.config.train, self.config.train.steps
         schedule, peak = self.config.schedule, self.config.optimizer.lr
         stop, garbage = StopSignal(), GarbageCollection(train.gc_every)
-        with self._reporter() as report, self._saved_where_a_step_fails(report):
+        with (
+            closing(self.saver), self._reporter() as report, self._saved_where_a_step_fails(report)
+        ):  # fmt: skip
             if self.owes_validation:
                 report.amend(self.done, self._validate(stop))
             for step in range(self.done + 1, total + 1):
@@ -97,12 +103,15 @@ class Trainer:
                 self.done, end = step, time.perf_counter()
                 found = self.fp8.report(step)
                 validation = self._validate(stop) if self._due(self.config.validation.every) else {}
+                self.validation_loss = validation.get("validation_loss")
                 report.step(
                     step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
-                    validation=validation, fp8=found,
+                    validation=validation, fp8=found, checkpoint=self.saver.fields(),
                 )  # fmt: skip
-                if self._due(self.config.checkpoint.every):
-                    self._save(report)
+                self.saver.poll()
+                if step < total and (self._due(self.config.checkpoint.every) or self.saver.is_owed):
+                    self._save(report, beside_training=True)
+                report.say_all(self.saver.lines())
                 garbage.run(step)
             self._save(report)
             for picture in report.draw():
@@ -128,13 +137,18 @@ class Trainer:
         bits = bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
         return {"validation_loss": loss, "validation_bits_per_byte": bits}
 
-    def _save(self, report: Reporter, keep_all: bool = False) -> None:
+    def _save(
+        self, report: Reporter, *, beside_training: bool = False, keep_all: bool = False
+    ) -> None:
         """Write the checkpoint of the last complete step, unless it exists.
 
-        keep_all: remove no older one. Raises NonFiniteError instead of saving values that are not
-        finite.
+        beside_training: do not wait until it is written. keep_all: remove no older one. Raises
+        NonFiniteError instead of saving values that are not finite.
         """
-        if self.done == self.saved:
+        if not beside_training:
+            self.saver.finish()
+            report.say_all(self.saver.lines())
+        if self.done == self.saver.saved:
             return
         weights, others = self._weights(), self._optimizer_state()
         if bad := values_out_of_range(weights, others):
@@ -144,17 +158,14 @@ class Trainer:
                 weights_are_good=False,
             )
         report.flush()
-        path = checkpoint.save(
-            self.folder / "checkpoints",
-            weights | others,
-            {"step": self.done, "owes_validation": self.owes_validation, **self.facts},
-            flatten(self.config),
-            None if keep_all else self.config.checkpoint.keep,
-            self.ranks,
-            report.say,
-        )
-        self.saved = self.done
-        report.say(f"saved {path}")
+        state = {"step": self.done, "owes_validation": self.owes_validation, **self.facts}
+        if self.validation_loss is not None and math.isfinite(self.validation_loss):
+            state["validation_loss"] = self.validation_loss
+        if beside_training:
+            self.saver.save(weights | others, state)
+        else:
+            self.saver.save_now(weights | others, state, keep_all)
+        report.say_all(self.saver.lines())
 
     @contextmanager
     def _saved_where_a_step_fails(self, report: Reporter) -> Iterator[None]:
@@ -168,15 +179,18 @@ class Trainer:
             try:
                 if not isinstance(error, NonFiniteError) or error.weights_are_good:
                     self._save(report, keep_all=True)
+                else:
+                    self.saver.finish()
             except (NonFiniteError, UserError) as unsaved:
                 report.say(f"not saved: {unsaved}")
+            report.say_all(self.saver.lines())
             error.args = (f"{error}; {self._newest()}",)
             raise
 
     def _newest(self) -> str:
-        if not self.saved:
+        if not self.saver.saved:
             return "there is no checkpoint yet"
-        newest = checkpoint.path_of(self.folder / "checkpoints", self.saved)
+        newest = self.saver.storage.address(path_of(Path(), self.saver.saved).name)
         return f"the newest checkpoint is {newest}"
 
     def _weights(self) -> dict[str, torch.Tensor]:

@@ -1,9 +1,8 @@
 """A box of a tensor: the part of it that a file, or a rank, has."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Box:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @staticmethod
     def all_of(shape: Sequence[int]) -> "Box":

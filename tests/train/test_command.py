@@ -24,12 +24,16 @@ def test_a_run_leaves_everything_behind(overrides: list[str], tmp_path: Path) ->
     records = read_lines(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 13))
     expected = {"loss", "grad_norm", "lr", "tokens_per_s", "step_s", "data_share", "memory_gib"}
+    saves = {"checkpoint/blocked_s", "checkpoint/write_s"}
     balance = {
         f"moe/layer_{i}/{n}" for i in (0, 1) for n in ("max_vio", "load_entropy", "dead_experts")
     }
     assert all(
-        r.keys() == expected | balance | {"step"} for r in records if r["step"] not in (5, 10, 12)
+        r.keys() - saves == expected | balance | {"step"}
+        for r in records
+        if r["step"] not in (5, 10, 12)
     )
+    assert {r["step"] for r in records if "checkpoint/blocked_s" in r} == {5, 9}, "saved before"
     assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
     assert records[-1]["loss"] < records[0]["loss"]
     loads = read_lines(folder / "expert_load.jsonl")

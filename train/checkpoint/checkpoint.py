@@ -3,16 +3,13 @@
 A checkpoint is a folder `step-00000100`: one safetensors file per rank with the boxes of the
 tensors of which it is the primary replica (or several that one process wrote one after the other,
 `write`), and `manifest.json`, which lists every box (name, whole shape, offset, shape, file), size
-and CRC-32 of every file, the run's state and its config. It is written under a temporary name,
-fsynced and renamed, so that a folder with a manifest is complete; it is never overwritten. Loading
-intersects the boxes a rank needs with the saved boxes, and checks that they cover it, so a run may
-resume on another mesh.
+and CRC-32 of every file, the run's state and its config. A folder with a manifest is complete; it
+is never overwritten. Loading intersects the boxes a rank needs with the saved boxes, and checks
+that they cover it, so a run may resume on another mesh.
 """
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +17,38 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from models.hf.safetensors_files import MappedFiles, save_tensors
+from models.hf.safetensors_files import MappedFiles
 from models.layers.box import Box
-from parallel.ranks import Ranks, gather_json, one_line
-from parallel.shards import box_of, is_primary_replica, local_of
-from train.atomic_files import replace_text, sync
-from train.checkpoint import retention
+from parallel.ranks import Ranks, one_line
+from parallel.shards import box_of, local_of
+from parallel.store_group import StoreGroup
 from train.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
     CheckpointError,
     Manifest,
     checkpoints,
-    crc32,
     find,
-    is_valid,
     path_of,
     read_manifest,
     verify_files,
 )
-from train.checkpoint.manifest_content import crc32_of, short
+from train.checkpoint.manifest_content import short
+from train.checkpoint.retention import Retention
+from train.checkpoint.saving import (
+    Save,
+    call_here,
+    part_of,
+    part_of_rank,
+    run_save,
+    write_part,
+)
+from train.checkpoint.storage.base import Storage
+from train.checkpoint.storage.local import LocalStorage
 
 __all__ = [
     "CheckpointError",
     "Manifest",
     "Reader",
-    "check_folder",
+    "Retention",
     "checkpoints",
     "find",
     "load",
@@ -55,61 +58,45 @@ __all__ = [
     "verify_files",
     "write",
 ]
-
-
-def check_folder(root: Path) -> None:
-    """Raise UserError if no checkpoint can be written under `root`; called before a run trains."""
-    why = "this is no folder; move it away"
-    try:
-        if root.is_dir() or not os.path.lexists(root):
-            root.mkdir(parents=True, exist_ok=True)
-            probe = retention.free_name(root / ".step-probe")
-            probe.mkdir()
-            probe.rmdir()
-            return
-    except OSError as error:
-        why = f"cannot be written: {error.strerror}"
-    raise CheckpointError(f"{root}: {why}")
+_SAVES = count()
+"""Saves of this process; all ranks have done the same number."""
 
 
 def save(
-    root: Path,
+    root: Path | Storage,
     tensors: Mapping[str, Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
-    keep: int | None,
+    rule: Retention | None,
     ranks: Ranks,
     say: Callable[[str], None] = lambda line: None,
-) -> Path:
-    """Write checkpoint `state["step"]` under `root`; all ranks call this together.
+) -> str:
+    """Write checkpoint `state["step"]` under `root`; all ranks call this together. Returns its
+    address: the path of its folder.
 
-    Raises UserError on every rank if one of them cannot write.
+    Raises CheckpointError on every rank if one of them cannot write.
 
     Args:
-        root: Folder of the run's checkpoints.
+        root: Folder of the run's checkpoints, or another storage.
         tensors: Live tensors by name, the same names on all ranks.
         state, config: The run's state and settings.
-        keep: Older checkpoints are removed once this many verified ones exist, this one included
-            (`train.checkpoint.retention`); None removes nothing.
+        rule: Which older checkpoints stay; None removes nothing.
         ranks: All ranks.
         say: Called on rank 0 with a line for each folder that could not be removed.
     """
-    final = path_of(root, state["step"])
-    try:
-        partial = Path(ranks.on_first(lambda: str(_begin(root, final))))
-        file = partial / f"rank-{ranks.rank:05d}.safetensors"
-        reports = gather_json(_write_rank(file, tensors, ranks.rank))
-        failed = [report["error"] for report in reports if "error" in report]
-        if failed:
-            if ranks.is_first:
-                retention.delete(partial)  # frees space on a full disk
-            raise CheckpointError(failed[0])
-        ranks.on_first(lambda: _commit(partial, final, reports, state, config))
-    except UserError as error:
-        raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
-    if keep is not None:
-        retention.prune(root, final, keep, ranks, say)
-    return final
+    storage = LocalStorage(root) if isinstance(root, Path) else root
+    part = part_of_rank(tensors, ranks.rank)
+    new = Save(path_of(Path(), state["step"]).name, state, config, rule)
+    run_save(
+        new,
+        part,
+        lambda partial: write_part(storage, partial, part, tensors),
+        call_here(storage),
+        StoreGroup(ranks, f"save/{next(_SAVES)}"),
+        storage,
+        say,
+    )
+    return storage.address(new.name)
 
 
 def write(
@@ -123,98 +110,26 @@ def write(
     parts: each creates the boxes of one file when it is called, so that only one file's boxes are
     in memory. Together they must cover every tensor.
     """
-    final = path_of(root, state["step"])
+    final, storage = path_of(root, state["step"]), LocalStorage(root)
     try:
-        partial = _begin(root, final)
-        files = [partial / f"part-{i:05d}.safetensors" for i in range(len(parts))]
-        reports = [_write_file(file, part()) for file, part in zip(files, parts, strict=True)]
-        _commit(partial, final, reports, state, config)
+        partial = storage.begin(final.name, 0)
+        reports = [
+            _write_boxes(storage, partial, f"part-{i:05d}.safetensors", create())
+            for i, create in enumerate(parts)
+        ]
+        storage.commit_parts(reports, partial, final.name, state, config)
     except OSError as error:
         raise CheckpointError(f"{final}: cannot write the checkpoint: {one_line(error)}") from None
+    except UserError as error:
+        raise CheckpointError(f"{final}: cannot write the checkpoint: {error}") from None
     return final
 
 
-def _begin(root: Path, final: Path) -> Path:
-    """Create the empty folder to write into, after removing leftovers of killed saves."""
-    if os.path.lexists(final) and _is_sound(final):
-        raise CheckpointError("it exists already")
-    root.mkdir(parents=True, exist_ok=True)
-    retention.clear(root)
-    partial = retention.free_name(root / f".{final.name}.partial")
-    partial.mkdir()
-    sync(root.parent)
-    return partial
-
-
-def _is_sound(folder: Path) -> bool:
-    if not is_valid(folder):  # a loader ignores it
-        return False
-    try:
-        verify_files(read_manifest(folder))
-    except CheckpointError:
-        return False
-    return True
-
-
-def _write_rank(path: Path, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
-    """Write this rank's boxes; returns their entry of the manifest, or the error."""
-    boxes = {name: box_of(tensor) for name, tensor in tensors.items()}
-    mine = {
-        name: (boxes[name], local_of(tensor).detach().cpu().contiguous())
-        for name, tensor in tensors.items()
-        if is_primary_replica(tensor, rank) and boxes[name].numel
-    }
-    if not mine:
-        return {}
-    try:
-        return _write_file(path, mine)
-    except Exception as error:  # all ranks must get it
-        why = one_line(error) if isinstance(error, OSError) else str(error)
-        return {"error": f"rank {rank}: {why}"}
-
-
-def _write_file(path: Path, boxes: dict[str, tuple[Box, Tensor]]) -> dict[str, Any]:
-    """Write one file; returns its entry of the manifest."""
-    from safetensors import safe_open
-
-    save_tensors({name: tensor for name, (_, tensor) in boxes.items()}, path)
-    sync(path)
-    with safe_open(path, framework="pt") as file:
-        dtypes = {name: file.get_slice(name).get_dtype() for name in boxes}
-    entries = [
-        {"name": name, "dtype": dtypes[name], **asdict(box)} for name, (box, _) in boxes.items()
-    ]
-    size, crc = path.stat().st_size, crc32(path)
-    return {"file": path.name, "bytes": size, "crc32": crc, "boxes": entries}
-
-
-def _commit(
-    partial: Path,
-    final: Path,
-    reports: list[dict[str, Any]],
-    state: dict[str, Any],
-    config: dict[str, Any],
-) -> None:
-    written = [report for report in reports if report]
-    content = {
-        "format": FORMAT,
-        "state": state,
-        "config": config,
-        "files": {r["file"]: {"bytes": r["bytes"], "crc32": r["crc32"]} for r in written},
-        "boxes": [{**box, "file": r["file"]} for r in written for box in r["boxes"]],
-    }
-    content["crc32"] = crc32_of(content)
-    replace_text(partial / MANIFEST, json.dumps(content))
-    sync(partial)
-    damaged = None
-    if os.path.lexists(final):  # `_begin` found that it is no checkpoint
-        damaged = retention.free_name(final.with_name(f".{final.name}.damaged"))
-        final.rename(damaged)
-    partial.rename(final)
-    sync(final.parent)
-    retention.remember(final)
-    if damaged is not None:
-        retention.delete(damaged)
+def _write_boxes(
+    storage: Storage, partial: str, file: str, made: dict[str, tuple[Box, Tensor]]
+) -> bytes:
+    part = part_of(file, {name: (box, tensor.dtype) for name, (box, tensor) in made.items()})
+    return write_part(storage, partial, part, {name: tensor for name, (_, tensor) in made.items()})
 
 
 _INTERCHANGEABLE = {torch.float32, torch.bfloat16}

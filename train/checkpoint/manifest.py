@@ -6,6 +6,7 @@ contain: a checked manifest can be read safely, and no tensor is larger than its
 one line of bounded length.
 """
 
+import json
 import stat
 import zlib
 from collections.abc import Iterable
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.loader import load
+from configs.paths import is_url, local_path
 from models.layers.box import Box
-from parallel.ranks import gather_json
 from train.checkpoint.manifest_content import (
     FOLDER_NAME,
     Fault,
@@ -35,9 +37,15 @@ MANIFEST = "manifest.json"
 _MOST_BYTES = 2**30
 """Largest manifest that is read: at 150 bytes per box, seven million of them."""
 
+_REMOVE = "remove"
+
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; the message names the file."""
+
+
+class Unavailable(CheckpointError):
+    """The storage does not answer; the checkpoint in it may be sound."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def find(path: Path) -> Path:
     try:
         if (path / MANIFEST).is_file():
             return path
-        found = checkpoints(path) or checkpoints(path / "checkpoints")
+        found = checkpoints(path) or checkpoints(_root_of(path))
         why = "holds no checkpoint" if path.is_dir() else "no such folder"
     except OSError as error:
         found, why = [], str(error.strerror)
@@ -86,27 +94,65 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
+def _root_of(run: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    file = run / "config.toml"
+    setting = load(file).checkpoint.dir if file.is_file() else ""
+    if is_url(setting):
+        raise CheckpointError(f"{run}: its checkpoints are in {setting}; copy one to a folder")
+    return local_path(setting) if setting else run / "checkpoints"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint, after checking its checksum and the sizes of all files."""
     path = folder / MANIFEST
     try:
-        content = parse(_read(path))
+        text = _read(path)
+    except (OSError, ValueError) as error:
+        why = str(error) if isinstance(error, Fault) else short(f"{type(error).__name__}: {error}")
+        raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
+    manifest = parse_manifest(text, folder)
+    _check_sizes(folder, manifest.files)
+    return manifest
+
+
+def parse_manifest(text: str, folder: Path) -> Manifest:
+    """The checked content of a manifest, without a look at the files in `folder`."""
+    path = folder / MANIFEST
+    try:
+        content = parse(text)
         written = content.get("format")
         if type(written) is not int or written != FORMAT:
             raise CheckpointError(f"{path}: format {short(written)}, expected {FORMAT}")
         if content.pop("crc32", None) != crc32_of(content):
             raise CheckpointError(f"{path}: damaged (checksum differs); {_remedy(folder)}")
         files, boxes = files_of(content), boxes_of(content)
+        dtypes = dtypes_of(content)
         state, config = state_of(content, folder), config_of(content)
     except CheckpointError:
         raise
     except Fault as fault:
         raise CheckpointError(f"{path}: unreadable: {fault}; {_remedy(folder)}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         why = short(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{path}: unreadable: {why}; {_remedy(folder)}") from None
-    _check_sizes(folder, files)
-    return Manifest(folder, boxes, files, dtypes_of(content), state, config)
+    return Manifest(folder, boxes, files, dtypes, state, config)
+
+
+def manifest_text(
+    reports: Iterable[dict[str, Any]], state: dict[str, Any], config: dict[str, Any]
+) -> str:
+    """The text of a manifest. reports: `file`, `bytes`, `crc32` and `boxes` of each file."""
+    written = list(reports)
+    content = {
+        "format": FORMAT,
+        "state": state,
+        "config": config,
+        "files": {r["file"]: {"bytes": r["bytes"], "crc32": r["crc32"]} for r in written},
+        "boxes": [{**box, "file": r["file"]} for r in written for box in r["boxes"]],
+    }
+    content["crc32"] = crc32_of(content)
+    return json.dumps(content)
 
 
 def is_valid(folder: Path) -> bool:
@@ -118,15 +164,14 @@ def is_valid(folder: Path) -> bool:
     return True
 
 
-def verify_files(manifest: Manifest, rank: int = 0, world: int = 1) -> None:
-    """Compare every file with the manifest, divided among the ranks; raises on all if one fails.
+def verify_files(manifest: Manifest) -> None:
+    """Compare every file with the manifest: the checksum, and the names, shapes and dtypes in the
+    header. Raises CheckpointError."""
+    raise_faults(manifest, faults_of_files(manifest))
 
-    It compares the checksum, and the names, shapes and dtypes in the header. With `world` 1 no
-    process group is needed.
-    """
-    faults = faults_of_files(manifest, rank, world)
-    if world > 1:
-        faults = {file: fault for found in gather_json(faults) for file, fault in found.items()}
+
+def raise_faults(manifest: Manifest, faults: dict[str, str]) -> None:
+    """Raise CheckpointError for the first of the files with errors, if there are any."""
     if faults:
         file = min(faults)
         raise CheckpointError(
@@ -170,7 +215,9 @@ def _check_sizes(folder: Path, files: dict[str, dict[str, int]]) -> None:
     inside = folder.resolve()
     for name, facts in files.items():
         file = folder / name
-        if Path(name).name != name or not _is_file(file) or file.resolve().parent != inside:
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST}: {short(name)}: missing; {_remedy(folder)}")
+        if not _is_file(file) or file.resolve().parent != inside:
             raise CheckpointError(f"{folder / short(name)}: missing; {_remedy(folder)}")
         size = file.stat().st_size
         if size != facts["bytes"]:
@@ -194,7 +241,7 @@ def _fault_of_file(manifest: Manifest, file: str, boxes: Iterable[tuple[str, Box
     try:
         if crc32(path) != manifest.files[file]["crc32"]:
             return "damaged (checksum differs)"
-        with safe_open(path, framework="pt") as content:
+        with safe_open(path, framework="np") as content:  # only the header: without torch
             held = set(content.keys())
             for name, box in boxes:
                 if name not in held:
@@ -212,4 +259,9 @@ def _fault_of_file(manifest: Manifest, file: str, boxes: Iterable[tuple[str, Box
 
 def _remedy(folder: Path) -> str:
     others = [path for path in checkpoints(folder.parent) if path != folder]
-    return f"remove {folder} to use {others[-1].name}" if others else f"remove {folder}"
+    return f"{_REMOVE} {folder} to use {others[-1].name}" if others else f"{_REMOVE} {folder}"
+
+
+def without_remedy(error: str) -> str:
+    """An error of a checkpoint without the advice at its end."""
+    return error.rpartition(f"; {_REMOVE} ")[0] or error

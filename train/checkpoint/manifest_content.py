@@ -136,8 +136,13 @@ def _axes(entry: dict[str, Any], key: str) -> tuple[int, ...]:
 
 def dtypes_of(content: dict[str, Any]) -> dict[str, str]:
     """The dtypes by tensor name; missing in checkpoints written before dtypes were listed."""
-    entries = (entry for entry in content["boxes"] if "dtype" in entry)
-    return {entry["name"]: short(entry["dtype"]) for entry in entries}
+    dtypes: dict[str, str] = {}
+    for entry in content["boxes"]:
+        if "dtype" in entry:
+            name, dtype = entry["name"], short(entry["dtype"])
+            if dtypes.setdefault(name, dtype) != dtype:
+                raise Fault(f"{short(name)} has several dtypes: {dtypes[name]} and {dtype}")
+    return dtypes
 
 
 def state_of(content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,117 +1,129 @@
-"""Which checkpoints are kept, and how the others are removed.
+"""Which checkpoints are kept.
 
-Only checkpoints that are known to be sound count: this process wrote them, or every file was
-compared with the manifest. One is removed if `keep` newer ones count; as many as necessary are
-compared, divided among the ranks, and remembered until one of their files changes. These are
-neither counted nor removed: links (their targets may belong to others), folders without a manifest,
-and anything newer than the checkpoint just written.
+Kept are the newest `keep`, those of every `every`-th step, and the `best` ones with the lowest
+validation loss. Only checkpoints that are known to be sound count: this process wrote them, or
+every file was compared with the manifest. One is removed if `keep` newer ones count; as many as
+necessary are compared, divided among the ranks, and remembered until one of their files changes.
+These are neither counted nor removed: links (their targets may belong to others), folders without a
+manifest, and anything newer than the checkpoint just written.
 """
 
-import os
+import json
 from collections.abc import Callable
-from contextlib import suppress
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from parallel.ranks import Ranks, gather_json
-from train.checkpoint.manifest import CheckpointError, checkpoints, faults_of_files, read_manifest
+from configs.errors import UserError
+from parallel.store_group import StoreGroup
 from train.checkpoint.manifest_content import step_of
+from train.checkpoint.storage.base import Signature, Storage
 
-_Signature = list[tuple[str, int, int, int]]
-_SOUND: dict[Path, _Signature] = {}
-"""Checkpoints found sound: name, bytes, time of change and inode of each of their files."""
+_SOUND: dict[str, Signature] = {}
+"""Checkpoints found sound, by address."""
 
 
-def remember(folder: Path) -> None:
+@dataclass(frozen=True)
+class Retention:
+    """Numbers of checkpoints to keep; 0 for the last two: none for this reason."""
+
+    keep: int
+    """Newest checkpoints."""
+    every: int = 0
+    """Steps of which checkpoints are kept forever: the multiples of this."""
+    best: int = 0
+    """Checkpoints with the lowest validation loss."""
+
+
+class _Call(Protocol):
+    def __call__(self, method: str, *frames: bytes, **arguments: Any) -> Any: ...
+
+
+def remember(address: str, signature: Signature) -> None:
     """Record that this process wrote the checkpoint, or compared it with its manifest."""
-    _SOUND[folder.absolute()] = _signature(folder)
+    _SOUND[address] = signature
 
 
-def prune(root: Path, written: Path, keep: int, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Remove checkpoints older than the `keep` newest sound ones; all ranks call it together.
+def prune(
+    storage: Storage,
+    written: str,
+    rule: Retention,
+    call: _Call,
+    group: StoreGroup,
+    say: Callable[[str], None],
+) -> None:
+    """Remove checkpoints older than the `keep` newest sound ones, but for those that another part
+    of the rule keeps; all ranks call it together.
 
     written: the checkpoint just saved, the newest that counts. say: called on rank 0 with a line
     for each folder that could not be removed.
     """
-    names = ranks.on_first(lambda: [path.name for path in _older(root, written)])
+
+    def look() -> list[list[Any]]:
+        found = call("older", name=written)
+        return [
+            [name, signature, _SOUND.get(storage.address(name)) == signature]
+            for name, signature in found
+        ]
+
+    older = group.on_first(look)
+    known = {name for name, _, is_known in older if is_known}
+    signatures = {name: signature for name, signature, _ in older}
+    names = list(signatures)
+
+    def is_sound(name: str) -> bool:
+        if name in known:
+            return True
+        if _faults(name, call, group):
+            return False
+        known.add(name)
+        remember(storage.address(name), signatures[name])
+        return True
+
     sound, rest = 1, []
     for i, name in enumerate(names):
-        if sound == keep:
-            rest = [root / old for old in names[i:]]
+        if sound == rule.keep:
+            rest = names[i:]
             break
-        if len(names) - i <= keep - sound:
+        if len(names) - i <= rule.keep - sound:
             break  # too few to remove one of them, sound or not
-        sound += _is_sound(root / name, ranks)
+        sound += is_sound(name)
+    rest = [name for name in rest if not (rule.every and step_of(Path(name)) % rule.every == 0)]
+    if rest and rule.best:
+        rest = _without_best([written, *names], rest, rule.best, is_sound, call, group)
     if rest:
-        ranks.on_first(lambda: _remove(rest, say))
+        for line in group.on_first(lambda: call("remove", names=rest)):
+            if group.is_first:
+                say(line)
 
 
-def clear(root: Path) -> None:
-    """Remove leftovers of killed saves, if possible."""
-    for leftover in root.glob(".step-*"):
-        delete(leftover)
+def _without_best(
+    names: list[str],
+    rest: list[str],
+    best: int,
+    is_sound: Callable[[str], bool],
+    call: _Call,
+    group: StoreGroup,
+) -> list[str]:
+    """`rest` without the best sound ones of all checkpoints, newest first. Of equal losses the
+    newer is better."""
+    losses = group.on_first(lambda: call("validation_losses", names=names))
+    ranked = sorted((name for name in names if name in losses), key=losses.__getitem__)
+    found = 0
+    for name in ranked:
+        if found == best:
+            break
+        if name == names[0] or is_sound(name):
+            found += 1
+            rest = [other for other in rest if other != name]
+    return rest
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or with a number appended if the name is taken by something that cannot be
-    removed."""
-    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in count())
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def delete(path: Path) -> bool:
-    """Remove a file, a link (not its target) or a folder; returns whether it was fully removed."""
-    with suppress(OSError):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-        else:
-            with suppress(OSError):
-                path.chmod(0o700)  # a read-only folder cannot be emptied
-            for child in list(path.iterdir()):
-                delete(child)
-            path.rmdir()
-    return not os.path.lexists(path)
-
-
-def _older(root: Path, written: Path) -> list[Path]:
-    """The folders with a manifest of earlier steps, newest first."""
-    older = [path for path in checkpoints(root) if step_of(path) < step_of(written)]
-    return [path for path in reversed(older) if not path.is_symlink()]
-
-
-def _is_sound(folder: Path, ranks: Ranks) -> bool:
-    if ranks.on_first(lambda: _is_remembered(folder)):
-        return True
+def _faults(name: str, call: _Call, group: StoreGroup) -> bool:
+    """Whether a file of the checkpoint differs from its manifest; each rank compares some."""
     try:
-        manifest = read_manifest(folder)
-        fault = bool(faults_of_files(manifest, ranks.rank, ranks.world))
-    except CheckpointError:
-        fault = True
-    if any(gather_json(fault)):
-        return False
-    ranks.on_first(lambda: remember(folder))
-    return True
-
-
-def _is_remembered(folder: Path) -> bool:
-    with suppress(OSError):
-        return _SOUND.get(folder.absolute()) == _signature(folder)
-    return False
-
-
-def _remove(folders: list[Path], say: Callable[[str], None]) -> None:
-    """Rename first, so that a kill leaves no incomplete checkpoint."""
-    for old in folders:
-        try:
-            leaving = free_name(old.with_name(f".{old.name}.leaving"))
-            old.rename(leaving)
-        except OSError as error:
-            say(f"{old}: cannot be removed: {error.strerror}")
-            continue
-        if not delete(leaving):
-            say(f"{leaving}: cannot be removed; delete it, the run does not need it")
-
-
-def _signature(folder: Path) -> _Signature:
-    found = [(e.name, e.stat(follow_symlinks=False)) for e in os.scandir(folder)]
-    return sorted((name, stat.st_size, stat.st_ctime_ns, stat.st_ino) for name, stat in found)
+        faults = call("faults", name=name, rank=group.rank, world=group.world)
+    except (UserError, OSError) as error:
+        faults = {"": str(error)}
+    found = group.collect(json.dumps(faults).encode())
+    return bool(group.on_first(lambda: any(json.loads(one) for one in found)))

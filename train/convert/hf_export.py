@@ -42,7 +42,8 @@ def export_hf(source: Path, out: Path | None, dtype: torch.dtype) -> Path:
     manifest = checkpoint.read_manifest(folder)
     checkpoint.verify_files(manifest)
     config = from_dict(unflatten(manifest.config), str(folder / "manifest.json"))
-    run = folder.parent.parent
+    is_run = (local_path(source) / "config.toml").is_file()
+    run = local_path(source).resolve() if is_run else folder.parent.parent
     out = local_path(out or run / "export").resolve()
     if out.exists() and not (out / INDEX).is_file():
         raise UserError(f"--out {out}: exists and is not an export; choose another folder")

@@ -15,6 +15,8 @@
 | moe/layer_i/dead_experts | experts without a single token in the step |
 | moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/stats.py |
 | fp8/NAME/... | FP8 error of a weight, at the reported steps: see train/report/fp8_report.py |
+| checkpoint/blocked_s | seconds that the loop waited for checkpoints since the last record |
+| checkpoint/write_s, checkpoint/failures | seconds and failed attempts of a save that ended |
 | validation_loss, validation_bits_per_byte | at steps with validation |
 
 Layers are those with experts, counted from 0, MTP modules last.

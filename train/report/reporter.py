@@ -1,5 +1,6 @@
 """Rank 0's output and records of a run; the reporters of other ranks do nothing."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Reporter:
         data_seconds: float,
         validation: dict[str, float],
         fp8: Fp8Report | None = None,
+        checkpoint: dict[str, float] | None = None,
     ) -> None:
         """Record one step. `seconds`: the whole step without validation and checkpoint."""
         if not self.active:
@@ -78,7 +80,7 @@ class Reporter:
         if self.force_balance:
             fields["force_balance"] = 1.0
         fields |= validation | balance_fields(result.counts_LE) | result.dispatch
-        fields |= {} if fp8 is None else fp8.fields
+        fields |= ({} if fp8 is None else fp8.fields) | (checkpoint or {})
         self._writer.write(step, fields, result.counts_LE)
         as_line = step % self.log_every == 0 or step == self.total or step == self.done + 1
         self._progress.step(step, _status(fields), as_line)
@@ -99,6 +101,11 @@ class Reporter:
         """Print one line for the user."""
         if self.active:
             self._progress.say(line)
+
+    def say_all(self, lines: Iterable[str]) -> None:
+        """Print several lines for the user."""
+        for line in lines:
+            self.say(line)
 
     def _say_validation(self, step: int, validation: dict[str, float]) -> None:
         self._progress.say(

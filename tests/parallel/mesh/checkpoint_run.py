@@ -74,7 +74,7 @@ def run_case(folder: Path, case: dict[str, Any], ranks: Ranks) -> None:
     else:
         run.step(1), run.step(2)
         root, facts = folder / case["name"], {"step": 2}
-        checkpoint.save(root, run.state(), facts, flatten(run.config), 1, ranks)
+        checkpoint.save(root, run.state(), facts, flatten(run.config), None, ranks)
     record = {f"before/{name}": whole(tensor) for name, tensor in run.state().items()}
     done = run.step(3)
     record["curve"] = torch.tensor([done.loss, done.grad_norm])

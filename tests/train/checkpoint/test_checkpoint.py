@@ -12,7 +12,7 @@ from torch import Tensor
 from models.layers.box import Box
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from train.checkpoint import checkpoint
-from train.checkpoint.checkpoint import CheckpointError
+from train.checkpoint.checkpoint import CheckpointError, Retention
 from train.checkpoint.manifest_content import crc32_of
 
 RANKS: Ranks
@@ -37,7 +37,9 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def save(root: Path, step: int, seed: int = 0, keep: int = 3) -> Path:
-    return checkpoint.save(root, tensors(seed), {"step": step}, {"train.steps": 9}, keep, RANKS)
+    rule = Retention(keep)
+    state, config = {"step": step}, {"train.steps": 9}
+    return Path(checkpoint.save(root, tensors(seed), state, config, rule, RANKS))
 
 
 def test_round_trip_and_pruning(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def ranks() -> Iterator[None]:
 def saved(ranks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saved")
     config = {"train.steps": 9, "data.source": "docs"}
-    return checkpoint.save(root, _TENSORS, {"step": 7}, config, 1, RANKS)
+    return Path(checkpoint.save(root, _TENSORS, {"step": 7}, config, None, RANKS))
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,7 @@ def test_any_change_is_read_rightly_or_refused_in_one_line(
 def test_settings_of_a_checkpoint_are_checked_as_any_others(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = checkpoint.save(tmp_path, _TENSORS, {"step": 1}, config, None, RANKS)
+    path = Path(checkpoint.save(tmp_path, _TENSORS, {"step": 1}, config, None, RANKS))
     with pytest.raises(CheckpointError) as caught:
         settings_then(checkpoint.read_manifest(path))
     line = str(caught.value)

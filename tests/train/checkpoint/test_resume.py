@@ -152,7 +152,7 @@ def test_one_run_dir_has_one_writer(overrides: list[str], tmp_path: Path) -> Non
     with started("-m", "train", TINY, *overrides, "--train.steps=2000") as program:
         wait_for_step(tmp_path / "run", 4, program.is_running)
         done = run("-m", "train", TINY, *overrides, code=2)
-        assert "another process is training in this run.dir" in done.stderr
+        assert "another process is training in this folder" in done.stderr
 
 
 def test_weights_of_another_model_are_refused(overrides: list[str], tmp_path: Path) -> None:
@@ -186,24 +186,50 @@ def test_what_must_not_change_is_refused(overrides: list[str], tmp_path: Path) -
         assert expected in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_damaged_checkpoint_is_one_line(overrides: list[str], tmp_path: Path) -> None:
-    run("-m", "train", TINY, *overrides, "--train.steps=8")
-    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
-    file = next(newest.glob("*.safetensors"))
+def test_a_damaged_checkpoint_is_set_aside(overrides: list[str], tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    arguments = ["-m", "train", TINY, *overrides]
+    run(*arguments, f"--run.dir={whole}")
+    run(*arguments, "--train.steps=8", "--schedule.steps=12", ranks=2)
+    folder = tmp_path / "run" / "checkpoints"
+    file = next((folder / "step-00000008").glob("*.safetensors"))
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 4
     file.write_bytes(damaged)
-    done = run("-m", "train", TINY, *overrides, code=2)
-    assert "damaged (checksum differs); remove" in done.stderr
-    assert "to use step-00000004" in done.stderr and done.stderr.count("\n") == 1
+    out = run(*arguments, ranks=2).stdout
+    assert f"damaged, not used: {file}: damaged (checksum differs)\n" in out
+    assert "step-00000008: renamed to damaged-step-00000008\n" in out
+    assert f"resuming from {folder / 'step-00000004'}\n" in out
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
+    assert (folder / "damaged-step-00000008" / file.name).read_bytes() == damaged
+    assert "damaged, not used" not in run(*arguments, ranks=2).stdout
 
 
-def test_a_damaged_manifest_is_passed_over(overrides: list[str], tmp_path: Path) -> None:
+def test_without_a_sound_checkpoint_nothing_is_changed(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    run("-m", "train", TINY, *overrides, "--train.steps=8")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000008" / "manifest.json").write_text("{")
+    (folder / "step-00000004" / "rank-00000.safetensors").unlink()
+    before = sorted(folder.rglob("*"))
+    for _ in range(2):
+        err = run("-m", "train", TINY, *overrides, code=2).stderr
+        assert "no checkpoint is sound, and none is changed" in err and err.count("\n") == 1
+        assert "step-00000008/manifest.json: unreadable" in err and "missing" in err
+        assert sorted(folder.rglob("*")) == before
+    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={tmp_path / 'run'}"]
+    assert "no checkpoint is sound" in run("-m", "train", TINY, *overrides, *second, code=2).stderr
+
+
+def test_weights_are_taken_from_a_sound_checkpoint(overrides: list[str], tmp_path: Path) -> None:
     run("-m", "train", TINY, *overrides, "--train.steps=8")
     newest = tmp_path / "run" / "checkpoints" / "step-00000008"
     (newest / "manifest.json").write_text("{")
-    out = run("-m", "train", TINY, *overrides, "--train.steps=6").stdout
-    assert "passed over" in out and "resuming from" in out and "step-00000004" in out
+    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={tmp_path / 'run'}"]
+    out = run("-m", "train", TINY, *overrides, *second, "--train.steps=4").stdout
+    assert "damaged, not used" in out and "weights from" in out and "step-00000004" in out
+    assert newest.is_dir(), "another run's checkpoints are not changed"
 
 
 def test_finished_runs_end_at_once_and_weights_are_finite(

@@ -10,7 +10,9 @@ import torch
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from train.checkpoint import checkpoint, retention
-from train.checkpoint.checkpoint import CheckpointError
+from train.checkpoint.checkpoint import CheckpointError, Retention
+from train.checkpoint.storage import local
+from train.checkpoint.storage.local import LocalStorage
 
 RANKS: Ranks
 
@@ -31,7 +33,8 @@ def as_after_a_restart() -> None:
 def save(root: Path, step: int, keep: int | None = 99, said: list[str] | None = None) -> Path:
     tensors = {"w": torch.full((4,), float(step))}
     say = (lambda line: None) if said is None else said.append
-    return checkpoint.save(root, tensors, {"step": step}, {}, keep, RANKS, say)
+    rule = None if keep is None else Retention(keep)
+    return Path(checkpoint.save(root, tensors, {"step": step}, {}, rule, RANKS, say))
 
 
 def flip(folder: Path) -> None:
@@ -103,32 +106,73 @@ def test_never_fewer_than_keep_and_never_the_new_one(tmp_path: Path) -> None:
         assert sound(root) == sorted([*stay, step, *newer]), (trial, before, step, keep)
 
 
-def test_only_as_many_are_read_as_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    compare = retention.faults_of_files
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the checkpoints that are compared with their manifests."""
+    names: list[str] = []
+    compare = local.faults_of
 
-    def counted(manifest: checkpoint.Manifest, rank: int, world: int) -> dict[str, str]:
-        read.append(manifest.folder.name)
-        return compare(manifest, rank, world)
+    def counted(folder: Path, rank: int = 0, world: int = 1) -> dict[str, str]:
+        names.append(folder.name)
+        return compare(folder, rank, world)
 
+    monkeypatch.setattr(local, "faults_of", counted)
+    return names
+
+
+def test_only_as_many_are_read_as_needed(tmp_path: Path, read: list[str]) -> None:
     for step in range(1, 6):
         save(tmp_path, step)
     retention._SOUND.clear()
-    monkeypatch.setattr(retention, "faults_of_files", counted)
     save(tmp_path, 6, keep=3)
     assert read == ["step-00000005", "step-00000004"] and steps(tmp_path) == [4, 5, 6]
     save(tmp_path, 7, keep=3), save(tmp_path, 8, keep=4)
     assert len(read) == 2, "what is known is not read again, nor what nothing depends on"
 
 
-def test_a_checkpoint_found_sound_at_resume_is_not_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_checkpoint_found_sound_at_resume_is_not_read_again(
+    damaged: bool, tmp_path: Path, read: list[str]
+) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     retention._SOUND.clear()
-    retention.remember(tmp_path / "step-00000003")
-    assert retention._is_sound(tmp_path / "step-00000003", RANKS)
-    flip(tmp_path / "step-00000003")
-    assert not retention._is_sound(tmp_path / "step-00000003", RANKS)
+    storage = LocalStorage(tmp_path)
+    retention.remember(storage.address("step-00000003"), storage.signature("step-00000003"))
+    if damaged:  # after it was compared
+        flip(tmp_path / "step-00000003")
+    save(tmp_path, 4, keep=2)
+    assert steps(tmp_path) == ([2, 3, 4] if damaged else [3, 4])
+    assert read == (["step-00000003", "step-00000002"] if damaged else [])
+
+
+def test_every_nth_stays_forever_and_the_best_by_validation(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for trial in range(8):
+        root, losses = tmp_path / str(trial), dict[int, float]()
+        rule = Retention(rng.randint(1, 3), rng.choice([0, 3, 4]), rng.randint(0, 2))
+        damaged: set[int] = set()
+        for step in range(1, 13):
+            state: dict[str, object] = {"step": step}
+            if rng.random() < 0.6:
+                losses[step] = round(rng.random(), 1)
+                state["validation_loss"] = losses[step]
+            checkpoint.save(root, {"w": torch.ones(2)}, state, {}, rule, RANKS)
+            newest = [s for s in range(step, 0, -1) if s not in damaged][: rule.keep]
+            present = steps(root)
+            assert set(newest) <= set(present)
+            if rule.every:
+                assert {s for s in range(1, step + 1) if s % rule.every == 0} <= set(present)
+            if step == 6 and rng.random() < 0.5:
+                flip(root / "step-00000006")
+                damaged = {6}
+        if not damaged:
+            kept = set(newest)
+            # a checkpoint that was neither best nor new once does not come back
+            best = sorted(losses, key=lambda s: (losses[s], -s))[: rule.best]
+            forever = {s for s in range(1, 13) if rule.every and s % rule.every == 0}
+            assert set(best) <= set(present)
+            assert set(present) == kept | forever | set(best), (trial, rule, losses)
 
 
 def test_leftovers_of_any_kind_do_not_stop_a_save(tmp_path: Path) -> None:
@@ -204,7 +248,14 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_file", full)
-    with pytest.raises(CheckpointError, match=r"step-00000001.*No space left") as caught:
-        save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(CheckpointError, match=r"step-00000001.*No space left") as caught:
+            save(tmp_path, 1)
     assert "None" not in str(caught.value) and not list(tmp_path.iterdir())
+    usage = os.statvfs(tmp_path)
+    nearly_full = os.statvfs_result([*usage[:4], 0, *usage[5:]])
+    monkeypatch.setattr("os.statvfs", lambda path: nearly_full)
+    with pytest.raises(CheckpointError, match=r"no space: \d+ bytes are needed, 0 are free"):
+        save(tmp_path, 1)
+    assert not list(tmp_path.iterdir())

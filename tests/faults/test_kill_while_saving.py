@@ -1,0 +1,87 @@
+"""`kill -9` while a checkpoint is written, of ranks and of writer processes: the newest checkpoint
+loads, and the run ends with the bits of one that was never killed."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY, run, started
+from train.checkpoint.storage.local import LocalStorage
+
+STEPS = 8
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` started, its writer process among them."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [int(n) for task in tasks for n in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def newest_sound(root: Path) -> int:
+    """The step of the newest checkpoint, which must be sound; 0 if there is none."""
+    storage = LocalStorage(root)
+    names = storage.names()
+    if not names:
+        return 0
+    assert not storage.faults(names[-1], 0, 1), names[-1]
+    return int(names[-1][5:])
+
+
+def weights(root: Path) -> dict[str, bytes]:
+    newest = root / f"step-{STEPS:08d}"
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_the_newest_checkpoint_loads(kills: int, overrides: list[str], tmp_path: Path) -> None:
+    words = ["-m", "train", TINY, *overrides, "--model.d_model=128", "--checkpoint.every=1"]
+    words += [f"--train.steps={STEPS}", "--precision.recipe=fp32"]
+    whole, rng = tmp_path / "whole", random.Random(kills)
+    run(*words, f"--run.dir={whole}", ranks=2)
+    done = within = runs = 0
+    while done < kills:
+        folder = tmp_path / f"run-{runs}"
+        runs += 1
+        root, is_complete = folder / "checkpoints", False
+        while not is_complete and done < kills:
+            before = newest_sound(root)
+            with started(*words, f"--run.dir={folder}", ranks=2) as program:
+                target = before + rng.randint(1, 3)
+                while program.is_running() and not list(root.glob(f".step-{target:08d}.partial")):
+                    time.sleep(0.0005)
+                time.sleep(rng.choice([0, 0.002, 0.01, 0.03]) * rng.random())
+                inside = bool(list(root.glob(".step-*")))
+                pids = list(program.pids)
+                writers = [child for pid in pids for child in children(pid)]
+                kind = rng.choice(["rank", "ranks", "writer", "writers"])
+                chosen = {"rank": pids[:1], "ranks": pids, "writer": writers[:1]}
+                for pid in chosen.get(kind, writers):
+                    kill(pid)
+                if kind.startswith("writer"):  # training continues; the save is repeated
+                    program.finish(60)
+                else:
+                    program.signal(signal.SIGKILL)
+                    program.finish(60)
+            found = newest_sound(root)
+            assert found >= before, "a complete checkpoint was lost"
+            done, within = done + 1, within + inside
+            is_complete = found == STEPS
+            if is_complete:
+                assert weights(root) == weights(whole / "checkpoints")
+    print(f"{done} kills, {within} within a save: newest loads {done}/{done}, {runs} runs")
+    assert within > kills // 3

@@ -1,0 +1,159 @@
+"""Checkpoints in object stores: a server of the S3 protocol, and the memory of this process."""
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.ranks import Ranks, start_ranks, stop_ranks
+from train.checkpoint import checkpoint, retention
+from train.checkpoint.checkpoint import CheckpointError, Retention
+from train.checkpoint.manifest import faults_of_files
+from train.checkpoint.storage.addresses import storage_at
+from train.checkpoint.storage.base import Storage, finish
+from train.checkpoint.storage.client import WriterProcess
+from train.checkpoint.storage.object_store import ObjectStorage
+
+RANKS: Ranks
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[None]:
+    global RANKS
+    RANKS = start_ranks(threads=1)
+    yield
+    stop_ranks()
+
+
+@pytest.fixture(params=["s3", "memory"])
+def storage(request: pytest.FixtureRequest, ranks: None) -> Storage:
+    base = request.getfixturevalue("s3_server") if request.param == "s3" else "memory://store"
+    retention._SOUND.clear()
+    return storage_at(f"{base}/{uuid.uuid4().hex}/run")
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((300, 100), float(step)), "n": torch.tensor([step])}
+
+
+def save(storage: Storage, step: int, keep: int = 99, loss: float | None = None) -> str:
+    state = {"step": step} | ({} if loss is None else {"validation_loss": loss})
+    return checkpoint.save(storage, tensors(step), state, {}, Retention(keep, 0, 1), RANKS)
+
+
+def load(storage: Storage, name: str, folder: Path) -> None:
+    manifest = storage.read_manifest(name)
+    local = folder / name
+    local.mkdir()
+    storage.fetch(name, manifest.files, local)
+    found = checkpoint.Manifest(
+        local, manifest.boxes, manifest.files, manifest.dtypes, manifest.state, {}
+    )
+    assert not faults_of_files(found)
+    live = tensors(0)
+    checkpoint.load(found, live)
+    assert all(torch.equal(live[n], t) for n, t in tensors(manifest.step).items())
+
+
+def test_round_trip_and_retention(storage: Storage, tmp_path: Path) -> None:
+    storage.check()
+    assert storage.names() == []
+    for step, loss in ((1, None), (2, 0.5), (3, 0.7), (4, None), (10, 0.9)):
+        assert save(storage, step, keep=2, loss=loss) == f"{storage.address()}/step-{step:08d}"
+    assert storage.names() == ["step-00000002", "step-00000004", "step-00000010"]
+    for name in storage.names():
+        load(storage, name, tmp_path)
+    with pytest.raises(CheckpointError, match="exists already"):
+        save(storage, 10)
+
+
+def test_incomplete_ones_are_ignored_and_removed(storage: Storage) -> None:
+    assert isinstance(storage, ObjectStorage)
+    fs, root = storage._fs, storage._root
+    save(storage, 1)
+    partial = storage.begin("step-00000002", 0)
+    finish(storage.write(partial, "rank-00000.safetensors", [b"x" * 10]))
+    assert storage.names() == ["step-00000001"], "killed here"
+    fs.pipe_file(f"{root}/notes.txt", b"of the user")
+    save(storage, 3)
+    assert storage.names() == ["step-00000001", "step-00000003"]
+    assert not [path for path in fs.find(root) if "step-00000002" in path]
+    assert fs.cat_file(f"{root}/notes.txt") == b"of the user"
+
+
+def test_damage_is_found_and_set_aside(storage: Storage, tmp_path: Path) -> None:
+    assert isinstance(storage, ObjectStorage)
+    fs, root = storage._fs, storage._root
+    for step in (1, 2, 3, 4, 5):
+        save(storage, step)
+    cut, lost, other = (f"{root}/step-0000000{step}/rank-00000.safetensors" for step in (2, 3, 4))
+    fs.pipe_file(cut, fs.cat_file(cut)[:-1])
+    fs.rm_file(lost)
+    text = json.loads(fs.cat_file(f"{root}/step-00000004/manifest.json"))
+    text["files"]["../step-00000001/rank-00000.safetensors"] = {"bytes": 1, "crc32": 0}
+    fs.pipe_file(f"{root}/step-00000004/manifest.json", json.dumps(text).encode())
+    for name, expected in (
+        ("step-00000002", "bytes, expected"), ("step-00000003", "missing"),
+        ("step-00000004", "checksum differs"), ("step-00000009", "missing"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=expected) as caught:
+            storage.read_manifest(name)
+        assert "\n" not in str(caught.value)
+    for step in (2, 3, 4):
+        assert "renamed" in storage.set_aside(f"step-0000000{step}")
+    assert storage.names() == ["step-00000001", "step-00000005"]
+    assert fs.exists(other), "kept for inspection"
+    save(storage, 6)
+    assert not fs.exists(cut) and fs.exists(other), "the newest two are kept"
+    save(storage, 4)  # the run comes to this step again
+    load(storage, "step-00000004", tmp_path)
+
+
+def test_the_writer_process_writes_to_a_server(s3_server: str, ranks: None) -> None:
+    writer = WriterProcess(f"{s3_server}/{uuid.uuid4().hex}")
+    try:
+        partial = writer.call("begin", name="step-00000001", needed=0)
+        writer.call("commit_parts", b"", partial=partial, name="step-00000001",
+                    state={"step": 1}, config={})  # fmt: skip
+        assert writer.call("names") == ["step-00000001"]
+    finally:
+        writer.stop()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://no-such-bucket/x", "cannot be written"),
+        ("nothing://x", "Protocol not known: nothing"),
+    ],
+)
+def test_an_unusable_address_is_one_line(url: str, expected: str, s3_server: str) -> None:
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        storage_at(url).check()
+    assert "\n" not in str(caught.value) and url.split("/")[2] in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: object) -> object:
+        if name.split(".")[0] == "s3fs":
+            raise ImportError(name)
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    import fsspec
+    from fsspec.registry import _registry
+
+    monkeypatch.setitem(_registry, "s3", None)
+    monkeypatch.delitem(_registry, "s3")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    for name in ("s3fs", "s3fs.core"):
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    assert fsspec is not None
+    with pytest.raises(CheckpointError, match=r"needs the package s3fs: pip install s3fs"):
+        storage_at("s3://bucket/x")
