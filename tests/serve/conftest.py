@@ -160,8 +160,9 @@ def run_server(
 ) -> Iterator[RunningServer]:
     """options: of `build_app`."""
     thread = EngineThread(core)
+    options.setdefault("template", ChatTemplate(TEMPLATE, {}))
     ready = threading.Event()
-    app = build_app(thread, name, ready.set, template=ChatTemplate(TEMPLATE, {}), **options)
+    app = build_app(thread, name, ready.set, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = server_config(app, keep_alive, grace=0)
         server = uvicorn.Server(config)

@@ -16,7 +16,6 @@ import struct
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +359,6 @@ def test_other_threads_run_while_a_million_tokens_become_text(
     """They fit into a body of 4 MiB. The library's `decode` holds the interpreter lock."""
     core = make_core()
     watched = Watched(tokenizer)
-    core.export = replace(core.export, tokenizer=watched)  # type: ignore[arg-type]
-    assert len(sglang_control.decode_tokens(core, [5] * 1_000_000, True)) == 1_000_000
+    core.inputs.tokenizer = watched  # type: ignore[assignment]
+    assert len(sglang_control.decode_tokens(core.inputs, [5] * 1_000_000, True)) == 1_000_000
     assert watched.during > 5
