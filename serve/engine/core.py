@@ -22,6 +22,7 @@ from configs.errors import UserError
 from configs.model import ModelConfig
 from serve.cache.allocator import PageAllocator
 from serve.cache.kv_cache import KvCache, build_cache, free_memory
+from serve.cache.kv_publisher import KvEventPublisher, check_endpoints
 from serve.cache.manager import PageManager, freed_window
 from serve.cache.prefix_cache import NaiveCache
 from serve.cache.radix import RadixCache
@@ -70,6 +71,10 @@ class EngineOptions:
     cuda_graphs: Literal["auto", "off"] = "auto"
     """`auto`: a GPU computes steps that only decode as CUDA graphs. `off`: it launches every
     kernel."""
+    kv_events: str = ""
+    """ZeroMQ endpoint at which events of the prefix cache are published; empty: nowhere."""
+    kv_events_replay: str = ""
+    """ZeroMQ endpoint at which subscribers request events that they missed."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "page_size"):
@@ -84,6 +89,7 @@ class EngineOptions:
             raise UserError(f"--jump-forward {self.jump_forward}: must be on or off")
         if self.cuda_graphs not in ("auto", "off"):
             raise UserError(f"--cuda-graphs {self.cuda_graphs}: must be auto or off")
+        check_endpoints(self.kv_events, self.kv_events_replay, self.cache)
         if self.max_batch_tokens < self.max_running:
             raise UserError(
                 f"--max-batch-tokens {self.max_batch_tokens}: must be at least "
@@ -145,6 +151,10 @@ class EngineCore:
         self.options = options
         self.cache = make_cache(export, options)
         self.allocator = PageAllocator(self.cache.n_pages)
+        self.kv_events: KvEventPublisher | None = None
+        if options.kv_events:
+            endpoints = options.kv_events, options.kv_events_replay
+            self.kv_events = KvEventPublisher(options.page_size, *endpoints)
         self.pages = self._manage_pages()
         self.scheduler = Scheduler(
             self.pages,
@@ -184,7 +194,7 @@ class EngineCore:
         radix = self.options.cache == "radix"
         return PageManager(
             self.allocator,
-            RadixCache(self.allocator, size, window) if radix else NaiveCache(),
+            RadixCache(self.allocator, size, window, self.kv_events) if radix else NaiveCache(),
             size,
             self.options.max_running,
             min(self.allocator.n_pages - 1, -(-self.export.max_length // size)),
@@ -302,6 +312,8 @@ class EngineCore:
         """End the thread of the device, and let the other ranks end. No step may be running."""
         self.executor.close()
         self.inputs.close()
+        if self.kv_events is not None:
+            self.kv_events.close()
         if self.export.group is not None:
             self.export.group.stop()
 

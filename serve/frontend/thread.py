@@ -166,6 +166,8 @@ class EngineThread:
 
     def _take_commands(self) -> bool:
         """Wait for work and take the commands from the inbox. False if the thread must stop."""
+        if self.core.kv_events is not None:
+            self.core.kv_events.flush()
         scheduler = self.core.scheduler
         with self._wake:
             idle = not self.core.busy

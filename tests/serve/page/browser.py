@@ -1,6 +1,5 @@
 """A headless browser, and a model that writes a given text."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from scripts.screenshot_page import BROWSERS, find_browser
 from serve.engine.batch import ForwardBatch
 from serve.engine.core import EngineCore
 from serve.engine.runner import ModelRunner
@@ -16,16 +16,14 @@ from serve.engine.runner import ModelRunner
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
 
 @contextmanager
 def open_browser() -> Iterator["Browser"]:
     """Skips the test if there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+    program = find_browser()
     if program is None:
-        pytest.skip(f"no browser in PATH: none of {', '.join(PROGRAMS)}")
+        pytest.skip(f"no browser in PATH: none of {', '.join(BROWSERS)}")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
         yield browser
