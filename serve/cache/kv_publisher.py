@@ -1,10 +1,11 @@
 """Publishes events of the prefix cache over ZeroMQ, as vLLM does, with a second socket for replay.
 
-A PUB socket sends `[topic, number, batch]`; the topic is empty, numbers count from 0. A subscriber
-that finds a gap, or begins late, sends the first number that it has not got to the ROUTER socket
-(`[b"", number]`) and gets `[b"", number, batch]` for each batch from there on, then number -1. If
-old batches are no longer stored, it gets one batch that clears the index and stores all blocks.
-Numbers are 8 bytes, big-endian.
+A PUB socket sends `[topic, number, batch]`; the topic is empty, numbers are consecutive. A
+subscriber that finds a gap sends the first number that it has not got, or 0 at its beginning, to
+the ROUTER socket (`[b"", number]`) and gets `[b"", number, batch]` for each batch from there on,
+then number -1. If old batches are no longer stored, it gets one batch that clears the index and
+stores all blocks. Numbers are 8 bytes, big-endian. The first is the time in microseconds: so an
+engine that has started again is one more gap, after which the index is cleared.
 
 All memory is bounded: batches for replay by number and bytes, those on their way to a slow
 subscriber by number (further ones are dropped, and it finds the gap). The engine never waits.
@@ -85,7 +86,7 @@ class KvEventPublisher:
         self._buffer: deque[tuple[int, bytes]] = deque()
         self._n_bytes = 0
         self._index = BlockIndex()
-        self._next = 0
+        self._next = time.time_ns() // 1000
         self._closed = threading.Event()
         self._replay_thread: threading.Thread | None = None
         try:
