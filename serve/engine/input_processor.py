@@ -4,6 +4,7 @@ Any thread may call it, and with `--engine-process` it is in another process tha
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from serve.engine.request import Request, RequestError, check_tokens, compile_grammar
 from serve.engine.sampling_params import SamplingParams
 from serve.grammar.compiler import GrammarCompiler
+from serve.grammar.matcher import Grammar
 from serve.text.encoder import TextEncoder
 
 
@@ -86,15 +88,25 @@ class InputProcessor:
 
         Grammars are compiled meanwhile: call `start_grammars` before the requests are submitted."""
         self._check(prompt, params)
-        tokens, encoder = list(prompt), self._text_encoder
-        compiling = compile_grammar(self.grammars, params)
+        tokens, compiling = list(prompt), compile_grammar(self.grammars, params)
         group = object() if group is None else group
-        made = []
-        for index in range(params.n):
-            skip = params.skip_special_tokens
-            text = None if encoder is None else encoder.stream(params.stop, tokens, skip)
-            made.append(Request(tokens, params.choice(index), text, priority, group, compiling))
-        return made
+        return [
+            self.make_request(tokens, params.choice(index), priority, group, compiling)
+            for index in range(params.n)
+        ]
+
+    def make_request(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        priority: int,
+        group: object,
+        compiling: Future[Grammar] | None = None,
+    ) -> Request:
+        """One request, with a checked prompt and parameters."""
+        encoder, skip = self._text_encoder, params.skip_special_tokens
+        text = None if encoder is None else encoder.stream(params.stop, tokens, skip)
+        return Request(tokens, params, text, priority, group, compiling)
 
     def close(self) -> None:
         """End the processes of grammars."""

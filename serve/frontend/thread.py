@@ -65,6 +65,10 @@ class EngineThread:
         if wait and self._thread.is_alive():
             self._thread.join()
 
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        self._thread.join()
+
     def submit(self, requests: Sequence[Request], deliver: Deliver, limited: bool = True) -> None:
         """Queue all of `requests` or none of them, with RequestError: 429 if the queue is full, 503
         if the engine has stopped.
