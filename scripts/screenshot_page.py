@@ -1,7 +1,7 @@
 """`python -m scripts.screenshot_page EXPORT OUT.png`: a picture of the server's page at work.
 
-Serves the export, asks the page for an answer in a headless Chromium while other requests run, and
-saves what the page shows. Needs `pip install -e ".[browser]"` and a Chromium in PATH.
+Serves the export, sends a message from the page in a headless Chromium while other requests run,
+and saves what the page shows. Needs `pip install -e ".[browser]"` and a Chromium in PATH.
 """
 
 import argparse
