@@ -61,7 +61,7 @@ def test_without_reports_the_counts_are_the_same(make_core: MakeCore) -> None:
         core = make_core(max_batch_tokens=19, **more)
         complete(core, [[5, 6, 7] * 9, [5, 6, 7] * 8 + [9], [8]], greedy(6))
         found.append(core.expert_counts())
-    assert found[0].any() and np.array_equal(*found)
+    assert found[0].any() and np.array_equal(found[0], found[1])
 
 
 def test_new_weights_are_counted_from_zero(make_core: MakeCore, export_folder: Path) -> None:

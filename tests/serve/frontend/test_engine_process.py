@@ -250,7 +250,8 @@ def test_while_it_starts_again(export_folder: Path) -> None:
             assert http.get("/metrics").status_code == 200
             go_on.set()
             wait_until(lambda: http.get("/health").status_code == 200)
-            begun.clear(), go_on.clear()
+            begun.clear()
+            go_on.clear()
             os.kill(engine.pid, signal.SIGKILL)
             assert begun.wait(LIVENESS_S)
             engine.stop(wait=False)

@@ -17,7 +17,7 @@ from tests.serve.drive import slow_down
 from tests.serve.page.browser import ScriptedRunner, open_browser
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Request
 
 ATTACK = "<script>hacked=1</script><img src=x onerror='hacked=1'>&lt;日"
 
@@ -68,7 +68,12 @@ def wait_for_texts(page: "Page", selector: str, texts: list[str]) -> None:
 def sent_bodies(page: "Page") -> list[Any]:
     """Filled with the bodies of the requests for text."""
     bodies: list[Any] = []
-    page.on("request", lambda request: request.post_data and bodies.append(request.post_data_json))
+
+    def keep(request: "Request") -> None:
+        if request.post_data:
+            bodies.append(request.post_data_json)
+
+    page.on("request", keep)
     return bodies
 
 
