@@ -30,7 +30,7 @@ from serve.engine.scheduler import n_excess
 from serve.frontend.client import Deliver, EngineStats, Status
 from serve.frontend.finish_rate import FinishRate
 from serve.frontend.process_handle import Launch, ProcessHandle, launch, submission
-from serve.frontend.process_messages import Call, Cancel, NewOutput, Outputs, Returned, Start
+from serve.frontend.process_messages import Call, Cancel, NewOutput, Outputs, Returned, Start, Stop
 
 log = logging.getLogger("serve")
 
@@ -109,7 +109,9 @@ class EngineProcess:
         """End the process after its current step; running requests are delivered as cancelled. A
         signal handler may call it without `wait`."""
         self._stopping.set()
-        self._process.popen.terminate()
+        if self._status == "starting":
+            self._process.popen.kill()  # it has no requests
+        self._process.send(Stop())
         if wait and self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
             if self._thread.is_alive():
@@ -248,8 +250,8 @@ class EngineProcess:
                 log.error("the engine's process does not start: %s", error or "it ended")
                 continue
             self._status = "ok"
-            if self._stopping.is_set():  # it may have missed the signal
-                self._process.popen.terminate()
+            if self._stopping.is_set():  # it may have missed it
+                self._process.send(Stop())
             log.warning("the engine's process has started again")
             return True
         return False

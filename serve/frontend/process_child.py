@@ -30,6 +30,7 @@ from serve.frontend.process_messages import (
     Refused,
     Returned,
     Start,
+    Stop,
     Submit,
 )
 from serve.frontend.thread import EngineThread
@@ -55,7 +56,6 @@ class Child:
     def run(self) -> None:
         """Until the server or the engine ends."""
         self.thread.start()
-        signal.signal(signal.SIGTERM, lambda *_: self.thread.stop(wait=False))
         self._send(Ready(self.core.inputs.info))
         threading.Thread(target=self._hang_up_after_engine, daemon=True).start()
         with suppress(EOFError):
@@ -65,6 +65,8 @@ class Child:
                     self._submit(message)
                 elif isinstance(message, Cancel):
                     self._cancel(message.numbers)
+                elif isinstance(message, Stop):
+                    self.thread.stop(wait=False)
                 else:
                     self._call(message)
         self.thread.stop()
@@ -161,7 +163,8 @@ class Child:
 
 def main(fd: int) -> None:
     connection = Connection(socket.socket(fileno=fd), FromServer)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the server
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the server, which then ends this process
+        signal.signal(number, signal.SIG_IGN)
     start = connection.receive()
     assert isinstance(start, Start)
     try:

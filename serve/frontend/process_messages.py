@@ -94,6 +94,11 @@ class Call(_Message):
     text: str = ""
 
 
+class Stop(_Message):
+    """End after the current step. It is a message, since a supervisor may send signals to all
+    processes of the server, of which the first drains."""
+
+
 class Returned(_Message):
     number: int
     error: str | None = None
@@ -124,7 +129,7 @@ class Outputs(_Message):
     outputs: list[NewOutput]
 
 
-FromServer = Start | Submit | Cancel | Call
+FromServer = Start | Submit | Cancel | Call | Stop
 FromEngine = Ready | Refused | Outputs | Returned
 
 

@@ -35,9 +35,6 @@ class ForkedChild:
         self._descriptor = os.pidfd_open(self.pid)
         self._code: int | None = None
 
-    def terminate(self) -> None:
-        self._program.signal(signal.SIGTERM)
-
     def kill(self) -> None:
         self._program.signal(signal.SIGKILL)
 

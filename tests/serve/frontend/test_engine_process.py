@@ -267,6 +267,11 @@ def test_a_stop_ends_requests_and_the_process(export_folder: Path) -> None:
     requests = engine.inputs.make_requests([5, 6], params)
     engine.submit(requests, outputs.append)
     wait_until(lambda: len(outputs) > 2)
+    for number in (signal.SIGTERM, signal.SIGINT):  # for the whole server: this process drains
+        os.kill(engine.pid, number)
+    n = len(outputs)
+    wait_until(lambda: len(outputs) > n + 8)
+    assert engine.status == "ok"
     engine.stop()
     ends = [output.finish_reason for output in outputs if output.finish_reason is not None]
     assert len(ends) == 8 and set(ends) == {"cancelled"}
