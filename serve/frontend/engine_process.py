@@ -36,6 +36,8 @@ log = logging.getLogger("serve")
 
 _STATS_SECONDS = 5.0
 """After which numbers are the last ones that are known."""
+_MOST_CALLS = 64
+"""Calls that may wait for an answer."""
 _STOP_SECONDS = 30.0
 """After which an engine that was requested to end is killed."""
 _RETRY_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
@@ -197,6 +199,8 @@ class EngineProcess:
         future: Future[Returned] = Future()
         with self._lock:
             self._refuse_unless_running()
+            if len(self._calls) >= _MOST_CALLS:
+                raise RequestError("the engine does not respond", None, 503, "unavailable")
             number = next(self._numbers)
             self._calls[number] = future
             self._process.send(Call(number, name, text))
@@ -229,8 +233,8 @@ class EngineProcess:
                 self._status = "stopped" if self._stopping.is_set() else "starting"
                 left, calls = list(self._sent.values()), list(self._calls.values())
                 self._sent, self._number_of, self._calls = {}, {}, {}
-            code = self._process.end()
             self._fail(left, calls)
+            code = self._process.end()
             if self._stopping.is_set():
                 return self.inputs.close()
             log.error("the engine's process ended (exit code %d); it is started again", code)
