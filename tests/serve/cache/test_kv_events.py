@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 import zmq
@@ -19,7 +20,9 @@ from serve.cache.kv_events import AllBlocksCleared, BlockIndex, BlockStored, Eve
 from serve.cache.kv_publisher import KvEventPublisher
 from serve.cache.radix import Node, RadixCache
 from serve.engine.core import EngineCore, EngineOptions
+from serve.engine.loading import Export
 from serve.engine.request import SamplingParams
+from tests.serve.conftest import run_server
 from tests.serve.hash_runner import make_core
 from tests.serve.traffic import Workload
 
@@ -208,6 +211,36 @@ def test_new_weights_clear_the_index(make_core: Any, export_folder: Any) -> None
         one.catch_up()
         assert not one.index.blocks
     core.close()
+
+
+def test_a_server_publishes_without_further_requests(export: Export) -> None:
+    """What an answer, a client that leaves, and a flush change is published at once."""
+    options = EngineOptions(kv_tokens=1024, kv_events=ANY, kv_events_replay=ANY)
+    core = EngineCore(export, options)
+    publisher, tree = core.kv_events, core.pages.prefixes
+    assert publisher is not None and isinstance(tree, RadixCache)
+    with run_server(core) as server, subscribed(publisher) as one:
+
+        def wait_for_equality() -> None:
+            server.wait_until_idle()
+            deadline = time.monotonic() + LIVENESS_S
+            while blocks_of(one.index) != tree_of(tree):
+                assert time.monotonic() < deadline
+                one.catch_up()
+
+        with httpx.Client(base_url=server.url, timeout=LIVENESS_S) as http:
+            body = {"prompt": [5] * 40, "max_tokens": 60, "ignore_eos": True}
+            assert http.post("/v1/completions", json=body).status_code == 200
+            wait_for_equality()
+            assert len(one.index.blocks) == 6
+            body |= {"prompt": [6] * 40, "max_tokens": 150, "stream": True}
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_lines())
+            wait_for_equality()
+            assert len(one.index.blocks) > 6
+            assert http.get("/flush_cache").status_code == 200
+            wait_for_equality()
+            assert not one.index.blocks
 
 
 @pytest.mark.parametrize(("name", "most"), [("_MOST_BATCHES", 5), ("_MOST_BYTES", 2000)])
