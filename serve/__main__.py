@@ -23,9 +23,12 @@ from serve.api.limits import Drain
 from serve.bench.command import bench
 from serve.bench.command import parse as parse_bench
 from serve.engine.core import EngineCore, EngineOptions
+from serve.engine.input_processor import EngineInfo
 from serve.engine.rank_group import RankGroup, connect, handle_signals
 from serve.engine.sampling_params import RequestError
 from serve.frontend.chat import read_chat_template
+from serve.frontend.client import EngineClient
+from serve.frontend.engine_process import EngineProcess
 from serve.frontend.follow import follow, open_together
 from serve.frontend.thread import EngineThread
 from serve.generate import generate
@@ -47,11 +50,11 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, drain: Drain, thread: EngineThread, grace: float
+        self, config: uvicorn.Config, drain: Drain, engine: EngineClient, grace: float
     ) -> None:
         super().__init__(config)
         self.drain = drain
-        self.thread = thread
+        self.engine = engine
         self.grace = grace
         self.repeat_forces = True
         """Whether a second signal ends the open connections at once. A launcher sends each signal
@@ -75,14 +78,14 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         if not first:
             self.force_exit = True
-            self.thread.stop(wait=False)
+            self.engine.stop(wait=False)
         elif self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
         assert self._loop is not None
         self.drain.start()
-        self._loop.call_later(self.grace, self.thread.stop, False)
+        self._loop.call_later(self.grace, self.engine.stop, False)
         self._loop.call_later(self.grace + _AFTER_GRACE, self._close_connections)
 
     def _close_connections(self) -> None:
@@ -107,6 +110,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=620,
         help="seconds that an idle connection stays open; more than the proxy in front",
+    )
+    parser.add_argument(
+        "--engine-process",
+        choices=["on", "off"],
+        default="off",
+        help="on: the engine is a process of its own, which is started again when it ends",
     )
     parser.add_argument("--api-key", help="clients must send it, on every path but /health")
     options = parser.parse_args(arguments)
@@ -153,34 +162,43 @@ def serve(options: argparse.Namespace) -> None:
     group.leave()
 
 
+def describe(info: EngineInfo) -> str:
+    """What the engine has, in one line."""
+    ranks = f"{info.ranks}; each rank: " if info.ranks else ""
+    return f"{info.dtype} on {info.device}; {ranks}KV cache {info.cache}"
+
+
+def _open_engine(
+    options: argparse.Namespace, sizes: EngineOptions, group: RankGroup | None
+) -> EngineClient:
+    if options.engine_process == "on":
+        if group is not None:
+            raise UserError("--engine-process on: works with one rank; leave it out")
+        return EngineProcess(options.folder, options.dtype, options.device, sizes)
+    export = open_together(options.folder, options.dtype, options.device, sizes, group)
+    return EngineThread(EngineCore(export, sizes))
+
+
 def _serve(
     options: argparse.Namespace,
     sizes: EngineOptions,
     group: RankGroup | None,
     listener: socket.socket,
 ) -> None:
-    export = open_together(options.folder, options.dtype, options.device, sizes, group)
     template = read_chat_template(options.folder)
-    core = EngineCore(export, sizes)
-    name = options.model_name or export.name
+    engine = _open_engine(options, sizes, group)
+    info = engine.inputs.info
+    name = options.model_name or info.name
     if not name.isprintable():
+        engine.stop()
         raise UserError("--model-name: must be printable; the default is the name of the folder")
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{listener.getsockname()[1]}"
-
-    def announce() -> None:
-        kind = str(export.dtype).removeprefix("torch.")
-        print(
-            f"serving {name} on http://{address}/v1 ({kind} on {export.device}; "
-            f"{'' if group is None else f'{group}; each rank: '}KV cache {core.cache.describe()})",
-            flush=True,
-        )
-
-    thread, drain = EngineThread(core), Drain()
+    drain = Drain()
     app = build_app(
-        thread,
+        engine,
         name,
-        announce,
+        lambda: print(f"serving {name} on http://{address}/v1 ({describe(info)})", flush=True),
         drain=drain,
         api_key=options.api_key,
         template=template,
@@ -188,13 +206,13 @@ def _serve(
     )
     allow_connections()
     config = server_config(app, options.keep_alive, options.grace)
-    server = _Server(config, drain, thread, options.grace)
+    server = _Server(config, drain, engine, options.grace)
     server.repeat_forces = group is None and not read_launch_environment().is_launched
     # uvicorn raises the signals it caught again when it is done; they have had their effect by then
     handle_signals(lambda *_: None)
     server.run(sockets=[listener])
     if group is not None:
-        thread.stop()  # however the server ended: it ends the other ranks
+        engine.stop()  # however the server ended: it ends the other ranks
 
 
 _COMMANDS: dict[str, tuple[Parse, Callable[[argparse.Namespace], None]]] = {

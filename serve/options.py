@@ -65,6 +65,11 @@ def make_parser(command: str, description: str) -> CommandParser:
         default=sizes.cuda_graphs,
         help="auto: on a GPU, steps that only decode are CUDA graphs",
     )
+    for name, text in (
+        ("--kv-events", "publish events of the prefix cache there, such as tcp://127.0.0.1:5557"),
+        ("--kv-events-replay", "answer requests for missed events there"),
+    ):
+        parser.add_argument(name, default="", metavar="ENDPOINT", help=text)
     return parser
 
 

@@ -67,7 +67,7 @@ class Conversation:
         Raises RequestError, without a change, if the conversation has become too long."""
         asked = [*self.messages, {"role": "user", "content": text}]
         tokens = self.engine.chat_prompt(asked)
-        room = self.engine.core.longest - len(tokens)
+        room = self.engine.core.inputs.info.longest - len(tokens)
         if room < 1:
             raise RequestError("the conversation is too long for the model; /reset begins again")
         settings = {"max_tokens": min(self.max_tokens, room), **self.params}

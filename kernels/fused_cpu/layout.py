@@ -55,7 +55,7 @@ class Step(ctypes.Structure):
         *((name, c_int32) for name in ("n_tokens", "n_requests", "n_columns", "longest")),
         *((name, c_void_p) for name in (
             "tokens", "positions", "starts", "lengths", "tables", "cos", "sin", "x", "normed",
-            "ids", "weights",
+            "ids", "weights", "counts",
         )),
     ]  # fmt: skip
 

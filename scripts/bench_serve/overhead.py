@@ -62,7 +62,7 @@ def build(export: Export, requests: int, **options: Any) -> EngineCore:
 def generate(core: EngineCore, requests: int, rng: random.Random) -> float:
     """Seconds for `requests` prompts of 128 tokens and 64 tokens each, or less for a short
     model."""
-    vocab, length = core.sampler.n_tokens, min(192, core.longest)
+    vocab, length = core.sampler.n_tokens, min(192, core.inputs.info.longest)
     n_out = length // 3
     params = SamplingParams(max_tokens=n_out, temperature=0, ignore_eos=True)
     prompts = [[rng.randrange(vocab) for _ in range(length - n_out)] for _ in range(requests)]

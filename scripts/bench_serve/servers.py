@@ -88,6 +88,14 @@ def _naive(export: Path, load: Load, port: int, folder: Path) -> list[str]:
     return _ours(export, load, port, folder, "--cache", "naive")
 
 
+def _one_process(export: Path, load: Load, port: int, folder: Path) -> list[str]:
+    return _ours(export, load, port, folder, "--engine-process", "off")
+
+
+def _engine_process(export: Path, load: Load, port: int, folder: Path) -> list[str]:
+    return _ours(export, load, port, folder, "--engine-process", "on")
+
+
 def _vllm(export: Path, load: Load, port: int, folder: Path) -> list[str]:
     return [
         _installed("vllm"), "serve", str(export), "--served-model-name", _MODEL,
@@ -125,6 +133,8 @@ def _installed(program: str) -> str:
 _COMMANDS: dict[str, Callable[[Path, Load, int, Path], list[str]]] = {
     "ours": _ours,
     "naive": _naive,
+    "one-process": _one_process,
+    "engine-process": _engine_process,
     "vllm": _vllm,
     "vllm-eager": _vllm_eager,
     "llama-server": _llama,

@@ -17,7 +17,7 @@ from serve.api.errors import Json, error_body, failure
 from serve.api.limits import unless_disconnected
 from serve.api.metrics import CallTimes, Metrics
 from serve.engine.request import Output, Request, RequestError
-from serve.frontend.thread import EngineThread
+from serve.frontend.client import EngineClient
 
 _SLOW_PROMPT = 256
 """An output that names more tokens than this is written outside the event loop."""
@@ -51,8 +51,8 @@ class Writer(ABC):
 class Answer:
     """One call that runs in the engine."""
 
-    def __init__(self, thread: EngineThread, writer: Writer, metrics: Metrics) -> None:
-        self.thread = thread
+    def __init__(self, engine: EngineClient, writer: Writer, metrics: Metrics) -> None:
+        self.engine = engine
         self.writer = writer
         self.requests = list(writer.requests)
         self.times = CallTimes(metrics)
@@ -67,19 +67,19 @@ class Answer:
         def deliver(output: Output) -> None:
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
-        self.thread.submit(self.requests, deliver)
+        self.engine.submit(self.requests, deliver)
         self.times.begin(self.requests)
 
     def cancel(self) -> None:
         """Its unfinished requests end without further outputs."""
-        self.thread.cancel(self.requests)
+        self.engine.cancel(self.requests)
         self.times.close()
         self.on_close()
 
     def abort(self) -> None:
         """End it for the client, too: with finish reason `abort`. Called in the event loop."""
         self.aborted = True
-        self.thread.cancel(self.requests)
+        self.engine.cancel(self.requests)
         for request in self.requests:
             self._outputs.put_nowait(Output(request, "", [], [], "cancelled"))
 

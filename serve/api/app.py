@@ -1,8 +1,8 @@
-"""HTTP: the APIs of OpenAI and SGLang in front of the engine's thread.
+"""HTTP: the APIs of OpenAI and SGLang in front of the engine.
 
 The event loop only moves bytes: parsing and tokenizing run in worker threads, computation in the
-engine's. However a connection ends, its requests are cancelled, which frees their pages.
-Errors have one line for the client; tracebacks are written to the server's log.
+engine's thread or process. However a connection ends, its requests are cancelled, which frees
+their pages. Errors have one line for the client; tracebacks are written to the server's log.
 """
 
 import asyncio
@@ -31,11 +31,12 @@ from serve.api.sglang_control import control_routes
 from serve.api.sglang_generate import GenerateWriter
 from serve.engine.request import RequestError
 from serve.frontend.chat import ChatTemplate
-from serve.frontend.thread import EngineThread
+from serve.frontend.client import EngineClient
+from serve.page.routes import page_routes
 
 
 def build_app(
-    thread: EngineThread,
+    engine: EngineClient,
     model_name: str,
     on_ready: Callable[[], None],
     *,
@@ -44,10 +45,10 @@ def build_app(
     template: ChatTemplate | None = None,
     model_path: str | None = None,
 ) -> Starlette:
-    """The application; it starts `thread` and stops it.
+    """The application; it starts `engine` and stops it.
 
     Args:
-        thread: The engine.
+        engine: In this process or another.
         model_name: The name that clients use.
         on_ready: Called once it is ready.
         drain: Set when the server shuts down.
@@ -55,15 +56,15 @@ def build_app(
         template: For chats; None if the export has none.
         model_path: The folder of the export, for routers.
     """
-    api = Api(thread, model_name, drain or Drain(), template, model_path or model_name)
+    api = Api(engine, model_name, drain or Drain(), template, model_path or model_name)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         api.drain.loop = asyncio.get_running_loop()
-        thread.start()
+        engine.start()
         on_ready()
         yield
-        await asyncio.to_thread(thread.stop)
+        await asyncio.to_thread(engine.stop)
 
     key = [] if api_key is None else [Middleware(ApiKey, key=api_key)]
     return Starlette(
@@ -76,6 +77,7 @@ def build_app(
             Route("/v1/chat/completions", api.generate(_chat), methods=["POST"]),
             Route("/generate", api.generate(_native), methods=["POST", "PUT"]),
             *control_routes(api),
+            *page_routes(api),
         ],
         exception_handlers={
             RequestError: on_request_error,
@@ -89,12 +91,12 @@ def build_app(
 
 
 def _completions(fields: Json, api: Api) -> Writer:
-    return CompletionsWriter(fields, api.core, api.model_name)
+    return CompletionsWriter(fields, api.inputs, api.model_name)
 
 
 def _chat(fields: Json, api: Api) -> Writer:
-    return ChatWriter(fields, api.core, api.template, api.model_name)
+    return ChatWriter(fields, api.inputs, api.template, api.model_name)
 
 
 def _native(fields: Json, api: Api) -> Writer:
-    return GenerateWriter(fields, api.core)
+    return GenerateWriter(fields, api.inputs)

@@ -12,7 +12,8 @@ Json = dict[str, Any]
 
 _INTERNAL = ("the request failed inside the server", None, 500, "internal_error")
 _DRAINING = ("the server is shutting down", None, 503, "unavailable")
-_FAILURES = {"error": _INTERNAL, "cancelled": _DRAINING}
+_LOST = ("the engine ended and is starting again", None, 503, "engine_lost")
+_FAILURES = {"error": _INTERNAL, "cancelled": _DRAINING, "lost": _LOST}
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from serve.engine.core import EngineCore
 from serve.engine.request import Output, Request
+from serve.frontend.client import EngineClient
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -23,9 +23,9 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 class Metrics:
     """All metrics of a server, labeled with the name of its model."""
 
-    def __init__(self, core: EngineCore, model_name: str) -> None:
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(core, model_name))
+        self.registry.register(_EngineCollector(engine, model_name))
         names = ["model_name"]
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -59,41 +59,57 @@ class Metrics:
 
 
 class _EngineCollector:
-    def __init__(self, core: EngineCore, model_name: str) -> None:
-        self.core = core
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
+        self.engine = engine
         self.model_name = model_name
 
     def describe(self) -> list[Metric]:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        core, scheduler = self.core, self.core.scheduler
-        total = max(1, core.allocator.n_pages - 1)
-        used = (total - core.allocator.n_free - core.pages.prefixes.n_evictable) / total
-        n_prompt, n_cached = scheduler.n_prompt_tokens, scheduler.n_cached_tokens
-        n_running, n_waiting = len(scheduler.running), len(scheduler.waiting)
-        grammars = core.grammars
+        stats, inputs = self.engine.stats(), self.engine.inputs
+        n_running, n_waiting, used = stats.n_running, stats.n_waiting, stats.token_usage
+        grammars = inputs.grammars
         n_compiled, n_hits = (grammars.n_compiled, grammars.n_cached) if grammars else (0, 0)
         for name, text, value in (
             ("sglang:num_running_reqs", "Requests computed together", n_running),
             ("sglang:num_queue_reqs", "Requests that wait", n_waiting),
             ("sglang:token_usage", "Share of the KV cache that requests use", used),
-            ("sglang:cache_hit_rate", "Cached share of prompt tokens", n_cached / max(1, n_prompt)),
-            ("sglang:max_total_num_tokens", "Size of the KV cache", core.cache.capacity),
+            ("sglang:cache_hit_rate", "Cached share of prompt tokens", stats.hit_rate),
+            ("sglang:max_total_num_tokens", "Size of the KV cache", inputs.info.capacity),
             ("vllm:num_requests_running", "Requests computed together", n_running),
             ("vllm:num_requests_waiting", "Requests that wait", n_waiting),
             ("vllm:kv_cache_usage_perc", "Share of the KV cache that requests use", used),
         ):
             yield self._one(GaugeMetricFamily(name, text, labels=["model_name"]), value)
         for name, text, value in (
-            ("sglang:prompt_tokens", "Prompt tokens of admitted requests", n_prompt),
-            ("sglang:cached_tokens", "Those found in the prefix cache", n_cached),
-            ("sglang:num_retractions", "Requests retracted", scheduler.n_retracted),
-            ("sglang:num_jump_forward_tokens", "Tokens without a forward pass each", core.n_jumped),
+            ("sglang:prompt_tokens", "Prompt tokens of admitted requests", stats.n_prompt_tokens),
+            ("sglang:cached_tokens", "Those found in the prefix cache", stats.n_cached_tokens),
+            ("sglang:num_retractions", "Requests retracted", stats.n_retracted),
+            (
+                "sglang:num_jump_forward_tokens",
+                "Tokens without a forward pass each",
+                stats.n_jumped,
+            ),
             ("sglang:num_grammar", "Grammars compiled or refused", n_compiled),
             ("sglang:num_grammar_cache_hit", "Requests whose grammar was cached", n_hits),
         ):
             yield self._one(CounterMetricFamily(name, text, labels=["model_name"]), value)
+        yield self._expert_load()
+
+    def _expert_load(self) -> Metric:
+        """One value per layer, not per expert: a model may have 10,000 of them."""
+        family = GaugeMetricFamily(
+            "phalanx:expert_load_max_to_mean",
+            "Tokens of the busiest expert of a layer, relative to the mean of its experts",
+            labels=["model_name", "layer"],
+        )
+        layers = self.engine.inputs.info.moe_layers
+        for layer, counts_E in zip(layers, self.engine.expert_counts(), strict=True):
+            if total := int(counts_E.sum()):
+                ratio = int(counts_E.max()) * len(counts_E) / total
+                family.add_metric([self.model_name, str(layer)], ratio)
+        return family
 
     def _one(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric([self.model_name], value)

@@ -27,7 +27,7 @@ from serve.api.fields import (
 from serve.api.openai_completions import finish_reason, include_usage, usage
 from serve.api.structured import GRAMMARS
 from serve.api.tools import ToolCallParser, Tools, parse_tools
-from serve.engine.core import EngineCore
+from serve.engine.input_processor import InputProcessor
 from serve.engine.request import Output, Request, RequestError, TokenLogprob
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_TOKENS
 from serve.frontend.chat import ChatTemplate, Message
@@ -117,13 +117,13 @@ class ChatWriter(Writer):
     """A checked body of `POST /v1/chat/completions`, and its answer. Raises RequestError."""
 
     def __init__(
-        self, fields: Json, core: EngineCore, template: ChatTemplate | None, model_name: str
+        self, fields: Json, inputs: InputProcessor, template: ChatTemplate | None, model_name: str
     ) -> None:
         check_model(fields, model_name)
         check_names(fields, _USED, STRUCTURED | UNSUPPORTED)
         if flag(fields, "echo"):
             raise RequestError("echo is not supported", "echo", code="unsupported_parameter")
-        if template is None or core.export.tokenizer is None:
+        if template is None or inputs.tokenizer is None:
             raise RequestError(
                 "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
@@ -137,13 +137,13 @@ class ChatWriter(Writer):
         definitions, tools = parse_tools(fields)
         if definitions:
             variables = variables | {"tools": definitions}
-        encoder = core.text_encoder
+        encoder = inputs.text_encoder
         rendered = template.render(
             parse_messages(fields.get("messages")), encoder.mark_text, variables
         )
         tokens = encoder.encode_rendered(rendered, "messages")
         more: Json = {
-            "logprobs": _logprobs(fields), "max_tokens": _max_tokens(fields, core, len(tokens))
+            "logprobs": _logprobs(fields), "max_tokens": _max_tokens(fields, inputs, len(tokens))
         }  # fmt: skip
         if tools is not None:
             given = next((name for name in GRAMMARS if fields.get(name) is not None), None)
@@ -156,10 +156,10 @@ class ChatWriter(Writer):
         self.stream = flag(fields, "stream")
         self.include_usage = include_usage(fields)
         self.names = [text(fields, "rid") or uuid.uuid4().hex]
-        self.requests = core.make_requests(tokens, self.params, priority(fields), self)
+        self.requests = inputs.make_requests(tokens, self.params, priority(fields), self)
         with_ids = flag(fields, "return_token_ids")
         self.choices = {
-            request: _Choice(index, request, core, with_ids, tools)
+            request: _Choice(index, request, inputs, with_ids, tools)
             for index, request in enumerate(self.requests)
         }
         self.head: Json = {
@@ -206,13 +206,13 @@ def _logprobs(fields: Json) -> int | None:
     return None
 
 
-def _max_tokens(fields: Json, core: EngineCore, n_prompt: int) -> int:
+def _max_tokens(fields: Json, inputs: InputProcessor, n_prompt: int) -> int:
     """By default what the context leaves."""
     for name in ("max_completion_tokens", "max_tokens"):
         found = integer(fields, name, 0, MAX_TOKENS)
         if found is not None:
             return found
-    return max(0 if n_prompt > core.longest else 1, core.longest - n_prompt)
+    return max(0 if n_prompt > inputs.info.longest else 1, inputs.info.longest - n_prompt)
 
 
 class _Choice:
@@ -222,7 +222,7 @@ class _Choice:
         self,
         index: int,
         request: Request,
-        core: EngineCore,
+        inputs: InputProcessor,
         with_ids: bool,
         tools: Tools | None,
     ) -> None:
@@ -236,7 +236,9 @@ class _Choice:
         self.names: TokenNames | None = None
         if request.params.logprobs is not None:
             self.logprobs = []
-            self.names = core.text_encoder.names(request.prompt, request.params.skip_special_tokens)
+            self.names = inputs.text_encoder.names(
+                request.prompt, request.params.skip_special_tokens
+            )
 
     def add(self, output: Output) -> Json:
         self.content.append(output.text)

@@ -25,7 +25,7 @@ from serve.api.fields import (
     sampling_params,
     text,
 )
-from serve.engine.core import EngineCore
+from serve.engine.input_processor import InputProcessor
 from serve.engine.request import FinishReason, Output, Request, RequestError, TokenLogprob
 from serve.text.token_names import TokenNames
 
@@ -95,7 +95,7 @@ def usage(requests: Sequence[Request], n: int) -> Json:
 class CompletionsWriter(Writer):
     """A checked body of `POST /v1/completions`, and its answer. Raises RequestError."""
 
-    def __init__(self, fields: Json, core: EngineCore, model_name: str) -> None:
+    def __init__(self, fields: Json, inputs: InputProcessor, model_name: str) -> None:
         check_model(fields, model_name)
         check_names(fields, _USED, STRUCTURED | TOOLS | UNSUPPORTED)
         prompts = parse_prompts(fields.get("prompt"), "prompt")
@@ -108,15 +108,15 @@ class CompletionsWriter(Writer):
             raise RequestError(f"n x prompts must be at most {MAX_SEQUENCES}", "n")
         self.stream = flag(fields, "stream")
         self.include_usage = include_usage(fields)
-        self.with_ids = flag(fields, "return_token_ids") or core.export.tokenizer is None
+        self.with_ids = flag(fields, "return_token_ids") or inputs.tokenizer is None
         self.names = [text(fields, "rid") or uuid.uuid4().hex]
         special, rank = flag(fields, "add_special_tokens", True), priority(fields)
         self.choices: dict[Request, _Choice] = {}
         for prompt in prompts:
-            tokens = core.encode(prompt, special) if isinstance(prompt, str) else prompt
-            for request in core.make_requests(tokens, self.params, rank, self):
+            tokens = inputs.encode(prompt, special) if isinstance(prompt, str) else prompt
+            for request in inputs.make_requests(tokens, self.params, rank, self):
                 index = len(self.choices)
-                self.choices[request] = _Choice(index, request, prompt, core, self.with_ids)
+                self.choices[request] = _Choice(index, request, prompt, inputs, self.with_ids)
         self.requests = list(self.choices)
         self.head: Json = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -151,18 +151,18 @@ class _Choice:
     """Converts the outputs of one request to the pieces of its choice object."""
 
     def __init__(
-        self, index: int, request: Request, prompt: Prompt, core: EngineCore, with_ids: bool
+        self, index: int, request: Request, prompt: Prompt, inputs: InputProcessor, with_ids: bool
     ) -> None:
         self.index = index
         self.request = request
         self.prompt = prompt
         self.with_ids = with_ids
-        self.core = core
+        self.inputs = inputs
         self.names: TokenNames | None = None
         self.pieces: list[Json] = []
-        params, tokenizer = request.params, core.export.tokenizer
+        params, tokenizer = request.params, inputs.tokenizer
         if params.logprobs is not None and tokenizer is not None:
-            self.names = core.text_encoder.names(
+            self.names = inputs.text_encoder.names(
                 () if params.echo else request.prompt, params.skip_special_tokens
             )
 
@@ -196,9 +196,9 @@ class _Choice:
         """The prompt as it was sent, or as its tokens read if places in it are reported."""
         if isinstance(self.prompt, str) and self.names is None:
             return self.prompt
-        if self.core.export.tokenizer is None:
+        if self.inputs.tokenizer is None:
             return ""
-        encoder = self.core.text_encoder
+        encoder = self.inputs.text_encoder
         return encoder.decode(self.request.prompt, self.request.params.skip_special_tokens)
 
     def _write(self, logprobs: Json, token: int, one: TokenLogprob | None) -> None:

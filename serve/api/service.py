@@ -16,7 +16,7 @@ from serve.api.limits import Drain, read_body
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.engine.request import Request, RequestError, start_grammars
 from serve.frontend.chat import ChatTemplate
-from serve.frontend.thread import EngineThread
+from serve.frontend.client import EngineClient
 
 _LARGE_BODY = 64 * 2**10
 """Larger bodies are parsed and tokenized one after another, in a thread of their own."""
@@ -30,19 +30,19 @@ class Api:
 
     def __init__(
         self,
-        thread: EngineThread,
+        engine: EngineClient,
         model_name: str,
         drain: Drain,
         template: ChatTemplate | None,
         model_path: str,
     ) -> None:
         self.template = template
-        self.thread = thread
-        self.core = thread.core
+        self.engine = engine
+        self.inputs = engine.inputs
         self.model_name = model_name
         self.model_path = model_path
         self.drain = drain
-        self.metrics = Metrics(self.core, model_name)
+        self.metrics = Metrics(engine, model_name)
         self.created = int(time.time())
         self.answers: dict[str, Answer] = {}
         """Calls under way, by name."""
@@ -52,12 +52,15 @@ class Api:
         """200 while the engine runs, otherwise 503."""
         if self.drain.started.is_set():
             return JSONResponse({"status": "the server is shutting down"}, 503)
-        if self.thread.alive:
+        status = self.engine.status
+        if status == "ok":
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "the engine has stopped"}, 503)
+        message = "the engine has stopped" if status == "stopped" else "the engine is starting"
+        return JSONResponse({"status": message}, 503)
 
     async def report_metrics(self, http: HttpRequest) -> Response:
-        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+        found = await asyncio.to_thread(self.metrics.render)
+        return Response(found, media_type=CONTENT_TYPE)
 
     async def models(self, http: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -73,10 +76,10 @@ class Api:
 
         async def route(http: HttpRequest) -> Response:
             self.drain.refuse()
-            self.thread.refuse_if_full()
+            self.engine.refuse_if_full()
             writer = await self.in_thread(http, lambda fields: make_writer(fields, self))
             await _compiled(writer.requests)
-            answer = Answer(self.thread, writer, self.metrics)
+            answer = Answer(self.engine, writer, self.metrics)
             names = set(writer.names)
             if not names.isdisjoint(self.answers):
                 raise RequestError(
@@ -112,7 +115,7 @@ class Api:
             "object": "model",
             "created": self.created,
             "owned_by": "phalanx",
-            "max_model_len": self.core.export.max_length,
+            "max_model_len": self.inputs.info.max_length,
         }
 
 

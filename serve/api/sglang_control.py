@@ -3,7 +3,6 @@ weights."""
 
 import asyncio
 import time
-from pathlib import Path
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
@@ -15,7 +14,7 @@ from serve.api.errors import Json, failure, printable
 from serve.api.fields import flag, parse_json, text
 from serve.api.limits import read_body
 from serve.api.service import Api
-from serve.engine.core import EngineCore
+from serve.engine.input_processor import InputProcessor
 from serve.engine.request import Output, RequestError, SamplingParams
 
 _HEALTH_SECONDS = 20.0
@@ -46,7 +45,7 @@ def control_routes(api: Api) -> list[Route]:
 class _Control:
     def __init__(self, api: Api) -> None:
         self.api = api
-        self.core = api.core
+        self.inputs = api.inputs
 
     async def health_generate(self, http: HttpRequest) -> Response:
         """200 after the engine has computed a token, otherwise 503."""
@@ -59,15 +58,15 @@ class _Control:
             loop.call_soon_threadsafe(done.set)
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        requests = self.core.make_requests([0], params, priority=1 << 32)
-        self.api.thread.submit(requests, deliver, limited=False)
+        requests = self.inputs.make_requests([0], params, priority=1 << 32)
+        self.api.engine.submit(requests, deliver, limited=False)
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 await done.wait()
         except TimeoutError:
             raise RequestError("the engine does not respond", None, 503, "unavailable") from None
         finally:
-            self.api.thread.cancel(requests)
+            self.api.engine.cancel(requests)
         if failure(reasons[0]) is not None:
             raise RequestError("the engine fails", None, 503, "unavailable")
         return JSONResponse({"status": "ok"})
@@ -86,51 +85,45 @@ class _Control:
         )
 
     async def server_info(self, http: HttpRequest) -> Response:
-        options = self.core.options
-        group = self.core.export.group
+        info = self.inputs.info
         return JSONResponse(
             {
                 "model_path": self.api.model_path,
                 "tokenizer_path": self.api.model_path,
                 "served_model_name": self.api.model_name,
-                "tp_size": 1 if group is None else group.dims.tp,
+                "tp_size": info.tp,
                 "dp_size": 1,
                 "disaggregation_mode": "null",
-                "status": "ready" if self.api.thread.alive else "stopped",
-                "max_total_num_tokens": self.core.cache.capacity,
-                "max_running_requests": options.max_running,
-                "max_req_input_len": self.core.longest,
-                "page_size": options.page_size,
-                "internal_states": [self._load()],
+                "status": "ready" if self.api.engine.status == "ok" else self.api.engine.status,
+                "max_total_num_tokens": info.capacity,
+                "max_running_requests": info.max_running,
+                "max_req_input_len": info.longest,
+                "page_size": info.page_size,
+                "internal_states": [await self._load()],
             }
             | self._architecture()
         )
 
     def _architecture(self) -> Json:
-        export = self.core.export
-        return {"model_type": export.model_type, "architectures": list(export.architectures)}
+        info = self.inputs.info
+        return {"model_type": info.model_type, "architectures": list(info.architectures)}
 
-    def _load(self) -> Json:
-        core, scheduler = self.core, self.core.scheduler
-        size = core.options.page_size
-        total = max(1, core.allocator.n_pages - 1)
-        used = total - core.allocator.n_free - core.pages.prefixes.n_evictable
-        n_running, n_waiting = len(scheduler.running), len(scheduler.waiting)
-        hit_rate = scheduler.n_cached_tokens / max(1, scheduler.n_prompt_tokens)
+    async def _load(self) -> Json:
+        info, stats = self.inputs.info, await asyncio.to_thread(self.api.engine.stats)
         return {
             "dp_rank": 0,
-            "num_running_reqs": n_running,
-            "num_waiting_reqs": n_waiting,
-            "num_total_reqs": n_running + n_waiting,
-            "num_used_tokens": used * size,
-            "max_total_num_tokens": core.cache.capacity,
-            "max_running_requests": core.options.max_running,
-            "token_usage": used / total,
-            "cache_hit_rate": hit_rate,
+            "num_running_reqs": stats.n_running,
+            "num_waiting_reqs": stats.n_waiting,
+            "num_total_reqs": stats.n_running + stats.n_waiting,
+            "num_used_tokens": stats.n_used_pages * info.page_size,
+            "max_total_num_tokens": info.capacity,
+            "max_running_requests": info.max_running,
+            "token_usage": stats.token_usage,
+            "cache_hit_rate": stats.hit_rate,
         }
 
     async def get_load(self, http: HttpRequest) -> Response:
-        load = self._load()
+        load = await self._load()
         found = {
             "dp_rank": 0,
             "num_reqs": load["num_total_reqs"],
@@ -140,7 +133,7 @@ class _Control:
         return JSONResponse([found])
 
     async def loads(self, http: HttpRequest) -> Response:
-        load = self._load()
+        load = await self._load()
         total = {
             "total_running_reqs": load["num_running_reqs"],
             "total_waiting_reqs": load["num_waiting_reqs"],
@@ -152,7 +145,7 @@ class _Control:
 
     async def flush_cache(self, http: HttpRequest) -> Response:
         """Requests under way recompute their prefixes."""
-        await asyncio.to_thread(self.api.thread.call, self.core.flush_cache)
+        await asyncio.to_thread(self.api.engine.flush_cache)
         return JSONResponse({"success": True, "message": "the prefix cache is empty"})
 
     async def abort_request(self, http: HttpRequest) -> Response:
@@ -168,14 +161,14 @@ class _Control:
         def work(fields: Json) -> Json:
             prompt = fields.get("prompt", fields.get("text"))
             special = flag(fields, "add_special_tokens", True)
-            longest = self.core.export.max_length
+            longest = self.inputs.info.max_length
             if isinstance(prompt, str):
-                tokens = self.core.encode(prompt, special)
+                tokens = self.inputs.encode(prompt, special)
                 return {"tokens": tokens, "count": len(tokens), "max_model_len": longest}
             if not isinstance(prompt, list) or not all(isinstance(one, str) for one in prompt):
                 raise RequestError("prompt must be a text or texts", "prompt", code="invalid_type")
             _check_number(prompt, "prompt")
-            lists = [self.core.encode(one, special) for one in prompt]
+            lists = [self.inputs.encode(one, special) for one in prompt]
             return {"tokens": lists, "count": [*map(len, lists)], "max_model_len": longest}
 
         return JSONResponse(await self.api.in_thread(http, work))
@@ -186,8 +179,8 @@ class _Control:
             skip = flag(fields, "skip_special_tokens", True)
             if isinstance(tokens, list) and tokens and isinstance(tokens[0], list):
                 _check_number(tokens, "tokens")
-                return {"text": [decode_tokens(self.core, one, skip) for one in tokens]}
-            return {"text": decode_tokens(self.core, tokens, skip)}
+                return {"text": [decode_tokens(self.inputs, one, skip) for one in tokens]}
+            return {"text": decode_tokens(self.inputs, tokens, skip)}
 
         return JSONResponse(await self.api.in_thread(http, work))
 
@@ -202,12 +195,8 @@ class _Control:
             raise RequestError("load_format must be auto or safetensors", "load_format")
         if flag(fields, "abort_all_requests"):
             self.api.abort(None)
-
-        def update() -> list[Output]:
-            return self.core.update_weights(Path(path))
-
         try:
-            await asyncio.to_thread(self.api.thread.call, update)
+            await asyncio.to_thread(self.api.engine.update_weights, path)
         except (UserError, OSError) as error:
             message = printable(one_line(error))
             return JSONResponse({"success": False, "message": message}, 400)
@@ -222,15 +211,15 @@ def _check_number(texts: list[object], name: str) -> None:
         raise RequestError(f"at most {_MAX_TEXTS} texts fit in one call", name)
 
 
-def decode_tokens(core: EngineCore, tokens: object, skip_special_tokens: bool) -> str:
+def decode_tokens(inputs: InputProcessor, tokens: object, skip_special_tokens: bool) -> str:
     """The text of token ids from a body. Raises RequestError."""
-    vocab = core.export.model.config.vocab_size
-    if core.export.tokenizer is None:
+    vocab = inputs.info.vocab_size
+    if inputs.tokenizer is None:
         raise RequestError("this model has no tokenizer", "tokens")
     if not isinstance(tokens, list) or not all(type(one) is int for one in tokens):
         raise RequestError("tokens must be a list of token ids", "tokens", code="invalid_type")
     if not all(0 <= token < vocab for token in tokens):
         raise RequestError(f"token ids must lie between 0 and {vocab - 1}", "tokens")
     # the library holds the interpreter lock while it decodes one list, but not for a batch
-    (found,) = core.export.tokenizer.decode_batch([tokens], skip_special_tokens=skip_special_tokens)
+    (found,) = inputs.tokenizer.decode_batch([tokens], skip_special_tokens=skip_special_tokens)
     return str(found)

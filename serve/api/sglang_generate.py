@@ -28,7 +28,7 @@ from serve.api.fields import (
 )
 from serve.api.openai_completions import Prompt, parse_prompts
 from serve.api.structured import GRAMMARS
-from serve.engine.core import EngineCore
+from serve.engine.input_processor import InputProcessor
 from serve.engine.request import Output, Request, RequestError, SamplingParams, TokenLogprob
 from serve.engine.sampling_params import MAX_LOGPROBS
 
@@ -84,7 +84,7 @@ def _names(fields: Json, n: int) -> list[str]:
 class GenerateWriter(Writer):
     """A checked body, and its answer. Raises RequestError."""
 
-    def __init__(self, fields: Json, core: EngineCore) -> None:
+    def __init__(self, fields: Json, inputs: InputProcessor) -> None:
         check_names(fields, _USED, _ELSEWHERE | STRUCTURED | TOOLS | UNSUPPORTED)
         prompts, self.many = _prompts(fields)
         self.stream = flag(fields, "stream")
@@ -109,9 +109,9 @@ class GenerateWriter(Writer):
         rank = priority(fields)
         self.results: dict[Request, _Result] = {}
         for prompt, one, name in zip(prompts, checked, self.names, strict=True):
-            tokens = core.encode(prompt) if isinstance(prompt, str) else prompt
-            for request in core.make_requests(tokens, one, rank, self):
-                self.results[request] = _Result(len(self.results), request, name, core, self)
+            tokens = inputs.encode(prompt) if isinstance(prompt, str) else prompt
+            for request in inputs.make_requests(tokens, one, rank, self):
+                self.results[request] = _Result(len(self.results), request, name, inputs, self)
         self.requests = list(self.results)
         self.many = self.many or len(self.requests) > 1
 
@@ -137,12 +137,12 @@ class _Result:
     """The state of one request."""
 
     def __init__(
-        self, index: int, request: Request, name: str, core: EngineCore, call: GenerateWriter
+        self, index: int, request: Request, name: str, inputs: InputProcessor, call: GenerateWriter
     ) -> None:
         self.index = index
         self.request = request
         self.name = name
-        self.core = core
+        self.inputs = inputs
         self.call = call
         self.text = ""
         self.tokens: list[int] = []
@@ -163,11 +163,10 @@ class _Result:
 
     def _matched(self) -> Any:
         """The end token, or the stop string."""
-        params, stream = self.request.params, self.request.text
-        if stream is not None and stream.stopped:
-            return stream.matcher.matched
-        last = self.tokens[-1]
-        return last if last in self.core.export.end_tokens.union(params.stop_token_ids) else None
+        if self.request.matched is not None:
+            return self.request.matched
+        last, more = self.tokens[-1], self.request.params.stop_token_ids
+        return last if last in self.inputs.info.end_tokens.union(more) else None
 
     def write(self) -> Json:
         request = self.request
@@ -211,7 +210,7 @@ class _Result:
         return [[value, token, self._text(token)] for token, value in one.top]
 
     def _text(self, token: int) -> str | None:
-        tokenizer = self.core.export.tokenizer
+        tokenizer = self.inputs.tokenizer
         if not self.call.with_text or tokenizer is None:
             return None
         found: str = tokenizer.decode([token], skip_special_tokens=False)

@@ -16,25 +16,32 @@ page, so a step down the tree is one dictionary look-up and one comparison of by
   null pages. A prefix can then be reused up to a border only if all pages of the window before that
   border are present: the first new token attends to exactly these.
 
+- **Events.** With `events`, nodes have the hashes of their pages, and every page that is added or
+  evicted is reported; null pages are not stored.
+
 Not thread-safe: only the engine's thread calls it.
 """
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 
 from serve.cache.allocator import NULL_PAGE, PageAllocator
+from serve.cache.kv_events import BlockEvents, block_hashes
 from serve.cache.prefix_cache import TOKEN_BYTES, common_pages
 
 
 class Node:
     """A part of a prefix, in whole pages."""
 
-    __slots__ = ("children", "key", "last_access", "locks", "pages", "parent")
+    __slots__ = ("children", "hashes", "key", "last_access", "locks", "pages", "parent")
 
     def __init__(self, parent: "Node | None", key: bytes, pages: list[int]) -> None:
         self.parent = parent
         self.key = key
         self.pages = pages
+        self.hashes: list[int] = []
+        """Of the pages, with those before them; empty without events."""
         self.children: dict[bytes, Node] = {}
         """Children by the key of their first page."""
         self.locks = 0
@@ -50,7 +57,14 @@ class RadixCache:
 
     reuses = True
 
-    def __init__(self, allocator: PageAllocator, page_size: int, window: int = 0) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        page_size: int,
+        window: int = 0,
+        events: BlockEvents | None = None,
+    ) -> None:
+        self.events = events
         self.allocator = allocator
         self.page_size = page_size
         self.window = window
@@ -87,6 +101,7 @@ class RadixCache:
             child = Node(node, key[known * self.page_bytes :], list(pages[known:]))
             node.children[child.key[: self.page_bytes]] = child
             child.last_access = self._clock
+            self._report_stored(child)
             kept += child.pages
             node = child
             self._n_evictable += _real(child.pages)
@@ -125,6 +140,8 @@ class RadixCache:
         self._heap = []
         self._n_evictable = 0
         self.version += 1
+        if self.events is not None:
+            self.events.cleared()
 
     def nodes(self) -> Iterator[Node]:
         """All nodes but the root."""
@@ -145,6 +162,8 @@ class RadixCache:
             assert node.pages and len(node.key) == len(node.pages) * self.page_bytes
             assert node.parent is not None
             assert node.parent.children[node.key[: self.page_bytes]] is node
+            if self.events is not None:
+                assert node.hashes == block_hashes(_hash_before(node), node.key, self.page_bytes)
             assert node.locks >= sum(child.locks for child in node.children.values())
             assert self.window or NULL_PAGE not in node.pages
             evictable += 0 if node.locks else _real(node.pages)
@@ -205,6 +224,9 @@ class RadixCache:
                 node.pages[i] = page
                 self._n_evictable += not node.locks
                 self.version += 1
+                if self.events is not None:
+                    before = node.hashes[i - 1] if i else _hash_before(node)
+                    self.events.stored(before, node.hashes[i : i + 1], self._part(node, i, i + 1))
 
     def _lock(self, node: Node | None) -> None:
         while node is not None and node is not self.root:
@@ -219,6 +241,7 @@ class RadixCache:
         assert parent is not None and 0 < n_pages < len(node.pages)
         upper = Node(parent, node.key[:cut], node.pages[:n_pages])
         upper.locks, upper.last_access = node.locks, node.last_access
+        upper.hashes, node.hashes = node.hashes[:n_pages], node.hashes[n_pages:]
         parent.children[upper.key[: self.page_bytes]] = upper
         node.parent, node.key, node.pages = upper, node.key[cut:], node.pages[n_pages:]
         upper.children[node.key[: self.page_bytes]] = node
@@ -233,6 +256,7 @@ class RadixCache:
         if child.locks != node.locks:
             return
         child.key, child.pages = node.key + child.key, node.pages + child.pages
+        child.hashes = node.hashes + child.hashes
         child.parent = parent
         parent.children[child.key[: self.page_bytes]] = child
         node.parent, node.children = None, {}
@@ -248,6 +272,10 @@ class RadixCache:
             keep -= 1
             if leaf.pages[keep] != NULL_PAGE:
                 freed.append(leaf.pages[keep])
+        if self.events is not None:
+            gone = zip(leaf.pages[keep:], leaf.hashes[keep:], strict=True)
+            self.events.removed([block for page, block in gone if page != NULL_PAGE])
+            leaf.hashes = leaf.hashes[:keep]
         self.allocator.release(freed)
         self._n_evictable -= len(freed)
         parent = leaf.parent
@@ -263,6 +291,23 @@ class RadixCache:
         self._merge(parent)
         return len(freed)
 
+    def _report_stored(self, node: Node) -> None:
+        """Report the pages of a new node, in runs between null pages."""
+        if self.events is None:
+            return
+        before = _hash_before(node)
+        node.hashes = block_hashes(before, node.key, self.page_bytes)
+        at = 0
+        for is_null, run in itertools.groupby(node.pages, NULL_PAGE.__eq__):
+            end = at + len(tuple(run))
+            if not is_null:
+                before = node.hashes[at - 1] if at else before
+                self.events.stored(before, node.hashes[at:end], self._part(node, at, end))
+            at = end
+
+    def _part(self, node: Node, begin: int, end: int) -> bytes:
+        return node.key[begin * self.page_bytes : end * self.page_bytes]
+
     def _is_candidate(self, node: Node) -> bool:
         return node.parent is not None and not node.children and not node.locks
 
@@ -275,6 +320,11 @@ class RadixCache:
             heapq.heapify(self._heap)
         self._n_pushed += 1
         heapq.heappush(self._heap, (node.last_access, self._n_pushed, node))
+
+
+def _hash_before(node: Node) -> int | None:
+    """The hash of the page before a node's first one; None if that is the first of a prefix."""
+    return node.parent.hashes[-1] if node.parent is not None and node.parent.hashes else None
 
 
 def _real(pages: Sequence[int]) -> int:

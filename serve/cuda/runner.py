@@ -44,8 +44,11 @@ class CudaRunner(ModelRunner):
         def output(x_TD: Tensor, head_VD: Tensor) -> Hidden:
             return x_TD, head_VD
 
+        context = context or self._recording()
         hidden: Hidden = self.model(
             batch.tokens, batch.positions, KernelAttention(self.cache, batch), output=output,
             context=context,
         )  # fmt: skip
+        if context is not None:
+            self.counts.add(context.routed_experts(), batch.slots >= 0)  # others are padding
         return hidden

@@ -15,10 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from configs.errors import UserError
 from configs.model import ModelConfig
 from serve.cache.allocator import PageAllocator
 from serve.cache.kv_cache import KvCache, build_cache, free_memory
+from serve.cache.kv_publisher import KvEventPublisher, check_endpoints
 from serve.cache.manager import PageManager, freed_window
 from serve.cache.prefix_cache import NaiveCache
 from serve.cache.radix import RadixCache
@@ -26,23 +30,14 @@ from serve.cache.routing_cache import MAX_EXPERTS, RoutingCache
 from serve.cuda.runner import CudaRunner
 from serve.engine.batch import StepPlan, plan_step
 from serve.engine.executor import StepExecutor, StepUnderWay
+from serve.engine.input_processor import EngineInfo, InputProcessor
 from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
 from serve.engine.rank_group import RankRunner
-from serve.engine.request import (
-    Output,
-    Request,
-    RequestError,
-    SamplingParams,
-    TokenLogprob,
-    check_tokens,
-    compile_grammar,
-)
+from serve.engine.request import Output, Request, SamplingParams, TokenLogprob
 from serve.engine.runner import ModelRunner
 from serve.engine.sampler import Sampled, Sampler
 from serve.engine.scheduler import Chunk, Scheduler
-from serve.grammar.compiler import GrammarCompiler
-from serve.text.encoder import TextEncoder
 
 log = logging.getLogger("serve")
 
@@ -76,6 +71,10 @@ class EngineOptions:
     cuda_graphs: Literal["auto", "off"] = "auto"
     """`auto`: a GPU computes steps that only decode as CUDA graphs. `off`: it launches every
     kernel."""
+    kv_events: str = ""
+    """ZeroMQ endpoint at which events of the prefix cache are published; empty: nowhere."""
+    kv_events_replay: str = ""
+    """ZeroMQ endpoint at which subscribers request events that they missed."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "page_size"):
@@ -90,6 +89,7 @@ class EngineOptions:
             raise UserError(f"--jump-forward {self.jump_forward}: must be on or off")
         if self.cuda_graphs not in ("auto", "off"):
             raise UserError(f"--cuda-graphs {self.cuda_graphs}: must be auto or off")
+        check_endpoints(self.kv_events, self.kv_events_replay, self.cache)
         if self.max_batch_tokens < self.max_running:
             raise UserError(
                 f"--max-batch-tokens {self.max_batch_tokens}: must be at least "
@@ -115,7 +115,7 @@ def make_cache(export: Export, options: EngineOptions) -> KvCache:
     model, group = export.model.config, export.group
     if options.absorb_mla and model.attention.kind != "mla":
         raise UserError("--absorb-mla: the model has no multi-head latent attention")
-    no_experts = not _n_moe_layers(model) or model.moe.n_experts > MAX_EXPERTS
+    no_experts = not _moe_layers(model) or model.moe.n_experts > MAX_EXPERTS
     if options.routed_experts and no_experts:
         raise UserError("--routed-experts: the model has no experts, or more than 65536")
     return build_cache(
@@ -139,8 +139,8 @@ def make_runner(export: Export, cache: KvCache, options: EngineOptions) -> Model
     return ModelRunner(export.model, cache, options.absorb_mla)
 
 
-def _n_moe_layers(model: ModelConfig) -> int:
-    return sum(model.is_moe(layer) for layer in range(model.n_layers))
+def _moe_layers(model: ModelConfig) -> tuple[int, ...]:
+    return tuple(layer for layer in range(model.n_layers) if model.is_moe(layer))
 
 
 class EngineCore:
@@ -151,10 +151,11 @@ class EngineCore:
         self.options = options
         self.cache = make_cache(export, options)
         self.allocator = PageAllocator(self.cache.n_pages)
+        self.kv_events: KvEventPublisher | None = None
+        if options.kv_events:
+            endpoints = options.kv_events, options.kv_events_replay
+            self.kv_events = KvEventPublisher(options.page_size, *endpoints)
         self.pages = self._manage_pages()
-        self._text_encoder: TextEncoder | None = None
-        if export.tokenizer is not None:
-            self._text_encoder = TextEncoder(export.tokenizer, self.longest)
         self.scheduler = Scheduler(
             self.pages,
             max_running=options.max_running,
@@ -169,11 +170,11 @@ class EngineCore:
             options.max_running,
             export.device,
         )
-        self.grammars: GrammarCompiler | None = None
-        if (own := export.tokenizer) is not None:
-            self.grammars = GrammarCompiler(own, export.end_tokens, self.sampler.n_tokens)
+        self.inputs = InputProcessor(self._describe(), export.tokenizer)
+        self.grammars = self.inputs.grammars
         self.n_jumped = 0
         """Tokens appended by jump-forward."""
+        self.n_generated = 0
         on_gpu = export.device.type == "cuda"
         self.overlap = on_gpu if options.overlap == "auto" else options.overlap == "on"
         self.executor = StepExecutor(
@@ -193,7 +194,7 @@ class EngineCore:
         radix = self.options.cache == "radix"
         return PageManager(
             self.allocator,
-            RadixCache(self.allocator, size, window) if radix else NaiveCache(),
+            RadixCache(self.allocator, size, window, self.kv_events) if radix else NaiveCache(),
             size,
             self.options.max_running,
             min(self.allocator.n_pages - 1, -(-self.export.max_length // size)),
@@ -202,8 +203,35 @@ class EngineCore:
 
     def _record_routing(self) -> RoutingCache:
         model, size, device = self.export.model.config, self.options.page_size, self.export.device
-        n_layers = _n_moe_layers(model)
+        n_layers = len(_moe_layers(model))
         return RoutingCache(self.cache.n_pages, size, n_layers, model.moe.top_k, device)
+
+    def _describe(self) -> EngineInfo:
+        export, options, model = self.export, self.options, self.export.model.config
+        moe_layers = _moe_layers(model)
+        return EngineInfo(
+            name=export.name,
+            dtype=str(export.dtype).removeprefix("torch."),
+            device=str(export.device),
+            cache=self.cache.describe(),
+            ranks="" if export.group is None else str(export.group),
+            tp=1 if export.group is None else export.group.dims.tp,
+            max_length=export.max_length,
+            longest=min(export.max_length, self.cache.capacity + 1),
+            capacity=self.cache.capacity,
+            page_size=options.page_size,
+            vocab_size=model.vocab_size,
+            n_sampled=self.sampler.n_tokens,
+            end_tokens=export.end_tokens,
+            max_running=options.max_running,
+            max_waiting=options.max_waiting,
+            routed_experts=options.routed_experts,
+            moe_layers=moe_layers,
+            n_experts=model.moe.n_experts if moe_layers else 0,
+            top_k=model.moe.top_k if moe_layers else 0,
+            model_type=export.model_type,
+            architectures=export.architectures,
+        )
 
     @property
     def busy(self) -> bool:
@@ -217,37 +245,12 @@ class EngineCore:
         priority: int = 0,
         group: object | None = None,
     ) -> list[Request]:
-        """A request for each of `params.n` choices. group: see `Request.group`; by default these
-        are one. Raises RequestError if it can never be served.
-
-        Grammars are compiled meanwhile: call `start_grammars` before the requests are submitted."""
-        self._check(prompt, params)
-        tokens, encoder = list(prompt), self._text_encoder
-        compiling = compile_grammar(self.grammars, params)
-        group = object() if group is None else group
-        made = []
-        for index in range(params.n):
-            skip = params.skip_special_tokens
-            text = None if encoder is None else encoder.stream(params.stop, tokens, skip)
-            made.append(Request(tokens, params.choice(index), text, priority, group, compiling))
-        return made
+        """See `InputProcessor.make_requests`."""
+        return self.inputs.make_requests(prompt, params, priority, group)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of a text prompt, with the begin token if the tokenizer adds one. Text of special
-        tokens is text like any other."""
-        return self.text_encoder.encode(text, add_special_tokens)
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """Raises RequestError if the export has no tokenizer."""
-        if self._text_encoder is None:
-            raise RequestError("this model has no tokenizer; send token ids", "prompt")
-        return self._text_encoder
-
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and output together that a request may have."""
-        return min(self.export.max_length, self.cache.capacity + 1)
+        """See `InputProcessor.encode`."""
+        return self.inputs.encode(text, add_special_tokens)
 
     def update_weights(self, folder: Path) -> list[Output]:
         """Continue with the weights of another export of the same model.
@@ -263,6 +266,11 @@ class EngineCore:
         self.export = replace(self.export, model=new.model)
         self.executor.runner = make_runner(new, self.cache, self.options)
         return outputs
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """int64 `[MoE layers, experts]`: how often every expert was chosen since the weights were
+        loaded. With several ranks, between two steps only."""
+        return self.executor.runner.expert_counts()
 
     def flush_cache(self) -> list[Output]:
         """Remove all cached prefixes. Running requests recompute theirs.
@@ -303,8 +311,9 @@ class EngineCore:
     def close(self) -> None:
         """End the thread of the device, and let the other ranks end. No step may be running."""
         self.executor.close()
-        if self.grammars is not None:
-            self.grammars.close()
+        self.inputs.close()
+        if self.kv_events is not None:
+            self.kv_events.close()
         if self.export.group is not None:
             self.export.group.stop()
 
@@ -376,6 +385,7 @@ class EngineCore:
         jumps = self.options.jump_forward == "on" and not params.is_reported_by_token
         tokens, text, reason = request.extend(token, self.export.end_tokens, jumps)
         self.n_jumped += len(tokens) - 1
+        self.n_generated += len(tokens)
         if reason is not None:
             self._report_experts(request, len(request.tokens) - 1)
             self.scheduler.finish(request, reason)
@@ -388,13 +398,3 @@ class EngineCore:
     def _fail(self, request: Request) -> Output:
         self.scheduler.finish(request, "error", keep=False)
         return Output(request, "", [], [], "error")
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        vocab, n_sampled = self.export.model.config.vocab_size, self.sampler.n_tokens
-        check_tokens(prompt, params, self.longest, self.cache.capacity, vocab, n_sampled)
-        if params.return_routed_experts and self.routing is None:
-            raise RequestError(
-                "the engine was not started with routed_experts", "return_routed_experts"
-            )
-        if self.export.tokenizer is None and params.stop:
-            raise RequestError("this model has no tokenizer; stop strings need one", "stop")

@@ -103,6 +103,11 @@ class FusedModel:
         for i, layer in enumerate(self.layers):
             layer.keys, layer.values = cache.keys(i).data_ptr(), cache.values(i).data_ptr()
 
+    def count_into(self, counts_LE: Tensor) -> None:
+        """Add the choices of all later steps to int64 `[MoE layers, experts]`."""
+        assert counts_LE.dtype == torch.int64 and counts_LE.is_contiguous()
+        self._counts, self._step.counts = counts_LE, counts_LE.data_ptr()
+
     def hidden(self, batch: ForwardBatch, context: MicrobatchContext | None = None) -> Tensor:
         """The residual stream `[T, D]` after the last layer, valid until the next call; keys and
         values are written to the cache. context: records the chosen experts; must not contain a

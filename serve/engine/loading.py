@@ -70,7 +70,7 @@ def open_export(
     max_length = raw.get("max_position_embeddings")
     if type(max_length) is not int or max_length < 2:
         raise UserError(f"{place}: max_position_embeddings must be an integer of at least 2")
-    tokenizer = _open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
+    tokenizer = open_tokenizer(folder / "tokenizer.json", model_config.vocab_size)
     kind = _dtype(dtype, raw, place)
     where = _device(device) if group is None else group.ranks.device
     fp8 = dtype == "auto" and kind == torch.bfloat16
@@ -130,7 +130,8 @@ def _device(device: str) -> torch.device:
     return found
 
 
-def _open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
+def open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of an export; None if it has none. Raises UserError."""
     if not inside(path.parent, path.name).exists():
         return None
     try:

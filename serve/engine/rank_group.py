@@ -23,8 +23,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import UserError
@@ -63,6 +65,8 @@ class Command(IntEnum):
     """Load the weights of another folder."""
     BEAT = 3
     STOP = 4
+    COUNTS = 5
+    """Sum the counts of the experts over ranks that route different tokens."""
 
 
 class RankGroup:
@@ -201,6 +205,13 @@ class RankRunner(ModelRunner):
                 command = Command.STEP if routing is None else Command.RECORDED_STEP
                 self.group.send(command, batch)
             return super().run(batch, score, routing)
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """As `ModelRunner.expert_counts`, of all tokens; called on every rank, between steps."""
+        with self.group.watched():
+            if self.group.ranks.is_first:
+                self.group.send(Command.COUNTS)
+            return self.model.tp_comm.sum(self.counts.total_LE.clone()).cpu().numpy()
 
 
 def connect(folder: Path, tp: int, ep: int, device: str = "auto") -> RankGroup | None:

@@ -18,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.cache.manager import SequencePages
-from serve.engine.detokenizer import TextStream
 from serve.engine.sampling_params import RequestError, SamplingParams
 from serve.grammar.compiler import GrammarCompiler
 from serve.grammar.limits import GrammarError
 from serve.grammar.matcher import Grammar, GrammarState
+from serve.text.detokenizer import TextStream
 
 __all__ = ["FinishReason", "Output", "Request", "RequestError", "SamplingParams", "TokenLogprob"]
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "lost"]
+"""`cancelled`: by the client or the end of the server. `error`: inside its step. `lost`: the
+engine's process ended."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Request:
     """`[tokens, MoE layers, top_k]` at the end, if requested. The last token is missing, since it
     was never an input of the model."""
     finish_reason: FinishReason | None = field(default=None, init=False)
+    matched: str | None = field(default=None, init=False)
+    """The stop string that ended it."""
     seed: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +165,7 @@ class Request:
         if reason is not None and stream is not None:
             text += stream.finish()
             reason = "stop" if stream.stopped else reason
+            self.matched = stream.matcher.matched
         return text, reason
 
 

@@ -3,17 +3,21 @@
 The head is the largest matrix of a small model, so the final hidden states are reduced to the rows
 whose logits are needed before the projection.
 
-T tokens, R rows with logits, D model width, V vocabulary, L MoE layers, K experts per token.
+T tokens, R rows with logits, D model width, V vocabulary, L MoE layers, E experts, K of them per
+token.
 """
 
 import logging
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from configs.model import ModelConfig
 from models.decoder import Decoder
 from models.step_context import MicrobatchContext
 from serve.cache.kv_cache import KvCache
@@ -32,6 +36,26 @@ Score = Callable[[int, Tensor], None]
 """Called with the index of a first row in `scored_rows` and the fp32 logits `[n, V]` from there."""
 Routing = Callable[[Tensor], None]
 """Called with the experts of every token, int64 `[L, T, K]`."""
+
+
+class ExpertCounts:
+    """How often every expert was chosen: int64 `[L, E]`, on the device of the model."""
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        n_layers = sum(model.is_moe(layer) for layer in range(model.n_layers))
+        n_experts = model.moe.n_experts if n_layers else 0
+        self.total_LE = torch.zeros(n_layers, n_experts, dtype=torch.int64, device=device)
+        self._first = torch.arange(n_layers, device=device)[:, None, None] * n_experts
+
+    def add(self, ids_LTK: Tensor, counted_T: Tensor | None = None) -> None:
+        """Count the choices of a step; the host does not wait for them. counted_T: bool, false for
+        rows that are padding."""
+        if counted_T is None:
+            ones = torch.ones_like(ids_LTK)
+        else:
+            ones = counted_T.long()[None, :, None].expand_as(ids_LTK)
+        places = (ids_LTK + self._first).flatten()
+        self.total_LE.view(-1).scatter_add_(0, places, ones.reshape(-1))
 
 
 class ModelRunner:
@@ -57,9 +81,12 @@ class ModelRunner:
         self.multiple = _ROWS * n_ranks
         self.cache = cache
         self.absorbed = absorbed
+        self.counts = ExpertCounts(model.config, cache.device)
         self.fused = build_fused(model, cache) if fuses else None
         if self.fused is not None and not _agrees(self.fused, model):
             self.fused = None
+        if self.fused is not None:
+            self.fused.count_into(self.counts.total_LE)
 
     @torch.inference_mode()
     def run(
@@ -89,15 +116,28 @@ class ModelRunner:
         self, batch: ForwardBatch, context: MicrobatchContext | None
     ) -> tuple[Tensor, Tensor]:
         """Final hidden states `[T, D]`, some rows more than tokens, and the head's weight."""
-        device = self.cache.device
-        hidden_TD, head_VD = self.model(
+        device, context = self.cache.device, context or self._recording()
+        hidden: tuple[Tensor, Tensor] = self.model(
             _padded(batch.tokens, self.multiple).to(device),
             _padded(batch.positions, self.multiple).to(device),
             PagedAttention(self.cache, batch, self.absorbed),
             output=lambda x_TD, weight_VD: (x_TD, weight_VD),
             context=context,
         )
-        return hidden_TD, head_VD
+        if context is not None:
+            ids_LtK = context.routed_experts()
+            first = self.model.tp_comm.place * ids_LtK.shape[1]  # this rank's share of the rows
+            self.counts.add(ids_LtK[:, : max(0, len(batch.tokens) - first)])
+        return hidden
+
+    def _recording(self) -> MicrobatchContext | None:
+        """A context that records the choice of experts; None if there are none."""
+        has_experts = self.counts.total_LE.numel() > 0
+        return MicrobatchContext.recording(self.model.config) if has_experts else None
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """int64 `[L, E]`: how often every expert was chosen since this runner was created."""
+        return self.counts.total_LE.cpu().numpy().copy()
 
     def _logits(self, hidden_TD: Tensor, head_VD: Tensor, rows: Tensor) -> Tensor:
         """fp32 `[n, V]`. With tensor parallelism the head has a part of the vocabulary."""

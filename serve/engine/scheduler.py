@@ -66,6 +66,14 @@ def _rank(request: Request) -> tuple[bool, int, int]:
     return not request.aged, -request.priority, request.number
 
 
+def n_excess(most: int, n_queued: int, n_new: int) -> int:
+    """Number of requests that must end before a queue of `most`, which has `n_queued`, can hold
+    `n_new` more. Raises RequestError if it never can."""
+    if n_new > most:
+        raise RequestError(f"at most {most} choices of all prompts fit into the queue", "n")
+    return max(0, n_queued + n_new - most)
+
+
 class Scheduler:
     """Queues, admission and retraction."""
 
@@ -104,12 +112,9 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def n_excess(self, n_new: int, n_coming: int = 0) -> int:
-        """Number of requests that must end before the queue can hold `n_new` after `n_coming` more.
-        Raises RequestError if it never can."""
-        most = self.max_waiting + self.max_running
-        if n_new > most:
-            raise RequestError(f"at most {most} choices of all prompts fit into the queue", "n")
-        return max(0, len(self.waiting) + len(self.running) + n_coming + n_new - most)
+        """See the function `n_excess`, after `n_coming` more."""
+        n_queued = len(self.waiting) + len(self.running) + n_coming
+        return n_excess(self.max_waiting + self.max_running, n_queued, n_new)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue new requests, in order of arrival."""

@@ -204,20 +204,20 @@ class Engine:
         """Tokens of a conversation, up to the start of the answer."""
         if self.chat_template is None or self.core.export.tokenizer is None:
             raise RequestError("this model has no chat template; use generate", "messages")
-        encoder = self.core.text_encoder
+        encoder = self.core.inputs.text_encoder
         text = self.chat_template.render(messages, encoder.mark_text)
         return encoder.encode_rendered(text, "messages")
 
     def flush_cache(self) -> None:
         """Remove all cached prefixes."""
         self.thread.start()
-        self.thread.call(self.core.flush_cache)
+        self.thread.flush_cache()
 
     def update_weights(self, folder: str | Path) -> None:
         """Continue with the weights of another export of the same model; running requests use them
         too, and everything computed with the old ones is discarded."""
         self.thread.start()
-        self.thread.call(lambda: self.core.update_weights(Path(folder)))
+        self.thread.update_weights(str(folder))
 
     def _submitted(
         self, requests: list[Request], deliver: Callable[[Output], None]

@@ -40,6 +40,8 @@ def follow(export: Export, options: EngineOptions) -> None:
             return
         if command == Command.BEAT:
             group.beat()
+        elif command == Command.COUNTS:
+            runner.expert_counts()
         elif command == Command.LOAD:
             with suppress(UserError):  # rank 0 has it, too
                 export = load_update(export, Path(text))

@@ -10,23 +10,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from serve.engine.core import EngineCore
 from serve.engine.rank_group import BEAT_S
 from serve.engine.request import Output, Request, RequestError
+from serve.frontend.client import Deliver, EngineStats, Status, read_stats
 from serve.frontend.finish_rate import FinishRate
 
 log = logging.getLogger("serve")
 
-Deliver = Callable[[Output], None]
-"""Called in the engine's thread with each output of a request; must return at once."""
-
 
 class EngineThread:
-    """Runs an engine until `stop`."""
+    """An `EngineClient` that runs an engine in a thread until `stop`.
 
-    def __init__(self, core: EngineCore) -> None:
+    after_outputs: called in that thread after the outputs of each step were delivered.
+    """
+
+    def __init__(self, core: EngineCore, after_outputs: Callable[[], None] = lambda: None) -> None:
         self.core = core
+        self.inputs = core.inputs
+        self._after_outputs = after_outputs
         self._wake = threading.Condition()
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
@@ -39,6 +46,10 @@ class EngineThread:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def status(self) -> Status:
+        return "ok" if self.alive else "stopped"
 
     def start(self) -> None:
         """Start the thread. A second call has no effect."""
@@ -53,6 +64,10 @@ class EngineThread:
             self._wake.notify()
         if wait and self._thread.is_alive():
             self._thread.join()
+
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        self._thread.join()
 
     def submit(self, requests: Sequence[Request], deliver: Deliver, limited: bool = True) -> None:
         """Queue all of `requests` or none of them, with RequestError: 429 if the queue is full, 503
@@ -108,12 +123,37 @@ class EngineThread:
             self._wake.notify()
         future.result()
 
+    def flush_cache(self) -> None:
+        """Remove all cached prefixes, between two steps."""
+        self.call(self.core.flush_cache)
+
+    def update_weights(self, folder: str) -> None:
+        """Continue with the weights of another export. Raises UserError without any change."""
+        self.call(lambda: self.core.update_weights(Path(folder)))
+
+    def stats(self) -> EngineStats:
+        return read_stats(self.core)
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """See `EngineCore.expert_counts`."""
+        if self.core.export.group is None:
+            return self.core.expert_counts()
+        found: list[NDArray[np.int64]] = []
+
+        def count() -> list[Output]:
+            found.append(self.core.expert_counts())
+            return []
+
+        self.call(count)
+        return found[0]
+
     def _run(self) -> None:
         scheduler = self.core.scheduler
         try:
             while self._take_commands():
                 for output in self.core.step():
                     self._hand_out(output)
+                self._after_outputs()
         except BaseException:
             log.exception("the engine stopped")
         finally:
@@ -126,9 +166,12 @@ class EngineThread:
             self.core.close()
             for request in left:
                 self._hand_out(Output(request, "", [], [], "cancelled"))
+            self._after_outputs()
 
     def _take_commands(self) -> bool:
         """Wait for work and take the commands from the inbox. False if the thread must stop."""
+        if self.core.kv_events is not None:
+            self.core.kv_events.flush()
         scheduler = self.core.scheduler
         with self._wake:
             idle = not self.core.busy

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from tokenizers import AddedToken, Tokenizer
 
-from serve.engine.detokenizer import TextStream
 from serve.engine.sampling_params import RequestError
+from serve.text.detokenizer import TextStream
 from serve.text.token_bytes import TokenBytes, special_ids
 from serve.text.token_names import TokenNames
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from serve.engine.detokenizer import Detokenizer
+from serve.text.detokenizer import Detokenizer
 from serve.text.token_bytes import TokenBytes
 
 

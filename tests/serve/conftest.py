@@ -26,6 +26,7 @@ from serve.api.http_server import server_config
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export, open_export
 from serve.frontend.chat import ChatTemplate
+from serve.frontend.client import EngineClient
 from serve.frontend.thread import EngineThread
 from tests.serve.drive import assert_no_page_lost
 
@@ -80,10 +81,10 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_export(folder: Path) -> None:
+def write_export(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True)
     model = Decoder(CONFIG)
-    initialize(model, CONFIG, seed=0)
+    initialize(model, CONFIG, seed=seed)
     state = model.state_dict()
     write_tensors(folder, CONFIG, lambda name, index: state[name][index], torch.float32)
     config = hf_config(CONFIG, max_positions=MAX_LENGTH, eos_token_id=0, dtype="float32")
@@ -155,23 +156,31 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def run_server(
-    core: EngineCore, name: str = "tiny", keep_alive: int = 620, **options: Any
-) -> Iterator[RunningServer]:
-    """options: of `build_app`."""
-    thread = EngineThread(core)
+def run_app(
+    engine: EngineClient, name: str = "tiny", keep_alive: int = 620, **options: Any
+) -> Iterator[int]:
+    """The server of an engine, which it starts and stops; its port. options: of `build_app`."""
     ready = threading.Event()
-    app = build_app(thread, name, ready.set, template=ChatTemplate(TEMPLATE, {}), **options)
+    options.setdefault("template", ChatTemplate(TEMPLATE, {}))
+    app = build_app(engine, name, ready.set, **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = server_config(app, keep_alive, grace=0)
         server = uvicorn.Server(config)
         worker = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         worker.start()
         assert ready.wait(20), "the server did not start"
-        yield RunningServer(thread, listener.getsockname()[1])
+        yield listener.getsockname()[1]
         server.should_exit = True
         worker.join(20)
     assert not worker.is_alive()
+
+
+@contextlib.contextmanager
+def run_server(core: EngineCore, **options: Any) -> Iterator[RunningServer]:
+    """options: of `run_app`."""
+    thread = EngineThread(core)
+    with run_app(thread, **options) as port:
+        yield RunningServer(thread, port)
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,10 @@ def test_serves_and_stops(export_folder: Path) -> None:
         served.finish()  # an idle server needs no grace
 
 
-def test_stop_under_load_ends_streams_with_an_error(long_folder: Path) -> None:
-    with serving(long_folder, "--max-running", "1", "--grace", "0.2") as served:
+@pytest.mark.parametrize("engine_process", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_stop_under_load_ends_streams_with_an_error(engine_process: str, long_folder: Path) -> None:
+    more = ("--max-running", "1", "--grace", "0.2", "--engine-process", engine_process)
+    with serving(long_folder, *more) as served:
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             lines = answer.iter_lines()
             assert "choices" in next(lines)
@@ -103,6 +105,57 @@ def test_stop_under_load_ends_streams_with_an_error(long_folder: Path) -> None:
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "unavailable"
         assert done == "data: [DONE]"
         served.finish()
+
+
+def engine_of(server: int) -> int:
+    """The process id of the engine that a server has started."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == server and b"process_child" in (place / "cmdline").read_bytes():
+                found.append(int(place.name))
+    (pid,) = found
+    return pid
+
+
+@pytest.mark.slow  # three starts; the same with forks: tests/serve/frontend/test_engine_process.py
+def test_an_engine_process_is_replaced_and_never_left_over(long_folder: Path) -> None:
+    with serving(long_folder, "--engine-process", "on", "--grace", GRACE) as served:
+        health = served.url.replace("/v1", "/health")
+        first = engine_of(served.process.pid)
+        with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
+            lines = answer.iter_lines()
+            assert "choices" in next(lines)
+            os.kill(first, signal.SIGKILL)
+            error = [line for line in lines if line][-2]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_lost"
+        deadline = time.monotonic() + LIVENESS_S
+        while httpx.get(health).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = engine_of(served.process.pid)
+        assert second != first
+        with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
+            assert "choices" in next(answer.iter_lines())
+            served.process.kill()
+            while Path(f"/proc/{second}").exists():
+                assert time.monotonic() < deadline, "the engine continues without a server"
+                time.sleep(0.05)
+        assert "it is started again" in served.process.communicate()[1]
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_an_engine_process(long_folder: Path) -> None:
+    with serving(long_folder, "--grace", GRACE, "--engine-process", "on") as served:
+        engine = engine_of(served.process.pid)
+        with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
+            assert "choices" in next(answer.iter_lines())
+            served.process.send_signal(signal.SIGTERM)
+            served.wait_until_draining()
+            served.process.send_signal(signal.SIGTERM)
+            served.finish()
+        assert not Path(f"/proc/{engine}").exists()
 
 
 def test_half_sent_bodies_do_not_delay_a_stop(export_folder: Path) -> None:

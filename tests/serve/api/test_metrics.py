@@ -13,6 +13,7 @@ from tests.serve.conftest import RunningServer, run_server
 
 LIVENESS_S = 60.0
 NAMES = {
+    "phalanx:expert_load_max_to_mean": "gauge",
     "sglang:num_running_reqs": "gauge",
     "sglang:num_queue_reqs": "gauge",
     "sglang:token_usage": "gauge",
@@ -49,7 +50,8 @@ def test_names_and_types(export: Export) -> None:
     for family in families:
         assert family.documentation
         for sample in family.samples:
-            assert set(sample.labels) == {"model_name"} | ({"le"} & set(sample.labels))
+            more = {"layer"} if "expert" in family.name else {"le"} & set(sample.labels)
+            assert set(sample.labels) == {"model_name"} | more
             assert sample.labels["model_name"] == "tiny"
 
 

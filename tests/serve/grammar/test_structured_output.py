@@ -127,4 +127,4 @@ def test_aborted_requests_leave_nothing(core: EngineCore, params: Params) -> Non
         core.scheduler.finish(request, "cancelled")
     while core.busy:
         core.step()
-    jsonschema.validate(json.loads(core.text_encoder.decode(requests[0].output)), PERSON)
+    jsonschema.validate(json.loads(core.inputs.text_encoder.decode(requests[0].output)), PERSON)

@@ -26,6 +26,7 @@ def main(tp: int, ep: int, out: Path, folders: list[str]) -> None:
     with serve.Engine(first, options, tp=tp, ep=ep) as engine:
         found = [[one.tokens for one in engine.generate(PROMPTS, params)]]
         found.append([one.tokens for one in engine.generate(PROMPTS[:2], sampled)])
+        counts = engine.thread.expert_counts().tolist()
         for _ in engine.stream(PROMPTS[0], serve.SamplingParams(max_tokens=500, ignore_eos=True)):
             break  # the rest is cancelled
         engine.update_weights(same)
@@ -35,7 +36,7 @@ def main(tp: int, ep: int, out: Path, folders: list[str]) -> None:
         except UserError as error:
             refusal = str(error)
         found.append([one.tokens for one in engine.generate(PROMPTS, params)])
-    out.write_text(json.dumps({"tokens": found, "refusal": refusal}))
+    out.write_text(json.dumps({"tokens": found, "counts": counts, "refusal": refusal}))
     print("the script went on")
 
 

@@ -36,7 +36,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
      pytest.param("gpt-oss", 1, 2, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_script(family: str, tp: int, ep: int, tmp_path: Path) -> None:
-    """Generates the tokens of one process, also after new weights; continues on rank 0 only."""
+    """Generates the tokens of one process, also after new weights, and counts its experts;
+    continues on rank 0 only."""
     model, other = model_of(family), model_of("mixtral")
     folders = [
         write_lively(tmp_path / name, m, 2048, seed)
@@ -51,6 +52,7 @@ def test_a_script(family: str, tp: int, ep: int, tmp_path: Path) -> None:
     assert found[0] == found[1]
     greedy, _, updated, kept = found[1]["tokens"]
     assert greedy != updated == kept
+    assert min(map(sum, found[1]["counts"])) > 1500
     assert found[1]["refusal"].endswith("is another model than the one that is served")
 
 

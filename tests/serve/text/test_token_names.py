@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from serve.engine.detokenizer import Detokenizer, TextStream
+from serve.text.detokenizer import Detokenizer, TextStream
 from serve.text.encoder import TextEncoder
 from serve.text.token_bytes import TokenBytes
 

@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from serve.engine.detokenizer import Detokenizer, StopMatcher, TextStream
+from serve.text.detokenizer import Detokenizer, StopMatcher, TextStream
 
 TEXTS = [
     "plain words, nothing else",
