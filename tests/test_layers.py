@@ -45,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
         "train/checkpoint", "train/checkpoint/storage", "train/data", "train/optim",
         "train/report", "train/tokenizer",
     },
-    "train/checkpoint": {"train/checkpoint/storage", "train/optim"},
+    "train/checkpoint": {"train", "train/checkpoint/storage", "train/optim"},
     "train/checkpoint/storage": {"train", "train/checkpoint"},
     "train/convert": {"train", "train/checkpoint", "train/tokenizer"},
     "train/data": {"train", "train/tokenizer"},
