@@ -15,6 +15,7 @@
 | moe/layer_i/dead_experts | experts without a single token in the step |
 | moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/stats.py |
 | fp8/NAME/... | FP8 error of a weight, at the reported steps: see train/report/fp8_report.py |
+| skipped_steps | steps of the run whose update was left out; absent if none. They have no record of their own |
 | validation_loss, validation_bits_per_byte | at steps with validation |
 
 Layers are those with experts, counted from 0, MTP modules last.
