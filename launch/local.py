@@ -30,14 +30,19 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser(prog="python -m launch.local", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", help="experiment (TOML)")
     parser.add_argument("--nproc", type=int, default=1, help="ranks (default 1)")
+    parser.add_argument(
+        "--module", default="train", choices=["train", "scripts.inject_faults.rank"],
+        help="what the ranks run; the second also obeys `python -m scripts.inject_faults`",
+    )  # fmt: skip
     _add_limits(parser)
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load(options.file, overrides)
         resolve(config, options.nproc)
-        return Supervisor(
-            [options.file, *overrides], options.nproc, local_path(config.run.dir), _limits(options)
-        ).run()
+        folder = local_path(config.run.dir)
+        words = [options.file, *overrides]
+        run = Supervisor(words, options.nproc, folder, _limits(options), options.module)
+        return run.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

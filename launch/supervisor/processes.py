@@ -46,12 +46,12 @@ class Rank:
 def start(
     arguments: Sequence[str], ranks: int, logs: Path, heartbeats: Path, terminal: bool
 ) -> list[Rank]:
-    """Start `python -m train ARGUMENTS` on every rank.
+    """Start `python -m ARGUMENTS` on every rank.
 
     logs: folder of `rank-00000.out` and `.err` of each rank. heartbeats: folder of their heartbeat
     files. terminal: rank 0 writes its progress to our terminal, not to a log.
     """
-    command = [sys.executable, "-m", "train", *arguments]
+    command = [sys.executable, "-m", *arguments]
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]))
     shared = os.environ | {
         "PYTHONPATH": path, FOLDER_VARIABLE: str(heartbeats),

@@ -27,7 +27,7 @@ _POLL_S = 0.05
 _OWN_WORDS_S = 8.0
 """Time that the other ranks have after one ended with an error of its own: rank 0 prints, waits for
 the others to read the error, and ends (`parallel.launch_environment.fail`)."""
-_MARGIN_S = 10.0
+_MARGIN_S = 8.0
 """Time beyond a limit that the ranks have to end a hanging attempt themselves, and to name the
 rank."""
 
@@ -35,8 +35,16 @@ rank."""
 class Supervisor:
     """Runs one training to its end, or until it should not be repeated."""
 
-    def __init__(self, arguments: Sequence[str], ranks: int, folder: Path, limits: Limits) -> None:
-        """folder: of the run (`run.dir`)."""
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        ranks: int,
+        folder: Path,
+        limits: Limits,
+        module: str = "train",
+    ) -> None:
+        """folder: of the run (`run.dir`). module: that the ranks run, `python -m MODULE`."""
+        self.module = module
         self.arguments, self.ranks, self.folder = arguments, ranks, folder
         self.history = History(limits, ranks, newest_checkpoint(folder))
         self.logs = folder / "launch"
@@ -79,7 +87,9 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="phalanx-heartbeats-") as place:
             beats = Path(place)
             terminal = sys.stdout.isatty()
-            ranks = processes.start(self.arguments, self.ranks, logs, beats, terminal)
+            ranks = processes.start(
+                [self.module, *self.arguments], self.ranks, logs, beats, terminal
+            )
             self.running = ranks
             try:
                 code, rank = self._wait(ranks, beats)
@@ -190,7 +200,7 @@ class _Watch:
             stopped = beat.frozen_s and processes.is_stopped(one.process.pid)
             self._stopped[one.rank] = self._stopped[one.rank] + passed if stopped else 0.0
             about = f"rank {one.rank} (process {one.process.pid})"
-            if stopped and self._stopped[one.rank] > beat.frozen_s + _MARGIN_S / 5:
+            if stopped and self._stopped[one.rank] > beat.frozen_s + _MARGIN_S:
                 return one.rank, (
                     f"error: {about} has been stopped for {self._stopped[one.rank]:.0f} s in "
                     f"{beat.place} (SIGSTOP, a debugger); the attempt ends"

@@ -25,10 +25,13 @@ from configs.health import HealthConfig
 from configs.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE
 from parallel.launch_environment import print_line
 from parallel.ranks import Ranks
+from train.atomic_files import replace_text
 from train.health.collectives import find_late, parse, recorded
 from train.health.heartbeat import Heartbeat
 
 PERIOD_S = 1.0
+PROCESSES = "processes.json"
+"""File in the run's folder with host and process id of every rank of the running attempt."""
 _ANSWER_S = 4.0
 """Time limit for the ranks' answers to an alarm."""
 _STACK_SIGNAL = signal.SIGUSR2
@@ -51,7 +54,7 @@ class Watchdog:
         self._file: TextIO | None = None
         self._beats = 0
         self._peer = _Peer()
-        self._cause, self._first = "", False
+        self._cause, self._first, self._frozen = "", False, -1
         self._ending = threading.Lock()
 
     def start(self) -> None:
@@ -96,6 +99,7 @@ class Watchdog:
                 if beat.limit and self.heartbeat.silent_s() > beat.limit:
                     self._alarm()
                 if self.world > 1 and beat.frozen_s and self._next_is_frozen(beat.frozen_s):
+                    self._frozen = self._peer.rank
                     self._alarm()
 
     def _next_is_frozen(self, limit: float) -> bool:
@@ -121,6 +125,11 @@ class Watchdog:
         other = here[(here.index(self.rank) + 1) % len(here)]
         self._peer.rank = other
         self._peer.pid = -1 if other == self.rank else int(places[other][0])
+        if self.rank == 0:
+            table = {
+                rank: {"host": host, "pid": int(pid)} for rank, (pid, host) in enumerate(places)
+            }
+            replace_text(self.run / PROCESSES, json.dumps(table) + "\n")
         self._peer.local = {rank: int(places[rank][0]) for rank in here if rank != self.rank}
 
     def _alarm(self) -> NoReturn:
@@ -165,8 +174,9 @@ class Watchdog:
     def _answers(self) -> dict[int, Any]:
         """The states of all ranks that answer in time."""
         keys = {rank: f"state/{rank}" for rank in range(self.world)}
+        others = [key for rank, key in keys.items() if rank != self._frozen]
         deadline = time.monotonic() + _ANSWER_S
-        while time.monotonic() < deadline and not self.store.check([*keys.values()]):
+        while time.monotonic() < deadline and not self.store.check(others):
             time.sleep(0.05)
         here = [rank for rank, key in keys.items() if self.store.check([key])]
         return {rank: json.loads(self.store.get(keys[rank])) for rank in here}
