@@ -93,11 +93,11 @@ class Supervisor:
             self.running = ranks
             try:
                 code, rank = self._wait(ranks, beats)
-                beat = heartbeat.read(beats, rank)
                 records = [heartbeat.read(beats, each) for each in range(self.ranks)]
-                if code == heartbeat.HANG_CODE:
-                    rank = _culprit(beats, rank)
-                    beat = heartbeat.read(beats, rank) or beat
+                named = _culprit(beats)
+                if named is not None and code not in (os.EX_TEMPFAIL, INTERRUPTED):
+                    code, rank = heartbeat.HANG_CODE, named
+                beat = heartbeat.read(beats, rank)
                 return Ended(
                     code, rank, beat.place if beat else "start",
                     max((each.done for each in records if each), default=0),
@@ -234,9 +234,9 @@ def _severity(rank: Rank) -> int:
     return 0 if code < 0 else 1 if code == USER_ERROR else 2
 
 
-def _culprit(beats: Path, rank: int) -> int:
-    """The rank that the ranks themselves have named."""
+def _culprit(beats: Path) -> int | None:
+    """The rank that the ranks themselves have named, if they have."""
     try:
         return int((beats / heartbeat.CULPRIT).read_text())
     except (OSError, ValueError):
-        return rank
+        return None

@@ -89,11 +89,16 @@ def find_late(records: Mapping[int, list[Entry]], absent: Iterable[int] = ()) ->
     waits = {rank: _open(entries) for rank, entries in records.items()}
     gone = set(absent)
     if gone:
-        for rank, entry in waits.items():
-            if entry and gone & {*entry.members}:
-                late = tuple(sorted(gone & {*entry.members}))
-                return Late(late, f"{_ranks([rank])} waits for it in {entry}")
-        return None
+        waiting = {r: e for r, e in waits.items() if e and gone & {*e.members}}
+        if not waiting:
+            return None
+        entry = next(e for e in waiting.values() if e)
+        alike = [
+            r
+            for r, e in waiting.items()
+            if e and (e.group, e.number) == (entry.group, entry.number)
+        ]
+        return Late(tuple(sorted(gone)), f"{_ranks(alike)} waits for it in {entry}")
     return _different(records) or _behind(records, waits) or _skipped(records)
 
 

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -64,6 +65,8 @@ class Watchdog:
         # runs without the interpreter's lock, which a library may hold
         faulthandler.register(_STACK_SIGNAL, self._file, all_threads=True)
         self.store.set(f"process/{self.rank}", f"{os.getpid()} {self.host}")
+        if self.world == 1:
+            self._write_processes([f"{os.getpid()} {self.host}"])
         self._thread.start()
 
     def stop(self) -> None:
@@ -120,17 +123,20 @@ class Watchdog:
         keys = [f"process/{rank}" for rank in range(self.world)]
         if not self.store.check(keys):
             return
-        places = [text.decode().split() for text in self.store.multi_get(keys)]  # type: ignore[attr-defined]
+        texts = [self.store.get(key).decode() for key in keys]
+        places = [text.split() for text in texts]
         here = [rank for rank, (_, host) in enumerate(places) if host == self.host]
         other = here[(here.index(self.rank) + 1) % len(here)]
         self._peer.rank = other
         self._peer.pid = -1 if other == self.rank else int(places[other][0])
         if self.rank == 0:
-            table = {
-                rank: {"host": host, "pid": int(pid)} for rank, (pid, host) in enumerate(places)
-            }
-            replace_text(self.run / PROCESSES, json.dumps(table) + "\n")
+            self._write_processes(texts)
         self._peer.local = {rank: int(places[rank][0]) for rank in here if rank != self.rank}
+
+    def _write_processes(self, texts: list[str]) -> None:
+        places = dict(enumerate(text.split() for text in texts))
+        table = {rank: {"host": host, "pid": int(pid)} for rank, (pid, host) in places.items()}
+        replace_text(self.run / PROCESSES, json.dumps(table) + "\n")
 
     def _alarm(self) -> NoReturn:
         """Raise the alarm, or join one; the first rank prints the result. Ends the process."""
@@ -152,7 +158,9 @@ class Watchdog:
         with suppress(RuntimeError):
             self._answer()
             answers = self._answers()
-            self._end_absent(answers)
+            absent = {r: pid for r, pid in self._peer.local.items() if r not in answers}
+            for rank, pid in absent.items():
+                self.store.set(f"absent/{rank}", _process_state(pid))
             if self._first:
                 late, line = self._result(answers)
                 self._print(line, late)
@@ -160,6 +168,7 @@ class Watchdog:
             deadline = time.monotonic() + 2 * _ANSWER_S
             while not self.store.check(["result"]) and time.monotonic() < deadline:
                 time.sleep(0.05)
+            _end_processes(absent.values())  # last, since a supervisor ends all as soon as one ends
         self._leave()
 
     def _answer(self) -> None:
@@ -180,20 +189,6 @@ class Watchdog:
             time.sleep(0.05)
         here = [rank for rank, key in keys.items() if self.store.check([key])]
         return {rank: json.loads(self.store.get(keys[rank])) for rank in here}
-
-    def _end_absent(self, answers: dict[int, Any]) -> None:
-        """Write the stacks of this host's ranks that do not answer, record their state, and kill
-        them: a stopped process obeys no other signal."""
-        for rank, pid in self._peer.local.items():
-            if rank in answers:
-                continue
-            state = _process_state(pid)
-            self.store.set(f"absent/{rank}", state)
-            with suppress(OSError):
-                os.kill(pid, _STACK_SIGNAL)
-                os.kill(pid, signal.SIGCONT)  # it runs the handler of the signal before
-                time.sleep(0.3)
-                os.kill(pid, signal.SIGKILL)
 
     def _result(self, answers: dict[int, Any]) -> tuple[set[int], str]:
         """The late ranks and a line about them."""
@@ -226,7 +221,7 @@ class Watchdog:
         if self.store.check([f"process/{rank}"]):
             pid, host = self.store.get(f"process/{rank}").decode().split()
             process = f" (process {pid} on {host})"
-        return f"rank {rank}{process} {state}" + (f" in {place}" if place else "")
+        return f"rank {rank}{process} {state}" + (f", last in {place}" if place else "")
 
     def _write_stacks(self) -> None:
         if self._file is not None and not self._file.closed:
@@ -263,6 +258,17 @@ class _Peer:
         self._text, self._ticks = text, ticks
         self._idle = self._idle + passed if same else 0.0
         return self._idle
+
+
+def _end_processes(pids: Iterable[int]) -> None:
+    """Let processes of this host write their stacks, and kill them: a stopped process obeys no
+    other signal."""
+    for pid in pids:
+        with suppress(OSError):
+            os.kill(pid, _STACK_SIGNAL)
+            os.kill(pid, signal.SIGCONT)  # it runs the handler of the signal before
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
 
 
 def _process_state(pid: int) -> str:
