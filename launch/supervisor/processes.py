@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import BinaryIO
 
 from configs.heartbeat import FOLDER_VARIABLE, SUPERVISOR_VARIABLE
 from launch.render import CHECKOUT
+from launch.supervisor.fork_server import Child, Starter
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals after which the ranks save and end, with 75 or (SIGINT) 130."""
@@ -22,7 +22,7 @@ _BLOCK = 2**16
 class Rank:
     """One process with its log."""
 
-    def __init__(self, rank: int, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
+    def __init__(self, rank: int, process: Child, out: Path, err: Path) -> None:
         self.rank, self.process = rank, process
         self._shown = [(out.open("rb"), sys.stdout), (err.open("rb"), sys.stderr)]
 
@@ -44,14 +44,14 @@ class Rank:
 
 
 def start(
-    arguments: Sequence[str], ranks: int, logs: Path, heartbeats: Path, terminal: bool
+    starter: Starter, words: list[str], ranks: int, logs: Path, heartbeats: Path
 ) -> list[Rank]:
-    """Start `python -m ARGUMENTS` on every rank.
+    """Start `python -m WORDS` on every rank.
 
-    logs: folder of `rank-00000.out` and `.err` of each rank. heartbeats: folder of their heartbeat
-    files. terminal: rank 0 writes its progress to our terminal, not to a log.
+    logs: folder of `rank-00000.out` and `.err` of each rank; on a terminal, rank 0 writes its
+    progress there and not to the log. heartbeats: folder of their heartbeat files.
     """
-    command = [sys.executable, "-m", *arguments]
+    terminal = sys.stdout.isatty()
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]))
     shared = os.environ | {
         "PYTHONPATH": path, FOLDER_VARIABLE: str(heartbeats),
@@ -69,9 +69,10 @@ def start(
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         out, err = logs / f"rank-{rank:05}.out", logs / f"rank-{rank:05}.err"
-        with out.open("ab") as to_out, err.open("ab") as to_err:
-            shown = None if terminal and rank == 0 else to_out
-            process = subprocess.Popen(command, env=shared | place, stdout=shown, stderr=to_err)
+        out.touch()
+        err.touch()
+        shown = None if terminal and rank == 0 else out
+        process = starter.start(words, shared | place, shown, err)
         started.append(Rank(rank, process, out, err))
     return started
 
@@ -79,8 +80,7 @@ def start(
 def kill(ranks: Sequence[Rank]) -> None:
     """End processes at once; SIGKILL reaches stopped ones too."""
     for one in ranks:
-        with suppress(ProcessLookupError):
-            one.process.kill()
+        one.process.send_signal(signal.SIGKILL)
     for one in ranks:
         one.process.wait()
 

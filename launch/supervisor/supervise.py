@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
 from configs import heartbeat
 from configs.errors import UserError
 from launch.supervisor import processes
+from launch.supervisor.fork_server import Starter
 from launch.supervisor.policy import INTERRUPTED, USER_ERROR, Ended, History, Limits
 from launch.supervisor.processes import Rank
 
@@ -49,13 +50,14 @@ class Supervisor:
         self.history = History(limits, ranks, newest_checkpoint(folder))
         self.logs = folder / "launch"
         self.number = _last_attempt(self.logs)
+        self.starter = Starter()
         self.stopping: list[int] = []
         self.running: list[Rank] = []
 
     def run(self) -> int:
         """All attempts; returns the exit code: 0, 75 or 130 after a stop, 2 for a user error, else
         that of the last failure."""
-        with self._signals():
+        with self._signals(), closing(self.starter):
             while True:
                 self.number += 1
                 logs = self._log_folder()
@@ -86,10 +88,8 @@ class Supervisor:
     def _attempt(self, logs: Path) -> Ended:
         with tempfile.TemporaryDirectory(prefix="phalanx-heartbeats-") as place:
             beats = Path(place)
-            terminal = sys.stdout.isatty()
-            ranks = processes.start(
-                [self.module, *self.arguments], self.ranks, logs, beats, terminal
-            )
+            words = [self.module, *self.arguments]
+            ranks = processes.start(self.starter, words, self.ranks, logs, beats)
             self.running = ranks
             try:
                 code, rank = self._wait(ranks, beats)
@@ -134,7 +134,7 @@ class Supervisor:
         After a stop or an error that a rank reports itself the others may still print or save;
         after a signal or a hang nothing of the attempt is left to wait for.
         """
-        code = first.process.returncode
+        code = first.process.code or 0
         others = [one for one in ranks if one is not first]
         if code == USER_ERROR:
             processes.send(others, signal.SIGTERM)
@@ -230,7 +230,7 @@ def _last_attempt(logs: Path) -> int:
 def _severity(rank: Rank) -> int:
     """Order of several failures that were noticed together: a signal is the cause of the others,
     then a user error, then an error of its own."""
-    code = rank.process.returncode
+    code = rank.process.code or 0
     return 0 if code < 0 else 1 if code == USER_ERROR else 2
 
 
