@@ -85,10 +85,15 @@ def _train(
     from parallel.dispatch.overflow import CapacityOverflow
     from parallel.ranks import start_ranks, stop_ranks, wait_for_all
     from train.atomic_files import naming
+    from train.deterministic import use_deterministic_algorithms
+    from train.health.run_health import DifferingReplicas
+    from train.health.spikes import LossSpike
     from train.health.watchdog import Watchdog
     from train.step import NonFiniteError
     from train.trainer import Trainer
 
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     ranks = start_ranks(config.train.threads)
     heartbeat.configure(config.health, ranks.device.type)
     watchdog = Watchdog(heartbeat, ranks, local_path(config.run.dir))
@@ -99,7 +104,7 @@ def _train(
         watchdog.stop()
         stop_ranks()
         return code or 0
-    except (NonFiniteError, CapacityOverflow) as error:
+    except (NonFiniteError, CapacityOverflow, LossSpike, DifferingReplicas) as error:
         return fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
     except RuntimeError as error:
         if ranks.rank_monitor is not None:

@@ -22,6 +22,7 @@ from models.counts import flops_per_token
 from models.fp8 import gemm_shares
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, any_rank
+from parallel.waiting import collective_time
 from train.atomic_files import claim, replace_text
 from train.build import build_training, shard_model
 from train.checkpoint import checkpoint
@@ -30,8 +31,9 @@ from train.checkpoint.value_range import values_out_of_range
 from train.data.batches import Batch, Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.garbage_collection import GarbageCollection
-from train.health import skipped_steps
-from train.health.skipped_steps import SkippedSteps
+from train.health.run_health import RunHealth
+from train.health.spikes import LossSpike
+from train.health.stragglers import StepTime
 from train.health.watchdog import Watchdog
 from train.optim.optimizer import optimizer_tensors, set_learning_rate
 from train.optim.schedule import learning_rate, schedule_steps
@@ -47,6 +49,10 @@ from train.stop import StopSignal
 from train.tokenizer.hf_files import keep_tokenizer
 from train.tokenizer.tokenizer import find_tokenizer
 from train.validation import bits_per_byte, validation_loss
+
+
+class _Return(Exception):
+    """The run returns to its newest checkpoint; raised on all ranks together."""
 
 
 class Trainer:
@@ -78,27 +84,45 @@ class Trainer:
         compute = str(self.training.compute)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": compute}
         self.heartbeat.enter("load")
-        start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
+        self.health = RunHealth(config.health, ranks, self.folder)
+        lines = self._restore()
+        if ranks.is_first:
+            self._introduce(lines)
+
+    def _restore(self) -> list[str]:
+        """Load the newest checkpoint, if there is one; returns messages for the user."""
+        self.heartbeat.enter("load")
+        start = restore(self.config, self.ranks, self.facts, self._weights, self._optimizer_state)
         self.training.fp8_weights.refresh()
         self.done = self.saved = start.done
         self.owes_validation = start.owes_validation
-        skipped = ranks.on_first(lambda: skipped_steps.read(self.folder, self.done))
-        writes_to = self.folder if ranks.is_first else None
-        self.skipped = SkippedSteps(config.health, skipped, writes_to)
-        if ranks.is_first:
-            self._introduce(start.lines)
+        self.health.resume(self.done)
+        return start.lines
 
     def run(self) -> int | None:
         """Train up to the last step; returns the exit code of a stop, None when complete."""
+        while True:
+            try:
+                return self._run()
+            except _Return as back:
+                self._restore()
+                if self.ranks.is_first:
+                    print(f"{self.folder}: {back}", flush=True)
+
+    def _run(self) -> int | None:
         total, garbage = self.config.train.steps, GarbageCollection(self.config.train.gc_every)
         self.stop.save_first()
-        with self._reporter() as report, self._saved_where_a_step_fails(report):
+        with (
+            self._reporter() as report,
+            self._saved_where_a_step_fails(report),
+            collective_time() as waited,
+        ):
             if self.owes_validation:
                 report.amend(self.done, self._validate())
             for step in range(self.done + 1, total + 1):
-                start = time.perf_counter()
+                start, before = time.perf_counter(), waited.seconds
                 self.heartbeat.enter("data", step, self.done)
-                batches = [batch.to(self.ranks.device) for batch in self.data.step(step)]
+                batches = self._batches(step)
                 fetched = time.perf_counter()
                 lr = self._set_learning_rate(step)
                 try:
@@ -111,16 +135,21 @@ class Trainer:
                     break
                 self.done, end = step, time.perf_counter()
                 self.heartbeat.enter("report", done=step)
+                self._check(step, result, report)
+                waiting, reading = waited.seconds - before, fetched - start
+                taken = StepTime(end - start - waiting - reading, waiting, reading)
                 found = self.fp8.report(step)
                 validation = self._validate() if self._due(self.config.validation.every) else {}
                 report.step(
                     step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
-                    validation=validation, fp8=found, skipped=len(self.skipped.steps),
+                    validation=validation, fp8=found, skipped=len(self.health.skipped.steps),
                 )  # fmt: skip
+                for line in self.health.time(step, taken):
+                    report.say(line)
                 if self._due(self.config.checkpoint.every):
                     self._save(report)
                 garbage.run(step)
-            self._save(report, keep_all=self.skipped.ends_with(self.done))
+            self._save(report, keep_all=self.health.skipped.ends_with(self.done))
             self.heartbeat.enter("end")
             for picture in report.draw():
                 report.say(f"drew {picture}")
@@ -137,16 +166,34 @@ class Trainer:
             phase=self.heartbeat.enter,
         )  # fmt: skip
 
+    def _batches(self, step: int) -> list[Batch]:
+        data_step = self.health.left_out.data_step(step)
+        return [batch.to(self.ranks.device) for batch in self.data.step(data_step)]
+
+    def _check(self, step: int, result: StepResult, report: Reporter) -> None:
+        """Raise an error if replicas differ; return to a checkpoint if the loss is a spike."""
+        every = self.config.health.replica_check_every
+        if every and step % every == 0:
+            self.health.check_replicas(step, self._state)
+        try:
+            self.health.losses.add(step, result.loss)
+        except LossSpike as spike:
+            raise _Return(self.health.roll_back(spike, step, self.saved)) from None
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return self._weights() | self._optimizer_state()
+
     def _skip(self, step: int, error: NonFiniteError, report: Reporter) -> None:
         """Leave out the update of a step. Raises the error if that is not allowed.
 
         No checkpoint is written before the next sound step: it would replace an older one, and the
         weights may be the cause.
         """
-        self.skipped.add(step, error)
+        self.health.skipped.add(step, error)
         self.optimizer.zero_grad()
         self.done = step
-        report.say(f"{error}: skipped, {len(self.skipped.steps)} so far in this run")
+        skipped = len(self.health.skipped.steps)
+        report.say(f"{error}: skipped, {skipped} so far in this run")
         if self._due(self.config.validation.every):
             report.amend(step, self._validate())
 
@@ -197,6 +244,7 @@ class Trainer:
         if self.done == self.saved:
             return
         self.heartbeat.enter("save")
+        self.health.check_replicas(self.done, self._state)
         weights, others = self._weights(), self._optimizer_state()
         if bad := values_out_of_range(weights, others):
             raise NonFiniteError(
