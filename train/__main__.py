@@ -112,6 +112,8 @@ def _train(
             ranks.rank_monitor.end_if_lost(config.run.dir, advice)
             watchdog.explain(error)
         raise
+    finally:
+        watchdog.stop()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,14 @@ from models.step_context import StepContext
 from parallel.dispatch.gathering import routed_dispatchers
 from parallel.dispatch.overflow import overflowed
 from parallel.dispatch.stats import dispatch_fields, sum_counts
-from parallel.grad_norm import LARGEST, global_grad_norm, in_range, largest_values, scale_grads
+from parallel.grad_norm import (
+    LARGEST,
+    global_grad_norm,
+    in_range,
+    largest_values,
+    other_replicas_in_range,
+    scale_grads,
+)
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
 from train.data.batches import Batch
@@ -140,10 +147,11 @@ def train_step(
     phase("optimizer")
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
-    out_of_range = ~in_range(torch.stack(hidden))
-    sums = sum_over_ranks(torch.cat([totals, out_of_range.to(totals)[None]]))
-    global_losses, n_hidden = sums[:-1], sums[-1]
-    if not (in_range(norm).to(sums.device) & global_losses.isfinite().all() & (n_hidden == 0)):
+    bad = [~in_range(torch.stack(hidden)), ~other_replicas_in_range(parameters, rank)]
+    sums = sum_over_ranks(torch.cat([totals, torch.stack([each.to(totals) for each in bad])]))
+    global_losses, (n_hidden, n_replicas) = sums[:-2], sums[-2:]
+    is_sound = in_range(norm).to(sums.device) & global_losses.isfinite().all()
+    if not is_sound & (n_hidden + n_replicas == 0):
         found = _found_after_backward(model, totals, hidden)
         raise _out_of_range(step, found, weights_are_good=not n_hidden, can_skip=True)
     if clip_norm:

@@ -71,8 +71,8 @@ class Trainer:
         self.folder = local_path(config.run.dir)
         ranks.on_first(lambda: claim(self.folder))  # before any slow step
         ranks.on_first(lambda: checkpoint.check_folder(self.folder / "checkpoints"))
-        watchdog.start()  # it writes to the folder
         check_shared(config, ranks)
+        watchdog.start()  # it writes to the folder
         sharded = shard_model(config, ranks)  # raises early for invalid settings
         self.heartbeat.enter("corpus")
         self.corpus = self._open_corpus()

@@ -2,7 +2,8 @@
 
 All ranks take the same time for a step, because they wait for the slowest: so waiting is subtracted
 (`parallel.waiting`). A rank's excess in a step is its own time over the median of the other ranks'.
-It is named if the median excess of 15 steps is above the limit and beyond three standard errors.
+It is named if the median excess of 15 steps is above the limit and beyond three standard errors,
+and that of every 5 steps above half the limit.
 """
 
 import json
@@ -57,7 +58,9 @@ class Stragglers:
             middle = statistics.median(excess)
             spread = 1.4826 * statistics.median(abs(e - middle) for e in excess)
             error = 1.2533 * spread / math.sqrt(len(excess))
-            if middle <= self.percent or middle - 3 * error <= _MARGIN:
+            parts = [excess[i : i + EVERY] for i in range(0, WINDOW, EVERY)]
+            steady = min(statistics.median(part) for part in parts) > self.percent / 2
+            if middle <= self.percent or middle - 3 * error <= _MARGIN or not steady:
                 continue
             if step - self._named.get(rank, -_QUIET) < _QUIET:
                 continue

@@ -70,15 +70,16 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching; call it before the store ends."""
+        """Stop watching; call it before the store ends. May be called again."""
         self._over.set()
-        if self._file is None:
+        file, self._file = self._file, None
+        if file is None:
             return
         self._thread.join(10.0)
         faulthandler.unregister(_STACK_SIGNAL)
-        self._file.close()
+        file.close()
         with suppress(OSError):  # the folder may have files of other ranks
-            Path(self._file.name).unlink()
+            Path(file.name).unlink()
             self.folder.rmdir()
 
     def explain(self, error: RuntimeError) -> None:
@@ -224,7 +225,7 @@ class Watchdog:
         return f"rank {rank}{process} {state}" + (f", last in {place}" if place else "")
 
     def _write_stacks(self) -> None:
-        if self._file is not None and not self._file.closed:
+        if self._file is not None:
             faulthandler.dump_traceback(self._file, all_threads=True)
             self._file.flush()
 
