@@ -47,37 +47,41 @@ def kill_rank(running: Supervised, source: random.Random) -> float:
 def test_a_killed_rank_costs_a_restart_and_no_bit(
     ranks: int, kills: int, overrides: list[str], tmp_path: Path
 ) -> None:
+    """As many runs as it takes for so many kills, each equal to the uninterrupted one."""
     source = random.Random(ranks)
-    words = [*overrides, "--train.steps=1500", "--checkpoint.every=4", "--validation.sequences=4"]
+    words = [*overrides, "--train.steps=120", "--checkpoint.every=4", "--validation.sequences=4"]
     words = [word for word in words if not word.startswith("--run.dir")]
-    times = []
-    with supervised(tmp_path / "run", ranks, [*PATIENT, *words]) as running:
-        running.wait_for_step(90)
-        for _ in range(kills):
-            # from the start of loading to some steps and saves later
-            time.sleep(source.uniform(0, 2.0))
-            times.append(kill_rank(running, source))
-        code = running.finish(900)
-    assert code == 0, running.said[-3000:]
-    assert "Traceback" not in running.said and "gloo" not in running.said
     whole = tmp_path / "whole"
     uninterrupted(whole, ranks, words)
-    assert losses(tmp_path / "run") == losses(whole)
-    assert final_weights(tmp_path / "run") == final_weights(whole)
-    print(f"\n{ranks} ranks: {len(times)} kills, bits equal; kill to next step: median "
-          f"{statistics.median(times):.1f} s, longest {max(times):.1f} s")  # fmt: skip
+    times: list[float] = []
+    rounds = 0
+    while len(times) < kills:
+        folder, rounds = tmp_path / f"run-{rounds}", rounds + 1
+        with supervised(folder, ranks, [*PATIENT, *words]) as running:
+            running.wait_for_step(120)
+            while len(times) < kills and max(losses(folder), default=0) < 100:
+                # from the start of loading to some steps and saves later
+                time.sleep(source.uniform(0, 2.0))
+                times.append(kill_rank(running, source))
+            assert running.finish(600) == 0, running.said[-3000:]
+        assert "Traceback" not in running.said and "gloo" not in running.said
+        assert losses(folder) == losses(whole) and len(losses(whole)) == 120
+        assert final_weights(folder) == final_weights(whole)
+    print(
+        f"\n{ranks} ranks: {len(times)} kills in {rounds} runs, bits equal; kill to next step: "
+        f"median {statistics.median(times):.1f} s, longest {max(times):.1f} s"
+    )
 
 
 @pytest.mark.slow
 def test_a_kill_of_everything_costs_no_bit(overrides: list[str], tmp_path: Path) -> None:
     source = random.Random(0)
-    words = [*overrides, "--train.steps=400", "--checkpoint.every=4", "--validation.sequences=4"]
+    words = [*overrides, "--train.steps=300", "--checkpoint.every=4", "--validation.sequences=4"]
     words = [word for word in words if not word.startswith("--run.dir")]
     for _ in range(20):
         with supervised(tmp_path / "run", 2, [*PATIENT, *words]) as running:
-            time.sleep(source.uniform(2.0, 9.0))
-            if running.process.poll() == 0:
-                continue
+            time.sleep(source.uniform(4.0, 12.0))
+            assert running.process.poll() is None, running.said[-2000:]
             kill_all(running)
     with supervised(tmp_path / "run", 2, [*PATIENT, *words]) as running:
         assert running.finish(300) == 0, running.said[-3000:]

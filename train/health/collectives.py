@@ -133,11 +133,15 @@ def _behind(records: Mapping[int, list[Entry]], waits: Mapping[int, Entry | None
     causes = {late for others in waits_for.values() for late in others if not waits_for[late]}
     if not causes:
         return None
-    waiting = [rank for rank, others in waits_for.items() if others & causes]
-    missed = waits[waiting[0]]
+    entered = [waits[rank] for rank, others in waits_for.items() if others & causes]
+    # the late rank may be missed in several groups: the first is where it stopped
+    missed = min((entry for entry in entered if entry), key=lambda entry: entry.time_ns)
+    here = [
+        r for r, e in waits.items() if e and (e.group, e.number) == (missed.group, missed.number)
+    ]
     return Late(
         tuple(sorted(causes)),
-        f"{_ranks(sorted(causes))} did not enter {missed}, in which {_ranks(waiting)} waits",
+        f"{_ranks(sorted(causes))} did not enter {missed}, in which {_ranks(here)} waits",
     )
 
 
