@@ -11,7 +11,7 @@ from typing import Literal
 
 from configs.dispatch import DispatchConfig
 from configs.errors import ConfigError
-from configs.health import HealthConfig
+from configs.health.settings import HealthConfig
 from configs.model import ModelConfig
 from configs.precision import PrecisionConfig
 from configs.rules import at_most, between, not_empty, shown

@@ -20,6 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scripts": {"configs", "kernels", "models", "parallel", "train", "serve", "launch"},
 }
 ROOMS: dict[str, set[str]] = {
+    "configs": {"configs/health"},
+    "configs/health": {"configs"},
     "kernels": set(),
     "kernels/quantization": {"kernels"},
     "kernels/gemm": {"kernels", "kernels/quantization"},
@@ -42,13 +44,17 @@ ROOMS: dict[str, set[str]] = {
     "parallel/dispatch": {"parallel"},
     "parallel/memory": {"parallel", "parallel/dispatch"},
     "train": {
-        "train/checkpoint", "train/data", "train/optim", "train/report", "train/tokenizer",
+        "train/checkpoint", "train/data", "train/health", "train/optim", "train/report",
+        "train/tokenizer",
     },
     "train/checkpoint": {"train", "train/optim"},
     "train/convert": {"train", "train/checkpoint", "train/tokenizer"},
     "train/data": {"train", "train/tokenizer"},
+    "train/health": {"train", "train/report"},
     "train/report": {"train"},
     "train/tokenizer": set(),
+    "launch": {"launch/supervisor"},
+    "launch/supervisor": {"launch"},
     "scripts": {"scripts/scaling_report"},
     "serve": {"serve/api", "serve/bench", "serve/engine", "serve/frontend"},
     "serve/api": {"serve/engine", "serve/frontend", "serve/text"},

@@ -1,6 +1,6 @@
 """`train.deterministic`: the same bits in every run of the same experiment on the same machine.
 
-torch is told to use algorithms without a random order of additions, and to raise an error where it
+torch is set to use algorithms without a random order of additions, and to raise an error where it
 has none. cuBLAS needs a workspace of fixed size, and NCCL a fixed algorithm, because it otherwise
 chooses by measured speed. Our Triton kernels have one order of additions in any case: they are not
 tuned at run time, and their only atomic operation counts integers.
@@ -10,6 +10,7 @@ torch, CUDA or NCCL, and `torch.compile`, which may choose a kernel by measured 
 """
 
 import os
+from typing import Any
 
 import torch
 
@@ -26,5 +27,6 @@ def use_deterministic_algorithms() -> None:
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
     # it would fill new tensors with NaN, to show reads of memory that was never written
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from configs.heartbeat import SUPERVISOR_VARIABLE
+from configs.health.heartbeat import SUPERVISOR_VARIABLE
 from parallel.allocator import restart_without_thread_cache
 
 _MODULES = ("train.trainer", "torch._dynamo", "torch.utils.tensorboard")

@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from configs.heartbeat import HANG_CODE
+from configs.health.heartbeat import HANG_CODE
 
 USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT

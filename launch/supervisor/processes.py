@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from configs.heartbeat import FOLDER_VARIABLE, SUPERVISOR_VARIABLE
+from configs.health.heartbeat import FOLDER_VARIABLE, SUPERVISOR_VARIABLE
 from launch.render import CHECKOUT
 from launch.supervisor.fork_server import Child, Starter
 

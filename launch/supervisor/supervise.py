@@ -17,8 +17,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from configs import heartbeat
 from configs.errors import UserError
+from configs.health import heartbeat
 from launch.supervisor import processes
 from launch.supervisor.fork_server import Starter
 from launch.supervisor.policy import INTERRUPTED, USER_ERROR, Ended, History, Limits

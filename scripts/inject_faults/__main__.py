@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m scripts.inject_faults", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("run", help="folder of the run")
-    rank = {"type": int, "metavar": "RANK"}
+    rank: dict[str, Any] = {"type": int, "metavar": "RANK"}
     parser.add_argument("--kill-rank", **rank, help="kill -9 a rank")
     parser.add_argument("--freeze", **rank, help="stop a rank (SIGSTOP)")
     parser.add_argument("--thaw", **rank, help="continue a stopped rank (SIGCONT)")

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from configs.heartbeat import HANG_CODE
+from configs.health.heartbeat import HANG_CODE
 from launch.supervisor.policy import Decision, Ended, History, Limits
 
 

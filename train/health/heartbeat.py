@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from configs.health import HealthConfig
-from configs.heartbeat import FOLDER_VARIABLE, SIZE, SUPERVISOR_VARIABLE, Beat, path_of
+from configs.health.heartbeat import FOLDER_VARIABLE, SIZE, SUPERVISOR_VARIABLE, Beat, path_of
+from configs.health.settings import HealthConfig
 
 MEASURED = ("data", "forward", "backward", "optimizer", "validation")
 """Phases that recur with about the same duration."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.health import HealthConfig
+from configs.health.settings import HealthConfig
 from parallel.ranks import Ranks, gather_json
 from train.health import skipped_steps, spikes, stragglers
 from train.health.replicas import differing_replicas
@@ -23,7 +23,7 @@ class DifferingReplicas(RuntimeError):
 
 
 class RunHealth:
-    """What a run remembers for its checks; `resume` reads it for a step."""
+    """The state of the checks; `resume` reads it from the records of the run."""
 
     def __init__(self, limits: HealthConfig, ranks: Ranks, folder: Path) -> None:
         self.limits, self.ranks, self.folder = limits, ranks, folder

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from configs.health import HealthConfig
+from configs.health.settings import HealthConfig
 from train.atomic_files import naming, replace_text
 from train.step import NonFiniteError
 

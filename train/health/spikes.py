@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from configs.health import HealthConfig
+from configs.health.settings import HealthConfig
 from train.atomic_files import replace_text
 
 LEFT_OUT = "left_out_data.json"

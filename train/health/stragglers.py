@@ -66,9 +66,9 @@ class Stragglers:
         beyond = math.sqrt(_ERRORS**2 + 2 * math.log(len(times)))
         slow = (middle > self.percent) & (middle > beyond * errors) & (least > self.percent / 2)
         return [
-            self._line(step, int(rank), float(middle[rank]), times[rank])
-            for rank in np.flatnonzero(slow)
-            if self._is_news(step, int(rank))
+            self._line(step, rank, float(middle[rank]), times[rank])
+            for rank in np.flatnonzero(slow).tolist()
+            if self._is_news(step, rank)
         ]
 
     def _is_news(self, step: int, rank: int) -> bool:
@@ -83,8 +83,8 @@ class Stragglers:
             for name in ("own", "wait", "data")
         )
         return (
-            f"step {step}: rank {rank} is slow: {excess:.0f} percent more time than the other ranks "
-            f"over {WINDOW} steps (per step {own:.3f} s of its own, {wait:.3f} s waiting, "
+            f"step {step}: rank {rank} is slow: {excess:.0f} percent more time than the other "
+            f"ranks over {WINDOW} steps (per step {own:.3f} s of its own, {wait:.3f} s waiting, "
             f"{data:.3f} s for data)"
         )
 

@@ -4,7 +4,7 @@ A thread of every rank publishes a sign of life in the launcher's store once per
 the next rank of its host, and compares the time since the main thread's last progress with its
 limit. The rank that finds something raises the alarm; every rank then writes its stacks to a file
 and sends its last collectives (`train.health.collectives`), one of them prints the result, and all
-end with `configs.heartbeat.HANG_CODE`. Threads run while the main thread waits in a collective.
+end with `configs.health.heartbeat.HANG_CODE`. Threads run while the main thread waits.
 """
 
 import faulthandler
@@ -22,8 +22,8 @@ from typing import Any, NoReturn, TextIO
 
 import torch.distributed as dist
 
-from configs.health import HealthConfig
-from configs.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE
+from configs.health.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE
+from configs.health.settings import HealthConfig
 from parallel.launch_environment import print_line
 from parallel.ranks import Ranks
 from train.atomic_files import replace_text

@@ -7,10 +7,10 @@ import pytest
 from train.health.collectives import Entry, find_late
 
 WORLD = 4
-STEP = [("all", "all_reduce(1)"), ("dp", "all_gather"), ("tp", "all_gather"),
+STEP: list[tuple[str, str]] = [("all", "all_reduce(1)"), ("dp", "all_gather"), ("tp", "all_gather"),
         ("tp", "reduce_scatter"), ("ep", "all_to_all"), ("ep", "all_to_all"),
         ("all", "all_reduce(3)"), ("dp", "reduce_scatter"), ("all", "all_reduce(336)")]  # fmt: skip
-GROUPS = {
+GROUPS: dict[str, list[tuple[int, ...]]] = {
     "all": [(0, 1, 2, 3)], "dp": [(0, 2), (1, 3)], "tp": [(0, 1), (2, 3)], "ep": [(0, 1, 2, 3)],
 }  # fmt: skip
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import heartbeat
 from configs.errors import ConfigError
-from configs.health import HealthConfig
+from configs.health import heartbeat
+from configs.health.settings import HealthConfig
 from train.health.heartbeat import Heartbeat
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.health import HealthConfig
+from configs.health.settings import HealthConfig
 from tests.train.in_process import train
 from train import step as step_module
 from train.health import skipped_steps, spikes
