@@ -26,7 +26,7 @@ from parallel.launch_environment import (
     read_world,
 )
 from train.health.heartbeat import Heartbeat, start_heartbeat
-from train.stop import StopSignal
+from train.process.stop import StopSignal
 
 
 def main(arguments: list[str]) -> int:
@@ -85,10 +85,10 @@ def _train(
     from parallel.dispatch.overflow import CapacityOverflow
     from parallel.ranks import start_ranks, stop_ranks, wait_for_all
     from train.atomic_files import naming
-    from train.deterministic import use_deterministic_algorithms
     from train.health.run_health import DifferingReplicas
     from train.health.spikes import LossSpike
     from train.health.watchdog import Watchdog
+    from train.process.deterministic import use_deterministic_algorithms
     from train.step import NonFiniteError
     from train.trainer import Trainer
 

@@ -37,6 +37,7 @@ from train.health.stragglers import StepTime
 from train.health.watchdog import Watchdog
 from train.optim.optimizer import optimizer_tensors, set_learning_rate
 from train.optim.schedule import learning_rate, schedule_steps
+from train.process.stop import StopSignal
 from train.profile import profiled
 from train.report import environment
 from train.report.fp8_report import Fp8Diagnosis
@@ -45,7 +46,6 @@ from train.report.peak_flops import peak_flops
 from train.report.reporter import Reporter
 from train.shared_storage import check_shared
 from train.step import NonFiniteError, StepResult, train_step
-from train.stop import StopSignal
 from train.tokenizer.hf_files import keep_tokenizer
 from train.tokenizer.tokenizer import find_tokenizer
 from train.validation import bits_per_byte, validation_loss

@@ -1,4 +1,4 @@
-"""Starts ranks through `train.fork_server`, or as processes of their own where that is not
+"""Starts ranks through `train.process.fork_server`, or as processes of their own where that is not
 possible: on a host with a GPU, on another system than Linux, or for a rank with a terminal."""
 
 import ctypes
@@ -98,7 +98,7 @@ class Starter:
             self.close()
         if self._server is None:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "train.fork_server", _ROOM],
+                [sys.executable, "-m", "train.process.fork_server", _ROOM],
                 env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
                 start_new_session=True,  # Ctrl-C on the terminal is for the ranks
             )  # fmt: skip

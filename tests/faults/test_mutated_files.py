@@ -18,7 +18,8 @@ from train.checkpoint.manifest import Manifest
 FILES = sorted((ROOT / "configs").rglob("*.toml"))
 VALUES: list[Any] = [
     "", "x", "none", "9" * 400, -1, 0, 1, 2**31, 2**63, -(2**63), 1e308, -1e308, float("nan"),
-    float("inf"), 0.5, True, False, None, [], [1], ["a"], {}, {"a": 1}, [[1]], "\u2028", "a\nb", "~",
+    float("inf"), 0.5, True, False, None, [], [1], ["a"], {}, {"a": 1}, [[1]],
+    "\u2028", "a\nb", "~",
 ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_a_signal_in_any_phase(
 
 BLOCKED = """
 import os, signal, sys, time
-from train.stop import StopSignal
+from train.process.stop import StopSignal
 first, second, saves = (int(word) for word in sys.argv[1:])
 with StopSignal() as stop:
     if saves:
@@ -109,7 +109,7 @@ def test_a_signal_reaches_a_main_thread_that_waits_outside_of_python(tmp_path: P
         "import os, sys, threading, time\n"
         "from datetime import timedelta\n"
         "from torch.distributed import HashStore\n"
-        "from train.stop import StopSignal\n"
+        "from train.process.stop import StopSignal\n"
         "with StopSignal():\n"
         "    kill = lambda: (time.sleep(0.5), os.kill(os.getpid(), 15))\n"
         "    threading.Thread(target=kill, daemon=True).start()\n"
