@@ -17,6 +17,7 @@ from launch.supervisor.fork_server import Child, Starter
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals after which the ranks save and end, with 75 or (SIGINT) 130."""
 _BLOCK = 2**16
+_STORE = "train.process.store"
 
 
 class Rank:
@@ -45,8 +46,8 @@ class Rank:
 
 def start(
     starter: Starter, words: list[str], ranks: int, logs: Path, heartbeats: Path
-) -> list[Rank]:
-    """Start `python -m WORDS` on every rank.
+) -> tuple[list[Rank], Child | None]:
+    """Start `python -m WORDS` on every rank, and the process of the store of several ranks.
 
     logs: folder of `rank-00000.out` and `.err` of each rank; on a terminal, rank 0 writes its
     progress there and not to the log. heartbeats: folder of their heartbeat files.
@@ -64,7 +65,12 @@ def start(
         shared |= {
             "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # as torchrun: no rank has the store
         }  # fmt: skip
+    store = None
+    if ranks > 1:
+        log = logs / "store.err"
+        store = starter.start([_STORE, shared["MASTER_PORT"]], shared, log, log)
     started = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -74,15 +80,15 @@ def start(
         shown = None if terminal and rank == 0 else out
         process = starter.start(words, shared | place, shown, err)
         started.append(Rank(rank, process, out, err))
-    return started
+    return started, store
 
 
-def kill(ranks: Sequence[Rank]) -> None:
+def kill(children: Sequence[Child]) -> None:
     """End processes at once; SIGKILL reaches stopped ones too."""
-    for one in ranks:
-        one.process.send_signal(signal.SIGKILL)
-    for one in ranks:
-        one.process.wait()
+    for child in children:
+        child.send_signal(signal.SIGKILL)
+    for child in children:
+        child.wait()
 
 
 def send(ranks: Sequence[Rank], number: int) -> None:

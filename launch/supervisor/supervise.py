@@ -20,7 +20,7 @@ from types import FrameType
 from configs.errors import UserError
 from configs.health import heartbeat
 from launch.supervisor import processes
-from launch.supervisor.fork_server import Starter
+from launch.supervisor.fork_server import Child, Starter
 from launch.supervisor.policy import INTERRUPTED, USER_ERROR, Ended, History, Limits
 from launch.supervisor.processes import Rank
 
@@ -89,10 +89,10 @@ class Supervisor:
         with tempfile.TemporaryDirectory(prefix="phalanx-heartbeats-") as place:
             beats = Path(place)
             words = [self.module, *self.arguments]
-            ranks = processes.start(self.starter, words, self.ranks, logs, beats)
+            ranks, store = processes.start(self.starter, words, self.ranks, logs, beats)
             self.running = ranks
             try:
-                code, rank = self._wait(ranks, beats)
+                code, rank = self._wait(ranks, store, beats)
                 records = [heartbeat.read(beats, each) for each in range(self.ranks)]
                 named = _culprit(beats)
                 if named is not None and code not in (os.EX_TEMPFAIL, INTERRUPTED):
@@ -105,11 +105,11 @@ class Supervisor:
                 )  # fmt: skip
             finally:
                 self.running = []
-                processes.kill(ranks)
+                processes.kill([*(one.process for one in ranks), *([store] if store else [])])
                 for one in ranks:
                     one.close()
 
-    def _wait(self, ranks: list[Rank], beats: Path) -> tuple[int, int]:
+    def _wait(self, ranks: list[Rank], store: Child | None, beats: Path) -> tuple[int, int]:
         """Exit code and rank of the first failure; (0, 0) after all have ended well."""
         watch = _Watch(ranks, beats)
         while True:
@@ -120,6 +120,9 @@ class Supervisor:
                 return self._end(ranks, min(failed, key=_severity))
             if all(code == 0 for code in codes):
                 return 0, 0
+            if store is not None and store.poll() is not None:
+                self._say(f"error: the process of the store ended with code {store.code}")
+                return heartbeat.HANG_CODE, 0
             if late := watch.late():
                 rank, line = late
                 if not self.stopping:

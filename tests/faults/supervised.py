@@ -51,7 +51,7 @@ class Supervised:
             for child in children:
                 variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
                 rank = [v for v in variables if v.startswith(b"RANK=")]
-                is_rank = b"fork_server" not in Path(f"/proc/{child}/cmdline").read_bytes()
+                is_rank = b"train.process" not in Path(f"/proc/{child}/cmdline").read_bytes()
                 if is_rank and (rank or self.ranks == 1):
                     found[int(rank[0][5:]) if rank else 0] = int(child)
         except OSError:  # it has just ended

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch.distributed as dist
 
-from configs.health.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE
+from configs.health.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE, read
 from configs.health.settings import HealthConfig
 from parallel.launch_environment import print_line
 from parallel.ranks import Ranks
@@ -215,6 +215,9 @@ class Watchdog:
         place = ""
         if self.store.check([f"beat/{rank}"]):
             place = self.store.get(f"beat/{rank}").decode().partition(" ")[2]
+        folder = os.environ.get(FOLDER_VARIABLE)
+        beat = read(Path(folder), rank) if folder else None
+        place = beat.place if beat else place  # newer than the store's
         state = "does not answer"
         if self.store.check([f"absent/{rank}"]):
             state = self.store.get(f"absent/{rank}").decode()

@@ -1,1 +1,1 @@
-"""The process of a rank: how it is forked, which signals stop it, and its deterministic settings."""
+"""The process of a rank: how it is forked, which signals stop it, deterministic settings."""
