@@ -42,6 +42,8 @@ def _main(arguments: list[str], stop: StopSignal) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch's C++ logs a lost connection with its stack; the trainer reports lost ranks in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch's record of collectives, which shows the late rank (`train.health.collectives`)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0

@@ -13,6 +13,8 @@ CULPRIT = "culprit"
 """File in that folder with the number of the rank that made the attempt hang."""
 HANG_CODE = 70
 """Exit code of a rank that ended because the run hangs (EX_SOFTWARE)."""
+RECURRING = ("data", "forward", "backward", "optimizer", "validation")
+"""Phases that recur with about the same duration."""
 _LAYOUT = struct.Struct("<dddqq16s")
 SIZE = _LAYOUT.size
 
@@ -37,6 +39,11 @@ class Beat:
         """The bytes of the file."""
         phase = self.phase.encode()[:16]
         return _LAYOUT.pack(self.since, self.limit, self.frozen_s, self.step, self.done, phase)
+
+    @property
+    def recurs(self) -> bool:
+        """Whether the phase has a usual duration."""
+        return self.phase in RECURRING
 
     @property
     def place(self) -> str:

@@ -196,8 +196,11 @@ class _Watch:
         now = time.monotonic()
         # a pause of this process itself, as of the whole machine, is no time of the ranks
         passed, self._last = min(now - self._last, 1.0), now
+        beats = {one.rank: heartbeat.read(self._beats, one.rank) for one in self._ranks}
+        # while one rank saves, for example, the others have to wait for it
+        slow = any(b and not b.recurs and now - b.since <= b.limit for b in beats.values())
         for one in self._ranks:
-            beat = heartbeat.read(self._beats, one.rank)
+            beat = beats[one.rank]
             if beat is None or one.process.poll() is not None:
                 continue
             stopped = beat.frozen_s and processes.is_stopped(one.process.pid)
@@ -209,7 +212,7 @@ class _Watch:
                     f"{beat.place} (SIGSTOP, a debugger); the attempt ends"
                 )
             silent = now - beat.since
-            if beat.limit and silent > beat.limit + _MARGIN_S:
+            if beat.limit and silent > beat.limit + _MARGIN_S and not slow:
                 return one.rank, (
                     f"error: {about} has made no progress for {silent:.0f} s in {beat.place}, "
                     "and its ranks did not end; the attempt ends"

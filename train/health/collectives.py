@@ -68,6 +68,18 @@ def recorded() -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: entry["time_ns"])
 
 
+def waits_for_others() -> bool:
+    """Whether this process has entered a collective that is not complete."""
+    for name in _RECORDERS:
+        dump: Callable[[bool, bool], bytes] | None = getattr(_distributed_c10d, name, None)
+        if dump is None:
+            continue
+        for status in json.loads(dump(False, False)).get("pg_status", {}).values():
+            if int(status["last_enqueued_collective"]) > int(status["last_completed_collective"]):
+                return True
+    return False
+
+
 def parse(entries: Iterable[Mapping[str, Any]]) -> list[Entry]:
     """The entries that another rank has sent."""
     return [Entry(**{**entry, "members": tuple(entry["members"])}) for entry in entries]

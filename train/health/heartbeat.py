@@ -13,11 +13,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from configs.health.heartbeat import FOLDER_VARIABLE, SIZE, SUPERVISOR_VARIABLE, Beat, path_of
+from configs.health.heartbeat import (
+    FOLDER_VARIABLE,
+    RECURRING,
+    SIZE,
+    SUPERVISOR_VARIABLE,
+    Beat,
+    path_of,
+)
 from configs.health.settings import HealthConfig
 
-MEASURED = ("data", "forward", "backward", "optimizer", "validation")
-"""Phases that recur with about the same duration."""
 _TIMES = 3.0
 """A recurring phase may last this many times as long as its longest so far."""
 _PR_SET_PDEATHSIG = 1
@@ -45,7 +50,7 @@ class Heartbeat:
     def enter(self, phase: str, step: int | None = None, done: int | None = None) -> None:
         """Begin a phase, or a further pass of the same; step and done change where given."""
         last, now = self.beat, time.monotonic()
-        if last.phase in MEASURED:
+        if last.recurs:
             spent = now - last.since
             if spent > self._longest.get(last.phase, 0.0):
                 self._longest[last.phase] = spent
@@ -71,7 +76,7 @@ class Heartbeat:
         """Seconds after which the phase hangs; 0: never."""
         if not self.limits.hang_s:
             return 0.0
-        if phase in MEASURED and self._first.setdefault(phase, step) != step:
+        if phase in RECURRING and self._first.setdefault(phase, step) != step:
             return max(self.limits.hang_s, _TIMES * self._longest.get(phase, 0.0))
         return self.limits.unknown_s
 

@@ -27,7 +27,7 @@ from configs.health.settings import HealthConfig
 from parallel.launch_environment import print_line
 from parallel.ranks import Ranks
 from train.atomic_files import replace_text
-from train.health.collectives import find_late, parse, recorded
+from train.health.collectives import find_late, parse, recorded, waits_for_others
 from train.health.heartbeat import Heartbeat
 
 PERIOD_S = 1.0
@@ -97,14 +97,28 @@ class Watchdog:
                 self._beats += 1
                 beat = self.heartbeat.beat
                 if self.world > 1:
-                    self.store.set(f"beat/{self.rank}", f"{self._beats} {beat.place}")
+                    slow = int(
+                        not beat.recurs and self._silent() <= beat.limit and not waits_for_others()
+                    )
+                    self.store.set(f"beat/{self.rank}", f"{self._beats} {slow} {beat.place}")
                     if self.store.check(["alarm"]):
                         self._end()
-                if beat.limit and self.heartbeat.silent_s() > beat.limit:
+                if beat.limit and self._silent() > beat.limit and not self._others_are_slow():
                     self._alarm()
                 if self.world > 1 and beat.frozen_s and self._next_is_frozen(beat.frozen_s):
                     self._frozen = self._peer.rank
                     self._alarm()
+
+    def _silent(self) -> float:
+        return self.heartbeat.silent_s()
+
+    def _others_are_slow(self) -> bool:
+        """Whether a rank is in a phase without a usual duration, such as saving, within its limit,
+        and does not wait itself: then the others have to wait for it."""
+        keys = [f"beat/{rank}" for rank in range(self.world) if rank != self.rank]
+        return self.world > 1 and any(
+            self.store.get(key).split()[1] == b"1" for key in keys if self.store.check([key])
+        )
 
     def _next_is_frozen(self, limit: float) -> bool:
         """Whether the next rank of this host has been silent and idle for `limit` seconds."""
@@ -214,7 +228,7 @@ class Watchdog:
         """What is known about a rank that does not answer."""
         place = ""
         if self.store.check([f"beat/{rank}"]):
-            place = self.store.get(f"beat/{rank}").decode().partition(" ")[2]
+            place = self.store.get(f"beat/{rank}").decode().split(" ", 2)[2]
         folder = os.environ.get(FOLDER_VARIABLE)
         beat = read(Path(folder), rank) if folder else None
         place = beat.place if beat else place  # newer than the store's
