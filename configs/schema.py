@@ -11,6 +11,7 @@ from typing import Literal
 
 from configs.dispatch import DispatchConfig
 from configs.errors import ConfigError
+from configs.health.settings import HealthConfig
 from configs.model import ModelConfig
 from configs.precision import PrecisionConfig
 from configs.rules import at_most, between, not_empty, shown
@@ -88,6 +89,10 @@ class TrainConfig:
     """Steps between Python garbage collections, which all ranks run at the same step."""
     threads: int = 0
     """CPU threads per rank. 0: OMP_NUM_THREADS, or all cores divided by the ranks of this host."""
+    deterministic: bool = False
+    """Use algorithms whose results have the same bits in every run, also on CUDA, where they are
+    slower and some operations of torch have none: the run then ends with an error that names it.
+    On a CPU results have the same bits anyway."""
 
     def __post_init__(self) -> None:
         between(self, 1, 2**31, "steps", "log_every", "gc_every")
@@ -263,6 +268,7 @@ class JobConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         self._check_sizes()

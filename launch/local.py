@@ -2,30 +2,25 @@
 
     python -m launch.local sweep FILE.toml --nproc 1,2 --set optimizer.lr=1e-3,3e-3
 
-Starts `torchrun -m train` (or one process for one rank), passes signals on and returns 75 if they
-stopped the training before its last step: then the same command continues. `sweep` trains every
-combination of values in run.dir/NAME, one after the other, and prints a table; a run that is
-complete is not repeated.
+Starts `python -m train` on every rank and supervises it: after a failure all ranks start again from
+the newest checkpoint (`launch/supervisor`). Passes signals on and returns 75 if they stopped the
+training before its last step: then the same command continues. `sweep` trains every combination of
+values in run.dir/NAME, one after the other, and prints a table; a run that is complete is not
+repeated.
 """
 
-import os
+import argparse
 import re
-import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Sequence
-from types import FrameType
 
 from configs.command_line import CommandParser
 from configs.errors import UserError
 from configs.loader import load
 from configs.parallel_dims import resolve
 from configs.paths import local_path
-from launch.render import CHECKOUT
+from launch.supervisor.policy import Limits
+from launch.supervisor.supervise import Supervisor
 from launch.sweep import own_checkpoints, results, variants
-
-_STOPS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(arguments: list[str]) -> int:
@@ -35,13 +30,52 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser(prog="python -m launch.local", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", help="experiment (TOML)")
     parser.add_argument("--nproc", type=int, default=1, help="ranks (default 1)")
+    parser.add_argument(
+        "--module", default="train", choices=["train", "scripts.inject_faults.rank"],
+        help="what the ranks run; the second also obeys `python -m scripts.inject_faults`",
+    )  # fmt: skip
+    _add_limits(parser)
     options, overrides = parser.parse_known_args(arguments)
     try:
-        resolve(load(options.file, overrides), options.nproc)
+        config = load(options.file, overrides)
+        resolve(config, options.nproc)
+        folder = local_path(config.run.dir)
+        words = [options.file, *overrides]
+        run = Supervisor(words, options.nproc, folder, _limits(options), options.module)
+        return run.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return train([options.file, *overrides], options.nproc)
+
+
+def _add_limits(parser: CommandParser) -> None:
+    """Add the options of `Limits`."""
+    default = Limits()
+    parser.add_argument(
+        "--restarts-per-hour", type=int, default=default.restarts_per_hour,
+        help="restarts within any hour, 0 for none (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--attempts-without-progress", type=int, default=default.attempts_without_progress,
+        help="failed attempts in a row without a further step or checkpoint (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backoff", type=float, default=default.backoff_s, metavar="SECONDS",
+        help="pause between attempts without progress, doubled each time (default %(default)s)",
+    )  # fmt: skip
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """The limits of the options. Raises UserError."""
+    for name, low, high in (
+        ("restarts_per_hour", 0, 10**6), ("attempts_without_progress", 1, 10**6),
+        ("backoff", 0, 3600),
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if not low <= value <= high:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {value}: must be from {low} to {high}")
+    return Limits(options.restarts_per_hour, options.attempts_without_progress, options.backoff)
 
 
 def sweep(arguments: list[str]) -> int:
@@ -52,8 +86,10 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("file", help="experiment (TOML)")
     parser.add_argument("--nproc", default="1", help="ranks, or several numbers: 1,2,4")
     parser.add_argument("--set", action="append", default=[], help="section.key=value,value,...")
+    _add_limits(parser)
     options, overrides = parser.parse_known_args(arguments)
     try:
+        limits = _limits(options)
         if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", options.nproc):
             raise UserError(f"--nproc {options.nproc}: must be N or N,N,...")
         found = variants(options.set, [int(word) for word in options.nproc.split(",")])
@@ -65,46 +101,14 @@ def sweep(arguments: list[str]) -> int:
             print(f"--- {one.name}", flush=True)
             words = [*overrides, *one.overrides, f"--run.dir={base / one.name}"]
             words += own_checkpoints(configs[0], one.name)
-            if code := train([options.file, *words], one.nodes):
+            run = Supervisor([options.file, *words], one.nodes, base / one.name, limits)
+            if code := run.run():
                 return code
         print(results(base), end="")
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def train(arguments: Sequence[str], ranks: int) -> int:
-    """Run one training to its end; returns 0, 75 or the code of its failure."""
-    command = [sys.executable, "-m", "train", *arguments]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        port = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
-        command = [sys.executable, *launcher, *port, "-m", "train", *arguments]
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]))
-    stopped: list[int] = []
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as process:
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            stopped.append(number)
-            # torchrun handles SIGTERM and passes it to its ranks
-            process.send_signal(signal.SIGTERM)
-
-        before = {number: signal.signal(number, stop) for number in _STOPS}
-        # the terminal sends Ctrl-C to the ranks as well: wait until they have saved
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return os.EX_TEMPFAIL if stopped and code else code
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -56,6 +56,14 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], rank: int) -> Tensor:
     return sum_over_ranks(total).sqrt()
 
 
+def other_replicas_in_range(parameters: Iterable[nn.Parameter], rank: int) -> Tensor:
+    """Whether the gradients that this rank holds as another than the primary replica, which the
+    norm does not contain, are in range."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    others = [grad for grad in grads if not is_primary_replica(grad, rank)]
+    return in_range(largest_values(others)) if others else torch.tensor(True)
+
+
 def scale_grads(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their global norm does not exceed `max_norm`."""
     grads = [local_of(p.grad) for p in parameters if p.grad is not None]

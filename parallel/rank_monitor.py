@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -29,7 +30,9 @@ class RankMonitor:
         self.rank, self.world = placement.rank, placement.world
         # a separate connection: a rank may be waiting in another one
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
-        self.store.set(f"host/{self.rank}", socket.gethostname())
+        self.host = socket.gethostname()
+        self.store.set(f"host/{self.rank}", self.host)
+        self.store.set(f"pid/{self.rank}", str(os.getpid()))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._answer, name="rank monitor", daemon=True)
         self._thread.start()
@@ -51,6 +54,9 @@ class RankMonitor:
             while missing and time.monotonic() < deadline:
                 time.sleep(0.1)
                 missing = [r for r in missing if not self.store.check([f"answer/{call}/{r}"])]
+                if ended := [rank for rank in missing if self._has_ended(rank)]:
+                    missing = ended
+                    break
             named = ", ".join(f"{rank} ({self._host(rank)})" for rank in missing[:20])
             more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
             return f"rank {named}{more}" if missing else None
@@ -95,6 +101,17 @@ class RankMonitor:
                 for call in range(answered + 1, calls + 1):
                     self.store.set(f"answer/{call}/{self.rank}", "here")
                 answered = calls
+
+    def _has_ended(self, rank: int) -> bool:
+        """Whether the process of a rank on this host has ended; False where that is not known."""
+        if not self.store.check([f"pid/{rank}"]) or self._host(rank) != self.host:
+            return False
+        pid = self.store.get(f"pid/{rank}").decode()
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return Path("/proc/self/stat").exists()
+        return state in "ZX"
 
     def _host(self, rank: int) -> str:
         return str(self.store.get(f"host/{rank}").decode())

@@ -130,6 +130,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def wait_for_all() -> None:
+    """Return once all ranks have called it."""
+    dist.barrier()
+
+
 def stop_ranks() -> None:
     """Leave the process group together; a gloo rank that exits early can abort its peers."""
     while _ROLL_CALLS:

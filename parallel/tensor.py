@@ -35,6 +35,7 @@ from models.layers.local_view import LocalViews
 from models.parameters import spec_of
 from models.tp_comm import TPComm
 from parallel.sharded_parameters import pad_local, shard_parameters
+from parallel.waiting import wait_tensor
 
 _c10d = torch.ops._c10d_functional  # each returns a new tensor, so recomputation can keep it
 
@@ -81,7 +82,7 @@ class TPGroupComm(TPComm):
         return scattered
 
     def sum(self, values: Tensor) -> Tensor:
-        total: Tensor = _c10d.wait_tensor(_c10d.all_reduce(values, "sum", self.group.group_name))
+        total: Tensor = wait_tensor(_c10d.all_reduce(values, "sum", self.group.group_name))
         return total
 
 
@@ -98,7 +99,7 @@ class RankOrderComm(TPGroupComm):
         n = self.group.size()
         even = [len(y_TD) // n] * n
         received = _c10d.all_to_all_single(y_TD.contiguous(), even, even, self.group.group_name)
-        first, *others = _c10d.wait_tensor(received).chunk(n)
+        first, *others = wait_tensor(received).chunk(n)
         total_tD = first.float()
         for addend_tD in others:
             total_tD = total_tD + addend_tD
@@ -126,13 +127,13 @@ class VocabularyEmbedding(Embedding):
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     pieces = _c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-    gathered: Tensor = _c10d.wait_tensor(pieces)
+    gathered: Tensor = wait_tensor(pieces)
     return gathered
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     piece = _c10d.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
-    scattered: Tensor = _c10d.wait_tensor(piece)
+    scattered: Tensor = wait_tensor(piece)
     return scattered
 
 

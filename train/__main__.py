@@ -11,13 +11,13 @@ before its last step; its state is saved, and the same command continues.
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 from configs.errors import ConfigError, UserError
 from configs.loader import load, parse_arguments
 from configs.parallel_dims import ParallelDims, default_world, resolve
+from configs.paths import local_path
 from configs.schema import JobConfig
 from parallel.allocator import restart_without_thread_cache
 from parallel.launch_environment import (
@@ -26,18 +26,25 @@ from parallel.launch_environment import (
     read_launch_environment,
     read_world,
 )
+from train.health.heartbeat import Heartbeat, start_heartbeat
+from train.process.stop import StopSignal
 
 
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(stop, signal.SIG_DFL)  # until there is something to save, just end
+    with StopSignal() as stop:
+        return _main(arguments, stop)
+
+
+def _main(arguments: list[str], stop: StopSignal) -> int:
     rank = 0
     # torch reads it when it is loaded: if threads of OpenMP wait by spinning, a step of 0.9 s takes
     # 15 s and more on a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch's C++ logs a lost connection with its stack; the trainer reports lost ranks in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch's record of collectives, which shows the late rank (`train.health.collectives`)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -54,14 +61,13 @@ def main(arguments: list[str]) -> int:
         config = load(file, overrides)
         if check:
             return _check(config, ranks, "--stages" in arguments)
-        return _train(config, resolve(config, placement.world))
+        heartbeat = start_heartbeat(rank)
+        return _train(config, resolve(config, placement.world), stop, heartbeat)
     except UserError as error:
         return fail(rank, f"error: {error}", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(rank, f"error: {ConfigError(f'{where}{error.strerror or error}')}", 2)
-    except KeyboardInterrupt:
-        return 130
 
 
 def _check(config: JobConfig, ranks: int | None, stages: bool) -> int:
@@ -78,26 +84,41 @@ def _check(config: JobConfig, ranks: int | None, stages: bool) -> int:
     return 0
 
 
-def _train(config: JobConfig, parallel_dims: ParallelDims) -> int:
+def _train(
+    config: JobConfig, parallel_dims: ParallelDims, stop: StopSignal, heartbeat: Heartbeat
+) -> int:
     from parallel.dispatch.overflow import CapacityOverflow
-    from parallel.ranks import start_ranks, stop_ranks
+    from parallel.ranks import start_ranks, stop_ranks, wait_for_all
     from train.atomic_files import naming
+    from train.health.run_health import DifferingReplicas
+    from train.health.spikes import LossSpike
+    from train.health.watchdog import Watchdog
+    from train.process.deterministic import use_deterministic_algorithms
     from train.step import NonFiniteError
     from train.trainer import Trainer
 
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     ranks = start_ranks(config.train.threads)
+    heartbeat.configure(config.health, ranks.device.type)
+    watchdog = Watchdog(heartbeat, ranks, local_path(config.run.dir))
     try:
         with naming(Path(config.run.dir)):
-            code = Trainer(config, parallel_dims, ranks).run()
+            code = Trainer(config, parallel_dims, ranks, stop, watchdog).run()
+        wait_for_all()  # a rank that still works would notice that another no longer answers
+        watchdog.stop()
         stop_ranks()
         return code or 0
-    except (NonFiniteError, CapacityOverflow) as error:
+    except (NonFiniteError, CapacityOverflow, LossSpike, DifferingReplicas) as error:
         return fail(ranks.rank, f"error: {config.run.dir}: {error}", 1)
-    except RuntimeError:
+    except RuntimeError as error:
         if ranks.rank_monitor is not None:
             advice = "the same command resumes from the newest checkpoint"
             ranks.rank_monitor.end_if_lost(config.run.dir, advice)
+            watchdog.explain(error)
         raise
+    finally:
+        watchdog.stop()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ z-loss and auxiliary losses add their gradient themselves in backward
 alone.
 
 No state changes before the step is known to be valid: a weight, loss or gradient that is not
-finite, or whose square is too large for fp32 (`parallel.grad_norm`), stops the run with weights,
-optimizer and router biases unchanged, and the error names the rank and, if known, the parameter. A
+finite, or whose square is too large for fp32 (`parallel.grad_norm`), raises an error with weights,
+optimizer and router biases unchanged, and the error names the rank and, if known, the parameter
+(`train.health.skipped_steps` decides what follows). A
 step with rows that exceeded the capacity (dispatch into buffers of fixed size) is repeated before
 that.
 """
@@ -31,7 +32,14 @@ from parallel.accumulation import Accumulation
 from parallel.dispatch.gathering import routed_dispatchers
 from parallel.dispatch.overflow import overflowed
 from parallel.dispatch.stats import dispatch_fields, sum_counts
-from parallel.grad_norm import LARGEST, global_grad_norm, in_range, largest_values, scale_grads
+from parallel.grad_norm import (
+    LARGEST,
+    global_grad_norm,
+    in_range,
+    largest_values,
+    other_replicas_in_range,
+    scale_grads,
+)
 from parallel.ranks import gather_json, sum_over_ranks
 from parallel.shards import local_of
 from train.data.batches import Batch
@@ -42,11 +50,13 @@ class NonFiniteError(RuntimeError):
     """A number of the step is infinite, NaN or too large; the message names step, ranks and
     parameters. All ranks raise it together, with no change since the previous step."""
 
-    def __init__(self, message: str, weights_are_good: bool) -> None:
+    def __init__(self, message: str, weights_are_good: bool, can_skip: bool = False) -> None:
         super().__init__(message)
         self.weights_are_good = weights_are_good
         """Whether the state after the previous step is worth saving; false if weights are
         invalid."""
+        self.can_skip = can_skip
+        """Whether all weights were in range, so that the next step may be sound."""
 
 
 class Updater(Protocol):
@@ -91,6 +101,7 @@ def train_step(
     stop: Callable[[], bool] = lambda: False,
     updated: Callable[[], None] = lambda: None,
     accumulation: Accumulation | None = None,
+    phase: Callable[[str], None] = lambda name: None,
 ) -> StepResult | None:
     """Run one step on this rank's microbatches; all ranks call it together.
 
@@ -109,6 +120,7 @@ def train_step(
             abandoned, with no change, and None returned.
         updated: Called once the weights have changed.
         accumulation: What is kept between microbatches; None for nothing.
+        phase: Called with the name of each phase as it begins: forward, backward, optimizer.
     """
     microbatches = list(batches)
     depth = model.config.mtp_depth
@@ -116,7 +128,7 @@ def train_step(
     damaged = (~in_range(largest_values(_state(model).values()))).to(counts)
     *summed, damaged_ranks = sum_over_ranks(torch.stack([*counts, damaged])).unbind()
     if damaged_ranks:
-        raise _out_of_range(step, [_named("the weight", _state(model))], weights_are_good=False)
+        raise _out_of_range(step, [_named("the weight", _state(model))], False, can_skip=False)
     tokens, *of_modules = (count // tp_size for count in summed)
     targets = torch.stack(of_modules)
     context = StepContext.begin(
@@ -127,24 +139,30 @@ def train_step(
     weights[0] = 1.0
     objective = _Objective(targets, weights, z_loss_coef)
     with _watching(model) as hidden:
-        totals = _forward_backward(model, microbatches, objective, context, stop, accumulation)
+        totals = _forward_backward(
+            model, microbatches, objective, context, stop, phase, accumulation
+        )
         if totals is not None and overflowed(model, context, step):
             optimizer.zero_grad()
             context = context.redo_exactly()
-            totals = _forward_backward(model, microbatches, objective, context, stop, accumulation)
+            totals = _forward_backward(
+                model, microbatches, objective, context, stop, phase, accumulation
+            )
     if totals is None:
         if accumulation is not None:
             accumulation.discard()
         optimizer.zero_grad()
         return None
+    phase("optimizer")
     parameters = list(model.parameters())
     norm = global_grad_norm(parameters, rank)
-    out_of_range = ~in_range(torch.stack(hidden))
-    sums = sum_over_ranks(torch.cat([totals, out_of_range.to(totals)[None]]))
-    global_losses, n_hidden = sums[:-1], sums[-1]
-    if not (in_range(norm).to(sums.device) & global_losses.isfinite().all() & (n_hidden == 0)):
+    bad = [~in_range(torch.stack(hidden)), ~other_replicas_in_range(parameters, rank)]
+    sums = sum_over_ranks(torch.cat([totals, torch.stack([each.to(totals) for each in bad])]))
+    global_losses, (n_hidden, n_replicas) = sums[:-2], sums[-2:]
+    is_sound = in_range(norm).to(sums.device) & global_losses.isfinite().all()
+    if not is_sound & (n_hidden + n_replicas == 0):
         found = _found_after_backward(model, totals, hidden)
-        raise _out_of_range(step, found, weights_are_good=not n_hidden)
+        raise _out_of_range(step, found, weights_are_good=not n_hidden, can_skip=True)
     if clip_norm:
         scale_grads(parameters, norm, clip_norm)
     counts_LE, exchanged = sum_counts(context, bool(routed_dispatchers(model)))
@@ -176,6 +194,7 @@ def _forward_backward(
     objective: _Objective,
     context: StepContext,
     stop: Callable[[], bool],
+    phase: Callable[[str], None],
     accumulation: Accumulation | None,
 ) -> Tensor | None:
     """This rank's losses summed over microbatches, gradients added up; None if `stop` returns
@@ -183,6 +202,7 @@ def _forward_backward(
     weights = objective.weights
     totals = torch.zeros_like(weights)
     for i, batch in enumerate(microbatches):
+        phase("forward")
         if stop():
             return None
         if accumulation is not None:
@@ -190,6 +210,7 @@ def _forward_backward(
         microbatch = context.microbatch()
         losses = loss_sums(model, batch, len(weights) - 1, objective.z_loss_coef, microbatch)
         losses = losses / objective.targets.clamp(min=1)
+        phase("backward")
         (losses * weights).sum().backward()
         totals += losses.detach()
     return totals
@@ -242,7 +263,9 @@ def _found_after_backward(model: Decoder, totals: Tensor, hidden: list[Tensor]) 
     ]
 
 
-def _out_of_range(step: int, found: list[str], weights_are_good: bool) -> NonFiniteError:
+def _out_of_range(
+    step: int, found: list[str], weights_are_good: bool, can_skip: bool
+) -> NonFiniteError:
     """The error for the first invalid value on any rank. All ranks call it together.
 
     found: what is out of range on this rank, causes first; empty texts for values in range.
@@ -256,8 +279,9 @@ def _out_of_range(step: int, found: list[str], weights_are_good: bool) -> NonFin
                     ranks_of.setdefault(report[kind], []).append(str(rank))
     told = [f"{what} on rank {', '.join(ranks[:8])}" for what, ranks in ranks_of.items()][:4]
     return NonFiniteError(
-        f"step {step}: {', '.join(told)}; stopped before the optimizer step", weights_are_good
-    )
+        f"step {step}: {', '.join(told)}; stopped before the optimizer step", weights_are_good,
+        can_skip,
+    )  # fmt: skip
 
 
 def _named(what: str, tensors: dict[str, Tensor]) -> str:

@@ -22,18 +22,24 @@ from configs.schema import JobConfig
 from models.counts import flops_per_token
 from models.fp8 import gemm_shares
 from parallel.dispatch.overflow import CapacityOverflow
-from parallel.ranks import Ranks
+from parallel.ranks import Ranks, any_rank
+from parallel.waiting import collective_time
 from train.atomic_files import claim, replace_text
 from train.build import build_training, shard_model
 from train.checkpoint.manifest import path_of
 from train.checkpoint.resume import restore
 from train.checkpoint.saver import Saver, open_storage
 from train.checkpoint.value_range import values_out_of_range
-from train.data.batches import Sequences, TrainingData, validation_batches
+from train.data.batches import Batch, Sequences, TrainingData, validation_batches
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.garbage_collection import GarbageCollection
+from train.health.run_health import RunHealth
+from train.health.spikes import LossSpike
+from train.health.stragglers import StepTime
+from train.health.watchdog import Watchdog
 from train.optim.optimizer import optimizer_tensors, set_learning_rate
 from train.optim.schedule import learning_rate, schedule_steps
+from train.process.stop import StopSignal
 from train.profile import profiled
 from train.report import environment
 from train.report.fp8_report import Fp8Diagnosis
@@ -41,87 +47,186 @@ from train.report.metrics import FORCED_BALANCE, ROUTER_LEARNS_NOTHING
 from train.report.peak_flops import peak_flops
 from train.report.reporter import Reporter
 from train.shared_storage import check_shared
-from train.step import NonFiniteError, train_step
-from train.stop import StopSignal
+from train.step import NonFiniteError, StepResult, train_step
 from train.tokenizer.hf_files import keep_tokenizer
 from train.tokenizer.tokenizer import find_tokenizer
 from train.validation import bits_per_byte, validation_loss
 
 
+class _Return(Exception):
+    """The run returns to its newest checkpoint; raised on all ranks together."""
+
+
 class Trainer:
     """All parts of a run, built for this rank; `run` trains to the last step."""
 
-    def __init__(self, config: JobConfig, parallel_dims: ParallelDims, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        parallel_dims: ParallelDims,
+        ranks: Ranks,
+        stop: StopSignal,
+        watchdog: Watchdog,
+    ) -> None:
         self.config, self.parallel_dims, self.ranks = config, parallel_dims, ranks
+        self.stop, self.heartbeat = stop, watchdog.heartbeat
         self.folder = local_path(config.run.dir)
         ranks.on_first(lambda: claim(self.folder))  # before any slow step
         storage = open_storage(self.folder, config.checkpoint.dir, ranks)
         check_shared(config, ranks)
+        watchdog.start()  # it writes to the folder
         sharded = shard_model(config, ranks)  # raises early for invalid settings
+        self.heartbeat.enter("corpus")
         self.corpus = self._open_corpus()
         self.data, self.held_out = self._open_data()
+        self.heartbeat.enter("build")
         self.training = build_training(config, ranks, sharded)
         self.model, self.optimizer = self.training.model, self.training.optimizer
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
         compute = str(self.training.compute)
         self.facts = {"corpus": self.corpus.fingerprint, "compute": compute}
-        start = restore(config, storage, ranks, self.facts, self._weights, self._optimizer_state)
+        self.saver = Saver(storage, config.checkpoint, flatten(config), ranks)
+        self.validation_loss: float | None = None
+        self.health = RunHealth(config.health, ranks, self.folder)
+        lines = self._restore()
+        if ranks.is_first:
+            self._introduce(lines)
+
+    def _restore(self) -> list[str]:
+        """Load the newest checkpoint, if there is one; returns messages for the user."""
+        self.heartbeat.enter("load")
+        start = restore(
+            self.config, self.saver.storage, self.ranks, self.facts, self._weights,
+            self._optimizer_state,
+        )  # fmt: skip
         self.training.fp8_weights.refresh()
         self.done = start.done
-        self.saver = Saver(storage, config.checkpoint, flatten(config), ranks, start.done)
+        self.saver.resume(start.done)
         self.owes_validation = start.owes_validation
-        self.validation_loss: float | None = None
-        if ranks.is_first:
-            self._introduce(start.lines)
+        self.health.resume(self.done)
+        return start.lines
 
     def run(self) -> int | None:
         """Train up to the last step; returns the exit code of a stop, None when complete."""
-        train, total = self.config.train, self.config.train.steps
-        schedule, peak = self.config.schedule, self.config.optimizer.lr
-        stop, garbage = StopSignal(), GarbageCollection(train.gc_every)
+        with closing(self.saver):
+            while True:
+                try:
+                    return self._run()
+                except _Return as back:
+                    lines = self._restore()
+                    if self.ranks.is_first:
+                        print(f"{self.folder}: {back}", *lines, sep="\n", flush=True)
+
+    def _run(self) -> int | None:
+        total, garbage = self.config.train.steps, GarbageCollection(self.config.train.gc_every)
+        self.stop.save_first()
         with (
-            closing(self.saver), self._reporter() as report, self._saved_where_a_step_fails(report)
-        ):  # fmt: skip
+            self._reporter() as report,
+            self._saved_where_a_step_fails(report),
+            collective_time() as waited,
+        ):
             if self.owes_validation:
-                report.amend(self.done, self._validate(stop))
+                report.amend(self.done, self._validate())
             for step in range(self.done + 1, total + 1):
-                start = time.perf_counter()
-                batches = [batch.to(self.ranks.device) for batch in self.data.step(step)]
+                start, before = time.perf_counter(), waited.seconds
+                self.heartbeat.enter("data", step, self.done)
+                batches = self._batches(step)
                 fetched = time.perf_counter()
-                lr = learning_rate(schedule, peak, step, schedule_steps(self.config))
-                set_learning_rate(self.optimizer, lr)
-                with self._profile(step), self.fp8.watching(step):
-                    result = train_step(
-                        self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
-                        tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
-                        mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
-                        stop=stop.agreed, updated=self.training.fp8_weights.refresh,
-                        accumulation=self.training.accumulation,
-                    )  # fmt: skip
+                lr = self._set_learning_rate(step)
+                try:
+                    with self._profile(step), self.fp8.watching(step):
+                        result = self._step(step, batches)
+                except NonFiniteError as error:
+                    self._skip(step, error, report)
+                    continue
                 if result is None:
                     break
                 self.done, end = step, time.perf_counter()
+                self.heartbeat.enter("report", done=step)
+                self._check(step, result)
+                waiting, reading = waited.seconds - before, fetched - start
+                taken = StepTime(end - start - waiting - reading, waiting, reading)
                 found = self.fp8.report(step)
-                validation = self._validate(stop) if self._due(self.config.validation.every) else {}
+                validation = self._validate() if self._due(self.config.validation.every) else {}
                 self.validation_loss = validation.get("validation_loss")
                 report.step(
                     step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
                     validation=validation, fp8=found, checkpoint=self.saver.fields(),
+                    skipped=len(self.health.skipped.steps),
                 )  # fmt: skip
+                report.say_all(self.health.time(step, taken))
                 self.saver.poll()
                 if step < total and (self._due(self.config.checkpoint.every) or self.saver.is_owed):
                     self._save(report, beside_training=True)
                 report.say_all(self.saver.lines())
                 garbage.run(step)
-            self._save(report)
+            self._save(report, keep_all=self.health.skipped.ends_with(self.done))
+            self.heartbeat.enter("end")
             for picture in report.draw():
                 report.say(f"drew {picture}")
-        return None if self.done == total and not self.owes_validation else stop.exit_code
+        return None if self.done == total and not self.owes_validation else self.stop.exit_code
+
+    def _step(self, step: int, batches: list[Batch]) -> StepResult | None:
+        """One optimizer step; None if a signal stopped it."""
+        train = self.config.train
+        return train_step(
+            self.model, self.optimizer, batches, step=step, rank=self.ranks.rank,
+            tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
+            mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
+            stop=self._stops, updated=self.training.fp8_weights.refresh,
+            phase=self.heartbeat.enter, accumulation=self.training.accumulation,
+        )  # fmt: skip
+
+    def _batches(self, step: int) -> list[Batch]:
+        data_step = self.health.left_out.data_step(step)
+        return [batch.to(self.ranks.device) for batch in self.data.step(data_step)]
+
+    def _check(self, step: int, result: StepResult) -> None:
+        """Raise an error if replicas differ; return to a checkpoint if the loss is a spike."""
+        every = self.config.health.replica_check_every
+        if every and step % every == 0:
+            self.health.check_replicas(step, self._state)
+        try:
+            self.health.losses.add(step, result.loss)
+        except LossSpike as spike:
+            self.saver.finish()
+            raise _Return(self.health.roll_back(spike, step, self.saver.saved)) from None
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return self._weights() | self._optimizer_state()
+
+    def _skip(self, step: int, error: NonFiniteError, report: Reporter) -> None:
+        """Leave out the update of a step. Raises the error if that is not allowed.
+
+        No checkpoint is written before the next sound step: it would replace an older one, and the
+        weights may be the cause.
+        """
+        self.health.skipped.add(step, error)
+        self.optimizer.zero_grad()
+        self.done = step
+        skipped = len(self.health.skipped.steps)
+        report.say(f"{error}: skipped, {skipped} so far in this run")
+        if self._due(self.config.validation.every):
+            report.amend(step, self._validate())
+
+    def _stops(self) -> bool:
+        """Whether any rank received a signal to stop; the same on all ranks."""
+        return any_rank(self.stop.number is not None)
+
+    def _stops_validation(self) -> bool:
+        self.heartbeat.enter("validation")
+        return self._stops()
+
+    def _set_learning_rate(self, step: int) -> float:
+        schedule, peak = self.config.schedule, self.config.optimizer.lr
+        lr = learning_rate(schedule, peak, step, schedule_steps(self.config))
+        set_learning_rate(self.optimizer, lr)
+        return lr
 
     def _due(self, every: int) -> bool:
         return self.done == self.config.train.steps or (every > 0 and self.done % every == 0)
 
-    def _validate(self, stop: StopSignal) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         corpus, micro = self.corpus, self.config.train.micro_batch
         batches = validation_batches(
             self.held_out, self.config.validation.sequences, micro,
@@ -129,7 +234,12 @@ class Trainer:
         )  # fmt: skip
         filler = self.held_out.first()
         loss = validation_loss(
-            self.model, batches, filler, self.ranks.device, stop.agreed, self.parallel_dims.tp
+            self.model,
+            batches,
+            filler,
+            self.ranks.device,
+            self._stops_validation,
+            self.parallel_dims.tp,
         )
         self.owes_validation = loss is None
         if loss is None:
@@ -150,6 +260,8 @@ class Trainer:
             report.say_all(self.saver.lines())
         if self.done == self.saver.saved:
             return
+        self.heartbeat.enter("save")
+        self.health.check_replicas(self.done, self._state)
         weights, others = self._weights(), self._optimizer_state()
         if bad := values_out_of_range(weights, others):
             raise NonFiniteError(

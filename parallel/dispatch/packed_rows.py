@@ -19,6 +19,7 @@ from kernels.fp8 import fp8_dtype
 from kernels.moe.permute import Permutation, combine_rows, gather_rows
 from kernels.quantization.quantize import dequantize_1x128, quantize_1x128
 from models.step_context import DispatchStats
+from parallel.waiting import wait_tensor
 
 WireFormat = Literal["compute", "fp8", "fp8_power_of_two"]
 """How values are sent: in the compute dtype, or in FP8, whose scales may be powers of two."""
@@ -98,7 +99,7 @@ class RowAllToAll:
         """The counts of every rank for this one; the first dimension is the rank. Not counted."""
         even = [1] * self.size
         got = _c10d.all_to_all_single(counts_r.contiguous(), even, even, self.group.group_name)
-        arrived: Tensor = _c10d.wait_tensor(got)
+        arrived: Tensor = wait_tensor(got)
         return arrived
 
     def _start(
@@ -130,10 +131,10 @@ class PendingRows:
 
     def wait(self) -> PackedRows:
         """The received rows."""
-        data = _c10d.wait_tensor(self.data)
+        data = wait_tensor(self.data)
         if self.fp32 is None:
             return PackedRows(data, None, None)
-        fp32 = _c10d.wait_tensor(self.fp32)
+        fp32 = wait_tensor(self.fp32)
         return PackedRows(
             data,
             fp32[:, : self.n_scales] if self.n_scales else None,

@@ -53,7 +53,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @contextmanager
 def saver_in(root: Path, ranks: Ranks, **settings: Any) -> Iterator[Saver]:
-    one = Saver(LocalStorage(root), CheckpointConfig(**settings), {}, ranks, 0)
+    one = Saver(LocalStorage(root), CheckpointConfig(**settings), {}, ranks)
     yield one
     one.close()
 

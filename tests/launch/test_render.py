@@ -156,6 +156,24 @@ def test_failed_attempts_are_bounded_and_each_has_its_port(fake: FakeSlurm, tmp_
     assert "requeue" not in (fake.folder / "scontrol").read_text()
 
 
+def test_an_error_of_the_user_is_not_repeated(fake: FakeSlurm, tmp_path: Path) -> None:
+    """torchrun ends with 1 whatever the ranks' code is; its report in the log has the code."""
+    log = tmp_path / "run/launch/7-0-1-node0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("Root Cause\n  rank      : 0\n  exitcode  : 2 (pid: 26)\n")
+    process = fake.start(
+        training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(1)"))
+    )
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 2 and "not repeated" in said and len(fake.starts()) == 1
+    log.write_text("  exitcode  : 26 (pid: 2)\n")
+    process = fake.start(
+        training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(1)"))
+    )
+    process.communicate(timeout=20)
+    assert process.returncode == 1 and len(fake.starts()) > 2
+
+
 @pytest.mark.parametrize(
     ("sent", "continues", "code", "said"),
     [

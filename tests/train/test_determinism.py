@@ -49,3 +49,16 @@ def test_three_runs_are_the_same_bits(ranks: int, overrides: list[str], tmp_path
         assert other.keys() == outcomes[0].keys()
         different = [name for name in other if other[name] != outcomes[0][name]]
         assert not different
+
+
+def test_deterministic_algorithms_change_no_bit_on_a_cpu(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    found = []
+    for deterministic in ("false", "true"):
+        folder = tmp_path / deterministic
+        rest = [option for option in overrides if not option.startswith("--run.dir")]
+        run("-m", "train", EXPERIMENT, *OPTIONS, *rest, f"--run.dir={folder}",
+            f"--train.deterministic={deterministic}")  # fmt: skip
+        found.append(outcome(folder))
+    assert found[0] == found[1]

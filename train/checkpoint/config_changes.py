@@ -69,6 +69,7 @@ CHANGES: dict[str, ConfigChange] = {
     "precision": _ALWAYS,
     "validation": _ALWAYS,
     "checkpoint": _ALWAYS,
+    "health": _ALWAYS,
 }
 """A key, or a section for those of its keys that are not in the table."""
 

@@ -62,14 +62,13 @@ class Saver:
         config: CheckpointConfig,
         settings: dict[str, Any],
         ranks: Ranks,
-        saved: int,
     ) -> None:
-        """settings: of the run, for the manifest. saved: step of the newest checkpoint."""
+        """settings: of the run, for the manifest."""
         self.storage, self.ranks, self._settings = storage, ranks, settings
         self._rule = Retention(config.keep, config.keep_every, config.keep_best)
         self._is_async = config.async_save and not storage.is_private
-        self.saved = saved
-        """Step of the newest complete checkpoint."""
+        self.saved = 0
+        """Step of the newest complete checkpoint; 0 without one."""
         self._is_owed = False
         self._active: BackgroundSave | None = None
         self._lines: list[str] = []
@@ -78,6 +77,10 @@ class Saver:
         self._buffer: HostBuffer | None = None
         self._writer: WriterProcess | None = None
         self._group = StoreGroup(ranks, "background")
+
+    def resume(self, saved: int) -> None:
+        """Continue from the checkpoint of that step; 0 for none. No save may be in progress."""
+        self.saved, self._is_owed = saved, False
 
     @property
     def is_owed(self) -> bool:

@@ -17,6 +17,7 @@
 | fp8/NAME/... | FP8 error of a weight, at the reported steps: see train/report/fp8_report.py |
 | checkpoint/blocked_s | seconds that the loop waited for checkpoints since the last record |
 | checkpoint/write_s, checkpoint/failures | seconds and failed attempts of a save that ended |
+| skipped_steps | steps of the run whose update was left out; absent if none. They have no record of their own |
 | validation_loss, validation_bits_per_byte | at steps with validation |
 
 Layers are those with experts, counted from 0, MTP modules last.

@@ -62,8 +62,10 @@ class Reporter:
         validation: dict[str, float],
         fp8: Fp8Report | None = None,
         checkpoint: dict[str, float] | None = None,
+        skipped: int = 0,
     ) -> None:
-        """Record one step. `seconds`: the whole step without validation and checkpoint."""
+        """Record one step. `seconds`: the whole step without validation and checkpoint. skipped:
+        steps of the run without an update so far."""
         if not self.active:
             return
         speed = result.tokens / seconds
@@ -79,6 +81,8 @@ class Reporter:
             fields["mfu"] = speed * self.flops_per_token / self.peak_flops
         if self.force_balance:
             fields["force_balance"] = 1.0
+        if skipped:
+            fields["skipped_steps"] = float(skipped)
         fields |= validation | balance_fields(result.counts_LE) | result.dispatch
         fields |= ({} if fp8 is None else fp8.fields) | (checkpoint or {})
         self._writer.write(step, fields, result.counts_LE)

@@ -45,7 +45,7 @@ def make(ranks: None, tmp_path: Path) -> Iterator[Callable[..., Saver]]:
 
     def create(**settings: Any) -> Saver:
         config = CheckpointConfig(**{"keep": 99, **settings})
-        made.append(Saver(LocalStorage(tmp_path), config, {}, RANKS, 0))
+        made.append(Saver(LocalStorage(tmp_path), config, {}, RANKS))
         return made[-1]
 
     yield create

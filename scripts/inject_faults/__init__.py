@@ -1,0 +1,1 @@
+"""Injects faults into a running training, to see that it survives them."""

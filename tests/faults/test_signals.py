@@ -1,0 +1,120 @@
+"""Signals in every phase: the exit code, and no step lost beyond the current one."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.health import heartbeat
+from tests import forks
+from tests.faults.supervised import final_weights, losses
+from tests.runs import TINY, run, started
+
+pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
+PHASES = ["start", "load", "forward", "backward", "optimizer", "validation", "save"]
+STOPS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+SHORT = {("load", signal.SIGTERM), ("validation", signal.SIGUSR1), ("save", signal.SIGINT)}
+CASES = [
+    pytest.param(
+        phase, stop, id=f"{phase}-{stop.name}",
+        marks=[] if (phase, stop) in SHORT else [pytest.mark.slow],
+    )
+    for phase in PHASES
+    for stop in STOPS
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("-m", "train", TINY, *words(corpus), f"--run.dir={folder}")
+    return folder
+
+
+def words(corpus: Path) -> list[str]:
+    return [
+        f"--data.source={corpus}", f"--data.cache_dir={corpus.parent / 'corpus-cache'}",
+        "--train.steps=12", "--checkpoint.every=3", "--validation.every=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("phase", "stop"), CASES)
+def test_a_signal_in_any_phase(
+    phase: str, stop: signal.Signals, corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    arguments = ["-m", "train", TINY, *words(corpus), f"--run.dir={tmp_path / 'run'}"]
+    beats = tmp_path / "beats"
+    beats.mkdir()
+    if phase == "load":
+        run(*arguments, "--train.steps=5", "--schedule.steps=12")  # something to load
+    with started(*arguments, env={heartbeat.FOLDER_VARIABLE: str(beats)}) as program:
+        deadline = time.monotonic() + 60
+        while True:
+            beat = heartbeat.read(beats, 0)
+            if beat and beat.phase == phase and (beat.done >= 4 or phase in ("start", "load")):
+                break
+            assert time.monotonic() < deadline and program.is_running()
+        program.signal(stop)
+        done = program.finish(30)
+    assert done.returncode == STOPS[stop], done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    steps = [int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert max(steps, default=0) >= beat.done, "no complete step is lost"
+    run(*arguments)
+    assert losses(tmp_path / "run") == losses(whole)
+    assert final_weights(tmp_path / "run") == final_weights(whole)
+
+
+BLOCKED = """
+import os, signal, sys, time
+from train.process.stop import StopSignal
+first, second, saves = (int(word) for word in sys.argv[1:])
+with StopSignal() as stop:
+    if saves:
+        stop.save_first()
+    os.kill(os.getpid(), first)
+    time.sleep(0.5)
+    os.kill(os.getpid(), first)  # forwarded by a launcher: the same signal
+    time.sleep(2.0)
+    assert saves and stop.number == first
+    if second:
+        os.kill(os.getpid(), second)
+        time.sleep(20)
+sys.exit(stop.exit_code + 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "saves", "code"),
+    [
+        (signal.SIGTERM, 0, 0, 75), (signal.SIGINT, 0, 0, 130), (signal.SIGUSR1, 0, 1, 76),
+        (signal.SIGTERM, signal.SIGTERM, 1, 75), (signal.SIGUSR1, signal.SIGTERM, 1, 75),
+        (signal.SIGINT, signal.SIGINT, 1, 130),
+    ],
+)  # fmt: skip
+def test_the_first_signal_waits_only_where_there_is_something_to_save(
+    first: int, second: int, saves: int, code: int
+) -> None:
+    """A second one ends the process at once; `code` + 1: the program came to its end."""
+    start = time.monotonic()
+    run("-c", BLOCKED, int(first), int(second), saves, code=code)
+    assert time.monotonic() - start < 15
+
+
+def test_a_signal_reaches_a_main_thread_that_waits_outside_of_python(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, threading, time\n"
+        "from datetime import timedelta\n"
+        "from torch.distributed import HashStore\n"
+        "from train.process.stop import StopSignal\n"
+        "with StopSignal():\n"
+        "    kill = lambda: (time.sleep(0.5), os.kill(os.getpid(), 15))\n"
+        "    threading.Thread(target=kill, daemon=True).start()\n"
+        "    HashStore().wait(['never'], timedelta(seconds=30))\n"
+    )
+    start = time.monotonic()
+    run("-c", code, code=os.EX_TEMPFAIL)
+    assert time.monotonic() - start < 15
