@@ -6,14 +6,13 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from configs.config_warnings import config_warnings
-from configs.errors import ConfigError, UserError
+from configs.errors import UserError
 from configs.loader import flatten, to_toml
 from configs.parallel_dims import ParallelDims
 from configs.paths import local_path
@@ -21,15 +20,16 @@ from configs.schema import JobConfig
 from models.counts import flops_per_token
 from models.fp8 import gemm_shares
 from parallel.dispatch.overflow import CapacityOverflow
-from parallel.ranks import Ranks
+from parallel.ranks import Ranks, sum_over_ranks
 from train.atomic_files import claim, replace_text
 from train.build import build_training, shard_model
 from train.checkpoint import checkpoint
 from train.checkpoint.resume import restore
 from train.checkpoint.value_range import values_out_of_range
-from train.data.batches import Sequences, TrainingData, validation_batches
-from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.data.batches import Batch
+from train.data.run_data import open_run_data
 from train.garbage_collection import GarbageCollection
+from train.loss import source_losses
 from train.optim.optimizer import optimizer_tensors, set_learning_rate
 from train.optim.schedule import learning_rate, schedule_steps
 from train.profile import profiled
@@ -42,8 +42,7 @@ from train.shared_storage import check_shared
 from train.step import NonFiniteError, train_step
 from train.stop import StopSignal
 from train.tokenizer.hf_files import keep_tokenizer
-from train.tokenizer.tokenizer import find_tokenizer
-from train.validation import bits_per_byte, validation_loss
+from train.validation import validate_sources
 
 
 class Trainer:
@@ -56,16 +55,20 @@ class Trainer:
         ranks.on_first(lambda: checkpoint.check_folder(self.folder / "checkpoints"))
         check_shared(config, ranks)
         sharded = shard_model(config, ranks)  # raises early for invalid settings
-        self.corpus = self._open_corpus()
-        self.data, self.held_out = self._open_data()
+        self.data = open_run_data(config, ranks, lambda line: print(line, flush=True))
+        rank, n_ranks = parallel_dims.data_rank(ranks.rank), parallel_dims.data_ranks
+        on_cuda = ranks.device.type == "cuda"
+        self.batches = self.data.training(config.train.micro_batch, rank, n_ranks, pin=on_cuda)
         self.training = build_training(config, ranks, sharded)
         self.model, self.optimizer = self.training.model, self.training.optimizer
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
         compute = str(self.training.compute)
-        self.facts = {"corpus": self.corpus.fingerprint, "compute": compute}
+        self.facts = {"corpus": self.data.fingerprint, "compute": compute}
         start = restore(config, ranks, self.facts, self._weights, self._optimizer_state)
         self.training.fp8_weights.refresh()
         self.done = self.saved = start.done
+        if self.done:
+            ranks.on_every(self._check_data)
         self.owes_validation = start.owes_validation
         if ranks.is_first:
             self._introduce(start.lines)
@@ -75,12 +78,20 @@ class Trainer:
         train, total = self.config.train, self.config.train.steps
         schedule, peak = self.config.schedule, self.config.optimizer.lr
         stop, garbage = StopSignal(), GarbageCollection(train.gc_every)
-        with self._reporter() as report, self._saved_where_a_step_fails(report):
+        settings, by_source = self.config.data, self.data.by_source
+        data = self.batches.ahead(self.done + 1, total, settings.workers, settings.prefetch)
+        with (
+            closing(data),
+            self._reporter() as report,
+            self._saved_where_a_step_fails(report),
+        ):
             if self.owes_validation:
                 report.amend(self.done, self._validate(stop))
             for step in range(self.done + 1, total + 1):
                 start = time.perf_counter()
-                batches = [batch.to(self.ranks.device) for batch in self.data.step(step)]
+                batches = [
+                    batch.to(self.ranks.device, with_losses=by_source) for batch in next(data)
+                ]
                 fetched = time.perf_counter()
                 lr = learning_rate(schedule, peak, step, schedule_steps(self.config))
                 set_learning_rate(self.optimizer, lr)
@@ -98,7 +109,7 @@ class Trainer:
                 validation = self._validate(stop) if self._due(self.config.validation.every) else {}
                 report.step(
                     step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
-                    validation=validation, fp8=found,
+                    validation=validation, fp8=found, sources=self._of_sources(batches),
                 )  # fmt: skip
                 if self._due(self.config.checkpoint.every):
                     self._save(report)
@@ -111,21 +122,22 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.done == self.config.train.steps or (every > 0 and self.done % every == 0)
 
-    def _validate(self, stop: StopSignal) -> dict[str, float]:
-        corpus, micro = self.corpus, self.config.train.micro_batch
-        batches = validation_batches(
-            self.held_out, self.config.validation.sequences, micro,
-            self.parallel_dims.data_rank(self.ranks.rank), self.parallel_dims.data_ranks,
-        )  # fmt: skip
-        filler = self.held_out.first()
-        loss = validation_loss(
-            self.model, batches, filler, self.ranks.device, stop.agreed, self.parallel_dims.tp
-        )
-        self.owes_validation = loss is None
-        if loss is None:
+    def _of_sources(self, batches: list[Batch]) -> dict[str, float]:
+        """Losses of the step, tokens and epochs by source; nothing for one unnamed source."""
+        if not self.data.by_source:
             return {}
-        bits = bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
-        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+        sums = source_losses(batches, len(self.data.sources))
+        return self.data.step_fields(self.done, sum_over_ranks(sums), self.parallel_dims.tp)
+
+    def _validate(self, stop: StopSignal) -> dict[str, float]:
+        fields = validate_sources(
+            self.model, self.data.validated, self.config.validation.sequences,
+            self.config.train.micro_batch, self.ranks.device,
+            self.parallel_dims.data_rank(self.ranks.rank), self.parallel_dims.data_ranks,
+            stop.agreed, self.parallel_dims.tp,
+        )  # fmt: skip
+        self.owes_validation = fields is None
+        return fields or {}
 
     def _save(self, report: Reporter, keep_all: bool = False) -> None:
         """Write the checkpoint of the last complete step, unless it exists.
@@ -146,7 +158,12 @@ class Trainer:
         path = checkpoint.save(
             self.folder / "checkpoints",
             weights | others,
-            {"step": self.done, "owes_validation": self.owes_validation, **self.facts},
+            {
+                "step": self.done,
+                "owes_validation": self.owes_validation,
+                **self.facts,
+                **self.data.state(self.done),
+            },
             flatten(self.config),
             None if keep_all else self.config.checkpoint.keep,
             self.ranks,
@@ -186,42 +203,10 @@ class Trainer:
         tensors = optimizer_tensors(self.optimizer)
         return {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
 
-    def _open_corpus(self) -> Corpus:
-        """Rank 0 prepares the corpus (or finds it in the cache), the others open it."""
-
-        def folder_of_corpus() -> str:
-            return str(prepare(self.config, lambda line: print(line, flush=True)).folder)
-
-        def opened() -> Corpus:
-            try:
-                return open_corpus(folder)
-            except (DamagedCache, FileNotFoundError) as error:
-                raise ConfigError(str(error)) from None
-
-        folder = Path(self.ranks.on_first(folder_of_corpus))
-        corpus: Corpus = self.ranks.on_every(opened)
-        return corpus
-
-    def _open_data(self) -> tuple[TrainingData, Sequences]:
-        config, corpus = self.config, self.corpus
-        training = Sequences(corpus.train, config.data.seq_len, corpus.eot)
-        held_out = Sequences(corpus.validation, config.data.seq_len, corpus.eot)
-        for split, sequences in (("training", training), ("validation", held_out)):
-            if not sequences.count:
-                raise ConfigError(
-                    f"data.seq_len = {config.data.seq_len}: the {split} split has only "
-                    f"{len(sequences.tokens)} tokens, not one sequence; use shorter sequences or "
-                    "more text"
-                )
-        data = TrainingData(
-            training,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=self.parallel_dims.data_rank(self.ranks.rank),
-            n_ranks=self.parallel_dims.data_ranks,
-        )
-        return data, held_out
+    def _check_data(self) -> None:
+        """Raise UserError if the run would read sequences twice, or never."""
+        path = checkpoint.path_of(self.folder / "checkpoints", self.done)
+        self.data.check_resume(checkpoint.read_manifest(path).state, self.done)
 
     def _introduce(self, start: list[str]) -> None:
         """Print how the run starts, and save config, tokenizer and environment with it."""
@@ -229,13 +214,13 @@ class Trainer:
         replace_text(self.folder / "config.toml", to_toml(self.config))
         data = self.config.data
         keep_tokenizer(
-            find_tokenizer(data.tokenizer) if data.tokenizer else self.corpus.tokenizer_file,
+            self.data.tokenizer_file,
             self.folder / "tokenizer",
             data.seq_len,
             trains_on=bool(self.config.checkpoint.init_from),
         )
         described = environment.describe(self.ranks, self.parallel_dims, self.training.compute)
-        lines = [*start, *environment.record(self.folder, described)]
+        lines = [*start, *self.data.lines, *environment.record(self.folder, described)]
         moe = self.config.model.moe
         forced = [FORCED_BALANCE] if moe.force_balance else []
         frozen = [] if moe.router_learns else [ROUTER_LEARNS_NOTHING]

@@ -15,7 +15,10 @@
 | moe/layer_i/dead_experts | experts without a single token in the step |
 | moe/layer_i/rows_sent, ... | the exchange of rows: see parallel/dispatch/stats.py |
 | fp8/NAME/... | FP8 error of a weight, at the reported steps: see train/report/fp8_report.py |
-| validation_loss, validation_bits_per_byte | at steps with validation |
+| loss/NAME | mean training loss of the tokens of a source of `data.blend` |
+| data/NAME/tokens, data/NAME/epochs | tokens read of it so far, and passes over it |
+| validation_loss, validation_bits_per_byte | at steps with validation, over all sets |
+| validation_loss/NAME, validation_perplexity/NAME, validation_bits_per_byte/NAME | of the set of one source; bits per byte where the size of the text is known |
 
 Layers are those with experts, counted from 0, MTP modules last.
 

@@ -1,5 +1,6 @@
 """Rank 0's output and records of a run; the reporters of other ranks do nothing."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from train.report.metrics import (
 )
 from train.report.plots import draw
 from train.step import StepResult
+
+_OF_SOURCE = "validation_loss/"
 
 
 class Reporter:
@@ -60,8 +63,10 @@ class Reporter:
         data_seconds: float,
         validation: dict[str, float],
         fp8: Fp8Report | None = None,
+        sources: Mapping[str, float] | None = None,
     ) -> None:
-        """Record one step. `seconds`: the whole step without validation and checkpoint."""
+        """Record one step. `seconds`: the whole step without validation and checkpoint. sources:
+        fields by source of the data."""
         if not self.active:
             return
         speed = result.tokens / seconds
@@ -77,6 +82,7 @@ class Reporter:
             fields["mfu"] = speed * self.flops_per_token / self.peak_flops
         if self.force_balance:
             fields["force_balance"] = 1.0
+        fields |= sources or {}
         fields |= validation | balance_fields(result.counts_LE) | result.dispatch
         fields |= {} if fp8 is None else fp8.fields
         self._writer.write(step, fields, result.counts_LE)
@@ -101,11 +107,12 @@ class Reporter:
             self._progress.say(line)
 
     def _say_validation(self, step: int, validation: dict[str, float]) -> None:
-        self._progress.say(
-            f"step {step}: validation loss {validation['validation_loss']:.4f} "
-            f"({validation['validation_bits_per_byte']:.3f} bits per byte)"
-            + (f"  {FORCED_BALANCE}" if self.force_balance else "")
-        )
+        bits = validation.get("validation_bits_per_byte")
+        line = f"step {step}: validation loss {validation['validation_loss']:.4f}"
+        line += "" if bits is None else f" ({bits:.3f} bits per byte)"
+        of = [(k.partition("/")[2], v) for k, v in validation.items() if k.startswith(_OF_SOURCE)]
+        line += f"  {', '.join(f'{name} {loss:.4f}' for name, loss in of)}" if len(of) > 1 else ""
+        self._progress.say(line + (f"  {FORCED_BALANCE}" if self.force_balance else ""))
 
     def flush(self) -> None:
         """Ensure that records up to now survive a kill; called before every checkpoint."""
