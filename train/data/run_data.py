@@ -213,6 +213,12 @@ def _open_blend(config: JobConfig, ranks: Ranks) -> RunData:
     assert eot is not None
     sources, lines = [], []
     for entry, dataset in zip(data.blend, opened, strict=True):
+        if dataset.eot not in (None, eot):
+            raise UserError(
+                f"data.blend: {shown(dataset.path)}: documents begin with token {dataset.eot}, but "
+                f"{eot_token!r} of {shown(tokenizer_file)} is token {eot}; name the tokenizer with "
+                "the same tokenizer_config.json"
+            )
         rules = TokenRules(eot, dataset.eot is not None, config.model.vocab_size)
         source, said = _source(
             config, ranks, entry.label, entry.label, dataset.fingerprint, dataset.splits, rules,

@@ -118,7 +118,7 @@ class MegatronWriter:
             moved = np.empty_like(tokens)
             moved[:-1] = tokens[1:]
             moved[ends] = tokens[starts]
-            self._file.write(moved.astype(self.dtype).data)
+            self._file.write(moved.astype(self.dtype).tobytes())
         self._lengths.append(lengths.astype("<i4"))
 
     def close(self) -> None:

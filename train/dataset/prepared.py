@@ -187,7 +187,7 @@ class SplitWriter:
         self._shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._offsets = open(folder / f"{name}.documents.bin", "wb")
-        self._offsets.write(np.zeros(1, "<i8").data)
+        self._offsets.write(np.zeros(1, "<i8").tobytes())
         self._crcs = open(folder / f"{name}.crc32.bin", "wb")
         self._rest = b""
         self._written = 0  # bytes of the current shard
@@ -196,11 +196,13 @@ class SplitWriter:
         """Append documents: their tokens `[sum(lengths)]` and lengths, and the bytes of their
         text."""
         ends = self.n_tokens + np.cumsum(lengths, dtype=np.int64)
-        self._offsets.write(ends.astype("<i8").data)
+        self._offsets.write(ends.astype("<i8").tobytes())
         self.n_documents += len(lengths)
         self.n_tokens += len(tokens)
         self.n_bytes += n_bytes
         assert int(lengths.sum()) == len(tokens)
+        if not len(tokens):
+            return
         raw = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
         while len(raw):
             if self._file is None:
@@ -223,7 +225,7 @@ class SplitWriter:
         whole = len(pending) // BLOCK * BLOCK
         view = memoryview(pending)
         crcs = [zlib.crc32(view[at : at + BLOCK]) for at in range(0, whole, BLOCK)]
-        self._crcs.write(np.array(crcs, "<u4").data)
+        self._crcs.write(np.array(crcs, "<u4").tobytes())
         self._rest = pending[whole:]
 
     def _end_shard(self) -> None:
@@ -231,7 +233,7 @@ class SplitWriter:
             self._file.close()
             self._file = None
         if self._rest:
-            self._crcs.write(np.array([zlib.crc32(self._rest)], "<u4").data)
+            self._crcs.write(np.array([zlib.crc32(self._rest)], "<u4").tobytes())
             self._rest = b""
 
     def close(self) -> dict[str, Any]:

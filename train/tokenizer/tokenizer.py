@@ -18,7 +18,7 @@ of the CPU time.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,16 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_tokenizer(
-    texts: Callable[[], Iterable[str]], vocab_size: int, log: Callable[[str], None]
+    texts: Callable[[], Iterable[str]],
+    vocab_size: int,
+    log: Callable[[str], None],
+    special_tokens: Sequence[str] = (),
 ) -> Tokenizer:
     """Train a tokenizer of exactly `vocab_size` tokens; `<|endoftext|>` is id 0.
 
     texts: returns a new iterator of the training documents. The first SAMPLE_BYTES of them are
-    used, and all only if those do not fill the vocabulary. Deterministic. Raises UserError.
+    used, and all only if those do not fill the vocabulary. special_tokens: further ones, with the
+    ids from 1 on. Deterministic. Raises UserError.
     """
     check_vocab_size(vocab_size)
     size = 0
@@ -75,7 +79,7 @@ def train_tokenizer(
         tokenizer = _new()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[EOT],
+            special_tokens=[EOT, *special_tokens],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
