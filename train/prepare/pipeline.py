@@ -150,16 +150,21 @@ def _check_columns(plan: Plan, scans: list[Any]) -> None:
     for number, name in enumerate(plan.options.sources):
         units = [n for n, unit in enumerate(plan.units) if unit.source == number]
         columns = [scans[n]["column"] for n in units]
-        if any(c["missed"] for c in columns) and not any(c["found"] for c in columns):
-            others = list(dict.fromkeys(other for c in columns for other in c["others"]))[:10]
-            raise UserError(
-                f"{shown(name)}: no row has the column {shown(plan.options.text_field, 100)!r}; "
-                f"it has {', '.join(shown(o, 50) for o in others) or 'none'}; name another with "
-                "--text-field"
-            )
+        if any(c["found"] for c in columns) or plan.options.unreadable == "skip":
+            continue
+        for unit, column in zip(units, columns, strict=True):
+            if column["missed"]:
+                others = ", ".join(shown(other, 50) for other in column["others"])
+                raise UserError(
+                    f"{shown(name)}: no row has the column "
+                    f"{shown(plan.options.text_field, 100)!r}; {shown(plan.units[unit].files[0])} "
+                    f"has {others or 'none'}; name another with --text-field, or leave such rows "
+                    "out with --unreadable skip"
+                )
 
 
 def _report_skipped(scans: list[Any], log: Log) -> None:
+    """Log what is left out; the numbers are in the index, too."""
     listed = [where for found in scans for where in found["listed"]]
     if listed:
         log(f"left out {len(listed):,} or more documents that cannot be read, as {listed[0]}")
