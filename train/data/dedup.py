@@ -132,6 +132,18 @@ def band_rows(threshold: float) -> int:
     return rows
 
 
+def split(digests: list[bytes], fraction: float) -> np.ndarray:
+    """Which documents are held out, bool `[documents]`: about `fraction` of them, at least one,
+    and at least one is not. digests: two or more, 16 bytes each."""
+    # The first half of a digest determines the order, the second the split: they are independent.
+    place = np.array([int.from_bytes(digest[8:], "big") / 2**64 for digest in digests])
+    held_out = place < fraction
+    held_out[place.argmin()] = True
+    if held_out.all():
+        held_out[place.argmax()] = False
+    return held_out
+
+
 def drop_similar(
     rows: list[int | None], signatures: np.ndarray, threshold: float, log: Callable[[str], None]
 ) -> tuple[list[int], int]:

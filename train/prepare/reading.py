@@ -71,14 +71,19 @@ def _text_file(path: Path, *, single: bool) -> Iterator[str | Rejected]:
 
 def _table(unit: Unit, column: Column) -> Iterator[str | Rejected]:
     name = shown(unit.files[0])
+    empty = True
     try:
         for row in _rows(unit, column):
+            empty = False
             if row is None:
                 yield Rejected(MISSING)
             elif isinstance(row, Unreadable):
                 yield Rejected(NOT_UTF8 if row.not_utf8 else UNREADABLE, f"{name}: {row}")
             else:
                 yield row if row.strip() else Rejected(EMPTY)
+        if empty and column.missed:  # no column, so no rows were read
+            others = ", ".join(shown(other, 50) for other in list(column.others)[:10])
+            yield Rejected(UNREADABLE, f"{name}: has no column {column.name!r}, but {others}")
     except WrongColumn as error:
         raise UserError(f"{name}: {error} (--text-field {shown(column.name, 100)})") from None
 

@@ -2,7 +2,7 @@
 
 Of equal documents the first in the order of the units is kept; of nearly equal ones the first by
 content hash. A document is held out if its hash is below the validation fraction, as in
-`train.data.corpus_build`. Both depend on the documents alone.
+`train.data.dedup.split`. Both depend on the documents alone.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
-from train.data.corpus_build import split
-from train.data.dedup import HASHES, drop_similar
+from train.data.dedup import HASHES, drop_similar, split
 from train.prepare.plan import Plan
 from train.prepare.scanning import KEPT, load_scan
 

@@ -89,7 +89,7 @@ def draw_lengths(entries: list[dict[str, Any]], lengths: list[np.ndarray], path:
     longest = max((int(part.max(initial=1)) for part in lengths), default=1)
     bins = np.geomspace(1, longest + 1, 60)
     for entry, part in zip(entries, lengths, strict=True):
-        label = entry["source"][-40:]
+        label = shown(entry["source"], 40).lstrip("_")  # matplotlib hides names that begin with _
         above.hist(part, bins, histtype="step", label=label)
         below.hist(part, bins, weights=part.astype(float), histtype="step", label=label)
     below.set_xscale("log")
