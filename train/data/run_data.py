@@ -239,11 +239,18 @@ def _open_blend(config: JobConfig, ranks: Ranks) -> RunData:
         for entry, source in zip(data.blend, sources, strict=True)
     ]
     length = data_step(config.train.steps, data.skipped) * config.train.global_batch
+    blend = Blend(shares, length)
+    if coarse := blend.coarse(config.train.global_batch):
+        lines.append(
+            "data.blend: sequences are whole, so over 1,000 steps the share of these sources may "
+            f"differ by more than 0.1% of it (by less than 3 sequences): {', '.join(coarse)} "
+            "sequences per step; a larger train.global_batch is more exact"
+        )
     names = [source.fingerprint for source in sources]
     counts = [source.training.count for source in sources]
     return RunData(
         sources=sources,
-        order=BlendedEpochs(Blend(shares, length), counts, names, config.run.seed),
+        order=BlendedEpochs(blend, counts, names, config.run.seed),
         tokenizer_file=tokenizer_file,
         fingerprint=f"blend with the tokenizer {_digest(tokenizer_file)}",
         global_batch=config.train.global_batch,

@@ -26,6 +26,9 @@ import numpy as np
 
 from configs.errors import ConfigError
 
+_MOST_OFF = 2.6
+"""Sequences by which a source may be off in any range of sequences: twice the 1.3 above."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -94,6 +97,18 @@ class Blend:
         for source, drawn in _counts(phase.tree, number - phase.start):
             counts[source] += drawn
         return tuple(counts)
+
+    def coarse(self, global_batch: int) -> list[str]:
+        """The sources whose share of 1,000 steps may differ by more than 0.1 percent of it from
+        their weight, because they have few sequences per step; each with its share."""
+        found = []
+        for phase in self._phases:
+            for leaf in _leaves(phase.tree):
+                per_step = leaf.weight / phase.tree.weight * global_batch
+                label = self.shares[leaf.source].label
+                if (1000 * per_step).denominator != 1 and per_step < _MOST_OFF:
+                    found.append(f"{label} {float(per_step):.3g}")
+        return list(dict.fromkeys(found))
 
     def _descend(
         self,
@@ -171,6 +186,12 @@ def _counts(node: _Node, number: int) -> list[tuple[int, int]]:
         return [(node.source, number)]
     left = int(_rounded(np.array([number]), node)[0])
     return _counts(node.left, left) + _counts(node.right, number - left)
+
+
+def _leaves(node: _Node) -> list[_Node]:
+    if node.left is None or node.right is None:
+        return [node]
+    return _leaves(node.left) + _leaves(node.right)
 
 
 def _too_short(shares: Sequence[Share], start: int, length: int) -> ConfigError:

@@ -72,8 +72,8 @@ class Concatenated:
         window = np.empty((len(numbers), length + 1), tokens.dtype)
         for row, number in zip(window, numbers.tolist(), strict=True):
             row[:] = tokens.read(number * length, (number + 1) * length + 1)
-        window = window.astype(np.int64)
         _check_ids(window, numbers * length, self.split, self.rules)
+        window = window.astype(np.int64)
         is_first = self._first_tokens(window, numbers)
         index_L = np.arange(length)
         opened_BL = np.where(is_first[:, :-1], index_L, 0)
@@ -152,8 +152,8 @@ class Packed:
     def _piece(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and targets of a part of a document."""
         found = self.split.tokens.read(start, min(start + length + 1, len(self.split.tokens)))
-        found = found.astype(np.int64)
         _check_ids(found[None], np.array([start]), self.split, self.rules)
+        found = found.astype(np.int64)
         eot, offsets = self.rules.eot, self.split.offsets
         if len(found) == length:  # the last document
             last = eot if self.rules.begins_with_eot else IGNORE
@@ -187,7 +187,8 @@ def _fill_in(
 
 def _check_ids(window: np.ndarray, starts: np.ndarray, split: Split, rules: TokenRules) -> None:
     """Raise UserError for an id outside of the vocabulary. starts: of the rows, in the data."""
-    if not window.size or (window.max() < rules.vocab_size and window.min() >= 0):
+    signed = window.dtype.kind == "i"
+    if not window.size or (window.max() < rules.vocab_size and (not signed or window.min() >= 0)):
         return
     row, column = np.argwhere((window >= rules.vocab_size) | (window < 0))[0].tolist()
     place = split.tokens.place(int(starts[row]) + column)

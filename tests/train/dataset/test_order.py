@@ -139,3 +139,12 @@ def test_skipped_steps_are_never_read_and_all_others_are() -> None:
     read = [data_step(step, skipped) for step in range(1, 9)]
     assert read == [1, 2, 7, 8, 9, 11, 12, 13]
     assert data_step(4, []) == 4
+
+
+def test_sources_with_few_sequences_per_step_are_named() -> None:
+    shares = [share("large", 0.8), share("exact", 0.125), share("odd", 0.0371234)]
+    blend = Blend([share("a", 0.75), share("b", 0.25)], 100)
+    assert blend.coarse(8) == []
+    assert Blend(shares[:2], 100).coarse(37) == []
+    assert [line.split()[0] for line in Blend(shares, 100).coarse(8)] == ["exact", "odd"]
+    assert Blend(shares, 100).coarse(4096) == []
