@@ -58,6 +58,6 @@ class FillInMiddle:
             prefix, body[:first], suffix, body[second:length], middle, body[first:second],
         ]  # fmt: skip
         body[:] = np.concatenate(parts)
-        # the middle ends where the document ended, unless the document goes on in another sequence
+        # the middle ends where the document ended, unless its rest is in another sequence
         targets[-1] = self.eot if targets[-1] == self.eot else IGNORE
         targets[:-1] = tokens[1:]
