@@ -104,7 +104,7 @@ def locate(data: DataConfig) -> Source:
     except OSError as error:
         place = f"{shown(error.filename)}: " if error.filename not in (None, str(path)) else ""
         raise _error(data, f"{place}{error.strerror}") from None
-    if _HUB_NAME.fullmatch(data.source) and not _looks_like_path(data.source):
+    if _HUB_NAME.fullmatch(data.source) and not looks_like_path(data.source):
         return Source(
             label=re.sub(r"[/:]", "-", data.source),
             identity=["hub", data.source],
@@ -362,7 +362,7 @@ def _stamp(file: Path, root: Path) -> list[Any]:
     return [file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns]
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
     """Whether a name that does not exist is a path rather than a dataset on the Hub."""
     known = TEXT_SUFFIXES | BINARY_SUFFIXES | set(TABLE_SUFFIXES)
     parent = Path(source).parent

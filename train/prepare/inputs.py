@@ -6,6 +6,7 @@ UNIT_BYTES of input. The units, their order and the order of the documents withi
 inputs alone, never on the number of processes.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.paths import local_path
 from train.data.documents import shown
-from train.data.sources import SUPPORTED, TEXT_SUFFIXES, reader_of, walk
+from train.data.sources import SUPPORTED, TEXT_SUFFIXES, looks_like_path, reader_of, walk
 
 UNIT_BYTES = 32 * 2**20
 _HF_FILES = ("dataset_dict.json", "dataset_info.json")
@@ -60,7 +61,7 @@ def find_units(sources: list[str]) -> tuple[list[Unit], list[list[Any]], list[st
                 found, files = _folder(number, path, notes)
             elif path.is_file():
                 found, files = list(_file(number, path)), [path]
-            elif _HUB_NAME.fullmatch(setting):
+            elif _HUB_NAME.fullmatch(setting) and not looks_like_path(setting):
                 found, files = _hub(number, setting)
             else:
                 raise UserError(
@@ -169,7 +170,9 @@ def load_rows(kind: str, name: str) -> Any:
     """The table of a Hugging Face dataset. Raises UserError."""
     import datasets  # takes 0.9 s to import: only for the sources that need it
 
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # errors are reported in one line, below
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         if kind == "saved":
             return datasets.load_from_disk(name)

@@ -8,6 +8,7 @@ input ends, so none survives its parent. With one process the parent does the wo
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -126,7 +127,11 @@ def _in_processes(work: Path, stage: str, todo: list[int], n: int) -> Iterator[i
                     answer = json.loads(line) if line else {}
                     if "unit" not in answer:
                         code = process.poll() if line else process.wait(60)
-                        raise UserError(answer.get("error") or f"a process ended with code {code}")
+                        raise UserError(
+                            answer.get("error")
+                            or f"{stage}: a process ended with code {code}, perhaps for lack of "
+                            "memory; use fewer --processes; the same command continues"
+                        )
                     busy -= 1
                     yield answer["unit"]
                     busy += _send(process, stage, next(waiting, None))
@@ -148,6 +153,7 @@ def _send(process: "subprocess.Popen[str]", stage: str, number: int | None) -> i
 
 def main(work: Path) -> None:
     """Answer the requests on standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     worker = Worker(work)
     for line in sys.stdin:
         request = json.loads(line)

