@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.layers.cross_entropy import IGNORE
 from models.documents import DocumentAttention
-from train.dataset.order import Order, Visits, data_step
+from train.dataset.order import Order, ShuffledEpochs, Visits, data_step
 from train.dataset.sequences import Rows, Sequences
 
 
@@ -153,6 +153,16 @@ class TrainingData:
             rows = sources == source
             parts.append((source, self.sources[source].rows(numbers[rows], epochs[rows])))
         return make_batch(parts, self.pin)
+
+
+def shuffled_epochs(
+    sequences: Sequences, *, seed: int, global_batch: int, micro_batch: int, rank: int, n_ranks: int
+) -> TrainingData:
+    """The microbatches of one source."""
+    return TrainingData(
+        ShuffledEpochs(sequences.count, seed), [sequences], global_batch=global_batch,
+        micro_batch=micro_batch, rank=rank, n_ranks=n_ranks,
+    )  # fmt: skip
 
 
 def sequence_batch(sequences: Sequences, numbers: np.ndarray) -> Batch:

@@ -6,18 +6,22 @@ import pytest
 import torch
 
 from models.attention import Layer
-from train.data.batches import Batch, TrainingData, sequence_batch, validation_batches
-from train.dataset.order import ShuffledEpochs
+from train.data.batches import (
+    Batch,
+    TrainingData,
+    sequence_batch,
+    shuffled_epochs,
+    validation_batches,
+)
 from train.dataset.sequences import sequences_of
 
 SEQUENCES = sequences_of(np.arange(1, 1 + 4 * 23 + 1).astype(np.uint16), 4, eot=0)  # 23 of 4
 
 
 def data(rank: int, n_ranks: int, micro_batch: int, seed: int = 3) -> TrainingData:
-    return TrainingData(
-        ShuffledEpochs(SEQUENCES.count, seed), [SEQUENCES], global_batch=12,
-        micro_batch=micro_batch, rank=rank, n_ranks=n_ranks,
-    )  # fmt: skip
+    return shuffled_epochs(
+        SEQUENCES, seed=seed, global_batch=12, micro_batch=micro_batch, rank=rank, n_ranks=n_ranks
+    )
 
 
 def batch(tokens: list[int], *numbers: int) -> Batch:
