@@ -20,7 +20,7 @@ from models.router import routers
 from parallel.ranks import start_ranks, stop_ranks
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
-from train.data.run_data import open_run_data
+from train.data.open_run_data import open_run_data
 from train.validation import validate_sources
 
 

@@ -20,7 +20,7 @@ from parallel.memory.model import CATEGORIES, ROUTED
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
-from train.data.run_data import open_dataset
+from train.data.open_run_data import open_dataset
 from train.memory import predict
 from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer

@@ -27,7 +27,7 @@ from train.checkpoint import checkpoint
 from train.checkpoint.resume import restore
 from train.checkpoint.value_range import values_out_of_range
 from train.data.batches import Batch
-from train.data.run_data import open_run_data
+from train.data.open_run_data import open_run_data
 from train.garbage_collection import GarbageCollection
 from train.loss import source_losses
 from train.optim.optimizer import optimizer_tensors, set_learning_rate

@@ -108,7 +108,7 @@ def _plan(options: Options, log: Log) -> Plan:
         content = file.read_bytes() + json.dumps(settings, sort_keys=True).encode()
         sha256 = hashlib.sha256(content).hexdigest()
     else:
-        check_vocab_size(options.train_vocab)
+        check_vocab_size(options.train_vocab, "--train-tokenizer")
     units, stamps, notes = find_units(list(options.sources))
     for note in notes:
         log(note)
@@ -188,7 +188,11 @@ def _provide_tokenizer(plan: Plan, work: Path, decisions: Decisions, log: Log) -
     else:
         file = work / "tokenizer.json"
         trained = train_tokenizer(
-            lambda: _sample(plan, decisions), options.train_vocab, log, options.special_tokens
+            lambda: _sample(plan, decisions),
+            options.train_vocab,
+            log,
+            options.special_tokens,
+            "--train-tokenizer",
         )
         replace_text(file, trained.to_str(pretty=True))
     _, eot_token = load_tokenizer(file, 2**31)
