@@ -43,6 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "parallel/memory": {"parallel", "parallel/dispatch"},
     "train": {
         "train/checkpoint", "train/data", "train/dataset", "train/optim", "train/report",
+        "train/tokenizer",
     },
     "train/checkpoint": {"train", "train/optim"},
     "train/convert": {"train", "train/checkpoint", "train/tokenizer"},
