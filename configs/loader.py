@@ -88,7 +88,8 @@ def to_toml(config: JobConfig) -> str:
 
 
 def flatten(config: JobConfig) -> dict[str, Any]:
-    """Every setting by its dotted key, as `{"train.steps": 100, ...}`; JSON types only."""
+    """Every setting by its dotted key, as `{"train.steps": 100, ...}`; JSON types only.
+    A list of tables, such as `data.blend`, is one setting."""
     flat: dict[str, Any] = {}
 
     def walk(tree: dict[str, Any], prefix: str) -> None:
@@ -96,10 +97,17 @@ def flatten(config: JobConfig) -> dict[str, Any]:
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
             else:
-                flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+                flat[f"{prefix}{key}"] = _with_lists(value)
 
     walk(asdict(config), "")
     return flat
+
+
+def _with_lists(value: Any) -> Any:
+    """The value with a list in place of each tuple, also within tables."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

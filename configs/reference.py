@@ -19,7 +19,7 @@ def reference() -> str:
     for section, kind in _sections(schema.JobConfig, ""):
         lines += [
             "",
-            f"## [{section}]",
+            f"## {section}",
             "",
             "| key | type | default | meaning |",
             "|---|---|---|---|",
@@ -38,11 +38,21 @@ def reference() -> str:
 
 
 def _sections(kind: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Title and dataclass of each section; one of several tables has two brackets, as in TOML."""
     found = []
     for name, hint in get_type_hints(kind).items():
+        dotted = prefix + name
         if is_dataclass(hint):
-            found += [(prefix + name, hint), *_sections(hint, f"{prefix}{name}.")]
+            found += [(f"[{dotted}]", hint), *_sections(hint, f"{dotted}.")]
+        elif table := _tables(hint):
+            found += [(f"[[{dotted}]]", table), *_sections(table, f"{dotted}.")]
     return found
+
+
+def _tables(hint: Any) -> Any:
+    """The dataclass of a list of tables; None for other types."""
+    item = get_args(hint)[0] if get_origin(hint) is tuple else None
+    return item if is_dataclass(item) else None
 
 
 def field_docs(kind: Any) -> dict[str, str]:
@@ -65,7 +75,7 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) is tuple:
-        return f"list of {_type_name(get_args(kind)[0])}"
+        return "list of tables" if _tables(kind) else f"list of {_type_name(get_args(kind)[0])}"
     return {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]
 
 

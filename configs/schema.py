@@ -9,6 +9,7 @@ ranks.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.data import DataConfig
 from configs.dispatch import DispatchConfig
 from configs.errors import ConfigError
 from configs.health.settings import HealthConfig
@@ -28,40 +29,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         between(self, 0, 2**63 - 1, "seed")
         not_empty(self, "name a folder, for example runs/demo", "dir")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    source: str = "stdlib"
-    """`stdlib`: the source code of Python's standard library (no download). Otherwise a path to a
-    text, JSONL or Parquet file or a folder of them, or the name of a Hugging Face dataset."""
-    text_field: str = "text"
-    """Column that holds the document, for JSONL, Parquet and Hugging Face datasets."""
-    unreadable_rows: Literal["refuse", "skip"] = "refuse"
-    """What to do with unreadable rows of JSONL and Parquet files: a line that is not a JSON object
-    or is truncated, a text that is not a string, the rest of a damaged file. `refuse`: an error
-    with file and line. `skip`: leave them out, count them in the log and list them in the
-    manifest."""
-    tokenizer: str = ""
-    """Folder or file of an existing `tokenizer.json`. Empty: train a byte-level BPE tokenizer of
-    `model.vocab_size` tokens on the training documents."""
-    seq_len: int = 256
-    """Tokens per sequence."""
-    validation_fraction: float = 0.02
-    """Share of the documents held out for validation (at least one document)."""
-    near_duplicate_threshold: float = 0.8
-    """Of documents whose estimated Jaccard similarity of lines is at least this, all but one are
-    dropped. 1.0 drops exact copies only."""
-    cache_dir: str = "cache"
-    """Folder of tokenizers and tokenized corpora, shared by runs."""
-
-    def __post_init__(self) -> None:
-        between(self, 2, 2**24, "seq_len")
-        between(self, 0.0, 0.5, "validation_fraction")
-        between(self, 0.0, 1.0, "near_duplicate_threshold")
-        not_empty(self, 'use "stdlib", a path, or a dataset name', "source")
-        not_empty(self, "name the column that holds the documents", "text_field")
-        not_empty(self, "name a folder, for example cache", "cache_dir")
 
 
 @dataclass(frozen=True, kw_only=True)

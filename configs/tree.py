@@ -107,10 +107,30 @@ class _Builder:
         if get_origin(kind) is tuple:
             item = get_args(kind)[0]
             if not isinstance(value, list | tuple):
-                example = _LISTS.get(item) or str(list(get_args(item)))
+                example = _LISTS.get(item) or _example(item)
                 raise ConfigError(f"{place} = {shown(value)}: must be a list of {example}")
+            if is_dataclass(item):
+                return tuple(
+                    self._table(item, table, dotted, place, n) for n, table in enumerate(value, 1)
+                )
             return tuple(self._convert(item, v, dotted, f"{place}: item") for v in value)
         return _scalar(kind, value, place)
+
+    def _table(self, kind: Any, value: Any, dotted: str, place: str, number: int) -> Any:
+        """One table of a list of tables; number: which, from 1, for errors."""
+        if not isinstance(value, dict):
+            raise ConfigError(f"{place}: item {number} = {shown(value)}: must be a table")
+        try:
+            return self.section(kind, value, f"{dotted}.")
+        except ConfigError as error:
+            raise ConfigError(f"{error} (table {number} of {dotted})") from None
+
+
+def _example(item: Any) -> str:
+    if is_dataclass(item):
+        required = [spec.name for spec in fields(item) if spec.default is MISSING]
+        return f"tables with the keys {' and '.join(required)}"
+    return str(list(get_args(item)))
 
 
 _LISTS = {int: "integers such as [10, 20]", str: 'strings such as ["a", "b"]'}

@@ -40,13 +40,13 @@ class DocumentAttention:
     def __init__(self, positions_BL: Tensor) -> None:
         self.positions_BL = positions_BL
         self.batch, self.length = positions_BL.shape
-        # decided before the forward pass, on the host
-        self.has_boundaries = bool((positions_BL[:, 1:] == 0).any())
         self.longest = int(positions_BL.max()) + 1
         first_BL = positions_BL == 0
         first_BL[:, 0] = True
         self._starts = first_BL.flatten().nonzero().flatten().tolist()
         """First tokens of all documents, in all sequences one after another."""
+        # decided before the forward pass, on the host
+        self.has_boundaries = len(self._starts) > self.batch
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
 

@@ -20,29 +20,31 @@ from models.router import routers
 from parallel.ranks import start_ranks, stop_ranks
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
-from train.data.batches import Sequences, validation_batches
-from train.data.corpus import prepare
-from train.validation import bits_per_byte, validation_loss
+from train.data.open_run_data import open_run_data
+from train.validation import validate_sources
 
 
-def validate(source: Path, overrides: list[str]) -> tuple[float, float]:
-    """Loss in nats per token and bits per byte of the newest checkpoint of `source`."""
+def validate(source: Path, overrides: list[str]) -> dict[str, float]:
+    """The validation metrics of the newest checkpoint of `source`, by their names in
+    `train.report.metrics`."""
     manifest = checkpoint.read_manifest(checkpoint.find(source))
     checkpoint.verify_files(manifest)
     place = str(manifest.folder / "manifest.json")
     config = from_dict(unflatten(manifest.config), place, overrides)
     ranks = start_ranks(config.train.threads)
     try:
-        corpus = prepare(config, lambda line: print(line, file=sys.stderr, flush=True))
-        held_out = Sequences(corpus.validation, config.data.seq_len, corpus.eot)
-        if not held_out.count:
+        data = open_run_data(
+            config, ranks, [], lambda line: print(line, file=sys.stderr, flush=True)
+        )
+        if not data.validated:
             raise UserError(f"data.seq_len = {config.data.seq_len}: not one held-out sequence")
-        micro, limit = config.train.micro_batch, config.validation.sequences
-        batches = validation_batches(held_out, limit, micro, rank=0, n_ranks=1)
         model = _load(manifest, config, ranks.device)
-        loss = validation_loss(model, batches, held_out.first(), ranks.device)
-        assert loss is not None, "nothing stops it"
-        return loss, bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
+        found = validate_sources(
+            model, data.validated, config.validation.sequences, config.train.micro_batch,
+            ranks.device, rank=0, n_ranks=1,
+        )  # fmt: skip
+        assert found is not None, "nothing stops it"
+        return found
     finally:
         stop_ranks()
 
@@ -73,11 +75,16 @@ def main(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("python -m scripts.validate CHECKPOINT [--section.key=value ...]")
-        loss, bits = validate(local_path(arguments[0]), arguments[1:])
+        found = validate(local_path(arguments[0]), arguments[1:])
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments[0]}: {loss:.5f} nats per token, {bits:.5f} bits per byte")
+    for name in (key.partition("/")[2] for key in found if key.startswith("validation_loss")):
+        key = f"/{name}" if name else ""
+        bits = found.get(f"validation_bits_per_byte{key}")
+        end = "" if bits is None else f", {bits:.5f} bits per byte"
+        where = f"{arguments[0]}: {name}" if name else arguments[0]
+        print(f"{where}: {found[f'validation_loss{key}']:.5f} nats per token{end}")
     return 0
 
 

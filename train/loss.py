@@ -32,7 +32,7 @@ def loss_sum(
 
     context: of a training step; see `Decoder.forward`.
     """
-    output = _cross_entropy(batch.targets_T, model.tp_comm.group, z_loss_coef)
+    output = _cross_entropy(batch.targets_T, model.tp_comm.group, z_loss_coef, batch.losses_T)
     total: Tensor = model(batch.tokens_T, batch.positions_T, batch.core, output, context=context)
     return total
 
@@ -55,7 +55,7 @@ def loss_sums(
     for depth in range(1, mtp_depth + 1):
         successors_T, targets_T = look_ahead(batch, depth)
         ahead.append((successors_T, _cross_entropy(targets_T, group, z_loss_coef)))
-    main = _cross_entropy(batch.targets_T, group, z_loss_coef)
+    main = _cross_entropy(batch.targets_T, group, z_loss_coef, batch.losses_T)
     outputs = model(batch.tokens_T, batch.positions_T, batch.core, main, ahead, context)
     return torch.stack(outputs)
 
@@ -91,9 +91,30 @@ def _shifted(values_T: Tensor, by: int, fill: int) -> Tensor:
 
 
 def _cross_entropy(
-    targets_T: Tensor, group: dist.ProcessGroup | None, z_loss_coef: float
+    targets_T: Tensor,
+    group: dist.ProcessGroup | None,
+    z_loss_coef: float,
+    losses_T: Tensor | None = None,
 ) -> Output:
     def output(x_TD: Tensor, head_VD: Tensor) -> Tensor:
-        return linear_cross_entropy(x_TD, head_VD, targets_T, group, z_loss_coef)
+        return linear_cross_entropy(x_TD, head_VD, targets_T, group, z_loss_coef, losses_T)
 
     return output
+
+
+def source_losses(batches: Sequence[Batch], n_sources: int) -> Tensor:
+    """Loss and target tokens of each source, summed over this rank's batches, which have run with
+    `losses_T`: fp64 `[2, n_sources]` on the host. The loss is that of this rank's targets."""
+    sums = torch.zeros(2, n_sources, dtype=torch.float64)
+    of_batches = []
+    for batch in batches:
+        assert batch.losses_T is not None
+        rows = [n for _, n, _ in batch.sources]
+        by_row = batch.losses_T.view(sum(rows), -1).sum(1, dtype=torch.float64)
+        of_batches += [part.sum() for part in by_row.split(rows)]
+    losses = torch.stack(of_batches).cpu() if of_batches else torch.empty(0)
+    parts = [part for batch in batches for part in batch.sources]
+    for (source, _, n_targets), loss in zip(parts, losses, strict=True):
+        sums[0, source] += loss
+        sums[1, source] += n_targets
+    return sums

@@ -30,7 +30,8 @@ from parallel.memory.model import BATCH, GRADIENTS, MASKS, MOMENTS, PARAMETERS, 
 from parallel.memory.routing import chosen, even, one_sided
 from parallel.memory.timeline import Needs, extrapolate, needs_of
 from parallel.memory.tracker import Segment
-from train.data.batches import Batch, Sequences
+from train.data.batches import Batch, sequence_batch
+from train.dataset.sequences import sequences_of
 from train.optim.optimizer import build_optimizer
 from train.step import train_step
 
@@ -205,7 +206,7 @@ class _Step:
         n, length = self.config.train.micro_batch, self.config.data.seq_len
         tokens = np.ones(length + 1, np.int64)
         tokens[1] = 0
-        return Sequences(tokens, length, eot=0).batch(np.zeros(n, np.int64))
+        return sequence_batch(sequences_of(tokens, length, eot=0), np.zeros(n, np.int64))
 
     def _states(self) -> Mapping[Tensor, list[Tensor]]:
         states = self.optimizer.state.items()

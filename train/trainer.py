@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from configs.config_warnings import config_warnings
-from configs.errors import ConfigError, UserError
+from configs.errors import UserError
 from configs.loader import flatten, to_toml
 from configs.parallel_dims import ParallelDims
 from configs.paths import local_path
@@ -22,7 +22,7 @@ from configs.schema import JobConfig
 from models.counts import flops_per_token
 from models.fp8 import gemm_shares
 from parallel.dispatch.overflow import CapacityOverflow
-from parallel.ranks import Ranks, any_rank
+from parallel.ranks import Ranks, any_rank, sum_over_ranks
 from parallel.waiting import collective_time
 from train.atomic_files import claim, replace_text
 from train.build import build_training, shard_model
@@ -30,13 +30,14 @@ from train.checkpoint.manifest import path_of
 from train.checkpoint.resume import restore
 from train.checkpoint.saver import Saver, open_storage
 from train.checkpoint.value_range import values_out_of_range
-from train.data.batches import Batch, Sequences, TrainingData, validation_batches
-from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
+from train.data.batches import Batch
+from train.data.open_run_data import open_run_data
 from train.garbage_collection import GarbageCollection
 from train.health.run_health import RunHealth
 from train.health.spikes import LossSpike
 from train.health.stragglers import StepTime
 from train.health.watchdog import Watchdog
+from train.loss import source_losses
 from train.optim.optimizer import optimizer_tensors, set_learning_rate
 from train.optim.schedule import learning_rate, schedule_steps
 from train.process.stop import StopSignal
@@ -49,8 +50,7 @@ from train.report.reporter import Reporter
 from train.shared_storage import check_shared
 from train.step import NonFiniteError, StepResult, train_step
 from train.tokenizer.hf_files import keep_tokenizer
-from train.tokenizer.tokenizer import find_tokenizer
-from train.validation import bits_per_byte, validation_loss
+from train.validation import validate_sources
 
 
 class _Return(Exception):
@@ -77,17 +77,16 @@ class Trainer:
         watchdog.start()  # it writes to the folder
         sharded = shard_model(config, ranks)  # raises early for invalid settings
         self.heartbeat.enter("corpus")
-        self.corpus = self._open_corpus()
-        self.data, self.held_out = self._open_data()
+        self.health = RunHealth(config, ranks, self.folder)
+        self._open_data()
         self.heartbeat.enter("build")
         self.training = build_training(config, ranks, sharded)
         self.model, self.optimizer = self.training.model, self.training.optimizer
         self.fp8 = Fp8Diagnosis(self.model, config.precision.fp8)
         compute = str(self.training.compute)
-        self.facts = {"corpus": self.corpus.fingerprint, "compute": compute}
+        self.facts = {"corpus": self.data.fingerprint, "compute": compute}
         self.saver = Saver(storage, config.checkpoint, flatten(config), ranks)
         self.validation_loss: float | None = None
-        self.health = RunHealth(config.health, ranks, self.folder)
         lines = self._restore()
         if ranks.is_first:
             self._introduce(lines)
@@ -104,6 +103,8 @@ class Trainer:
         self.saver.resume(start.done)
         self.owes_validation = start.owes_validation
         self.health.resume(self.done)
+        if self.done:
+            self.ranks.on_every(lambda: self.data.check_resume(start.state, self.done))
         return start.lines
 
     def run(self) -> int | None:
@@ -113,14 +114,18 @@ class Trainer:
                 try:
                     return self._run()
                 except _Return as back:
+                    self._open_data()
                     lines = self._restore()
                     if self.ranks.is_first:
                         print(f"{self.folder}: {back}", *lines, sep="\n", flush=True)
 
     def _run(self) -> int | None:
         total, garbage = self.config.train.steps, GarbageCollection(self.config.train.gc_every)
+        settings = self.config.data
+        data = self.batches.ahead(self.done + 1, total, settings.workers, settings.prefetch)
         self.stop.save_first()
         with (
+            closing(data),
             self._reporter() as report,
             self._saved_where_a_step_fails(report),
             collective_time() as waited,
@@ -130,7 +135,7 @@ class Trainer:
             for step in range(self.done + 1, total + 1):
                 start, before = time.perf_counter(), waited.seconds
                 self.heartbeat.enter("data", step, self.done)
-                batches = self._batches(step)
+                batches = self._on_device(next(data))
                 fetched = time.perf_counter()
                 lr = self._set_learning_rate(step)
                 try:
@@ -152,7 +157,7 @@ class Trainer:
                 report.step(
                     step, result, lr=lr, seconds=end - start, data_seconds=fetched - start,
                     validation=validation, fp8=found, checkpoint=self.saver.fields(),
-                    skipped=len(self.health.skipped.steps),
+                    skipped=len(self.health.skipped.steps), sources=self._of_sources(batches),
                 )  # fmt: skip
                 report.say_all(self.health.time(step, taken))
                 self.saver.poll()
@@ -177,9 +182,19 @@ class Trainer:
             phase=self.heartbeat.enter, accumulation=self.training.accumulation,
         )  # fmt: skip
 
-    def _batches(self, step: int) -> list[Batch]:
-        data_step = self.health.left_out.data_step(step)
-        return [batch.to(self.ranks.device) for batch in self.data.step(data_step)]
+    def _open_data(self) -> None:
+        """Open the data, without what the run leaves out."""
+        config, dims, ranks = self.config, self.parallel_dims, self.ranks
+        skipped = self.health.left_out.skipped
+        self.data = open_run_data(config, ranks, skipped, lambda line: print(line, flush=True))
+        self.batches = self.data.training(
+            config.train.micro_batch, dims.data_rank(ranks.rank), dims.data_ranks,
+            pin=ranks.device.type == "cuda",
+        )  # fmt: skip
+
+    def _on_device(self, batches: list[Batch]) -> list[Batch]:
+        by_source = self.data.by_source
+        return [batch.to(self.ranks.device, with_losses=by_source) for batch in batches]
 
     def _check(self, step: int, result: StepResult) -> None:
         """Raise an error if replicas differ; return to a checkpoint if the loss is a spike."""
@@ -226,26 +241,22 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.done == self.config.train.steps or (every > 0 and self.done % every == 0)
 
-    def _validate(self) -> dict[str, float]:
-        corpus, micro = self.corpus, self.config.train.micro_batch
-        batches = validation_batches(
-            self.held_out, self.config.validation.sequences, micro,
-            self.parallel_dims.data_rank(self.ranks.rank), self.parallel_dims.data_ranks,
-        )  # fmt: skip
-        filler = self.held_out.first()
-        loss = validation_loss(
-            self.model,
-            batches,
-            filler,
-            self.ranks.device,
-            self._stops_validation,
-            self.parallel_dims.tp,
-        )
-        self.owes_validation = loss is None
-        if loss is None:
+    def _of_sources(self, batches: list[Batch]) -> dict[str, float]:
+        """Losses of the step, tokens and epochs by source; nothing for one unnamed source."""
+        if not self.data.by_source:
             return {}
-        bits = bits_per_byte(loss, len(corpus.validation), corpus.validation_bytes)
-        return {"validation_loss": loss, "validation_bits_per_byte": bits}
+        sums = source_losses(batches, len(self.data.sources))
+        return self.data.step_fields(self.done, sum_over_ranks(sums), self.parallel_dims.tp)
+
+    def _validate(self) -> dict[str, float]:
+        fields = validate_sources(
+            self.model, self.data.validated, self.config.validation.sequences,
+            self.config.train.micro_batch, self.ranks.device,
+            self.parallel_dims.data_rank(self.ranks.rank), self.parallel_dims.data_ranks,
+            self._stops_validation, self.parallel_dims.tp,
+        )  # fmt: skip
+        self.owes_validation = fields is None
+        return fields or {}
 
     def _save(
         self, report: Reporter, *, beside_training: bool = False, keep_all: bool = False
@@ -271,6 +282,7 @@ class Trainer:
             )
         report.flush()
         state = {"step": self.done, "owes_validation": self.owes_validation, **self.facts}
+        state |= self.data.state(self.done)
         if self.validation_loss is not None and math.isfinite(self.validation_loss):
             state["validation_loss"] = self.validation_loss
         if beside_training:
@@ -313,56 +325,19 @@ class Trainer:
         tensors = optimizer_tensors(self.optimizer)
         return {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
 
-    def _open_corpus(self) -> Corpus:
-        """Rank 0 prepares the corpus (or finds it in the cache), the others open it."""
-
-        def folder_of_corpus() -> str:
-            return str(prepare(self.config, lambda line: print(line, flush=True)).folder)
-
-        def opened() -> Corpus:
-            try:
-                return open_corpus(folder)
-            except (DamagedCache, FileNotFoundError) as error:
-                raise ConfigError(str(error)) from None
-
-        folder = Path(self.ranks.on_first(folder_of_corpus))
-        corpus: Corpus = self.ranks.on_every(opened)
-        return corpus
-
-    def _open_data(self) -> tuple[TrainingData, Sequences]:
-        config, corpus = self.config, self.corpus
-        training = Sequences(corpus.train, config.data.seq_len, corpus.eot)
-        held_out = Sequences(corpus.validation, config.data.seq_len, corpus.eot)
-        for split, sequences in (("training", training), ("validation", held_out)):
-            if not sequences.count:
-                raise ConfigError(
-                    f"data.seq_len = {config.data.seq_len}: the {split} split has only "
-                    f"{len(sequences.tokens)} tokens, not one sequence; use shorter sequences or "
-                    "more text"
-                )
-        data = TrainingData(
-            training,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            rank=self.parallel_dims.data_rank(self.ranks.rank),
-            n_ranks=self.parallel_dims.data_ranks,
-        )
-        return data, held_out
-
     def _introduce(self, start: list[str]) -> None:
         """Print how the run starts, and save config, tokenizer and environment with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.toml", to_toml(self.config))
         data = self.config.data
         keep_tokenizer(
-            find_tokenizer(data.tokenizer) if data.tokenizer else self.corpus.tokenizer_file,
+            self.data.tokenizer_file,
             self.folder / "tokenizer",
             data.seq_len,
             trains_on=bool(self.config.checkpoint.init_from),
         )
         described = environment.describe(self.ranks, self.parallel_dims, self.training.compute)
-        lines = [*start, *environment.record(self.folder, described)]
+        lines = [*start, *self.data.lines, *environment.record(self.folder, described)]
         moe = self.config.model.moe
         forced = [FORCED_BALANCE] if moe.force_balance else []
         frozen = [] if moe.router_learns else [ROUTER_LEARNS_NOTHING]

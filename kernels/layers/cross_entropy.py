@@ -44,6 +44,7 @@ def linear_cross_entropy(
     targets_T: Tensor,
     group: dist.ProcessGroup | None = None,
     z_loss_coef: float = 0.0,
+    losses_T: Tensor | None = None,
 ) -> Tensor:
     """Sum of `-log softmax(x @ weight.T)[target]` over tokens, an fp32 scalar.
 
@@ -58,16 +59,19 @@ def linear_cross_entropy(
             ranks of these losses, and of the gradients for x, are those of the whole vocabulary.
         z_loss_coef: The gradients are those of the sum plus `z_loss_coef * logsumexp^2` of every
             token that has a loss; the value does not include it.
+        losses_T: fp32; is filled with the loss of each token, which has no gradient.
     """
     wants_grad = torch.is_grad_enabled()  # always off within forward
     if group is not None:
         targets_T = _local_targets(targets_T, weight_vD.shape[0], group)
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() and losses_T is None:
         needs_grad = wants_grad and (x_TD.requires_grad or weight_vD.requires_grad)
         loss: Tensor = _operation(x_TD, weight_vD, targets_T, z_loss_coef, needs_grad)[0]
         return loss
     # otherwise no custom operator: memory tracing cannot observe allocations inside one
-    return _LinearCrossEntropy.apply(x_TD, weight_vD, targets_T, wants_grad, group, z_loss_coef)
+    return _LinearCrossEntropy.apply(
+        x_TD, weight_vD, targets_T, wants_grad, group, z_loss_coef, losses_T
+    )
 
 
 def _local_targets(targets_T: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
@@ -137,6 +141,7 @@ def _loss_and_gradients(
     group: dist.ProcessGroup | None,
     z_loss_coef: float,
     needs_grad: bool,
+    losses_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss and, if needed, the gradients for x and weight, the latter in fp32."""
     on_cpu = x_TD.device.type == "cpu" and not device.on_accelerator(x_TD)
@@ -157,6 +162,8 @@ def _loss_and_gradients(
             logits_tv, targets_T[rows], logsumexp_t, z_loss_coef, grad_x is not None
         )
         loss += loss_t.sum()
+        if losses_T is not None:
+            losses_T[rows] = loss_t
         if grad_x is not None and grad_w is not None:
             grad_logits = logits_tv.to(x_TD.dtype)
             torch.mm(grad_logits, weight_vD, out=grad_x[rows])
@@ -183,10 +190,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_grad: bool,
         group: dist.ProcessGroup | None,
         z_loss_coef: float,
+        losses_T: Tensor | None,
     ) -> Tensor:
         needs_grad = wants_grad and any(ctx.needs_input_grad)
         loss, grad_x, grad_w = _loss_and_gradients(
-            x_TD, weight_vD, targets_T, group, z_loss_coef, needs_grad
+            x_TD, weight_vD, targets_T, group, z_loss_coef, needs_grad, losses_T
         )
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_w)
@@ -195,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx, grad), None, None, None, None
+        return *_scaled(ctx, grad), None, None, None, None, None
 
 
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

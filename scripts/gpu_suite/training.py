@@ -28,7 +28,8 @@ from parallel.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from scripts.gpu_suite.harness import Check, Place, Timing
 from train.build import shard_model
-from train.data.batches import Batch, Sequences, TrainingData
+from train.data.batches import Batch, shuffled_epochs
+from train.dataset.sequences import sequences_of
 from train.step import train_step
 
 NAME = "training"
@@ -76,10 +77,10 @@ class Training:
         )
         tokens = np.random.default_rng(0).integers(1, config.model.vocab_size, 100_000)
         tokens[::997] = 0
-        self.data = TrainingData(
-            Sequences(tokens.astype(np.uint32), config.data.seq_len, 0), seed=0,
-            global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
-            rank=0, n_ranks=1,
+        sequences = sequences_of(tokens.astype(np.uint32), config.data.seq_len, eot=0)
+        self.data = shuffled_epochs(
+            sequences, seed=0, global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch, rank=0, n_ranks=1,
         )  # fmt: skip
         self.device, self.count = device, 0
 

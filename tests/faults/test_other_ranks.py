@@ -10,7 +10,8 @@ import torch
 
 from tests.runs import TINY, run
 from train.checkpoint import checkpoint
-from train.data.batches import Sequences, TrainingData
+from train.data.batches import shuffled_epochs
+from train.dataset.sequences import sequences_of
 from train.report.metrics import read_lines
 
 PLACES = [
@@ -57,12 +58,12 @@ def test_losses_do_not_depend_on_the_ranks(n: int, overrides: list[str], tmp_pat
 
 
 def test_the_tokens_of_a_step_are_the_same_on_any_number_of_ranks() -> None:
-    sequences = Sequences(np.arange(4_001), 16, eot=0)
+    sequences = sequences_of(np.arange(4_001), 16, eot=0)
 
     def tokens(step: int, n_ranks: int) -> np.ndarray:
         found = []
         for rank in range(n_ranks):
-            data = TrainingData(
+            data = shuffled_epochs(
                 sequences, seed=3, global_batch=12, micro_batch=1, rank=rank, n_ranks=n_ranks
             )
             found += [batch.tokens_T.numpy().reshape(-1, 16) for batch in data.step(step)]

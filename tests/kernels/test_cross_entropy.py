@@ -149,3 +149,20 @@ def test_compiles_in_one_graph(needs_grad: bool) -> None:
         results.append([found.detach(), *grads])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_loss_of_every_token_is_recorded_and_changes_nothing() -> None:
+    x, w, targets = operands(37, 90)
+    leaves = (x.requires_grad_(), w.requires_grad_())
+    losses = torch.full((37,), 9.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cross_entropy._CHUNK_ELEMENTS, "cpu", 90 * 8)
+        recorded = linear_cross_entropy(*leaves, targets, losses_T=losses)
+        plain = linear_cross_entropy(*leaves, targets)
+    exact = F.cross_entropy(x @ w.T, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, exact.detach())
+    assert recorded == plain and not losses.requires_grad
+    for a, b in zip(
+        *(torch.autograd.grad(loss, leaves) for loss in (recorded, plain)), strict=True
+    ):
+        assert torch.equal(a, b)

@@ -23,7 +23,8 @@ from models.mtp import MtpModule
 from tests.models.families import DEEPSEEK_V3_MTP
 from tests.runs import ROOT, TINY
 from tests.step_contexts import counts_of, model_step
-from train.data.batches import Batch, Sequences
+from train.data.batches import Batch, sequence_batch
+from train.dataset.sequences import sequences_of
 from train.loss import count_tokens, look_ahead, loss_sum, loss_sums
 
 
@@ -51,7 +52,7 @@ def packed(model: ModelConfig, lengths: list[list[int]]) -> tuple[Batch, list[Te
         rows.append(np.concatenate(parts))
         documents += [torch.from_numpy(np.r_[part, 0]) for part in parts]
     flat = np.r_[np.concatenate(rows), 0].astype(np.uint16)
-    batch = Sequences(flat, len(rows[0]), eot=0).batch(np.arange(len(rows)))
+    batch = sequence_batch(sequences_of(flat, len(rows[0]), eot=0), np.arange(len(rows)))
     return batch, documents
 
 

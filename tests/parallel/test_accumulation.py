@@ -13,7 +13,8 @@ from configs.schema import JobConfig
 from parallel.ranks import Ranks
 from tests.runs import TINY
 from train.build import Training, build_training
-from train.data.batches import Batch, Sequences
+from train.data.batches import Batch, sequence_batch
+from train.dataset.sequences import sequences_of
 from train.step import train_step
 
 
@@ -33,8 +34,8 @@ def build(config: JobConfig) -> Training:
 def batches(config: JobConfig) -> list[Batch]:
     words = np.random.default_rng(0).integers(0, config.model.vocab_size, 6 * 32 + 1)
     words[::7] = 0
-    sequences = Sequences(words.astype(np.uint16), 32, eot=0)
-    return [sequences.batch(np.arange(i, i + 2)) for i in (0, 2, 4)]
+    sequences = sequences_of(words.astype(np.uint16), 32, eot=0)
+    return [sequence_batch(sequences, np.arange(i, i + 2)) for i in (0, 2, 4)]
 
 
 def step(training: Training, data: list[Batch], stop_at: int = 0) -> float:

@@ -14,7 +14,8 @@ from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.init import initialize
 from tests.runs import TINY
-from train.data.batches import Sequences
+from train.data.batches import sequence_batch
+from train.dataset.sequences import sequences_of
 from train.loss import look_ahead, loss_sums
 from train.step import train_step
 
@@ -55,7 +56,7 @@ def test_a_step_with_z_loss(depth: int) -> None:
     model = build(depth)
     words = np.random.default_rng(0).integers(0, model.config.vocab_size, 3 * 24 + 1)
     words[::7] = 0
-    batch = Sequences(words.astype(np.uint16), 24, eot=0).batch(np.arange(3))
+    batch = sequence_batch(sequences_of(words.astype(np.uint16), 24, eot=0), np.arange(3))
     results = []
     for z in (0.0, Z):
         model = build(depth)  # a step changes the routers' biases

@@ -61,6 +61,9 @@ CHANGES: dict[str, ConfigChange] = {
     "model.moe.force_balance": _NEW,
     "data": _ALWAYS,  # the resulting tokens are compared (`refuse_other_corpus`)
     "data.seq_len": _NEW,
+    "data.packing": _NEW,
+    "data.fim_rate": _NEW,
+    "data.fim_tokens": _NEW,
     "train": _ALWAYS,
     "train.global_batch": _NEW,
     "optimizer": _ALWAYS,
@@ -116,6 +119,8 @@ def compare_for_resume(then: JobConfig, config: JobConfig, done: int) -> list[st
 def refuse_other_corpus(then: JobConfig, config: JobConfig) -> NoReturn:
     """Raise UserError for a run with other tokens than those its checkpoint was trained on."""
     changed = [line for key, line in _changed(then, config).items() if key.startswith("data.")]
+    if then.data.blend and config.data.blend:
+        changed = ["tokenizer of the datasets of data.blend"]
     cause = (
         f"with another {', '.join(changed)}"
         if changed

@@ -19,6 +19,8 @@ _LONGEST_TEXT = 4096
 """Longest string of state and config: the length limit of a path."""
 _LARGEST = 2**62
 """Largest size, offset or step; their sums fit 64 bits."""
+_MOST_TABLES = 3
+"""Levels of tables within lists of tables."""
 _MOST_DIMENSIONS = 16
 FOLDER_NAME = re.compile(r"step-[0-9]{8,18}")
 
@@ -164,12 +166,15 @@ def config_of(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_scalars(what: str, content: dict[str, Any]) -> None:
-    """Check that values are scalars or lists of them, as settings are, and no longer than a
-    path."""
+    """Check that values are scalars, lists of them or lists of tables (`data.blend`), as settings
+    are, and no longer than a path."""
     for key, value in content.items():
         _name(key, f"{what}: key")
         items = value if type(value) is list else [value]
         for item in items:
+            if type(value) is list and type(item) is dict and what.count(".") < _MOST_TABLES:
+                _check_scalars(f"{what}.{short(key)}", item)
+                continue
             if item is not None and type(item) not in (bool, int, float, str):
                 raise Fault(f"{what}: {short(key)} = {short(value)}: must be a scalar or a list")
             if type(item) is str and len(item) > _LONGEST_TEXT:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,8 @@ class ResumeState:
     """Messages for the user."""
     owes_validation: bool
     """Whether a stop interrupted the validation after the last step."""
+    state: Mapping[str, Any] = MappingProxyType({})
+    """Of the manifest; empty for a new run."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _resume(
         retention.remember(storage.address(name), storage.signature(name))
     if init_from := config.checkpoint.init_from:
         said.append(f"checkpoint.init_from = {init_from}: not used, the run has begun already")
-    return ResumeState(manifest.step, said, manifest.state["owes_validation"])
+    return ResumeState(manifest.step, said, manifest.state["owes_validation"], manifest.state)
 
 
 def _start(config: JobConfig, ranks: Ranks, facts: dict[str, str], weights: Tensors) -> ResumeState:

@@ -1,24 +1,25 @@
-"""The tokens of a step: a pure function of (seed, step), for any number of ranks.
+"""The microbatches of a step: a pure function of (seed, step), for any number of ranks.
 
-The corpus is one long row of tokens in which an end-of-text token begins every document. It is cut
-into sequences of `seq_len`, which each epoch reads in a seeded random order. Step s reads the next
+A run reads its sequences in one endless order (`train.dataset.order`). Step s reads the next
 `global_batch` of them; microbatch m of rank r reads a fixed share. Only the step must be stored for
 a resume, and the number of ranks may change without changing the data.
-
-Targets are the next tokens. The target of a document's last token is therefore the end-of-text
-token, which then begins the next document at position 0 and does not attend to earlier tokens.
 
 B sequences, L their length, T = B * L tokens.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.layers.cross_entropy import IGNORE
 from models.documents import DocumentAttention
+from train.dataset.order import Order, ShuffledEpochs, Visits, data_step
+from train.dataset.sequences import Rows, Sequences
 
 
 @dataclass(frozen=True)
@@ -31,43 +32,52 @@ class Batch:
     core: DocumentAttention
     n_targets: int
     """Targets with a loss; counted on the host."""
+    sources: tuple[tuple[int, int, int], ...] = ()
+    """Source, sequences and targets with a loss, in the order of the sequences."""
+    losses_T: Tensor | None = field(default=None, compare=False)
+    """The loss of every token, fp32, written by the forward pass; None: not recorded."""
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            self.tokens_T.to(device, non_blocking=True),
-            self.positions_T.to(device, non_blocking=True),
-            self.targets_T.to(device, non_blocking=True),
-            self.core.to(device),
-            self.n_targets,
+    def to(self, device: torch.device, *, with_losses: bool = False) -> "Batch":
+        """A copy on another device. with_losses: record the loss of every token."""
+        losses_T = None
+        if with_losses:
+            losses_T = torch.zeros(len(self.tokens_T), dtype=torch.float32, device=device)
+        return replace(
+            self,
+            tokens_T=self.tokens_T.to(device, non_blocking=True),
+            positions_T=self.positions_T.to(device, non_blocking=True),
+            targets_T=self.targets_T.to(device, non_blocking=True),
+            core=self.core.to(device),
+            losses_T=losses_T,
         )
 
 
-class Sequences:
-    """Sequences of a token row, by number, with their positions and targets."""
+def make_batch(parts: Sequence[tuple[int, Rows]], pin: bool = False) -> Batch:
+    """The sequences of one or more sources as one microbatch.
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, eot: int) -> None:
-        self.tokens, self.seq_len, self.eot = tokens, seq_len, eot
-        self.count = max((len(tokens) - 1) // seq_len, 0)
+    parts: source and sequences. pin: in page-locked memory, from which CUDA copies while it
+    computes.
+    """
+    tokens_BL, targets_BL, positions_BL = (
+        _tensor([getattr(rows, name) for _, rows in parts], pin)
+        for name in ("tokens_BL", "targets_BL", "positions_BL")
+    )
+    counts = [int(np.count_nonzero(rows.targets_BL != IGNORE)) for _, rows in parts]
+    return Batch(
+        tokens_BL.reshape(-1),
+        positions_BL.reshape(-1),
+        targets_BL.reshape(-1),
+        DocumentAttention(positions_BL),
+        sum(counts),
+        tuple((source, len(rows.tokens_BL), n) for (source, rows), n in zip(parts, counts,
+                                                                            strict=True)),
+    )  # fmt: skip
 
-    def batch(self, numbers: np.ndarray) -> Batch:
-        """The sequences `numbers` (int, `[B]`) as one microbatch."""
-        starts = numbers.astype(np.int64)[:, None] * self.seq_len
-        window = self.tokens[starts + np.arange(self.seq_len + 1)].astype(np.int64)
-        tokens_BL, targets_BL = window[:, :-1], window[:, 1:]
-        index_L = np.arange(self.seq_len)
-        opened_BL = np.where(tokens_BL == self.eot, index_L, 0)
-        positions_BL = torch.from_numpy(index_L - np.maximum.accumulate(opened_BL, axis=1))
-        return Batch(
-            torch.from_numpy(tokens_BL.reshape(-1)),
-            positions_BL.reshape(-1),
-            torch.from_numpy(targets_BL.reshape(-1)),
-            DocumentAttention(positions_BL),
-            targets_BL.size,
-        )
 
-    def first(self) -> Batch:
-        """The first sequence alone, to run when a rank has no sequences left."""
-        return self.batch(np.zeros(1, np.int64))
+def _tensor(arrays: list[np.ndarray], pin: bool) -> Tensor:
+    joined = np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+    tensor = torch.from_numpy(joined)
+    return tensor.pin_memory() if pin else tensor
 
 
 class TrainingData:
@@ -75,34 +85,90 @@ class TrainingData:
 
     def __init__(
         self,
-        sequences: Sequences,
+        order: Order,
+        sources: Sequence[Sequences],
         *,
-        seed: int,
         global_batch: int,
         micro_batch: int,
         rank: int,
         n_ranks: int,
+        skipped: Sequence[tuple[int, int]] = (),
+        pin: bool = False,
     ) -> None:
-        self.sequences, self.seed = sequences, seed
+        """skipped: first and last of each range of steps whose data is not read. pin: see
+        `make_batch`."""
+        self.order, self.sources, self.skipped, self.pin = order, sources, skipped, pin
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.n_ranks = rank, n_ranks
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def step(self, step: int) -> Iterator[Batch]:
         """The microbatches of optimizer step `step` (counted from 1), in order."""
-        per_pass = self.micro_batch * self.n_ranks
-        first = (step - 1) * self.global_batch + self.rank * self.micro_batch
-        for start in range(first, first + self.global_batch - per_pass + 1, per_pass):
-            numbers = [self._number(i) for i in range(start, start + self.micro_batch)]
-            yield self.sequences.batch(np.array(numbers))
+        visits = self.visits(step)
+        for pass_ in range(self._passes):
+            yield self._batch(visits, pass_)
 
-    def _number(self, visit: int) -> int:
-        """The sequence at index `visit` of the endless stream of epochs."""
-        epoch, place = divmod(visit, self.sequences.count)
-        if self._epoch[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.sequences.count)
-            self._epoch = (epoch, order)
-        return int(self._epoch[1][place])
+    def ahead(
+        self, first: int, last: int, workers: int = 1, prefetch: int = 2
+    ) -> Generator[list[Batch], None, None]:
+        """The microbatches of the steps `first` to `last`, a list per step.
+
+        workers: threads that prepare them, each one microbatch at a time; 0: the caller does.
+        prefetch: steps to prepare ahead. Close the iterator to end the threads.
+        """
+        if not workers:
+            for step in range(first, last + 1):
+                yield list(self.step(step))
+            return
+        pending: deque[list[Future[Batch]]] = deque()
+        following = iter(range(first, last + 1))
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
+        try:
+            for _ in range(first, last + 1):
+                while len(pending) <= prefetch and (coming := next(following, None)) is not None:
+                    visits = self.visits(coming)
+                    pending.append(
+                        [pool.submit(self._batch, visits, n) for n in range(self._passes)]
+                    )
+                yield [future.result() for future in pending.popleft()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def _passes(self) -> int:
+        return self.global_batch // (self.micro_batch * self.n_ranks)
+
+    def visits(self, step: int) -> Visits:
+        """This rank's sequences of a step, microbatch after microbatch."""
+        per_pass = self.micro_batch * self.n_ranks
+        first = (data_step(step, self.skipped) - 1) * self.global_batch
+        first += self.rank * self.micro_batch
+        starts = np.arange(self._passes, dtype=np.int64)[:, None] * per_pass + first
+        return self.order.at((starts + np.arange(self.micro_batch)).reshape(-1))
+
+    def _batch(self, visits: Visits, pass_: int) -> Batch:
+        here = slice(pass_ * self.micro_batch, (pass_ + 1) * self.micro_batch)
+        sources, epochs, numbers = visits.sources[here], visits.epochs[here], visits.numbers[here]
+        parts = []
+        for source in np.unique(sources).tolist():
+            rows = sources == source
+            parts.append((source, self.sources[source].rows(numbers[rows], epochs[rows])))
+        return make_batch(parts, self.pin)
+
+
+def shuffled_epochs(
+    sequences: Sequences, *, seed: int, global_batch: int, micro_batch: int, rank: int, n_ranks: int
+) -> TrainingData:
+    """The microbatches of one source."""
+    return TrainingData(
+        ShuffledEpochs(sequences.count, seed), [sequences], global_batch=global_batch,
+        micro_batch=micro_batch, rank=rank, n_ranks=n_ranks,
+    )  # fmt: skip
+
+
+def sequence_batch(sequences: Sequences, numbers: np.ndarray) -> Batch:
+    """The sequences `numbers` (int, `[B]`) of one source as one microbatch."""
+    numbers = numbers.astype(np.int64)
+    return make_batch([(0, sequences.rows(numbers, np.zeros_like(numbers)))])
 
 
 def validation_batches(
@@ -116,4 +182,4 @@ def validation_batches(
     count = min(limit, sequences.count) if limit else sequences.count
     for start in range(0, count, micro_batch * n_ranks):
         mine = np.arange(start, count)[rank * micro_batch : (rank + 1) * micro_batch]
-        yield sequences.batch(mine) if len(mine) else None
+        yield sequence_batch(sequences, mine) if len(mine) else None

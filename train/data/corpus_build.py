@@ -20,7 +20,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.schema import JobConfig
-from train.data.dedup import DedupResult, find_duplicates
+from train.data.dedup import DedupResult, find_duplicates, split
 from train.data.documents import Documents, shown
 from train.data.progress import reported
 from train.data.sources import Source
@@ -97,18 +97,6 @@ def _build(
         "eot": eot,
         "eot_token": eot_token,
     }
-
-
-def split(digests: list[bytes], fraction: float) -> np.ndarray:
-    """Which documents are held out, bool `[documents]`: about `fraction` of them, at least one,
-    and at least one is not. digests: two or more, 16 bytes each."""
-    # The first half of a digest determines the order, the second the split: they are independent.
-    place = np.array([int.from_bytes(digest[8:], "big") / 2**64 for digest in digests])
-    held_out = place < fraction
-    held_out[place.argmin()] = True
-    if held_out.all():
-        held_out[place.argmax()] = False
-    return held_out
 
 
 def _report(config: JobConfig, documents: Documents, found: DedupResult, log: Log) -> None:

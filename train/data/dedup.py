@@ -91,7 +91,7 @@ def find_duplicates(
     digests = sorted(found)
     order = [found[digest] for digest in digests]
     table = np.frombuffer(signatures, np.uint32).reshape(-1, HASHES)
-    chosen, n_compared = _drop_similar([signature_of.get(r) for r in order], table, threshold, log)
+    chosen, n_compared = drop_similar([signature_of.get(r) for r in order], table, threshold, log)
     return DedupResult(
         kept=[positions[order[i]] for i in chosen],
         digests=[digests[i] for i in chosen],
@@ -132,7 +132,19 @@ def band_rows(threshold: float) -> int:
     return rows
 
 
-def _drop_similar(
+def split(digests: list[bytes], fraction: float) -> np.ndarray:
+    """Which documents are held out, bool `[documents]`: about `fraction` of them, at least one,
+    and at least one is not. digests: two or more, 16 bytes each."""
+    # The first half of a digest determines the order, the second the split: they are independent.
+    place = np.array([int.from_bytes(digest[8:], "big") / 2**64 for digest in digests])
+    held_out = place < fraction
+    held_out[place.argmin()] = True
+    if held_out.all():
+        held_out[place.argmax()] = False
+    return held_out
+
+
+def drop_similar(
     rows: list[int | None], signatures: np.ndarray, threshold: float, log: Callable[[str], None]
 ) -> tuple[list[int], int]:
     """Indices of `rows` to keep, each compared with those kept before it, and the comparisons.

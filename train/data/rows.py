@@ -6,10 +6,11 @@ memory in use is a line, or a few rows of the column.
 """
 
 import gzip
+import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,7 +65,7 @@ class WrongColumn(Exception):
 
 
 def json_rows(path: Path, column: Column) -> Iterator[Row]:
-    """The rows of a file of JSON lines, compressed if its name ends in .gz.
+    """The rows of a file of JSON lines, compressed if its name ends in .gz or .zst.
 
     Blank lines and a byte-order mark are skipped.
     """
@@ -73,8 +74,7 @@ def json_rows(path: Path, column: Column) -> Iterator[Row]:
         yield raw
         return
     with raw:
-        compressed = path.name.lower().endswith(".gz")
-        file: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if compressed else raw
+        file = _decompressed(raw, path.name.lower())
         number = 0
         while True:
             number += 1
@@ -93,6 +93,48 @@ def json_rows(path: Path, column: Column) -> Iterator[Row]:
                 return
             elif line := line[_end_of_blank(line) :]:
                 yield _json_row(line, f"line {number}", column)
+
+
+def _decompressed(raw: BinaryIO, name: str) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if name.endswith(".zst"):
+        import pyarrow as pa
+
+        stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        return io.BufferedReader(stream, 2**20)
+    return raw
+
+
+def json_rows_between(path: Path, column: Column, start: int, end: int) -> Iterator[Row]:
+    """The rows of the lines that begin at the byte offsets `start` to `end - 1`, uncompressed.
+
+    As `json_rows`, but an unreadable row is named by its byte offset.
+    """
+    raw = _open(path)
+    if isinstance(raw, Unreadable):
+        yield raw
+        return
+    with raw:
+        if start:  # the line that begins before it belongs to the range before
+            raw.seek(start - 1)
+            while (part := raw.readline(2**20)) and not part.endswith(b"\n"):
+                pass
+        while (place := raw.tell()) < end:
+            try:
+                line = raw.readline(LONGEST_LINE + 1)
+                too_long = len(line) > LONGEST_LINE
+                while too_long and not line.endswith(b"\n") and line:
+                    line = raw.readline(2**20)
+            except OSError as error:
+                yield Unreadable(f"byte offset {place:,} and all that follows", str(error.strerror))
+                return
+            if too_long:
+                yield Unreadable(f"byte offset {place:,}", f"longer than {LONGEST_LINE:,} bytes")
+            elif not line:
+                return
+            elif line := line[_end_of_blank(line) :]:
+                yield _json_row(line, f"byte offset {place:,}", column)
 
 
 def _end_of_blank(line: bytes) -> int:
@@ -139,8 +181,8 @@ def _checked(text: str, where: str) -> Row:
     return text
 
 
-def parquet_rows(path: Path, column: Column) -> Iterator[Row]:
-    """The rows of a Parquet file. Raises WrongColumn."""
+def parquet_rows(path: Path, column: Column, groups: Sequence[int] | None = None) -> Iterator[Row]:
+    """The rows of a Parquet file, or of some of its row groups. Raises WrongColumn."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -153,6 +195,8 @@ def parquet_rows(path: Path, column: Column) -> Iterator[Row]:
             # opened here, because pyarrow interprets some names
             file = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
             schema, n_rows = file.schema_arrow, file.metadata.num_rows
+            if groups:
+                number = sum(file.metadata.row_group(i).num_rows for i in range(groups[0]))
         except (pa.ArrowException, OSError, ValueError) as error:
             yield Unreadable("the whole file", f"not readable as Parquet: {_reason(error)}")
             return
@@ -162,7 +206,9 @@ def parquet_rows(path: Path, column: Column) -> Iterator[Row]:
             return
         check_text(schema, column)
         try:
-            for batch in file.iter_batches(_BATCH, columns=[column.name], use_threads=False):
+            for batch in file.iter_batches(
+                _BATCH, row_groups=groups, columns=[column.name], use_threads=False
+            ):
                 values = batch.column(batch.schema.get_field_index(column.name))
                 for row in texts_of(values, number):
                     yield row

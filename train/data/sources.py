@@ -52,16 +52,15 @@ TEXT_SUFFIXES = frozenset(
     " .js .ts .tsx .jl .lua .rb .sh .sql .toml .yaml .yml .html .css".split()
 )
 _JSON_LINES = (".jsonl", ".jsonlines", ".ndjson", ".ldjson")
-TABLE_SUFFIXES = {suffix + gz: json_rows for suffix in _JSON_LINES for gz in ("", ".gz")} | {
-    ".parquet": parquet_rows
-}
+TABLE_SUFFIXES: dict[str, Callable[[Path, Column], Iterator[Row]]] = {".parquet": parquet_rows}
+TABLE_SUFFIXES |= {s + end: json_rows for s in _JSON_LINES for end in ("", ".gz", ".zst")}
 BINARY_SUFFIXES = frozenset(
     ".gz .zip .tar .tgz .xz .bz2 .zst .7z .json .csv .tsv .arrow .pdf .doc .docx .epub .npy .bin"
     " .pt .safetensors .png .jpg .so .pyc".split()
 )
-SUPPORTED = "text files (.txt, .md, .py, ...), .jsonl or .ndjson (also .gz) and .parquet"
+SUPPORTED = "text files (.txt, .md, .py, ...), .jsonl or .ndjson (also .gz, .zst) and .parquet"
 PIECE_LENGTH = 8192  # characters
-_SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
+SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _FULL = re.compile("[Nn]o space left|disk space")  # libraries that drop the error number
 _BATCH = 64  # rows
@@ -105,7 +104,7 @@ def locate(data: DataConfig) -> Source:
     except OSError as error:
         place = f"{shown(error.filename)}: " if error.filename not in (None, str(path)) else ""
         raise _error(data, f"{place}{error.strerror}") from None
-    if _HUB_NAME.fullmatch(data.source) and not _looks_like_path(data.source):
+    if _HUB_NAME.fullmatch(data.source) and not looks_like_path(data.source):
         return Source(
             label=re.sub(r"[/:]", "-", data.source),
             identity=["hub", data.source],
@@ -122,9 +121,7 @@ def stdlib_root() -> Path:
 def _stdlib(data: DataConfig) -> Source:
     root = stdlib_root()
     files = [
-        file
-        for file in _walk(root, skip=("site-packages", "dist-packages"))
-        if file.suffix == ".py"
+        file for file in walk(root, skip=("site-packages", "dist-packages")) if file.suffix == ".py"
     ]
     sizes = [[file.relative_to(root).as_posix(), file.stat().st_size] for file in files]
     return Source(
@@ -135,9 +132,9 @@ def _stdlib(data: DataConfig) -> Source:
 
 
 def _folder(data: DataConfig, root: Path) -> Source:
-    files = _walk(root, skip=())
+    files = walk(root, skip=())
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
-    tables = [file for file in files if _reader(file)]
+    tables = [file for file in files if reader_of(file)]
     others = Counter(f.suffix or f.name for f in sorted({*files} - {*texts, *tables}))
     kinds = [(shown(suffix, 100), count) for suffix, count in others.most_common(4)]
     if not texts and not tables:
@@ -158,7 +155,7 @@ def _passed_over(others: Counter[str], kinds: list[tuple[str, int]]) -> str:
 
 
 def _file(data: DataConfig, path: Path) -> Source:
-    if _reader(path):
+    if reader_of(path):
         texts, tables = [], [path]
     elif path.suffix.lower() in BINARY_SUFFIXES:
         hint = "; one JSON object per line? name it .jsonl" if path.suffix == ".json" else ""
@@ -191,7 +188,7 @@ def _fill_from_files(
     documents.notes += [note] if note else []
     for file in texts:
         try:
-            text = _decoded(file.read_bytes())
+            text = decoded(file.read_bytes())
         except UnicodeDecodeError as error:
             if single:
                 raise _error(
@@ -202,7 +199,7 @@ def _fill_from_files(
             continue
         except OSError as error:
             raise _error(data, f"{shown(file)} cannot be read: {error.strerror}") from None
-        parts = _SEPARATOR.split(text) if split_lines else [text]
+        parts = SEPARATOR.split(text) if split_lines else [text]
         if len(parts) > 1:
             parts = [part for part in parts if part.strip()]
         elif single:
@@ -214,7 +211,7 @@ def _fill_from_files(
         raise _no_column(data, [name for column in columns for name in column.others])
 
 
-def _decoded(raw: bytes) -> str:
+def decoded(raw: bytes) -> str:
     """The text of a file. Raises UnicodeDecodeError also for NUL bytes near its start, which are
     valid UTF-8 but indicate UTF-16, UTF-32 or a binary file (as in git's test of binary files)."""
     nul = raw.find(0, 0, _PROBED)
@@ -227,7 +224,7 @@ def _fill_from_table(
     data: DataConfig, file: Path, documents: Documents, log: Log, single: bool
 ) -> Column:
     """Add the rows of a file; returns where the column was found or missing."""
-    column, reader = Column(data.text_field), _reader(file)
+    column, reader = Column(data.text_field), reader_of(file)
     assert reader is not None
     name, first = shown(file), len(documents)
     place = "" if single else f"{name}, "
@@ -339,13 +336,13 @@ def _wrong_column(data: DataConfig, place: str, error: WrongColumn) -> UserError
     return _error(data, f"{place}{error} ({_column(data)})")
 
 
-def _reader(file: Path) -> Callable[[Path, Column], Iterator[Row]] | None:
+def reader_of(file: Path) -> Callable[[Path, Column], Iterator[Row]] | None:
     """The function that reads the rows of a table; None for other files."""
     name = file.name.lower()
     return next((TABLE_SUFFIXES[s] for s in TABLE_SUFFIXES if name.endswith(s)), None)
 
 
-def _walk(root: Path, skip: tuple[str, ...]) -> list[Path]:
+def walk(root: Path, skip: tuple[str, ...]) -> list[Path]:
     """All files below root, sorted; without hidden ones and `__pycache__`."""
     files = []
     for folder, subfolders, names in os.walk(root, onerror=_raise):
@@ -365,7 +362,7 @@ def _stamp(file: Path, root: Path) -> list[Any]:
     return [file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns]
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
     """Whether a name that does not exist is a path rather than a dataset on the Hub."""
     known = TEXT_SUFFIXES | BINARY_SUFFIXES | set(TABLE_SUFFIXES)
     parent = Path(source).parent

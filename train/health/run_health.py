@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.health.settings import HealthConfig
+from configs.schema import JobConfig
 from parallel.ranks import Ranks, gather_json
 from train.health import skipped_steps, spikes, stragglers
 from train.health.replicas import differing_replicas
@@ -25,10 +25,13 @@ class DifferingReplicas(RuntimeError):
 class RunHealth:
     """The state of the checks; `resume` reads it from the records of the run."""
 
-    def __init__(self, limits: HealthConfig, ranks: Ranks, folder: Path) -> None:
-        self.limits, self.ranks, self.folder = limits, ranks, folder
+    def __init__(self, config: JobConfig, ranks: Ranks, folder: Path) -> None:
+        self.limits, self.ranks, self.folder = config.health, ranks, folder
+        limits = self.limits
         self._slow = Stragglers(limits.straggler_percent)
         self._times: list[StepTime] = []
+        intervals, self.rollbacks = ranks.on_first(self._read_left_out)
+        self.left_out = LeftOutData(intervals, config.data.skipped)
 
     def resume(self, done: int) -> None:
         """Read the records of the run up to step `done`. All ranks call it together."""
@@ -36,8 +39,6 @@ class RunHealth:
         writes_to = self.folder if self.ranks.is_first else None
         self.skipped = SkippedSteps(self.limits, found["skipped"], writes_to)
         self.losses = LossWatch(self.limits, found["losses"])
-        self.left_out = LeftOutData(found["intervals"])
-        self.rollbacks: int = found["rollbacks"]
 
     def roll_back(self, spike: LossSpike, step: int, saved: int) -> str:
         """Leave out the data of the steps after the checkpoint of step `saved` up to the spike;
@@ -76,18 +77,19 @@ class RunHealth:
                 "checkpoint is sound"
             )
 
-    def _read(self, done: int) -> dict[str, Any]:
+    def _read_left_out(self) -> tuple[list[list[int]], int]:
         try:
-            intervals, rollbacks = spikes.read(self.folder)
+            return spikes.read(self.folder)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.folder / spikes.LEFT_OUT}: damaged: {error}; restore it, or remove it to "
                 "read all data from now on"
             ) from None
+
+    def _read(self, done: int) -> dict[str, Any]:
         records = read_lines(self.folder / METRICS)
         losses = [record["loss"] for record in records if record["step"] <= done]
         return {
             "skipped": skipped_steps.read(self.folder, done),
             "losses": losses[-self.limits.spike_window :],
-            "intervals": intervals, "rollbacks": rollbacks,
-        }  # fmt: skip
+        }

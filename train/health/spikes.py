@@ -9,11 +9,12 @@ does.
 import json
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from configs.health.settings import HealthConfig
 from train.atomic_files import replace_text
+from train.dataset.order import data_step
 
 LEFT_OUT = "left_out_data.json"
 
@@ -48,33 +49,42 @@ class LossWatch:
 class LeftOutData:
     """Intervals of data steps that the run does not read, both ends included."""
 
-    def __init__(self, intervals: Iterable[Iterable[int]]) -> None:
-        self.intervals = [tuple(pair) for pair in intervals]
+    def __init__(
+        self, intervals: Iterable[Iterable[int]], settings: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """intervals: left out after spikes. settings: those of `data.skip_steps`."""
+        self.intervals = [(first, last) for first, last in intervals]
+        self._settings = settings
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """All intervals, in order."""
+        return _merged([*self.intervals, *self._settings])
 
     def data_step(self, step: int) -> int:
         """The data step that step `step` of the run reads."""
-        for first, last in sorted(self.intervals):
-            if step >= first:
-                step += last - first + 1
-        return step
+        return data_step(step, self.skipped)
 
     def add(self, first_step: int, last_step: int) -> None:
         """Leave out the data that the run's steps `first_step` to `last_step` read."""
-        new = {self.data_step(step) for step in range(first_step, last_step + 1)}
-        for first, last in self.intervals:
-            new |= set(range(first, last + 1))
-        merged: list[list[int]] = []
-        for step in sorted(new):
-            if merged and step == merged[-1][1] + 1:
-                merged[-1][1] = step
-            else:
-                merged.append([step, step])
-        self.intervals = [tuple(pair) for pair in merged]
+        read = [self.data_step(step) for step in range(first_step, last_step + 1)]
+        self.intervals = _merged([*self.intervals, *((step, step) for step in read)])
 
     def write(self, folder: Path, rollbacks: int) -> None:
         """Record the intervals and the number of returns."""
         content = {"rollbacks": rollbacks, "intervals": self.intervals}
         replace_text(folder / LEFT_OUT, json.dumps(content) + "\n")
+
+
+def _merged(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same steps in as few intervals as possible, in order."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(intervals):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged
 
 
 def read(folder: Path) -> tuple[list[list[int]], int]:

@@ -18,7 +18,10 @@
 | checkpoint/blocked_s | seconds that the loop waited for checkpoints since the last record |
 | checkpoint/write_s, checkpoint/failures | seconds and failed attempts of a save that ended |
 | skipped_steps | steps of the run whose update was left out; absent if none. They have no record of their own |
-| validation_loss, validation_bits_per_byte | at steps with validation |
+| loss/NAME | mean training loss of the tokens of a source of `data.blend` |
+| data/NAME/tokens, data/NAME/epochs | tokens read of it so far, and passes over it |
+| validation_loss, validation_bits_per_byte | at steps with validation, over all sets |
+| validation_loss/NAME, validation_perplexity/NAME, validation_bits_per_byte/NAME | of the set of one source; bits per byte where the size of the text is known |
 
 Layers are those with experts, counted from 0, MTP modules last.
 

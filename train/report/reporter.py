@@ -1,6 +1,6 @@
 """Rank 0's output and records of a run; the reporters of other ranks do nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from train.report.metrics import (
 )
 from train.report.plots import draw
 from train.step import StepResult
+
+_OF_SOURCE = "validation_loss/"
 
 
 class Reporter:
@@ -63,9 +65,10 @@ class Reporter:
         fp8: Fp8Report | None = None,
         checkpoint: dict[str, float] | None = None,
         skipped: int = 0,
+        sources: Mapping[str, float] | None = None,
     ) -> None:
         """Record one step. `seconds`: the whole step without validation and checkpoint. skipped:
-        steps of the run without an update so far."""
+        steps of the run without an update so far. sources: fields by source of the data."""
         if not self.active:
             return
         speed = result.tokens / seconds
@@ -83,6 +86,7 @@ class Reporter:
             fields["force_balance"] = 1.0
         if skipped:
             fields["skipped_steps"] = float(skipped)
+        fields |= sources or {}
         fields |= validation | balance_fields(result.counts_LE) | result.dispatch
         fields |= ({} if fp8 is None else fp8.fields) | (checkpoint or {})
         self._writer.write(step, fields, result.counts_LE)
@@ -112,11 +116,12 @@ class Reporter:
             self.say(line)
 
     def _say_validation(self, step: int, validation: dict[str, float]) -> None:
-        self._progress.say(
-            f"step {step}: validation loss {validation['validation_loss']:.4f} "
-            f"({validation['validation_bits_per_byte']:.3f} bits per byte)"
-            + (f"  {FORCED_BALANCE}" if self.force_balance else "")
-        )
+        bits = validation.get("validation_bits_per_byte")
+        line = f"step {step}: validation loss {validation['validation_loss']:.4f}"
+        line += "" if bits is None else f" ({bits:.3f} bits per byte)"
+        of = [(k.partition("/")[2], v) for k, v in validation.items() if k.startswith(_OF_SOURCE)]
+        line += f"  {', '.join(f'{name} {loss:.4f}' for name, loss in of)}" if len(of) > 1 else ""
+        self._progress.say(line + (f"  {FORCED_BALANCE}" if self.force_balance else ""))
 
     def flush(self) -> None:
         """Ensure that records up to now survive a kill; called before every checkpoint."""

@@ -18,7 +18,7 @@ of the CPU time.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -51,31 +51,36 @@ _LINE_STARTS = re.compile(r"(?<=\n)(?=[ \t]*[!-~])")
 _MOST_WORDS = 1_000_000  # then the table of words is cleared: it must not grow with the corpus
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError if `model.vocab_size` is too small for a byte-level vocabulary."""
+def check_vocab_size(vocab_size: int, setting: str = "model.vocab_size") -> None:
+    """Raise UserError if the value of `setting` is too small for a byte-level vocabulary."""
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
-            f"model.vocab_size = {vocab_size}: a byte-level tokenizer needs at least "
+            f"{setting} = {vocab_size}: a byte-level tokenizer needs at least "
             f"{SMALLEST_VOCAB} (256 bytes and {EOT})"
         )
 
 
 def train_tokenizer(
-    texts: Callable[[], Iterable[str]], vocab_size: int, log: Callable[[str], None]
+    texts: Callable[[], Iterable[str]],
+    vocab_size: int,
+    log: Callable[[str], None],
+    special_tokens: Sequence[str] = (),
+    setting: str = "model.vocab_size",
 ) -> Tokenizer:
     """Train a tokenizer of exactly `vocab_size` tokens; `<|endoftext|>` is id 0.
 
     texts: returns a new iterator of the training documents. The first SAMPLE_BYTES of them are
-    used, and all only if those do not fill the vocabulary. Deterministic. Raises UserError.
+    used, and all only if those do not fill the vocabulary. special_tokens: further ones, with the
+    ids from 1 on. setting: origin of `vocab_size`, for errors. Deterministic. Raises UserError.
     """
-    check_vocab_size(vocab_size)
+    check_vocab_size(vocab_size, setting)
     size = 0
     for limit in (SAMPLE_BYTES, None):
         used = [0, 0]  # documents, bytes
         tokenizer = _new()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[EOT],
+            special_tokens=[EOT, *special_tokens],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -90,8 +95,8 @@ def train_tokenizer(
         if limit is not None and used[1] < limit:
             break  # these were all documents
     raise UserError(
-        f"model.vocab_size = {vocab_size}: the training documents of data.source support "
-        f"{size} tokens; set model.vocab_size to {size} or bring more text"
+        f"{setting} = {vocab_size}: the training documents support {size} tokens; set "
+        f"{setting} to {size} or bring more text"
     )
 
 

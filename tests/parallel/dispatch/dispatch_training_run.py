@@ -21,7 +21,8 @@ from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh.mesh_run import STEPS, Recording, random_corpus, training_of, whole
 from tests.runs import TINY
-from train.data.batches import Sequences, TrainingData
+from train.data.batches import TrainingData, shuffled_epochs
+from train.dataset.sequences import sequences_of
 from train.step import train_step
 
 TIGHT = ["--parallel.dispatch.kind=sync_free", "--parallel.dispatch.capacity_factor=0.3"]
@@ -48,8 +49,8 @@ def settings(ep: int) -> dict[str, list[str]]:
 
 def start(config: JobConfig, ranks: Ranks) -> tuple[Decoder, TrainingData]:
     training = training_of(config, ranks)
-    data = TrainingData(
-        Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
+    data = shuffled_epochs(
+        sequences_of(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,

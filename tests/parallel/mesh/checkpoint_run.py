@@ -18,7 +18,8 @@ from configs.loader import flatten, from_dict
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.parallel.mesh.mesh_run import random_corpus, shake, training_of, whole
 from train.checkpoint import checkpoint
-from train.data.batches import Sequences, TrainingData
+from train.data.batches import shuffled_epochs
+from train.dataset.sequences import sequences_of
 from train.optim.optimizer import optimizer_tensors
 from train.step import StepResult, train_step
 
@@ -39,8 +40,8 @@ class Run:
         self.fp8_weights, self.accumulation = training.fp8_weights, training.accumulation
         shake(self.model)
         self.fp8_weights.refresh()
-        self.data = TrainingData(
-            Sequences(random_corpus(self.config.model.vocab_size, 20_000), 32, 0),
+        self.data = shuffled_epochs(
+            sequences_of(random_corpus(self.config.model.vocab_size, 20_000), 32, 0),
             seed=0,
             global_batch=self.config.train.global_batch,
             micro_batch=self.config.train.micro_batch,

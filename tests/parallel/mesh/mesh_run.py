@@ -43,7 +43,8 @@ from parallel.ranks import Ranks, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel.mesh.faults import FAULTS
 from train.build import Training, build_training, shard_model
-from train.data.batches import Batch, Sequences, TrainingData
+from train.data.batches import Batch, shuffled_epochs
+from train.dataset.sequences import sequences_of
 from train.optim.optimizer import build_optimizer
 from train.step import train_step
 
@@ -173,8 +174,8 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
     training = training_of(config, ranks)
     model, mesh = training.model, training.mesh
     shake(model)
-    data = TrainingData(
-        Sequences(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
+    data = shuffled_epochs(
+        sequences_of(random_corpus(config.model.vocab_size, 20_000), config.data.seq_len, 0),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,

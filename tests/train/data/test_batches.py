@@ -6,15 +6,27 @@ import pytest
 import torch
 
 from models.attention import Layer
-from train.data.batches import Sequences, TrainingData, validation_batches
+from train.data.batches import (
+    Batch,
+    TrainingData,
+    sequence_batch,
+    shuffled_epochs,
+    validation_batches,
+)
+from train.dataset.sequences import sequences_of
+
+SEQUENCES = sequences_of(np.arange(1, 1 + 4 * 23 + 1).astype(np.uint16), 4, eot=0)  # 23 of 4
 
 
 def data(rank: int, n_ranks: int, micro_batch: int, seed: int = 3) -> TrainingData:
-    tokens = np.arange(1, 1 + 4 * 23 + 1).astype(np.uint16)  # 23 sequences of 4
-    return TrainingData(
-        Sequences(tokens, 4, eot=0), seed=seed, global_batch=12, micro_batch=micro_batch,
-        rank=rank, n_ranks=n_ranks,
-    )  # fmt: skip
+    return shuffled_epochs(
+        SEQUENCES, seed=seed, global_batch=12, micro_batch=micro_batch, rank=rank, n_ranks=n_ranks
+    )
+
+
+def batch(tokens: list[int], *numbers: int) -> Batch:
+    sequences = sequences_of(np.array(tokens, dtype=np.uint16), 4, eot=0)
+    return sequence_batch(sequences, np.array(numbers))
 
 
 def first_tokens(step: int, n_ranks: int, micro_batch: int) -> list[int]:
@@ -40,26 +52,23 @@ def test_an_epoch_visits_every_sequence_once_in_another_order() -> None:
 
 
 def test_positions_restart_and_targets_are_the_next_tokens() -> None:
-    tokens = np.array([0, 5, 6, 0, 7, 0, 8, 9, 0], dtype=np.uint16)
-    batch = Sequences(tokens, 4, eot=0).batch(np.array([0, 1]))
-    assert batch.tokens_T.tolist() == [0, 5, 6, 0, 7, 0, 8, 9]
-    assert batch.targets_T.tolist() == [5, 6, 0, 7, 0, 8, 9, 0]
-    assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1, 2]
-    mask = batch.core.mask(Layer(0, 1.0))
+    found = batch([0, 5, 6, 0, 7, 0, 8, 9, 0], 0, 1)
+    assert found.tokens_T.tolist() == [0, 5, 6, 0, 7, 0, 8, 9]
+    assert found.targets_T.tolist() == [5, 6, 0, 7, 0, 8, 9, 0]
+    assert found.positions_T.tolist() == [0, 1, 2, 0, 0, 0, 1, 2]
+    mask = found.core.mask(Layer(0, 1.0))
     assert mask is not None
     assert mask[1].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
 
 
 def test_without_a_boundary_inside_there_is_no_mask() -> None:
-    batch = Sequences(np.array([0, 1, 2, 3, 4], dtype=np.uint16), 4, eot=0).first()
-    assert batch.core.mask(Layer(0, 1.0)) is None
+    assert batch([0, 1, 2, 3, 4], 0).core.mask(Layer(0, 1.0)) is None
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 100])
 @pytest.mark.parametrize(("n_ranks", "micro"), [(1, 4), (2, 3), (3, 1), (4, 8)])
 def test_validation_counts_every_sequence_once(limit: int, n_ranks: int, micro: int) -> None:
-    sequences = data(0, 1, 12).sequences
-    shares = [list(validation_batches(sequences, limit, micro, r, n_ranks)) for r in range(n_ranks)]
+    shares = [list(validation_batches(SEQUENCES, limit, micro, r, n_ranks)) for r in range(n_ranks)]
     assert len({len(share) for share in shares}) == 1, "collectives must match"
     seen = [t for share in shares for b in share if b is not None for t in b.tokens_T[::4].tolist()]
     count = min(limit, 23) if limit else 23
@@ -67,5 +76,4 @@ def test_validation_counts_every_sequence_once(limit: int, n_ranks: int, micro: 
 
 
 def test_batches_move_with_their_core() -> None:
-    batch = Sequences(np.array([0, 1, 0, 3, 4], dtype=np.uint16), 4, eot=0).first()
-    assert batch.to(torch.device("cpu")).core.mask(Layer(0, 1.0)) is not None
+    assert batch([0, 1, 0, 3, 4], 0).to(torch.device("cpu")).core.mask(Layer(0, 1.0)) is not None

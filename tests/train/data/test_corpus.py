@@ -19,7 +19,7 @@ from configs.errors import UserError
 from tests.train.data.corpora import config, silent, write_texts
 from train.data import corpus as subject
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
-from train.data.corpus_build import split
+from train.data.dedup import split
 from train.tokenizer.tokenizer import WORDS, train_tokenizer
 
 

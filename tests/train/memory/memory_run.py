@@ -19,7 +19,8 @@ from models.router import routers
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh.mesh_run import random_corpus
 from train.build import build_training
-from train.data.batches import Sequences, TrainingData
+from train.data.batches import shuffled_epochs
+from train.dataset.sequences import sequences_of
 from train.step import train_step
 
 
@@ -53,8 +54,8 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
     fp8_weights.refresh()
     # predicted for documents as long as the sequence; in long sequences shorter ones need less
     eot = 0 if config.data.seq_len <= SHORT else -1
-    data = TrainingData(
-        Sequences(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, eot),
+    data = shuffled_epochs(
+        sequences_of(random_corpus(config.model.vocab_size, 100_000), config.data.seq_len, eot),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,

@@ -1,0 +1,1 @@
+"""Measures the loader of batches and others in one run."""

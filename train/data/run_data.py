@@ -1,0 +1,124 @@
+"""The data of a run: training order and validation sets, from `data.source` or `data.blend`.
+
+State of the data: how many sequences of each source have been read. It follows from the step and
+the settings, and is stored in checkpoints to detect settings with which a resumed run would read
+sequences twice, or never.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from configs.errors import UserError
+from train.data.batches import TrainingData
+from train.dataset.order import Order, data_step
+from train.dataset.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a run."""
+
+    name: str
+    """Empty for `data.source`."""
+    fingerprint: str
+    training: Sequences
+    held_out: Sequences
+    """Count 0: it has no validation set."""
+    held_out_tokens: int
+    held_out_bytes: int
+    """UTF-8 bytes of their text; 0: not known."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run reads."""
+
+    sources: list[Source]
+    order: Order
+    tokenizer_file: Path
+    fingerprint: str
+    """Changes if the data is other data, so that no run may resume with it."""
+    global_batch: int
+    skipped: list[tuple[int, int]]
+    lines: list[str]
+    """Messages for the user."""
+
+    @property
+    def by_source(self) -> bool:
+        """Whether losses are reported for each source."""
+        return bool(self.sources[0].name)
+
+    @cached_property
+    def validated(self) -> list[Source]:
+        """The sources with a validation set."""
+        return [source for source in self.sources if source.held_out.count]
+
+    def training(self, micro_batch: int, rank: int, n_ranks: int, pin: bool) -> TrainingData:
+        """The microbatches of one rank."""
+        return TrainingData(
+            self.order,
+            [source.training for source in self.sources],
+            global_batch=self.global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            n_ranks=n_ranks,
+            skipped=self.skipped,
+            pin=pin,
+        )
+
+    def drawn(self, done: int) -> tuple[int, ...]:
+        """Sequences of each source up to the data of step `done`, including skipped ones."""
+        return self.order.drawn(data_step(done, self.skipped) * self.global_batch if done else 0)
+
+    def state(self, done: int) -> dict[str, Any]:
+        """The state after step `done`: a few integers."""
+        return {
+            "data_sources": [source.fingerprint for source in self.sources],
+            "data_sequences": list(self.drawn(done)),
+        }
+
+    def check_resume(self, state: Mapping[str, Any], done: int) -> None:
+        """Raise UserError if a checkpoint's state is not what these settings give at its step."""
+        theirs = dict(
+            zip(state.get("data_sources", []), state.get("data_sequences", []), strict=True)
+        )
+        if not theirs:  # written before this state existed: one source, nothing skipped
+            theirs = {self.sources[0].fingerprint: done * self.global_batch}
+        ours = dict(zip((s.fingerprint for s in self.sources), self.drawn(done), strict=True))
+        for source in self.sources:
+            read, expected = theirs.pop(source.fingerprint, 0), ours[source.fingerprint]
+            if read != expected:
+                raise UserError(
+                    f"data: cannot resume: until step {done} the run has read {read:,} sequences "
+                    f"of {source.name or 'data.source'}, with these settings it would have read "
+                    f"{expected:,}; weights and skip_steps may change only after step {done} "
+                    "(data.blend.changes), and a dataset must not change"
+                )
+        if any(theirs.values()):
+            raise UserError(
+                "data.blend: cannot resume: a dataset that the run has read is not there, or has "
+                "changed; keep it, and set its weight to 0 from a later step on"
+            )
+
+    def step_fields(self, done: int, sums: Tensor, tp_size: int) -> dict[str, float]:
+        """Metrics of step `done` by source: loss, and tokens and epochs read until then.
+
+        sums: loss and targets of the step over all ranks, `[2, sources]`. tp_size: ranks that count
+        the same targets.
+        """
+        fields: dict[str, float] = {}
+        losses, targets = sums.tolist()
+        for source, drawn, loss, n in zip(
+            self.sources, self.drawn(done), losses, targets, strict=True
+        ):
+            if n:
+                fields[f"loss/{source.name}"] = loss / (n / tp_size)
+            tokens = drawn * source.training.tokens_per_sequence
+            fields[f"data/{source.name}/tokens"] = float(tokens)
+            fields[f"data/{source.name}/epochs"] = drawn / source.training.count
+        return fields

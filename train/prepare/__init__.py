@@ -1,0 +1,1 @@
+"""Makes a tokenized dataset of text files: reading, deduplication, tokens; in several processes."""
