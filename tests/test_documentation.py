@@ -45,6 +45,7 @@ NOT_RUN = {
     r"python -m launch\.kubernetes .*": "needs a site file; tests/launch runs it",
     r"python -m launch\.write_examples": "writes into the checkout",
     r"python -m launch\.local .*": "tests/launch runs it",
+    r"python -m scripts\.inject_faults .*": "needs a running training; tests/faults starts one",
     r"torchrun .* -m serve runs/demo/export .*": "a server; tests/serve/ranks starts it",
     r"python -m serve (chat|bench)\b.*": "reads lines, or a server; tests/serve has them",
     r"python -m scripts\.prepare_data\b.*": "large inputs; tests/train/prepare runs it",

@@ -27,11 +27,13 @@ from parallel.launch_environment import (
     read_world,
 )
 from train.health.heartbeat import Heartbeat, start_heartbeat
+from train.process.log_streams import use_log_streams
 from train.process.stop import StopSignal
 
 
 def main(arguments: list[str]) -> int:
     """Run or check the experiment; returns the exit code."""
+    use_log_streams()
     with StopSignal() as stop:
         return _main(arguments, stop)
 

@@ -15,7 +15,7 @@ from tests.runs import TINY, run, started
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
 PHASES = ["start", "load", "forward", "backward", "optimizer", "validation", "save"]
 STOPS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
-SHORT = {("load", signal.SIGTERM), ("validation", signal.SIGUSR1), ("save", signal.SIGINT)}
+SHORT = {("save", signal.SIGINT)}
 CASES = [
     pytest.param(
         phase, stop, id=f"{phase}-{stop.name}",
@@ -118,3 +118,26 @@ def test_a_signal_reaches_a_main_thread_that_waits_outside_of_python(tmp_path: P
     start = time.monotonic()
     run("-c", code, code=os.EX_TEMPFAIL)
     assert time.monotonic() - start < 15
+
+
+def test_a_log_on_a_full_disk_is_no_error(tmp_path: Path) -> None:
+    """Writes beyond a size fail, as on a full disk; then they work again."""
+    code = (
+        "import os, resource, sys\n"
+        "out = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_APPEND)\n"
+        "os.dup2(out, 1)\n"
+        "os.dup2(out, 2)\n"
+        "from train.process.log_streams import use_log_streams\n"
+        "use_log_streams()\n"
+        "print('first', flush=True)\n"
+        "_, most = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))\n"
+        "for i in range(1000):\n"
+        "    print('x' * 100, flush=True)\n"
+        "    print('y' * 100, file=sys.stderr)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))\n"
+        "print('last', flush=True)\n"
+    )
+    log = tmp_path / "log"
+    run("-c", code, log, env={heartbeat.SUPERVISOR_VARIABLE: "1"})
+    assert log.read_text().startswith("first\nxxx") and "last\n" in log.read_text()

@@ -178,9 +178,9 @@ class Formula:
         choices = n_layers * n_experts * INT
         if self.case.ep > 1:  # the dispatchers' statistics are in the same all-reduce
             choices += n_layers * (3 + 2 * self.ranks) * INT
-        # tokens, targets and ranks with bad weights; squared norm in fp64; loss and ranks with bad
-        # hidden states; choices; auxiliary losses
-        for size in (3 * INT, INT, 2 * FLOAT, choices, 3 * FLOAT):
+        # tokens, targets and ranks with bad weights; squared norm in fp64; loss, ranks with bad
+        # hidden states and with bad gradients of replicas; choices; auxiliary losses
+        for size in (3 * INT, INT, 3 * FLOAT, choices, 3 * FLOAT):
             self.add("world", "allreduce", size, 1)
 
 
