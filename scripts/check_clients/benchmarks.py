@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from scripts.bench_serve.servers import Server
 from scripts.check_clients.environments import run
 from scripts.check_clients.setting import MODEL, Row, Setting, root
 
@@ -92,8 +91,8 @@ def check_sglang(setting: Setting) -> list[Row]:
             found = json.loads(out.read_text().splitlines()[-1])
             text, good = _counted(found, "mean_ttft_ms", "mean_tpot_ms")
             if "--cache-report" in more:
-                cached = json.dumps(found.get("cache_report", found.get("cache_hit_rate", "")))
-                text += f"; cached {_cached(server)}; {cached}"[:100]
+                hits = found["cache_report"]["cache_hit_rate_pct"]
+                text, good = f"{text}; {hits:.0f}% of prompt tokens cached", good and hits > 50
             rows.append(Row(kind, text, good))
     return rows
 
@@ -145,7 +144,7 @@ def check_aiperf(setting: Setting) -> list[Row]:
                 "--concurrency", str(_AT_ONCE), "--request-count", str(_N_REQUESTS),
                 "--synthetic-input-tokens-mean", str(_N_IN),
                 "--output-tokens-mean", str(_N_OUT), "--extra-inputs", "ignore_eos:true",
-                "--ui", "none", "--output-artifact-dir", str(setting.folder / "out"),
+                "--use-server-token-count", "--ui", "none", "--output-artifact-dir", str(setting.folder / "out"),
             ],
             setting.folder,
             _SECONDS,
@@ -159,7 +158,8 @@ def check_aiperf(setting: Setting) -> list[Row]:
         f"{found['time_to_first_token']['avg']:.0f} ms, "
         f"TPOT {found['inter_token_latency']['avg']:.1f} ms"
     )
-    return [Row("chat", text, n == _N_REQUESTS and not errors)]
+    good = n == _N_REQUESTS and not errors and n_out["min"] == n_out["max"] == _N_OUT
+    return [Row("chat", text, good)]
 
 
 def _random_lengths() -> list[str]:
@@ -175,6 +175,3 @@ def _counted(found: dict[str, Any], ttft: str, tpot: str) -> tuple[str, bool]:
     )
     return text, n == _N_REQUESTS and n_out == _N_REQUESTS * _N_OUT
 
-
-def _cached(server: Server) -> str:
-    return ""

@@ -79,7 +79,7 @@ ENVIRONMENTS = {
             (
                 # the wheel requires a GPU's libraries, its benchmark only these
                 ("aiohttp", "requests", "tqdm", "numpy", "transformers", "pillow", "pybase64"),
-                ("orjson", "msgspec", "datasets"),
+                ("orjson", "msgspec", "datasets", "psutil", "pyzmq"),
                 ("--no-deps", "sglang==0.5.23"),
             ),
         ),

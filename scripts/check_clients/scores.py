@@ -37,7 +37,7 @@ def check(setting: Setting) -> list[Row]:
             f"model={MODEL},base_url={server.url}/completions,tokenizer={setting.export},"
             "tokenizer_backend=huggingface,num_concurrent=4,max_retries=1",
         )
-    theirs = _evaluate(setting, "hf", f"pretrained={setting.export},dtype=float32,device=cpu")
+    theirs = _evaluate(setting, "hf", f"pretrained={setting.export},dtype=float32")
     errors = [
         abs(a - b) / len(item["target"].encode()) for (a, _), (b, _), item in zip(
             ours, theirs, items, strict=True
@@ -55,8 +55,8 @@ def check(setting: Setting) -> list[Row]:
 
 
 def _items() -> list[dict[str, str]]:
-    """Pieces of the standard library's source: a context, and a continuation of 1 to 60
-    characters."""
+    """Pieces of the standard library's source: a context, and a continuation of up to 60
+    characters. They are divided before a space, where the tokenizer divides, too."""
     rng, items = random.Random(0), []
     texts = [
         path.read_text(errors="ignore")
@@ -65,8 +65,9 @@ def _items() -> list[dict[str, str]]:
     while len(items) < _N_ITEMS:
         text = rng.choice(texts)
         at, n = rng.randrange(max(1, len(text) - 400)), rng.randrange(1, 300)
-        context, target = text[at : at + n], text[at + n : at + n + rng.randrange(1, 60)]
-        if context.strip() and context == context.rstrip() and target:
+        end = text.find(" ", at + n)
+        context, target = text[at:end].lstrip(), text[end : end + rng.randrange(8, 60)].rstrip()
+        if context and not context[-1].isspace() and target[1:2].isalnum():
             items.append({"context": context, "target": target})
     return items
 
@@ -79,7 +80,7 @@ def _evaluate(setting: Setting, model: str, arguments: str) -> list[tuple[float,
         [
             "lm-eval", "--model", model, "--model_args", arguments, "--tasks", "continuations",
             "--include_path", str(setting.folder), "--output_path", str(out), "--log_samples",
-            "--batch_size", "1",
+            "--batch_size", "1", "--device", "cpu",
         ],
         setting.folder,
         seconds=1800,
