@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,24 @@ _N_TOKENS = 64
 
 
 class TimedMatchers:
-    """Passes `update` on; `seconds` is the time in it, `cpu` its processor time in this process."""
+    """Passes calls on; `seconds` is the time in them, `cpu` its processor time in this process."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.seconds = self.cpu = 0.0
 
     def update(self, states: Any) -> None:
+        self._timed(self.inner.update, states)
+
+    def begin(self, states: Any) -> None:
+        self._timed(self.inner.begin, states)
+
+    def finish(self) -> None:
+        self._timed(self.inner.finish)
+
+    def _timed(self, call: Callable[..., None], *arguments: Any) -> None:
         begin, cpu = time.perf_counter(), time.thread_time()
-        self.inner.update(states)
+        call(*arguments)
         self.seconds += time.perf_counter() - begin
         self.cpu += time.thread_time() - cpu
 

@@ -39,7 +39,7 @@ from serve.engine.request import (
     compile_grammar,
 )
 from serve.engine.runner import ModelRunner
-from serve.engine.sampler import Sampled, Sampler
+from serve.engine.sampler import Sampled, Sampler, SamplingPlan
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.grammar.compiler import GrammarCompiler
 from serve.text.encoder import TextEncoder
@@ -311,15 +311,38 @@ class EngineCore:
     def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
         places = {} if before is None else before.places
         plan = plan_step(chunks, self.pages, places)
-        self._match([chunk.request for chunk in plan.sampled])
-        sampling = self.sampler.plan(plan.sampled) if plan.sampled else None
-        return self.executor.start(plan, sampling)
+        if not plan.sampled:
+            return self.executor.start(plan, None)
+        states = [c.request.grammar for c in plan.sampled if c.request.grammar is not None]
+        matchers = self.grammars.matchers if self.grammars is not None and states else None
+        if matchers is not None:
+            matchers.begin(states)
 
-    def _match(self, requests: Sequence[Request]) -> None:
-        """Compute what the grammars of requests allow next, together."""
-        states = [request.grammar for request in requests if request.grammar is not None]
-        if states and self.grammars is not None:
-            self.grammars.matchers.update(states)
+        def prepare() -> SamplingPlan:
+            if matchers is not None:
+                matchers.finish()
+            return self.sampler.plan(plan.sampled)
+
+        return self.executor.start(plan, prepare)
+
+    def _continue_grammars(
+        self, tokens: dict[Request, tuple[int | None, TokenLogprob | None]]
+    ) -> set[Request]:
+        """Continue the grammars after sampled tokens. What they allow next is computed now where
+        it may save a pass, else during the next one. Returns the requests that turned out to be
+        complete without their token."""
+        complete, eager = set(), []
+        for request, (token, _) in tokens.items():
+            grammar = request.grammar
+            if grammar is not None and grammar.finished:
+                complete.add(request)
+            elif request.accept(token, self.export.end_tokens):
+                assert grammar is not None and token is not None
+                if token in grammar.grammar.eager or request.budget <= 0:
+                    eager.append(grammar)
+        if eager and self.grammars is not None:
+            self.grammars.matchers.update(eager)
+        return complete
 
     def _finish(self, step: StepUnderWay) -> list[Output]:
         try:
@@ -341,8 +364,7 @@ class EngineCore:
         tokens: dict[Request, tuple[int | None, TokenLogprob | None]] = {}
         if sampled is not None:
             tokens = sampled.read(plan.sampled)
-            ends = self.export.end_tokens
-            self._match([r for r, (token, _) in tokens.items() if r.accept(token, ends)])
+        complete = self._continue_grammars(tokens)
         outputs = []
         for chunk in plan.chunks:
             request = chunk.request
@@ -351,6 +373,10 @@ class EngineCore:
                 continue  # it ended during the step
             token, logprob = tokens.get(request, (None, None))
             try:
+                if request in complete:
+                    self.scheduler.commit(chunk)
+                    outputs.append(self._complete(request))
+                    continue
                 error = None if request.grammar is None else request.grammar.error
                 if chunk.samples and (token is None or error is not None):
                     log.error("request %d: %s", request.number, error or "logits are not finite")
@@ -380,6 +406,13 @@ class EngineCore:
             self._report_experts(request, len(request.tokens) - 1)
             self.scheduler.finish(request, reason)
         return Output(request, text, tokens, [] if logprob is None else [logprob], reason)
+
+    def _complete(self, request: Request) -> Output:
+        """End a request whose grammar allows nothing more."""
+        text = "" if request.text is None else request.text.finish()
+        self._report_experts(request, len(request.tokens) - 1)
+        self.scheduler.finish(request, "stop")
+        return Output(request, text, [], [], "stop")
 
     def _report_experts(self, request: Request, n_tokens: int) -> None:
         if request.params.return_routed_experts and self.routing is not None:
