@@ -23,11 +23,11 @@ from pathlib import Path
 
 from configs.command_line import CommandParser
 from configs.errors import UserError
-from serve.bench.workloads import MAX_LENGTH
 from scripts.check_clients import benchmarks, openai_client, routers, scores
 from scripts.check_clients.environments import ENVIRONMENTS
 from scripts.check_clients.setting import Row, Setting
 from serve.bench.report import table
+from serve.bench.workloads import MAX_LENGTH
 from train.report.environment import cpu_name
 
 CHECKS: dict[str, Callable[[Setting], list[Row]]] = {
@@ -69,7 +69,9 @@ def check(name: str, options: argparse.Namespace, max_length: int) -> list[dict[
     given = dict(words.split("=", 1) for words in options.use)
     version = "?"
     try:
-        python = Path(given[name]).absolute() if name in given else environment.python(options.venvs)
+        python = (
+            Path(given[name]).absolute() if name in given else environment.python(options.venvs)
+        )
         version = environment.version(python)
         with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
             export = options.export.resolve()
@@ -79,7 +81,12 @@ def check(name: str, options: argparse.Namespace, max_length: int) -> list[dict[
         rows = [Row("run", f"{type(error).__name__}: {error}", ok=False)]
     client = f"{environment.distribution} {version}"
     return [
-        {"client": client, "check": row.check, "result": row.result, "ok": "yes" if row.ok else "NO"}
+        {
+            "client": client,
+            "check": row.check,
+            "result": row.result,
+            "ok": "yes" if row.ok else "NO",
+        }
         for row in rows
     ]
 
@@ -109,7 +116,9 @@ def main(arguments: list[str]) -> int:
         print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "results.json").write_text(json.dumps(head | {"rows": results}, indent=1))
+            (options.out / "results.json").write_text(
+                json.dumps(head | {"rows": results}, indent=1)
+            )
             (options.out / "results.md").write_text(table(results) + "\n")
     print(table(results))
     return int(any(row["ok"] != "yes" for row in results))

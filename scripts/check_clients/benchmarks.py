@@ -68,7 +68,7 @@ def check_sglang(setting: Setting) -> list[Row]:
             "--gsp-question-len", "32", "--gsp-output-len", str(_N_OUT), "--cache-report",
         ],
     }  # fmt: skip
-    rows = []
+    rows: list[Row] = []
     with setting.server("one") as server:
         for kind, more in kinds.items():
             out = setting.folder / f"{len(rows)}.jsonl"
@@ -109,7 +109,7 @@ def check_vllm(setting: Setting) -> list[Row]:
             "--prefix-repetition-output-len", str(_N_OUT),
         ],
     }  # fmt: skip
-    rows = []
+    rows: list[Row] = []
     with setting.server("one") as server:
         for kind, more in kinds.items():
             name = f"{len(rows)}.json"
@@ -120,7 +120,8 @@ def check_vllm(setting: Setting) -> list[Row]:
                     "--base-url", root(server), "--model", MODEL,
                     "--tokenizer", str(setting.export), "--num-prompts", str(_N_REQUESTS),
                     "--max-concurrency", str(_AT_ONCE), "--ignore-eos", "--save-result",
-                    "--result-dir", str(setting.folder), "--result-filename", name, "--disable-tqdm",
+                    "--result-dir", str(setting.folder), "--result-filename", name,
+                    "--disable-tqdm",
                     *(_random_lengths() if "random" in more else []), *more,
                 ],
                 setting.folder,
@@ -144,7 +145,8 @@ def check_aiperf(setting: Setting) -> list[Row]:
                 "--concurrency", str(_AT_ONCE), "--request-count", str(_N_REQUESTS),
                 "--synthetic-input-tokens-mean", str(_N_IN),
                 "--output-tokens-mean", str(_N_OUT), "--extra-inputs", "ignore_eos:true",
-                "--use-server-token-count", "--ui", "none", "--output-artifact-dir", str(setting.folder / "out"),
+                "--use-server-token-count", "--ui", "none",
+                "--output-artifact-dir", str(setting.folder / "out"),
             ],
             setting.folder,
             _SECONDS,
@@ -174,4 +176,3 @@ def _counted(found: dict[str, Any], ttft: str, tpot: str) -> tuple[str, bool]:
         f"TPOT {found[tpot]:.1f} ms"
     )
     return text, n == _N_REQUESTS and n_out == _N_REQUESTS * _N_OUT
-

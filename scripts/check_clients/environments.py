@@ -55,7 +55,11 @@ class Environment:
         return next((one.version for one in found), "?")
 
     def _recipe(self) -> list[object]:
-        return [[list(call) for call in self.packages], list(self.remove), self.alias and [*self.alias]]
+        return [
+            [list(call) for call in self.packages],
+            list(self.remove),
+            self.alias and [*self.alias],
+        ]
 
     @staticmethod
     def _add_alias(folder: Path, name: str, version: str) -> None:

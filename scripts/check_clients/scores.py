@@ -50,14 +50,17 @@ def check(setting: Setting) -> list[Row]:
         f"{len(items)} log-likelihoods within {worst:.1e} of transformers', "
         f"their standard deviation {spread:.1f}; {same} equal decisions whether greedy"
     )
-    good = len(ours) == len(items) and max(errors) <= worst <= _TOLERANCE * 10 and same == len(items)
+    good = (
+        len(ours) == len(items) and max(errors) <= worst <= _TOLERANCE * 10 and same == len(items)
+    )
     return [Row("local-completions", text, good)]
 
 
 def _items() -> list[dict[str, str]]:
     """Pieces of the standard library's source: a context, and a continuation of up to 60
     characters. They are divided before a space, where the tokenizer divides, too."""
-    rng, items = random.Random(0), []
+    rng = random.Random(0)
+    items: list[dict[str, str]] = []
     texts = [
         path.read_text(errors="ignore")
         for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))

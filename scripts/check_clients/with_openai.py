@@ -56,7 +56,8 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "echo, logprobs": {"prompt": "def f(x):", "echo": True, "logprobs": 2},
     "logprobs 0": {"prompt": "def f(x):", "logprobs": 0},
     "max_tokens 0, echo": {"prompt": "def f(x):", "echo": True, "logprobs": 1, "max_tokens": 0},
-} | {name: {"prompt": "def f(x):", **case} for name, case in COMMON.items()}
+}
+COMPLETIONS |= {name: {"prompt": "def f(x):", **case} for name, case in COMMON.items()}
 CHATS: dict[str, dict[str, Any]] = {
     "roles, parts": {"messages": ROLES},
     "max_completion_tokens": {"max_completion_tokens": 5},
@@ -80,7 +81,8 @@ CHATS: dict[str, dict[str, Any]] = {
     "tools, none": {"tools": TOOLS, "tool_choice": "none"},
     "tools, one call": {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False,
                         "max_tokens": 96},
-} | COMMON  # fmt: skip
+}  # fmt: skip
+CHATS |= COMMON
 
 
 def plain(answer: Any) -> list[Any]:

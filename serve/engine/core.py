@@ -30,6 +30,7 @@ from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
 from serve.engine.rank_group import RankRunner
 from serve.engine.request import (
+    FinishReason,
     Output,
     Request,
     RequestError,
@@ -39,9 +40,10 @@ from serve.engine.request import (
     compile_grammar,
 )
 from serve.engine.runner import ModelRunner
-from serve.engine.sampler import Sampled, Sampler, SamplingPlan
+from serve.engine.sampler import Sampled, Sampler
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.grammar.compiler import GrammarCompiler
+from serve.grammar.steps import GrammarSteps
 from serve.text.encoder import TextEncoder
 
 log = logging.getLogger("serve")
@@ -172,6 +174,7 @@ class EngineCore:
         self.grammars: GrammarCompiler | None = None
         if (own := export.tokenizer) is not None:
             self.grammars = GrammarCompiler(own, export.end_tokens, self.sampler.n_tokens)
+        self.grammar_steps = GrammarSteps(self.grammars)
         self.n_jumped = 0
         """Tokens appended by jump-forward."""
         on_gpu = export.device.type == "cuda"
@@ -311,38 +314,8 @@ class EngineCore:
     def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
         places = {} if before is None else before.places
         plan = plan_step(chunks, self.pages, places)
-        if not plan.sampled:
-            return self.executor.start(plan, None)
-        states = [c.request.grammar for c in plan.sampled if c.request.grammar is not None]
-        matchers = self.grammars.matchers if self.grammars is not None and states else None
-        if matchers is not None:
-            matchers.begin(states)
-
-        def prepare() -> SamplingPlan:
-            if matchers is not None:
-                matchers.finish()
-            return self.sampler.plan(plan.sampled)
-
+        prepare = self.grammar_steps.begin(plan.sampled, self.sampler.plan)
         return self.executor.start(plan, prepare)
-
-    def _continue_grammars(
-        self, tokens: dict[Request, tuple[int | None, TokenLogprob | None]]
-    ) -> set[Request]:
-        """Continue the grammars after sampled tokens. What they allow next is computed now where
-        it may save a pass, else during the next one. Returns the requests that turned out to be
-        complete without their token."""
-        complete, eager = set(), []
-        for request, (token, _) in tokens.items():
-            grammar = request.grammar
-            if grammar is not None and grammar.finished:
-                complete.add(request)
-            elif request.accept(token, self.export.end_tokens):
-                assert grammar is not None and token is not None
-                if token in grammar.grammar.eager or request.budget <= 0:
-                    eager.append(grammar)
-        if eager and self.grammars is not None:
-            self.grammars.matchers.update(eager)
-        return complete
 
     def _finish(self, step: StepUnderWay) -> list[Output]:
         try:
@@ -364,7 +337,7 @@ class EngineCore:
         tokens: dict[Request, tuple[int | None, TokenLogprob | None]] = {}
         if sampled is not None:
             tokens = sampled.read(plan.sampled)
-        complete = self._continue_grammars(tokens)
+        complete = self.grammar_steps.accept(tokens, self.export.end_tokens)
         outputs = []
         for chunk in plan.chunks:
             request = chunk.request
@@ -372,33 +345,34 @@ class EngineCore:
             if request.finish_reason is not None:
                 continue  # it ended during the step
             token, logprob = tokens.get(request, (None, None))
+            ended = request in complete  # by its grammar, before this token
             try:
-                if request in complete:
-                    self.scheduler.commit(chunk)
-                    outputs.append(self._complete(request))
-                    continue
                 error = None if request.grammar is None else request.grammar.error
-                if chunk.samples and (token is None or error is not None):
+                if chunk.samples and not ended and (token is None or error is not None):
                     log.error("request %d: %s", request.number, error or "logits are not finite")
                     outputs.append(self._fail(request))
                     continue
                 self.scheduler.commit(chunk)
-                if token is not None:
-                    outputs.append(self._append(request, token, logprob))
+                if ended or token is not None:
+                    outputs.append(self._append(request, None if ended else token, logprob))
             except Exception:
                 log.exception("request %d ends with an error", request.number)
                 outputs.append(self._fail(request))
         return outputs
 
-    def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> Output:
-        """Append the next token to a request, and those that its grammar forces after it.
+    def _append(self, request: Request, token: int | None, logprob: TokenLogprob | None) -> Output:
+        """Append the next token to a request, and those that its grammar forces after it. None: it
+        is complete.
 
         Scores and experts are those of each token, so with them no token is left out of a step."""
         params = request.params
-        if params.max_tokens == 0:  # the step computed the prompt, which is all that was requested
-            self._report_experts(request, len(request.tokens))
-            self.scheduler.finish(request, "length")
-            return Output(request, "", [], [], "length")
+        if params.max_tokens == 0 or token is None:
+            # of max_tokens 0 the step computed the prompt, which is all that was requested
+            end: FinishReason = "length" if params.max_tokens == 0 else "stop"
+            self._report_experts(request, len(request.tokens) - (params.max_tokens > 0))
+            self.scheduler.finish(request, end)
+            text = "" if request.text is None else request.text.finish()
+            return Output(request, text, [], [], end)
         jumps = self.options.jump_forward == "on" and not params.is_reported_by_token
         tokens, text, reason = request.extend(token, self.export.end_tokens, jumps)
         self.n_jumped += len(tokens) - 1
@@ -406,13 +380,6 @@ class EngineCore:
             self._report_experts(request, len(request.tokens) - 1)
             self.scheduler.finish(request, reason)
         return Output(request, text, tokens, [] if logprob is None else [logprob], reason)
-
-    def _complete(self, request: Request) -> Output:
-        """End a request whose grammar allows nothing more."""
-        text = "" if request.text is None else request.text.finish()
-        self._report_experts(request, len(request.tokens) - 1)
-        self.scheduler.finish(request, "stop")
-        return Output(request, text, [], [], "stop")
 
     def _report_experts(self, request: Request, n_tokens: int) -> None:
         if request.params.return_routed_experts and self.routing is not None:

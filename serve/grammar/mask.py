@@ -33,7 +33,8 @@ def pack(flags: NDArray[np.bool_]) -> NDArray[np.int32]:
 def apply_masks(logits_RV: Tensor, rows: list[int], masks_MW: NDArray[np.int32]) -> None:
     """Set the logits of tokens that are not allowed to minus infinity, in place, in these rows.
 
-    On a CPU a logit becomes the smaller of itself and its limit: unlike an assignment, this has no branches, and its time does not depend on the mask.
+    On a CPU a logit becomes the smaller of itself and its limit: unlike an assignment, this has no
+    branches, and its time does not depend on the mask.
     """
     n_tokens = logits_RV.shape[1]
     if logits_RV.device.type == "cpu":

@@ -16,6 +16,7 @@ import logging
 import mmap
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from serve.grammar.messages import FAILED, FINISHED, MAX_ITEMS, receive_numbers,
 from serve.grammar.processes import MATCH, GrammarWorker
 
 log = logging.getLogger("serve")
+_TIMEOUT = struct.pack("ll", MATCH_SECONDS, 0)
 
 
 class Grammar:
@@ -186,7 +188,10 @@ class Matchers:
     def _connected(self, n_tokens: int) -> socket.socket:
         if self._connection is None:
             connection = self.worker.connect(MATCH)
-            connection.settimeout(MATCH_SECONDS)
+            connection.settimeout(None)
+            # the kernel's timeout: with the one of Python every call is two
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEOUT)
             width = n_words(n_tokens)
             file = os.memfd_create("masks")
             try:

@@ -24,7 +24,6 @@ from serve.grammar.limits import MATCH_CPU_PER_TOKEN, MATCH_CPU_SECONDS
 from serve.grammar.messages import (
     FAILED,
     FINISHED,
-    MAX_ITEMS,
     OPEN,
     receive_numbers,
     send_numbers,
@@ -137,7 +136,7 @@ def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
     first one has the file for the masks."""
     _, (file, *_), _, _ = socket.recv_fds(connection, 1, 1)
     shared = np.frombuffer(mmap.mmap(file, 0), np.int32)
-    masks = shared.reshape(MAX_ITEMS, -1)
+    masks = shared.reshape(-1, len(vocabulary.not_ends))
     grammars: dict[int, tuple[Any, bool]] = {}
     matchers: dict[int, Matcher] = {}
     timer = _Timer()
@@ -151,7 +150,9 @@ def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
             grammars.pop(next(values), None)
         for _ in range(next(values)):
             matchers.pop(next(values), None)
-        at, answer, errors = 0, [], []
+        at = 0
+        answer: list[int] = []
+        errors: list[bytes] = []
         for item in range(next(values)):
             number, key, is_json, n_compiled, n_tokens = islice(values, 5)
             if n_compiled:
