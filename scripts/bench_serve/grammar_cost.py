@@ -1,8 +1,8 @@
 """`python -m scripts.bench_serve.grammar_cost EXPORT`: what structured output costs per step.
 
 Requests generate 64 tokens each, with a JSON schema (an array of texts, whose tokens are all
-sampled) and without, in alternating rounds. For 1, 16 and 64 requests at once it prints, of the best
-rounds and per step:
+sampled) and without, in alternating rounds. For 1, 16 and 64 requests at once it prints, of the
+best rounds and per step:
 
 - the processor time of a step without grammars,
 - what grammars add in the engine's process: messages and masks,

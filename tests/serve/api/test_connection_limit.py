@@ -116,7 +116,8 @@ def test_what_is_served_is_never_closed(server: RunningServer, connect: Connect)
     for client in (*streams, last):
         data = b""
         while b"[DONE]" not in data:
-            assert (part := client.recv(65536)), "a served connection was closed"
+            part = client.recv(65536)
+            assert part, "a served connection was closed"
             data += part
 
 
