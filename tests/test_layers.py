@@ -50,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "train/report": {"train"},
     "train/tokenizer": set(),
     "scripts": {"scripts/scaling_report"},
+    "scripts/check_clients": {"scripts/bench_serve"},
     "serve": {"serve/api", "serve/bench", "serve/engine", "serve/frontend"},
     "serve/api": {"serve/engine", "serve/frontend", "serve/text"},
     "serve/bench": set(),
