@@ -47,12 +47,13 @@ class Server:
                 self.process.wait()
 
 
-def start(name: str, export: Path, load: Load, folder: Path) -> Server:
+def start(name: str, export: Path, load: Load, folder: Path, *options: str) -> Server:
     """Start a server by its name, wait until it answers, and write its output to a file in
-    `folder`. Raises UserError, one line, if it is not installed or does not start."""
+    `folder`. options: appended to its command. Raises UserError, one line, if it is not installed
+    or does not start."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = _COMMANDS[name](export, load, port, folder)
+    words = [*_COMMANDS[name](export, load, port, folder), *options]
     env = {"OMP_NUM_THREADS": str(load.threads), "HF_HUB_OFFLINE": "1"}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1"} if name == "vllm" else {}
     log = folder / f"{name}.log"

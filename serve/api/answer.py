@@ -32,10 +32,6 @@ class Writer(ABC):
     """Identify the call for `/abort_request`; no two calls under way have one in common."""
 
     @abstractmethod
-    def start(self) -> list[Json]:
-        """Events before the first output."""
-
-    @abstractmethod
     def add(self, output: Output) -> list[Json]:
         """Record an output; returns its events."""
 
@@ -86,8 +82,6 @@ class Answer:
     async def _events(self) -> AsyncIterator[Json]:
         """Raises RequestError if a request failed."""
         left = set(self.requests)
-        for event in self.writer.start():
-            yield event
         while left:
             output = await self._outputs.get()
             if output.request not in left:

@@ -1,15 +1,20 @@
 """The HTTP connections: uvicorn's protocol with time limits, and errors in JSON.
 
-A client that does not finish its headers, or does not read its response, is cut off, and one more
-connection than the limit is refused; without that a few hundred slow sockets occupy the server.
+A client that does not finish its headers, or does not read its response, is cut off; without that
+a few hundred slow sockets occupy the server. At the limit of connections a new one takes the place
+of the one that has waited for its client longest: between requests, for the rest of a request, or
+for its client to read. A connection whose request is being served is never closed for another; if
+there are only such ones, the new one is refused.
 """
 
 import asyncio
+import functools
 import json
 import resource
 import socket
 import struct
 import sys
+from typing import Any
 
 import h11
 import uvicorn
@@ -30,41 +35,83 @@ STALL_SECONDS = 30.0
 
 
 class Connection(H11Protocol):
-    """One connection."""
+    """One connection. waiting: those of the server that wait for their clients, oldest first."""
 
     _header_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _receives = False
+    """Whether a part of the next request has arrived."""
+
+    def __init__(self, *arguments: Any, waiting: "dict[Connection, None]", **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._waiting = waiting
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         # otherwise the kernel takes megabytes for a client that reads nothing
         own = transport.get_extra_info("socket")
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        if len(self.connections) > MAX_CONNECTIONS and not self._waiting:
+            self._refuse(_too_many())
+            return
         if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(RequestError("too many connections", None, 503, "overloaded"))
-        else:
-            self._watch_headers()
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest._make_room()
+        self._watch_headers()
+        self._note_turn()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._header_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
+        self._stall_timer = None
+        self._waiting.pop(self, None)
         super().connection_lost(exc)
         # uvicorn keeps the timer, and so this object, if the client has reset the connection
         self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
+        if not self._receives and not self._in_request:
+            self._receives = True
+            self._waiting.pop(self, None)  # it waits from now on, but not anew for every byte
         super().data_received(data)
         self._watch_headers()
+        self._note_turn()
 
     def on_response_complete(self) -> None:
+        self._receives = False
         super().on_response_complete()
         if self.conn.trailing_data[0]:
             self._watch_headers()
+        self._note_turn()
+
+    @property
+    def _in_request(self) -> bool:
+        """Whether the headers of a request have arrived, and not all of its response is sent."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _note_turn(self) -> None:
+        """Record whether it is the client's turn: to send, or to read."""
+        sends = not self._in_request or self.conn.their_state is h11.SEND_BODY
+        if self.transport.is_closing() or not (sends or self._stall_timer is not None):
+            self._waiting.pop(self, None)
+        else:
+            self._waiting.setdefault(self, None)
+
+    def _make_room(self) -> None:
+        """End this connection, which waits for its client, for another one."""
+        if self._stall_timer is not None:
+            self._cut_off()
+        elif self._receives or self._in_request:
+            self._refuse(_too_many())
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stall_timer = self.loop.call_later(STALL_SECONDS, self._cut_off)
+        self._note_turn()
 
     def _cut_off(self) -> None:
         """Reset the connection; otherwise the kernel keeps what the client does not read."""
@@ -78,6 +125,8 @@ class Connection(H11Protocol):
         super().resume_writing()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+            self._stall_timer = None
+        self._note_turn()
 
     def send_400_response(self, msg: str) -> None:
         """Called for a request that is not HTTP, inside the handler of the library's error."""
@@ -89,7 +138,7 @@ class Connection(H11Protocol):
         self._refuse(error)
 
     def _watch_headers(self) -> None:
-        in_request = self.cycle is not None and not self.cycle.response_complete
+        in_request = self._in_request
         if in_request and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
@@ -118,6 +167,10 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
+def _too_many() -> RequestError:
+    return RequestError("too many connections", None, 503, "overloaded")
+
+
 def allow_connections() -> None:
     """Raise this process's limit of open files, often 1,024, to what the connections need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -130,9 +183,10 @@ def allow_connections() -> None:
 
 def server_config(app: ASGIApp, keep_alive: int, grace: float) -> uvicorn.Config:
     """keep_alive: seconds that an idle connection stays open. grace: see `serve.__main__`."""
+    protocol: Any = functools.partial(Connection, waiting={})
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=protocol,
         ws="none",
         log_level="error",
         access_log=False,

@@ -168,18 +168,13 @@ class ChatWriter(Writer):
             "model": model_name,
         }
 
-    def start(self) -> list[Json]:
-        role: Json = {"role": "assistant", "content": ""}
-        return [
-            self._chunk({"index": index, "delta": role, "logprobs": None, "finish_reason": None})
-            for index in range(len(self.requests))
-        ]
-
     def add(self, output: Output) -> list[Json]:
-        piece = self.choices[output.request].add(output)
-        if not (piece["delta"] or piece["finish_reason"] or piece["logprobs"]):
-            return []
-        return [self._chunk(piece)]
+        choice = self.choices[output.request]
+        events = [] if choice.begun else [self._chunk(choice.begin())]
+        piece = choice.add(output)
+        if piece["delta"] or piece["finish_reason"] or piece["logprobs"]:
+            events.append(self._chunk(piece))
+        return events
 
     def end(self) -> list[Json]:
         if not self.include_usage:
@@ -230,6 +225,7 @@ class _Choice:
         self.request = request
         self.with_ids = with_ids
         self.content: list[str] = []
+        self.begun = False
         self.calls = None if tools is None else ToolCallParser(tools.named)
         self.logprobs: list[Json] | None = None
         self.reason: str | None = None
@@ -239,6 +235,13 @@ class _Choice:
             self.names = inputs.text_encoder.names(
                 request.prompt, request.params.skip_special_tokens
             )
+
+    def begin(self) -> Json:
+        """The role. It is sent with the first token: clients take the time of the first event for
+        that of the first token."""
+        self.begun = True
+        role: Json = {"role": "assistant", "content": ""}
+        return {"index": self.index, "delta": role, "logprobs": None, "finish_reason": None}
 
     def add(self, output: Output) -> Json:
         self.content.append(output.text)

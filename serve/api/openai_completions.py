@@ -125,9 +125,6 @@ class CompletionsWriter(Writer):
             "model": model_name,
         }
 
-    def start(self) -> list[Json]:
-        return []
-
     def add(self, output: Output) -> list[Json]:
         piece = self.choices[output.request].add(output)
         if not (

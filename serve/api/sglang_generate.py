@@ -115,9 +115,6 @@ class GenerateWriter(Writer):
         self.requests = list(self.results)
         self.many = self.many or len(self.requests) > 1
 
-    def start(self) -> list[Json]:
-        return []
-
     def add(self, output: Output) -> list[Json]:
         result = self.results[output.request]
         result.add(output)

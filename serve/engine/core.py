@@ -34,10 +34,11 @@ from serve.engine.input_processor import EngineInfo, InputProcessor
 from serve.engine.loading import Export, load_update
 from serve.engine.logprobs import Scores
 from serve.engine.rank_group import RankRunner
-from serve.engine.request import Output, Request, SamplingParams, TokenLogprob
+from serve.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
 from serve.engine.runner import ModelRunner
 from serve.engine.sampler import Sampled, Sampler
 from serve.engine.scheduler import Chunk, Scheduler
+from serve.grammar.steps import GrammarSteps
 
 log = logging.getLogger("serve")
 
@@ -172,6 +173,7 @@ class EngineCore:
         )
         self.inputs = InputProcessor(self._describe(), export.tokenizer)
         self.grammars = self.inputs.grammars
+        self.grammar_steps = GrammarSteps(self.grammars)
         self.n_jumped = 0
         """Tokens appended by jump-forward."""
         self.n_generated = 0
@@ -320,15 +322,8 @@ class EngineCore:
     def _start(self, chunks: list[Chunk], before: StepUnderWay | None) -> StepUnderWay:
         places = {} if before is None else before.places
         plan = plan_step(chunks, self.pages, places)
-        self._match([chunk.request for chunk in plan.sampled])
-        sampling = self.sampler.plan(plan.sampled) if plan.sampled else None
-        return self.executor.start(plan, sampling)
-
-    def _match(self, requests: Sequence[Request]) -> None:
-        """Compute what the grammars of requests allow next, together."""
-        states = [request.grammar for request in requests if request.grammar is not None]
-        if states and self.grammars is not None:
-            self.grammars.matchers.update(states)
+        prepare = self.grammar_steps.begin(plan.sampled, self.sampler.plan)
+        return self.executor.start(plan, prepare)
 
     def _finish(self, step: StepUnderWay) -> list[Output]:
         try:
@@ -350,8 +345,7 @@ class EngineCore:
         tokens: dict[Request, tuple[int | None, TokenLogprob | None]] = {}
         if sampled is not None:
             tokens = sampled.read(plan.sampled)
-            ends = self.export.end_tokens
-            self._match([r for r, (token, _) in tokens.items() if r.accept(token, ends)])
+        complete = self.grammar_steps.accept(tokens, self.export.end_tokens)
         outputs = []
         for chunk in plan.chunks:
             request = chunk.request
@@ -359,29 +353,34 @@ class EngineCore:
             if request.finish_reason is not None:
                 continue  # it ended during the step
             token, logprob = tokens.get(request, (None, None))
+            ended = request in complete  # by its grammar, before this token
             try:
                 error = None if request.grammar is None else request.grammar.error
-                if chunk.samples and (token is None or error is not None):
+                if chunk.samples and not ended and (token is None or error is not None):
                     log.error("request %d: %s", request.number, error or "logits are not finite")
                     outputs.append(self._fail(request))
                     continue
                 self.scheduler.commit(chunk)
-                if token is not None:
-                    outputs.append(self._append(request, token, logprob))
+                if ended or token is not None:
+                    outputs.append(self._append(request, None if ended else token, logprob))
             except Exception:
                 log.exception("request %d ends with an error", request.number)
                 outputs.append(self._fail(request))
         return outputs
 
-    def _append(self, request: Request, token: int, logprob: TokenLogprob | None) -> Output:
-        """Append the next token to a request, and those that its grammar forces after it.
+    def _append(self, request: Request, token: int | None, logprob: TokenLogprob | None) -> Output:
+        """Append the next token to a request, and those that its grammar forces after it. None: it
+        is complete.
 
         Scores and experts are those of each token, so with them no token is left out of a step."""
         params = request.params
-        if params.max_tokens == 0:  # the step computed the prompt, which is all that was requested
-            self._report_experts(request, len(request.tokens))
-            self.scheduler.finish(request, "length")
-            return Output(request, "", [], [], "length")
+        if params.max_tokens == 0 or token is None:
+            # of max_tokens 0 the step computed the prompt, which is all that was requested
+            end: FinishReason = "length" if params.max_tokens == 0 else "stop"
+            self._report_experts(request, len(request.tokens) - (params.max_tokens > 0))
+            self.scheduler.finish(request, end)
+            text = "" if request.text is None else request.text.finish()
+            return Output(request, text, [], [], end)
         jumps = self.options.jump_forward == "on" and not params.is_reported_by_token
         tokens, text, reason = request.extend(token, self.export.end_tokens, jumps)
         self.n_jumped += len(tokens) - 1

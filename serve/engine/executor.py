@@ -66,14 +66,20 @@ class StepExecutor:
         self._thread = ThreadPoolExecutor(1, "device") if threaded else None
         self._last_tokens: Tensor | None = None
 
-    def start(self, plan: StepPlan, sampling: SamplingPlan | None) -> StepUnderWay:
-        """Compute a step after those that were started earlier."""
+    def start(self, plan: StepPlan, prepare: Callable[[], SamplingPlan] | None) -> StepUnderWay:
+        """Compute a step after those that were started earlier.
+
+        prepare: prepares the sampling; None if nothing is sampled. It is called in this thread,
+        if possible after the forward pass was started: it may wait for grammars.
+        """
         places = {chunk.request: r for r, chunk in enumerate(plan.sampled)}
         if self._thread is not None:
-            return StepUnderWay(plan, self._thread.submit(self._compute, plan, sampling), places)
+            known = None if prepare is None else prepare()
+            later = None if known is None else lambda: known
+            return StepUnderWay(plan, self._thread.submit(self._compute, plan, later), places)
         future: Future[_Copied] = Future()
         try:
-            future.set_result(self._compute(plan, sampling))
+            future.set_result(self._compute(plan, prepare))
         except Exception as error:
             future.set_exception(error)
         return StepUnderWay(plan, future, places)
@@ -84,7 +90,7 @@ class StepExecutor:
             self._thread.shutdown()
 
     @torch.inference_mode()
-    def _compute(self, plan: StepPlan, sampling: SamplingPlan | None) -> _Copied:
+    def _compute(self, plan: StepPlan, prepare: Callable[[], SamplingPlan] | None) -> _Copied:
         parts: list[Scores] = []
         most = max((row.top for row in plan.scored), default=0)
 
@@ -106,8 +112,8 @@ class StepExecutor:
             batch = replace(batch, tokens=tokens)
         logits_RV = self.runner.run(batch, score_prompts, self._recorder(plan))
         sampled = None
-        if sampling is not None:
-            sampled = self.sampler.sample(logits_RV, sampling)
+        if prepare is not None:
+            sampled = self.sampler.sample(logits_RV, prepare())
             self._last_tokens = sampled.tokens_R
         return _to_host((sampled, join(parts) if parts else None))
 

@@ -10,8 +10,10 @@ missed by a library that is in a loop. The engine then ends this request and sta
 again for the others.
 """
 
+import mmap
 import signal
 import socket
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,13 @@ import xgrammar
 from numpy.typing import NDArray
 
 from serve.grammar.limits import MATCH_CPU_PER_TOKEN, MATCH_CPU_SECONDS
-from serve.grammar.messages import receive, send
+from serve.grammar.messages import (
+    FAILED,
+    FINISHED,
+    OPEN,
+    receive_numbers,
+    send_numbers,
+)
 from serve.grammar.vocabulary import Vocabulary
 
 _MOST_FORCED = 4096
@@ -40,6 +48,11 @@ class Matcher:
         self.mask: NDArray[np.int32] = np.zeros((1, len(vocabulary.not_ends)), np.int32)
         """`[1, W]`: the tokens that may be next."""
         self.seconds_left = MATCH_CPU_SECONDS
+
+    def allowance(self, n_tokens: int) -> float:
+        """Processor time for the next `n_tokens` tokens."""
+        more = n_tokens * MATCH_CPU_PER_TOKEN
+        return min(self.seconds_left + more, MATCH_CPU_SECONDS + more)
 
     def advance(self, tokens: list[int]) -> tuple[list[int], bool]:
         """Continue after `tokens`. Returns the tokens that are forced after them, which it
@@ -104,43 +117,60 @@ def _without_last_word(words: list[int | None]) -> int:
     return words.index(words[-1])
 
 
+class _Timer:
+    """Processor time of one matcher at a time; this process ends when a matcher has none left."""
+
+    def __init__(self) -> None:
+        self._of: Matcher | None = None
+
+    def start(self, of: "Matcher | None", seconds: float) -> None:
+        """From now on time is that of `of`, which has `seconds`; 0: it is not limited."""
+        left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
+        if self._of is not None:
+            self._of.seconds_left = max(left, 1e-3)
+        self._of = of
+
+
 def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
-    """Answer the messages of `serve.grammar.matcher` until the engine closes the connection."""
+    """Answer the messages of `serve.grammar.matcher` until the engine closes the connection. The
+    first one has the file for the masks."""
+    _, (file, *_), _, _ = socket.recv_fds(connection, 1, 1)
+    shared = np.frombuffer(mmap.mmap(file, 0), np.int32)
+    masks = shared.reshape(-1, len(vocabulary.not_ends))
     grammars: dict[int, tuple[Any, bool]] = {}
     matchers: dict[int, Matcher] = {}
+    timer = _Timer()
     while True:
         try:
-            (dropped, ended, items), body = receive(connection)
+            numbers, body = receive_numbers(connection)
         except EOFError:
             return
-        for key in dropped:
-            grammars.pop(key, None)
-        for number in ended:
-            matchers.pop(number, None)
-        at, contents, masks = 0, [], []
-        for number, key, is_json, n_compiled, tokens in items:
+        values = iter(numbers)
+        for _ in range(next(values)):
+            grammars.pop(next(values), None)
+        for _ in range(next(values)):
+            matchers.pop(next(values), None)
+        at = 0
+        answer: list[int] = []
+        errors: list[bytes] = []
+        for item in range(next(values)):
+            number, key, is_json, n_compiled, n_tokens = islice(values, 5)
             if n_compiled:
-                signal.setitimer(signal.ITIMER_PROF, _LOADING_SECONDS)
+                timer.start(None, _LOADING_SECONDS)
                 text = body[at : at + n_compiled].decode()
                 at += n_compiled
                 compiled = xgrammar.CompiledGrammar.deserialize_json(text, vocabulary.info)
-                grammars[key] = compiled, is_json
-            if number not in matchers:
-                compiled, is_json = grammars[key]
-                matchers[number] = Matcher(compiled, vocabulary, is_json)
-            contents.append(_answer(matchers[number], tokens))
-            masks.append(matchers[number].mask.tobytes())
-        send(connection, contents, b"".join(masks))
-
-
-def _answer(matcher: Matcher, tokens: list[int]) -> tuple[list[int], bool, str | None]:
-    """The forced tokens, whether the output is complete, and the error, if there is one."""
-    more = len(tokens) * MATCH_CPU_PER_TOKEN
-    matcher.seconds_left = min(matcher.seconds_left + more, MATCH_CPU_SECONDS + more)
-    signal.setitimer(signal.ITIMER_PROF, matcher.seconds_left)
-    try:
-        return *matcher.advance(tokens), None
-    except Exception as error:
-        return [], False, str(error)[:300]
-    finally:
-        matcher.seconds_left = max(signal.setitimer(signal.ITIMER_PROF, 0)[0], 1e-3)
+                grammars[key] = compiled, bool(is_json)
+            matcher = matchers.get(number)
+            if matcher is None:
+                matcher = matchers[number] = Matcher(grammars[key][0], vocabulary, grammars[key][1])
+            timer.start(matcher, matcher.allowance(n_tokens))
+            matcher.mask = masks[item : item + 1]
+            try:
+                forced, finished = matcher.advance(list(islice(values, n_tokens)))
+                answer += FINISHED if finished else OPEN, len(forced), *forced
+            except Exception as error:
+                errors.append(str(error)[:300].encode())
+                answer += FAILED, len(errors[-1])
+        timer.start(None, 0)
+        send_numbers(connection, answer, b"".join(errors))

@@ -7,6 +7,7 @@ milliseconds. The engine sends a socket for each child over FD, with a byte that
 child does, and closes FD at the end.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ def main(fd: int) -> None:
     (end_tokens, size), tokenizer = receive(control)
     control.sendall(READY)
     vocabulary = make_vocabulary(Tokenizer.from_str(tokenizer.decode()), end_tokens, size)
+    gc.freeze()  # children need not look at what is never freed
     while True:
         kind, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not kind:
