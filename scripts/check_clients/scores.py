@@ -51,7 +51,7 @@ def check(setting: Setting) -> list[Row]:
         f"their standard deviation {spread:.1f}; {same} equal decisions whether greedy"
     )
     good = (
-        len(ours) == len(items) and max(errors) <= worst <= _TOLERANCE * 10 and same == len(items)
+        len(ours) == len(items) and max(errors) <= worst <= _TOLERANCE and same == len(items)
     )
     return [Row("local-completions", text, good)]
 
