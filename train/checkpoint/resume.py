@@ -4,9 +4,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +50,7 @@ class ResumeState:
     """Messages for the user."""
     owes_validation: bool
     """Whether a stop interrupted the validation after the last step."""
-    state: Mapping[str, Any] = MappingProxyType({})
+    state: Mapping[str, Any] = field(default_factory=dict)
     """Of the manifest; empty for a new run."""
 
 
