@@ -41,6 +41,7 @@ NOT_RUN = {
     r"python -m scripts\.(to_gguf|check_readers) .*": "needs programs of other projects",
     r"python -m venv .*": "installs programs of other projects",
     r"torchrun --nnodes .*": "needs two hosts",
+    r"torchrun .* -m scripts\.bench_dispatch\.reduce_scatter": _MINUTES,
     r"python -m launch\.slurm (?!.*--dry-run).*": "needs SLURM; tests/launch starts one",
     r"python -m launch\.kubernetes .*": "needs a site file; tests/launch runs it",
     r"python -m launch\.write_examples": "writes into the checkout",

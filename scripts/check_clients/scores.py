@@ -50,9 +50,7 @@ def check(setting: Setting) -> list[Row]:
         f"{len(items)} log-likelihoods within {worst:.1e} of transformers', "
         f"their standard deviation {spread:.1f}; {same} equal decisions whether greedy"
     )
-    good = (
-        len(ours) == len(items) and max(errors) <= worst <= _TOLERANCE and same == len(items)
-    )
+    good = len(ours) == len(items) and max(errors) <= worst <= _TOLERANCE and same == len(items)
     return [Row("local-completions", text, good)]
 
 

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--percent", type=float, default=20.0, help="of --slow (default 20; 0 ends)"
     )
-    parser.add_argument("--disk-full", **rank, help="let a rank's writes fail, for --steps")
+    parser.add_argument("--disk-full", **rank, help="let a rank's checkpoints fail, for --steps")
     parser.add_argument("--steps", type=int, default=10, help="of --disk-full (default 10)")
     parser.add_argument("--seed", type=int, help="of --flip-bit, to repeat it")
     options = vars(parser.parse_args(arguments))

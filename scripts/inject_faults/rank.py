@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,13 +29,14 @@ class Faults:
         self._step = train.trainer.train_step
         self._slow, self._full_until = 0.0, 0
         self._own_s = 0.0
-        self._limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def step(self, model: Any, optimizer: Any, batches: Any, **named: Any) -> Any:
         """A step, with the requested fault."""
         number = named["step"]
-        if number > self._full_until:
-            resource.setrlimit(resource.RLIMIT_FSIZE, self._limit)
+        if self._full_until:
+            # also of a process that was started again
+            _limit_writers(4096 if number <= self._full_until else None)
+            self._full_until *= number <= self._full_until
         request = receive(self.run, self.rank)
         if request is not None:
             line = f"fault on rank {self.rank}: {describe(request)} at step {number}"
@@ -82,7 +83,7 @@ class Faults:
             self._slow = request.amount / 100
         elif request.kind == "disk_full":
             self._full_until = number + max(int(request.amount), 1)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self._limit[1]))
+            _limit_writers(4096)
         elif request.kind in ("spike", "flip_weight"):
             shards = [local_of(p.detach()) for p in model.parameters()]
             shard = next(s for s in shards if s.numel()).view(-1)
@@ -106,6 +107,17 @@ class Faults:
             return result
 
         return patch.object(train.step, "loss_sums", slow)
+
+
+def _limit_writers(n_bytes: int | None) -> None:
+    """Limit the size of files that this rank's processes may write, those of its checkpoints; None
+    for no limit."""
+    for thread in Path("/proc/self/task").iterdir():
+        for child in map(int, (thread / "children").read_text().split()):
+            with suppress(ProcessLookupError):
+                _, most = resource.prlimit(child, resource.RLIMIT_FSIZE)
+                allowed = most if n_bytes is None else n_bytes
+                resource.prlimit(child, resource.RLIMIT_FSIZE, (allowed, most))
 
 
 def main(arguments: list[str]) -> int:

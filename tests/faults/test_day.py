@@ -22,8 +22,8 @@ from tests.faults.test_faults import ready
 from tests.runs import TINY, run
 
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
-EVENTS = ["--kill-rank", "--freeze", "--skip-collective", "--kill-rank", "preemption", "--freeze",
-          "--kill-rank", "node loss", "--skip-collective", "--kill-rank"]  # fmt: skip
+EVENTS = ["--kill-rank", "--freeze", "--skip-collective", "--disk-full", "preemption", "--flip-bit",
+          "--freeze", "--kill-rank", "node loss", "--skip-collective", "--kill-rank"]  # fmt: skip
 STEPS = 300
 
 
@@ -49,6 +49,22 @@ def test_a_day_of_faults(overrides: list[str], tmp_path: Path) -> None:
                 i, event = events.pop(0)
                 time.sleep(1.0)
                 start, position = time.monotonic(), len(running.said)
+                if event == "--disk-full":  # checkpoints fail for some steps; training continues
+                    running.inject(event, i % 4, "--steps", 12)
+                    running.wait_for("training continues", 60, position)
+                    position = len(running.said)
+                    running.wait_for("saved .*step-", 60, position)
+                    lost.setdefault(event, []).append(0.0)
+                    continue
+                if event == "--flip-bit":  # the next start uses the checkpoint before
+                    running.inject("--freeze", i % 4)  # no newer checkpoint is written
+                    time.sleep(0.5)
+                    running.inject(event)
+                    running.inject("--kill-rank", i % 4)
+                    running.wait_for("damaged, not used", 90, position)
+                    lost.setdefault(event, []).append(next_step(running, start, position))
+                    ready(running, position)
+                    continue
                 if event.startswith("--"):
                     running.inject(event, i % 4)
                     lost.setdefault(event, []).append(next_step(running, start, position))

@@ -38,6 +38,7 @@ def words(corpus: Path) -> list[str]:
     return [
         f"--data.source={corpus}", f"--data.cache_dir={corpus.parent / 'corpus-cache'}",
         "--train.steps=12", "--checkpoint.every=3", "--validation.every=3",
+        "--checkpoint.async_save=true",
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from launch import slurm
+from launch import local, slurm
 from launch.sweep import results, variants
 from tests.runs import ROOT, TINY, environment
 
@@ -88,7 +88,33 @@ def test_the_table_has_the_figures_of_the_runs(tmp_path: Path) -> None:
         results(tmp_path / "c")
 
 
-@pytest.mark.long
+def test_a_local_sweep_starts_every_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    class Supervisor:
+        def __init__(self, words: list[str], ranks: int, folder: Path, limits: object) -> None:
+            started.append((words[-1], ranks, folder.name))
+            folder.mkdir(parents=True)
+            record = {"step": 2, "loss": 1.0, "tokens_per_s": 9, "memory_gib": 0.1}
+            (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+        def run(self) -> int:
+            return 0 if len(started) < 3 else 75
+
+    monkeypatch.setattr(local, "Supervisor", Supervisor)
+    words = ["sweep", str(TINY), "--nproc=1,2", f"--run.dir={tmp_path}"]
+    assert local.main([*words, "--set", "run.seed=1"]) == 0
+    assert "| seed=1-n2 | 2 |" in capsys.readouterr().out
+    assert local.main([*words, "--set", "run.seed=3,4"]) == 75, "a stopped sweep ends"
+    assert [(ranks, name) for _, ranks, name in started] == [
+        (1, "seed=1-n1"), (2, "seed=1-n2"), (1, "seed=3-n1"),
+    ]  # fmt: skip
+    assert all(word == f"--run.dir={tmp_path / name}" for word, _, name in started)
+
+
+@pytest.mark.slow
 def test_a_local_sweep_trains_every_variant(overrides: list[str], tmp_path: Path) -> None:
     command = ["-m", "launch.local", "sweep", str(TINY), "--set", "run.seed=1,2", "--train.steps=2"]
     done = subprocess.run(

@@ -38,7 +38,7 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
 
     Returns the folder of that run, `folder/run`.
     """
-    arguments = ["-m", "train", str(TINY), *arguments]
+    arguments = ["-m", "train", str(TINY), *arguments, "--checkpoint.async_save=true"]
     arguments += [f"--train.steps={steps}", "--checkpoint.every=5"]
     killed, whole = folder / "run", folder / "whole"
     run(*arguments, f"--run.dir={whole}", ranks=2)

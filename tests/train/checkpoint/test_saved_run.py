@@ -20,6 +20,12 @@ from train.convert.hf_export import export_hf
 from train.report.metrics import read_lines
 
 
+@pytest.fixture
+def overrides(overrides: list[str]) -> list[str]:
+    """Those of all tests, with asynchronous checkpoints."""
+    return [*overrides, "--checkpoint.async_save=true"]
+
+
 def test_a_run_writes_the_same_files_with_and_without(
     overrides: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,7 +112,7 @@ def test_a_run_in_an_object_store(
     assert f"weights from {url}/step-00000012" in capfd.readouterr().out
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ranks_share_an_object_store(overrides: list[str], tmp_path: Path, s3_server: str) -> None:
     words = ["-m", "train", TINY, *overrides, f"--checkpoint.dir={s3_server}/ranks"]
     run(*words, "--train.steps=4", "--schedule.steps=12", ranks=2)

@@ -5,12 +5,14 @@ import errno
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from configs.errors import UserError
+from parallel.ranks import Ranks
 from tests.runs import TINY, largest_file
 from tests.train.data.corpora import config, silent, write_texts
 from train import __main__ as command
@@ -125,6 +127,7 @@ def test_a_run_folder_that_is_full(
             raise OSError(errno.ENOSPC, "No space left on device")  # as from an open file
 
     monkeypatch.setattr("train.trainer.Trainer", Trainer)
-    monkeypatch.setattr("parallel.ranks.start_ranks", lambda threads: SimpleNamespace(rank=0))
+    one = Ranks(0, 1, torch.device("cpu"), dist.HashStore())
+    monkeypatch.setattr("parallel.ranks.start_ranks", lambda threads: one)
     assert command.main([str(TINY), f"--run.dir={tmp_path}/run"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/run: No space left on device\n"
