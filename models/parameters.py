@@ -1,7 +1,7 @@
 """The properties of every parameter that other modules use, in one table.
 
 Initialization (`models.init`), weight decay (`train.optimizer`), tensor and expert parallelism
-(`parallel.tensor`, `parallel.expert`) and FP8 (`models.fp8`, `parallel.fp8_weights`) read it.
+(`parallel.tensor`, `parallel.expert`) and FP8 (`models.fp8`, `parallel.fsdp.fp8_weights`) read it.
 A parameter that is not in the table is an error, not a default. Its Hugging Face name is in the
 family's file (`models.hf.families`), which must contain every parameter of the model.
 

@@ -13,9 +13,9 @@ sharded over `dp_shard`, undivided ones over `dp_shard * tp`, experts over `efsd
 Communication of one microbatch per rank and group of N elements (its part after tp, ep, etp):
 all-gather of N in the compute dtype, twice if parameters are freed after forward; reduce-scatter of
 N in fp32; with replicas, all-reduce of N / (ranks that shard) in fp32. ZeRO stages 2 and 1 do less
-of it (`parallel.accumulation`). Groups of one rank do not communicate. Weights in FP8 are gathered
-at one byte per element, and once per step the ranks that shard them all-reduce 4 bytes per 16,384
-of their elements (`parallel.fp8_weights`).
+of it (`parallel.fsdp.accumulation`). Groups of one rank do not communicate. Weights in FP8 are
+gathered at one byte per element, and once per step the ranks that shard them all-reduce 4 bytes per
+16,384 of their elements (`parallel.fsdp.fp8_weights`).
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ from models.init import initial_value
 from models.layers.box import Box
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
-from parallel.fp8_weights import check_divided, cut_within_block
+from parallel.fsdp.fp8_weights import check_divided, cut_within_block
 from parallel.gloo import AllToAllReduceScatter
 from parallel.mesh import Mesh
 from parallel.recompute import apply_recompute

@@ -40,9 +40,10 @@ ROOMS: dict[str, set[str]] = {
     "models/hf/config": {"models/hf"},
     "models/hf/families": {"models/hf", "models/hf/config"},
     "models/gguf": {"models/hf"},
-    "parallel": {"parallel/dispatch"},
+    "parallel": {"parallel/dispatch", "parallel/fsdp"},
+    "parallel/fsdp": {"parallel"},
     "parallel/dispatch": {"parallel"},
-    "parallel/memory": {"parallel", "parallel/dispatch"},
+    "parallel/memory": {"parallel", "parallel/dispatch", "parallel/fsdp"},
     "train": {
         "train/checkpoint", "train/checkpoint/storage", "train/data", "train/dataset",
         "train/health", "train/optim", "train/process", "train/report", "train/tokenizer",

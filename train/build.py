@@ -12,9 +12,9 @@ from configs.parallel_dims import resolve
 from configs.schema import JobConfig
 from models.decoder import Decoder
 from parallel import mesh as meshes
-from parallel.accumulation import Accumulation
 from parallel.apply import materialize, parallelize
-from parallel.fp8_weights import Fp8Weights, gather_in_fp8
+from parallel.fsdp.accumulation import Accumulation
+from parallel.fsdp.fp8_weights import Fp8Weights, gather_in_fp8
 from parallel.mesh import Mesh
 from parallel.ranks import Ranks
 from train.compute_dtype import compute_dtype

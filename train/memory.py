@@ -24,7 +24,7 @@ from torch import Tensor
 from configs.parallel_dims import ParallelDims
 from configs.schema import JobConfig
 from kernels.layers import cross_entropy
-from parallel.accumulation import Accumulation
+from parallel.fsdp.accumulation import Accumulation
 from parallel.memory.fake_group import fake_group
 from parallel.memory.model import BATCH, GRADIENTS, MASKS, MOMENTS, PARAMETERS, TracedModel
 from parallel.memory.routing import chosen, even, one_sided

@@ -28,10 +28,10 @@ from models.balance import mean_losses
 from models.decoder import Decoder
 from models.router import routers, update_biases
 from models.step_context import StepContext
-from parallel.accumulation import Accumulation
 from parallel.dispatch.gathering import routed_dispatchers
 from parallel.dispatch.overflow import overflowed
 from parallel.dispatch.stats import dispatch_fields, sum_counts
+from parallel.fsdp.accumulation import Accumulation
 from parallel.grad_norm import (
     LARGEST,
     global_grad_norm,

@@ -25,7 +25,7 @@ from parallel import mesh as meshes
 from parallel.apply import parallelize
 from parallel.dispatch.gathering import routed_dispatchers
 from parallel.dispatch.hierarchical import Hierarchical
-from parallel.fp8_weights import Fp8Weights, fsdp_groups, gather_in_fp8
+from parallel.fsdp.fp8_weights import Fp8Weights, fsdp_groups, gather_in_fp8
 from parallel.memory.attention import fused_attention
 from parallel.memory.layers import reduced
 from parallel.memory.timeline import BACKWARD, END, FORWARD, HEAD, REFRESH, STEP, Bytes

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from configs.loader import from_dict
 from configs.schema import JobConfig
 from parallel.apply import materialize
-from parallel.fp8_weights import gather_in_fp8
+from parallel.fsdp.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from scripts.gpu_suite.harness import Check, Place, Timing
 from train.build import shard_model

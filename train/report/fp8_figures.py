@@ -28,7 +28,7 @@ from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.mlp.swiglu import Activation, swiglu_backward
 from kernels.quantization.quantize import dequantize_128x128, quantize_1x128, quantize_1x128_128x1
 from models.layers.linear import Fp8Module, as_matrices
-from parallel.fp8_weights import GatheredWeight
+from parallel.fsdp.fp8_weights import GatheredWeight
 
 PRODUCTS = ("forward", "dgrad", "wgrad")
 TENSORS = ("x", "w", "dy")

@@ -1,8 +1,8 @@
 """The counted collectives of one step equal those that the docstrings and `--check` predict.
 
 Formulas: `parallel.tensor`, `parallel.expert`, `parallel.dispatch.all_to_all`, `parallel.apply`,
-`parallel.fp8_weights`, and the sums of `train.step`. Everything is fp32, except weights gathered in
-FP8; [calls, bytes] are summed over the ranks.
+`parallel.fsdp.fp8_weights`, and the sums of `train.step`. Everything is fp32, except weights
+gathered in FP8; [calls, bytes] are summed over the ranks.
 """
 
 import json

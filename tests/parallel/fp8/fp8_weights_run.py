@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-import parallel.fp8_weights
+import parallel.fsdp.fp8_weights
 from kernels.gemm.linear_fp8 import Fp8Weight
 from kernels.quantization.quantize import quantize_128x128
 from models.fp8 import Fp8Experts, Fp8FeedForward, fp8_modules
 from models.layers.linear import Fp8Module, as_matrices
-from parallel.fp8_weights import GatheredWeight
+from parallel.fsdp.fp8_weights import GatheredWeight
 from parallel.mesh import Mesh
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
@@ -107,7 +107,7 @@ def counted() -> Iterator[Counter[str]]:
 
     with ExitStack() as stack:
         for name, owner, attribute in (
-            ("shards", parallel.fp8_weights, "quantize_piece"),
+            ("shards", parallel.fsdp.fp8_weights, "quantize_piece"),
             ("wholes", Fp8Weight, "of"),
             ("uses", GatheredWeight, "__call__"),
         ):

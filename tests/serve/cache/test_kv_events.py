@@ -73,6 +73,7 @@ class Subscriber:
         self.next = 0
         self._replay_endpoint = publisher.replay_endpoint
         self._context = zmq.Context()
+        self._context.setsockopt(zmq.LINGER, 0)  # closing waits for no peer
         self.live = self._context.socket(zmq.SUB)
         self.live.connect(publisher.endpoint)
         self.live.subscribe(b"")

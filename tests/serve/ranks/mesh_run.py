@@ -23,7 +23,7 @@ from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import read_config, read_model
 from parallel.apply import InferenceSharding, materialize
-from parallel.fp8_weights import gather_in_fp8
+from parallel.fsdp.fp8_weights import gather_in_fp8
 from parallel.mesh import build
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench_deterministic FILE.toml [--steps N] [--section.key=value ...]`: what
+"""`python -m scripts.bench_train.deterministic FILE.toml [--steps N] [--section.key=value ...]`: what
 `train.deterministic` costs, and whether runs have the same bits with and without it.
 
 Trains the experiment in short runs, in turn with and without it, in one process each; under
@@ -24,7 +24,7 @@ _ROUNDS = 3
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     parser = CommandParser(
-        prog="python -m scripts.bench_deterministic", description=__doc__, allow_abbrev=False
+        prog="python -m scripts.bench_train.deterministic", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("file", help="experiment (TOML)")
     parser.add_argument("--steps", type=int, default=10, help="steps of each run (default 10)")

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench_checkpoint FILE.toml [--nproc N] [--every K] [--saves M] [--rounds R]`:
+"""`python -m scripts.bench_train.checkpoint FILE.toml [--nproc N] [--every K] [--saves M] [--rounds R]`:
 what checkpoints cost the steps of a training.
 
 Trains the experiment in temporary folders, R times each and in turn: with checkpoints every K steps
@@ -35,7 +35,9 @@ KINDS = {
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench_train.checkpoint", description=__doc__
+    )
     parser.add_argument("file")
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--every", type=int, default=25, help="steps between checkpoints")

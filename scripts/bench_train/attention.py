@@ -1,4 +1,4 @@
-"""`python -m scripts.bench_attention`: training's attention core on this machine, forward and
+"""`python -m scripts.bench_train.attention`: training's attention core on this machine, forward and
 backward, for packed documents of 700 tokens.
 
 Compares three ways in alternating rounds, best of each:
@@ -31,7 +31,7 @@ HEADS, GROUPS, WIDTH = 8, 2, 64
 
 def main() -> int:
     """Print a table of milliseconds and MiB."""
-    parser = CommandParser(prog="python -m scripts.bench_attention", description=__doc__)
+    parser = CommandParser(prog="python -m scripts.bench_train.attention", description=__doc__)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 8192])
     parser.add_argument(
         "--window", type=int, default=0, help="tokens that a token attends to; 0: all"

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from configs.schema import ParallelConfig
 from models.moe import Experts
-from parallel.fp8_weights import fsdp_groups
+from parallel.fsdp.fp8_weights import fsdp_groups
 
 
 @dataclass(frozen=True)
