@@ -1,5 +1,5 @@
-"""`python -m scripts.bench_train.checkpoint FILE.toml [--nproc N] [--every K] [--saves M] [--rounds R]`:
-what checkpoints cost the steps of a training.
+"""`python -m scripts.bench_train.checkpoint FILE.toml [--nproc N] [--every K] [--saves M]
+[--rounds R]`: what checkpoints cost the steps of a training.
 
 Trains the experiment in temporary folders, R times each and in turn: with checkpoints every K steps
 that are written while training continues, with checkpoints that the steps wait for, and without.

@@ -1,5 +1,5 @@
-"""`python -m scripts.bench_train.deterministic FILE.toml [--steps N] [--section.key=value ...]`: what
-`train.deterministic` costs, and whether runs have the same bits with and without it.
+"""`python -m scripts.bench_train.deterministic FILE.toml [--steps N] [--section.key=value ...]`:
+what `train.deterministic` costs, and whether runs have the same bits with and without it.
 
 Trains the experiment in short runs, in turn with and without it, in one process each; under
 torchrun on all ranks. Prints the median time of a step for both, their ratio, and the number of

@@ -46,16 +46,12 @@ class Supervised:
         """Process ids of the ranks that run now."""
         pid = self.process.pid
         found = {}
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            for child in children:
-                variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-                rank = [v for v in variables if v.startswith(b"RANK=")]
-                is_rank = b"train.process" not in Path(f"/proc/{child}/cmdline").read_bytes()
-                if is_rank and (rank or self.ranks == 1):
-                    found[int(rank[0][5:]) if rank else 0] = int(child)
-        except OSError:  # it has just ended
-            pass
+        for child in _read(f"/proc/{pid}/task/{pid}/children").split():
+            variables = _read(f"/proc/{int(child)}/environ").split(b"\0")
+            rank = [v for v in variables if v.startswith(b"RANK=")]
+            command = _read(f"/proc/{int(child)}/cmdline")
+            if command and b"train.process" not in command and (rank or self.ranks == 1):
+                found[int(rank[0][5:]) if rank else 0] = int(child)
         return found
 
     def wait_for(self, pattern: str, seconds: float = 60.0, start: int = 0) -> re.Match[str]:
@@ -78,6 +74,14 @@ class Supervised:
     def finish(self, seconds: float = 120.0) -> int:
         """Wait for the end; returns the exit code."""
         return self.process.wait(seconds)
+
+
+def _read(path: str) -> bytes:
+    """A file of /proc; empty if the process has ended."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
 
 
 @contextmanager

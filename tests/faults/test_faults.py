@@ -1,5 +1,6 @@
 """Faults in a supervised training of two ranks: each is named and survived."""
 
+import json
 import os
 import re
 import signal
@@ -33,11 +34,13 @@ def ready(running: Supervised, position: int = 0) -> None:
     running.wait_for_step(90, position)
     deadline = time.monotonic() + 30
     path = running.folder / "processes.json"
-    pids = running.pids().values()
-    while not (path.is_file() and all(str(pid) in path.read_text() for pid in pids)):
-        assert time.monotonic() < deadline
+
+    def published() -> list[int]:
+        return [int(at["pid"]) for at in json.loads(path.read_bytes()).values()]
+
+    while not (path.is_file() and sorted(running.pids().values()) == sorted(published())):
+        assert time.monotonic() < deadline, (running.pids(), path.read_text())
         time.sleep(0.02)
-        pids = running.pids().values()
 
 
 @pytest.mark.long

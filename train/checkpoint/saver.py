@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.errors import ConfigError
 from configs.schema import CheckpointConfig
 from parallel.launch_environment import read_launch_environment
-from parallel.ranks import Ranks, any_rank
+from parallel.ranks import Ranks
 from parallel.shards import local_of
 from parallel.store_group import StoreGroup
 from train.atomic_files import claim
@@ -117,7 +117,7 @@ class Saver:
 
     def poll(self) -> None:
         """Look after a save in progress; called after every step."""
-        if self._active is not None and not any_rank(not self._active.is_over):
+        if self._active is not None and _agreed(self._active.is_over, False)[0]:
             self._resolve(self._active)
 
     def finish(self) -> None:
@@ -183,7 +183,7 @@ class Saver:
         buffer = None
         with suppress(OSError):
             buffer = HostBuffer(size, self.ranks.device, read_launch_environment().local_world)
-        if any_rank(buffer is None):
+        if not _agreed(buffer is not None, False)[0]:
             self._is_async = False
             if buffer is not None:
                 buffer.close()

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch.distributed as dist
@@ -195,8 +196,12 @@ def _odd_one(here: Mapping[int, Entry], history: list[Entry]) -> Late:
 def _usual_next(
     history: list[tuple[str, str]], kinds: set[tuple[str, str]]
 ) -> tuple[str, str] | None:
-    """Which of the operations followed the last ones of the history before."""
+    """Which of the operations followed the last ones of the history before. If the history had no
+    three of them in this order, the one that is usually followed by the other: a rank that skipped
+    it would have entered the other."""
     for length in range(min(_CONTEXT, len(history)), 0, -1):
+        if length == 2 and (first := _usual_first(history, kinds)):
+            return first
         context = history[-length:]
         following = Counter(
             history[i + length]
@@ -206,6 +211,18 @@ def _usual_next(
         if following:
             return following.most_common(1)[0][0]
     return None
+
+
+def _usual_first(
+    history: list[tuple[str, str]], kinds: set[tuple[str, str]]
+) -> tuple[str, str] | None:
+    """Which of two operations is followed by the other, more often than the reverse."""
+    if len(kinds) != 2:
+        return None
+    one, other = sorted(kinds)
+    pairs = Counter(pairwise(history))
+    difference = pairs[one, other] - pairs[other, one]
+    return None if not difference else one if difference > 0 else other
 
 
 def _by_group(records: Mapping[int, list[Entry]]) -> dict[str, dict[int, dict[int, Entry]]]:
