@@ -29,6 +29,16 @@ _ROLL_CALLS: list[RankMonitor] = []
 """The monitor of this process, from `start_ranks` to `stop_ranks`."""
 
 
+def outcome(function: Callable[[], Any]) -> dict[str, Any]:
+    """The result of a function, or the line of its UserError or OSError, for other ranks."""
+    try:
+        return {"result": function()}
+    except UserError as error:
+        return {"error": str(error)}
+    except OSError as error:
+        return {"error": one_line(error)}
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The rank of this process, and the number of ranks."""
@@ -54,13 +64,7 @@ class Ranks:
         """
         key = f"decision/{next(self._decisions)}"
         if self.is_first:
-            try:
-                answer = {"result": function()}
-            except UserError as error:
-                answer = {"error": str(error)}
-            except OSError as error:
-                answer = {"error": one_line(error)}
-            self.store.set(key, json.dumps(answer))
+            self.store.set(key, json.dumps(outcome(function)))
         else:
             self.store.wait([key], timedelta(days=30))
         answer = json.loads(self.store.get(key))

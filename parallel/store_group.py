@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from configs.errors import UserError
-from parallel.ranks import Ranks, one_line
+from parallel.ranks import Ranks, outcome
 
 _SHORTEST_S, _LONGEST_S = 0.002, 0.2
 """Pauses between two looks into the store; each is twice as long as the one before."""
@@ -46,11 +46,7 @@ class StoreGroup:
         answer: dict[str, Any] = {}
         if self.is_first:
             try:
-                answer = {"result": function()}
-            except UserError as error:
-                answer = {"error": str(error)}
-            except OSError as error:
-                answer = {"error": one_line(error)}
+                answer = outcome(function)
             except Exception as error:  # the others must not wait for ever
                 answer = {"error": f"{type(error).__name__}: {error}"}
         key = f"{self._name}/{next(self._calls)}"

@@ -27,8 +27,7 @@ class RunHealth:
 
     def __init__(self, config: JobConfig, ranks: Ranks, folder: Path) -> None:
         self.limits, self.ranks, self.folder = config.health, ranks, folder
-        limits = self.limits
-        self._slow = Stragglers(limits.straggler_percent)
+        self._slow = Stragglers(self.limits.straggler_percent)
         self._times: list[StepTime] = []
         intervals, self.rollbacks = ranks.on_first(self._read_left_out)
         self.left_out = LeftOutData(intervals, config.data.skipped)

@@ -100,3 +100,25 @@ def test_ranks_that_are_equal_are_not_named() -> None:
                 Entry(last.group, last.title, last.members, last.number, last.operation, False, 0)
             ]
         assert find_late(records) is None
+
+
+@pytest.mark.parametrize("skipping", [0, 1])
+def test_after_collectives_that_occur_once_the_skipping_one_of_two_ranks_is_named(
+    skipping: int,
+) -> None:
+    """The last operation before is common, but what followed it elsewhere says nothing here: as
+    after the first checkpoint of a run."""
+    step = ["all_reduce(3)", "all_reduce(1)", "all_gather", "all_reduce(2 x 15)"]
+    validation = ["all_reduce(1)", "all_reduce(1)", "all_gather"]
+    common = [*step * 3, *validation, *step, "broadcast", "all_reduce(1)"]
+    records = {}
+    for rank in (0, 1):
+        rest = step[1:] if rank == skipping else step
+        operations = [*common, rest[0]]  # the first that differs; both wait in it
+        records[rank] = [
+            Entry("all", "all", (0, 1), number, operation, number < len(operations), number)
+            for number, operation in enumerate(operations, 1)
+        ]
+    late = find_late(records)
+    assert late is not None and late.ranks == (skipping,)
+    assert f"rank {skipping} entered all_reduce(1)" in late.line
