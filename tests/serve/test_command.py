@@ -55,10 +55,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Served]:
-    """The process is killed at the end if it still runs."""
+def serving(folder: Path, *options: str, open_files: int | None = None) -> Iterator[Served]:
+    """The process is killed at the end if it still runs. `open_files` is its soft limit."""
+    limited = ["sh", "-c", f'ulimit -S -n {open_files} && exec "$@"', "sh"] if open_files else []
+    command = [sys.executable, "-m", "serve", str(folder), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve", str(folder), "--port", "0", "--device", "cpu", *options],
+        [*limited, *command, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -197,19 +199,14 @@ def test_it_listens_on_one_local_address_only(export_folder: Path) -> None:
 
 def test_few_open_files_are_enough_for_many_connections(export_folder: Path) -> None:
     """The usual soft limit is 1,024; the server raises it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, hard), hard))
-    try:
-        with serving(export_folder) as served, contextlib.ExitStack() as stack:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(1000, hard), hard))
-            for _ in range(400):
-                client = socket.create_connection(("127.0.0.1", served.port), LIVENESS_S)
-                stack.enter_context(client)
-            assert httpx.get(f"http://127.0.0.1:{served.port}/health").status_code == 200
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert client.recv(4096).startswith(b"HTTP/1.1 200")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with serving(export_folder, open_files=200) as served, contextlib.ExitStack() as stack:
+        assert resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)[0] > 400
+        for _ in range(400):
+            client = socket.create_connection(("127.0.0.1", served.port), LIVENESS_S)
+            stack.enter_context(client)
+        assert httpx.get(f"http://127.0.0.1:{served.port}/health").status_code == 200
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
