@@ -1,12 +1,14 @@
 """Products of groups of rows on a CPU, with few different numbers of rows.
 
-oneDNN, which multiplies bf16 on a CPU, generates code for every new shape: that takes 0.4 to 2 ms,
-while the product of 500 rows with a matrix of 512x256 takes 0.3 (one thread of a 2-core AMD EPYC,
-torch 2.13). It caches the code of 1,024 shapes, but group sizes differ at every step: a training
-step of the demo model (4 layers of 8 experts, six products each) had 250 new shapes and spent a
-quarter of its time on them. So numbers of rows are rounded up, to one of 32 sizes per octave. That
-is 1 percent more rows on average. The sizes are closer together if the matrix is so large that the
-added rows cost more than generating code.
+oneDNN, which multiplies bf16 on a CPU, generates code for every new shape: that takes 0.5 to 0.8 ms
+on an AMD EPYC with AVX512-BF16 and 2 to 3 ms on an Intel CPU with AMX, while the product of 500
+rows with a matrix of 512x256 takes 0.3 on the former (one thread, torch 2.13). It caches the code
+of 1,024 shapes, but group sizes differ at every step: a training step of the demo model (4 layers
+of 8 experts, six products each) had 250 new shapes and spent a quarter of its time on them. So
+numbers of rows are rounded up, to one of 8 to 32 sizes per octave: 8 add 4 percent of rows on
+average, 32 add 1 percent. Which of them, follows from both costs, measured at the first product of
+a process; results do not depend on it, because added zeros and neighbors change no bit. The sizes
+are closer together if the matrix is so large that the added rows cost more than generating code.
 
 If outputs have a row for each row, the added rows are those of the following groups, and their
 outputs are overwritten when those groups are computed: nothing is copied. If rows are summed over,
@@ -20,13 +22,21 @@ multiple of 8, and an expert's output for a token does not depend on its number 
 Shapes: R rows, M rows of one group, N output width, K input width, E groups.
 """
 
+import functools
+import statistics
+import time
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-_CODE_NS = 3e5
-"""Time to generate code for a new shape, in nanoseconds."""
-_OPERATION_NS, _COPY_NS = 1 / 450, 0.1
-"""Time of a floating-point operation of a product, and of the copy of an element."""
+_COPY_NS = 0.1
+"""Time of the copy of an element, in nanoseconds."""
+_LEAST_CODE_NS = 1e5
+"""Generating code is never taken to be faster: a busy machine can make two times equal."""
+_USES = 16
+"""Sizes are less than 32 per octave where code costs at least so many times what the added rows
+do."""
 _FEW_ROWS, ALIKE = 64, 8
 """Numbers of rows up to the first are multiples of the second."""
 
@@ -78,14 +88,54 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(torch.mm(a, b)[: len(out)])
 
 
+class Costs(NamedTuple):
+    """Times of bf16 products on this CPU, in nanoseconds."""
+
+    code: float
+    """To generate code for a new shape."""
+    operation: float
+    """Of one floating-point operation."""
+
+
+@functools.cache
+def measured_costs() -> Costs:
+    """Costs on this machine, with its current number of threads: takes about 20 ms, once per
+    process. CPU times of this thread, which other processes hardly change."""
+    w_KN = torch.zeros(256, 256, dtype=torch.bfloat16)
+    code, product = [], []
+    for n_rows in range(1001, 1001 + 7 * 2, 2):  # no group is rounded to an odd number of rows
+        x_MK = torch.zeros(n_rows, 256, dtype=torch.bfloat16)
+        times = []
+        for _ in range(3):
+            start = time.thread_time_ns()
+            torch.mm(x_MK, w_KN)
+            times.append(time.thread_time_ns() - start)
+        product.append(min(times[1:]))
+        code.append(times[0] - product[-1])
+    return Costs(
+        max(statistics.median(code), _LEAST_CODE_NS),
+        min(product) / (2 * 1001 * w_KN.numel()),
+    )
+
+
 def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:
     """Number of rows to multiply instead of `n_rows`, if each added row copies `copied` elements.
     It is `n_rows` if more rows would cost more than generating code."""
-    if like.dtype != torch.bfloat16 or n_rows * copied * _COPY_NS > _CODE_NS:
+    if like.dtype != torch.bfloat16:
         return n_rows
-    affordable = int(_CODE_NS / max(2 * N * K * _OPERATION_NS, 1))
-    # 32 sizes per octave, so exact up to 64 rows, but no step that costs more than generating code
-    step = 1 << max(min((n_rows - 1).bit_length() - 6, affordable.bit_length() - 1), 0)
+    return rounded_up(n_rows, N, K, copied, measured_costs())
+
+
+def rounded_up(n_rows: int, N: int, K: int, copied: int, costs: Costs) -> int:
+    """`_rounded` for bf16, at these costs."""
+    if n_rows * copied * _COPY_NS > costs.code:
+        return n_rows
+    row = max(2 * N * K * costs.operation, 1e-9)
+    octave = (n_rows - 1).bit_length()
+    # steps of 1/32 octave that cost at most what code does, or of 1/8 that cost much less
+    fine = min(octave - 6, int(costs.code / row).bit_length() - 1)
+    coarse = min(octave - 4, int(costs.code / row / _USES).bit_length() - 1)
+    step = 1 << max(fine, coarse, 0)
     return -(-n_rows // step) * step
 
 

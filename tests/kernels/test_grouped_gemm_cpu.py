@@ -2,7 +2,6 @@
 sizes."""
 
 import math
-from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from kernels.grouped_gemm import grouped_gemm_cpu as cpu
 
 N, K, BEYOND = 6, 10, 7
+EIGHT_PER_OCTAVE = [*range(1, 17), *range(18, 33, 2), *range(36, 65, 4)]
 SIZES = st.lists(
     st.tuples(st.integers(0, 300), st.sampled_from([0, 0, 1, 40])), min_size=1, max_size=6
 )
@@ -90,20 +90,63 @@ def test_one_group(n_rows: int, wide: bool, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["multiply_rows", "multiply", "sum_over_rows"])
-def test_few_sizes_are_multiplied(kind: str) -> None:
-    """Up to 64 rows: multiples of 8, or exact counts where rows are summed over. Above: 32 sizes
-    per octave, at most 1/32 more rows than requested."""
-    sizes = sorted(sizes_multiplied(kind, range(1, 513)))
-    few = [*range(1, 65)] if kind == "sum_over_rows" else [*range(8, 65, 8)]
-    assert sizes[: len(few)] == few and len(sizes) == len(few) + 3 * 32
-    assert max(b / a for a, b in pairwise(sizes[len(few) :])) <= 1 + 1 / 32
+@pytest.mark.parametrize(("code", "per_octave"), [(2e3, 32), (1e7, 8)])
+def test_few_sizes_are_multiplied(kind: str, code: float, per_octave: int) -> None:
+    """Up to 64 rows: multiples of 8. Where rows are summed over, and above: 32 sizes per octave if
+    generating code costs as much as a few rows, 8 if it costs much more."""
+    costs = cpu.Costs(code, operation=1.0)
+    with mock.patch.object(cpu, "measured_costs", lambda: costs):
+        sizes = sorted(sizes_multiplied(kind, range(1, 513)))
+    assert [n for n in sizes if n > 64] == [
+        octave + octave // per_octave * i
+        for octave in (64, 128, 256)
+        for i in range(1, per_octave + 1)
+    ]
+    few = [n for n in sizes if n <= 64]
+    if kind != "sum_over_rows":
+        assert few == [*range(8, 65, 8)]
+    else:
+        assert few == ([*range(1, 65)] if per_octave == 32 else EIGHT_PER_OCTAVE)
 
 
 def test_steps_shrink_as_rows_cost_more() -> None:
     """Sums over 515 rows with increasingly large matrices, until a row costs more than code
     generation."""
-    row = torch.empty(1, 1, dtype=torch.bfloat16)
-    sizes = [cpu._rounded(row, 515, N, 2**10) for N in (2**10, 2**13, 2**14, 2**15, 2**17)]
-    assert sizes == [528, 520, 516, 516, 515]
-    assert cpu._rounded(row.float(), 515, 2**10, 2**10) == 515
-    assert cpu._rounded(row, 515, 2**10, 2**10, copied=2**13) == 515  # no copies either
+    costs = cpu.Costs(code=3e5, operation=1 / 450)
+    widths = (2**6, 2**10, 2**13, 2**14, 2**15, 2**17)
+    sizes = [cpu.rounded_up(515, N, 2**10, 0, costs) for N in widths]
+    assert sizes == [576, 528, 520, 516, 516, 515]
+    assert cpu.rounded_up(515, 2**10, 2**10, 2**13, costs) == 515  # no copies either
+    row = torch.empty(1, 1)
+    assert cpu._rounded(row, 515, 2**10, 2**10) == 515
+
+
+@given(
+    st.integers(1, 10**6), st.integers(1, 2**15), st.integers(1, 2**15),
+    st.floats(1e5, 1e8), st.floats(1e-5, 1),
+)  # fmt: skip
+def test_added_rows_cost_less_than_code(
+    rows: int, N: int, K: int, code: float, operation: float
+) -> None:
+    added = cpu.rounded_up(rows, N, K, 0, cpu.Costs(code, operation)) - rows
+    assert 0 <= added <= rows / 8 and added * 2 * N * K * operation <= code
+
+
+def test_costs_are_measured() -> None:
+    """Wide bounds, which hold for any CPU: 10 us to 0.1 s, and 1 to 10,000 GFLOP/s."""
+    costs = cpu.measured_costs()
+    assert 1e4 < costs.code < 1e8 and 1e-4 < costs.operation < 1
+
+
+def test_added_rows_change_no_bit() -> None:
+    """Random values: the same bits as with zeros or other rows behind them, on this CPU."""
+    random = torch.Generator().manual_seed(0)
+    for n, wide, narrow in ((65, 96, 40), (301, 130, 256), (700, 64, 48)):
+        x = torch.randn(n + 100, wide, generator=random).bfloat16()
+        y = torch.randn(n, narrow, generator=random).bfloat16()
+        w = torch.randn(narrow, wide, generator=random).bfloat16()
+        alone, sums = torch.mm(x[:n], w.T), torch.mm(y.T, x[:n])
+        for added in (1, 8, 31, 100):
+            assert torch.equal(torch.mm(x[: n + added], w.T)[:n], alone)
+            behind = [torch.cat([t, torch.zeros(added, t.shape[1]).bfloat16()]) for t in (y, x[:n])]
+            assert torch.equal(torch.mm(behind[0].T, behind[1]), sums)
