@@ -1,92 +1,80 @@
-"""`python -m scripts.bench_train`: the trainer against a plain loop, interleaved on this machine.
+"""`python -m scripts.bench_train`: the trainer against other trainers, interleaved on this machine.
 
-Both have the same model (8.4 M parameters), batch (8 x 256 tokens) and corpus; the trainer runs on
-two ranks with one thread each, the loop of `scripts.bench_train.plain_loop` in one process with two
-threads. The runs alternate, so that other load on the machine affects both; the reliable result is
-the ratio of the medians. CPU only.
+Each peer trains the same model as the trainer on batches of the same size from the same corpus, on
+the same two cores: `plain` is a straightforward loop and `transformers` a loop over its Qwen3-MoE,
+each one process of two threads; `torchtitan` is its own Trainer on its DeepSeek-V3 debug model on
+two ranks (`-selective`: both sides recompute selectively; `-fsdp`: FSDP2 without expert
+parallelism). The trainer always runs two ranks of one thread. The runs alternate, so that other
+load on the machine affects both; the result is the ratio of the medians. CPU only.
 """
 
-import json
 import os
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from configs.command_line import CommandParser
 from configs.loader import load
+from scripts.bench_train.peers import PEERS, WARMUP, Peer, Result, run_peer, run_trainer
 from train.data.corpus import prepare
 from train.report.metrics import FORCED_BALANCE
 
-EXPERIMENT = "configs/demo.toml"
-SAME_MODEL = [
-    "--model.attention.n_kv_heads=8",
-    "--model.attention.qk_norm=none",
-    "--model.moe.n_shared_experts=0",
-    "--model.moe.score_func=softmax",
-    "--checkpoint.keep=1",
-    "--checkpoint.every=0",
-    "--validation.every=0",
-    "--validation.sequences=1",
-]
-WARMUP = 5
-"""Steps of every run that are not counted."""
-
 
 def main() -> None:
-    """Alternate the two, print every run and the ratio."""
+    """Alternate the trainer and each peer, print every run and the ratios."""
     parser = CommandParser(prog="python -m scripts.bench_train", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="runs of each (default 4)")
+    names = ",".join(PEERS)
+    parser.add_argument("--peers", default="plain", help=f"some of {names} (default plain)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each (default 5)")
     parser.add_argument("--steps", type=int, default=40, help="steps per run (default 40)")
     options = parser.parse_args()
-    if load(EXPERIMENT, SAME_MODEL).model.moe.force_balance:
+    peers = options.peers.split(",")
+    for name in peers:
+        if name not in PEERS:
+            parser.error(f"--peers {name}: must be some of {names}")
+    if options.steps <= WARMUP or options.rounds < 1:
+        parser.error(f"--steps must be more than the {WARMUP} of warm-up, --rounds at least 1")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores {_cpu()}, torch {torch.__version__}"
+    )
+    for name in peers:
+        _compare(PEERS[name], options.rounds, options.steps)
+
+
+def _compare(peer: Peer, rounds: int, steps: int) -> None:
+    config = load(peer.experiment, peer.arguments)
+    if config.model.moe.force_balance:
         print(FORCED_BALANCE)
-    corpus = prepare(load(EXPERIMENT), print)
-    trainer: list[float] = []
-    plain: list[float] = []
-    for round_ in range(options.rounds):
-        plain.append(_plain(options.steps, corpus.folder / "train.npy"))
-        trainer.append(_trainer(options.steps))
+    corpus = prepare(config, lambda line: None)
+    ours: list[Result] = []
+    theirs: list[Result] = []
+    for round_ in range(1, rounds + 1):
+        try:
+            theirs.append(run_peer(peer, steps, corpus.folder / "train.npy"))
+            ours.append(run_trainer(peer, steps))
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{peer.name}, round {round_}: {error}\n{error.stderr}") from None
+        speed = theirs[-1].tokens_per_s, ours[-1].tokens_per_s
         print(
-            f"round {round_ + 1}: plain loop {plain[-1]:,.0f} tokens/s, "
-            f"trainer {trainer[-1]:,.0f}, ratio {trainer[-1] / plain[-1]:.2f}",
+            f"{peer.name} {round_} of {rounds}: peer {speed[0]:,.0f} tokens/s, trainer "
+            f"{speed[1]:,.0f}, ratio {speed[1] / speed[0]:.2f}",
             flush=True,
         )
-    ratio = statistics.median(trainer) / statistics.median(plain)
+    speeds = [statistics.median(r.tokens_per_s for r in each) for each in (theirs, ours)]
+    memory = [statistics.median(r.memory_gib for r in each) for each in (theirs, ours)]
+    losses = [f"{each[0].losses[0]:.2f} to {each[0].losses[1]:.2f}" for each in (theirs, ours)]
     print(
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, torch {torch.__version__}: "
-        f"plain loop {statistics.median(plain):,.0f}, trainer {statistics.median(trainer):,.0f} "
-        f"tokens/s (medians of {options.rounds}), ratio {ratio:.2f}"
+        f"{peer.name}, medians of {rounds}: {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s, ratio "
+        f"{speeds[1] / speeds[0]:.2f}; memory {memory[0]:.2f} and {memory[1]:.2f} GiB per process, "
+        f"ratio {memory[1] / memory[0]:.2f}; loss {losses[0]} and {losses[1]}"
     )
 
 
-def _plain(steps: int, corpus: Path) -> float:
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench_train.plain_loop", str(steps), str(corpus)],
-        env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return _median_speed(done.stdout)
-
-
-def _trainer(steps: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "train", EXPERIMENT, *SAME_MODEL]
-        command += [f"--run.dir={folder}/run", f"--train.steps={steps}"]
-        subprocess.run(
-            [sys.executable, *command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        return _median_speed((Path(folder) / "run" / "metrics.jsonl").read_text())
-
-
-def _median_speed(lines: str) -> float:
-    records = [json.loads(line) for line in lines.splitlines()]
-    return statistics.median(r["tokens_per_s"] for r in records[WARMUP:])
+def _cpu() -> str:
+    name = torch.cpu.get_capabilities()
+    return f"{name['cpu_name']}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

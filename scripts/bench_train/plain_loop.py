@@ -10,6 +10,7 @@ CORPUS: a .npy of token ids (vocabulary 4096).
 """
 
 import json
+import resource
 import sys
 import time
 
@@ -113,7 +114,9 @@ def main(steps: int, corpus: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         speed = BATCH * LENGTH / (time.perf_counter() - started)
-        print(json.dumps({"step": step, "loss": loss.item(), "tokens_per_s": speed}), flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        record = {"step": step, "loss": loss.item(), "tokens_per_s": speed, "memory_gib": peak}
+        print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
