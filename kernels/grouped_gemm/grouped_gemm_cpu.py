@@ -1,7 +1,7 @@
 """Products of groups of rows on a CPU, with few different numbers of rows.
 
-oneDNN, which multiplies bf16 on a CPU, generates code for every new shape: that takes 0.5 to 0.8 ms
-on an AMD EPYC with AVX512-BF16 and 2 to 3 ms on an Intel CPU with AMX, while the product of 500
+oneDNN, which multiplies bf16 on a CPU, generates code for every new shape: that takes 0.4 to 0.8 ms
+on an AMD EPYC with AVX512-BF16, and more on a CPU with AMX, while the product of 500
 rows with a matrix of 512x256 takes 0.3 on the former (one thread, torch 2.13). It caches the code
 of 1,024 shapes, but group sizes differ at every step: a training step of the demo model (4 layers
 of 8 experts, six products each) had 250 new shapes and spent a quarter of its time on them. So
