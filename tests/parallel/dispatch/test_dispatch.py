@@ -12,7 +12,7 @@ from tests.runs import run
 
 SEEDS = 8
 """Random cases per dispatcher."""
-AT_ONCE = {1: 40, 2: 12, 3: 40, 4: 5}
+AT_ONCE = {1: 40, 2: 40, 3: 40, 4: 13}
 """Checks that share a start of so many ranks."""
 Faults = dict[str, list[str]]
 
