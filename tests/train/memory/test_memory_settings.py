@@ -256,9 +256,7 @@ FEWER_FIRST: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", FEWER_FIRST)
 def test_memory_rises(name: str) -> None:
-    found = [
-        evenly(experiment(**settings), "cuda").peak.total() for settings in FEWER_FIRST[name]
-    ]
+    found = [evenly(experiment(**settings), "cuda").peak.total() for settings in FEWER_FIRST[name]]
     assert all(fewer < more for fewer, more in pairwise(found)), found
 
 
