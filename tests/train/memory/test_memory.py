@@ -147,7 +147,7 @@ CASES = [
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 SLOW = {"all axes", "ZeRO 1 in FP8", "ZeRO 2", "ZeRO 1 of experts", "ZeRO 1 in bf16",
-        "ZeRO 1 of four",
+        "ZeRO 1 of four", "states", "chunks",
         "ahead and balanced", "long", "FP8 with biases", "FP8 recomputed", "FP8 states",
         "FP8 tensors", "FP8 shards", "in chunks and FP8", "divided experts",
         "replicas", "two levels", "all axes, recomputed", "experts", "tensors",
