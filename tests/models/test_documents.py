@@ -67,15 +67,11 @@ def results(core: Any, *leaves: Tensor) -> list[Tensor]:
 
 def some() -> Iterator[Any]:
     """Half of all combinations, which have every three values together; the others are slow."""
-    for numbers in product(range(len(LIMITS)), *[range(2)] * 3):
-        limit, longest, sinks, dtype = (
-            values[number]
-            for values, number in zip(
-                ([*LIMITS], (40, 1500), (False, True), [*TOLERANCE]), numbers, strict=True
-            )
-        )
-        name = f"{limit}-{longest}-{'sinks-' * sinks}{dtype}"
-        marks = [pytest.mark.slow] * (sum(numbers) % 2)
+    for (i, limit), (j, longest), (k, sinks), (n, dtype) in product(
+        enumerate(LIMITS), enumerate((40, 1500)), enumerate((False, True)), enumerate(TOLERANCE)
+    ):
+        name = f"{limit}-{longest}-{'sinks-' if sinks else ''}{dtype}"
+        marks = [pytest.mark.slow] * ((i + j + k + n) % 2)
         yield pytest.param(limit, longest, sinks, dtype, id=name, marks=marks)
 
 
