@@ -18,7 +18,7 @@ from configs.errors import ConfigError, UserError
 from configs.parallel_dims import resolve
 from scripts.scaling_report.runs import MeasuredRun
 from scripts.scaling_report.traces import ALL_TO_ALL, reduce_scatters
-from train.memory import predict
+from train.memory import predict_even
 
 _SINGLE = {
     "c10d::_allgather_base_": ("all-gather", 0, 1),
@@ -67,7 +67,7 @@ def exchanged(run: MeasuredRun, traces: Sequence[Sequence[dict[str, Any]]]) -> l
     sizes["dp_shard_tp"] = dims.dp_shard * dims.tp
     on_cuda = any(event.get("cat") == "kernel" for event in traces[0])
     dtype = getattr(torch, run.compute_dtype or "float32")
-    evenly, _ = predict(run.config, dims, "cuda" if on_cuda else "cpu", dtype)
+    evenly = predict_even(run.config, dims, "cuda" if on_cuda else "cpu", dtype)
     measured: Counter[tuple[str, int | None]] = Counter()
     for events in traces:
         measured.update(counted(events))

@@ -2,6 +2,7 @@
 either a config that is unchanged after being written and read, or a one-line error that names the
 key."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from configs.errors import ConfigError, UserError
 from configs.loader import flatten, load, parse_arguments, to_toml
 from tests.runs import TINY
 
+TREE = tomli.loads(TINY.read_text())
 KEYS = sorted(flatten(load(TINY)))
 NASTY = [
     "9" * 309, "-" + "9" * 309, "9" * 4301, "0x" + "f" * 5000, str(2**63), str(-(2**63)), "0", "-1",
@@ -42,7 +44,7 @@ def outcome(path: Path, overrides: list[str], key: str, again: Path) -> None:
 
 def file_with(key: str, text: str) -> bytes:
     """tests/tiny.toml with the value of `key` replaced by the TOML source `text`."""
-    tree = tomli.loads(TINY.read_text())
+    tree = copy.deepcopy(TREE)
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
@@ -51,13 +53,18 @@ def file_with(key: str, text: str) -> bytes:
     return tomli_w.dumps(tree).replace('"HERE"', text).encode("utf-8", "surrogateescape")
 
 
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("key", KEYS)
-def test_any_value_of_any_key(key: str, tmp_path: Path) -> None:
+def test_any_value_of_any_key(key: str, both: bool, tmp_path: Path) -> None:
+    """both: every value in the file and as an override; otherwise in one of the two, in turn, so
+    that every key and every value meets both."""
     path, again = tmp_path / "given.toml", tmp_path / "again.toml"
-    for text in NASTY:
-        path.write_bytes(file_with(key, text))
-        outcome(path, [], key.split(".")[0], again)
-        outcome(TINY, [f"--{key}={text}"], key.split(".")[0], again)
+    for turn, text in enumerate(NASTY, KEYS.index(key)):
+        if both or turn % 2:
+            path.write_bytes(file_with(key, text))
+            outcome(path, [], key.split(".")[0], again)
+        if both or not turn % 2:
+            outcome(TINY, [f"--{key}={text}"], key.split(".")[0], again)
 
 
 numbers = st.one_of(

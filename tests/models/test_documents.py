@@ -5,6 +5,8 @@ The oracle is torch's attention in fp64 over the whole batch with a mask built h
 """
 
 import random
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -63,10 +65,17 @@ def results(core: Any, *leaves: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, copies, grad)]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("longest", [40, 1500], ids=["short", "long"])
+def some() -> Iterator[Any]:
+    """Half of all combinations, which have every three values together; the others are slow."""
+    for (i, limit), (j, longest), (k, sinks), (n, dtype) in product(
+        enumerate(LIMITS), enumerate((40, 1500)), enumerate((False, True)), enumerate(TOLERANCE)
+    ):
+        name = f"{limit}-{longest}-{'sinks-' if sinks else ''}{dtype}"
+        marks = [pytest.mark.slow] * ((i + j + k + n) % 2)
+        yield pytest.param(limit, longest, sinks, dtype, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("limit", "longest", "sinks", "dtype"), [*some()])
 def test_pieces_equal_a_dense_mask(
     limit: str, longest: int, sinks: bool, dtype: torch.dtype
 ) -> None:

@@ -15,7 +15,8 @@ from kernels.gemm import gemm_fp8
 from scripts.gpu_suite import gemm
 from scripts.gpu_suite.__main__ import SECTIONS, main
 from scripts.gpu_suite.harness import Check, Place, Timing, measure
-from tests.runs import ROOT, environment
+from tests import forks
+from tests.runs import ROOT, run
 
 CPU = Place(torch.device("cpu"), dry_run=True)
 
@@ -135,8 +136,5 @@ def test_it_needs_torch_triton_and_numpy_only() -> None:
         "sys.argv = ['', '--dry-run', '--check-only', '--sections', 'training', 'moe', 'serve'];"
         "runpy.run_module('scripts.gpu_suite', run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run("-c", code, modules=forks.TORCH)
     assert "## training: 2 of 2 checks passed" in done.stdout

@@ -26,7 +26,11 @@ class Heads:
     V: int
 
 
-HEADS = [Heads(4, 2, 16, 16), Heads(5, 1, 10, 6), Heads(3, 3, 80, 80), Heads(40, 2, 24, 24)]
+SMALL = Heads(4, 2, 16, 16)
+HEADS = [
+    SMALL, Heads(5, 1, 10, 6), Heads(3, 3, 80, 80),
+    pytest.param(Heads(40, 2, 24, 24), marks=pytest.mark.slow),  # LATENTS have as many
+]  # fmt: skip
 LATENTS = [Heads(4, 1, 22, 14), Heads(70, 1, 40, 32), Heads(1, 1, 9, 8)]
 """One key per token, whose first V numbers are the value."""
 REQUESTS = {
@@ -37,6 +41,8 @@ REQUESTS = {
     "padded": ([1, 1, 5], [0, 9, 0], 2),
 }
 """Rows of each request, its keys, and the number of decodes."""
+KINDS = [*list(REQUESTS)[:3], pytest.param("one", marks=pytest.mark.slow), "padded"]
+"""`test_other_requests_do_not_matter` has requests alone."""
 LOCAL = {"full": (0, 0), "window": (21, 0), "chunk": (0, 37)}
 
 
@@ -108,7 +114,7 @@ def assert_close(ours: Tensor, reference: Tensor) -> None:
 @pytest.mark.parametrize("size", [1, 5, 16])
 @pytest.mark.parametrize("local", LOCAL)
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("requests", REQUESTS)
+@pytest.mark.parametrize("requests", KINDS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_heads(
     heads: Heads, requests: str, sinks: bool, local: str, size: int, dtype: torch.dtype
@@ -127,7 +133,7 @@ def test_heads(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 7, 16])
 @pytest.mark.parametrize("local", LOCAL)
-@pytest.mark.parametrize("requests", REQUESTS)
+@pytest.mark.parametrize("requests", KINDS)
 @pytest.mark.parametrize("heads", LATENTS, ids=str)
 def test_latents(heads: Heads, requests: str, local: str, size: int, dtype: torch.dtype) -> None:
     batch = make_batch(*REQUESTS[requests], size)
@@ -172,7 +178,7 @@ def test_other_requests_do_not_matter(latent: bool, dtype: torch.dtype) -> None:
 
 
 def test_not_a_number_stays_in_its_request() -> None:
-    heads = HEADS[0]
+    heads = SMALL
     batch = make_batch([1, 1, 20], [150, 70, 30], 2, 16)
     keys, values = make_cache(heads, batch, 16, torch.float32)
     q = make_queries(heads, batch, torch.float32)
@@ -185,7 +191,7 @@ def test_not_a_number_stays_in_its_request() -> None:
 
 def test_overwhelming_scores_and_sinks() -> None:
     """Neither logits nor sinks of several hundred overflow."""
-    heads = HEADS[0]
+    heads = SMALL
     batch = make_batch([1, 3], [130, 30], 1, 16)
     keys, values = make_cache(heads, batch, 16, torch.float32)
     q = make_queries(heads, batch, torch.float32)

@@ -36,12 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--pairwise`, keep for each function the fewest items that cover all pairs of values."""
+    """With `--pairwise`, keep for each function the fewest items that cover all pairs of values of
+    those that are not slow."""
     if not config.option.pairwise:
         return
     left: dict[str, list[pytest.Function]] = {}
     for item in items:
         assert isinstance(item, pytest.Function)
+        if item.get_closest_marker("slow"):
+            continue
         left.setdefault(item.originalname, []).append(item)
     items[:] = [item for each in left.values() for item in _pairwise(each)]
 

@@ -140,19 +140,21 @@ def test_every_key_with_a_wrong_type(name: str, folders: dict[str, Path], tmp_pa
             assert not told or named or contradicted, (spot, value, told)
 
 
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-v3", "gpt-oss", "LlamaConfig"])
 def test_every_key_of_a_stretch_with_a_wrong_type(
-    name: str, folders: dict[str, Path], tmp_path: Path
+    name: str, both: bool, folders: dict[str, Path], tmp_path: Path
 ) -> None:
+    """both: every value of every key in both places; otherwise in one of them, in turn."""
     stretch = {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16,
         "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "mscale": 0.0,
         "mscale_all_dim": 0.0, "rope_theta": 3e4, "attention_factor": None,
     }  # fmt: skip
     reading = Reading(name, folders[name], tmp_path / "hf")
-    for source in ("rope_parameters", "rope_scaling"):
-        for key in stretch:
-            for value in NONSENSE:
+    for place, source in enumerate(("rope_parameters", "rope_scaling")):
+        for turn, key in enumerate(stretch, place):
+            for value in NONSENSE if both else NONSENSE[turn % 2 :: 2]:
                 changed = {k: v for k, v in reading.raw.items() if not k.startswith("rope_")}
                 told = reading.told(changed | {source: stretch | {key: value}})
                 assert not told or (key in told and "config.json" in told), (key, value, told)

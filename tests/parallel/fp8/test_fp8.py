@@ -48,8 +48,9 @@ SLOW = pytest.mark.slow
     [
         (1, "0/1"),
         pytest.param(2, "0/1", marks=SLOW),
-        pytest.param(4, "0/2", marks=SLOW),
-        (4, "1/2"),
+        pytest.param(4, "0/3", marks=SLOW),
+        (4, "1/3"),
+        pytest.param(4, "2/3", marks=SLOW),
     ],
 )
 def test_gathered_weights_are_the_quantised_masters(ranks: int, part: str, tmp_path: Path) -> None:
@@ -57,7 +58,8 @@ def test_gathered_weights_are_the_quantised_masters(ranks: int, part: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("ranks", "part"), [(1, "0/1"), (2, "0/2"), (2, "1/2"), pytest.param(4, "0/1", marks=SLOW)]
+    ("ranks", "part"),
+    [(1, "0/1"), (2, "0/2"), *(pytest.param(*few, marks=SLOW) for few in [(2, "1/2"), (4, "0/1")])],
 )
 def test_layers_multiply_the_same_on_every_mesh(ranks: int, part: str, tmp_path: Path) -> None:
     assert not faults("fp8_layers_run", ranks, part, tmp_path)

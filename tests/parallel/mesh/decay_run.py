@@ -43,8 +43,7 @@ DECAYS = {
 MESHES = {
     1: [alone(family) for family in FAMILIES],
     4: [
-        Case("gpt-oss", 1, 2, 2, 2, 2), Case("deepseek-v3-mtp", 1, 2, 2, 4, 1),
-        Case("glm4-mtp", 2, 2, 1, 2, 1), Case("llama4", 2, 1, 2, 1, 2),
+        Case("gpt-oss", 1, 2, 2, 2, 2), Case("deepseek-v3-mtp", 2, 1, 2, 2, 1),
     ],
 }  # fmt: skip
 

@@ -74,29 +74,36 @@ FULL = {
     8: pairwise(GLM4, 8),
 }
 COVER = {
-    2: [
-        [Case(GLM4, 1, 2, 1, 2, 1), Case(GLM4, 1, 1, 2, 1, 1)],
-        [Case(GLM4, 2, 1, 1, 1, 1), GATHERED_AGAIN],
-    ],
+    2: [[
+        Case(GLM4, 1, 2, 1, 2, 1), Case(GLM4, 1, 1, 2, 1, 1), Case("glm4", 2, 1, 1, 1, 1),
+        GATHERED_AGAIN,
+    ]],
     4: [
-        [DISPATCHED[0], DISPATCHED[3]],
-        [RECOMPUTED[0], Case("deepseek-v2", 2, 2, 1, 1, 1)],
-        [replace(RECOMPUTED[1], family="glm4"), replace(RECOMPUTED[2], family="glm4-bare")],
-        [RECOMPUTED[3], Case("mixtral", 2, 1, 2, 1, 2, RECOMPUTED[5].more)],
-        [replace(RECOMPUTED[6], family="deepseek-v3-mtp")],
-        [Case("qwen3", 1, 2, 2, 2, 2, RECOMPUTED[4].more)],
-        ACCUMULATED[1:4],
-        [replace(DISPATCHED[2], family="gpt-oss"), replace(DISPATCHED[1], family="llama4")],
+        [
+            replace(RECOMPUTED[1], family="glm4", dispatch=DISPATCHED[0].dispatch),
+            replace(RECOMPUTED[2], family="glm4-bare"),
+            replace(ACCUMULATED[1], family="glm4"), replace(ACCUMULATED[2], family="glm4"),
+        ],
+        [
+            RECOMPUTED[3], Case("mixtral", 2, 1, 2, 1, 2, RECOMPUTED[5].more),
+            replace(RECOMPUTED[6], family="deepseek-v3-mtp"),
+            replace(ACCUMULATED[3], family="qwen3",
+                    more=(*ACCUMULATED[3].more, ("recompute_swiglu", True))),
+        ],
+        [
+            replace(DISPATCHED[2], family="gpt-oss", more=RECOMPUTED[0].more),
+            replace(DISPATCHED[1], family="llama4"), replace(DISPATCHED[3], family="deepseek-v2"),
+        ],
     ],
     8: [[Case("glm4-bare", 2, 2, 2, 2, 2)]],
     3: [[
-        Case(ODD + GLM4, 1, 3, 1, 3, 1), Case(ODD + GLM4, 1, 1, 3, 1, 3),
-        Case(ODD + GLM4, 3, 1, 1, 1, 1),
+        Case(ODD + "glm4", 1, 3, 1, 3, 1), Case(ODD + "glm4", 1, 1, 3, 1, 3),
+        Case(ODD + "glm4", 3, 1, 1, 1, 1),
     ]],
-    6: [[thirds(ODD + "gpt-oss")[2]]],
 }  # fmt: skip
 """Every family, option and dispatcher, pair of axes of two ranks and axis of three, at least once;
-the cases of one list share a start of their ranks. This is a subset of `FULL`."""
+the cases of one list share a start of their ranks. Several options may be in one case, and MTP
+modules, which cost as much as the layers, are in few."""
 FAULTY = {
     Case("gpt-oss", 1, 1, 2, 2, 1, fault="expert gradient / ep"): "grad/layers.1.ffn.experts.w13",
     Case("gpt-oss", 1, 1, 2, 1, 1, fault="router not reduced over tp"): (
@@ -134,9 +141,18 @@ def train(folder: Path, cases: Iterable[Case], references: Path, double: bool = 
 
 
 def assert_equal(cases: list[Case], references: Path, folder: Path) -> None:
+    train_alone({case.family for case in cases}, references)
     train(folder, cases, references)
     found = [error for case in cases for error in errors(case, folder, references)]
     assert not found, "\n".join(found)
+
+
+def train_alone(families: Iterable[str], references: Path) -> None:
+    """Train those of the families that have no reference yet in one process."""
+    cases = [alone(family) for family in sorted(families)]
+    new = [case for case in cases if not (references / f"{case.name}.seed").exists()]
+    if new:
+        train(references, new, references)
 
 
 def errors(case: Case, ours: Path, references: Path, tolerance: float = 1e-5) -> list[str]:
@@ -155,10 +171,8 @@ def errors(case: Case, ours: Path, references: Path, tolerance: float = 1e-5) ->
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every family trained by one process."""
-    folder = tmp_path_factory.mktemp("one")
-    train(folder, map(alone, [*FAMILIES, *ODD_FAMILIES]), folder)
-    return folder
+    """A folder for the families trained by one process, each when it is first needed."""
+    return tmp_path_factory.mktemp("one")
 
 
 @pytest.mark.long
@@ -180,7 +194,8 @@ def test_the_cover_leaves_nothing_out() -> None:
     """Covered parts of the full lists: families, options, dispatchers, and pairs of axes."""
     full = [case for listed in FULL.values() for case in listed]
     cover = [case for listed in COVER.values() for cases in listed for case in cases]
-    assert {case.world for case in full} == {case.world for case in cover}
+    # six ranks combine what two and three have
+    assert {case.world for case in full} - {6} == {case.world for case in cover}
     odd = [case for case in cover if case.family.startswith(ODD)]
     for axis in ("dp_replicate", "dp_shard", "tp", "ep", "etp"):
         assert any(getattr(case, axis) == 3 for case in odd)
@@ -198,16 +213,17 @@ def test_the_cover_leaves_nothing_out() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     "case",
-    [Case("gpt-oss", 1, 2, 2, 2, 2), *(
+    [Case("gpt-oss", 1, 1, 2, 1, 2), *(
         pytest.param(case, marks=pytest.mark.slow)
-        for case in (Case(GLM4, 1, 2, 2, 2, 2), Case(GLM4, 2, 1, 2, 2, 1)))],
+        for case in (Case("gpt-oss", 1, 2, 2, 2, 2), Case(GLM4, 1, 2, 2, 2, 2),
+                     Case(GLM4, 2, 1, 2, 2, 1)))],
     ids=lambda case: case.name,
 )  # fmt: skip
 def test_adamw_in_double_precision(case: Case, tmp_path: Path) -> None:
-    no_decay = Case(case.family, 1, 2, 2, 4, 1, fault="experts without decay")
+    axes = {2: (1, 2, 1, 2, 1), 4: (1, 2, 2, 4, 1)}[case.world]
+    no_decay = Case(case.family, *axes, fault="experts without decay")
     train(tmp_path, [alone(case.family)], tmp_path, double=True)
-    train(tmp_path, [case], tmp_path, double=True)
-    train(tmp_path, [no_decay], tmp_path, double=True)
+    train(tmp_path, [case, no_decay], tmp_path, double=True)
     found = errors(case, tmp_path, tmp_path, 1e-9)
     assert not found, "\n".join(found)
     plain = [e for e in errors(no_decay, tmp_path, tmp_path, 0.1) if ": weight/" in e]
@@ -216,6 +232,7 @@ def test_adamw_in_double_precision(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_harness_sees_faults(references: Path, tmp_path: Path) -> None:
+    train_alone({case.family for case in FAULTY}, references)
     train(tmp_path, FAULTY, references)
     for case, where in FAULTY.items():
         found = errors(case, tmp_path, references)
@@ -237,9 +254,7 @@ def test_compiled_blocks_equal_those_that_are_not(references: Path, tmp_path: Pa
         Case("gpt-oss", 1, 2, 1, 2, 1, (compiled, ("recompute", "selective"))),
         Case("llama4", 1, 1, 2, 1, 2, (compiled,)),
     ]
-    train(tmp_path, cases, references)
-    found = [error for case in cases for error in errors(case, tmp_path, references)]
-    assert not found, "\n".join(found)
+    assert_equal(cases, references, tmp_path)
 
 
 @pytest.mark.slow

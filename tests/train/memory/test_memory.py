@@ -26,7 +26,7 @@ from tests.runs import ROOT, run
 from train import memory
 from train.check import report
 from train.compute_dtype import compute_dtype
-from train.memory import predict, predict_stages
+from train.memory import predict, predict_even, predict_stages
 
 TOLERANCE, OF_ONE_RANK = 0.10, 0.01
 SAID = re.compile(r"--check --stages: ([\d.]+) GiB; ([\d.,]+) GiB exchanged per step")
@@ -102,7 +102,7 @@ CASES = [
     Case("recomputed", "glm4", parallel={"recompute": "full"}, seq_len=256),
     Case("partly recomputed", "deepseek-v3", parallel={"recompute": "selective"}),
     Case("long", "deepseek-v2", micro_batch=1, seq_len=640),
-    Case("sinks", "gpt-oss", recipe="bf16", passes=2),
+    Case("sinks", "gpt-oss", recipe="bf16", passes=2, micro_batch=2),
     Case("chunks", "llama4", recipe="bf16", parallel={"recompute": "full", "recompute_every": 2}),
     Case("FP8", "glm4", passes=2, **FP8),
     Case("FP8 states", "mixtral", model={"n_layers": 6}, passes=2, **FP8 | SMALL),
@@ -122,7 +122,7 @@ CASES = [
     Case("room for so many", "qwen3", 2, {"ep": 2, "dispatch": {"kind": "sync_free"}}, passes=2),
     Case("in chunks and FP8", "glm4", 2,
          {"ep": 2, "dispatch": {"chunks": 2, "dispatch_dtype": "fp8"}}, recipe="bf16"),
-    Case("ZeRO 1", "qwen3", 2, {"ep": 2, "zero_stage": 1}, passes=3),
+    Case("ZeRO 1", "qwen3", 2, {"ep": 2, "zero_stage": 1}, passes=3, micro_batch=2),
     Case("ZeRO 1 in bf16", "gpt-oss", 2, {"tp": 2, "etp": 2, "zero_stage": 1}, passes=3,
          recipe="bf16"),
     Case("ZeRO 1 of four", "glm4", 4, {"dp_shard": 2, "tp": 2, "ep": 2, "zero_stage": 1}, passes=2,
@@ -147,7 +147,7 @@ CASES = [
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 SLOW = {"all axes", "ZeRO 1 in FP8", "ZeRO 2", "ZeRO 1 of experts", "ZeRO 1 in bf16",
-        "ZeRO 1 of four",
+        "ZeRO 1 of four", "states", "chunks",
         "ahead and balanced", "long", "FP8 with biases", "FP8 recomputed", "FP8 states",
         "FP8 tensors", "FP8 shards", "in chunks and FP8", "divided experts",
         "replicas", "two levels", "all axes, recomputed", "experts", "tensors",
@@ -159,9 +159,9 @@ def predicted(case: Case, **other: Any) -> int:
     """Predicted bytes on the CPU. other: settings of `[parallel]` to predict with instead."""
     config = case.config()
     config = replace(config, parallel=replace(config.parallel, **other))
-    compute = compute_dtype(config, CPU)
-    even, worst = predict(config, resolve(config, case.ranks), "cpu", compute)
-    return (worst if case.one_choice else even).peak.total()
+    arguments = (config, resolve(config, case.ranks), "cpu", compute_dtype(config, CPU))
+    needs = predict(*arguments)[1] if case.one_choice else predict_even(*arguments)
+    return needs.peak.total()
 
 
 def measured(folder: Path, case: Case) -> list[int]:
@@ -186,7 +186,8 @@ NOTICED = {"recomputed": "none", "activations": "full", "partly recomputed": "no
 )
 def test_prediction_is_what_the_tracker_counts(case: Case, tmp_path: Path) -> None:
     found = measured(tmp_path, case)
-    errors = [predicted(case) / size - 1 for size in (found[:1] if case.one_choice else found)]
+    told = predicted(case)
+    errors = [told / size - 1 for size in (found[:1] if case.one_choice else found)]
     counted = sorted({f"{size / 2**20:.1f}" for size in (min(found), max(found))})
     print(case.name, case.ranks, " to ".join(counted), *(f"{error:+.1%}" for error in errors))
     tolerance = OF_ONE_RANK if case.ranks == 1 else TOLERANCE
@@ -199,8 +200,7 @@ def test_prediction_is_what_the_tracker_counts(case: Case, tmp_path: Path) -> No
 def test_each_part_dominates_once() -> None:
     def parts(case: Case) -> dict[str, float]:
         config = case.config()
-        even, _ = predict(config, resolve(config, 1), "cpu", compute_dtype(config, CPU))
-        peak = even.peak
+        peak = predict_even(config, resolve(config, 1), "cpu", compute_dtype(config, CPU)).peak
         states = sum(peak[kind] for kind in ("parameters", "gradients", "AdamW moments"))
         kinds = ("attention", "routing and dispatch", "experts", "dense feed-forward",
                  "residual stream")  # fmt: skip
@@ -214,12 +214,20 @@ def test_each_part_dominates_once() -> None:
     assert predicted(BY_NAME["logits"]) > 4 * predicted(few_words)
 
 
+WORST = {"deepseek_v3_671b", "gpt_oss_20b", "mixtral_8x7b", "demo"}
+"""Experiments whose worst routing is predicted by default; of all, `test_check.py` if slow."""
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)
 def test_true_sizes_take_seconds(file: Path) -> None:
     config = load(str(file), [])
     parallel_dims = resolve(config, default_world(config))
     start = time.process_time()
-    even, worst = predict(config, parallel_dims, "cuda", torch.bfloat16)
+    if file.stem in WORST:
+        even, worst = predict(config, parallel_dims, "cuda", torch.bfloat16)
+        assert worst.peak.total() >= even.peak.total() * 0.99
+    else:
+        even = predict_even(config, parallel_dims, "cuda", torch.bfloat16)
     assert time.process_time() - start < 10
     counts = parameter_counts(config.model)
     dense = (counts.total + counts.mtp - counts.experts) / (
@@ -228,7 +236,6 @@ def test_true_sizes_take_seconds(file: Path) -> None:
     held = dense + counts.experts / (parallel_dims.efsdp * parallel_dims.ep * parallel_dims.etp)
     # up to padding where shards are uneven
     assert even.peak["AdamW moments"] == pytest.approx(8 * held, rel=0.01)
-    assert worst.peak.total() >= even.peak.total() * 0.99
     assert not even.host
     if said := SAID.search(file.read_text()):
         memory, traffic = (float(number.replace(",", "")) * 2**30 for number in said.groups())

@@ -19,7 +19,7 @@ from models.counts import parameter_counts
 from parallel.memory.timeline import Needs
 from tests.models.families import FAMILIES
 from train.compute_dtype import compute_dtype
-from train.memory import predict
+from train.memory import predict, predict_even
 
 RANKS = 4
 MLA = AttentionConfig(
@@ -66,6 +66,13 @@ def needs(config: JobConfig, device: str) -> tuple[Needs, Needs]:
         device,
         compute_dtype(config, torch.device(device), is_here=False),
     )
+
+
+@cache
+def evenly(config: JobConfig, device: str) -> Needs:
+    """The first result of `needs`, alone."""
+    compute = compute_dtype(config, torch.device(device), is_here=False)
+    return predict_even(config, resolve(config, RANKS), device, compute)
 
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -249,9 +256,7 @@ FEWER_FIRST: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", FEWER_FIRST)
 def test_memory_rises(name: str) -> None:
-    found = [
-        needs(experiment(**settings), "cuda")[0].peak.total() for settings in FEWER_FIRST[name]
-    ]
+    found = [evenly(experiment(**settings), "cuda").peak.total() for settings in FEWER_FIRST[name]]
     assert all(fewer < more for fewer, more in pairwise(found)), found
 
 
@@ -262,7 +267,7 @@ def test_traffic_of_microbatches(stage: int) -> None:
 
     def exchanged(passes: int) -> dict[str, int]:
         config = experiment(passes=passes, zero_stage=stage, dp_replicate=2, dp_shard=2, ep=2)
-        return needs(config, "cuda")[0].exchanged
+        return evenly(config, "cuda").exchanged
 
     one = exchanged(1)
     for passes in (2, 5):
@@ -299,7 +304,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", PARTS)
 def test_a_category_rises(name: str) -> None:
     category, *both = PARTS[name]
-    fewer, more = (needs(experiment(**settings), "cuda")[0].peak[category] for settings in both)
+    fewer, more = (evenly(experiment(**settings), "cuda").peak[category] for settings in both)
     assert fewer < more
 
 
@@ -318,13 +323,14 @@ EXCHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", EXCHANGED)
 def test_traffic_rises(name: str) -> None:
     fewer, more = (
-        needs(experiment(**settings), "cuda")[0].exchanged.total() for settings in EXCHANGED[name]
+        evenly(experiment(**settings), "cuda").exchanged.total() for settings in EXCHANGED[name]
     )
     assert fewer < more
 
 
 def test_what_is_not_traced_is_predicted_as_without() -> None:
     plain = needs(experiment(ep=4), "cuda")
+    assert plain[0] == evenly(experiment(ep=4), "cuda")
     assert needs(experiment(ep=4, compile=True), "cuda") == plain
     assert needs(experiment(ep=4, dispatch={"kind": "deepep"}), "cuda") == plain
 
@@ -341,7 +347,7 @@ def test_with_limited_room_no_routing_is_worse() -> None:
 def test_ten_thousand_layers_take_seconds() -> None:
     start = time.process_time()
     sizes = [
-        needs(experiment(wide("qwen3", n_layers=n), recompute="full"), "cuda")[0].peak
+        evenly(experiment(wide("qwen3", n_layers=n), recompute="full"), "cuda").peak
         for n in (4000, 7000, 10_000)
     ]
     assert time.process_time() - start < 10
