@@ -37,7 +37,7 @@ OURS = (
     "tests.parallel.mesh.checkpoint_run", "tests.serve.ranks.mesh_run", "train.check",
     "train.trainer", "scripts.validate", "serve.generate", "serve.api.app",
     # modules that these import lazily
-    "torch._dynamo", "torch.utils.tensorboard", "tests.pictures_before",
+    "torch._dynamo", "torch.utils.tensorboard", "tests.without_pictures",
 )  # fmt: skip
 _FAMILIES = "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "mixtral", "qwen3_moe"
 THEIRS = (
