@@ -28,7 +28,9 @@ from serve.engine.loading import Export, open_export
 from serve.frontend.chat import ChatTemplate
 from serve.frontend.client import EngineClient
 from serve.frontend.thread import EngineThread
+from serve.grammar import processes
 from tests.serve.drive import assert_no_page_lost
+from tests.serve.forked_child import launch_worker
 
 VOCAB = 320
 TOKENS = 300
@@ -90,6 +92,14 @@ def write_export(folder: Path, seed: int = 0) -> None:
     config = hf_config(CONFIG, max_positions=MAX_LENGTH, eos_token_id=0, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Workers for grammars are forks: each start of a Python process loads torch for xgrammar."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "launch", launch_worker)
+        yield
 
 
 @pytest.fixture(scope="session")
