@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -171,6 +172,10 @@ def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_pa
     for expected in ("[model.moe]", "8,923,648", "4,205,056", "ep                2", "Glm4Moe",
                      "FLOPs / token", "2,048", "bytes per rank"):  # fmt: skip
         assert expected in done.stdout
+    done = run_train(TINY, *overrides, "--check", "--stages", "--ranks=2")
+    table = done.stdout.split("ZeRO stages on GPUs")[1]
+    assert len(re.findall(r"^  [123] +[123] +[\d.,]+ [KM]iB .*/s", table, re.MULTILINE)) >= 3, table
+    assert table.count("   as set") == 1
     done = run_train(TINY, *overrides, "--check", "--ranks=3", code=2)
     assert "3 data ranks" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
