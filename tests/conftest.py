@@ -21,7 +21,8 @@ LONG_S = 60.0
 REFERENCE_S = 0.0155
 """CPU time of `slowness` on the reference machine: a core of an AMD EPYC 9004."""
 LONG = (
-    "launch/test_slurm_cluster.py", "train", "parallel", "launch", "scripts", "test_documentation.py", "serve", "kernels",
+    "launch/test_slurm_cluster.py", "train", "parallel", "launch", "scripts",
+    "test_documentation.py", "serve", "kernels",
 )  # fmt: skip
 """Folders and files that run long are started first, because the last file to start determines when
 the run ends."""

@@ -1,5 +1,5 @@
-"""Leaves the pictures out of every training run of this process and of its forks: drawing them takes
-a quarter of a second at the end of a run, a third of a short one. For templates of forks.
+"""Leaves the pictures out of every training run of this process and of its forks: they take a
+quarter of a second at the end of a run, a third of a short one. For templates of forks.
 
 A program whose environment is that of `tests.runs.PICTURES` draws.
 """

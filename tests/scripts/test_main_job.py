@@ -54,7 +54,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main-job") / "run"
     run(
         "-m", "train", TINY, f"--data.source={corpus}", f"--run.dir={folder}",
-        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=40",
+        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=80",
         "--optimizer.lr=1e-2", "--checkpoint.every=0", ranks=2,
     )  # fmt: skip
     assert f"exported {folder / 'export'}" in run("-m", "scripts.export", folder).stdout

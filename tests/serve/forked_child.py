@@ -24,8 +24,10 @@ launch_real_worker = processes.launch
 
 
 class ForkedChild:
-    """What a server uses of `subprocess.Popen`. program: the module whose `main` gets the descriptor
-    of the socket `theirs`."""
+    """What a server uses of `subprocess.Popen`.
+
+    program: the module whose `main` gets the descriptor of the socket `theirs`.
+    """
 
     def __init__(
         self, theirs: socket.socket, program: str, modules: tuple[str, ...], **env: str
