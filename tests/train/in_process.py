@@ -37,9 +37,10 @@ def _process_restored() -> Iterator[None]:
 
 
 def train(*arguments: str) -> int:
-    """Train tests/tiny.toml with these overrides in one process; returns the exit code."""
+    """Train tests/tiny.toml with these overrides in one process; returns the exit code. A step has
+    one microbatch instead of two, unless the overrides say otherwise."""
     with _process_restored(), mock.patch.object(reporter, "draw", return_value=[]):
-        return main([str(TINY), "--train.threads=1", *arguments])
+        return main([str(TINY), "--train.threads=1", "--train.micro_batch=8", *arguments])
 
 
 def run_train(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:

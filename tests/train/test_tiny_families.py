@@ -43,7 +43,8 @@ def test_a_few_steps_lower_the_loss(family: str, overrides: list[str]) -> None:
     folder = overrides[-1].removeprefix("--run.dir=")
     run_train(
         f"configs/tiny/{family}.toml", *overrides, "--model.vocab_size=320",
-        "--train.steps=12", "--train.global_batch=8", "--validation.sequences=8",
+        "--train.steps=12", "--train.global_batch=8", "--train.micro_batch=8",
+        "--validation.sequences=8",
     )  # fmt: skip
     records = read_lines(ROOT / folder / "metrics.jsonl")
     assert len(records) == 12 and records[-1]["loss"] < records[0]["loss"] - 0.5
