@@ -138,7 +138,7 @@ class GreedyReference:
         self._known: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(self, prompt: Sequence[int], n: int) -> list[int]:
-        """The `n` tokens that follow the prompt, which is computed alone."""
+        """The `n` tokens that follow the prompt; it is computed alone, unless it is known."""
         self.compute([prompt], n)
         return self._known[tuple(prompt)][:n]
 
