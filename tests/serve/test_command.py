@@ -180,10 +180,11 @@ def test_an_engine_process_is_replaced_and_never_left_over(long_folder: Path) ->
         assert second != first
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             assert "choices" in next(answer.iter_lines())
-            served.process.kill()
+            served.signal(signal.SIGKILL)
             while Path(f"/proc/{second}").exists():
                 assert time.monotonic() < deadline, "the engine continues without a server"
                 time.sleep(0.05)
+        assert isinstance(served.process, subprocess.Popen)
         assert "it is started again" in served.process.communicate()[1]
 
 
