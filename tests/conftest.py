@@ -21,9 +21,10 @@ LONG_S = 60.0
 REFERENCE_S = 0.0155
 """CPU time of `slowness` on the reference machine: a core of an AMD EPYC 9004."""
 LONG = (
-    "train", "parallel", "launch", "scripts", "test_documentation.py", "serve", "kernels",
+    "launch/test_slurm_cluster.py", "train", "parallel", "launch", "scripts",
+    "test_documentation.py", "serve", "kernels",
 )  # fmt: skip
-"""Folders with long-running files are started first, because the last file to start determines when
+"""Folders and files that run long are started first, because the last file to start determines when
 the run ends."""
 
 _WORDS = "def return for in if else self value index list dict print range token expert".split()
@@ -64,8 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> tuple[int, int]:
         if not item.path.is_relative_to(here):
             return len(LONG), 0
-        parts = item.path.relative_to(here).parts
-        return places.get(parts[0], len(LONG)), -len(parts)  # inner rooms have the longest files
+        path = item.path.relative_to(here)
+        first = places.get(path.as_posix(), places.get(path.parts[0], len(LONG)))
+        return first, -len(path.parts)  # inner rooms have the longest files
 
     items.sort(key=place)
 

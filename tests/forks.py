@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import cache
 from itertools import count
@@ -37,7 +38,7 @@ OURS = (
     "tests.parallel.mesh.checkpoint_run", "tests.serve.ranks.mesh_run", "train.check",
     "train.trainer", "scripts.validate", "serve.generate", "serve.api.app",
     # modules that these import lazily
-    "torch._dynamo", "torch.utils.tensorboard", "tests.pictures_before",
+    "torch._dynamo", "torch.utils.tensorboard", "tests.without_pictures",
 )  # fmt: skip
 _FAMILIES = "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "mixtral", "qwen3_moe"
 THEIRS = (
@@ -62,10 +63,11 @@ SESSION = "TEST_SESSION"
 
 
 class Template:
-    """A connection to a process of `tests/template.py`."""
+    """A connection to a process of `tests/template.py`. Threads may use it at the same time."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._lock = threading.Lock()
         self._answers = connection.makefile("rb")
 
     def start(self, words: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> int:
@@ -80,8 +82,9 @@ class Template:
         return int(ended["code"]), float(ended["seconds"])
 
     def _ask(self, **request: Any) -> Any:
-        self._connection.sendall(json.dumps(request).encode() + b"\n")
-        answer = self._answers.readline()
+        with self._lock:
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = self._answers.readline()
         assert answer, "the template has ended"
         return json.loads(answer)
 

@@ -15,6 +15,8 @@ from tests import forks
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "tiny.toml"
+PICTURES = {"TEST_PICTURES": "1"}
+"""Additional environment of a training that draws its pictures, as outside of tests."""
 
 
 def environment() -> dict[str, str]:
@@ -55,13 +57,17 @@ def run(
     """Run a program to its end and check the exit code; prints the output if the code differs.
 
     The processes are forks of one that has imported `modules`: by default ours, or `transformers`
-    for `-P -c CODE`. env: additional variables. fresh: start Python, and torchrun for several
+    for `-P -c CODE`. env: additional variables, which given `modules` find when they are imported;
+    without PICTURES a training in a fork draws none. fresh: start Python, and torchrun for several
     ranks.
     """
     words = [str(argument) for argument in arguments]
     if forks.POSSIBLE and not fresh:
-        modules = modules or (forks.THEIRS if words[0] == "-P" else forks.OURS)
-        done = forks.forked(words, environment(), modules, ranks, timeout, env or {}, cwd)
+        more, given = env or {}, environment()
+        if modules is None:
+            modules = forks.THEIRS if words[0] == "-P" else forks.OURS
+            given, more = given | more, {}
+        done = forks.forked(words, given, modules, ranks, timeout, more, cwd)
     else:
         done = subprocess.run(
             command(*arguments, ranks=ranks),

@@ -23,7 +23,7 @@ from tests.runs import ROOT, free_port, run, started
 SHORT = [
     "--train.steps=1", "--schedule.warmup_steps=0", "--model.vocab_size=300", "--data.seq_len=64",
     "--train.global_batch=2", "--train.micro_batch=1", "--validation.sequences=1",
-    "--train.profile_steps=[]",
+    "--train.profile_steps=[]", "--model.n_layers=2",
 ]  # fmt: skip
 """Overrides that make a training of any experiment take a second; they follow the printed ones."""
 SHORT_START = ["--train.steps=1", "--schedule.warmup_steps=0", "--train.global_batch=1"]
@@ -60,6 +60,7 @@ NOT_RUN = {
 }
 LONG_PAGES = {
     "docs/upcycling.md", "docs/data.md", "docs/serving.md", "docs/training.md", "docs/gpu_queue.md",
+    "docs/parallelism.md",
 }  # fmt: skip
 """Their commands are tested in one process elsewhere: tests/train, tests/serve, tests/scripts."""
 SHARED_OPTIONS = ("options", "serving")
@@ -104,6 +105,7 @@ def dense_llama(folder: Path, tokenizer: Path) -> None:
 
 @pytest.fixture
 def inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("train.report.reporter.draw", lambda folder: [])
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("HOME", str(checkout / "home"))
     return checkout

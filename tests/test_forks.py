@@ -154,7 +154,7 @@ PYTEST = """
 import sys
 import pytest
 import tests.conftest
-tests.conftest.LIMIT_S = 0.2
+tests.conftest.LIMIT_S = 0.05
 sys.exit(pytest.main(["-q", "-p", "tests.conftest", "-p", "no:cacheprovider", sys.argv[1]]))
 """
 
@@ -162,10 +162,10 @@ sys.exit(pytest.main(["-q", "-p", "tests.conftest", "-p", "no:cacheprovider", sy
 @pytest.mark.parametrize(
     ("setup", "call", "mark", "code"),
     [
-        (0, 1.5, "", 1),
-        (1.5, 0, "", 1),
+        (0, 0.4, "", 1),
+        (0.4, 0, "", 1),
         (0, 0, "", 0),
-        (0, 1.5, "@pytest.mark.slow", 0),
+        (0, 0.4, "@pytest.mark.slow", 0),
     ],
 )
 def test_a_test_above_the_limit_fails_unless_marked(

@@ -23,9 +23,21 @@ READY = b"r"
 _START_SECONDS = 60.0
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _INSTALL = 'structured output needs xgrammar: pip install "xgrammar>=0.2.8,<0.3"'
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
-"""Of the worker: a process with several threads cannot be forked safely."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+               "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+"""Of a worker: a process with several threads cannot be forked safely."""
+
+
+def launch(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """Start a worker. theirs: its end of the connection to the engine."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "serve.grammar.worker", str(theirs.fileno())],
+        cwd=_ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+    )
 
 
 class GrammarWorker:
@@ -77,14 +89,7 @@ class GrammarWorker:
             raise GrammarError(_INSTALL)
         control, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "serve.grammar.worker", str(theirs.fileno())],
-                cwd=_ROOT,
-                env=os.environ | _ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+            self._process = launch(theirs)
         self._control = control
         tokenizer = self.tokenizer.to_str().encode()
         control.settimeout(_START_SECONDS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.runs import TINY, run
+from tests.train.in_process import run_train
 from train.checkpoint import checkpoint
 from train.data.batches import shuffled_epochs
 from train.dataset.sequences import sequences_of
@@ -21,7 +22,7 @@ PLACES = [
     (3, ["--parallel.ep=3"]),
     (4, ["--parallel.ep=4", "--parallel.dp_replicate=1"]),
 ]
-EACH = 3
+EACH = 2
 """Steps on each number of ranks."""
 
 
@@ -32,13 +33,14 @@ def losses(folder: Path) -> dict[int, float]:
 @pytest.mark.long
 @pytest.mark.parametrize("n", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_losses_do_not_depend_on_the_ranks(n: int, overrides: list[str], tmp_path: Path) -> None:
-    words = ["-m", "train", TINY, *overrides, "--train.global_batch=12", "--train.micro_batch=1"]
+    micro_batch = 3 if n == 2 else 1  # three ranks need one
+    words = [TINY, *overrides, "--train.global_batch=12", f"--train.micro_batch={micro_batch}"]
     words += ["--model.moe.n_experts=12", f"--schedule.steps={n * EACH}", "--checkpoint.every=2"]
     whole = tmp_path / "whole"
-    run(*words, f"--run.dir={whole}", f"--train.steps={n * EACH}")
+    run_train(*words, f"--run.dir={whole}", f"--train.steps={n * EACH}")
     for i, (ranks, mesh) in enumerate(PLACES[:n]):
         steps = (i + 1) * EACH
-        out = run(*words, *mesh, f"--train.steps={steps}", ranks=ranks).stdout
+        out = run("-m", "train", *words, *mesh, f"--train.steps={steps}", ranks=ranks).stdout
         assert re.search(f"^.*: {ranks} ranks", out, re.M)
         assert not i or f"step-{i * EACH:08d}\n" in out, "resumed from the last step"
     one, other = losses(tmp_path / "run"), losses(whole)

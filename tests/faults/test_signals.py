@@ -11,6 +11,7 @@ from configs.health import heartbeat
 from tests import forks
 from tests.faults.supervised import final_weights, losses
 from tests.runs import TINY, run, started
+from tests.train.in_process import run_train
 
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
 PHASES = ["start", "load", "forward", "backward", "optimizer", "validation", "save"]
@@ -30,7 +31,7 @@ CASES = [
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    run("-m", "train", TINY, *words(corpus), f"--run.dir={folder}")
+    run_train(TINY, *words(corpus), f"--run.dir={folder}")
     return folder
 
 
@@ -46,12 +47,12 @@ def words(corpus: Path) -> list[str]:
 def test_a_signal_in_any_phase(
     phase: str, stop: signal.Signals, corpus: Path, whole: Path, tmp_path: Path
 ) -> None:
-    arguments = ["-m", "train", TINY, *words(corpus), f"--run.dir={tmp_path / 'run'}"]
+    arguments = [TINY, *words(corpus), f"--run.dir={tmp_path / 'run'}"]
     beats = tmp_path / "beats"
     beats.mkdir()
     if phase == "load":
-        run(*arguments, "--train.steps=5", "--schedule.steps=12")  # something to load
-    with started(*arguments, env={heartbeat.FOLDER_VARIABLE: str(beats)}) as program:
+        run_train(*arguments, "--train.steps=5", "--schedule.steps=12")  # something to load
+    with started("-m", "train", *arguments, env={heartbeat.FOLDER_VARIABLE: str(beats)}) as program:
         deadline = time.monotonic() + 60
         while True:
             beat = heartbeat.read(beats, 0)
@@ -64,7 +65,7 @@ def test_a_signal_in_any_phase(
     assert "Traceback" not in done.stdout + done.stderr
     steps = [int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert max(steps, default=0) >= beat.done, "no complete step is lost"
-    run(*arguments)
+    run_train(*arguments)
     assert losses(tmp_path / "run") == losses(whole)
     assert final_weights(tmp_path / "run") == final_weights(whole)
 

@@ -19,7 +19,7 @@ import pytest
 from launch.run_folder import records
 from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import SlurmCluster
-from tests.runs import ROOT, TINY, environment, free_port
+from tests.runs import ROOT, TINY, environment, free_port, run
 
 pytestmark = pytest.mark.skipif(slurm_cluster.is_skipped(), reason=slurm_cluster.missing() or "-")
 slow = pytest.mark.slow
@@ -103,12 +103,8 @@ class Run:
         found = [record["loss"] for record in records(self.folder)]
         assert [r["step"] for r in records(self.folder)] == list(range(1, len(found) + 1))
         whole = tmp_path / "whole"
-        done = subprocess.run(
-            [sys.executable, "-m", "launch.local", str(TINY), "--nproc=2", *self.overrides,
-             f"--run.dir={whole}", f"--train.steps={len(found)}", "--checkpoint.every=0"],
-            cwd=ROOT, env=environment(), capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        words = [*self.overrides, f"--run.dir={whole}", f"--train.steps={len(found)}"]
+        run("-m", "train", TINY, *words, "--checkpoint.every=0", ranks=2)
         assert [record["loss"] for record in records(whole)] == found
 
 

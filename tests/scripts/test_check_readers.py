@@ -19,6 +19,7 @@ from models.hf.table import hf_config
 from models.init import initialize
 from scripts.check_readers import __main__ as check_readers
 from scripts.check_readers.__main__ import READERS, TEXTS, TOLERANCE, check, differences, prompts_of
+from tests.forked_python import interpreter
 from tests.models.families import FAMILIES
 from tests.runs import run
 from tests.train.tokenizer.test_tokenizer import texts
@@ -55,7 +56,7 @@ def test_transformers_agrees_and_the_others_are_not_called_a_success(export: Pat
 
 
 def test_a_reader_that_lost_an_expert_is_found(
-    export: Path, monkeypatch: pytest.MonkeyPatch
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Our model has one expert less here, which makes no difference to the comparison."""
     pytest.importorskip("transformers")
@@ -67,7 +68,7 @@ def test_a_reader_that_lost_an_expert_is_found(
         return decoder
 
     monkeypatch.setattr(check_readers, "read_model", lossy)
-    found = check(export, {"transformers": sys.executable}, None, TOLERANCE)
+    found = check(export, {"transformers": interpreter(tmp_path)}, None, TOLERANCE)
     assert found["vllm"] is found["llama_cpp"] is found["openvino"] is None
     assert found["transformers"] and "log-probabilities are off" in found["transformers"][-1]
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import signal
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from configs.loader import from_dict, unflatten
 from models.decoder import Decoder
 from models.documents import DocumentAttention
-from tests.runs import ROOT, TINY, command, environment, free_port, run
+from tests.runs import TINY, free_port, run, started
 from train.checkpoint import checkpoint
 from train.convert.hf_export import export_hf
 
@@ -54,7 +54,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main-job") / "run"
     run(
         "-m", "train", TINY, f"--data.source={corpus}", f"--run.dir={folder}",
-        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=120",
+        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=80",
         "--optimizer.lr=1e-2", "--checkpoint.every=0", ranks=2,
     )  # fmt: skip
     assert f"exported {folder / 'export'}" in run("-m", "scripts.export", folder).stdout
@@ -128,21 +128,18 @@ def test_export_of_a_chosen_step_in_bf16(trained: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def server(trained: Path) -> Iterator[str]:
     port = free_port()
-    process = subprocess.Popen(
-        command("-m", "serve", trained / "export", "--port", port),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                break
-        except OSError:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.communicate(timeout=30)
+    with started("-m", "serve", trained / "export", "--port", port) as program:
+        for _ in range(300):
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+            except OSError:
+                assert program.is_running(), program.printed()
+                time.sleep(0.1)
+        yield url
+        program.signal(signal.SIGTERM)
+        assert program.finish(30).returncode == 0
 
 
 def test_served_greedy_equals_trained_greedy(trained: Path, server: str) -> None:

@@ -28,7 +28,9 @@ from serve.engine.loading import Export, open_export
 from serve.frontend.chat import ChatTemplate
 from serve.frontend.client import EngineClient
 from serve.frontend.thread import EngineThread
+from serve.grammar import processes
 from tests.serve.drive import assert_no_page_lost
+from tests.serve.forked_child import launch_worker
 
 VOCAB = 320
 TOKENS = 300
@@ -92,6 +94,14 @@ def write_export(folder: Path, seed: int = 0) -> None:
     make_tokenizer().save(str(folder / "tokenizer.json"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Workers for grammars are forks: each start of a Python process loads torch for xgrammar."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "launch", launch_worker)
+        yield
+
+
 @pytest.fixture(scope="session")
 def export_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serve") / "tiny"
@@ -119,24 +129,37 @@ def make_core(export: Export) -> Callable[..., EngineCore]:
     return make
 
 
-@pytest.fixture(scope="session")
-def greedy_reference(export_folder: Path) -> Callable[[Sequence[int], int], list[int]]:
-    """Greedy tokens by full forward passes with the training core: no cache, no batch."""
-    model = read_model(export_folder, torch.float32)
-    known: dict[tuple[int, ...], list[int]] = {}
+class GreedyReference:
+    """Greedy tokens by full forward passes with the training core, without a cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._model = read_model(folder, torch.float32)
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def __call__(self, prompt: Sequence[int], n: int) -> list[int]:
+        """The `n` tokens that follow the prompt; it is computed alone, unless it is known."""
+        self.compute([prompt], n)
+        return self._known[tuple(prompt)][:n]
 
     @torch.no_grad()
-    def greedy(prompt: Sequence[int], n: int) -> list[int]:
-        tokens = list(prompt) + known.get(tuple(prompt), [])
-        while len(tokens) < len(prompt) + n:
-            positions = torch.arange(len(tokens))
-            core = DocumentAttention(positions[None])
-            logits = model(torch.tensor(tokens), positions, core)[-1]
-            tokens.append(int(logits[:TOKENS].argmax()))  # the others are padding
-        known[tuple(prompt)] = tokens[len(prompt) :]
-        return tokens[len(prompt) : len(prompt) + n]
+    def compute(self, prompts: Sequence[Sequence[int]], n: int) -> None:
+        """Compute `n` tokens after each prompt; the prompts are documents of one sequence."""
+        wanted = {tuple(prompt): self._known.setdefault(tuple(prompt), []) for prompt in prompts}
+        while short := [prompt for prompt, found in wanted.items() if len(found) < n]:
+            rows = [[*prompt, *wanted[prompt]] for prompt in short]
+            tokens = torch.tensor([token for row in rows for token in row])
+            positions = torch.cat([torch.arange(len(row)) for row in rows])
+            logits = self._model(tokens, positions, DocumentAttention(positions[None]))
+            ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
+            best = logits[ends, :TOKENS].argmax(-1)  # the others are padding
+            for prompt, token in zip(short, best.tolist(), strict=True):
+                wanted[prompt].append(token)
 
-    return greedy
+
+@pytest.fixture(scope="session")
+def greedy_reference(export_folder: Path) -> GreedyReference:
+    return GreedyReference(export_folder)
 
 
 class RunningServer:

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,10 +13,9 @@ import openai
 import pytest
 from tokenizers import Tokenizer
 
-from tests.serve.conftest import RunningServer
+from tests.serve.conftest import GreedyReference, RunningServer
 from tests.serve.drive import slow_down
 
-Greedy = Callable[[Sequence[int], int], list[int]]
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
@@ -33,7 +32,7 @@ def test_health_and_models(http: httpx.Client, client: openai.OpenAI) -> None:
 
 
 def test_openai_client_completes_greedily(
-    client: openai.OpenAI, tokenizer: Tokenizer, greedy_reference: Greedy
+    client: openai.OpenAI, tokenizer: Tokenizer, greedy_reference: GreedyReference
 ) -> None:
     prompt = "def add(a, b):"
     tokens = greedy_reference(tokenizer.encode(prompt).ids, 32)
@@ -128,9 +127,10 @@ def test_echo_and_logprobs_score_a_prompt(http: httpx.Client) -> None:
 
 
 def test_many_clients_at_once(
-    server: RunningServer, http: httpx.Client, greedy_reference: Greedy
+    server: RunningServer, http: httpx.Client, greedy_reference: GreedyReference
 ) -> None:
     prompts = [[1 + i, 2 + i, 3 + i] * (1 + i % 7) for i in range(24)]
+    greedy_reference.compute(prompts, 24)
     found: dict[int, list[int]] = {}
 
     def ask(i: int) -> None:

@@ -19,6 +19,8 @@ import pytest
 
 from serve.__main__ import listen, main
 from serve.engine.loading import open_export
+from tests.forks import Program
+from tests.runs import started
 
 ROOT = Path(__file__).resolve().parents[2]
 LIVENESS_S = 30.0
@@ -34,15 +36,24 @@ HALF = (
 class Served:
     """A server in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+    def __init__(self, process: subprocess.Popen[str] | Program, url: str) -> None:
         self.process = process
         self.url = url
+        self.pid = process.pids[0] if isinstance(process, Program) else process.pid
         self.port = int(url.removesuffix("/v1").rsplit(":", 1)[1])
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def finish(self) -> None:
         """Wait for its end, which is clean. The limit is for hanging, and less than any grace."""
-        out, errors = self.process.communicate(timeout=LIVENESS_S)
-        assert (self.process.returncode, out, errors) == (0, "", "")
+        if isinstance(self.process, Program):
+            done = self.process.finish(LIVENESS_S)
+            code, out, errors = done.returncode, done.stdout.split("\n", 1)[1], done.stderr
+        else:
+            out, errors = self.process.communicate(timeout=LIVENESS_S)
+            code = self.process.returncode
+        assert (code, out, errors) == (0, "", "")
 
     def wait_until_draining(self) -> None:
         """Until it has acted on the first signal: it accepts no connections any more."""
@@ -54,13 +65,15 @@ class Served:
                 time.sleep(0.01)
 
 
+def words(folder: Path, *options: str) -> list[str]:
+    return ["-m", "serve", str(folder), "--port", "0", "--device", "cpu", *options]
+
+
 @contextlib.contextmanager
-def serving(folder: Path, *options: str, open_files: int | None = None) -> Iterator[Served]:
-    """The process is killed at the end if it still runs. `open_files` is its soft limit."""
-    limited = ["sh", "-c", f'ulimit -S -n {open_files} && exec "$@"', "sh"] if open_files else []
-    command = [sys.executable, "-m", "serve", str(folder), "--port", "0", "--device", "cpu"]
+def serving(folder: Path, *options: str) -> Iterator[Served]:
+    """A new Python process, which is killed at the end if it still runs."""
     process = subprocess.Popen(
-        [*limited, *command, *options],
+        [sys.executable, *words(folder, *options)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -76,6 +89,18 @@ def serving(folder: Path, *options: str, open_files: int | None = None) -> Itera
         process.communicate()
 
 
+@contextlib.contextmanager
+def forked(*arguments: str) -> Iterator[Served]:
+    """The same in a fork, which has the modules loaded."""
+    with started(*arguments) as program:
+        deadline = time.monotonic() + LIVENESS_S
+        while not (line := program.printed()[0]).endswith("\n"):
+            assert program.is_running() and time.monotonic() < deadline, program.printed()
+            time.sleep(0.01)
+        assert line.startswith("serving "), program.printed()
+        yield Served(program, line.split()[3])
+
+
 @pytest.fixture(scope="module")
 def long_folder(export_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export with a context that no test reaches the end of."""
@@ -86,23 +111,38 @@ def long_folder(export_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_serves_and_stops(export_folder: Path) -> None:
+def test_serves_on_one_local_address_only_and_stops(export_folder: Path) -> None:
+    """CVE-2025-30202: no internal socket is open to the network."""
     with serving(export_folder, "--model-name=mine", "--dtype=bf16", f"--grace={GRACE}") as served:
         assert served.url.startswith("http://127.0.0.1:")
         body = {"model": "mine", "prompt": "a", "seed": 1}
         assert httpx.post(f"{served.url}/completions", json=body).status_code == 200
-        served.process.send_signal(signal.SIGINT)
+        assert listening(served.pid) == [("tcp", f"0100007F:{served.port:04X}")]
+        served.signal(signal.SIGINT)
         served.finish()  # an idle server needs no grace
+
+
+def listening(pid: int) -> list[tuple[str, str]]:
+    """The sockets with which a process listens or receives datagrams: protocol and address."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    own = {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[9] in own and words[3] in ("0A", "07"):  # listens; receives datagrams
+                found.append((table, words[1]))
+    return found
 
 
 @pytest.mark.parametrize("engine_process", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_stop_under_load_ends_streams_with_an_error(engine_process: str, long_folder: Path) -> None:
     more = ("--max-running", "1", "--grace", "0.2", "--engine-process", engine_process)
-    with serving(long_folder, *more) as served:
+    with forked(*words(long_folder, *more)) as served:
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             lines = answer.iter_lines()
             assert "choices" in next(lines)
-            served.process.send_signal(signal.SIGTERM)
+            served.signal(signal.SIGTERM)
             *_, error, done = [line for line in lines if line]
         assert json.loads(error.removeprefix("data: "))["error"]["code"] == "unavailable"
         assert done == "data: [DONE]"
@@ -125,7 +165,7 @@ def engine_of(server: int) -> int:
 def test_an_engine_process_is_replaced_and_never_left_over(long_folder: Path) -> None:
     with serving(long_folder, "--engine-process", "on", "--grace", GRACE) as served:
         health = served.url.replace("/v1", "/health")
-        first = engine_of(served.process.pid)
+        first = engine_of(served.pid)
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             lines = answer.iter_lines()
             assert "choices" in next(lines)
@@ -136,71 +176,66 @@ def test_an_engine_process_is_replaced_and_never_left_over(long_folder: Path) ->
         while httpx.get(health).status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        second = engine_of(served.process.pid)
+        second = engine_of(served.pid)
         assert second != first
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             assert "choices" in next(answer.iter_lines())
-            served.process.kill()
+            served.signal(signal.SIGKILL)
             while Path(f"/proc/{second}").exists():
                 assert time.monotonic() < deadline, "the engine continues without a server"
                 time.sleep(0.05)
+        assert isinstance(served.process, subprocess.Popen)
         assert "it is started again" in served.process.communicate()[1]
 
 
 @pytest.mark.slow
 def test_a_second_signal_stops_an_engine_process(long_folder: Path) -> None:
     with serving(long_folder, "--grace", GRACE, "--engine-process", "on") as served:
-        engine = engine_of(served.process.pid)
+        engine = engine_of(served.pid)
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             assert "choices" in next(answer.iter_lines())
-            served.process.send_signal(signal.SIGTERM)
+            served.signal(signal.SIGTERM)
             served.wait_until_draining()
-            served.process.send_signal(signal.SIGTERM)
+            served.signal(signal.SIGTERM)
             served.finish()
         assert not Path(f"/proc/{engine}").exists()
 
 
 def test_half_sent_bodies_do_not_delay_a_stop(export_folder: Path) -> None:
-    with serving(export_folder, "--grace", GRACE) as served:
+    with forked(*words(export_folder, "--grace", GRACE)) as served:
         with socket.create_connection(("127.0.0.1", served.port), timeout=LIVENESS_S) as half:
             half.sendall(HALF)
             assert half.recv(4096).startswith(b"HTTP/1.1 100"), "it reads the body"
-            served.process.send_signal(signal.SIGTERM)
+            served.signal(signal.SIGTERM)
             assert half.recv(4096).startswith(b"HTTP/1.1 503")
         served.finish()
 
 
 def test_a_second_signal_stops_at_once(long_folder: Path) -> None:
-    with serving(long_folder, "--grace", GRACE) as served:
+    with forked(*words(long_folder, "--grace", GRACE)) as served:
         with httpx.stream("POST", f"{served.url}/completions", json=ENDLESS) as answer:
             lines = answer.iter_lines()
             assert "choices" in next(lines)
-            served.process.send_signal(signal.SIGTERM)
+            served.signal(signal.SIGTERM)
             served.wait_until_draining()
             assert "choices" in "".join(next(lines) for _ in range(4)), "the stream goes on"
-            served.process.send_signal(signal.SIGTERM)
+            served.signal(signal.SIGTERM)
             served.finish()
 
 
-def test_it_listens_on_one_local_address_only(export_folder: Path) -> None:
-    """CVE-2025-30202: no internal socket is open to the network."""
-    with serving(export_folder) as served:
-        folder = Path(f"/proc/{served.process.pid}/fd")
-        links = [os.readlink(link) for link in folder.iterdir()]
-        own = {link[8:-1] for link in links if link.startswith("socket:[")}
-        found = []
-        for table in ("tcp", "tcp6", "udp", "udp6"):
-            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-                words = line.split()
-                if words[9] in own and words[3] in ("0A", "07"):  # listens; receives datagrams
-                    found.append((table, words[1]))
-        assert found == [("tcp", f"0100007F:{served.port:04X}")]
+FEW = """
+import resource, runpy, sys
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, most))
+runpy.run_module("serve", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_few_open_files_are_enough_for_many_connections(export_folder: Path) -> None:
     """The usual soft limit is 1,024; the server raises it."""
-    with serving(export_folder, open_files=200) as served, contextlib.ExitStack() as stack:
-        assert resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)[0] > 400
+    command = ["-c", FEW, *words(export_folder)[2:]]
+    with forked(*command) as served, contextlib.ExitStack() as stack:
+        assert resource.prlimit(served.pid, resource.RLIMIT_NOFILE)[0] > 400
         for _ in range(400):
             client = socket.create_connection(("127.0.0.1", served.port), LIVENESS_S)
             stack.enter_context(client)

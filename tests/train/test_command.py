@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,13 +14,16 @@ import pytest
 
 from configs.loader import load
 from models.counts import parameter_counts
-from tests.runs import ROOT, TINY, command, environment, run
-from tests.train.in_process import train
+from tests.runs import PICTURES, ROOT, TINY, command, environment, run, started
+from tests.train.in_process import run_train, train
 from train.report.metrics import read_lines
 
 
 def test_a_run_leaves_everything_behind(overrides: list[str], tmp_path: Path) -> None:
-    done = run("-m", "train", TINY, *overrides, "--validation.every=5", "--train.profile_steps=[3]")
+    done = run(
+        "-m", "train", TINY, *overrides, "--validation.every=5", "--train.profile_steps=[3]",
+        env=PICTURES,
+    )  # fmt: skip
     folder = tmp_path / "run"
     records = read_lines(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 13))
@@ -44,6 +48,7 @@ def test_a_run_leaves_everything_behind(overrides: list[str], tmp_path: Path) ->
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
     attempt = json.loads((folder / "environment.json").read_text())[0]
     assert attempt["packages"]["torch"] and attempt["mesh"]["ep"] == 1
+    assert done.stdout.count("\ndrew ") == 2
     assert "eta" in done.stdout and "validation loss" in done.stdout and "\x1b" not in done.stdout
 
 
@@ -52,7 +57,7 @@ def test_tensorboard_has_the_fields_of_the_metrics_file(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run("-m", "train", TINY, *overrides, "--train.steps=3")
+    run_train(TINY, *overrides, "--train.steps=3")
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -81,29 +86,34 @@ def test_bad_input_is_one_line_and_exit_2(
     arguments: list[str], expected: str, overrides: list[str]
 ) -> None:
     rest = [o for o in overrides if not any(a.split("=")[0] in o for a in arguments[1:])]
-    done = run("-m", "train", *arguments, *rest, code=2)
+    done = run_train(*arguments, *rest, code=2)
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_stop_before_there_is_anything_to_save_is_silent(overrides: list[str]) -> None:
-    for delay in (1.0, 2.0):  # while torch is imported, while the run is set up
-        process = subprocess.Popen(
-            command("-m", "train", TINY, *overrides, "--train.steps=5000"),
-            cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=25)
-        assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT), errors
-        assert "Traceback" not in errors
+    words = ["-m", "train", str(TINY), *overrides, "--train.steps=5000"]
+    process = subprocess.Popen(
+        command(*words), cwd=ROOT, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    time.sleep(1.0)  # while torch is imported
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=25)
+    with started(*words) as program:
+        time.sleep(0.15)  # while the run is set up
+        program.signal(signal.SIGINT)
+        done = program.finish(25)
+    for code, printed in ((process.returncode, errors), (done.returncode, done.stderr)):
+        assert code in (-signal.SIGINT, 128 + signal.SIGINT), printed
+        assert "Traceback" not in printed
 
 
 def test_a_run_dir_that_is_a_file_is_one_line(overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = run("-m", "train", TINY, *overrides, f"--run.dir={tmp_path / 'file'}", code=2)
+    done = run_train(TINY, *overrides, f"--run.dir={tmp_path / 'file'}", code=2)
     assert done.stderr.count("\n") == 1 and "file" in done.stderr
-    done = run("-m", "train", TINY, *overrides, "--checkpoint.init_from=/absent", code=2)
+    done = run_train(TINY, *overrides, "--checkpoint.init_from=/absent", code=2)
     assert done.stderr == (
         "error: checkpoint.init_from: /absent: no such folder; name a run folder or one of its "
         "checkpoints\n"
@@ -143,47 +153,51 @@ def test_checkpoints_that_cannot_be_written_stop_a_run_before_it_trains(
 
 
 def test_under_torchrun_rank_0_alone_prints_the_line(overrides: list[str]) -> None:
-    for wrong, expected in (
-        ("--parallel.dp_shard=3", "dp_shard 3 x tp 1 = 3, but there are 2 ranks"),
-        ("--train.stpes=3", "did you mean train.steps?"),  # refused before ranks are counted
+    for wrong, expected, fresh in (
+        ("--parallel.dp_shard=3", "dp_shard 3 x tp 1 = 3, but there are 2 ranks", True),
+        ("--train.stpes=3", "did you mean train.steps?", False),  # before ranks are counted
     ):
-        done = run("-m", "train", TINY, *overrides, wrong, ranks=2, code=1, fresh=True)
+        done = run("-m", "train", TINY, *overrides, wrong, ranks=2, code=1, fresh=fresh)
         lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "rank"))]
         assert len(lines) == 1 and expected in lines[0], lines
 
 
 def test_too_little_text_is_one_line(overrides: list[str]) -> None:
-    done = run("-m", "train", TINY, *overrides, "--data.seq_len=100000", code=2)
+    done = run_train(TINY, *overrides, "--data.seq_len=100000", code=2)
     assert "data.seq_len = 100000: the" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_path: Path) -> None:
-    done = run("-m", "train", "configs/demo.toml", "--check", "--ranks", 2)
+    done = run_train("configs/demo.toml", "--check", "--ranks", 2)
     for expected in ("[model.moe]", "8,923,648", "4,205,056", "ep                2", "Glm4Moe",
                      "FLOPs / token", "2,048", "bytes per rank"):  # fmt: skip
         assert expected in done.stdout
-    done = run("-m", "train", TINY, *overrides, "--check", "--ranks=3", code=2)
+    done = run_train(TINY, *overrides, "--check", "--stages", "--ranks=2")
+    table = done.stdout.split("ZeRO stages on GPUs")[1]
+    assert len(re.findall(r"^  [123] +[123] +[\d.,]+ [KM]iB .*/s", table, re.MULTILINE)) >= 3, table
+    assert table.count("   as set") == 1
+    done = run_train(TINY, *overrides, "--check", "--ranks=3", code=2)
     assert "3 data ranks" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_forced_balance_is_said_everywhere(overrides: list[str], tmp_path: Path) -> None:
     forced = [*overrides, "--model.moe.force_balance=true", "--train.steps=2"]
-    done = run("-m", "train", TINY, *forced)
+    done = run_train(TINY, *forced)
     lines = done.stdout.splitlines()
     reports = [line for line in lines if line.startswith(("step ", "FORCED"))]
     assert len(reports) == 4, "introduction, two steps, validation"
     assert all("FORCED BALANCE" in line for line in reports)
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [r["force_balance"] for r in records] == [1.0, 1.0]
-    assert "FORCED BALANCE" in run("-m", "train", TINY, *forced, "--check").stdout
-    plain = run("-m", "train", TINY, *overrides, "--check").stdout
+    assert "FORCED BALANCE" in run_train(TINY, *forced, "--check").stdout
+    plain = run_train(TINY, *overrides, "--check").stdout
     assert "FORCED BALANCE" not in plain and "MTP" not in plain
 
 
 def test_check_prints_mtp_modules_apart(overrides: list[str]) -> None:
-    deep = run("-m", "train", TINY, *overrides, "--check", "--model.mtp_depth=2").stdout
-    plain = run("-m", "train", TINY, *overrides, "--check").stdout
+    deep = run_train(TINY, *overrides, "--check", "--model.mtp_depth=2").stdout
+    plain = run_train(TINY, *overrides, "--check").stdout
     totals = [out.split("  parameters")[1].split()[0] for out in (deep, plain)]
     assert totals[0] == totals[1]
     model = load(TINY, ["--model.mtp_depth=2"]).model

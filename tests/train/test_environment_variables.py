@@ -39,7 +39,8 @@ def test_one_line_and_exit_2(
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     try:
-        code = main([str(TINY), *overrides, *["--check"] * check])
+        small = ["--model.n_layers=1", "--model.n_dense_layers=0"]
+        code = main([str(TINY), *overrides, *small, *["--check"] * check])
     except Exited as left:
         (code,) = left.args
     err = capfd.readouterr().err

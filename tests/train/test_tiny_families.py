@@ -5,7 +5,8 @@ import pytest
 from configs.loader import load
 from configs.schema import JobConfig
 from models.hf.table import architecture
-from tests.runs import ROOT, run
+from tests.runs import ROOT
+from tests.train.in_process import run_train
 from train.report.metrics import read_lines
 
 FAMILIES = {
@@ -40,9 +41,10 @@ def test_there_is_one_per_family_and_it_is_of_that_family() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_few_steps_lower_the_loss(family: str, overrides: list[str]) -> None:
     folder = overrides[-1].removeprefix("--run.dir=")
-    run(
-        "-m", "train", f"configs/tiny/{family}.toml", *overrides, "--model.vocab_size=320",
-        "--train.steps=12", "--train.global_batch=8", "--validation.sequences=8",
+    run_train(
+        f"configs/tiny/{family}.toml", *overrides, "--model.vocab_size=320",
+        "--train.steps=12", "--train.global_batch=8", "--train.micro_batch=8",
+        "--validation.sequences=8",
     )  # fmt: skip
     records = read_lines(ROOT / folder / "metrics.jsonl")
     assert len(records) == 12 and records[-1]["loss"] < records[0]["loss"] - 0.5

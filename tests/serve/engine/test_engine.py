@@ -1,7 +1,7 @@
 """The engine's greedy tokens equal the training model's, however requests are batched."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from serve.engine.loading import Export
 from serve.engine.request import RequestError
 from tests.models.families import FAMILIES
 from tests.models.test_invariance import lively
+from tests.serve.conftest import GreedyReference
 from tests.serve.drive import assert_no_page_lost, complete, greedy, make_request, run
 
 MakeCore = Callable[..., EngineCore]
-Greedy = Callable[[Sequence[int], int], list[int]]
 
 
 def prompts(n: int, seed: int = 0, longest: int = 100) -> list[list[int]]:
@@ -25,7 +25,16 @@ def prompts(n: int, seed: int = 0, longest: int = 100) -> list[list[int]]:
     return [[rng.randrange(1, 320) for _ in range(rng.randint(1, longest))] for _ in range(n)]
 
 
-def test_reference_is_lively(greedy_reference: Greedy) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def computed(greedy_reference: GreedyReference) -> None:
+    """The reference of the prompts that many tests use, computed together."""
+    greedy_reference.compute([*prompts(10), *prompts(16, seed=9)], 40)
+
+
+def test_reference_is_lively(greedy_reference: GreedyReference) -> None:
+    together = greedy_reference(prompts(10)[3], 40)
+    alone = GreedyReference(greedy_reference.folder)(prompts(10)[3], 40)
+    assert together == alone, "documents of one sequence do not affect each other"
     assert all(len(set(greedy_reference(prompt, 40))) > 10 for prompt in prompts(10))
 
 
@@ -40,7 +49,7 @@ def test_reference_is_lively(greedy_reference: Greedy) -> None:
     ids=["alone", "batched", "chunked", "preempted"],
 )
 def test_greedy_equals_training_model(
-    make_core: MakeCore, greedy_reference: Greedy, options: dict[str, int]
+    make_core: MakeCore, greedy_reference: GreedyReference, options: dict[str, int]
 ) -> None:
     core = make_core(**options)
     texts = prompts(10)
@@ -51,7 +60,9 @@ def test_greedy_equals_training_model(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_schedules(make_core: MakeCore, greedy_reference: Greedy, seed: int) -> None:
+def test_random_schedules(
+    make_core: MakeCore, greedy_reference: GreedyReference, seed: int
+) -> None:
     """Random sizes, arrivals and cancellations: remaining requests are correct and no page is
     lost."""
     rng = random.Random(seed)
@@ -127,7 +138,7 @@ def test_prompt_scores_survive_chunks_and_preemption(make_core: MakeCore) -> Non
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_end_token_stops(make_core: MakeCore, greedy_reference: Greedy) -> None:
+def test_end_token_stops(make_core: MakeCore, greedy_reference: GreedyReference) -> None:
     prompt = prompts(1, seed=2)[0]
     expected = greedy_reference(prompt, 64)
     core = make_core()
@@ -152,7 +163,9 @@ def test_stop_string_cuts_text(make_core: MakeCore) -> None:
     assert found.text == text[: text.index(stop)]
 
 
-def test_broken_step_fails_its_batch_only(make_core: MakeCore, greedy_reference: Greedy) -> None:
+def test_broken_step_fails_its_batch_only(
+    make_core: MakeCore, greedy_reference: GreedyReference
+) -> None:
     core = make_core()
     inner, prompt = core.executor.runner.run, prompts(1)[0]
 
@@ -166,7 +179,7 @@ def test_broken_step_fails_its_batch_only(make_core: MakeCore, greedy_reference:
     assert complete(core, [prompt], greedy(8))[0].tokens == greedy_reference(prompt, 8)
 
 
-def test_broken_request_fails_alone(make_core: MakeCore, greedy_reference: Greedy) -> None:
+def test_broken_request_fails_alone(make_core: MakeCore, greedy_reference: GreedyReference) -> None:
     core = make_core()
     good, bad = (make_request(core, prompt, greedy(8)) for prompt in prompts(2))
     assert bad.text is not None
@@ -180,7 +193,7 @@ def test_broken_request_fails_alone(make_core: MakeCore, greedy_reference: Greed
     assert good.output == greedy_reference(good.prompt, 8)
 
 
-def test_nan_logits_fail_alone(make_core: MakeCore, greedy_reference: Greedy) -> None:
+def test_nan_logits_fail_alone(make_core: MakeCore, greedy_reference: GreedyReference) -> None:
     """A request with NaN leaves NaN in its pages; the next requests that use these pages are not
     affected."""
     core = make_core(kv_tokens=128, page_size=16)
@@ -218,7 +231,9 @@ def test_impossible_requests(
         make_request(make_core(), prompt, greedy(max_tokens))
 
 
-def test_longest_request_fits_exactly(make_core: MakeCore, greedy_reference: Greedy) -> None:
+def test_longest_request_fits_exactly(
+    make_core: MakeCore, greedy_reference: GreedyReference
+) -> None:
     core = make_core(kv_tokens=64, page_size=16)
     prompt = prompts(1, seed=4)[0][:33] + [5] * 8
     with pytest.raises(RequestError, match="at most 65"):

@@ -15,16 +15,18 @@ from tests.serve.traffic import Call, Workload, assert_as_alone, live
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("cache", "window", "overlap"),
+    ("n", "cache", "window", "overlap"),
     [
-        ("radix", 11, "on"),
+        (200, "radix", 11, "on"),
         *(
-            pytest.param(*options, marks=pytest.mark.slow)
-            for options in (("radix", 0, "off"), ("radix", 0, "on"), ("naive", 0, "off"))
+            pytest.param(500, *options, marks=pytest.mark.slow)
+            for options in (
+                ("radix", 11, "on"), ("radix", 0, "off"), ("radix", 0, "on"), ("naive", 0, "off"),
+            )
         ),
     ],
-)
-def test_500_requests(cache: str, window: int, overlap: str) -> None:
+)  # fmt: skip
+def test_many_requests(n: int, cache: str, window: int, overlap: str) -> None:
     core = make_core(
         window,
         cache=cache,
@@ -34,7 +36,7 @@ def test_500_requests(cache: str, window: int, overlap: str) -> None:
         page_size=4,
         kv_tokens=600,
     )
-    traffic = Workload(seed=5, n_requests=500)
+    traffic = Workload(seed=5, n_requests=n)
     live(core, traffic)
     core.close()
     assert_as_alone(traffic, window)

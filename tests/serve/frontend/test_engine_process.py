@@ -20,7 +20,7 @@ from serve.engine.loading import Export
 from serve.engine.request import Output, RequestError, SamplingParams
 from serve.frontend.engine_process import EngineProcess
 from tests.serve.conftest import run_app, run_server, write_export
-from tests.serve.frontend.forked_engine import launch_fork
+from tests.serve.forked_child import launch_engine
 
 LIVENESS_S = 60.0
 OPTIONS: dict[str, Any] = {"kv_tokens": 2048, "routed_experts": True, "max_running": 4}
@@ -30,7 +30,7 @@ LONG = {"prompt": [5] * 9, "max_tokens": 180, "ignore_eos": True, "temperature":
 
 def make_engine(folder: Path, **options: Any) -> EngineProcess:
     given = EngineOptions(**{**OPTIONS, **options})
-    return EngineProcess(folder, "auto", "cpu", given, launch_fork)
+    return EngineProcess(folder, "auto", "cpu", given, launch_engine)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_while_it_starts_again(export_folder: Path) -> None:
     def slow(theirs: Any) -> Any:
         begun.set()
         assert go_on.wait(LIVENESS_S)
-        return launch_fork(theirs)
+        return launch_engine(theirs)
 
     with run_app(engine) as port:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIVENESS_S) as http:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 
 from configs.errors import UserError
 from serve.engine.sampling_params import RequestError
@@ -49,11 +50,12 @@ def render(source: str, **variables: object) -> str:
     ],
 )
 def test_templates_reach_nothing(source: str) -> None:
-    """CVE-2026-5760."""
+    """CVE-2026-5760. In this process, whose limits do not matter here."""
     try:
-        text = render(source)
-    except RequestError as error:
-        text = str(error).removeprefix("the chat template refuses these messages: ")
+        template = template_child.compiled(source)
+        text = "".join(template_child.pieces(template, {"messages": HELLO}))
+    except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+        text = str(error)
     assert "root:" not in text and "uid=" not in text and "<class" not in text
     assert "[<" not in text and "{'__name__'" not in text
 
@@ -88,7 +90,10 @@ def test_memory_is_limited(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        pytest.param(
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            marks=pytest.mark.slow,
+        ),
         "{{ (9 ** (9 ** 9)) % 7 }}",
     ],
 )

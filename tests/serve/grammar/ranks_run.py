@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import serve
+from serve.grammar import processes
+from tests.serve.forked_child import launch_worker
 from tests.serve.grammar.conftest import PERSON
 
 
 def main(tp: int, out: Path, folder: str) -> None:
+    processes.launch = launch_worker
     greedy = serve.SamplingParams(max_tokens=120, temperature=0, json_schema=PERSON)
     sampled = serve.SamplingParams(max_tokens=120, seed=3, n=2, json_schema=PERSON)
     with serve.Engine(folder, kv_tokens=2048, tp=tp) as engine:

@@ -7,18 +7,26 @@ import jsonschema
 import pytest
 
 from serve.__main__ import main
+from serve.grammar import processes
 from tests.runs import ROOT, run
+from tests.serve.forked_child import launch_real_worker
 from tests.serve.grammar.conftest import PERSON
 
 RUN = ROOT / "tests" / "serve" / "grammar" / "ranks_run.py"
 
 
 @pytest.mark.long
-def test_generate(export_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate(
+    export_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The first command starts the worker as a user's does."""
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(PERSON))
     words = ["generate", str(export_folder), "--prompt", "x", "--device", "cpu", "--seed", "1"]
-    assert main([*words, "--max-tokens", "120", "--json-schema", str(schema)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "launch", launch_real_worker)
+        assert main([*words, "--max-tokens", "120", "--json-schema", str(schema)]) == 0
     jsonschema.validate(json.loads(capsys.readouterr().out), PERSON)
     assert main([*words, "--regex", "[a-c]{3}", "--n", "2", "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -34,16 +34,18 @@ FOUR = [
 ]  # fmt: skip
 
 
-def compared(exports: Path, folder: Path, ranks: int, case: tuple[str, int, int, str]) -> Found:
-    """What `mesh_run.compare` finds."""
+def compared(
+    exports: Path, folder: Path, ranks: int, *cases: tuple[str, int, int, str]
+) -> list[Found]:
+    """What `mesh_run.compare` finds, for each case."""
     file, out = folder / "cases.json", folder / "out.json"
     keys = ("family", "tp", "ep", "dtype")
-    file.write_text(json.dumps([dict(zip(keys, case, strict=True))]))
+    file.write_text(json.dumps([dict(zip(keys, case, strict=True)) for case in cases]))
     program = ROOT / "tests" / "serve" / "ranks" / "mesh_run.py"
     run(program, exports, file, out, ranks=ranks, timeout=300)
-    (found,) = json.loads(out.read_text())
-    result: Found = found
-    return result
+    found: list[Found] = json.loads(out.read_text())
+    assert len(found) == len(cases)
+    return found
 
 
 def assert_equal(found: Found, case: tuple[str, int, int, str]) -> None:
@@ -69,22 +71,27 @@ def assert_divided(found: Found, case: tuple[str, int, int, str]) -> None:
         assert held >= whole // (tp * ep), case
 
 
-@pytest.mark.parametrize("case", COVER, ids=str)
-def test_every_family(case: tuple[str, int, int, str], exports: Path, tmp_path: Path) -> None:
-    assert_equal(compared(exports, tmp_path, 2, case), case)
+@pytest.mark.long
+@pytest.mark.parametrize("cases", [COVER[i::2] for i in range(2)], ids=str)
+def test_every_family(
+    cases: list[tuple[str, int, int, str]], exports: Path, tmp_path: Path
+) -> None:
+    """Several in one run, because the start of the ranks costs as much as a case."""
+    for found, case in zip(compared(exports, tmp_path, 2, *cases), cases, strict=True):
+        assert_equal(found, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in EVERY if case not in COVER], ids=str)
 def test_every_mesh(case: tuple[str, int, int, str], exports: Path, tmp_path: Path) -> None:
-    assert_equal(compared(exports, tmp_path, 2, case), case)
+    assert_equal(compared(exports, tmp_path, 2, case)[0], case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FOUR, ids=str)
 def test_four_ranks(case: tuple[str, int, int, str], exports: Path, tmp_path: Path) -> None:
     """Sums of four, replicas of tp groups, divided widths of divided experts, experts twice."""
-    assert_equal(compared(exports, tmp_path, 4, case), case)
+    assert_equal(compared(exports, tmp_path, 4, case)[0], case)
 
 
 def fp8_model() -> ModelConfig:
@@ -104,7 +111,7 @@ def test_fp8_blocks(mesh: tuple[int, int], tmp_path: Path) -> None:
     write_fp8(decoder.eval(), tmp_path / "fp8")
     state = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
     save_file(state, tmp_path / "fp8.masters")
-    found = compared(tmp_path, tmp_path, 2, ("fp8", *mesh, "auto"))
+    (found,) = compared(tmp_path, tmp_path, 2, ("fp8", *mesh, "auto"))
     assert found["trainer"]
     if mesh[0] == 1:
         assert found["logits"] == 0 and found["tokens"]

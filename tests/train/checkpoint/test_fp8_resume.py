@@ -1,6 +1,7 @@
 """Checkpoints of FP8 runs: their content, resuming after a kill, changing the recipe."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import TINY, run
-from tests.train.checkpoint.test_resume import kill_and_resume, losses
+from tests.train.checkpoint.test_resume import final_weights, kill_and_resume, losses
+from tests.train.in_process import run_train
 
 FP8 = [
     "--precision.recipe=fp8_blockwise", "--precision.fp8.power_of_two=true",
@@ -23,25 +25,49 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+@pytest.fixture(scope="module")
+def two_steps(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run of two steps in FP8, and what it printed."""
+    folder = tmp_path_factory.mktemp("fp8") / "run"
+    data = [f"--data.source={corpus}", f"--data.cache_dir={corpus.parent / 'corpus-cache'}"]
+    more = [f"--run.dir={folder}", "--schedule.decay_fraction=0", "--train.steps=2"]
+    return folder, run_train(TINY, *data, *FP8, *more).stdout
+
+
 @pytest.mark.long
+@pytest.mark.slow  # the next test resumes in one process; test_resume.py kills two ranks
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
     kill_and_resume([*overrides, *FP8], tmp_path, steps=9)
 
 
+def test_a_resumed_run_is_bit_identical(
+    overrides: list[str], two_steps: tuple[Path, str], tmp_path: Path
+) -> None:
+    words = [TINY, *overrides, *FP8, "--schedule.decay_fraction=0", "--train.steps=4"]
+    whole = tmp_path / "whole"
+    run_train(*words, f"--run.dir={whole}")
+    shutil.copytree(two_steps[0], tmp_path / "run")
+    assert "resuming from" in run_train(*words).stdout
+    assert losses(tmp_path / "run") == losses(whole) and len(losses(whole)) == 4
+    assert final_weights(tmp_path / "run") == final_weights(whole)
+
+
 @pytest.mark.parametrize("fp8_first", [True, False])
 def test_weights_go_from_one_recipe_to_the_other(
-    fp8_first: bool, overrides: list[str], tmp_path: Path
+    fp8_first: bool, overrides: list[str], two_steps: tuple[Path, str], tmp_path: Path
 ) -> None:
     """With a learning rate of zero the second run saves the same weights."""
     bf16 = ["--precision.recipe=bf16"]
     recipes = [FP8, bf16] if fp8_first else [bf16, FP8]
-    run("-m", "train", TINY, *overrides, *recipes[0], "--train.steps=2")
+    first = two_steps[0] if fp8_first else tmp_path / "run"
+    if not fp8_first:
+        run_train(TINY, *overrides, *bf16, "--train.steps=2")
     second = tmp_path / "second"
-    more = [f"--run.dir={second}", f"--checkpoint.init_from={tmp_path / 'run'}"]
+    more = [f"--run.dir={second}", f"--checkpoint.init_from={first}"]
     more += ["--train.steps=1", "--schedule.warmup_steps=0", "--optimizer.lr=0"]
     more += ["--model.moe.bias_update_rate=0"]
-    run("-m", "train", TINY, *overrides, *recipes[1], *more)
-    given, got = saved(tmp_path / "run"), saved(second)
+    run_train(TINY, *overrides, *recipes[1], *more)
+    given, got = saved(first), saved(second)
     weights = [name for name in given if name.startswith("model.")]
     assert len(weights) > 20
     for name in weights:
@@ -49,27 +75,28 @@ def test_weights_go_from_one_recipe_to_the_other(
     for tensors, recipe in ((given, recipes[0]), (got, recipes[1])):
         dtypes = {t.dtype for name, t in tensors.items() if ".exp_avg" in name}
         assert dtypes == {torch.bfloat16 if recipe is FP8 else torch.float32}
-    first = losses(tmp_path / "run")[2], losses(second)[1]
-    assert first[1] == pytest.approx(first[0], rel=0.05)  # it continues instead of starting again
+    # it continues instead of starting again
+    assert losses(second)[1] == pytest.approx(losses(first)[2], rel=0.05)
 
 
-def test_a_run_may_change_its_recipe_and_its_moments(overrides: list[str], tmp_path: Path) -> None:
-    arguments = [*overrides, "--schedule.decay_fraction=0"]
-    run("-m", "train", TINY, *arguments, *FP8, "--train.steps=2")
-    out = run("-m", "train", TINY, *arguments, "--train.steps=3").stdout
+def test_a_run_may_change_its_recipe_and_its_moments(
+    overrides: list[str], two_steps: tuple[Path, str], tmp_path: Path
+) -> None:
+    shutil.copytree(two_steps[0], tmp_path / "run")
+    out = run_train(TINY, *overrides, "--schedule.decay_fraction=0", "--train.steps=3").stdout
     assert "precision.recipe (was 'fp8_blockwise', is 'fp32')" in out
     assert "precision.moments (was 'bf16', is 'fp32')" in out
     assert len(losses(tmp_path / "run")) == 3
 
 
-def test_validation_alone_computes_in_the_runs_recipe(overrides: list[str], tmp_path: Path) -> None:
+def test_validation_alone_computes_in_the_runs_recipe(two_steps: tuple[Path, str]) -> None:
     """`scripts.validate` gives the trainer's loss; in bf16 the same weights give a different
     one."""
-    out = run("-m", "train", TINY, *overrides, *FP8, "--train.steps=2").stdout
+    folder, out = two_steps
     trained = re.findall(r"validation loss ([\d.]+)", out)[-1]
-    alone = run("-m", "scripts.validate", tmp_path / "run").stdout
+    alone = run("-m", "scripts.validate", folder).stdout
     found = float(re.findall(r"([0-9.]+) nats", alone)[0])
     assert found == pytest.approx(float(trained), abs=2e-4)  # rounding in batches of another size
-    bf16 = run("-m", "scripts.validate", tmp_path / "run", "--precision.recipe=bf16",
+    bf16 = run("-m", "scripts.validate", folder, "--precision.recipe=bf16",
                "--precision.fp8.power_of_two=false").stdout  # fmt: skip
     assert bf16 != alone

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.runs import ROOT, TINY, command, environment, run, started
+from tests.train.in_process import run_train
 from train.report.metrics import read_lines
 
 
@@ -33,18 +35,33 @@ def wait_for_step(folder: Path, step: int, is_running: Callable[[], bool]) -> No
         time.sleep(0.01)
 
 
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of one process: 12 steps, checkpoints of 8 and 12."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    cache = corpus.parent / "corpus-cache"
+    run_train(TINY, f"--data.source={corpus}", f"--data.cache_dir={cache}", f"--run.dir={folder}")
+    return folder
+
+
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of `whole` in this test's run folder."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
 def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
-    """Two ranks, killed after step 5 and restarted: everything equals an uninterrupted run.
+    """Two ranks, killed after step 4 and restarted: everything equals an uninterrupted run.
 
     Returns the folder of that run, `folder/run`.
     """
     arguments = ["-m", "train", str(TINY), *arguments, "--checkpoint.async_save=true"]
-    arguments += [f"--train.steps={steps}", "--checkpoint.every=5"]
+    arguments += [f"--train.steps={steps}", "--checkpoint.every=4"]
     killed, whole = folder / "run", folder / "whole"
     run(*arguments, f"--run.dir={whole}", ranks=2)
     with started(*arguments, ranks=2) as program:
-        wait_for_step(killed, 5, program.is_running)
-        time.sleep(random.Random().uniform(0, 0.6))
+        wait_for_step(killed, 4, program.is_running)
+        time.sleep(random.Random().uniform(0, 0.05 * (steps - 4)))
         program.signal(signal.SIGKILL)
         program.finish(60)
     run(*arguments, ranks=2)
@@ -55,7 +72,7 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
 
 @pytest.mark.long
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    killed = kill_and_resume(overrides, tmp_path, steps=18)
+    killed = kill_and_resume(overrides, tmp_path, steps=12)
     environments = json.loads((killed / "environment.json").read_text())
     assert len(environments) == 2
 
@@ -70,19 +87,16 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
     ],
 )
 def test_a_stop_saves_and_the_rest_is_bit_identical(
-    stop: signal.Signals, code: int, overrides: list[str], tmp_path: Path
+    stop: signal.Signals, code: int, overrides: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    arguments = ["-m", "train", str(TINY), *overrides, "--train.steps=16", "--checkpoint.every=5"]
-    whole = tmp_path / "whole"
-    run(*arguments, f"--run.dir={whole}")
-    with started(*arguments) as program:
-        wait_for_step(tmp_path / "run", 5, program.is_running)
+    with started("-m", "train", TINY, *overrides) as program:
+        wait_for_step(tmp_path / "run", 4, program.is_running)
         program.signal(stop)
         done = program.finish(25)
     assert "Traceback" not in done.stdout + done.stderr
     if done.returncode != 0:  # it may have finished before the signal arrived
         assert done.returncode == code, done.stderr
-    run(*arguments)
+    run_train(TINY, *overrides)
     assert losses(tmp_path / "run") == losses(whole)
     assert final_weights(tmp_path / "run") == final_weights(whole)
 
@@ -107,20 +121,19 @@ def test_under_torchrun_a_stop_saves_too(overrides: list[str], tmp_path: Path) -
     assert sorted(losses(tmp_path / "run")) == list(range(1, last + 1))
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_resume_on_another_mesh(
-    first: int, then: int, overrides: list[str], tmp_path: Path
-) -> None:
+def test_resume_on_another_mesh(overrides: list[str], tmp_path: Path) -> None:
     # without a decay the schedule does not depend on train.steps
     arguments = [*overrides, "--schedule.decay_fraction=0", "--train.micro_batch=4"]
     straight = tmp_path / "straight"
-    arguments += ["--train.steps=8"]
-    run("-m", "train", TINY, *arguments, f"--run.dir={straight}")
-    run("-m", "train", TINY, *arguments, "--train.steps=4", ranks=first)
-    out = run("-m", "train", TINY, *arguments, ranks=then).stdout
-    assert "changed since that checkpoint: train.steps (was 4, is 8)" in out
-    for step, loss in losses(straight).items():
-        assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
+    run_train(TINY, *arguments, "--train.steps=6", f"--run.dir={straight}")
+    for first, then in ((2, 1), (1, 2)):
+        folder = tmp_path / f"{first}-{then}"
+        words = ["-m", "train", TINY, *arguments, f"--run.dir={folder}"]
+        run(*words, "--train.steps=3", ranks=first)
+        out = run(*words, "--train.steps=6", ranks=then).stdout
+        assert "changed since that checkpoint: train.steps (was 3, is 6)" in out
+        for step, loss in losses(straight).items():
+            assert losses(folder)[step] == pytest.approx(loss, rel=1e-4), step
 
 
 @pytest.mark.long
@@ -128,20 +141,20 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
     overrides: list[str], tmp_path: Path
 ) -> None:
     arguments = [
-        "-m", "train", str(TINY), *overrides, "--train.steps=6", "--validation.every=3",
+        str(TINY), *overrides, "--train.steps=6", "--validation.every=3",
         "--validation.sequences=80", "--train.micro_batch=2", "--data.validation_fraction=0.5",
         "--data.seq_len=16", "--checkpoint.every=0",
     ]  # fmt: skip
     whole, metrics = tmp_path / "whole", tmp_path / "run" / "metrics.jsonl"
-    run(*arguments, f"--run.dir={whole}")
-    with started(*arguments) as program:
+    run_train(*arguments, f"--run.dir={whole}")
+    with started("-m", "train", *arguments) as program:
         while not re.search("step +2/6", program.printed()[0]):
             assert program.is_running()
             time.sleep(0.01)
         time.sleep(0.15)  # within the validation of step 3, if timing is as usual
         program.signal(signal.SIGTERM)
         program.finish(25)
-    run(*arguments)
+    run_train(*arguments)
     field = "validation_loss"
     assert [r.get(field) for r in read_lines(metrics)] == [
         r.get(field) for r in read_lines(whole / "metrics.jsonl")
@@ -151,45 +164,45 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
 def test_one_run_dir_has_one_writer(overrides: list[str], tmp_path: Path) -> None:
     with started("-m", "train", TINY, *overrides, "--train.steps=2000") as program:
         wait_for_step(tmp_path / "run", 4, program.is_running)
-        done = run("-m", "train", TINY, *overrides, code=2)
+        done = run_train(TINY, *overrides, code=2)
         assert "another process is training in this folder" in done.stderr
 
 
-def test_weights_of_another_model_are_refused(overrides: list[str], tmp_path: Path) -> None:
-    run("-m", "train", TINY, *overrides, "--train.steps=2")
-    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={tmp_path / 'run'}"]
-    done = run("-m", "train", TINY, *overrides, *second, "--model.n_layers=2", code=2)
+def test_weights_of_another_model_are_refused(
+    overrides: list[str], whole: Path, tmp_path: Path
+) -> None:
+    done = run_train(
+        TINY, *overrides, f"--checkpoint.init_from={whole}", "--model.n_layers=2", code=2
+    )
     assert "its weights belong to another model.n_layers (was 3, is 2)" in done.stderr
 
 
-def test_init_from_takes_weights_only(overrides: list[str], tmp_path: Path) -> None:
-    run("-m", "train", TINY, *overrides, "--train.steps=6")
-    second = tmp_path / "second"
-    arguments = [f"--run.dir={second}", f"--checkpoint.init_from={tmp_path / 'run'}"]
-    out = run("-m", "train", TINY, *overrides, *arguments, "--train.steps=2").stdout
+def test_init_from_takes_weights_only(overrides: list[str], whole: Path, tmp_path: Path) -> None:
+    second = tmp_path / "run"
+    arguments = [*overrides, f"--checkpoint.init_from={whole}"]
+    out = run_train(TINY, *arguments, "--train.steps=2").stdout
     assert "weights from" in out and "resuming" not in out
-    assert losses(second)[1] < losses(tmp_path / "run")[1] - 0.1
+    assert losses(second)[1] < losses(whole)[1] - 0.1
     assert sorted(losses(second)) == [1, 2]
-    out = run("-m", "train", TINY, *overrides, *arguments, "--train.steps=4").stdout
+    out = run_train(TINY, *arguments, "--train.steps=3").stdout
     assert "resuming from" in out, "the run's own checkpoint comes first"
 
 
-def test_what_must_not_change_is_refused(overrides: list[str], tmp_path: Path) -> None:
-    run("-m", "train", TINY, *overrides, "--train.steps=4")
+def test_what_must_not_change_is_refused(overrides: list[str], finished: Path) -> None:
     for change, expected in (
         ("--run.seed=5", "run.seed (was 0, is 5)"),
         ("--model.d_model=64", "model.d_model (was 32, is 64)"),
         ("--train.global_batch=16", "train.global_batch (was 8, is 16)"),
-        ("--train.steps=2", "has done 4 steps, more than train.steps = 2"),
+        ("--train.steps=10", "has done 12 steps, more than train.steps = 10"),
     ):
-        done = run("-m", "train", TINY, *overrides, "--train.steps=4", change, code=2)
+        done = run_train(TINY, *overrides, change, code=2)
         assert expected in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_damaged_checkpoint_is_set_aside(overrides: list[str], tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
+def test_a_damaged_checkpoint_is_set_aside(
+    overrides: list[str], whole: Path, tmp_path: Path
+) -> None:
     arguments = ["-m", "train", TINY, *overrides]
-    run(*arguments, f"--run.dir={whole}")
     run(*arguments, "--train.steps=8", "--schedule.steps=12", ranks=2)
     folder = tmp_path / "run" / "checkpoints"
     file = next((folder / "step-00000008").glob("*.safetensors"))
@@ -202,42 +215,42 @@ def test_a_damaged_checkpoint_is_set_aside(overrides: list[str], tmp_path: Path)
     assert f"resuming from {folder / 'step-00000004'}\n" in out
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
     assert (folder / "damaged-step-00000008" / file.name).read_bytes() == damaged
-    assert "damaged, not used" not in run(*arguments, ranks=2).stdout
+    assert "damaged, not used" not in run_train(TINY, *overrides).stdout
 
 
 def test_without_a_sound_checkpoint_nothing_is_changed(
-    overrides: list[str], tmp_path: Path
+    overrides: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    run("-m", "train", TINY, *overrides, "--train.steps=8")
-    folder = tmp_path / "run" / "checkpoints"
-    (folder / "step-00000008" / "manifest.json").write_text("{")
-    (folder / "step-00000004" / "rank-00000.safetensors").unlink()
+    folder = finished / "checkpoints"
+    older, newer = sorted(folder.glob("step-*"))
+    (newer / "manifest.json").write_text("{")
+    (older / "rank-00000.safetensors").unlink()
     before = sorted(folder.rglob("*"))
     for _ in range(2):
-        err = run("-m", "train", TINY, *overrides, code=2).stderr
+        err = run_train(TINY, *overrides, code=2).stderr
         assert "no checkpoint is sound, and none is changed" in err and err.count("\n") == 1
-        assert "step-00000008/manifest.json: unreadable" in err and "missing" in err
+        assert f"{newer.name}/manifest.json: unreadable" in err and "missing" in err
         assert sorted(folder.rglob("*")) == before
-    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={tmp_path / 'run'}"]
-    assert "no checkpoint is sound" in run("-m", "train", TINY, *overrides, *second, code=2).stderr
+    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={finished}"]
+    assert "no checkpoint is sound" in run_train(TINY, *overrides, *second, code=2).stderr
 
 
-def test_weights_are_taken_from_a_sound_checkpoint(overrides: list[str], tmp_path: Path) -> None:
-    run("-m", "train", TINY, *overrides, "--train.steps=8")
-    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+def test_weights_are_taken_from_a_sound_checkpoint(
+    overrides: list[str], finished: Path, tmp_path: Path
+) -> None:
+    older, newest = sorted((finished / "checkpoints").glob("step-*"))
     (newest / "manifest.json").write_text("{")
-    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={tmp_path / 'run'}"]
-    out = run("-m", "train", TINY, *overrides, *second, "--train.steps=4").stdout
-    assert "damaged, not used" in out and "weights from" in out and "step-00000004" in out
+    second = [f"--run.dir={tmp_path / 'second'}", f"--checkpoint.init_from={finished}"]
+    out = run_train(TINY, *overrides, *second, "--train.steps=2").stdout
+    assert "damaged, not used" in out and "weights from" in out and older.name in out
     assert newest.is_dir(), "another run's checkpoints are not changed"
 
 
 def test_finished_runs_end_at_once_and_weights_are_finite(
-    overrides: list[str], tmp_path: Path
+    overrides: list[str], whole: Path, finished: Path
 ) -> None:
-    run("-m", "train", TINY, *overrides)
-    before = final_weights(tmp_path / "run")
-    run("-m", "train", TINY, *overrides)
-    assert final_weights(tmp_path / "run") == before
-    for path in (tmp_path / "run" / "checkpoints").glob("*/*.safetensors"):
+    run_train(TINY, *overrides)
+    assert final_weights(finished) == final_weights(whole)
+    assert losses(finished) == losses(whole)
+    for path in (finished / "checkpoints").glob("*/*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(path).values())

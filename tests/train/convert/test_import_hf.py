@@ -29,6 +29,7 @@ from scripts.import_hf import main
 from tests.models.families import FAMILIES
 from tests.models.hf.test_hf import random_decoder, read_all, write
 from tests.runs import largest_file, run
+from tests.train.in_process import run_train
 from train.checkpoint import checkpoint
 from train.convert.hf_export import export_hf
 from train.convert.hf_import import import_hf
@@ -279,10 +280,10 @@ def test_training_starts_from_an_import(tmp_path: Path, corpus: Path, tokenizer:
     assert config.model.moe.n_experts == 8 and config.data.seq_len == 64
     assert config.data.tokenizer == str(out / "tokenizer")
     data = [f"--data.source={corpus}", f"--data.cache_dir={tmp_path / 'cache'}"]
-    assert "Qwen3MoeForCausalLM" in run("-m", "train", out / "config.toml", *data, "--check").stdout
+    assert "Qwen3MoeForCausalLM" in run_train(out / "config.toml", *data, "--check").stdout
     short = ["--train.steps=2", "--train.global_batch=2", "--optimizer.lr=0", "--data.seq_len=32"]
     short += ["--schedule.warmup_steps=2"]
-    done = run("-m", "train", out / "config.toml", *data, *short)
+    done = run_train(out / "config.toml", *data, *short)
     assert f"weights from {out}" in done.stdout
     assert "have seen other data, in the same tokens\n" in done.stdout
     trained = tensors_of(checkpoint.find(tmp_path / "ours-run"))

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from configs.errors import UserError
+from tests.runs import started
 from tests.train.data.corpora import config, silent, write_texts
 from train.data import corpus as subject
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
@@ -188,32 +187,32 @@ def test_a_build_that_fails_leaves_nothing(
 CHILD = """
 import json
 import sys
+import time
+from pathlib import Path
 from configs.loader import from_dict
 from train.data.corpus import prepare
 config = from_dict(json.loads(sys.argv[1]), "test")
 print("ready", flush=True)
-sys.stdin.readline()
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.001)
 print(prepare(config, lambda line: None).fingerprint)
 """
 
 
 def test_two_processes_at_once(tmp_path: Path, texts: list[str]) -> None:
-    tree = json.dumps(asdict(config(tmp_path)))
-    command = [sys.executable, "-c", CHILD, tree]
-    root = Path(__file__).parents[3]
-    pipe = subprocess.PIPE
-    children = [
-        subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True) for _ in range(2)
-    ]
-    for child in children:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.flush()
-    prints = {child.communicate()[0] for child in children}
-    assert [child.returncode for child in children] == [0, 0]
-    assert len(prints) == 1
+    tree, begin = json.dumps(asdict(config(tmp_path))), tmp_path / "begin"
+    with (
+        started("-c", CHILD, tree, begin) as first,
+        started("-c", CHILD, tree, begin) as second,
+    ):
+        deadline = time.monotonic() + 60
+        while not all(one.printed()[0] for one in (first, second)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        begin.touch()
+        ends = [one.finish(60) for one in (first, second)]
+    assert [end.returncode for end in ends] == [0, 0]
+    assert len({end.stdout for end in ends}) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

@@ -66,13 +66,12 @@ def test_damaged_lines_are_set_aside_and_said(tmp_path: Path) -> None:
     assert len(draw(tmp_path)) == 2
 
 
-@pytest.mark.long
 def test_pictures_are_drawn_whatever_backend_is_named(tmp_path: Path) -> None:
     write(tmp_path, 1, 3, 0)
     code = "import sys; from pathlib import Path; from train.report.plots import draw"
-    code = f"{code}; print(len(draw(Path(sys.argv[1]))))"
-    done = run("-c", code, tmp_path, env={"MPLBACKEND": "nonsense"}, fresh=True)
-    assert done.stdout == "2\n"
+    code = f"{code}; print('matplotlib' in sys.modules, len(draw(Path(sys.argv[1]))))"
+    done = run("-c", code, tmp_path, env={"MPLBACKEND": "nonsense"})
+    assert done.stdout == "False 2\n"
 
 
 def test_pictures_need_no_agreeing_records(tmp_path: Path) -> None:
@@ -99,7 +98,8 @@ def test_what_is_no_file_or_folder_gives_way(name: str, tmp_path: Path) -> None:
         (line,) = write(tmp_path, 1, 2, 0)
         assert f"{path}: damaged, renamed to {name}.damaged" in line
         assert len(read_lines(tmp_path / METRICS)) == 2
-        draw(tmp_path)
+        if name in PICTURES:
+            draw(tmp_path)
 
 
 @pytest.mark.parametrize(

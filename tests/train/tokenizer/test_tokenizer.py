@@ -4,8 +4,6 @@ transformers."""
 import json
 import keyword
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from configs.errors import UserError
+from tests.runs import run
 from train.tokenizer import tokenizer as subject
 from train.tokenizer.hf_files import export_tokenizer, files_beside
 from train.tokenizer.tokenizer import EOT, Encoder, find_tokenizer, load_tokenizer
@@ -252,7 +251,7 @@ TRANSFORMERS = """
 import json, sys
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-texts = json.loads(sys.stdin.read())
+texts = json.loads(sys.argv[2])
 ids = [tokenizer(text)["input_ids"] for text in texts]
 print(json.dumps({
     "ids": ids,
@@ -282,14 +281,8 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
     pad = tokenizer.token_to_id("ÿ")  # the byte 0xFF, which no text contains
     assert ids == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": pad}
     samples = [*texts(5, seed=3), "", " a , b .", "don 't", "naïve 数\U0001f600", f"a{EOT}b"]
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", f"CHAT = {CHAT}" + TRANSFORMERS, str(tmp_path / "export")],
-        input=json.dumps(samples),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
+    code = f"CHAT = {CHAT}" + TRANSFORMERS
+    result = run("-P", "-c", code, tmp_path / "export", json.dumps(samples), cwd=tmp_path)
     got = json.loads(result.stdout.splitlines()[-1])
     assert got["ids"] == [tokenizer.encode(text).ids for text in samples]
     assert got["texts"] == [text.replace(EOT, "") for text in samples]

@@ -1,4 +1,5 @@
-"""Engines' processes that are forks of one with torch loaded: they start in milliseconds."""
+"""Processes of a server that are forks of one with their modules loaded: they start in
+milliseconds."""
 
 import os
 import select
@@ -9,25 +10,35 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from serve.frontend.process_handle import launch
+from serve.frontend import process_handle
+from serve.grammar import processes
 from tests import forks
 from tests.forks import Program
 from tests.runs import environment
 
 _SCRIPT = Path(__file__).with_name("child_run.py")
 _START_S = 60.0
+WORKER = ("serve.grammar.worker", "xgrammar")
+"""Modules of a worker for grammars."""
+launch_real_worker = processes.launch
 
 
 class ForkedChild:
-    """What `EngineProcess` uses of `subprocess.Popen`."""
+    """What a server uses of `subprocess.Popen`.
 
-    def __init__(self, theirs: socket.socket) -> None:
-        address = f"phalanx-engine-{uuid.uuid4().hex}"
+    program: the module whose `main` gets the descriptor of the socket `theirs`.
+    """
+
+    def __init__(
+        self, theirs: socket.socket, program: str, modules: tuple[str, ...], **env: str
+    ) -> None:
+        address = f"phalanx-child-{uuid.uuid4().hex}"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind("\0" + address)
             listener.listen(1)
             listener.settimeout(_START_S)
-            self._program = Program([str(_SCRIPT), address], environment())
+            words = [str(_SCRIPT), program, address]
+            self._program = Program(words, environment() | env, modules)
             accepted, _ = listener.accept()
             with accepted:
                 socket.send_fds(accepted, [b"x"], [theirs.fileno()])
@@ -52,6 +63,15 @@ class ForkedChild:
         return self._code
 
 
-def launch_fork(theirs: socket.socket) -> Any:
-    """A replacement of `launch`."""
-    return ForkedChild(theirs) if forks.POSSIBLE else launch(theirs)
+def launch_engine(theirs: socket.socket) -> Any:
+    """A replacement of `serve.frontend.process_handle.launch`."""
+    if not forks.POSSIBLE:
+        return process_handle.launch(theirs)
+    return ForkedChild(theirs, "serve.frontend.process_child", forks.OURS)
+
+
+def launch_worker(theirs: socket.socket) -> Any:
+    """A replacement of `serve.grammar.processes.launch`."""
+    if not forks.POSSIBLE:
+        return launch_real_worker(theirs)
+    return ForkedChild(theirs, "serve.grammar.worker", WORKER, **processes.ENVIRONMENT)
