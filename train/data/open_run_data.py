@@ -20,7 +20,7 @@ from train.dataset import best_fit
 from train.dataset.blend import Blend, Share
 from train.dataset.fill_in_middle import FillInMiddle
 from train.dataset.megatron import is_megatron, open_megatron
-from train.dataset.order import BlendedEpochs, ShuffledEpochs, data_step
+from train.dataset.order import MOST_IN_MEMORY, BlendedEpochs, ShuffledEpochs, data_step
 from train.dataset.prepared import Dataset, Split, open_prepared
 from train.dataset.sequences import Concatenated, Packed, Sequences, TokenRules
 from train.dataset.tokens import ArrayTokens
@@ -53,11 +53,13 @@ def open_run_data(
         raise _too_small(config, "validation", splits["validation"])
     return RunData(
         sources=[source],
-        order=ShuffledEpochs(source.training.count, config.run.seed),
+        order=ShuffledEpochs(source.training.count, config.data.seq_len, config.run.seed),
         tokenizer_file=(
             find_tokenizer(config.data.tokenizer) if config.data.tokenizer else tokenizer_file
         ),
-        fingerprint=corpus.fingerprint,
+        # not the order of runs from before it was keyed
+        fingerprint=corpus.fingerprint
+        + (" in keyed order" if source.training.count > MOST_IN_MEMORY else ""),
         global_batch=config.train.global_batch,
         skipped=skipped,
         lines=lines,
@@ -129,13 +131,9 @@ def _open_blend(config: JobConfig, ranks: Ranks, skipped: list[tuple[int, int]])
         for entry, source in zip(data.blend, sources, strict=True)
     ]
     length = data_step(config.train.steps, skipped) * config.train.global_batch
-    blend = Blend(shares, length)
-    if coarse := blend.coarse(config.train.global_batch):
-        lines.append(
-            "data.blend: sequences are whole, so over 1,000 steps the share of these sources may "
-            f"differ by more than 0.1% of it (by less than 3 sequences): {', '.join(coarse)} "
-            "sequences per step; a larger train.global_batch is more exact"
-        )
+    blend = Blend(
+        shares, length, global_batch=config.train.global_batch, seq_len=config.data.seq_len
+    )
     names = [source.fingerprint for source in sources]
     counts = [source.training.count for source in sources]
     return RunData(
