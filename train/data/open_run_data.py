@@ -15,7 +15,9 @@ from configs.schema import JobConfig
 from parallel.ranks import Ranks
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.data.documents import shown
+from train.data.hf_stream import is_stream
 from train.data.run_data import RunData, Source
+from train.data.streaming import open_stream
 from train.dataset import best_fit
 from train.dataset.blend import Blend, Share
 from train.dataset.fill_in_middle import FillInMiddle
@@ -38,6 +40,8 @@ def open_run_data(
     """
     if config.data.blend:
         return _open_blend(config, ranks, skipped)
+    if is_stream(config.data.source):
+        return open_stream(config, ranks, skipped, log)
     corpus = _open_corpus(config, ranks, log)
     rules = TokenRules(corpus.eot, True, config.model.vocab_size)
     splits = {
@@ -237,8 +241,8 @@ def _sequences(
     packing: best_fit.Packing = ranks.on_every(lambda: best_fit.read(folder))
     lines.append(
         f"data: {label}: best-fit packing: {packing.count:,} sequences, {packing.padding:.2%} "
-        f"padding, documents cut {packing.n_cuts:,} times (concatenated: "
-        f"{packing.n_cuts_concatenated:,})"
+        f"padding; longer documents are cut {packing.n_cuts:,} times, which cannot be avoided, and "
+        f"others never (concatenated: {packing.n_cuts_concatenated - packing.n_cuts:,} cuts more)"
     )
     return Packed(split, packing, rules, fim)
 

@@ -36,7 +36,9 @@ def data_of(rank: int, world: int, steps: int, global_batch: int, counts: tuple[
             skipped: tuple[tuple[int, int], ...] = ()) -> TrainingData:  # fmt: skip
     """A blend of two sources; everything is opened anew, as in another process."""
     sources = [source(counts[0], 0), source(counts[1], counts[0])]
-    shares = [Share(n, ((0, w),), Fraction(1), None) for n, w in (("a", 0.3701396), ("b", 0.6298604))]
+    shares = [
+        Share(n, ((0, w),), Fraction(1), None) for n, w in (("a", 0.3701396), ("b", 0.6298604))
+    ]
     blend = Blend(shares, (steps + 100) * global_batch, global_batch=global_batch, seq_len=L)
     return TrainingData(
         BlendedEpochs(blend, counts, ("a", "b"), seed=7), sources, global_batch=global_batch,

@@ -169,6 +169,26 @@ def test_a_document_stays_in_its_split_when_others_are_added(tmp_path: Path) -> 
     assert index["splits"]["validation"]["documents"] == 0
 
 
+def test_a_stream_gives_the_documents_of_its_files(tmp_path: Path) -> None:
+    texts = texts_of(45)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_bytes(jsonl(texts[15 * number : 15 * number + 15]))
+    with open(folder / "1.jsonl", "ab") as file:
+        file.write(b'{"id": 1, "text": null}\n{"id": 2, "text": " "}\n')
+    stream = Path(f"stream:{folder}")
+    index = prepare(tmp_path, stream, validation_fraction=0.0)
+    assert decoded(tmp_path / "out") == texts
+    (entry,) = index["sources"]
+    assert entry["missing"] + entry["empty"] == 2 and entry["documents"] == 47
+    (folder / "2.jsonl").write_bytes(jsonl(texts[:3]) + b'{"id": 1, "text": "half')
+    with pytest.raises(UserError, match=r"rows: file 3, row \d+ and all that follow: .*skip"):
+        prepare(tmp_path, stream, out="three")
+    with pytest.raises(UserError, match="no such file or folder"):
+        prepare(tmp_path, Path("stream:./nothing"), out="four")
+
+
 BAD = {
     "not UTF-8": b'{"text": "\xff\xfe"}\n',
     "truncated": b'{"text": "abc',
