@@ -18,7 +18,14 @@ from configs.errors import UserError
 from configs.paths import local_path
 from train.data.documents import shown
 from train.data.hf_stream import is_stream, open_rows
-from train.data.sources import SUPPORTED, TEXT_SUFFIXES, looks_like_path, reader_of, walk
+from train.data.sources import (
+    BINARY_SUFFIXES,
+    SUPPORTED,
+    TEXT_SUFFIXES,
+    looks_like_path,
+    reader_of,
+    walk,
+)
 
 UNIT_BYTES = 32 * 2**20
 _HF_FILES = ("dataset_dict.json", "dataset_info.json")
@@ -111,6 +118,11 @@ def _folder(number: int, root: Path, notes: list[str]) -> tuple[list[Unit], list
 
 def _file(number: int, path: Path) -> Iterator[Unit]:
     name, size = path.name.lower(), path.stat().st_size
+    if not reader_of(path) and path.suffix.lower() in BINARY_SUFFIXES:
+        hint = "; one JSON object per line? name it .jsonl" if path.suffix == ".json" else ""
+        raise UserError(
+            f"{shown(path)}: suffix {path.suffix} is not supported; it takes {SUPPORTED}{hint}"
+        )
     if not reader_of(path):
         yield Unit(number, "text", (str(path),), size=size)
     elif name.endswith(".parquet"):
