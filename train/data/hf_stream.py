@@ -2,7 +2,7 @@
 
 A source `stream:NAME` or `stream:NAME:CONFIG` is the split `train` of a dataset of the Hub;
 `stream:PATH` is a local folder or file of the kinds that `datasets.load_dataset` reads. The rows
-have a fixed order, that of the dataset's files; the library's state says where to continue.
+have a fixed order, that of the dataset's files; the library's state is the place to continue at.
 """
 
 import copy
@@ -93,7 +93,8 @@ def text_of(row: dict[str, Any], column: str, place: str) -> str:
 
 
 class StreamedDocuments:
-    """The documents of a stream, again from its beginning when it ends, and where it stands."""
+    """The documents of a stream, again from its beginning when it ends, and the place of the
+    next one."""
 
     def __init__(self, setting: str, column: str, log: Callable[[str], None]) -> None:
         """log: called with a line when 1, 2, 4, 8, ... rows had no text."""

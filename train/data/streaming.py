@@ -68,7 +68,7 @@ class DocumentStream:
 
 
 class StreamedSequences:
-    """The sequences of a stream by number. They must be asked for in the order of their blocks."""
+    """The sequences of a stream by number. They must be read in the order of their blocks."""
 
     def __init__(self, stream: DocumentStream, seq_len: int, ahead: int) -> None:
         """ahead: blocks of which the beginnings are remembered."""
@@ -207,8 +207,8 @@ def open_stream(
         tokenizer, eot_token = load_tokenizer(tokenizer_file, config.model.vocab_size)
         eot = tokenizer.token_to_id(eot_token)
         assert eot is not None
-        says = log if ranks.is_first and not held_out else _say_nothing
-        documents = StreamedDocuments(data.source, data.text_field, says)
+        report = log if ranks.is_first and not held_out else _say_nothing
+        documents = StreamedDocuments(data.source, data.text_field, report)
         encoder = Encoder(tokenizer, eot, np.dtype(np.uint32))
         return DocumentStream(documents, encoder, data.validation_fraction, held_out)
 

@@ -5,7 +5,7 @@ steps, P = 1,000 * global_batch of them, so P * L tokens. Each source has a whol
 tokens: its share by weight, rounded (largest remainders), so off by less than one token. That
 number, divided by L, is k whole sequences and a rest of r tokens. `train.dataset.division`
 distributes the whole sequences, and the few that the rests fill together, over the period. The
-rests lie end to end in the latter: n sources share at most n - 1 sequences of 1,000 steps. All
+rests follow one another in the latter: n sources share at most n - 1 sequences of 1,000 steps. All
 periods are alike, so any P sequences in a row, wherever they begin, have the same number of tokens
 of each source. If the shares of a period are whole sequences, none is shared.
 
@@ -52,7 +52,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Consecutive parts of the sequences that were asked for, int64 `[n]` each."""
+    """Consecutive parts of the given sequences, int64 `[n]` each."""
 
     rows: np.ndarray
     """Which of these sequences, increasing."""

@@ -20,7 +20,7 @@ class Visits:
     each. All but a few are one whole sequence."""
 
     rows: np.ndarray
-    """Which of the sequences that were asked for, increasing."""
+    """Which of the given sequences, increasing."""
     sources: np.ndarray
     epochs: np.ndarray
     numbers: np.ndarray
