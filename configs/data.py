@@ -35,7 +35,8 @@ class BlendSource:
     `changes` gives it a weight."""
     max_epochs: float = 0.0
     """Passes over the source, for example 4 or 0.5; afterwards the other sources share its tokens
-    in proportion to their weights. 0: no limit."""
+    in proportion to their weights. 0: no limit. Up to two sequences of the last pass may be left
+    out."""
     name: str = ""
     """Name in logs and metrics. Empty: the last part of the path."""
     changes: tuple[WeightChange, ...] = ()
@@ -60,7 +61,8 @@ class BlendSource:
 class DataConfig:
     source: str = "stdlib"
     """`stdlib`: the source code of Python's standard library (no download). Otherwise a path to a
-    text, JSONL or Parquet file or a folder of them, or the name of a Hugging Face dataset."""
+    text, JSONL or Parquet file or a folder of them, or the name of a Hugging Face dataset.
+    `stream:` and a name or path: read by the `datasets` library while the run trains."""
     text_field: str = "text"
     """Column that holds the document, for JSONL, Parquet and Hugging Face datasets."""
     unreadable_rows: Literal["refuse", "skip"] = "refuse"

@@ -21,7 +21,9 @@ from parallel.memory.timeline import Needs
 from train.checkpoint import checkpoint
 from train.compute_dtype import compute_dtype
 from train.data import sources
+from train.data.hf_stream import PREFIX, find_stream, is_stream
 from train.data.open_run_data import open_dataset
+from train.data.streaming import check_stream_settings
 from train.memory import predict, predict_stages
 from train.report.metrics import FORCED_BALANCE
 from train.tokenizer.tokenizer import check_vocab_size, find_tokenizer, load_tokenizer
@@ -100,7 +102,10 @@ def missing_inputs(config: JobConfig) -> list[str]:
             source.path,
             partial(open_dataset, local_path(source.path)),
         )
-    if not data.blend:
+    if not data.blend and is_stream(data.source):
+        check_stream_settings(config)
+        look("data.source", data.source.removeprefix(PREFIX), lambda: find_stream(data.source))
+    elif not data.blend:
         look("data.source", data.source, lambda: lines.extend(_hub_line(sources.locate(data))))
     if data.tokenizer:
         look("data.tokenizer", data.tokenizer, lambda: _check_tokenizer(config))

@@ -109,9 +109,8 @@ def source_losses(batches: Sequence[Batch], n_sources: int) -> Tensor:
     of_batches = []
     for batch in batches:
         assert batch.losses_T is not None
-        rows = [n for _, n, _ in batch.sources]
-        by_row = batch.losses_T.view(sum(rows), -1).sum(1, dtype=torch.float64)
-        of_batches += [part.sum() for part in by_row.split(rows)]
+        parts_of = batch.losses_T.split([n for _, n, _ in batch.sources])
+        of_batches += [part.sum(dtype=torch.float64) for part in parts_of]
     losses = torch.stack(of_batches).cpu() if of_batches else torch.empty(0)
     parts = [part for batch in batches for part in batch.sources]
     for (source, _, n_targets), loss in zip(parts, losses, strict=True):

@@ -117,7 +117,8 @@ def _loaders(
         raise UserError(f"--seq-len {seq_len}: the dataset has only {len(split.tokens):,} tokens")
 
     def ours(workers: int) -> Iterator[int]:
-        blend = Blend([Share("all", ((0, 1.0),), Fraction(1), None)], 2**40)
+        blend = Blend([Share("all", ((0, 1.0),), Fraction(1), None)], 2**40,
+                      global_batch=8 * micro_batch, seq_len=seq_len)  # fmt: skip
         data = TrainingData(
             BlendedEpochs(blend, [sequences.count], ["all"], 0), [sequences],
             global_batch=8 * micro_batch, micro_batch=micro_batch, rank=0, n_ranks=1,

@@ -33,7 +33,7 @@ class Batch:
     n_targets: int
     """Targets with a loss; counted on the host."""
     sources: tuple[tuple[int, int, int], ...] = ()
-    """Source, sequences and targets with a loss, in the order of the sequences."""
+    """Source, tokens and targets with a loss of each part, one after another."""
     losses_T: Tensor | None = field(default=None, compare=False)
     """The loss of every token, fp32, written by the forward pass; None: not recorded."""
 
@@ -52,26 +52,30 @@ class Batch:
         )
 
 
-def make_batch(parts: Sequence[tuple[int, Rows]], pin: bool = False) -> Batch:
+def make_batch(parts: Sequence[tuple[Sequence[tuple[int, int]], Rows]], pin: bool = False) -> Batch:
     """The sequences of one or more sources as one microbatch.
 
-    parts: source and sequences. pin: in page-locked memory, from which CUDA copies while it
-    computes.
+    parts: sequences, and the sources of their tokens: (source, number of tokens), one after
+    another. pin: in page-locked memory, from which CUDA copies while it computes.
     """
     tokens_BL, targets_BL, positions_BL = (
         _tensor([getattr(rows, name) for _, rows in parts], pin)
         for name in ("tokens_BL", "targets_BL", "positions_BL")
     )
-    counts = [int(np.count_nonzero(rows.targets_BL != IGNORE)) for _, rows in parts]
+    sources = []
+    for owners, rows in parts:
+        has_loss, at = rows.targets_BL.reshape(-1) != IGNORE, 0
+        for source, n in owners:
+            sources.append((source, n, int(np.count_nonzero(has_loss[at : at + n]))))
+            at += n
     return Batch(
         tokens_BL.reshape(-1),
         positions_BL.reshape(-1),
         targets_BL.reshape(-1),
         DocumentAttention(positions_BL),
-        sum(counts),
-        tuple((source, len(rows.tokens_BL), n) for (source, rows), n in zip(parts, counts,
-                                                                            strict=True)),
-    )  # fmt: skip
+        sum(n for _, _, n in sources),
+        tuple(sources),
+    )
 
 
 def _tensor(arrays: list[np.ndarray], pin: bool) -> Tensor:
@@ -146,13 +150,28 @@ class TrainingData:
         return self.order.at((starts + np.arange(self.micro_batch)).reshape(-1))
 
     def _batch(self, visits: Visits, pass_: int) -> Batch:
-        here = slice(pass_ * self.micro_batch, (pass_ + 1) * self.micro_batch)
-        sources, epochs, numbers = visits.sources[here], visits.epochs[here], visits.numbers[here]
-        parts = []
-        for source in np.unique(sources).tolist():
-            rows = sources == source
-            parts.append((source, self.sources[source].rows(numbers[rows], epochs[rows])))
+        here = visits.between(pass_ * self.micro_batch, (pass_ + 1) * self.micro_batch)
+        parts: list[tuple[list[tuple[int, int]], Rows]] = []
+        whole = np.bincount(here.rows)[here.rows] == 1
+        for source in np.unique(here.sources[whole]).tolist():
+            chosen = whole & (here.sources == source)
+            rows = self.sources[source].rows(here.numbers[chosen], here.epochs[chosen])
+            parts.append(([(source, rows.tokens_BL.size)], rows))
+        for row in np.unique(here.rows[~whole]).tolist():
+            parts.append(self._shared(here.between(row, row + 1)))
         return make_batch(parts, self.pin)
+
+    def _shared(self, visits: Visits) -> tuple[list[tuple[int, int]], Rows]:
+        """The sources and the tokens of a sequence of several parts."""
+        owners, found = [], []
+        for source, epoch, number, start, length in zip(
+            visits.sources.tolist(), visits.epochs, visits.numbers, visits.starts.tolist(),
+            visits.lengths.tolist(), strict=True,
+        ):  # fmt: skip
+            rows = self.sources[source].rows(np.array([number]), np.array([epoch]))
+            owners.append((source, length))
+            found.append(rows.cut(start, start + length))
+        return owners, Rows.joined(found)
 
 
 def shuffled_epochs(
@@ -160,15 +179,16 @@ def shuffled_epochs(
 ) -> TrainingData:
     """The microbatches of one source."""
     return TrainingData(
-        ShuffledEpochs(sequences.count, seed), [sequences], global_batch=global_batch,
-        micro_batch=micro_batch, rank=rank, n_ranks=n_ranks,
+        ShuffledEpochs(sequences.count, sequences.seq_len, seed), [sequences],
+        global_batch=global_batch, micro_batch=micro_batch, rank=rank, n_ranks=n_ranks,
     )  # fmt: skip
 
 
 def sequence_batch(sequences: Sequences, numbers: np.ndarray) -> Batch:
     """The sequences `numbers` (int, `[B]`) of one source as one microbatch."""
     numbers = numbers.astype(np.int64)
-    return make_batch([(0, sequences.rows(numbers, np.zeros_like(numbers)))])
+    rows = sequences.rows(numbers, np.zeros_like(numbers))
+    return make_batch([([(0, rows.tokens_BL.size)], rows)])
 
 
 def validation_batches(

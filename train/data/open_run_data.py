@@ -15,12 +15,14 @@ from configs.schema import JobConfig
 from parallel.ranks import Ranks
 from train.data.corpus import Corpus, DamagedCache, open_corpus, prepare
 from train.data.documents import shown
+from train.data.hf_stream import is_stream
 from train.data.run_data import RunData, Source
+from train.data.streaming import open_stream
 from train.dataset import best_fit
 from train.dataset.blend import Blend, Share
 from train.dataset.fill_in_middle import FillInMiddle
 from train.dataset.megatron import is_megatron, open_megatron
-from train.dataset.order import BlendedEpochs, ShuffledEpochs, data_step
+from train.dataset.order import MOST_IN_MEMORY, BlendedEpochs, ShuffledEpochs, data_step
 from train.dataset.prepared import Dataset, Split, open_prepared
 from train.dataset.sequences import Concatenated, Packed, Sequences, TokenRules
 from train.dataset.tokens import ArrayTokens
@@ -38,6 +40,8 @@ def open_run_data(
     """
     if config.data.blend:
         return _open_blend(config, ranks, skipped)
+    if is_stream(config.data.source):
+        return open_stream(config, ranks, skipped, log)
     corpus = _open_corpus(config, ranks, log)
     rules = TokenRules(corpus.eot, True, config.model.vocab_size)
     splits = {
@@ -53,11 +57,13 @@ def open_run_data(
         raise _too_small(config, "validation", splits["validation"])
     return RunData(
         sources=[source],
-        order=ShuffledEpochs(source.training.count, config.run.seed),
+        order=ShuffledEpochs(source.training.count, config.data.seq_len, config.run.seed),
         tokenizer_file=(
             find_tokenizer(config.data.tokenizer) if config.data.tokenizer else tokenizer_file
         ),
-        fingerprint=corpus.fingerprint,
+        # not the order of runs from before it was keyed
+        fingerprint=corpus.fingerprint
+        + (" in keyed order" if source.training.count > MOST_IN_MEMORY else ""),
         global_batch=config.train.global_batch,
         skipped=skipped,
         lines=lines,
@@ -129,13 +135,9 @@ def _open_blend(config: JobConfig, ranks: Ranks, skipped: list[tuple[int, int]])
         for entry, source in zip(data.blend, sources, strict=True)
     ]
     length = data_step(config.train.steps, skipped) * config.train.global_batch
-    blend = Blend(shares, length)
-    if coarse := blend.coarse(config.train.global_batch):
-        lines.append(
-            "data.blend: sequences are whole, so over 1,000 steps the share of these sources may "
-            f"differ by more than 0.1% of it (by less than 3 sequences): {', '.join(coarse)} "
-            "sequences per step; a larger train.global_batch is more exact"
-        )
+    blend = Blend(
+        shares, length, global_batch=config.train.global_batch, seq_len=config.data.seq_len
+    )
     names = [source.fingerprint for source in sources]
     counts = [source.training.count for source in sources]
     return RunData(
@@ -239,8 +241,8 @@ def _sequences(
     packing: best_fit.Packing = ranks.on_every(lambda: best_fit.read(folder))
     lines.append(
         f"data: {label}: best-fit packing: {packing.count:,} sequences, {packing.padding:.2%} "
-        f"padding, documents cut {packing.n_cuts:,} times (concatenated: "
-        f"{packing.n_cuts_concatenated:,})"
+        f"padding; longer documents are cut {packing.n_cuts:,} times, which cannot be avoided, and "
+        f"others never (concatenated: {packing.n_cuts_concatenated - packing.n_cuts:,} cuts more)"
     )
     return Packed(split, packing, rules, fim)
 

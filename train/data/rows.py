@@ -149,7 +149,10 @@ def _json_row(line: bytes, where: str, column: Column) -> Row:
     except UnicodeDecodeError as error:
         return Unreadable(where, f"not UTF-8 (byte {error.start + 1})", not_utf8=True)
     except json.JSONDecodeError as error:
-        return Unreadable(where, f"not JSON: {error.msg} (character {error.pos + 1})")
+        why = f"not JSON: {error.msg} (character {error.pos + 1})"
+        if b"\r{" in line:
+            why += "; lines must end in LF or CR LF, not in CR alone"
+        return Unreadable(where, why)
     except RecursionError:
         return Unreadable(where, "nested too deep")
     if not isinstance(row, dict):

@@ -1,12 +1,13 @@
 """The data of a run: training order and validation sets, from `data.source` or `data.blend`.
 
-State of the data: how many sequences of each source have been read. It follows from the step and
+State of the data: how many tokens of each source have been read. It follows from the step and
 the settings, and is stored in checkpoints to detect settings with which a resumed run would read
 sequences twice, or never.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,29 +73,32 @@ class RunData:
         )
 
     def drawn(self, done: int) -> tuple[int, ...]:
-        """Sequences of each source up to the data of step `done`, including skipped ones."""
+        """Tokens of each source, with padding, up to the data of step `done`, including skipped
+        ones."""
         return self.order.drawn(data_step(done, self.skipped) * self.global_batch if done else 0)
 
     def state(self, done: int) -> dict[str, Any]:
         """The state after step `done`: a few integers."""
         return {
             "data_sources": [source.fingerprint for source in self.sources],
-            "data_sequences": list(self.drawn(done)),
+            "data_tokens": list(self.drawn(done)),
         }
 
     def check_resume(self, state: Mapping[str, Any], done: int) -> None:
         """Raise UserError if a checkpoint's state is not what these settings give at its step."""
-        theirs = dict(
-            zip(state.get("data_sources", []), state.get("data_sequences", []), strict=True)
-        )
+        seq_len = self.sources[0].training.seq_len
+        read_tokens = state.get("data_tokens")
+        if read_tokens is None:  # older checkpoints count sequences
+            read_tokens = [n * seq_len for n in state.get("data_sequences", [])]
+        theirs = dict(zip(state.get("data_sources", []), read_tokens, strict=True))
         if not theirs:  # written before this state existed: one source, nothing skipped
-            theirs = {self.sources[0].fingerprint: done * self.global_batch}
+            theirs = {self.sources[0].fingerprint: done * self.global_batch * seq_len}
         ours = dict(zip((s.fingerprint for s in self.sources), self.drawn(done), strict=True))
         for source in self.sources:
             read, expected = theirs.pop(source.fingerprint, 0), ours[source.fingerprint]
             if read != expected:
                 raise UserError(
-                    f"data: cannot resume: until step {done} the run has read {read:,} sequences "
+                    f"data: cannot resume: until step {done} the run has read {read:,} tokens "
                     f"of {source.name or 'data.source'}, with these settings it would have read "
                     f"{expected:,}; weights and skip_steps may change only after step {done} "
                     "(data.blend.changes), and a dataset must not change"
@@ -118,7 +122,8 @@ class RunData:
         ):
             if n:
                 fields[f"loss/{source.name}"] = loss / (n / tp_size)
-            tokens = drawn * source.training.tokens_per_sequence
+            sequences = Fraction(drawn, source.training.seq_len)
+            tokens = sequences * source.training.tokens_per_sequence
             fields[f"data/{source.name}/tokens"] = float(tokens)
-            fields[f"data/{source.name}/epochs"] = drawn / source.training.count
+            fields[f"data/{source.name}/epochs"] = float(sequences / source.training.count)
         return fields

@@ -253,9 +253,10 @@ def _fill_from_table(
 
 def cut(text: str) -> list[str]:
     """One text as documents of at least PIECE_LENGTH (a sixteenth of it, if less), cut at the end
-    of a paragraph, or of a line if there are no paragraphs. Concatenated they are `text`."""
+    of a paragraph, or of a line if there are no paragraphs, which CR alone ends if nothing else
+    does. Concatenated they are `text`."""
     size = min(PIECE_LENGTH, len(text) // 16)
-    for pattern in (r"\n[ \t\r]*\n\s*", r"\n"):
+    for pattern in (r"\n[ \t\r]*\n\s*", r"\n", r"\r"):
         pieces, start = [], 0
         for end in re.finditer(pattern, text):
             if end.end() - start >= size:

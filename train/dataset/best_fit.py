@@ -41,7 +41,8 @@ class Packing:
     """First piece of each sequence, and the number of pieces: int64 `[count + 1]`."""
     n_tokens: int
     n_cuts: int
-    """How often a document was cut."""
+    """How often a document was cut. None of these cuts can be avoided: a document of n tokens needs
+    ceil(n / seq_len) sequences, and is cut that often less one."""
     n_cuts_concatenated: int
     """How often documents would be cut if they were concatenated."""
 

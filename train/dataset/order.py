@@ -4,8 +4,8 @@ A run reads its sequences in one endless order, `global_batch` of them per step.
 only changes which part of that order a step reads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +16,26 @@ from train.dataset.permutation import KeyedPermutation
 
 @dataclass(frozen=True)
 class Visits:
-    """Sequences to read, int64 `[n]` each."""
+    """What sequences of the endless order consist of: parts of the sources' sequences, int64 `[n]`
+    each. All but a few are one whole sequence."""
 
+    rows: np.ndarray
+    """Which of the given sequences, increasing."""
     sources: np.ndarray
     epochs: np.ndarray
     numbers: np.ndarray
     """Of the sequence within its source."""
+    starts: np.ndarray
+    """First token of the part within that sequence."""
+    lengths: np.ndarray
+    """Tokens of the part."""
+
+    def between(self, first: int, end: int) -> "Visits":
+        """The parts of the rows `first` to before `end`, which count from 0 again."""
+        a, b = np.searchsorted(self.rows, [first, end])
+        columns = (getattr(self, field.name)[a:b] for field in fields(self))
+        rows, *others = columns
+        return Visits(rows - first, *others)
 
 
 class Order(Protocol):
@@ -30,32 +44,49 @@ class Order(Protocol):
         ...
 
     def drawn(self, visit: int) -> tuple[int, ...]:
-        """How many sequences of each source are before `visit`."""
+        """How many tokens of each source, with padding, are before `visit`."""
         ...
 
 
-class ShuffledEpochs:
-    """One source, of which each epoch is a shuffled list: the order of a corpus of `data.source`,
-    which has been built in memory anyway."""
+MOST_IN_MEMORY = 2**20
+"""Sequences of which an epoch's order is held in memory: 8 MiB."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+class ShuffledEpochs:
+    """One source, in another order in each epoch: that of `data.source`.
+
+    Of at most MOST_IN_MEMORY sequences the order is numpy's shuffle. It needs 8 bytes per sequence,
+    but runs and checkpoints from before keyed permutations have it, and so have all published
+    losses. Longer sources have a keyed permutation.
+    """
+
+    def __init__(self, count: int, seq_len: int, seed: int) -> None:
+        self.count, self.seq_len, self.seed = count, seq_len, seed
+        self._epoch: tuple[int, Callable[[np.ndarray], np.ndarray] | None] = (-1, None)
 
     def at(self, visits: np.ndarray) -> Visits:
         epochs, places = np.divmod(visits, self.count)
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
-            cached, order = self._epoch
-            if cached != epoch:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-                self._epoch = (epoch, order)
             rows = epochs == epoch
-            numbers[rows] = order[places[rows]]
-        return Visits(np.zeros_like(numbers), epochs, numbers)
+            numbers[rows] = self._order(epoch)(places[rows])
+        zeros = np.zeros_like(numbers)
+        lengths = np.full_like(numbers, self.seq_len)
+        return Visits(np.arange(len(visits)), zeros, epochs, numbers, zeros, lengths)
 
     def drawn(self, visit: int) -> tuple[int, ...]:
-        return (visit,)
+        return (visit * self.seq_len,)
+
+    def _order(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        known, order = self._epoch
+        if known == epoch and order is not None:
+            return order
+        if self.count > MOST_IN_MEMORY:
+            order = KeyedPermutation(self.count, self.seed, "", epoch)
+        else:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count).__getitem__
+        self._epoch = (epoch, order)
+        return order
 
 
 class BlendedEpochs:
@@ -70,15 +101,15 @@ class BlendedEpochs:
         self._permutations: dict[tuple[int, int], KeyedPermutation] = {}
 
     def at(self, visits: np.ndarray) -> Visits:
-        sources, draws = self.blend.at(visits)
-        epochs, numbers = np.empty_like(draws), np.empty_like(draws)
-        for source in np.unique(sources).tolist():
-            rows = np.flatnonzero(sources == source)
-            epochs[rows], places = np.divmod(draws[rows], self.counts[source])
+        found = self.blend.at(visits)
+        epochs, numbers = np.empty_like(found.draws), np.empty_like(found.draws)
+        for source in np.unique(found.sources).tolist():
+            rows = np.flatnonzero(found.sources == source)
+            epochs[rows], places = np.divmod(found.draws[rows], self.counts[source])
             for epoch in np.unique(epochs[rows]).tolist():
                 inside = epochs[rows] == epoch
                 numbers[rows[inside]] = self._order(source, epoch)(places[inside])
-        return Visits(sources, epochs, numbers)
+        return Visits(found.rows, found.sources, epochs, numbers, found.starts, found.lengths)
 
     def drawn(self, visit: int) -> tuple[int, ...]:
         return self.blend.drawn(visit)

@@ -12,7 +12,7 @@ B sequences, L their length.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Protocol
 
@@ -34,8 +34,26 @@ class Rows:
     targets_BL: np.ndarray
     positions_BL: np.ndarray
 
+    def cut(self, start: int, stop: int) -> "Rows":
+        """The tokens `start` to before `stop` of each; positions begin there."""
+        inside_L = np.arange(start, stop)
+        opened_BL = np.where(self.positions_BL[:, start:stop] == 0, inside_L, start)
+        return Rows(
+            self.tokens_BL[:, start:stop],
+            self.targets_BL[:, start:stop],
+            inside_L - np.maximum.accumulate(opened_BL, axis=1),
+        )
+
+    @staticmethod
+    def joined(parts: "Sequence[Rows]") -> "Rows":
+        """Parts of sequences, one after another in each."""
+        names = [field.name for field in fields(Rows)]
+        return Rows(*(np.concatenate([getattr(part, name) for part in parts], axis=1)
+                      for name in names))  # fmt: skip
+
 
 class Sequences(Protocol):
+    seq_len: int
     count: int
     tokens_per_sequence: Fraction
     """Mean number of tokens that are no padding."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from train.atomic_files import naming, replace_text
+from train.atomic_files import naming
 from train.data.documents import shown
 from train.data.rows import Column
 from train.dataset.prepared import SPLITS
-from train.prepare.plan import Plan
+from train.prepare.plan import Plan, partial_of, write_bytes
 from train.prepare.reading import Rejected, documents_of
 from train.prepare.selection import REJECTED, TRAIN, VALIDATION, Decisions
 from train.tokenizer.tokenizer import Encoder, load_tokenizer
@@ -62,7 +62,8 @@ def encode(
     """Write the tokens of unit `number`; returns its counts."""
     folder = work / "encode"
     found: dict[str, Any] = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    partial = {split: folder / f".{number}.{split}.partial" for split in SPLITS}
+    finished = {split: folder / f"{number}.{split}.tokens.bin" for split in SPLITS}
+    partial = {split: partial_of(path) for split, path in finished.items()}
     lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     with naming(folder):
         files = {split: open(path, "wb") for split, path in partial.items()}
@@ -80,10 +81,10 @@ def encode(
             for file in files.values():
                 file.close()
         for split in SPLITS:
-            partial[split].rename(folder / f"{number}.{split}.tokens.bin")
+            partial[split].rename(finished[split])
             joined = np.concatenate([np.empty(0, np.int32), *lengths[split]])
-            (folder / f"{number}.{split}.lengths.bin").write_bytes(joined.tobytes())
-    replace_text(folder / f"{number}.json", json.dumps(found) + "\n")
+            write_bytes(folder / f"{number}.{split}.lengths.bin", joined.tobytes())
+    write_bytes(folder / f"{number}.json", json.dumps(found).encode())
     return found
 
 

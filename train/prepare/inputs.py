@@ -17,7 +17,15 @@ from typing import Any
 from configs.errors import UserError
 from configs.paths import local_path
 from train.data.documents import shown
-from train.data.sources import SUPPORTED, TEXT_SUFFIXES, looks_like_path, reader_of, walk
+from train.data.hf_stream import is_stream, open_rows
+from train.data.sources import (
+    BINARY_SUFFIXES,
+    SUPPORTED,
+    TEXT_SUFFIXES,
+    looks_like_path,
+    reader_of,
+    walk,
+)
 
 UNIT_BYTES = 32 * 2**20
 _HF_FILES = ("dataset_dict.json", "dataset_info.json")
@@ -32,11 +40,11 @@ class Unit:
     source: int
     """Number of the source."""
     kind: str
-    """texts, text, json, compressed, parquet, saved or hub."""
+    """texts, text, json, compressed, parquet, saved, hub or stream."""
     files: tuple[str, ...]
-    """Paths; for `saved` the folder, for `hub` the name."""
+    """Paths; for `saved` the folder, for `hub` and `stream` the name."""
     start: int = 0
-    """First byte, row group or row."""
+    """First byte, row group, row, or file of a stream."""
     end: int = 0
     """After the last."""
     size: int = 0
@@ -53,6 +61,9 @@ def find_units(sources: list[str]) -> tuple[list[Unit], list[list[Any]], list[st
     stamps: list[list[Any]] = []
     notes: list[str] = []
     for number, setting in enumerate(sources):
+        if is_stream(setting):
+            units += _stream(number, setting)
+            continue
         path = local_path(setting).absolute()
         try:
             if path.is_dir() and any((path / name).is_file() for name in _HF_FILES):
@@ -107,6 +118,11 @@ def _folder(number: int, root: Path, notes: list[str]) -> tuple[list[Unit], list
 
 def _file(number: int, path: Path) -> Iterator[Unit]:
     name, size = path.name.lower(), path.stat().st_size
+    if not reader_of(path) and path.suffix.lower() in BINARY_SUFFIXES:
+        hint = "; one JSON object per line? name it .jsonl" if path.suffix == ".json" else ""
+        raise UserError(
+            f"{shown(path)}: suffix {path.suffix} is not supported; it takes {SUPPORTED}{hint}"
+        )
     if not reader_of(path):
         yield Unit(number, "text", (str(path),), size=size)
     elif name.endswith(".parquet"):
@@ -163,6 +179,14 @@ def _rows(number: int, kind: str, name: str, size: int) -> list[Unit]:
     bounds = [n_rows * part // parts for part in range(parts + 1)]
     return [
         Unit(number, kind, (name,), start, end, size // parts) for start, end in pairwise(bounds)
+    ]
+
+
+def _stream(number: int, setting: str) -> list[Unit]:
+    """A unit per file of the dataset. Their sizes are not known; for the progress all are alike."""
+    n_files = open_rows(setting).num_shards
+    return [
+        Unit(number, "stream", (setting,), file, file + 1, UNIT_BYTES) for file in range(n_files)
     ]
 
 

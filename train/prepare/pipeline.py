@@ -68,9 +68,13 @@ def prepare_data(options: Options, output: Output, log: Log) -> dict[str, Any]:
     """Prepare a dataset, or continue a preparation; returns its index. Raises UserError."""
     plan = _plan(options, log)
     folder = output.folder.absolute()
-    if folder.exists():
-        return _existing(folder, plan, log)
     work = folder.with_name(f"{folder.name}.preparing")
+    if folder.exists():
+        index = _existing(folder, plan, log)
+        if work.is_dir():  # killed after the dataset had its name
+            with naming(work), _locked(work):
+                shutil.rmtree(work)
+        return index
     work.mkdir(parents=True, exist_ok=True)
     with naming(work), _locked(work):
         _begin(plan, work, log)
@@ -143,6 +147,8 @@ def _begin(plan: Plan, work: Path, log: Log) -> None:
         replace_text(work / "plan.json", plan.text())
     elif (work / "scan").is_dir():
         log(f"continuing {shown(work)}")
+        for path in work.rglob(".*.partial.*"):
+            path.unlink(missing_ok=True)
 
 
 def _check_columns(plan: Plan, scans: list[Any]) -> None:

@@ -10,19 +10,22 @@ The folder of an unfinished preparation is `OUT.preparing`:
     encode/N.*.bin       tokens and lengths of the documents of unit N
     encode/N.json        counts; written last
 
-Every file is written under another name and renamed, so a killed preparation continues with what is
-there, if inputs and options are the same.
+Every file is written under another name, which has the process's number, and renamed. So a killed
+preparation continues with what is there, if inputs and options are the same, and a process that
+outlives it disturbs nothing.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from train.atomic_files import naming
 from train.data.documents import shown
 from train.prepare.inputs import Unit, stamp
 
@@ -86,6 +89,19 @@ class Plan:
     @cached_property
     def _stamp_of(self) -> dict[str, list[Any]]:
         return {entry[0]: entry for entry in self.stamps}
+
+
+def partial_of(path: Path) -> Path:
+    """The name under which this process writes `path`."""
+    return path.with_name(f".{os.getpid()}.partial.{path.name}")
+
+
+def write_bytes(path: Path, raw: bytes) -> None:
+    """Write a file of a unit so that it is complete or absent."""
+    partial = partial_of(path)
+    with naming(partial):
+        partial.write_bytes(raw)
+    partial.rename(path)
 
 
 def read_plan(work: Path) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs.errors import UserError
 from train.data.documents import shown
+from train.data.hf_stream import open_rows, reason_of, text_of
 from train.data.rows import (
     Column,
     Row,
@@ -97,6 +98,8 @@ def _rows(unit: Unit, column: Column) -> Iterator[Row]:
     elif unit.kind == "parquet":
         groups = list(range(unit.start, unit.end))
         yield from parquet_rows(path, column, groups or None)
+    elif unit.kind == "stream":
+        yield from _streamed_rows(unit, column)
     else:
         yield from _arrow_rows(unit, column)
 
@@ -115,6 +118,32 @@ def _arrow_rows(unit: Unit, column: Column) -> Iterator[Row]:
             for row in texts_of(chunk, start):
                 yield row
                 start += 1
+
+
+def _streamed_rows(unit: Unit, column: Column) -> Iterator[Row]:
+    """The rows of one file of a stream."""
+    rows = open_rows(unit.files[0])
+    rows = rows.shard(num_shards=rows.num_shards, index=unit.start)
+    iterator, number = iter(rows), 0
+    while True:
+        number += 1
+        where = f"file {unit.start + 1}, row {number}"
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # of the file format, the disk, the network
+            yield Unreadable(f"{where} and all that follow", reason_of(error))
+            return
+        if column.name not in row:
+            column.miss(row)
+            yield None
+            continue
+        column.found = True
+        try:
+            yield text_of(row, column.name, where) or None
+        except UserError as error:
+            yield Unreadable(where, str(error).removeprefix(f"{where}: "))
 
 
 @cache

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError
-from train.atomic_files import naming, replace_text
+from train.atomic_files import naming
 from train.data.dedup import HASHES, signature
 from train.data.rows import Column
-from train.prepare.plan import Plan
+from train.prepare.plan import Plan, partial_of, write_bytes
 from train.prepare.reading import NOT_UTF8, REJECTIONS, UNREADABLE, Rejected, documents_of
 
 KEPT = 255
@@ -65,12 +65,12 @@ def scan(plan: Plan, work: Path, number: int) -> dict[str, Any]:
         "rejected": {why: counts[index] for index, why in enumerate(REJECTIONS)},
         "listed": listed[:_MOST_LISTED],
     }
-    replace_text(work / "scan" / f"{number}.json", json.dumps(found) + "\n")
+    write_bytes(work / "scan" / f"{number}.json", json.dumps(found).encode())
     return found
 
 
 def _save(path: Path, **arrays: np.ndarray) -> None:
-    partial = path.with_name(f".{path.stem}.partial.npz")
+    partial = partial_of(path)
     with naming(path):
         np.savez(partial, allow_pickle=False, **arrays)
     partial.rename(path)

@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.errors import UserError
 from train.data.dedup import HASHES, drop_similar, split
-from train.prepare.plan import Plan
+from train.prepare.plan import Plan, write_bytes
 from train.prepare.scanning import KEPT, load_scan
 
 REJECTED, EQUAL, NEARLY_EQUAL, TRAIN, VALIDATION = range(5)
@@ -59,9 +59,7 @@ def decide(plan: Plan, work: Path, log: Callable[[str], None]) -> Decisions:
         values[where[kept[held_out]]] = VALIDATION
     if not (values == TRAIN).any():
         raise UserError("no documents are left to train on: the sources have no text")
-    partial = work / f".{DECISIONS}.partial"
-    partial.write_bytes(values.tobytes())
-    partial.rename(work / DECISIONS)
+    write_bytes(work / DECISIONS, values.tobytes())
     return Decisions(values, starts)
 
 

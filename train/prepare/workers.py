@@ -2,9 +2,10 @@
 
 The parent writes {"stage": "scan" or "encode", "unit": N} to a worker's standard input and reads
 {"unit": N, "found": counts} or {"error": line} from its standard output. A worker ends when its
-input ends, so none survives its parent. With one process the parent does the work itself.
+parent does. With one process the parent does the work itself.
 """
 
+import ctypes
 import json
 import os
 import selectors
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from train.prepare.plan import Plan, read_plan
 from train.prepare.scanning import scan
 from train.prepare.selection import load_decisions
 
+_PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parent.parent.parent
 Log = Callable[[str], None]
 
@@ -105,7 +108,9 @@ def _in_processes(work: Path, stage: str, todo: list[int], n: int) -> Iterator[i
     """The units as they are done."""
     # each process is one thread: the processes use the cores
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "train.prepare.workers", str(work.absolute())]
+    command = [
+        sys.executable, "-m", "train.prepare.workers", str(work.absolute()), str(os.getpid()),
+    ]  # fmt: skip
     processes = [
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=env, text=True
@@ -151,8 +156,13 @@ def _send(process: "subprocess.Popen[str]", stage: str, number: int | None) -> i
     return 1
 
 
-def main(work: Path) -> None:
-    """Answer the requests on standard input."""
+def main(work: Path, parent: int) -> None:
+    """Answer the requests on standard input. parent: the process that sends them."""
+    if sys.platform == "linux":  # elsewhere a unit is finished first, for nothing
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     worker = Worker(work)
     for line in sys.stdin:
@@ -168,4 +178,4 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

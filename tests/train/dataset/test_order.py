@@ -1,15 +1,20 @@
 """Which sequences a step reads: permutations, blends, skipped steps. Compared with counting."""
 
-import random
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from configs.errors import ConfigError
+from train.dataset import order as order_module
 from train.dataset.blend import Blend, Share
 from train.dataset.order import BlendedEpochs, ShuffledEpochs, data_step
 from train.dataset.permutation import KeyedPermutation
+
+
+def blend(shares: Sequence[Share], length: int, global_batch: int = 1, seq_len: int = 1) -> Blend:
+    return Blend(shares, length, global_batch=global_batch, seq_len=seq_len)
 
 
 def share(label: str, weight: float, limit: int | None = None, tokens: float = 1) -> Share:
@@ -49,28 +54,12 @@ def test_neighbors_of_a_permutation_are_independent() -> None:
         assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 0.04
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_any_first_sequences_of_a_blend_have_their_shares(seed: int) -> None:
-    rng = random.Random(seed)
-    weights = [round(rng.random() ** 3 + 1e-4, rng.randint(4, 9)) for _ in range(rng.randint(1, 9))]
-    length = 5000
-    blend = Blend([share(str(i), w) for i, w in enumerate(weights)], length)
-    sources, draws = blend.at(np.arange(length))
-    for source, weight in enumerate(weights):
-        count = np.cumsum(sources == source)
-        expected = np.arange(1, length + 1) * weight / sum(weights)
-        assert np.abs(count - expected).max() < 1.4
-        assert (draws[sources == source] == np.arange(count[-1])).all()
-    for number in (0, 1, 17, length):
-        assert blend.drawn(number) == tuple(np.bincount(sources[:number], minlength=len(weights)))
-    some = np.array([0, 3, 777, 4999])
-    assert (blend.at(some)[0] == sources[some]).all() and (blend.at(some)[1] == draws[some]).all()
-
-
 def test_weights_of_three_decimals_are_exact_over_any_thousand_steps() -> None:
     weights, global_batch = (0.617, 0.283, 0.099, 0.001), 8
-    blend = Blend([share(str(w), w) for w in weights], 3000 * global_batch)
-    sources, _ = blend.at(np.arange(3000 * global_batch))
+    shares = [share(str(w), w) for w in weights]
+    found = blend(shares, 3000 * global_batch, global_batch).at(np.arange(3000 * global_batch))
+    sources = found.sources
+    assert (found.lengths == 1).all() and (found.rows == np.arange(len(sources))).all()
     for source, weight in enumerate(weights):
         count = np.concatenate([[0], np.cumsum(sources == source)])
         windows = count[1000 * global_batch :] - count[: -1000 * global_batch]
@@ -79,38 +68,41 @@ def test_weights_of_three_decimals_are_exact_over_any_thousand_steps() -> None:
 
 def test_weights_change_at_their_sequence() -> None:
     shares = [Share("a", ((0, 1.0), (600, 3.0)), Fraction(1), None), share("b", 1.0)]
-    blend = Blend(shares, 1000)
-    assert blend.drawn(600) == (300, 300)
-    assert blend.drawn(1000) == (600, 400)
+    found = blend(shares, 1000)
+    assert found.drawn(600) == (300, 300)
+    assert found.drawn(1000) == (600, 400)
 
 
 def test_a_source_is_read_max_epochs_times_and_then_the_others() -> None:
-    blend = Blend([share("a", 0.5, limit=100), share("b", 0.25), share("c", 0.25)], 1000)
-    sources, draws = blend.at(np.arange(1000))
+    whole = blend([share("a", 0.5, limit=100), share("b", 0.25), share("c", 0.25)], 1000)
+    found = whole.at(np.arange(1000))
+    sources, draws = found.sources, found.draws
     assert (sources == 0).sum() == 100 and draws[sources == 0].max() == 99
     last = np.flatnonzero(sources == 0)[-1]
     assert 198 <= last <= 200
-    assert blend.drawn(1000)[1:] == (450, 450)
+    assert whole.drawn(1000)[1:] == (450, 450)
 
 
 def test_a_blend_that_ends_too_early_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"after 130 of 131 sequences.*\(a, b\)"):
-        Blend([share("a", 0.5, limit=100), share("b", 0.5, limit=30)], 131)
-    Blend([share("a", 0.5, limit=100), share("b", 0.5, limit=30)], 130)
+        blend([share("a", 0.5, limit=100), share("b", 0.5, limit=30)], 131)
+    blend([share("a", 0.5, limit=100), share("b", 0.5, limit=30)], 130)
     with pytest.raises(ConfigError, match="after 50 of 60"):
-        Blend([Share("a", ((0, 1.0), (50, 0.0)), Fraction(1), None)], 60)
+        blend([Share("a", ((0, 1.0), (50, 0.0)), Fraction(1), None)], 60)
+    with pytest.raises(ConfigError, match="weight of b is less than one token in 1,000 steps"):
+        blend([share("a", 1), share("b", 1e-9)], 10, seq_len=64)
 
 
 def test_weights_count_tokens_where_sequences_have_padding() -> None:
-    blend = Blend([share("full", 0.5, tokens=100), share("half", 0.5, tokens=50)], 3000)
-    full, half = blend.drawn(3000)
-    assert abs(full * 100 - half * 50) <= 150
+    shares = [share("full", 0.5, tokens=100), share("half", 0.5, tokens=50)]
+    full, half = blend(shares, 3000, seq_len=100).drawn(3000)
+    assert abs(full * 100 - half * 50) <= 150 * 100
 
 
 def test_an_epoch_of_a_blend_has_every_sequence_once_and_no_other_source_changes_it() -> None:
     def order(weights: tuple[float, float], seed: int = 3) -> list[tuple[int, int, int]]:
         shares = [share("a", weights[0]), share("b", weights[1])]
-        order = BlendedEpochs(Blend(shares, 4000), (70, 301), ("a", "b"), seed)
+        order = BlendedEpochs(blend(shares, 4000), (70, 301), ("a", "b"), seed)
         found = order.at(np.arange(4000))
         return list(zip(found.sources.tolist(), found.epochs.tolist(), found.numbers.tolist(),
                         strict=True))  # fmt: skip
@@ -128,10 +120,10 @@ def test_an_epoch_of_a_blend_has_every_sequence_once_and_no_other_source_changes
 
 
 def test_visits_across_an_epoch_are_those_of_the_list() -> None:
-    order = ShuffledEpochs(10, seed=1)
+    order = ShuffledEpochs(10, 4, seed=1)
     whole = order.at(np.arange(35)).numbers
     assert all(sorted(whole[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
-    assert (ShuffledEpochs(10, 1).at(np.arange(8, 23)).numbers == whole[8:23]).all()
+    assert (ShuffledEpochs(10, 4, 1).at(np.arange(8, 23)).numbers == whole[8:23]).all()
 
 
 def test_skipped_steps_are_never_read_and_all_others_are() -> None:
@@ -141,10 +133,11 @@ def test_skipped_steps_are_never_read_and_all_others_are() -> None:
     assert data_step(4, []) == 4
 
 
-def test_sources_with_few_sequences_per_step_are_named() -> None:
-    shares = [share("large", 0.8), share("exact", 0.125), share("odd", 0.0371234)]
-    blend = Blend([share("a", 0.75), share("b", 0.25)], 100)
-    assert blend.coarse(8) == []
-    assert Blend(shares[:2], 100).coarse(37) == []
-    assert [line.split()[0] for line in Blend(shares, 100).coarse(8)] == ["exact", "odd"]
-    assert Blend(shares, 100).coarse(4096) == []
+def test_a_long_source_is_in_keyed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ShuffledEpochs(1000, 4, seed=1).at(np.arange(2000)).numbers
+    assert (short[:1000] == np.random.default_rng([1, 0]).permutation(1000)).all()
+    monkeypatch.setattr(order_module, "MOST_IN_MEMORY", 999)
+    keyed = ShuffledEpochs(1000, 4, seed=1).at(np.arange(2000)).numbers
+    assert (np.sort(keyed[:1000]) == np.arange(1000)).all()
+    assert (np.sort(keyed[1000:]) == np.arange(1000)).all()
+    assert (keyed[:1000] == KeyedPermutation(1000, 1, "", 0)(np.arange(1000))).all()

@@ -81,12 +81,24 @@ def test_packing_leaves_little_padding() -> None:
     assert (used <= 2048).all() and (used < 1024).sum() <= 1
 
 
-def test_only_documents_longer_than_a_sequence_are_cut() -> None:
+@pytest.mark.parametrize(("median", "spread"), [(245, 0.9), (913, 1.5), (6000, 1.2)])
+def test_only_documents_longer_than_a_sequence_are_cut_and_as_rarely_as_possible(
+    median: int, spread: float
+) -> None:
+    """Also where most documents are longer: none of their cuts can be avoided."""
     rng = np.random.default_rng(1)
-    lengths = rng.lognormal(5.5, 0.9, 20_000).astype(int) + 5
-    packing = pack(np.cumsum([0, *lengths]), 2048)
-    assert packing.n_cuts == ((lengths - 1) // 2048).sum() > 0
-    assert packing.n_cuts < packing.n_cuts_concatenated / 10
+    lengths = rng.lognormal(np.log(median), spread, 5_000).astype(int) + 5
+    offsets = np.cumsum([0, *lengths])
+    packing = pack(offsets, 2048)
+    ends = packing.starts + packing.lengths
+    cut = ~np.isin(ends, offsets)  # a piece that ends within its document
+    document = np.searchsorted(offsets, packing.starts[cut], side="right") - 1
+    cuts = np.bincount(document, minlength=len(lengths))
+    assert (cuts == -(-lengths // 2048) - 1).all() and cuts.sum() == packing.n_cuts > 0
+    inside = offsets[1:-1]
+    concatenated = (offsets[-1] - 1) // 2048 - len(np.unique(inside[inside % 2048 == 0]))
+    assert packing.n_cuts_concatenated == concatenated > packing.n_cuts
+    assert packing.padding < 0.003
 
 
 def test_a_packing_is_stored_and_read_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A million samples with interruptions, other numbers of ranks and workers: none twice, none lost.
 
-Each sample is one sequence of a dataset whose tokens are its number.
+Each sample is one sequence of a dataset, and its tokens are its number. Of the blend some sequences
+are shared: half of one source's sample and half of another's.
 """
 
 import hashlib
@@ -22,12 +23,12 @@ WORLDS = (1, 4, 3, 2, 6)
 L = 2
 
 
-def source(count: int, first: int) -> Concatenated:
-    """`count` sequences; sequence i begins with the token `first + i`."""
-    tokens = np.repeat(np.arange(first, first + count + 1), L)[: count * L + 1].astype(np.uint32)
+def source(count: int, first: int, length: int = L) -> Concatenated:
+    """`count` sequences; all tokens of sequence i are `first + i`."""
+    tokens = np.repeat(np.arange(first, first + count + 1), length)[: count * length + 1]
     return Concatenated(
-        Split(ArrayTokens(tokens, "samples"), 0, lambda: np.zeros(1, np.int64)), L,
-        TokenRules(2**31, True, 2**32),
+        Split(ArrayTokens(tokens.astype(np.uint32), "samples"), 0, lambda: np.zeros(1, np.int64)),
+        length, TokenRules(2**31, True, 2**32),
     )  # fmt: skip
 
 
@@ -35,8 +36,10 @@ def data_of(rank: int, world: int, steps: int, global_batch: int, counts: tuple[
             skipped: tuple[tuple[int, int], ...] = ()) -> TrainingData:  # fmt: skip
     """A blend of two sources; everything is opened anew, as in another process."""
     sources = [source(counts[0], 0), source(counts[1], counts[0])]
-    shares = [Share(n, ((0, w),), Fraction(1), None) for n, w in (("a", 0.37), ("b", 0.63))]
-    blend = Blend(shares, (steps + 100) * global_batch)
+    shares = [
+        Share(n, ((0, w),), Fraction(1), None) for n, w in (("a", 0.3701396), ("b", 0.6298604))
+    ]
+    blend = Blend(shares, (steps + 100) * global_batch, global_batch=global_batch, seq_len=L)
     return TrainingData(
         BlendedEpochs(blend, counts, ("a", "b"), seed=7), sources, global_batch=global_batch,
         micro_batch=global_batch // world // (2 if world < 4 else 1), rank=rank, n_ranks=world,
@@ -45,18 +48,18 @@ def data_of(rank: int, world: int, steps: int, global_batch: int, counts: tuple[
 
 
 def step_of_all_ranks(iterators: Sequence[Iterator[list[Batch]]]) -> list[int]:
-    """The samples of the next step of all ranks, sorted: their order has no effect."""
+    """The tokens of the next step of all ranks, sorted: their order has no effect."""
     of_ranks = [next(iterator) for iterator in iterators]
     found: list[int] = []
     for microbatches in zip(*of_ranks, strict=True):
         for batch in microbatches:
-            found += batch.tokens_T[::L].tolist()
+            found += batch.tokens_T.tolist()
     return sorted(found)
 
 
 def run(steps: int, global_batch: int, counts: tuple[int, int], interruptions: int, seed: int
         ) -> tuple[str, np.ndarray]:  # fmt: skip
-    """A hash of the samples of every step, and how often each was read, in a run that is
+    """A hash of the samples of every step, and how many tokens of each were read, in a run that is
     interrupted and continues with other ranks, workers and numbers of steps ahead."""
     rng = random.Random(seed)
     chosen: set[int] = set()
@@ -75,7 +78,7 @@ def run(steps: int, global_batch: int, counts: tuple[int, int], interruptions: i
         ]
         while done < stop:
             found = step_of_all_ranks(iterators)
-            assert len(found) == global_batch
+            assert len(found) == global_batch * L
             digest.update(np.array(found).tobytes())
             np.add.at(times, found, 1)
             done += 1
@@ -89,13 +92,14 @@ def check(n_samples: int, global_batch: int, counts: tuple[int, int], interrupti
     whole, once = run(steps, global_batch, counts, 0, seed=0)
     found, times = run(steps, global_batch, counts, interruptions, seed=1)
     assert found == whole
-    assert (times == once).all() and times.sum() == steps * global_batch
+    assert (times == once).all() and times.sum() == steps * global_batch * L
     for first, count in ((0, counts[0]), (counts[0], counts[1])):
         # of each source, every sample as often as epochs, or once more
         part = times[first : first + count]
-        epochs = part.sum() // count
+        epochs = part.sum() // (count * L)
         assert epochs >= 1
-        assert set(part.tolist()) <= {epochs, epochs + 1}
+        assert set(part.tolist()) <= {epochs * L, epochs * L + 1, (epochs + 1) * L}
+        assert (part % L).sum() <= 1  # of one sample the other half is read later
 
 
 def test_interrupted_runs_read_what_an_uninterrupted_one_reads() -> None:

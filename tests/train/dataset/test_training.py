@@ -165,10 +165,10 @@ def test_what_would_repeat_or_lose_samples_is_refused(
 
     changed = as_given.replace("0.7", "0.2")
     error = refused(changed)
-    assert "until step 2 the run has read 11 sequences of web" in error, error
+    assert "until step 2 the run has read 352 tokens of web" in error, error
     assert "would have read" in refused('--data.skip_steps=["1"]')
     only_one = f'--data.blend=[{{path = "{copy / "web"}", weight = 1.0, name = "web"}}]'
-    assert "sequences of web" in refused(only_one)
+    assert "tokens of web" in refused(only_one)
     assert "data.packing" in refused("--data.packing=best_fit")
     assert "data.fim_rate" in refused("--data.fim_rate=0.1")
     # what concerns later steps only is allowed

@@ -19,7 +19,7 @@ from configs.errors import UserError
 from scripts.prepare_data import main
 from tests.runs import started
 from train.dataset.prepared import open_prepared, verify
-from train.prepare import inputs, statistics
+from train.prepare import inputs, pipeline, statistics
 from train.prepare.pipeline import Output, prepare_data
 from train.prepare.plan import Options
 from train.tokenizer.tokenizer import Encoder, load_tokenizer
@@ -167,6 +167,71 @@ def test_a_document_stays_in_its_split_when_others_are_added(tmp_path: Path) -> 
         assert set(decoded(tmp_path / "few", split)) <= set(decoded(tmp_path / "more", split))
     index = prepare(tmp_path, write(tmp_path, "jsonl", texts), out="none", validation_fraction=0.0)
     assert index["splits"]["validation"]["documents"] == 0
+
+
+def test_a_stream_gives_the_documents_of_its_files(tmp_path: Path) -> None:
+    texts = texts_of(45)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_bytes(jsonl(texts[15 * number : 15 * number + 15]))
+    with open(folder / "1.jsonl", "ab") as file:
+        file.write(b'{"id": 1, "text": null}\n{"id": 2, "text": " "}\n')
+    stream = Path(f"stream:{folder}")
+    index = prepare(tmp_path, stream, validation_fraction=0.0)
+    assert decoded(tmp_path / "out") == texts
+    (entry,) = index["sources"]
+    assert entry["missing"] + entry["empty"] == 2 and entry["documents"] == 47
+    (folder / "2.jsonl").write_bytes(jsonl(texts[:3]) + b'{"id": 1, "text": "half')
+    with pytest.raises(UserError, match=r"rows: file 3, row \d+ and all that follow: .*skip"):
+        prepare(tmp_path, stream, out="three")
+    with pytest.raises(UserError, match="no such file or folder"):
+        prepare(tmp_path, Path("stream:./nothing"), out="four")
+
+
+def test_line_ends_of_other_systems_and_files_that_are_no_text(tmp_path: Path) -> None:
+    texts = texts_of(30)
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(jsonl(texts).replace(b"\n", b"\r\n"))
+    assert prepare(tmp_path, source, out="crlf")["sources"][0]["documents"] == 30
+    source.write_bytes(jsonl(texts).replace(b"\n", b"\r"))
+    with pytest.raises(UserError, match=r"byte offset 0: not JSON.*not in CR alone"):
+        prepare(tmp_path, source)
+    old = tmp_path / "old.txt"
+    old.write_bytes("".join(texts).replace("\n", "\r").encode())
+    assert prepare(tmp_path, old, out="cr")["sources"][0]["documents"] > 8  # cut at its lines
+    for name, hint in (("rows.json", "name it .jsonl"), ("rows.csv", "takes"), ("a.zip", "takes")):
+        (tmp_path / name).write_bytes(b"[]")
+        with pytest.raises(UserError, match=rf"{name}: suffix .* is not supported.*{hint}"):
+            prepare(tmp_path, tmp_path / name)
+
+
+def test_several_frames_and_members_of_a_compressed_file(tmp_path: Path) -> None:
+    texts = texts_of(30)
+    parts = [jsonl(texts[start : start + 10]) for start in (0, 10, 20)]
+    for kind, pack in (("gz", gzip.compress), ("zst", zst)):
+        source = tmp_path / f"rows.jsonl.{kind}"
+        source.write_bytes(b"".join(map(pack, parts)))
+        prepare(tmp_path, source, out=kind, validation_fraction=0.0)
+        assert decoded(tmp_path / kind) == texts
+
+
+def test_what_a_kill_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after the dataset has its name, and unfinished files of one before."""
+    source = write(tmp_path, "jsonl", texts_of(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_join", lambda *arguments: (_ for _ in ()).throw(OSError("stop")))
+        with pytest.raises(OSError, match="stop"):
+            prepare(tmp_path, source)
+    work = tmp_path / "out.preparing"
+    stale = work / "encode" / ".123456.partial.0.train.tokens.bin"
+    stale.write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.shutil, "rmtree", lambda path, **options: None)  # killed before it
+        prepare(tmp_path, source)
+    assert work.is_dir() and not stale.exists()
+    assert any("prepared already" in line for line in prepare(tmp_path, source)["lines"])
+    assert not work.exists() and verify(tmp_path / "out")
 
 
 BAD = {
