@@ -30,7 +30,7 @@ class Vocabulary:
     not_ends: NDArray[np.int32]
     """`[W]`: all tokens but the end tokens."""
     added: tuple[str, ...]
-    """Added tokens that are text, such as `<tool_call>`. They begin anywhere, also inside a word."""
+    """Added tokens that are text, such as `<tool_call>`. They begin anywhere."""
 
     def begun_token(self, text: str) -> int:
         """Bytes at the end of `text` that may be the beginning of an added token."""

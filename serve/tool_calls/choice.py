@@ -36,6 +36,8 @@ class ChatFormat:
     """Whether the template reads the arguments of earlier calls as the text of their JSON."""
     empty_content: bool = True
     """Whether the template reads an empty text where a message has no content, instead of None."""
+    is_known: bool = True
+    """Whether the template writes calls in this form, or the form was given."""
 
 
 def choose_format(source: str, render: Render, name: str = "auto") -> ChatFormat:
@@ -59,7 +61,7 @@ def choose_format(source: str, render: Render, name: str = "auto") -> ChatFormat
             for form in FORMS.values() if known is None else (known,):
                 if form.opens + form.write(_NAME, _ARGUMENTS, _IDENTIFIER) in text:
                     return ChatFormat(form, thinks, as_text, empty)
-    return ChatFormat(known or HERMES, thinks)
+    return ChatFormat(known or HERMES, thinks, is_known=known is not None)
 
 
 def _conversation(as_text: bool, empty: bool) -> dict[str, Any]:

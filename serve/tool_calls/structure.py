@@ -66,7 +66,7 @@ class Structure:
         """The grammar of an answer's content, as that of the whole text. grammar: a field of
         `SamplingParams`."""
         is_harmony = isinstance(self.form, HarmonyForm)
-        name, value = next(iter(grammar.items()), ("", None))
+        name, value = next(iter(grammar.items()), ("", ()))
         if not (is_harmony or self.thinks) or name in ("", "structural_tag"):
             return dict(grammar)
         try:

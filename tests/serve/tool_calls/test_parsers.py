@@ -131,7 +131,8 @@ def test_reasoning_of_all_lengths(text: str, reasoning: str, content: str) -> No
 def test_values_of_elements_have_the_types_of_the_schema() -> None:
     properties = {
         "text": {"type": "string"}, "number": {"type": "number"}, "other": {},
-        "name": {"$ref": "#/$defs/Name"}, "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "name": {"$ref": "#/$defs/Name"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
     }  # fmt: skip
     schema = {"properties": properties, "$defs": {"Name": {"enum": ["1", "true"]}}}
     form = FORMS["glm45"]
