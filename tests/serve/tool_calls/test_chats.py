@@ -15,6 +15,7 @@ from serve.engine.loading import open_export
 from serve.frontend.chat import ChatTemplate
 from tests.serve.conftest import run_server
 
+pytestmark = pytest.mark.slow
 MARKS = ["[TOOL_CALLS]", "[ARGS]", "<think>", "</think>", "<|start|>", "<|end|>", "<|channel|>",
          "<|message|>", "<|call|>", "<|constrain|>"]  # fmt: skip
 MISTRAL = (
@@ -75,7 +76,7 @@ def streamed(client: openai.OpenAI, options: dict[str, Any]) -> list[dict[str, A
 @pytest.mark.parametrize("choice", ["required", "auto"])
 def test_calls(client: openai.OpenAI, choice: Any) -> None:
     # a random model does not end its reasoning by itself
-    end = {"logit_bias": {"303": 12, "305": 12}} if choice != "auto" else {}
+    end = {"logit_bias": {"303": 100, "305": 100}} if choice != "auto" else {}
     options = OPTIONS | {"tool_choice": choice} | end
     whole = client.chat.completions.create(**options)
     messages = streamed(client, options)
@@ -96,7 +97,7 @@ def test_calls(client: openai.OpenAI, choice: Any) -> None:
 
 def test_a_grammar_follows_the_reasoning(client: openai.OpenAI) -> None:
     options = {key: value for key, value in OPTIONS.items() if key != "tools"}
-    options["logit_bias"] = {"303": 12, "305": 12}
+    options["logit_bias"] = {"303": 100, "305": 100}
     options["extra_body"] = {"guided_choice": ["red", "green"]}
     for one in client.chat.completions.create(**options).choices:
         if one.finish_reason == "stop":
