@@ -36,6 +36,7 @@ from serve.generate import parse as parse_generate
 from serve.options import engine_options, make_parser
 from serve.terminal_chat import chat
 from serve.terminal_chat import parse as parse_chat
+from serve.tool_calls.forms import FORMS
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 _AFTER_GRACE = 1.0
@@ -116,6 +117,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         choices=["on", "off"],
         default="off",
         help="on: the engine is a process of its own, which is started again when it ends",
+    )
+    parser.add_argument(
+        "--tool-call-format",
+        choices=["auto", *FORMS],
+        default="auto",
+        help="how the model writes calls of tools; auto: as its chat template does",
     )
     parser.add_argument("--api-key", help="clients must send it, on every path but /health")
     options = parser.parse_args(arguments)
@@ -203,6 +210,7 @@ def _serve(
         api_key=options.api_key,
         template=template,
         model_path=str(options.folder),
+        tool_call_format=options.tool_call_format,
     )
     allow_connections()
     config = server_config(app, options.keep_alive, options.grace)

@@ -44,6 +44,7 @@ def build_app(
     api_key: str | None = None,
     template: ChatTemplate | None = None,
     model_path: str | None = None,
+    tool_call_format: str = "auto",
 ) -> Starlette:
     """The application; it starts `engine` and stops it.
 
@@ -55,8 +56,10 @@ def build_app(
         api_key: Clients must send it.
         template: For chats; None if the export has none.
         model_path: The folder of the export, for routers.
+        tool_call_format: A name of `serve.tool_calls.forms`, or `auto`: that of the template.
     """
-    api = Api(engine, model_name, drain or Drain(), template, model_path or model_name)
+    drain = drain or Drain()
+    api = Api(engine, model_name, drain, template, model_path or model_name, tool_call_format)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -95,7 +98,7 @@ def _completions(fields: Json, api: Api) -> Writer:
 
 
 def _chat(fields: Json, api: Api) -> Writer:
-    return ChatWriter(fields, api.inputs, api.template, api.model_name)
+    return ChatWriter(fields, api.inputs, api.template, api.chat_format, api.model_name)
 
 
 def _native(fields: Json, api: Api) -> Writer:

@@ -92,7 +92,7 @@ HARMLESS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
     "parallel_tool_calls request_id model rid priority stream stream_options log_metrics "
     "background no_logs return_bytes return_entropy return_text_in_logprobs "
-    "separate_reasoning stream_reasoning include_reasoning data_parallel_rank bootstrap_host "
+    "stream_reasoning include_reasoning separate_reasoning data_parallel_rank bootstrap_host "
     "bootstrap_port bootstrap_room return_prompt_text_in_logprobs custom_labels "
     "return_cached_tokens_details "
     "incremental_streaming conversation_id timestamp".split()

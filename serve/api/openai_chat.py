@@ -6,7 +6,6 @@ https://platform.openai.com/docs/api-reference/chat
 import json
 import time
 import uuid
-from typing import Any
 
 from serve.api.answer import Writer
 from serve.api.errors import Json
@@ -25,32 +24,36 @@ from serve.api.fields import (
     text,
 )
 from serve.api.openai_completions import finish_reason, include_usage, usage
-from serve.api.structured import GRAMMARS
-from serve.api.tools import ToolCallParser, Tools, parse_tools
+from serve.api.structured import GRAMMARS, grammar_fields
+from serve.api.tools import MessageParser, Tools, parse_tools
 from serve.engine.input_processor import InputProcessor
 from serve.engine.request import Output, Request, RequestError, TokenLogprob
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_TOKENS
 from serve.frontend.chat import ChatTemplate, Message
 from serve.text.token_names import TokenNames
+from serve.tool_calls.choice import ChatFormat
+from serve.tool_calls.forms import THINK, HarmonyForm
+from serve.tool_calls.reasoning import ReasoningParser
+from serve.tool_calls.structure import Structure
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _USED = (
     *READ,
     *("messages", "logprobs", "top_logprobs", "max_completion_tokens", "chat_template_kwargs"),
     *("model", "stream", "stream_options", "priority", "rid", "return_token_ids", "echo"),
-    *("tools", "tool_choice", "parallel_tool_calls"),
+    *("tools", "tool_choice", "parallel_tool_calls", "separate_reasoning"),
 )
 _RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 
 
-def parse_messages(value: object) -> list[Message]:
+def parse_messages(value: object, form: ChatFormat) -> list[Message]:
     """Messages for a template: content is text; parts of it are joined. Raises RequestError."""
     if not isinstance(value, list) or not value:
         raise RequestError("messages must be a list of objects", "messages", code="invalid_type")
-    return [_parse_message(one, f"messages[{i}]") for i, one in enumerate(value)]
+    return [_parse_message(one, f"messages[{i}]", form) for i, one in enumerate(value)]
 
 
-def _parse_message(value: object, place: str) -> Message:
+def _parse_message(value: object, place: str, form: ChatFormat) -> Message:
     if not isinstance(value, dict):
         raise RequestError(f"{place} must be an object", "messages", code="invalid_type")
     role = value.get("role")
@@ -62,8 +65,18 @@ def _parse_message(value: object, place: str) -> Message:
             if not isinstance(value[name], str):
                 raise RequestError(f"{place}.{name} must be a string", "messages")
             message[name] = value[name]
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(value.get(name), str):  # templates have two names for it
+            message |= {"reasoning_content": value[name], "thinking": value[name]}
     if value.get("tool_calls"):
-        message["tool_calls"] = _parse_tool_calls(value["tool_calls"], place)
+        calls = _parse_tool_calls(value["tool_calls"], place)
+        if form.arguments_as_text:
+            for one in calls:
+                function = one["function"]
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        message["tool_calls"] = calls
+        if not message["content"] and not form.empty_content:
+            message["content"] = None
     elif value.get("content") is None:
         raise RequestError(f"{place}.content is missing", "messages", code="invalid_type")
     return message
@@ -117,7 +130,12 @@ class ChatWriter(Writer):
     """A checked body of `POST /v1/chat/completions`, and its answer. Raises RequestError."""
 
     def __init__(
-        self, fields: Json, inputs: InputProcessor, template: ChatTemplate | None, model_name: str
+        self,
+        fields: Json,
+        inputs: InputProcessor,
+        template: ChatTemplate | None,
+        chat_format: ChatFormat,
+        model_name: str,
     ) -> None:
         check_model(fields, model_name)
         check_names(fields, _USED, STRUCTURED | UNSUPPORTED)
@@ -139,17 +157,13 @@ class ChatWriter(Writer):
             variables = variables | {"tools": definitions}
         encoder = inputs.text_encoder
         rendered = template.render(
-            parse_messages(fields.get("messages")), encoder.mark_text, variables
+            parse_messages(fields.get("messages"), chat_format), encoder.mark_text, variables
         )
         tokens = encoder.encode_rendered(rendered, "messages")
+        answer = _AnswerFormat(fields, inputs, chat_format, tools, rendered)
         more: Json = {
             "logprobs": _logprobs(fields), "max_tokens": _max_tokens(fields, inputs, len(tokens))
-        }  # fmt: skip
-        if tools is not None:
-            given = next((name for name in GRAMMARS if fields.get(name) is not None), None)
-            if given is not None and fields[given] != {"type": "text"}:
-                raise RequestError(f"{given} and tools exclude each other", given)
-            more["structural_tag"] = tools.structural_tag
+        } | answer.params  # fmt: skip
         self.params = sampling_params(fields, **more)
         if self.params.n > MAX_SEQUENCES:
             raise RequestError(f"n must be at most {MAX_SEQUENCES}", "n")
@@ -159,7 +173,7 @@ class ChatWriter(Writer):
         self.requests = inputs.make_requests(tokens, self.params, priority(fields), self)
         with_ids = flag(fields, "return_token_ids")
         self.choices = {
-            request: _Choice(index, request, inputs, with_ids, tools)
+            request: _Choice(index, request, inputs, with_ids, answer.parser())
             for index, request in enumerate(self.requests)
         }
         self.head: Json = {
@@ -210,6 +224,43 @@ def _max_tokens(fields: Json, inputs: InputProcessor, n_prompt: int) -> int:
     return max(0 if n_prompt > inputs.info.longest else 1, inputs.info.longest - n_prompt)
 
 
+class _AnswerFormat:
+    """How the text of an answer is restricted and divided. params: fields of `SamplingParams`."""
+
+    def __init__(
+        self,
+        fields: Json,
+        inputs: InputProcessor,
+        chat_format: ChatFormat,
+        tools: Tools | None,
+        rendered: str,
+    ) -> None:
+        self.form = chat_format.form
+        self.tools = tools
+        self.thinks = chat_format.thinks and flag(fields, "separate_reasoning", True)
+        self.is_open = rendered.rstrip().endswith(THINK)
+        self.params: Json = {}
+        special = inputs.text_encoder.special_tokens
+        structure = Structure(self.form, special, inputs.info.end_tokens, self.thinks)
+        given = next((name for name in GRAMMARS if fields.get(name) is not None), None)
+        if tools is not None:
+            if given is not None and fields[given] != {"type": "text"}:
+                raise RequestError(f"{given} and tools exclude each other", given)
+            self.params["structural_tag"] = structure.tag(
+                tools.callable, tools.free_text, tools.one_only, self.is_open
+            )
+        elif given is not None:
+            self.params = structure.around(grammar_fields(fields), self.is_open)
+        if self.thinks or tools is not None or isinstance(self.form, HarmonyForm):
+            self.params["shown_special_tokens"] = structure.shown
+
+    def parser(self) -> MessageParser:
+        reasoning = ReasoningParser(self.is_open) if self.thinks else None
+        if self.tools is None:
+            return MessageParser(self.form, (), False, reasoning)
+        return MessageParser(self.form, self.tools.callable, self.tools.named, reasoning)
+
+
 class _Choice:
     """Converts the outputs of one request to deltas and to its choice object."""
 
@@ -219,14 +270,13 @@ class _Choice:
         request: Request,
         inputs: InputProcessor,
         with_ids: bool,
-        tools: Tools | None,
+        parser: MessageParser,
     ) -> None:
         self.index = index
         self.request = request
         self.with_ids = with_ids
-        self.content: list[str] = []
         self.begun = False
-        self.calls = None if tools is None else ToolCallParser(tools.named)
+        self.parser = parser
         self.logprobs: list[Json] | None = None
         self.reason: str | None = None
         self.names: TokenNames | None = None
@@ -244,12 +294,9 @@ class _Choice:
         return {"index": self.index, "delta": role, "logprobs": None, "finish_reason": None}
 
     def add(self, output: Output) -> Json:
-        self.content.append(output.text)
         self.reason = finish_reason(output.finish_reason)
-        delta: Json = {"content": output.text} if output.text else {}
-        if self.calls is not None:
-            delta = self.calls.add(output.text, self.reason is not None)
-            self.reason = self.calls.finish_reason(self.reason)
+        delta = self.parser.add(output.text, self.reason is not None)
+        self.reason = self.parser.finish_reason(self.reason)
         logprobs = None
         if self.logprobs is not None:
             logprobs = [self._entry(one) for one in output.logprobs]
@@ -281,17 +328,9 @@ class _Choice:
 
     def join(self) -> Json:
         """The whole choice."""
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": "".join(self.content),
-            "refusal": None,
-        }
-        if self.calls is not None and self.calls.calls:
-            content = "".join(self.calls.content)
-            message |= {"content": content or None, "tool_calls": self.calls.calls}
         choice: Json = {
             "index": self.index,
-            "message": message,
+            "message": self.parser.message(),
             "logprobs": None,
             "finish_reason": self.reason,
         }

@@ -17,6 +17,7 @@ from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.engine.request import Request, RequestError, start_grammars
 from serve.frontend.chat import ChatTemplate
 from serve.frontend.client import EngineClient
+from serve.tool_calls.choice import ChatFormat, choose_format
 
 _LARGE_BODY = 64 * 2**10
 """Larger bodies are parsed and tokenized one after another, in a thread of their own."""
@@ -35,8 +36,12 @@ class Api:
         drain: Drain,
         template: ChatTemplate | None,
         model_path: str,
+        tool_call_format: str,
     ) -> None:
         self.template = template
+        self.chat_format = ChatFormat()
+        if template is not None:
+            self.chat_format = choose_format(template.source, template.try_render, tool_call_format)
         self.engine = engine
         self.inputs = engine.inputs
         self.model_name = model_name

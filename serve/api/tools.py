@@ -1,48 +1,43 @@
-"""Tools of chats: the calls that a model may write, and OpenAI's form of them.
+"""Tools of chats: their fields in a request, and OpenAI's form of the calls in an answer.
 
-A call is written as Hermes and Qwen models are trained to:
-
-    <tool_call>
-    {"name": "add", "arguments": {"a": 1, "b": 2}}
-    </tool_call>
-
-A structural tag restricts the output to such calls of the given functions, with arguments that
-match their schemas: exactly one (a named function), at least one and nothing else (`required`), or
-text in which every `<tool_call>` begins one (`auto`).
+The grammar of an answer allows exactly one call (a named function), at least one and nothing else
+(`required`), or text in which calls may begin (`auto`). How a call is written depends on the model
+(`serve.tool_calls`).
 https://platform.openai.com/docs/guides/function-calling
 """
 
-import json
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from serve.api.errors import Json
 from serve.api.fields import flag
 from serve.engine.request import RequestError
+from serve.tool_calls.forms import Form, HarmonyForm, JsonForm, XmlForm
+from serve.tool_calls.harmony import HarmonyParser
+from serve.tool_calls.parser import CallParser, JsonCallParser, XmlCallParser
+from serve.tool_calls.reasoning import ReasoningParser
+from serve.tool_calls.scan import Event
+from serve.tool_calls.structure import Tool
+from serve.tool_calls.xml_arguments import kinds_of
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_OPEN = "<tool_call>"
-_BEGIN = '<tool_call>\n{"name": '
-_MIDDLE = ', "arguments": '
-_END = "}\n</tool_call>"
 _NO_PARAMETERS: Json = {"type": "object", "properties": {}}
-_CONTROL = {code: f"\\u{code:04x}" for code in range(0x20)}
-"""JSON has no control characters but escaped ones; the grammar of arguments writes none between
-elements, so every one is inside a string."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools of a call that may use them."""
+    """The tools of a request that may use them."""
 
-    definitions: list[Json]
-    """As the chat template reads them."""
+    callable: list[Tool]
+    free_text: bool
+    """Whether there may be other text, and no call."""
+    one_only: bool
     named: bool
-    """Whether the call names the function."""
-    structural_tag: Json
+    """Whether the request names the function."""
 
 
 def parse_tools(fields: Json) -> tuple[list[Json], Tools | None]:
@@ -51,28 +46,31 @@ def parse_tools(fields: Json) -> tuple[list[Json], Tools | None]:
     definitions, choice = fields.get("tools") or [], fields.get("tool_choice")
     if not isinstance(definitions, list) or len(definitions) > MAX_TOOLS:
         raise RequestError(f"tools must be a list of at most {MAX_TOOLS}", "tools")
-    parameters = dict(_parse_tool(one, f"tools[{i}]") for i, one in enumerate(definitions))
-    if len(parameters) != len(definitions):
+    tools = {
+        tool.name: tool
+        for tool in (_parse_tool(one, f"tools[{i}]") for i, one in enumerate(definitions))
+    }
+    if len(tools) != len(definitions):
         raise RequestError("two tools have the same name", "tools")
     if choice is None:
         choice = "auto" if definitions else "none"
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        choice, names = _parse_allowed(choice)
+        tools = {tool.name: tool for tool in (_named_tool(tools, name) for name in names)}
     if choice == "none" or (choice == "auto" and not definitions):
         return definitions, None
     named = False
     if isinstance(choice, dict):
-        name, named = _named(choice), True
-        if not isinstance(name, str) or name not in parameters:
-            raise RequestError(f"tool_choice: there is no tool {str(name)!r:.80}", "tool_choice")
-        parameters = {name: parameters[name]}
+        named, tool = True, _named_tool(tools, _name_of(choice))
+        tools = {tool.name: tool}
     elif choice not in ("auto", "required") or not definitions:
         kinds = "none, auto, required or a function of tools"
         raise RequestError(f"tool_choice must be {kinds}", "tool_choice")
     one_only = named or not flag(fields, "parallel_tool_calls", True)
-    tag = _structural_tag(parameters, choice == "auto", one_only)
-    return definitions, Tools(definitions, named, tag)
+    return definitions, Tools(list(tools.values()), choice == "auto", one_only, named)
 
 
-def _parse_tool(tool: Any, place: str) -> tuple[str, Any]:
+def _parse_tool(tool: Any, place: str) -> Tool:
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or tool.get("type", "function") != "function":
         raise RequestError(f"{place} must be an object of type function", "tools")
@@ -83,79 +81,107 @@ def _parse_tool(tool: Any, place: str) -> tuple[str, Any]:
         )
     if not isinstance(parameters, dict | None):
         raise RequestError(f"{place}.function.parameters must be a JSON schema", "tools")
-    return name, parameters or _NO_PARAMETERS
+    return Tool(name, parameters or _NO_PARAMETERS, flag(function, "strict"))
 
 
-def _named(choice: Json) -> object:
+def _parse_allowed(choice: Json) -> tuple[object, list[object]]:
+    """The mode and the names of OpenAI's `allowed_tools`."""
+    inner = choice.get("allowed_tools")
+    inner = inner if isinstance(inner, dict) else {}
+    mode, listed = inner.get("mode"), inner.get("tools")
+    if mode not in ("auto", "required") or not isinstance(listed, list) or not listed:
+        raise RequestError(
+            "tool_choice.allowed_tools must have the mode auto or required, and tools",
+            "tool_choice",
+        )
+    return mode, [_name_of(one) if isinstance(one, dict) else None for one in listed]
+
+
+def _name_of(choice: Json) -> object:
     function = choice.get("function")
     return function.get("name") if isinstance(function, dict) else choice.get("name")
 
 
-def _structural_tag(parameters: Json, free_text: bool, one_only: bool) -> Json:
-    tags = [
-        {
-            "type": "tag",
-            "begin": _BEGIN + json.dumps(name) + _MIDDLE,
-            "content": {"type": "json_schema", "json_schema": schema},
-            "end": _END,
-        }
-        for name, schema in parameters.items()
-    ]
-    content: Json = {"tags": tags, "stop_after_first": one_only}
-    if free_text:
-        content |= {"type": "triggered_tags", "triggers": [_OPEN], "at_least_one": False}
-    else:
-        content |= {"type": "tags_with_separator", "separator": "\n", "at_least_one": True}
-    return {"type": "structural_tag", "format": content}
+def _named_tool(tools: dict[str, Tool], name: object) -> Tool:
+    if not isinstance(name, str) or name not in tools:
+        raise RequestError(f"tool_choice: there is no tool {str(name)!r:.80}", "tool_choice")
+    return tools[name]
 
 
-class ToolCallParser:
-    """Divides a text, piece by piece, into content and calls. It never waits longer than needed to
-    distinguish them. named: whether the call names the function."""
+class MessageParser:
+    """Divides a text, piece by piece, into content, reasoning and calls.
 
-    def __init__(self, named: bool) -> None:
+    Args:
+        form: Of the calls.
+        tools: The functions that may be called.
+        named: Whether the request names the function.
+        reasoning: The parser of reasoning; None if the model has none, or it is content.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        tools: Sequence[Tool] = (),
+        named: bool = False,
+        reasoning: ReasoningParser | None = None,
+    ) -> None:
         self.named = named
         self.content: list[str] = []
+        self.reasoning: list[str] = []
         self.calls: list[Json] = []
         """In OpenAI's form, with the arguments so far."""
-        self._text = ""
-        """What is not yet divided."""
-        self._inside = False
+        self._reasoning = reasoning
+        self._calls: CallParser | HarmonyParser | None = None
+        kinds = {tool.name: kinds_of(tool.schema) for tool in tools}
+        if isinstance(form, HarmonyForm):
+            self._calls = HarmonyParser(kinds)
+        elif isinstance(form, JsonForm) and tools:
+            self._calls = JsonCallParser(form, kinds)
+        elif isinstance(form, XmlForm) and tools:
+            self._calls = XmlCallParser(form, kinds)
 
     def add(self, text: str, last: bool) -> Json:
         """The delta of the next piece."""
-        self._text += text
-        content, calls = "", []
-        while True:
-            if self._inside:
-                piece, ended = self._until(_END, last)
-                piece = piece.translate(_CONTROL)
-                if piece:
-                    self.calls[-1]["function"]["arguments"] += piece
-                    index = len(self.calls) - 1
-                    calls.append({"index": index, "function": {"arguments": piece}})
-                if not ended:
-                    break
-                self._inside = False
-                continue
-            piece, begun = self._until(_BEGIN, last)
-            content += piece.strip("\n") if self.calls else piece
-            if not begun:
-                break
-            name, found, rest = self._text.partition(_MIDDLE)
-            if not found:
-                self._text = _BEGIN + self._text
-                break
-            self._text, self._inside = rest, True
-            calls.append(self._begin(json.loads(name)))
-        self.content.append(content)
-        delta: Json = {"content": content} if content else {}
-        return delta | ({"tool_calls": _joined(calls)} if calls else {})
+        delta: Json = {}
+        calls: list[Json] = []
+        for kind, piece in self._events(text, last):
+            if kind == "name":
+                calls.append(self._begin(piece))
+            elif kind == "arguments":
+                self.calls[-1]["function"]["arguments"] += piece
+                index = len(self.calls) - 1
+                if not calls or calls[-1]["index"] != index:
+                    calls.append({"index": index, "function": {"arguments": ""}})
+                calls[-1]["function"]["arguments"] += piece
+            else:
+                listed = self.content if kind == "content" else self.reasoning
+                listed.append(piece)
+                name = "content" if kind == "content" else "reasoning_content"
+                delta[name] = delta.get(name, "") + piece
+        return delta | ({"tool_calls": calls} if calls else {})
+
+    def _events(self, text: str, last: bool) -> list[Event]:
+        events: list[Event] = [("content", text)]
+        if self._reasoning is not None:
+            events = self._reasoning.add(text, last)
+        if self._calls is None:
+            return [one for one in events if one[1]]
+        content = "".join(piece for kind, piece in events if kind == "content")
+        return [one for one in events if one[0] != "content"] + self._calls.add(content, last)
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's, which is `stop` for a function that the call names."""
+        """OpenAI's, which is `stop` for a function that the request names."""
         calls = reason == "stop" and self.calls and not self.named
         return "tool_calls" if calls else reason
+
+    def message(self) -> Json:
+        """The whole message."""
+        found: Json = {"role": "assistant", "content": "".join(self.content), "refusal": None}
+        if self.reasoning:
+            found["reasoning_content"] = "".join(self.reasoning)
+        if self.calls:
+            found |= {"content": found["content"] or None, "tool_calls": self.calls}
+        return found
 
     def _begin(self, name: str) -> Json:
         call: Json = {
@@ -165,29 +191,3 @@ class ToolCallParser:
         }
         self.calls.append(call)
         return {"index": len(self.calls) - 1} | call | {"function": dict(call["function"])}
-
-    def _until(self, mark: str, last: bool) -> tuple[str, bool]:
-        """The text before `mark`, which is removed, and whether it is there. The end of the text
-        that may be its beginning stays."""
-        piece, found, rest = self._text.partition(mark)
-        if found:
-            self._text = rest
-            return piece, True
-        kept = 0
-        if not last:
-            sizes = range(min(len(mark) - 1, len(piece)), 0, -1)
-            kept = next((n for n in sizes if piece.endswith(mark[:n])), 0)
-        self._text = piece[len(piece) - kept :]
-        return piece[: len(piece) - kept], False
-
-
-def _joined(calls: list[Json]) -> list[Json]:
-    """At most one delta per call."""
-    found: dict[int, Json] = {}
-    for call in calls:
-        if call["index"] in found:
-            function = found[call["index"]]["function"]
-            function["arguments"] += call["function"]["arguments"]
-        else:
-            found[call["index"]] = call
-    return list(found.values())

@@ -105,7 +105,8 @@ class InputProcessor:
     ) -> Request:
         """One request, with a checked prompt and parameters."""
         encoder, skip = self._text_encoder, params.skip_special_tokens
-        text = None if encoder is None else encoder.stream(params.stop, tokens, skip)
+        shown = params.shown_special_tokens
+        text = None if encoder is None else encoder.stream(params.stop, tokens, skip, shown)
         return Request(tokens, params, text, priority, group, compiling)
 
     def close(self) -> None:

@@ -82,6 +82,8 @@ class SamplingParams:
     """Return the prompt before the text; with `logprobs`, score it as well."""
     skip_special_tokens: bool = True
     """Omit special tokens from the text."""
+    shown_special_tokens: tuple[int, ...] = ()
+    """Special tokens that are in the text nevertheless."""
     return_routed_experts: bool = False
     """Report the experts of every token; the engine must be started with this option."""
     json_schema: str | dict[str, Any] | None = None

@@ -24,6 +24,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: dict[str, str]) -> None:
+        self.source = source
         self.process = TemplateProcess(source)
         self.variables = variables
 
@@ -54,6 +55,13 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template refuses these messages: {one_line(error)}", "messages"
             ) from None
+
+    def try_render(self, variables: Mapping[str, Any]) -> str | None:
+        """The text for variables that may not fit the template; None if it fails."""
+        try:
+            return self.process.render({**variables, **self.variables})
+        except TemplateFailed:
+            return None
 
 
 def _mark(value: Any, mark: Callable[[str], str]) -> Any:

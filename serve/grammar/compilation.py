@@ -6,7 +6,7 @@ import resource
 import signal
 import socket
 import tempfile
-from typing import Any
+from typing import IO, Any
 
 import xgrammar
 
@@ -17,13 +17,14 @@ from serve.grammar.limits import (
     PROBE_CPU_SECONDS,
     PROBE_TOKENS,
 )
-from serve.grammar.matching import Matcher
+from serve.grammar.matching import Matcher, pack_compiled
 from serve.grammar.messages import receive, send
 from serve.grammar.vocabulary import Vocabulary
 
 _STACK_BYTES = 1 << 22
 """Half of what the matchers have, so what overflows there does it here."""
-_WARNINGS = ("not supported", "not yet supported", "ignoring", "still ongoing", "URI should")
+_WARNINGS = ("not supported", "not yet supported", "ignoring", "still ongoing", "uri should",
+             "cannot be represented")  # fmt: skip
 """Parts of the library's warnings about schemas that it does not enforce."""
 
 
@@ -36,7 +37,7 @@ def compile_one(connection: socket.socket, vocabulary: Vocabulary) -> None:
     signal.setitimer(signal.ITIMER_PROF, COMPILE_CPU_SECONDS)
     compiled = b""
     try:
-        compiled = _compile(vocabulary, kind, text)
+        compiled = compile_grammar(vocabulary, kind, text)
         content = {}
     except BaseException as error:
         content = {"error": _one_line(error)}
@@ -50,11 +51,14 @@ def limit_memory(n_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _compile(vocabulary: Vocabulary, kind: str, text: str) -> bytes:
+def compile_grammar(vocabulary: Vocabulary, kind: str, text: str) -> bytes:
     """White space between the elements of JSON is fixed: a model cannot wander in it."""
     compiler = xgrammar.GrammarCompiler(vocabulary.info, max_threads=1, cache_enabled=False)
     with tempfile.TemporaryFile() as warnings:
-        os.dup2(warnings.fileno(), 2)
+        # the library appends; what is read here has a position of its own
+        with open(f"/proc/self/fd/{warnings.fileno()}", "ab", 0) as appended:
+            os.dup2(appended.fileno(), 2)
+        special: set[int] = set()
         if kind == "json_schema":
             grammar = compiler.compile_json_schema(text, any_whitespace=False)
         elif kind == "regex":
@@ -62,31 +66,59 @@ def _compile(vocabulary: Vocabulary, kind: str, text: str) -> bytes:
         elif kind == "ebnf":
             grammar = compiler.compile_grammar(text)
         else:
-            grammar = compiler.compile_structural_tag(json.dumps(_fixed(json.loads(text))))
-        warnings.seek(0)
-        for line in warnings.read().decode(errors="replace").splitlines():
-            if any(part in line for part in _WARNINGS):
-                raise ValueError(line)
+            tag = _Tag(warnings)
+            grammar = compiler.compile_structural_tag(json.dumps(tag.fixed(json.loads(text))))
+            special = tag.tokens
+        _refuse_warnings(warnings)
     signal.setitimer(signal.ITIMER_PROF, PROBE_CPU_SECONDS)
-    _probe(Matcher(grammar, vocabulary, kind == "json_schema"))
+    _probe(Matcher(grammar, vocabulary, kind == "json_schema", special))
     compiled = grammar.serialize_json().encode()
     if len(compiled) > MAX_COMPILED_BYTES:
         raise ValueError(f"it needs more than {MAX_COMPILED_BYTES} bytes when it is compiled")
-    return bytes(compiled)
+    return pack_compiled(bytes(compiled), special)
 
 
-def _fixed(value: Any) -> Any:
-    """A structural tag whose JSON has fixed white space, by the grammars of its schemas."""
-    if isinstance(value, list):
-        return [_fixed(one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("type") == "json_schema" and value.get("style", "json") == "json":
-        schema = json.dumps(value["json_schema"])
-        grammar = xgrammar.Grammar.from_json_schema(schema, any_whitespace=False)
-        return {"type": "grammar", "grammar": str(grammar)}
-    followed = ("format", "elements", "tags", "content")
-    return {key: _fixed(one) if key in followed else one for key, one in value.items()}
+def _refuse_warnings(file: IO[bytes]) -> None:
+    """Raise ValueError for a schema that the library does not enforce, which it reports on
+    stderr. Each warning is found once."""
+    for line in file.read().decode(errors="replace").splitlines():
+        if any(part in line.lower() for part in _WARNINGS):
+            raise ValueError(line)
+
+
+class _Tag:
+    """Prepares a structural tag for the library. warnings: what it writes on stderr."""
+
+    def __init__(self, warnings: IO[bytes]) -> None:
+        self.warnings = warnings
+        self.tokens: set[int] = set()
+        """Tokens that the tag names: special ones among them are allowed."""
+
+    def fixed(self, value: Any) -> Any:
+        """The tag whose JSON has fixed white space, by the grammars of its schemas."""
+        if isinstance(value, list):
+            return [self.fixed(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if value.get("type") == "json_schema" and value.get("style", "json") == "json":
+            return {"type": "grammar", "grammar": self._grammar(value)}
+        if type(value.get("token")) is int:
+            self.tokens.add(value["token"])
+        followed = ("format", "elements", "tags", "content", "begin", "end")
+        return {key: self.fixed(one) if key in followed else one for key, one in value.items()}
+
+    def _grammar(self, value: dict[str, Any]) -> str:
+        try:
+            return self._of_schema(value["json_schema"])
+        except (RuntimeError, ValueError):
+            if "otherwise" not in value:
+                raise
+            return self._of_schema(value["otherwise"])
+
+    def _of_schema(self, schema: Any) -> str:
+        grammar = xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False)
+        _refuse_warnings(self.warnings)
+        return str(grammar)
 
 
 def _probe(matcher: Matcher) -> None:

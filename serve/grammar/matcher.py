@@ -35,7 +35,7 @@ _TIMEOUT = struct.pack("ll", MATCH_SECONDS, 0)
 
 
 class Grammar:
-    """A compiled grammar. number: its name in messages. compiled: as xgrammar serializes it."""
+    """A compiled grammar. number: its name in messages. compiled: with what `matching` needs."""
 
     def __init__(self, number: int, compiled: bytes, is_json: bool, n_tokens: int) -> None:
         self.number = number

@@ -13,6 +13,7 @@ again for the others.
 import mmap
 import signal
 import socket
+from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ import xgrammar
 from numpy.typing import NDArray
 
 from serve.grammar.limits import MATCH_CPU_PER_TOKEN, MATCH_CPU_SECONDS
+from serve.grammar.mask import pack
 from serve.grammar.messages import (
     FAILED,
     FINISHED,
@@ -36,12 +38,29 @@ _LOADING_SECONDS = 2.0
 """Processor time to load a compiled grammar."""
 
 
+def pack_compiled(compiled: bytes, special: Collection[int]) -> bytes:
+    """A serialized grammar with the special tokens that it names."""
+    return ",".join(map(str, sorted(special))).encode() + b"\n" + compiled
+
+
+def unpack_compiled(packed: bytes, vocabulary: Vocabulary) -> tuple[Any, list[int]]:
+    special, _, compiled = packed.partition(b"\n")
+    grammar = xgrammar.CompiledGrammar.deserialize_json(compiled.decode(), vocabulary.info)
+    return grammar, [int(token) for token in special.split(b",") if token]
+
+
 class Matcher:
     """The state of a grammar after the tokens of one output."""
 
-    def __init__(self, compiled: Any, vocabulary: Vocabulary, is_json: bool) -> None:
-        self.is_json = is_json
+    def __init__(
+        self, compiled: Any, vocabulary: Vocabulary, is_json: bool, special: Collection[int] = ()
+    ) -> None:
+        """special: the special tokens that the grammar names; it allows no others."""
         self.vocabulary = vocabulary
+        self._allowed = vocabulary.text & vocabulary.printable if is_json else vocabulary.text
+        if special:
+            named = np.isin(np.arange(len(vocabulary.tokens)), list(special))
+            self._allowed = self._allowed | pack(named)
         self.matcher = xgrammar.GrammarMatcher(
             compiled, terminate_without_stop_token=not vocabulary.info.stop_token_ids
         )
@@ -80,10 +99,9 @@ class Matcher:
 
     def _fill(self, matcher: Any, mask: NDArray[np.int32]) -> bool:
         """Whether only the end can follow. The library lets strings with a length contain control
-        characters, which JSON forbids."""
+        characters, which JSON forbids, and free text all special tokens."""
         matcher.fill_next_token_bitmask(mask)
-        if self.is_json:
-            mask &= self.vocabulary.printable
+        mask &= self._allowed
         return matcher.is_completed() and not (mask[0] & self.vocabulary.not_ends).any()
 
     def _forced_tokens(self) -> list[int]:
@@ -93,11 +111,14 @@ class Matcher:
             return []
         encoded = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
         ids, words, whole = encoded.ids, encoded.word_ids, text.encode()
-        keep = len(ids) if self._ends_with(text) else _without_last_word(words)
+        keep = len(ids)
+        if not self._ends_with(text):
+            keep = _without_last_word(words)
+            whole = whole[: len(whole) - self.vocabulary.begun_token(text)]
         at = 0
         for n, token in enumerate(ids[:keep]):
             piece = self.vocabulary.tokens[token]
-            if not piece or whole[at : at + len(piece)] != piece:
+            if not piece or at + len(piece) > len(whole) or whole[at : at + len(piece)] != piece:
                 return ids[:n]  # the tokenizer adds a space, or normalizes
             at += len(piece)
         return ids[:keep]
@@ -137,7 +158,7 @@ def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
     _, (file, *_), _, _ = socket.recv_fds(connection, 1, 1)
     shared = np.frombuffer(mmap.mmap(file, 0), np.int32)
     masks = shared.reshape(-1, len(vocabulary.not_ends))
-    grammars: dict[int, tuple[Any, bool]] = {}
+    grammars: dict[int, tuple[Any, bool, list[int]]] = {}
     matchers: dict[int, Matcher] = {}
     timer = _Timer()
     while True:
@@ -157,13 +178,13 @@ def serve_matchers(connection: socket.socket, vocabulary: Vocabulary) -> None:
             number, key, is_json, n_compiled, n_tokens = islice(values, 5)
             if n_compiled:
                 timer.start(None, _LOADING_SECONDS)
-                text = body[at : at + n_compiled].decode()
+                compiled, special = unpack_compiled(body[at : at + n_compiled], vocabulary)
                 at += n_compiled
-                compiled = xgrammar.CompiledGrammar.deserialize_json(text, vocabulary.info)
-                grammars[key] = compiled, bool(is_json)
+                grammars[key] = compiled, bool(is_json), special
             matcher = matchers.get(number)
             if matcher is None:
-                matcher = matchers[number] = Matcher(grammars[key][0], vocabulary, grammars[key][1])
+                compiled, has_json, special = grammars[key]
+                matcher = matchers[number] = Matcher(compiled, vocabulary, has_json, special)
             timer.start(matcher, matcher.allowance(n_tokens))
             matcher.mask = masks[item : item + 1]
             try:

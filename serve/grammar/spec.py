@@ -107,8 +107,9 @@ def _from_legacy(tag: Any) -> Any:
 
 
 def _closed_schemas(value: Any) -> Any:
-    """A structural tag whose JSON schemas are checked. Other keys than those of formats are not
-    followed, so a property of a schema is no format."""
+    """A structural tag whose JSON schemas are checked. `otherwise` of a schema replaces one that is
+    not enforced completely. Other keys than those of formats are not followed, so a property of a
+    schema is no format."""
     if isinstance(value, list):
         return [_closed_schemas(one) for one in value]
     if not isinstance(value, dict):
@@ -118,5 +119,10 @@ def _closed_schemas(value: Any) -> Any:
         for key, one in value.items()
     }
     if found.get("type") == "json_schema" and "json_schema" in found:
-        found["json_schema"] = closed_schema(found["json_schema"])
+        try:
+            found["json_schema"] = closed_schema(found["json_schema"])
+        except GrammarError:
+            if "otherwise" not in found:
+                raise
+            found["json_schema"] = found["otherwise"]
     return found

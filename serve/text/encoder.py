@@ -31,11 +31,13 @@ class TextEncoder:
         self.bytes = TokenBytes(tokenizer)
         self.longest_text = max_tokens * max(map(len, tokenizer.get_vocab()), default=1)
         """Characters of the longest text that could fit."""
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {added[token].content: token for token in self.special_ids}
+        """By text."""
         self._mark = "".join(chr(0x100000 + secrets.randbelow(0xFFFD)) for _ in range(4))
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True  # their texts are text
-        added = tokenizer.get_added_tokens_decoder()
-        self._texts = sorted({added[token].content for token in self.special_ids})
+        self._texts = sorted(self.special_tokens)
         longest_first = sorted(self._texts, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._restored = re.compile(f"{self._mark}([0-9]+){self._mark}")
@@ -80,10 +82,14 @@ class TextEncoder:
         return text if unfinished is None else text.rstrip("\ufffd")
 
     def stream(
-        self, stops: Sequence[str], prompt: Sequence[int], skip_special_tokens: bool
+        self,
+        stops: Sequence[str],
+        prompt: Sequence[int],
+        skip_special_tokens: bool,
+        shown: Sequence[int] = (),
     ) -> TextStream:
-        """The text after `prompt`."""
-        hidden = self.special_ids if skip_special_tokens else frozenset[int]()
+        """The text after `prompt`. shown: special tokens that are text nevertheless."""
+        hidden = self.special_ids.difference(shown) if skip_special_tokens else frozenset[int]()
         return TextStream(self.tokenizer, stops, hidden, prompt, self.bytes.unfinished(prompt))
 
     def names(self, prompt: Sequence[int], skip_special_tokens: bool) -> TokenNames:

@@ -10,7 +10,9 @@ import jsonschema
 import openai
 import pytest
 
-from serve.api.tools import ToolCallParser
+from serve.api.tools import MessageParser
+from serve.tool_calls.forms import HERMES
+from serve.tool_calls.structure import Tool
 from tests.serve.conftest import RunningServer
 from tests.serve.grammar.conftest import PERSON
 
@@ -166,7 +168,8 @@ CALLS = (
 
 @pytest.mark.parametrize("seed", range(20))
 def test_calls_are_divided_wherever_pieces_end(seed: int) -> None:
-    rng, parser, left = random.Random(seed), ToolCallParser(False), CALLS
+    tools = [Tool(name, {}) for name in ("add", "stop")]
+    rng, parser, left = random.Random(seed), MessageParser(HERMES, tools), CALLS
     content, calls = "", [["", ""], ["", ""]]
     while left:
         size = rng.randint(1, 40) if seed else len(left)
@@ -176,7 +179,7 @@ def test_calls_are_divided_wherever_pieces_end(seed: int) -> None:
         for one in delta.get("tool_calls", []):
             calls[one["index"]][0] += one["function"].get("name", "")
             calls[one["index"]][1] += one["function"]["arguments"]
-    assert content == "First.\n" == "".join(parser.content)
+    assert content == "First." == "".join(parser.content)
     assert calls == [["add", '{"a": 1, "t": "<tool_call> \\u0009}"}'], ["stop", "{}"]]
     assert [call["function"]["arguments"] for call in parser.calls] == [one[1] for one in calls]
     assert parser.finish_reason("stop") == "tool_calls"

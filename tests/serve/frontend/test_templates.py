@@ -183,3 +183,11 @@ def test_errors_are_found_when_an_export_is_opened(tmp_path: Path, source: str) 
     with pytest.raises(UserError, match="not a chat template") as caught:
         read_chat_template(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_json_without_escapes_and_marked_answers() -> None:
+    """GLM's templates give `ensure_ascii`, and some mark what is trained on."""
+    assert render("{{ x|tojson(ensure_ascii=False) }}{{ x|tojson }}", x="é") == '"é""é"'
+    assert render("{{ x|tojson(ensure_ascii=True) }}", x="é") == '"\\u00e9"'
+    text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert render(text) == "hello"
