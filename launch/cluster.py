@@ -46,6 +46,20 @@ def queue(jobs: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def ended(job: str) -> tuple[str, int]:
+    """State and exit code of a job that has left the queue, as ("FAILED, exit code 2", 2). SLURM
+    forgets them after minutes (MinJobAge); then "" and 0."""
+    try:
+        said = call(["scontrol", "show", "job", "--oneliner", job])
+    except UserError:
+        return "", 0
+    state, code = (re.search(rf"\b{key}=(\w+)", said) for key in ("JobState", "ExitCode"))
+    if not state:
+        return "", 0
+    number = int(code[1]) if code and code[1].isdigit() else 0
+    return state[1] + (f", exit code {number}" if number else ""), number
+
+
 def call(words: Sequence[str]) -> str:
     """The output of a command. Raises UserError if it is missing, slow or fails."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}

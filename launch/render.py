@@ -147,7 +147,7 @@ def setup(site: Site) -> str:
 def variables(site: Site) -> list[tuple[str, str]]:
     """Names and values of the variables that the site file implies for every rank."""
     node = site.node
-    threads = node.threads or (node.cpus // node.ranks_per_node if node.cpus else 0)
+    threads = node.threads_per_rank
     found = [("OMP_NUM_THREADS", str(threads))] if threads else []
     if node.interface:
         found += [(f"{name}_SOCKET_IFNAME", node.interface) for name in ("NCCL", "GLOO")]

@@ -10,6 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.loader import flatten, load
 from configs.schema import JobConfig
+from scripts.scaling_report.steps import LEAST_STEPS, WARMUP
 from train.report.metrics import EXPERT_LOAD, METRICS, read_lines
 
 MAY_DIFFER = (
@@ -20,10 +21,6 @@ MAY_DIFFER = (
 """Settings of the mesh, of the repeat and of the place."""
 WEAK_TOO = ("train.global_batch",)
 """Weak scaling: the batch grows with the ranks."""
-WARMUP = 2
-"""First steps of a run, which are left out: they allocate and compile."""
-LEAST_STEPS = 3
-"""Steps that a figure needs after the warmup."""
 _FIELDS = ("step_s", "data_share", "memory_gib")
 """What a record of a step must have to be used."""
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from configs.loader import load, to_toml
-from scripts import scaling_sweep
 from scripts.scaling_report.__main__ import main
 from scripts.scaling_report.figures import interval
 from scripts.scaling_report.traces import breakdown, length, overlap, read_trace
+from scripts.scaling_sweep import __main__ as scaling_sweep
 from tests.runs import TINY
 
 
