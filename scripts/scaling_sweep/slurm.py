@@ -47,19 +47,16 @@ def read_points(file: str, points: Sequence[Point], options: dict[str, object]) 
     return runs
 
 
-def run(
-    points: Sequence[Point], runs: Sequence[Run], *, at_once: bool, poll_s: float = POLL_S
-) -> int:
+def run(points: Sequence[Point], runs: Sequence[Run], *, at_once: bool) -> int:
     """Submit all points that are not complete, and wait; returns 0 or 1, or 2 after an error in
     the settings. Raises UserError if SLURM refuses one."""
     jobs = _submit(points, runs, at_once)
     try:
-        failed, code = _wait(points, jobs, poll_s)
+        failed, code = _wait(points, jobs)
     except KeyboardInterrupt:
-        left = " ".join(jobs)
         print(
-            f"\nThe jobs stay in the queue: the same command waits for them again, and "
-            f"`scancel {left}` removes them.",
+            "\nThe jobs stay in the queue: the same command waits for them again, and "
+            f"`scancel {' '.join(jobs)}` removes them.",
             file=sys.stderr,
         )
         raise
@@ -102,12 +99,11 @@ def _queued(points: Sequence[Point]) -> dict[str, str]:
     return {name: job for name, job in last.items() if job in active}
 
 
-def _wait(
-    points: Sequence[Point], jobs: dict[str, Point], poll_s: float
-) -> tuple[list[Point], int]:
+def _wait(points: Sequence[Point], left: dict[str, Point]) -> tuple[list[Point], int]:
     """Wait until all jobs have ended, and print what changes; returns the points that failed and
-    the exit code. After an error in the settings the other jobs are cancelled."""
-    left, shown = dict(jobs), dict[str, str]()
+    the exit code. left: the jobs, which are removed as they end. After an error in the settings the
+    other jobs are cancelled."""
+    shown = dict[str, str]()
     failed: list[Point] = []
     silent_since: float | None = None
     while left:
@@ -121,7 +117,7 @@ def _wait(
                 silent_since = now
             if now - silent_since > _PATIENCE_S:
                 raise
-            time.sleep(poll_s)
+            time.sleep(POLL_S)
             continue
         for job in [job for job in left if job not in states]:
             point = left.pop(job)
@@ -142,7 +138,7 @@ def _wait(
                 _say(f"{left[job].name}: job {job} {state}")
                 shown[job] = state
         if left:
-            time.sleep(poll_s)
+            time.sleep(POLL_S)
     return failed, 1 if failed else 0
 
 

@@ -236,6 +236,40 @@ def test_a_sweep_is_a_job_array_with_a_table_of_its_results(job: Run) -> None:
     assert job.launch("results", str(job.folder)) == table
 
 
+@slow
+def test_a_scaling_sweep_runs_its_points_in_order_and_repeats_a_cancelled_one_only(
+    job: Run, tmp_path: Path
+) -> None:
+    words = ["-m", "scripts.scaling_sweep", str(TINY), f"--out={tmp_path / 'points'}", "--slurm",
+             f"--site={job.site}", "--ranks=1,2", "--repeats=1", "--train.steps=6",
+             "--checkpoint.every=0", *job.overrides[:2]]  # fmt: skip
+    start: Any = {
+        "args": [sys.executable, *words], "cwd": ROOT, "env": environment() | job.cluster.env,
+        "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT,
+    }  # fmt: skip
+    with subprocess.Popen(**start) as sweep:
+        queued = job.cluster.wait_for(
+            lambda: job.cluster.run("squeue", "-h", "-o", "%i %j %r").splitlines(), 4, "jobs"
+        )
+        doomed = next(line.split()[0] for line in queued if "forced-1-0" in line)
+        assert sum("Dependency" in line for line in queued) == 3, queued
+        job.cluster.run("scancel", doomed)
+        said, _ = sweep.communicate(timeout=400)
+    assert sweep.returncode == 1, said
+    assert f"error: forced-1-0: job {doomed} ended (CANCELLED) after step 0 of 6" in said
+    assert "1 of 4 points failed: forced-1-0; no report" in said
+    ends = [
+        (tmp_path / "points" / name / "metrics.jsonl").stat().st_mtime
+        for name in ("natural-1-0", "natural-2-0", "forced-2-0")
+    ]
+    assert ends == sorted(ends), "one after the other"
+    again = subprocess.run(**start)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count(": complete\n") == 3 and "wrote " in again.stdout
+    report = json.loads((tmp_path / "points-report" / "report.json").read_text())
+    assert [(p["ranks"], p["repeats"]) for p in report["points"]] == [(1, 1), (2, 1)] * 2
+
+
 def _answer(port: int, path: str = "completions") -> dict[str, Any]:
     """The response to a greedy request, or {} if there is none yet."""
     body = {"model": "tiny", "prompt": "def value", "max_tokens": 8, "temperature": 0}

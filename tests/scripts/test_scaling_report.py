@@ -11,7 +11,6 @@ from configs.loader import load, to_toml
 from scripts.scaling_report.__main__ import main
 from scripts.scaling_report.figures import interval
 from scripts.scaling_report.traces import breakdown, length, overlap, read_trace
-from scripts.scaling_sweep import __main__ as scaling_sweep
 from tests.runs import TINY
 
 
@@ -151,29 +150,6 @@ def test_a_breakdown_divides_the_step(tmp_path: Path) -> None:
         "dispatch, exposed": 0.1, "FSDP, hidden": 0.1, "FSDP, exposed": 0.2,
         "other, hidden": 0, "other, exposed": 0,
     })  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--ranks=1,x"], "--ranks 1,x: must be numbers"),
-        (["--ranks=0"], "--ranks 0: must be numbers"),
-        (["--ranks=1,1"], "--ranks 1,1: a number is given twice"),
-        (["--run.dir=x"], "--run.dir=x: every point has its own"),
-        (["--model.moe.force_balance=true"], "every point has its own"),
-        (["--train.steps=0"], "train.steps = 0: must lie between"),
-        (["--train.steps=5"], "train.steps = 5: a point needs at least 6"),
-        (["--repeats=0"], "--repeats 0: must lie"),
-        (["--ranks=3"], "must be a multiple of"),
-        (["--model.moe.topk=1"], "did you mean model.moe.top_k?"),
-    ],
-)
-def test_a_wrong_sweep_is_one_line(
-    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert scaling_sweep.main([str(TINY), str(tmp_path / "out"), *words]) == 2
-    said = capsys.readouterr().err
-    assert expected in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_records_without_possible_figures_are_left_out_and_counted(tmp_path: Path) -> None:
