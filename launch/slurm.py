@@ -33,13 +33,9 @@ _VERBS = ("status", "logs", "cancel", "resume", "results")
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     try:
-        if arguments and arguments[0] == "sweep":
-            return sweep(arguments[1:])
-        if arguments and arguments[0] == "serve":
-            return serve(arguments[1:])
         if arguments and arguments[0] in _VERBS:
             return _on_run(arguments[0], arguments[1:])
-        return submit(arguments)
+        return _submit(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,9 +45,20 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
-def submit(arguments: list[str]) -> int:
+def _submit(arguments: list[str], again: Path | None = None) -> int:
+    """Submit what a command line describes: a run, a sweep or a serving job. again: folder of one
+    that was submitted before."""
+    if arguments and arguments[0] == "sweep":
+        return sweep(arguments[1:], again)
+    if arguments and arguments[0] == "serve":
+        return serve(arguments[1:], again)
+    return submit(arguments, again)
+
+
+def submit(arguments: list[str], again: Path | None = None) -> int:
     """Check, render and submit one run."""
     run = read_run(arguments)
+    _check_place(again, run.job.folder, "--run.dir")
     if run.is_dry_run:
         print(run.scripts()[-1], end="")
         return 0
@@ -62,7 +69,7 @@ def submit(arguments: list[str]) -> int:
     return 0
 
 
-def sweep(arguments: list[str]) -> int:
+def sweep(arguments: list[str], again: Path | None = None) -> int:
     """Check, render and submit all variants of an experiment: a job array per number of nodes."""
     parser = slurm_parser("python -m launch.slurm sweep", __doc__, "experiment (TOML)")
     parser.add_argument("--set", action="append", default=[], help="section.key=value,value,...")
@@ -85,6 +92,7 @@ def sweep(arguments: list[str]) -> int:
             summary=("results", str(base)),
         )  # fmt: skip
         rendered.append((job, [variant.name for variant in found if variant.nodes == nodes]))
+    _check_place(again, base, "--run.dir")
     scripts = [(job, names, training_script(job, site)) for job, names in rendered]
     if options.dry_run:
         print(*(text for *_, text in scripts), sep="\n", end="")
@@ -101,9 +109,10 @@ def sweep(arguments: list[str]) -> int:
     return 0
 
 
-def serve(arguments: list[str]) -> int:
+def serve(arguments: list[str], again: Path | None = None) -> int:
     """Check, render and submit a serving job."""
     job, site, is_dry_run = read_serving_job(arguments)
+    _check_place(again, job.folder, "--run")
     text = serving_script(job, site)
     if is_dry_run:
         print(text, end="")
@@ -122,6 +131,14 @@ def serve(arguments: list[str]) -> int:
     print(f"job {number}")
     print(f"logs {job.logs}")
     return 0
+
+
+def _check_place(again: Path | None, folder: Path, option: str) -> None:
+    """Raise UserError if a folder was moved after its submission, which names the old one."""
+    if again is not None and again.resolve() != folder.resolve():
+        raise UserError(
+            f"{again}: was submitted as {folder}; move it back, or submit it with {option}={again}"
+        )
 
 
 def _on_run(verb: str, arguments: list[str]) -> int:
@@ -145,7 +162,7 @@ def _on_run(verb: str, arguments: list[str]) -> int:
     else:
         submission = run_folder.read_submission(run)
         os.chdir(submission.folder)
-        return main(submission.arguments)
+        return _submit(submission.arguments, again=run)
     return 0
 
 
@@ -160,6 +177,8 @@ def _status(run: Path) -> None:
         jobs = submission.jobs
         try:
             states = cluster.queue(jobs)
+            if jobs and jobs[-1] not in states and (how := cluster.ended(jobs[-1])[0]):
+                states[jobs[-1]] = f"ended ({how})"
             lines["jobs"] = ", ".join(f"{job} {states.get(job, 'ended')}" for job in jobs[-5:])
         except UserError as error:
             lines["jobs"] = f"{', '.join(jobs[-5:])}; {error}"

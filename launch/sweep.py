@@ -98,13 +98,15 @@ def results(folder: Path) -> str:
             continue
         last = steps[-1]
         # the first step of a process also compiles and allocates
-        speed = statistics.median(r["tokens_per_s"] for r in steps[1:] or steps)
-        validation = last.get("validation_loss")
-        lines.append(
-            f"| {run.name} | {last['step']} | {last['loss']:.4f} | "
-            f"{'' if validation is None else f'{validation:.4f}'} | {speed:,.0f} | "
-            f"{max(r['memory_gib'] for r in steps):.2f} |"
-        )
+        speeds = run_folder.finite(steps[1:] or steps, "tokens_per_s")
+        memory = run_folder.finite(steps, "memory_gib")
+        validation = [f"{last['validation_loss']:.4f}"] if "validation_loss" in last else []
+        row = [
+            run.name, str(last["step"]), f"{last['loss']:.4f}", *(validation or [""]),
+            f"{statistics.median(speeds):,.0f}" if speeds else "",
+            f"{max(memory):.2f}" if memory else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
     text = "\n".join(lines) + "\n"
     run_folder.replace(folder / RESULTS, text)
     return text

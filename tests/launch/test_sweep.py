@@ -112,6 +112,11 @@ def test_a_local_sweep_starts_every_variant(
         (1, "seed=1-n1"), (2, "seed=1-n2"), (1, "seed=3-n1"),
     ]  # fmt: skip
     assert all(word == f"--run.dir={tmp_path / name}" for word, _, name in started)
+    monkeypatch.setattr(Supervisor, "run", lambda run: 2 if len(started) == 4 else 0)
+    assert local.main([*words, "--set", "run.seed=5,6"]) == 2
+    said = capsys.readouterr()
+    assert "error: 1 of 4 runs failed: seed=5-n1 (exit code 2)\n" in said.err
+    assert len(started) == 7 and "| seed=6-n2 |" in said.out, "the others are trained"
 
 
 @pytest.mark.slow

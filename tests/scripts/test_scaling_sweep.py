@@ -216,9 +216,8 @@ def test_a_run_with_other_settings_is_not_taken_for_a_point(tmp_path: Path) -> N
     (tmp_path / "natural-1-0" / "config.toml").write_text(to_toml(load(TINY, ["--run.seed=7"])))
     with pytest.raises(UserError, match=r"natural-1-0: has a run with run\.seed = 7"):
         points_of(str(TINY), [], [1], 1, tmp_path, is_weak=False)
-    assert points_of(str(TINY), ["--run.dir=a/b/"], [1], 1, None, is_weak=False)[0].folder == Path(
-        "a/b-scaling/natural-1-0"
-    )
+    (point, _) = points_of(str(TINY), [], [1], 1, None, is_weak=False)
+    assert point.folder == Path("runs/tiny-scaling/natural-1-0")
 
 
 @pytest.mark.parametrize(
