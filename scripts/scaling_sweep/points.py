@@ -35,7 +35,7 @@ class Point:
     @property
     def steps(self) -> int:
         """Steps that it has recorded."""
-        return max((record["step"] for record in records(self.folder)), default=0)
+        return max((int(record["step"]) for record in records(self.folder)), default=0)
 
     @property
     def is_complete(self) -> bool:
