@@ -74,7 +74,8 @@ def _breakdown(path: Path, points: list[dict[str, Any]]) -> None:
             )  # fmt: skip
             bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
         axis.set_xticks(places, [f"{p['ranks']}\n{ROUTING[p['forced_routing']]}" for p in points])
-        axis.legend(fontsize="small")
+        axis.set_xlabel("ranks, routing")
+        axis.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes[0].set_ylabel("share of a profiled step")
     axes[1].set_ylabel("communication, share of the step")
     figure.savefig(path, dpi=110)

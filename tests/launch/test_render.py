@@ -42,7 +42,7 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder, self.found = folder, folder / "found"
         self.program("srun", SRUN)
-        self.program("scontrol", f'#!/bin/bash\necho "$@" >> {folder}/scontrol\necho n1\n')
+        self.program("scontrol", f'#!/bin/bash\necho "$@" >> {folder}/scontrol\necho n1\nexit 0\n')
         self.program("module", "#!/bin/bash\n")
         self.python("sys.exit(0)")
 
@@ -160,12 +160,13 @@ def test_an_error_of_the_user_is_not_repeated(fake: FakeSlurm, tmp_path: Path) -
     """torchrun ends with 1 whatever the ranks' code is; its report in the log has the code."""
     log = tmp_path / "run/launch/7-0-1-node0.log"
     log.parent.mkdir(parents=True)
-    log.write_text("Root Cause\n  rank      : 0\n  exitcode  : 2 (pid: 26)\n")
+    log.write_text("error: no file\nRoot Cause\n  rank      : 0\n  exitcode  : 2 (pid: 26)\n")
     process = fake.start(
         training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(1)"))
     )
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 2 and "not repeated" in said and len(fake.starts()) == 1
+    assert "\nerror: no file\n" in said
     log.write_text("  exitcode  : 26 (pid: 2)\n")
     process = fake.start(
         training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(1)"))
@@ -225,4 +226,8 @@ def test_a_node_that_cannot_run_true_is_lost_and_the_job_is_queued_again(
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 75 and "a node does not respond: queued again" in said
     assert len(fake.starts()) == 1, "the other attempts would fail as well"
-    assert "requeue 7" in (fake.folder / "scontrol").read_text()
+    assert "requeue 7" in (fake.folder / "scontrol").read_text() and "SLURM refuses" not in said
+    fake.program("scontrol", '#!/bin/bash\n[ "$1" != requeue ] || exit 1\necho n1\nexit 0\n')
+    process = fake.start(training_script(job, Site(), python=fake.python("sys.exit(3)")))
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "SLURM refuses: python -m launch.slurm resume" in said
