@@ -25,7 +25,7 @@ from launch.render import Job, training_script
 from launch.run_folder import LAUNCH, SERVE_SCRIPT
 from launch.serving import read_serving_job, serving_script
 from launch.submit import earlier_jobs, locked, read_run, record, submit_run, train_arguments
-from launch.sweep import own_checkpoints, results, variants
+from launch.sweep import has_runs, own_checkpoints, results, variants
 
 _VERBS = ("status", "logs", "cancel", "resume", "results")
 
@@ -169,9 +169,9 @@ def _on_run(verb: str, arguments: list[str]) -> int:
 def _status(run: Path) -> None:
     has_jobs = (run / LAUNCH / run_folder.SUBMISSION).is_file()
     submission = run_folder.read_submission(run) if has_jobs else None
-    is_serving = submission is not None and submission.arguments[:1] == ["serve"]
-    lines = {} if is_serving else run_folder.status(run)
-    if is_serving and (run / LAUNCH / run_folder.ADDRESS).is_file():
+    kind = submission.arguments[0] if submission and submission.arguments else ""
+    lines = {} if kind in ("serve", "sweep") else run_folder.status(run)
+    if kind == "serve" and (run / LAUNCH / run_folder.ADDRESS).is_file():
         lines["router"] = (run / LAUNCH / run_folder.ADDRESS).read_text().strip()
     if submission is not None:
         jobs = submission.jobs
@@ -184,6 +184,8 @@ def _status(run: Path) -> None:
             lines["jobs"] = f"{', '.join(jobs[-5:])}; {error}"
     for name, value in lines.items():
         print(f"{name:<16}{value}")
+    if kind == "sweep" and has_runs(run):
+        print(results(run), end="")
 
 
 def _logs(run: Path, lines: int) -> None:

@@ -84,9 +84,18 @@ def _split(values: str) -> list[str]:
     return parts
 
 
+def _runs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "launch")
+
+
+def has_runs(folder: Path) -> bool:
+    """Whether a run of a sweep has started."""
+    return bool(_runs(folder))
+
+
 def results(folder: Path) -> str:
     """The table of all runs in a folder as Markdown, and write it there. Raises UserError."""
-    runs = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "launch")
+    runs = _runs(folder)
     if not runs:
         raise UserError(f"{folder}: no runs in it")
     lines = ["| run | steps | loss | validation loss | tokens/s | memory, GiB |",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,8 @@ def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"wc -l < {folder}/said\n"
     )
     (folder / "squeue").write_text(f"#!/bin/bash\ncat {folder}/queue 2>/dev/null\nexit 0\n")
+    (folder / "scancel").write_text(f'#!/bin/bash\necho "$@" >> {folder}/cancelled\n')
+    (folder / "scontrol").write_text("#!/bin/bash\nexit 1\n")
     for path in folder.iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -231,6 +234,34 @@ def test_a_damaged_record_is_one_line(
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "submission.json").write_text(text)
     assert "damaged" in refused(capsys, "cancel", tmp_path)
+
+
+def test_a_job_that_can_never_start_is_cancelled(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake_sbatch / "queue").write_text("1|1|PENDING|PartitionTimeLimit\n")
+    run = tmp_path / "run"
+    said = refused(capsys, TINY, "--nodes=1", f"--run.dir={run}")
+    assert "would never start this job, it was cancelled: PartitionTimeLimit" in said
+    assert (fake_sbatch / "cancelled").read_text() == "--quiet 1\n"
+    (fake_sbatch / "queue").write_text("2|2|PENDING|Resources\n")
+    assert slurm.main([str(TINY), "--nodes=1", f"--run.dir={run}"]) == 0
+    assert read_submission(run).jobs == ["2"]
+
+
+def test_the_status_of_a_sweep_is_its_table(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    words = ["sweep", str(TINY), "--nodes=2", "--set=run.seed=1,2", f"--run.dir={sweep}"]
+    assert slurm.main(words) == 0
+    capsys.readouterr()
+    assert slurm.main(["status", str(sweep)]) == 0
+    assert re.fullmatch(r"jobs +1 ended\n", capsys.readouterr().out)
+    (sweep / "seed=1").mkdir()
+    (sweep / "seed=1" / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
+    assert slurm.main(["status", str(sweep)]) == 0
+    assert "| seed=1 | 3 | 1.5000 |  |  |  |\n" in capsys.readouterr().out
 
 
 def test_sbatch_is_quoted_in_one_line(

@@ -183,7 +183,7 @@ def test_records_without_possible_figures_are_left_out_and_counted(tmp_path: Pat
         ("environment.json", "}]", '}, {"ranks": 2, "mesh": {"tp": 2}, "device": "a CPU", '
          '"packages": {"torch": "2"}}]', "continued on another mesh"),
         ("metrics.jsonl", '"data_share": 0.01', '"data_share": 7', "0 steps; at least 3"),
-        ("metrics.jsonl", '"step_s": ', '"step_s": 1' + "0" * 400 + ', "x": ', "no run with metrics"),
+        ("metrics.jsonl", '"step_s": ', '"step_s": 1' + "0" * 400 + ', "x": ', "no run with"),
         ("metrics.jsonl", '{"step": ', '{"step": 1000', "0 steps; at least 3"),
         ("profile/step-00000008-rank-00000.json", "", "", "its step has no duration"),
     ],
