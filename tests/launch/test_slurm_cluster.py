@@ -155,15 +155,19 @@ def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_pat
 
 
 @slow
-@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "not-noticed"])
+@pytest.mark.parametrize(
+    ("node", "is_noticed"), [("n2", True), ("n2", False), ("n1", True)],
+    ids=["noticed", "not-noticed", "first-node"],
+)  # fmt: skip
 def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
-    is_noticed: bool, job: Run, tmp_path: Path
+    node: str, is_noticed: bool, job: Run, tmp_path: Path
 ) -> None:
+    """The first node has the job's shell and the rendezvous."""
     (number,) = job.submit()
     job.wait_for_step(10)
-    job.cluster.kill_node("n2", is_noticed=is_noticed)
+    job.cluster.kill_node(node, is_noticed=is_noticed)
     job.cluster.wait(lambda: job.cluster.state(number) == "PENDING", "requeue")
-    job.cluster.start_node("n2")
+    job.cluster.start_node(node)
     job.cluster.wait(lambda: job.cluster.idle() == 2, "two idle nodes")
     stopped = job.saved()
     job.cluster.start_now(number)
