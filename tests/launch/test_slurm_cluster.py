@@ -143,6 +143,8 @@ def test_a_pre_empted_run_saves_is_queued_again_and_resumes(job: Run, tmp_path: 
 def test_end_of_time_is_signaled_and_the_chained_job_continues(job: Run, tmp_path: Path) -> None:
     first, second = job.submit("--jobs=2", "--time=00:02:00")
     assert job.cluster.state(second) == "PENDING"
+    # on a busy machine its start may take longer than the time before its signal
+    job.cluster.run("scontrol", "update", f"jobid={second}", "TimeLimit=30")
     job.wait_for_step(5)
     job.cluster.wait(lambda: not job.cluster.state(first) or job.starts() > 1, "end of time", 210)
     assert "end of time: the ranks save and stop" in job.logs()
