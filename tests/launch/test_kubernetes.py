@@ -16,10 +16,10 @@ import jsonschema
 import pytest
 import yaml
 
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
 from launch.kubernetes import main, manifest, render
 from launch.run_folder import records
-from launch.site import load_site
+from launch.site import KubernetesSite, load_site
 from launch.write_examples import FOLDER
 from tests.launch.test_render import HOSTILE
 from tests.runs import ROOT, TINY, environment, free_port
@@ -298,6 +298,22 @@ def test_wrong_or_useless_site_keys_are_refused(
     with pytest.raises(UserError) as refused:
         manifest([str(TINY), "--nodes=2", option, *places])
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "possible"),
+    [
+        ("my-registry.example.org:5000/team/phalanx-train:2.1_rc-1", True),
+        ("registry/phalanx@sha256:" + "0f" * 32, True), ("a b", False), ("a\"b", False),
+        ("a;b", False), ("-a", False),
+    ],
+)  # fmt: skip
+def test_names_of_images(image: str, possible: bool) -> None:
+    if possible:
+        assert KubernetesSite(image=image).image == image
+    else:
+        with pytest.raises(ConfigError, match="must be a name of an image"):
+            KubernetesSite(image=image)
 
 
 def test_an_experiment_that_no_pod_has_is_refused(tmp_path: Path) -> None:
