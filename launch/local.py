@@ -94,7 +94,8 @@ def sweep(arguments: list[str]) -> int:
         limits = _limits(options)
         if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", options.nproc):
             raise UserError(f"--nproc {options.nproc}: must be N or N,N,...")
-        found = variants(options.set, [int(word) for word in options.nproc.split(",")])
+        ranks = [int(word) for word in options.nproc.split(",")]
+        found = variants(options.set, ranks, overrides)
         configs = [load(options.file, [*overrides, *one.overrides]) for one in found]
         for config, one in zip(configs, found, strict=True):
             resolve(config, one.nodes)

@@ -75,7 +75,7 @@ def sweep(arguments: list[str], again: Path | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], help="section.key=value,value,...")
     options, overrides = parsed(parser, arguments)
     site = slurm_site(options.site, vars(options))
-    found = variants(options.set, counts(options.nodes, 100))
+    found = variants(options.set, counts(options.nodes, 100), overrides)
     base, rendered = Path(), list[tuple[Job, list[str]]]()
     for nodes in dict.fromkeys(variant.nodes for variant in found):
         runs = []

@@ -28,9 +28,11 @@ class Variant:
     overrides: tuple[str, ...]
 
 
-def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
+def variants(
+    settings: Sequence[str], nodes: Sequence[int], overrides: Sequence[str] = ()
+) -> list[Variant]:
     """All combinations, node counts slowest. settings: `section.key=a,b,...` (commas inside
-    brackets or quotes belong to a value). Raises UserError, one line."""
+    brackets or quotes belong to a value). overrides: of all runs. Raises UserError, one line."""
     axes: list[list[tuple[str, str]]] = []
     for setting in settings:
         key, found, values = setting.partition("=")
@@ -42,6 +44,9 @@ def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
         if not all(parts) or len({*parts}) < len(parts):
             raise UserError(f"--set {shown(setting)}: a value is empty or given twice")
         axes.append([(key, value) for value in parts])
+    varied = {f"--{axis[0][0]}" for axis in axes}
+    if twice := [word for word in overrides if word.partition("=")[0] in varied]:
+        raise UserError(f"{twice[0]}: --set has other values of this key; leave one of them out")
     if len({axis[0][0] for axis in axes}) < len(axes):
         raise UserError("--set: a key is given twice")
     if len({*nodes}) < len(nodes) or min(nodes) < 1:

@@ -85,6 +85,8 @@ def _ranks(text: str) -> list[int]:
 def _report(points: list[Point], ranks: list[int], note: str) -> int:
     """Make the report next to the folder of the runs; returns its exit code."""
     base = points[0].folder.parent
+    if base.name in ("", ".."):  # as `.`: no name to add to
+        base = base.resolve()
     words = [*(str(point.folder) for point in points), f"--out={base}-report"]
     words += [f"--note={note}"] * bool(note)
     if len(ranks) < 2:

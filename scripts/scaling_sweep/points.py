@@ -7,7 +7,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.loader import flatten, load
 from configs.parallel_dims import resolve
-from configs.paths import local_path
+from configs.paths import check_folder, local_path
 from configs.schema import JobConfig
 from launch.run_folder import records
 from scripts.scaling_report.steps import LEAST_STEPS, WARMUP
@@ -66,6 +66,7 @@ def points_of(
             f"warmup, {LEAST_STEPS} that are measured, and the last, which is profiled"
         )
     folder = local_path(out or config.run.dir.rstrip("/") + "-scaling")
+    check_folder("--out", str(folder))
     found = []
     for repeat in range(repeats):
         for n in ranks:

@@ -198,6 +198,7 @@ def test_ranks_are_those_of_a_part_of_a_node_or_of_whole_nodes(tmp_path: Path) -
         (["runs/x"], "'runs/x': neither an option nor"),
         (["--partition=x"], "--partition: needs --slurm"),
         (["--dry-run"], "--dry-run: needs --slurm"),
+        (["--out=/"], "--out = '/': leads to the root"),
         (["--slurm", "--partition=a;b", "--ranks=1"], "partition = 'a;b': must"),
         (["--slurm", "--site=absent.toml", "--ranks=1"], "absent.toml: no such file"),
     ],
