@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,9 @@ def test_a_killed_node_ends_the_attempt_and_the_job_is_queued_again(
     job.cluster.start_node(node)
     job.cluster.wait(lambda: job.cluster.idle() == 2, "two idle nodes")
     stopped = job.saved()
+    # A late message about the first start would count as one about the second (SLURM 22.05 then
+    # has one node for two), which the two minutes that SLURM waits after a requeue prevent.
+    time.sleep(20)
     job.cluster.start_now(number)
     job.wait_for_step(stopped + 15)
     job.cancel(number)
