@@ -87,10 +87,6 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
     """The text of the sbatch script. python: interpreter of the nodes; default: the site's virtual
     environment, or the running one."""
     check_names(job.name, job.folder)
-    again = (
-        '  echo "$(date +%FT%T) queued again"\n  scontrol requeue "$SLURM_JOB_ID" || '
-        'echo "$(date +%FT%T) SLURM refuses: python -m launch.slurm resume continues this run"\n'
-    )
     later = '  echo "$(date +%FT%T) the next job of the chain continues"\n'
     return template("train.sbatch").substitute(
         directives=directives(job, site, array=len(job.runs)),
@@ -107,7 +103,7 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
         signal_s=site.slurm.signal_s,
         attempts=site.faults.attempts,
         stop_code=0 if job.continues else 75,
-        requeue=later if job.continues else again,
+        requeue=later if job.continues else "  requeue\n",
         at_end=f"{interpreter(site, python)} -m launch.slurm {shlex.join(job.summary)} "
         ">/dev/null || true"
         if job.summary
