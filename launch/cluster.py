@@ -62,7 +62,7 @@ def queue(jobs: Sequence[str]) -> dict[str, str]:
 
 def ended(job: str) -> tuple[str, int]:
     """State and exit code of a job that has left the queue, as ("FAILED, exit code 2", 2). SLURM
-    forgets them after minutes (MinJobAge); then "" and 0."""
+    discards them after minutes (MinJobAge); then "" and 0."""
     try:
         said = call(["scontrol", "show", "job", "--oneliner", job])
     except UserError:

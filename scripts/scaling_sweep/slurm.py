@@ -143,7 +143,7 @@ def _wait(points: Sequence[Point], left: dict[str, Point]) -> tuple[list[Point],
 
 
 def _completes(point: Point, state: str) -> bool:
-    """Whether the run of a job that has ended is complete, once its files can be seen here."""
+    """Whether the run of a job that has ended is complete, once its files are visible here."""
     deadline = time.monotonic() + (0.0 if state not in ("", "COMPLETED") else _FILES_S)
     while not point.is_complete:
         if time.monotonic() >= deadline:
