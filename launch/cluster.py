@@ -9,6 +9,11 @@ from pathlib import Path
 from configs.errors import UserError
 
 _TIMEOUT_S = 60
+_NEVER = re.compile(
+    r"\((PartitionTimeLimit|PartitionNodeLimit|PartitionConfig|BadConstraints"
+    r"|(Assoc|QOS)MaxWallDurationPerJobLimit)\)"
+)
+"""Reasons of pending jobs that do not pass with time."""
 
 
 def sbatch(script: Path, *, after: str | None = None) -> str:
@@ -16,7 +21,9 @@ def sbatch(script: Path, *, after: str | None = None) -> str:
 
     Variables SBATCH_* of the user's shell would replace what the script states, so they are not
     passed. SLURM accepts a job that can never start and leaves it in the queue; `--test-only` finds
-    this. after: job that has to end first, with any result.
+    this, except for more time than a partition allows, which the job's reason shows.
+
+    after: job that has to end first, with any result. Raises UserError.
     """
     call(["sbatch", "--test-only", str(script)])
     words = ["sbatch", "--parsable"]
@@ -25,7 +32,14 @@ def sbatch(script: Path, *, after: str | None = None) -> str:
     found = re.fullmatch(r"(\d+)(;\S*)?", said[-1] if said else "")
     if not found:
         raise UserError(f"sbatch: printed {' '.join(said)!r}, not the number of a job")
-    return found[1]
+    job = found[1]
+    if never := _NEVER.search(queue([job]).get(job, "")):
+        scancel(job)
+        raise UserError(
+            f"SLURM would never start this job, it was cancelled: {never[1]} (time, nodes or "
+            "constraint against the limits of the partition: scontrol show partition)"
+        )
+    return job
 
 
 def scancel(job: str) -> None:
@@ -44,6 +58,20 @@ def queue(jobs: Sequence[str]) -> dict[str, str]:
         for one in {job, array} & {*jobs}:
             found[one] = state + (f" ({reason})" if reason not in ("None", "") else "")
     return found
+
+
+def ended(job: str) -> tuple[str, int]:
+    """State and exit code of a job that has left the queue, as ("FAILED, exit code 2", 2). SLURM
+    discards them after minutes (MinJobAge); then "" and 0."""
+    try:
+        said = call(["scontrol", "show", "job", "--oneliner", job])
+    except UserError:
+        return "", 0
+    state, code = (re.search(rf"\b{key}=(\w+)", said) for key in ("JobState", "ExitCode"))
+    if not state:
+        return "", 0
+    number = int(code[1]) if code and code[1].isdigit() else 0
+    return state[1] + (f", exit code {number}" if number else ""), number
 
 
 def call(words: Sequence[str]) -> str:

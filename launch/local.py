@@ -10,6 +10,7 @@ repeated.
 """
 
 import argparse
+import os
 import re
 import sys
 
@@ -18,7 +19,7 @@ from configs.errors import UserError
 from configs.loader import load
 from configs.parallel_dims import resolve
 from configs.paths import local_path
-from launch.supervisor.policy import Limits
+from launch.supervisor.policy import INTERRUPTED, Limits
 from launch.supervisor.supervise import Supervisor
 from launch.sweep import own_checkpoints, results, variants
 
@@ -79,7 +80,8 @@ def _limits(options: argparse.Namespace) -> Limits:
 
 
 def sweep(arguments: list[str]) -> int:
-    """Train all variants of an experiment; returns 0, or the first code that is not."""
+    """Train all variants of an experiment; returns 0, or the first code that is not. A variant that
+    fails does not keep the others from being trained; a signal does."""
     parser = CommandParser(
         prog="python -m launch.local sweep", description=__doc__, allow_abbrev=False
     )
@@ -92,20 +94,28 @@ def sweep(arguments: list[str]) -> int:
         limits = _limits(options)
         if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2})*", options.nproc):
             raise UserError(f"--nproc {options.nproc}: must be N or N,N,...")
-        found = variants(options.set, [int(word) for word in options.nproc.split(",")])
+        ranks = [int(word) for word in options.nproc.split(",")]
+        found = variants(options.set, ranks, overrides)
         configs = [load(options.file, [*overrides, *one.overrides]) for one in found]
         for config, one in zip(configs, found, strict=True):
             resolve(config, one.nodes)
         base = local_path(configs[0].run.dir).absolute()
+        failed: dict[str, int] = {}
         for one in found:
             print(f"--- {one.name}", flush=True)
             words = [*overrides, *one.overrides, f"--run.dir={base / one.name}"]
             words += own_checkpoints(configs[0], one.name)
             run = Supervisor([options.file, *words], one.nodes, base / one.name, limits)
-            if code := run.run():
+            code = run.run()
+            if code in (os.EX_TEMPFAIL, INTERRUPTED):
                 return code
+            if code:
+                failed[one.name] = code
         print(results(base), end="")
-        return 0
+        if failed:
+            names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+            print(f"error: {len(failed)} of {len(found)} runs failed: {names}", file=sys.stderr)
+        return next(iter(failed.values()), 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

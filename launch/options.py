@@ -19,12 +19,18 @@ def slurm_parser(prog: str, description: str | None, file: str) -> CommandParser
     parser = CommandParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("file", help=file)
     parser.add_argument("--nodes", required=True, help="nodes of the job; of a sweep, several")
-    parser.add_argument("--site", type=Path, help="site file (TOML); default: $PHALANX_SITE")
     parser.add_argument("--name", default="", help="job name; default: name of the run's folder")
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    slurm_options(parser)
+    return parser
+
+
+def slurm_options(parser: CommandParser) -> list[str]:
+    """Add the site file and the options that replace its keys; returns their names."""
+    parser.add_argument("--site", type=Path, help="site file (TOML); default: $PHALANX_SITE")
     for option in SITE_OPTIONS:
         parser.add_argument(option, help=f"replaces slurm.{option[2:]} of the site file")
-    return parser
+    return ["site", *(option[2:] for option in SITE_OPTIONS)]
 
 
 def parsed(parser: CommandParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -87,8 +87,7 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
     """The text of the sbatch script. python: interpreter of the nodes; default: the site's virtual
     environment, or the running one."""
     check_names(job.name, job.folder)
-    again = ['  echo "$(date +%FT%T) queued again"\n  scontrol requeue "$SLURM_JOB_ID" || true\n']
-    later = ['  echo "$(date +%FT%T) the next job of the chain continues"\n']
+    later = '  echo "$(date +%FT%T) the next job of the chain continues"\n'
     return template("train.sbatch").substitute(
         directives=directives(job, site, array=len(job.runs)),
         command=" ".join(job.command.split()),
@@ -104,7 +103,7 @@ def training_script(job: Job, site: Site, python: str = "", checkout: Path = CHE
         signal_s=site.slurm.signal_s,
         attempts=site.faults.attempts,
         stop_code=0 if job.continues else 75,
-        requeue="".join(later if job.continues else again),
+        requeue=later if job.continues else "  requeue\n",
         at_end=f"{interpreter(site, python)} -m launch.slurm {shlex.join(job.summary)} "
         ">/dev/null || true"
         if job.summary
@@ -147,7 +146,7 @@ def setup(site: Site) -> str:
 def variables(site: Site) -> list[tuple[str, str]]:
     """Names and values of the variables that the site file implies for every rank."""
     node = site.node
-    threads = node.threads or (node.cpus // node.ranks_per_node if node.cpus else 0)
+    threads = node.threads_per_rank
     found = [("OMP_NUM_THREADS", str(threads))] if threads else []
     if node.interface:
         found += [(f"{name}_SOCKET_IFNAME", node.interface) for name in ("NCCL", "GLOO")]

@@ -1,6 +1,7 @@
 """The records in a folder of a run: submissions, progress, failed nodes."""
 
 import json
+import math
 import os
 import statistics
 from collections import Counter
@@ -48,7 +49,8 @@ def read_submission(run: Path) -> Submission:
     try:
         found = Submission(**json.loads(path.read_bytes()))
         texts = [*found.arguments, found.folder, *found.jobs]
-        if all(isinstance(text, str) for text in texts) and all(map(_is_job, found.jobs)):
+        is_text = found.jobs and all(isinstance(text, str) for text in texts)
+        if is_text and all(map(_is_job, found.jobs)):
             return found
     except (ValueError, TypeError, RecursionError):
         pass
@@ -79,17 +81,31 @@ def failed_nodes(run: Path, at_least: int) -> tuple[str, ...]:
     return tuple(sorted(node for node, times in Counter(lines).items() if times >= at_least))
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """The steps in metrics.jsonl, without damaged or incomplete lines."""
+def records(run: Path) -> list[dict[str, float]]:
+    """The steps in metrics.jsonl: their numbers, without damaged or incomplete lines."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and "loss" in record:
-            found.append(record)
+        numbers = _numbers(record) if isinstance(record, dict) else {}
+        if numbers.get("step", 0) > 0 and isinstance(record["step"], int) and "loss" in numbers:
+            found.append(numbers)
     return found
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in record.items()
+        if type(value) is float or (type(value) is int and abs(value) < 2**63)
+    }
+
+
+def finite(steps: Sequence[dict[str, float]], key: str) -> list[float]:
+    """The values of a field, without steps that have none."""
+    return [step[key] for step in steps if math.isfinite(step.get(key, math.nan))]
 
 
 def status(run: Path) -> dict[str, str]:
@@ -101,15 +117,16 @@ def status(run: Path) -> dict[str, str]:
     if steps:
         last, recent = steps[-1], steps[-_RECENT:]
         total = config.train.steps if config else 0
-        step_s = statistics.median(float(r.get("step_s", 0)) for r in recent)
-        speed = statistics.median(float(r.get("tokens_per_s", 0)) for r in recent)
         lines["step"] = f"{last['step']}" + (f" of {total}" if total else "")
         lines["loss"] = f"{last['loss']:.4f}"
         if "validation_loss" in last:
             lines["validation loss"] = f"{last['validation_loss']:.4f}"
-        lines["tokens/s"] = f"{speed:,.0f}"
-        if total > last["step"]:
-            lines["eta"] = _duration((total - last["step"]) * step_s) + " of steps"
+        if speeds := finite(recent, "tokens_per_s"):
+            lines["tokens/s"] = f"{statistics.median(speeds):,.0f}"
+        times = finite(recent, "step_s")
+        if times and total > last["step"]:
+            lines["eta"] = _duration((total - last["step"]) * statistics.median(times))
+            lines["eta"] += " of steps"
     else:
         lines["step"] = "none yet"
     lines["starts"] = str(_starts(run))

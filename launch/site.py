@@ -5,11 +5,11 @@ place in a job script allows, and `launch.render` quotes everything that a shell
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.rules import between, shown
 from configs.tree import build_section
 from configs.values import read_toml
@@ -25,7 +25,7 @@ _TIME = re.compile(r"(\d{1,3}-)?\d{1,2}(:[0-5]\d){2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0-\x1f\x7f]*")
 _LINE = re.compile(r"[^\0-\x1f\x7f]+")
 _ABSOLUTE = re.compile(r"/[^\0-\x1f\x7f]*")
-_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:1052 1052]{0,511}")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./:@-]{0,511}")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _RESOURCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,61}/[a-z0-9][a-z0-9.-]{0,61}")
 _RESERVED = re.compile(
@@ -107,6 +107,11 @@ class NodeSite:
     @property
     def ranks_per_node(self) -> int:
         return self.ranks or self.gpus or 1
+
+    @property
+    def threads_per_rank(self) -> int:
+        """Value of OMP_NUM_THREADS; 0: not set."""
+        return self.threads or (self.cpus // self.ranks_per_node if self.cpus else 0)
 
     @property
     def gpu_memory_gb(self) -> int | None:
@@ -206,6 +211,18 @@ def load_site(path: Path | None) -> Site:
         return Site()
     site: Site = build_section(Site, read_toml(path), str(path))
     return site
+
+
+def with_ranks_per_node(site: Site, ranks: int) -> Site:
+    """The site with fewer ranks per node, each with the threads that it would have among all. A job
+    still requests the whole node. Raises UserError."""
+    node = site.node
+    if ranks > node.ranks_per_node:
+        raise UserError(
+            f"--ranks-per-node {ranks}: a node has {node.ranks_per_node} (node.ranks or node.gpus "
+            "of the site file)"
+        )
+    return replace(site, node=replace(node, ranks=ranks, threads=node.threads_per_rank))
 
 
 def check(section: object, pattern: re.Pattern[str], what: str, *keys: str) -> None:

@@ -14,36 +14,28 @@ nodes, with a run in run.dir/NAME for every combination of values, and `results`
 import os
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from configs.command_line import CommandParser
 from configs.errors import UserError
 from launch import cluster, run_folder
-from launch.experiment import Checked, check_experiment
+from launch.experiment import check_experiment
 from launch.options import counts, parsed, slurm_parser, slurm_site
 from launch.render import Job, training_script
-from launch.run_folder import LAUNCH, SCRIPT, SERVE_SCRIPT, Submission
+from launch.run_folder import LAUNCH, SERVE_SCRIPT
 from launch.serving import read_serving_job, serving_script
-from launch.site import Site
-from launch.sweep import own_checkpoints, results, variants
+from launch.submit import earlier_jobs, locked, read_run, record, submit_run, train_arguments
+from launch.sweep import has_runs, own_checkpoints, results, variants
 
 _VERBS = ("status", "logs", "cancel", "resume", "results")
-_FILE = (
-    "experiment (TOML), or sweep, serve, status, logs, cancel, resume and what each of them needs"
-)
 
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     try:
-        if arguments and arguments[0] == "sweep":
-            return sweep(arguments[1:])
-        if arguments and arguments[0] == "serve":
-            return serve(arguments[1:])
         if arguments and arguments[0] in _VERBS:
             return _on_run(arguments[0], arguments[1:])
-        return submit(arguments)
+        return _submit(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,50 +45,37 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
-def submit(arguments: list[str]) -> int:
+def _submit(arguments: list[str], again: Path | None = None) -> int:
+    """Submit what a command line describes: a run, a sweep or a serving job. again: folder of one
+    that was submitted before."""
+    if arguments and arguments[0] == "sweep":
+        return sweep(arguments[1:], again)
+    if arguments and arguments[0] == "serve":
+        return serve(arguments[1:], again)
+    return submit(arguments, again)
+
+
+def submit(arguments: list[str], again: Path | None = None) -> int:
     """Check, render and submit one run."""
-    parser = slurm_parser("python -m launch.slurm", __doc__, _FILE)
-    parser.add_argument("--jobs", type=int, default=1, help="jobs, each after the one before")
-    options, overrides = parsed(parser, arguments)
-    options.nodes = counts(options.nodes, 1)[0]
-    if not 1 <= options.jobs <= 1000:
-        raise UserError(f"--jobs {options.jobs}: must lie between 1 and 1000")
-    site = slurm_site(options.site, vars(options))
-    ranks = options.nodes * site.node.ranks_per_node
-    checked = check_experiment(options.file, overrides, ranks, site)
-    job = Job(
-        name=options.name or checked.folder.name,
-        nodes=options.nodes,
-        folder=checked.folder,
-        runs=(_train_arguments(options.file, overrides, checked),),
-        command=f"python -m launch.slurm {shlex.join(arguments)}",
-        start_in=Path.cwd(),
-        exclude=run_folder.failed_nodes(checked.folder, site.faults.exclude_after),
-    )
-    if options.dry_run:
-        print(training_script(replace(job, continues=options.jobs > 1), site), end="")
+    run = read_run(arguments)
+    _check_place(again, run.job.folder, "--run.dir")
+    if run.is_dry_run:
+        print(run.scripts()[-1], end="")
         return 0
-    print(*checked.lines, sep="\n")
-    if job.exclude:
-        print(f"excluded after repeated failures: {', '.join(job.exclude)}")
-    earlier = _earlier(checked.folder)
-    ids = _submit_chain(job, site, options.jobs)
-    run_folder.write_submission(
-        checked.folder,
-        Submission(arguments=arguments, folder=str(Path.cwd()), jobs=[*earlier, *ids]),
-    )
+    print(*run.lines, sep="\n")
+    ids = submit_run(run)
     print(f"job {', '.join(ids)}")
-    print(f"logs {job.logs}")
+    print(f"logs {run.job.logs}")
     return 0
 
 
-def sweep(arguments: list[str]) -> int:
+def sweep(arguments: list[str], again: Path | None = None) -> int:
     """Check, render and submit all variants of an experiment: a job array per number of nodes."""
     parser = slurm_parser("python -m launch.slurm sweep", __doc__, "experiment (TOML)")
     parser.add_argument("--set", action="append", default=[], help="section.key=value,value,...")
     options, overrides = parsed(parser, arguments)
     site = slurm_site(options.site, vars(options))
-    found = variants(options.set, counts(options.nodes, 100))
+    found = variants(options.set, counts(options.nodes, 100), overrides)
     base, rendered = Path(), list[tuple[Job, list[str]]]()
     for nodes in dict.fromkeys(variant.nodes for variant in found):
         runs = []
@@ -106,51 +85,46 @@ def sweep(arguments: list[str]) -> int:
             checked = check_experiment(options.file, words, ranks, site)
             base = checked.folder
             words += own_checkpoints(checked.config, variant.name)
-            checked = replace(checked, folder=base / variant.name)
-            runs.append(_train_arguments(options.file, words, checked))
+            runs.append(train_arguments(options.file, words, base / variant.name))
         job = Job(
             name=options.name or base.name, nodes=nodes, folder=base, runs=tuple(runs),
             command=f"python -m launch.slurm sweep {shlex.join(arguments)}", start_in=Path.cwd(),
             summary=("results", str(base)),
         )  # fmt: skip
         rendered.append((job, [variant.name for variant in found if variant.nodes == nodes]))
+    _check_place(again, base, "--run.dir")
     scripts = [(job, names, training_script(job, site)) for job, names in rendered]
     if options.dry_run:
         print(*(text for *_, text in scripts), sep="\n", end="")
         return 0
-    earlier, ids = _earlier(base), list[str]()
-    for job, names, text in scripts:
-        path = job.logs / f"sweep-{job.nodes}.sbatch"
-        run_folder.replace(path, text)
-        ids.append(cluster.sbatch(path))
-        print(f"job {ids[-1]}, {job.nodes} nodes: {', '.join(names)}")
-    submission = Submission(
-        arguments=["sweep", *arguments], folder=str(Path.cwd()), jobs=[*earlier, *ids]
-    )
-    run_folder.write_submission(base, submission)
+    with locked(base):
+        jobs = earlier_jobs(base)
+        for job, names, text in scripts:
+            path = job.logs / f"sweep-{job.nodes}.sbatch"
+            run_folder.replace(path, text)
+            jobs.append(cluster.sbatch(path))
+            record(base, ["sweep", *arguments], jobs)
+            print(f"job {jobs[-1]}, {job.nodes} nodes: {', '.join(names)}")
     print(f"logs {base / LAUNCH}; table: python -m launch.slurm results {base}")
     return 0
 
 
-def serve(arguments: list[str]) -> int:
+def serve(arguments: list[str], again: Path | None = None) -> int:
     """Check, render and submit a serving job."""
     job, site, is_dry_run = read_serving_job(arguments)
+    _check_place(again, job.folder, "--run")
     text = serving_script(job, site)
     if is_dry_run:
         print(text, end="")
         return 0
     if not Path(job.arguments[0]).is_dir():
         raise UserError(f"{job.arguments[0]}: no such folder; name an export")
-    earlier = _earlier(job.folder)
-    script = job.logs / SERVE_SCRIPT
-    run_folder.replace(script, text)
-    number = cluster.sbatch(script)
-    run_folder.write_submission(
-        job.folder,
-        Submission(
-            arguments=["serve", *arguments], folder=str(Path.cwd()), jobs=[*earlier, number]
-        ),
-    )
+    with locked(job.folder):
+        jobs = earlier_jobs(job.folder)
+        script = job.logs / SERVE_SCRIPT
+        run_folder.replace(script, text)
+        number = cluster.sbatch(script)
+        record(job.folder, ["serve", *arguments], [*jobs, number])
     print(
         f"{job.engines} engines of {job.nodes_per_engine} nodes, port {job.port} of the first node"
     )
@@ -159,33 +133,12 @@ def serve(arguments: list[str]) -> int:
     return 0
 
 
-def _train_arguments(file: str, overrides: list[str], checked: Checked) -> tuple[str, ...]:
-    """Arguments of the trainer, which starts in the folder of this command."""
-    kept = [word for word in overrides if not word.startswith("--run.dir=")]
-    return (file, *kept, f"--run.dir={checked.folder}")
-
-
-def _submit_chain(job: Job, site: Site, jobs: int) -> list[str]:
-    """Write the scripts and submit them, each after the one before; returns the ids."""
-    ids: list[str] = []
-    for i in range(jobs):
-        is_last = i == jobs - 1
-        script = job.logs / (SCRIPT if is_last else f"chained.{SCRIPT}")
-        run_folder.replace(script, training_script(replace(job, continues=not is_last), site))
-        ids.append(cluster.sbatch(script, after=ids[-1] if ids else None))
-    return ids
-
-
-def _earlier(folder: Path) -> list[str]:
-    if not (folder / LAUNCH / run_folder.SUBMISSION).is_file():
-        return []
-    jobs = run_folder.read_submission(folder).jobs
-    if active := cluster.queue(jobs):
+def _check_place(again: Path | None, folder: Path, option: str) -> None:
+    """Raise UserError if a folder was moved after its submission, which names the old one."""
+    if again is not None and again.resolve() != folder.resolve():
         raise UserError(
-            f"{folder}: job {', '.join(active)} of this run is still queued or running; cancel it "
-            "first, with python -m launch.slurm cancel RUN"
+            f"{again}: was submitted as {folder}; move it back, or submit it with {option}={again}"
         )
-    return jobs
 
 
 def _on_run(verb: str, arguments: list[str]) -> int:
@@ -209,26 +162,30 @@ def _on_run(verb: str, arguments: list[str]) -> int:
     else:
         submission = run_folder.read_submission(run)
         os.chdir(submission.folder)
-        return main(submission.arguments)
+        return _submit(submission.arguments, again=run)
     return 0
 
 
 def _status(run: Path) -> None:
     has_jobs = (run / LAUNCH / run_folder.SUBMISSION).is_file()
     submission = run_folder.read_submission(run) if has_jobs else None
-    is_serving = submission is not None and submission.arguments[:1] == ["serve"]
-    lines = {} if is_serving else run_folder.status(run)
-    if is_serving and (run / LAUNCH / run_folder.ADDRESS).is_file():
+    kind = submission.arguments[0] if submission and submission.arguments else ""
+    lines = {} if kind in ("serve", "sweep") else run_folder.status(run)
+    if kind == "serve" and (run / LAUNCH / run_folder.ADDRESS).is_file():
         lines["router"] = (run / LAUNCH / run_folder.ADDRESS).read_text().strip()
     if submission is not None:
         jobs = submission.jobs
         try:
             states = cluster.queue(jobs)
+            if jobs and jobs[-1] not in states and (how := cluster.ended(jobs[-1])[0]):
+                states[jobs[-1]] = f"ended ({how})"
             lines["jobs"] = ", ".join(f"{job} {states.get(job, 'ended')}" for job in jobs[-5:])
         except UserError as error:
             lines["jobs"] = f"{', '.join(jobs[-5:])}; {error}"
     for name, value in lines.items():
         print(f"{name:<16}{value}")
+    if kind == "sweep" and has_runs(run):
+        print(results(run), end="")
 
 
 def _logs(run: Path, lines: int) -> None:

@@ -28,9 +28,11 @@ class Variant:
     overrides: tuple[str, ...]
 
 
-def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
+def variants(
+    settings: Sequence[str], nodes: Sequence[int], overrides: Sequence[str] = ()
+) -> list[Variant]:
     """All combinations, node counts slowest. settings: `section.key=a,b,...` (commas inside
-    brackets or quotes belong to a value). Raises UserError, one line."""
+    brackets or quotes belong to a value). overrides: of all runs. Raises UserError, one line."""
     axes: list[list[tuple[str, str]]] = []
     for setting in settings:
         key, found, values = setting.partition("=")
@@ -42,6 +44,9 @@ def variants(settings: Sequence[str], nodes: Sequence[int]) -> list[Variant]:
         if not all(parts) or len({*parts}) < len(parts):
             raise UserError(f"--set {shown(setting)}: a value is empty or given twice")
         axes.append([(key, value) for value in parts])
+    varied = {f"--{axis[0][0]}" for axis in axes}
+    if twice := [word for word in overrides if word.partition("=")[0] in varied]:
+        raise UserError(f"{twice[0]}: --set has other values of this key; leave one of them out")
     if len({axis[0][0] for axis in axes}) < len(axes):
         raise UserError("--set: a key is given twice")
     if len({*nodes}) < len(nodes) or min(nodes) < 1:
@@ -84,9 +89,18 @@ def _split(values: str) -> list[str]:
     return parts
 
 
+def _runs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "launch")
+
+
+def has_runs(folder: Path) -> bool:
+    """Whether a run of a sweep has started."""
+    return bool(_runs(folder))
+
+
 def results(folder: Path) -> str:
     """The table of all runs in a folder as Markdown, and write it there. Raises UserError."""
-    runs = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "launch")
+    runs = _runs(folder)
     if not runs:
         raise UserError(f"{folder}: no runs in it")
     lines = ["| run | steps | loss | validation loss | tokens/s | memory, GiB |",
@@ -98,13 +112,15 @@ def results(folder: Path) -> str:
             continue
         last = steps[-1]
         # the first step of a process also compiles and allocates
-        speed = statistics.median(r["tokens_per_s"] for r in steps[1:] or steps)
-        validation = last.get("validation_loss")
-        lines.append(
-            f"| {run.name} | {last['step']} | {last['loss']:.4f} | "
-            f"{'' if validation is None else f'{validation:.4f}'} | {speed:,.0f} | "
-            f"{max(r['memory_gib'] for r in steps):.2f} |"
-        )
+        speeds = run_folder.finite(steps[1:] or steps, "tokens_per_s")
+        memory = run_folder.finite(steps, "memory_gib")
+        validation = [f"{last['validation_loss']:.4f}"] if "validation_loss" in last else []
+        row = [
+            run.name, str(last["step"]), f"{last['loss']:.4f}", *(validation or [""]),
+            f"{statistics.median(speeds):,.0f}" if speeds else "",
+            f"{max(memory):.2f}" if memory else "",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
     text = "\n".join(lines) + "\n"
     run_folder.replace(folder / RESULTS, text)
     return text

@@ -63,7 +63,7 @@ LONG_PAGES = {
     "docs/parallelism.md",
 }  # fmt: skip
 """Their commands are tested in one process elsewhere: tests/train, tests/serve, tests/scripts."""
-SHARED_OPTIONS = ("options", "serving")
+SHARED_OPTIONS = ("options", "serving", "submit")
 """Modules of `launch` with options of its commands."""
 COMMANDS = documented_commands()
 RUN = [c for c in COMMANDS if not any(re.fullmatch(p, " ".join(c.words)) for p in NOT_RUN)]
@@ -189,7 +189,7 @@ def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None
     place = ROOT.joinpath(*module.split("."))
     source = next(f for f in (place.with_suffix(".py"), place / "__main__.py") if f.is_file())
     text = source.read_text()
-    if module.startswith("launch."):  # options in common
+    if module.startswith(("launch.", "scripts.scaling_sweep")):  # options in common
         text += "".join((ROOT / "launch" / f"{name}.py").read_text() for name in SHARED_OPTIONS)
     if module == "serve":
         text += (ROOT / "serve" / "options.py").read_text()

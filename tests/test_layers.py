@@ -60,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     "train/tokenizer": set(),
     "launch": {"launch/supervisor"},
     "launch/supervisor": {"launch"},
-    "scripts": {"scripts/scaling_report"},
+    "scripts/scaling_sweep": {"scripts/scaling_report"},
     "scripts/check_clients": {"scripts/bench_serve"},
     "serve": {"serve/api", "serve/bench", "serve/engine", "serve/frontend", "serve/tool_calls"},
     "serve/api": {"serve/engine", "serve/frontend", "serve/page", "serve/text", "serve/tool_calls"},

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -21,6 +20,7 @@ from configs.errors import UserError
 from configs.health import heartbeat
 from launch.supervisor import processes
 from launch.supervisor.fork_server import Child, Starter
+from launch.supervisor.heartbeat_folder import heartbeat_folder
 from launch.supervisor.policy import INTERRUPTED, USER_ERROR, Ended, History, Limits
 from launch.supervisor.processes import Rank
 
@@ -86,8 +86,7 @@ class Supervisor:
         return self.stopping[0] if self.stopping else 0
 
     def _attempt(self, logs: Path) -> Ended:
-        with tempfile.TemporaryDirectory(prefix="phalanx-heartbeats-") as place:
-            beats = Path(place)
+        with heartbeat_folder() as beats:
             words = [self.module, *self.arguments]
             ranks, store = processes.start(self.starter, words, self.ranks, logs, beats)
             self.running = ranks

@@ -56,12 +56,19 @@ def report_of(runs: list[MeasuredRun], project: Sequence[int] = ()) -> dict[str,
 
 def _remarks(runs: list[MeasuredRun]) -> list[str]:
     """What the reader has to know about the runs."""
-    found = [
-        f"No run has {name} routing; the other kind alone does not show what imbalance costs."
-        for forced, name in ROUTING.items()
-        if not any(run.is_forced is forced for run in runs)
-        and runs[0].config.model.moe.n_experts > 1
-    ]
+    found = []
+    ranks = {run.ranks for run in runs}
+    for forced, name in ROUTING.items():
+        some = {run.ranks for run in runs if run.is_forced is forced}
+        if not some and runs[0].config.model.moe.n_experts > 1:
+            found.append(
+                f"No run has {name} routing; the other kind alone does not show what imbalance "
+                "costs."
+            )
+        elif some and some != ranks:
+            missing = ", ".join(map(str, sorted(ranks - some)))
+            base = f"; its efficiency is relative to {min(some)} ranks" * (min(some) > min(ranks))
+            found.append(f"No run with {name} routing has {missing} ranks{base}.")
     return found + [
         f"{run.folder.name}: {run.unreadable} steps have no usable record; they are left out."
         for run in runs

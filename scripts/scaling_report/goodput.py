@@ -4,6 +4,8 @@ Every step writes an event when it ends, also one that a later start repeats. A 
 process did not write any more counts as time between two starts.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +14,7 @@ from typing import Any
 
 from configs.errors import UserError
 
-_TAG = "step_s"
+_STEP, _CHECKPOINT = "step_s", "checkpoint/blocked_s"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class StepEvent:
     """Unix time."""
     seconds: float
     """Duration of the step, without validation and checkpoint."""
+    saving: float = 0.0
+    """Seconds before it in which the training waited for checkpoints."""
 
 
 def elapsed(starts: Sequence[float], attempts: Sequence[Sequence[StepEvent]]) -> dict[str, float]:
@@ -31,7 +35,8 @@ def elapsed(starts: Sequence[float], attempts: Sequence[Sequence[StepEvent]]) ->
 
     starts: Unix time of each start. attempts: the steps of each start, in order. `goodput`: steps
     that were kept, each counted once. `repeated`: steps that a later start computed again.
-    `between steps`: checkpoints, validation, output. `start-up`: from a start to its first step.
+    `checkpoints`: time between steps in which the training waited for them, `between steps` the
+    other (validation, output). `start-up`: from a start to its first step.
     `down`: from the last step of a start to the next start.
     """
     attempts = [list(steps) for steps in attempts]
@@ -39,14 +44,22 @@ def elapsed(starts: Sequence[float], attempts: Sequence[Sequence[StepEvent]]) ->
         attempts.pop()
     last = max(steps[-1].end for steps in attempts if steps)
     total = last - starts[0]
-    parts = dict.fromkeys(("goodput", "repeated", "between steps", "start-up", "down"), 0.0)
+    names = ("goodput", "repeated", "checkpoints", "between steps", "start-up", "down")
+    parts = dict.fromkeys(names, 0.0)
+    # a step is kept if no later one has its number or a smaller one
+    kept, least = set[int](), math.inf
+    for event in reversed([step for steps in attempts for step in steps]):
+        if event.step < least:
+            kept.add(id(event))
+        least = min(least, event.step)
     for i, steps in enumerate(attempts):
-        kept = min((s.step for later in attempts[i + 1 :] for s in later), default=None)
         time = starts[i]
         for j, step in enumerate(steps):
-            parts["between steps" if j else "start-up"] += max(step.end - step.seconds - time, 0.0)
-            is_kept = kept is None or step.step < kept
-            parts["goodput" if is_kept else "repeated"] += step.seconds
+            before = max(step.end - step.seconds - time, 0.0)
+            saving = min(step.saving, before) if j else 0.0
+            parts["checkpoints"] += saving
+            parts["between steps" if j else "start-up"] += before - saving
+            parts["goodput" if id(step) in kept else "repeated"] += step.seconds
             time = step.end
         if i + 1 < len(attempts):
             parts["down"] += max(starts[i + 1] - time, 0.0)
@@ -75,9 +88,16 @@ def _events(file: Path) -> list[StepEvent]:
     from tensorboard.util.tensor_util import make_ndarray
 
     found = []
-    for event in EventFileLoader(str(file)).Load():
-        for value in event.summary.value:
-            if value.tag == _TAG:
-                seconds = float(make_ndarray(value.tensor))
-                found.append(StepEvent(event.step, event.wall_time, seconds))
+    events = EventFileLoader(str(file)).Load()
+    for step, of_step in itertools.groupby(events, key=lambda event: event.step):
+        values = {
+            value.tag: (event.wall_time, float(make_ndarray(value.tensor)))
+            for event in of_step
+            for value in event.summary.value
+            if value.tag in (_STEP, _CHECKPOINT)
+        }
+        if _STEP in values:
+            end, seconds = values[_STEP]
+            saving = values[_CHECKPOINT][1] if _CHECKPOINT in values else 0.0
+            found.append(StepEvent(step, end, seconds, saving))
     return found

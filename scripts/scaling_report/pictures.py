@@ -6,6 +6,7 @@ from typing import Any
 from scripts.scaling_report.figures import ROUTING
 
 SPEED, BREAKDOWN = "speed.png", "breakdown.png"
+_HATCHES = {"hidden": "///", "exposed": ""}
 
 
 def draw(out: Path, report: dict[str, Any]) -> list[str]:
@@ -55,17 +56,27 @@ def _speed(path: Path, report: dict[str, Any]) -> None:
 
 
 def _breakdown(path: Path, points: list[dict[str, Any]]) -> None:
+    """The parts of a step; and the communication at the same time, hidden and exposed."""
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    kinds = [f"{kind}, {how}" for kind in ("dispatch", "FSDP", "other") for how in _HATCHES]
     places = range(len(points))
-    bottoms = [0.0] * len(points)
-    for part in ("forward", "backward", "optimizer"):
-        heights = [point["breakdown"][part] for point in points]
-        axis.bar(places, heights, bottom=bottoms, label=part)
-        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
-    axis.set_xticks(places, [f"{p['ranks']}\n{ROUTING[p['forced_routing']]}" for p in points])
-    axis.set_ylabel("share of a profiled step")
-    axis.legend()
+    for axis, parts in zip(axes, (("forward", "backward", "optimizer"), kinds), strict=True):
+        bottoms = [0.0] * len(points)
+        for i, part in enumerate(parts):
+            _, _, how = part.partition(", ")
+            heights = [point["breakdown"][part] for point in points]
+            color = f"C{i // 2 + 3}" if how else f"C{i}"
+            axis.bar(
+                places, heights, bottom=bottoms, label=part, color=color, edgecolor="white",
+                hatch=_HATCHES.get(how),
+            )  # fmt: skip
+            bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+        axis.set_xticks(places, [f"{p['ranks']}\n{ROUTING[p['forced_routing']]}" for p in points])
+        axis.set_xlabel("ranks, routing")
+        axis.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes[0].set_ylabel("share of a profiled step")
+    axes[1].set_ylabel("communication, share of the step")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -10,6 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.loader import flatten, load
 from configs.schema import JobConfig
+from scripts.scaling_report.steps import LEAST_STEPS, WARMUP
 from train.report.metrics import EXPERT_LOAD, METRICS, read_lines
 
 MAY_DIFFER = (
@@ -20,10 +21,6 @@ MAY_DIFFER = (
 """Settings of the mesh, of the repeat and of the place."""
 WEAK_TOO = ("train.global_batch",)
 """Weak scaling: the batch grows with the ranks."""
-WARMUP = 2
-"""First steps of a run, which are left out: they allocate and compile."""
-LEAST_STEPS = 3
-"""Steps that a figure needs after the warmup."""
 _FIELDS = ("step_s", "data_share", "memory_gib")
 """What a record of a step must have to be used."""
 
@@ -62,7 +59,10 @@ def read_run(folder: Path) -> MeasuredRun:
     records = read_lines(folder / METRICS)
     if not (folder / "config.toml").is_file() or not records:
         raise UserError(f"{folder}: no run with metrics (config.toml and {METRICS} with steps)")
-    complete = [record for record in records if _is_complete(record)]
+    config = load(folder / "config.toml")
+    steps = config.train.steps
+    last = max((r["step"] for r in records if r["step"] <= steps), default=0)
+    complete = [*{r["step"]: r for r in records if _is_complete(r, steps)}.values()]
     attempts = _attempts(folder)
     profiled = _profiled(folder)
     used = [r for r in complete if r["step"] > WARMUP and r["step"] not in profiled]
@@ -71,9 +71,9 @@ def read_run(folder: Path) -> MeasuredRun:
             f"{folder}: {len(complete)} steps; at least {LEAST_STEPS} are needed after {WARMUP} of "
             "warmup, without those that were profiled"
         )
-    config = load(folder / "config.toml")
     tokens = config.train.global_batch * config.data.seq_len
-    loads = [row for r in read_lines(folder / EXPERT_LOAD) for row in r["load"] if any(row)]
+    rows = [row for r in read_lines(folder / EXPERT_LOAD) for row in r["load"]]
+    loads = [row for row in rows if sum(row) > 0 <= min(row)]
     return MeasuredRun(
         folder=folder,
         ranks=int(attempts[-1]["ranks"]),
@@ -88,14 +88,15 @@ def read_run(folder: Path) -> MeasuredRun:
         mfu=_mean(r.get("mfu") for r in used),
         imbalance=_mean(max(row) * len(row) / sum(row) for row in loads),
         attempts=tuple(attempts),
-        unreadable=max(r["step"] for r in records) - len(complete),
+        unreadable=last - len(complete),
     )
 
 
-def _is_complete(record: dict[str, Any]) -> bool:
-    """Whether a step's figures are there and possible."""
-    values = [record.get(name, math.nan) for name in _FIELDS]
-    return record["step"] > 0 and all(math.isfinite(v) and v >= 0 for v in values) and values[0] > 0
+def _is_complete(record: dict[str, Any], steps: int) -> bool:
+    """Whether a step is one of the run's, and its figures are there and possible."""
+    step_s, share, memory = values = [record.get(name, math.nan) for name in _FIELDS]
+    possible = all(map(math.isfinite, values)) and step_s > 0 <= share <= 1 and memory >= 0
+    return bool(0 < record["step"] <= steps and possible)
 
 
 def _mean(values: Any) -> float | None:
@@ -116,10 +117,16 @@ def _attempts(folder: Path) -> list[dict[str, Any]]:
         for attempt in found:
             {axis: int(size) for axis, size in attempt["mesh"].items()}
             attempt["device"], attempt["packages"]["torch"]
+        if not ranks or min(ranks) < 1:
+            raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: missing or damaged; the number of ranks is not known") from None
     if len(ranks) != 1:
         raise UserError(f"{path}: the run continued on other numbers of ranks: {sorted(ranks)}")
+    if any(attempt["mesh"] != found[0]["mesh"] for attempt in found):
+        raise UserError(
+            f"{path}: the run continued on another mesh; its steps are not of one point"
+        )
     return list(found)
 
 

@@ -50,8 +50,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
         (
             "Where the elapsed time is",
             "From the first start to the last step, all starts. Goodput: steps that were kept; "
-            "repeated: steps that a later start computed again; between steps: checkpoints, "
-            "validation, output; down: from the last step of a start to the next start.",
+            "repeated: steps that a later start computed again; checkpoints: time in which the "
+            "training waited for them; between steps: validation, output; down: from the last step "
+            "of a start to the next start.",
             _by_key(measured, "elapsed"),
         ),
         (

@@ -60,6 +60,8 @@ def breakdown(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     thread = optimizer[0]["tid"]
     main = [e for e in events if e["tid"] == thread and e.get("cat") == "cpu_op"]
     total = _extent([*main, *optimizer])
+    if not total > 0:
+        raise ValueError("its step has no duration")
     # on CUDA it has a thread of its own
     backward = length(_span(e) for e in events if e["name"].startswith("autograd::engine"))
     step = length(map(_span, optimizer))

@@ -148,6 +148,11 @@ class SlurmCluster:
             assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s"
             time.sleep(0.3)
 
+    def wait_for(self, read: Callable[[], list[str]], lines: int, what: str) -> list[str]:
+        """Wait until something has so many lines; returns them."""
+        self.wait(lambda: len(read()) == lines, f"{lines} {what}")
+        return read()
+
     def cancel_all(self) -> None:
         """Cancel all jobs, and wait until their processes have ended."""
         self.run("scancel", "--me", check=False)

@@ -16,10 +16,10 @@ import jsonschema
 import pytest
 import yaml
 
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
 from launch.kubernetes import main, manifest, render
 from launch.run_folder import records
-from launch.site import load_site
+from launch.site import KubernetesSite, load_site
 from launch.write_examples import FOLDER
 from tests.launch.test_render import HOSTILE
 from tests.runs import ROOT, TINY, environment, free_port
@@ -167,6 +167,8 @@ def test_hostile_words_reach_the_ranks_unchanged(tmp_path: Path) -> None:
         ("sys.exit(0)", 0), ("sys.exit(3)", 3),
         ('print("  exitcode  : 75 (pid: 9)", file=sys.stderr); sys.exit(1)', 75),
         ('print("  exitcode  : 7 (pid: 75 )", file=sys.stderr); sys.exit(1)', 1),
+        ('print("  exitcode  : 2 (pid: 9)", file=sys.stderr); sys.exit(1)', 2),
+        ('print("  exitcode  : 12 (pid: 2 )", file=sys.stderr); sys.exit(1)', 1),
     ],
 )  # fmt: skip
 def test_the_pod_ends_with_the_code_of_its_ranks(body: str, code: int, tmp_path: Path) -> None:
@@ -177,6 +179,34 @@ def test_the_pod_ends_with_the_code_of_its_ranks(body: str, code: int, tmp_path:
     with pod.start(TMPDIR=str(tmp_path)) as process:
         said, _ = process.communicate(timeout=20)
     assert process.returncode == code, said
+
+
+def action_of(manifest: dict[str, Any], code: int | None) -> str:
+    """What JobSet does after a pod ended with a code, or was disrupted (None). The messages are
+    those of the Job controller (k8s.io/kubernetes, pkg/controller/job/pod_failure_policy.go)."""
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        if code is not None and code in rule.get("onExitCodes", {}).get("values", []):
+            what = f"Container torchrun for pod default/x-2 failed with exit code {code}"
+        elif code is None and "onPodConditions" in rule:
+            what = "Pod default/x-2 has condition DisruptionTarget"
+        else:
+            continue
+        reason, message = "PodFailurePolicy", f"{what} matching FailJob rule at index {index}"
+        break
+    for rule in manifest["spec"]["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message) for p in patterns):
+            return str(rule["action"])
+    return "RestartJobSet"
+
+
+def test_a_user_error_ends_the_job_at_once_and_a_stop_is_not_counted() -> None:
+    example = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
+    expected = {2: "FailJobSet", 75: "RestartJobSetAndIgnoreMaxRestarts", 1: "RestartJobSet",
+                137: "RestartJobSet", None: "RestartJobSetAndIgnoreMaxRestarts"}  # fmt: skip
+    assert {code: action_of(example, code) for code in expected} == expected
 
 
 @pytest.mark.slow  # tests/launch/test_local.py stops a training by default
@@ -268,6 +298,22 @@ def test_wrong_or_useless_site_keys_are_refused(
     with pytest.raises(UserError) as refused:
         manifest([str(TINY), "--nodes=2", option, *places])
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("image", "possible"),
+    [
+        ("my-registry.example.org:5000/team/phalanx-train:2.1_rc-1", True),
+        ("registry/phalanx@sha256:" + "0f" * 32, True), ("a b", False), ("a\"b", False),
+        ("a;b", False), ("-a", False),
+    ],
+)  # fmt: skip
+def test_names_of_images(image: str, possible: bool) -> None:
+    if possible:
+        assert KubernetesSite(image=image).image == image
+    else:
+        with pytest.raises(ConfigError, match="must be a name of an image"):
+            KubernetesSite(image=image)
 
 
 def test_an_experiment_that_no_pod_has_is_refused(tmp_path: Path) -> None:

@@ -42,9 +42,18 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder, self.found = folder, folder / "found"
         self.program("srun", SRUN)
-        self.program("scontrol", f'#!/bin/bash\necho "$@" >> {folder}/scontrol\necho n1\n')
+        self.scontrol("RUNNING")
         self.program("module", "#!/bin/bash\n")
         self.python("sys.exit(0)")
+
+    def scontrol(self, state: str, requeue: str = "true") -> None:
+        """state: of the job. requeue: command that answers `scontrol requeue`."""
+        self.program(
+            "scontrol",
+            f'#!/bin/bash\necho "$@" >> {self.folder}/asked\n'
+            f'case "$1 $2" in "show job") echo "JobId=7 JobState={state} Reason=None" ;;\n'
+            f"requeue*) {requeue} ;; *) echo n1 ;; esac\nexit\n",
+        )
 
     def program(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)
@@ -153,19 +162,20 @@ def test_failed_attempts_are_bounded_and_each_has_its_port(fake: FakeSlurm, tmp_
     ports = [a[a.index("--master-port") + 1] for a, _ in fake.starts()]
     assert len(set(ports)) == 4
     assert (tmp_path / "run/launch/failed_nodes").read_text() == "n1\n" * 4
-    assert "requeue" not in (fake.folder / "scontrol").read_text()
+    assert "requeue" not in (fake.folder / "asked").read_text()
 
 
 def test_an_error_of_the_user_is_not_repeated(fake: FakeSlurm, tmp_path: Path) -> None:
     """torchrun ends with 1 whatever the ranks' code is; its report in the log has the code."""
     log = tmp_path / "run/launch/7-0-1-node0.log"
     log.parent.mkdir(parents=True)
-    log.write_text("Root Cause\n  rank      : 0\n  exitcode  : 2 (pid: 26)\n")
+    log.write_text("error: no file\nRoot Cause\n  rank      : 0\n  exitcode  : 2 (pid: 26)\n")
     process = fake.start(
         training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(1)"))
     )
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 2 and "not repeated" in said and len(fake.starts()) == 1
+    assert "\nerror: no file\n" in said
     log.write_text("  exitcode  : 26 (pid: 2)\n")
     process = fake.start(
         training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(1)"))
@@ -204,7 +214,7 @@ def test_a_signal_waits_for_the_ranks_and_decides_what_follows(
     assert "saved" in printed and said in printed, errors
     assert process.returncode == code
     assert len(fake.starts()) == 1, "no second attempt"
-    asked = (fake.folder / "scontrol").read_text()
+    asked = (fake.folder / "asked").read_text()
     assert ("requeue 7" in asked) == (code == 75)
     assert not (tmp_path / "run/launch/failed_nodes").exists()
 
@@ -223,6 +233,25 @@ def test_a_node_that_cannot_run_true_is_lost_and_the_job_is_queued_again(
     job = replace(job_of(tmp_path), continues=True)
     process = fake.start(training_script(job, Site(), python=fake.python("sys.exit(3)")))
     said, _ = process.communicate(timeout=20)
-    assert process.returncode == 75 and "a node does not respond: queued again" in said
+    assert process.returncode == 75 and "a node does not respond" in said and "queued again" in said
     assert len(fake.starts()) == 1, "the other attempts would fail as well"
-    assert "requeue 7" in (fake.folder / "scontrol").read_text()
+    assert "requeue 7" in (fake.folder / "asked").read_text() and "SLURM refuses" not in said
+    fake.scontrol("RUNNING", requeue="false")
+    process = fake.start(training_script(job, Site(), python=fake.python("sys.exit(3)")))
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "SLURM refuses: python -m launch.slurm resume" in said
+
+
+def test_a_cancelled_job_does_not_queue_itself_again_and_a_task_not_its_array(
+    fake: FakeSlurm, tmp_path: Path
+) -> None:
+    fake.program("srun", SRUN.replace('exec "$@"', '[ "$1" != true ] || exit 1\nexec "$@"'))
+    text = training_script(job_of(tmp_path), Site(), python=fake.python("sys.exit(3)"))
+    fake.scontrol("CANCELLED")
+    said, _ = fake.start(text).communicate(timeout=20)
+    asked = (fake.folder / "asked").read_text()
+    assert "not queued again" in said and "requeue 7" not in asked
+    fake.scontrol("RUNNING")
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    said, _ = fake.start(text, **variables).communicate(timeout=20)
+    assert "requeue 7_3\n" in (fake.folder / "asked").read_text(), "7 is the whole array"

@@ -38,6 +38,7 @@ SCONTROL = """#!/bin/bash
 echo "$@" >>"$FOUND.scontrol"
 case "$1 $2" in
   "show hostnames") printf 'n%s\\n' 1 2 3 4 ;;
+  "show job") echo "JobId=7 JobState=RUNNING" ;;
   "show node") echo "   NodeAddr=10.0.0.${3#n} NodeHostName=$3" ;;
 esac
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from configs.loader import load, to_toml
 from configs.parallel_dims import resolve
 from launch import cluster, slurm
 from launch.experiment import state_bytes_per_rank
-from launch.run_folder import records, status
+from launch.run_folder import read_submission, records, status
+from launch.submit import locked
 from tests.runs import ROOT, TINY, environment
 
 SITE = '[node]\ngpu = "H100-80GB"\ngpus = 8\n'
@@ -38,6 +40,8 @@ def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"wc -l < {folder}/said\n"
     )
     (folder / "squeue").write_text(f"#!/bin/bash\ncat {folder}/queue 2>/dev/null\nexit 0\n")
+    (folder / "scancel").write_text(f'#!/bin/bash\necho "$@" >> {folder}/cancelled\n')
+    (folder / "scontrol").write_text("#!/bin/bash\nexit 1\n")
     for path in folder.iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -178,8 +182,50 @@ def test_submit_records_what_resume_repeats(
     assert "1 ended, 2 ended, 3 ended, 4 RUNNING\n" in capsys.readouterr().out
 
 
+def test_resume_refuses_a_run_that_was_moved(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb, place in (([], "run.dir"), (["sweep"], "run.dir"), (["serve"], "run")):
+        run, moved = tmp_path / "-".join(["run", *verb]), tmp_path / "moved"
+        file = tmp_path if verb == ["serve"] else TINY
+        more = ["--set=run.seed=1,2"] * (verb == ["sweep"])
+        words = [*verb, str(file), "--nodes=2", f"--{place}={run}", *more]
+        assert slurm.main(words) == 0
+        run.rename(moved)
+        said = refused(capsys, "resume", moved)
+        assert (
+            f"{moved}: was submitted as {run}; move it back" in said
+            and f"--{place}={moved}" in said
+        )
+        shutil.rmtree(moved)
+    assert len((fake_sbatch / "said").read_text().splitlines()) == 3, "nothing else was submitted"
+
+
+def test_of_two_submissions_at_the_same_time_one_is_refused(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = [TINY, "--nodes=1", f"--run.dir={run}"]
+    with locked(run):
+        assert "another submission of this run is under way" in refused(capsys, *words)
+    assert not (fake_sbatch / "said").exists() and slurm.main([*map(str, words)]) == 0
+
+
+def test_a_chain_that_slurm_refuses_in_the_middle_is_recorded(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = (fake_sbatch / "sbatch").read_text()
+    limit = f"[ $(cat {fake_sbatch}/said 2>/dev/null | wc -l) = 2 ] && echo limit >&2 && exit 1\n"
+    (fake_sbatch / "sbatch").write_text(script.replace("exit\n", f"exit\n{limit}", 1))
+    run = tmp_path / "run"
+    said = refused(capsys, TINY, "--nodes=1", "--jobs=4", f"--run.dir={run}")
+    assert "job 1, 2 submitted; sbatch refused: limit" in said
+    assert read_submission(run).jobs == ["1", "2"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"arguments": 1, "folder": "", "jobs": []}',
+    "text", ["", "[]", "{", '{"arguments": [], "folder": "", "jobs": []}',
+             '{"arguments": 1, "folder": "", "jobs": []}',
              '{"arguments": [], "folder": "", "jobs": ["1; id"]}'],
 )  # fmt: skip
 def test_a_damaged_record_is_one_line(
@@ -188,6 +234,34 @@ def test_a_damaged_record_is_one_line(
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "submission.json").write_text(text)
     assert "damaged" in refused(capsys, "cancel", tmp_path)
+
+
+def test_a_job_that_can_never_start_is_cancelled(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fake_sbatch / "queue").write_text("1|1|PENDING|PartitionTimeLimit\n")
+    run = tmp_path / "run"
+    said = refused(capsys, TINY, "--nodes=1", f"--run.dir={run}")
+    assert "would never start this job, it was cancelled: PartitionTimeLimit" in said
+    assert (fake_sbatch / "cancelled").read_text() == "--quiet 1\n"
+    (fake_sbatch / "queue").write_text("2|2|PENDING|Resources\n")
+    assert slurm.main([str(TINY), "--nodes=1", f"--run.dir={run}"]) == 0
+    assert read_submission(run).jobs == ["2"]
+
+
+def test_the_status_of_a_sweep_is_its_table(
+    fake_sbatch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    words = ["sweep", str(TINY), "--nodes=2", "--set=run.seed=1,2", f"--run.dir={sweep}"]
+    assert slurm.main(words) == 0
+    capsys.readouterr()
+    assert slurm.main(["status", str(sweep)]) == 0
+    assert re.fullmatch(r"jobs +1 ended\n", capsys.readouterr().out)
+    (sweep / "seed=1").mkdir()
+    (sweep / "seed=1" / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
+    assert slurm.main(["status", str(sweep)]) == 0
+    assert "| seed=1 | 3 | 1.5000 |  |  |  |\n" in capsys.readouterr().out
 
 
 def test_sbatch_is_quoted_in_one_line(
@@ -208,6 +282,26 @@ def test_arrays_of_the_queue_are_found_by_their_id(fake_sbatch: Path) -> None:
     (fake_sbatch / "queue").write_text("12|11|RUNNING|None\n13|11|PENDING|Resources\n")
     assert cluster.queue(["11"]) == {"11": "PENDING (Resources)"}
     assert cluster.queue([]) == {}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '"loss": null', '"loss": "x"', '"loss": NaN, "step_s": NaN', '"loss": 1, "step_s": null',
+        '"loss": 1, "step_s": [1]', '"loss": 1e999, "tokens_per_s": 1e999', '"loss": 1, "step": -1',
+        '"loss": 1, "step": true', '"loss": 1, "validation_loss": null', '"loss": 1e5000',
+        '"loss": 1, "step_s": 1' + "0" * 400, '"loss": 1, "memory_gib": "x"',
+    ],
+)  # fmt: skip
+def test_no_record_breaks_status_and_results(
+    record: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(to_toml(load(TINY)))
+    (run / "metrics.jsonl").write_text('{"step": 1, "step_s": 1, ' + record + "}\n")
+    assert slurm.main(["status", str(run)]) == slurm.main(["results", str(run.parent)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_status_reads_the_files_of_a_run(tmp_path: Path) -> None:

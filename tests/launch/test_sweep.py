@@ -43,6 +43,15 @@ def test_wrong_sweeps_are_one_line(settings: list[str], nodes: list[int]) -> Non
     assert "\n" not in str(refused.value)
 
 
+def test_a_key_that_is_varied_and_fixed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", str(TINY), "--set=run.seed=1,2", "--run.seed=3"]
+    for main, size in ((slurm.main, "--nodes=1"), (local.main, "--nproc=1")):
+        assert main([*words, size]) == 2
+        assert capsys.readouterr().err == (
+            "error: --run.seed=3: --set has other values of this key; leave one of them out\n"
+        )
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
 def test_each_task_of_the_array_trains_its_variant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -112,6 +121,11 @@ def test_a_local_sweep_starts_every_variant(
         (1, "seed=1-n1"), (2, "seed=1-n2"), (1, "seed=3-n1"),
     ]  # fmt: skip
     assert all(word == f"--run.dir={tmp_path / name}" for word, _, name in started)
+    monkeypatch.setattr(Supervisor, "run", lambda run: 2 if len(started) == 4 else 0)
+    assert local.main([*words, "--set", "run.seed=5,6"]) == 2
+    said = capsys.readouterr()
+    assert "error: 1 of 4 runs failed: seed=5-n1 (exit code 2)\n" in said.err
+    assert len(started) == 7 and "| seed=6-n2 |" in said.out, "the others are trained"
 
 
 @pytest.mark.slow

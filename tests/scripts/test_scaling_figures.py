@@ -24,16 +24,20 @@ STEPS = (
     ((1, 1015.0), (2, 1025.0), (3, 1038.0), (4, 1048.0)),
     ((3, 1075.0), (4, 1085.0), (5, 1095.0)),
 )
-"""Steps of 10 s and their ends: two starts of 5 s, a checkpoint of 3 s after step 2, from which the
-second start continues 12 s after the first was killed."""
+"""Steps of 10 s and their ends: two starts of 5 s, a checkpoint of 2 s and a validation of 1 s
+after step 2, from which the second start continues 12 s after the first was killed."""
+SAVING = {3: 2.0}
 SHARES = {
-    "goodput": 50 / 95, "repeated": 20 / 95, "between steps": 3 / 95, "start-up": 10 / 95,
-    "down": 12 / 95,
+    "goodput": 50 / 95, "repeated": 20 / 95, "checkpoints": 2 / 95, "between steps": 1 / 95,
+    "start-up": 10 / 95, "down": 12 / 95,
 }  # fmt: skip
 
 
 def test_elapsed_time_is_divided_completely() -> None:
-    steps = [[StepEvent(step, end, 10.0) for step, end in one] for one in STEPS]
+    steps = [
+        [StepEvent(step, end, 10.0, SAVING.get(step, 0.0) * (i == 0)) for step, end in one]
+        for i, one in enumerate(STEPS)
+    ]
     found = elapsed(STARTS, steps)
     assert found == pytest.approx(SHARES) and sum(found.values()) == pytest.approx(1)
     assert elapsed([0.0], [[StepEvent(1, 4.0, 3.0)]])["goodput"] == 0.75
@@ -41,8 +45,13 @@ def test_elapsed_time_is_divided_completely() -> None:
     assert again["goodput"] == 0.75 and again["down"] == 0, "a start of a complete run"
     lost = elapsed([0.0, 10.0], [[], [StepEvent(1, 20.0, 5.0)]])
     assert lost == pytest.approx(
-        {"goodput": 0.25, "repeated": 0, "between steps": 0, "start-up": 0.25, "down": 0.5}
-    ), "a start without a step"
+        {"goodput": 0.25, "repeated": 0, "checkpoints": 0, "between steps": 0, "start-up": 0.25,
+         "down": 0.5}
+    ), "a start without a step"  # fmt: skip
+    back = elapsed([0.0], [[StepEvent(s, e, 1.0) for s, e in ((1, 1), (2, 2), (2, 3), (3, 4))]])
+    assert (back["goodput"], back["repeated"]) == (0.75, 0.25), "repeated by the same process"
+    long = elapsed([0.0], [[StepEvent(1, 1.0, 1.0), StepEvent(2, 4.0, 1.0, saving=9.0)]])
+    assert (long["checkpoints"], long["between steps"]) == (0.5, 0), "no more than there is"
 
 
 def test_goodput_is_read_from_the_events_of_a_run(tmp_path: Path) -> None:
@@ -50,6 +59,8 @@ def test_goodput_is_read_from_the_events_of_a_run(tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path / "tensorboard"), filename_suffix=str(start)) as board:
             for step, end in steps:
                 board.add_scalar("step_s", 10.0, step, walltime=end)
+                if start == STARTS[0] and step in SAVING:
+                    board.add_scalar("checkpoint/blocked_s", SAVING[step], step, walltime=end)
                 board.add_scalar("loss", 3.0, step, walltime=end)
     attempts = [{"time": "1970-01-01T00:16:40+0000"}, {"time": "1970-01-01T01:17:40+0100"}]
     assert read_goodput(tmp_path, attempts) == pytest.approx(SHARES)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from configs.loader import load, to_toml
-from scripts import scaling_sweep
 from scripts.scaling_report.__main__ import main
 from scripts.scaling_report.figures import interval
 from scripts.scaling_report.traces import breakdown, length, overlap, read_trace
@@ -153,29 +152,6 @@ def test_a_breakdown_divides_the_step(tmp_path: Path) -> None:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--ranks=1,x"], "--ranks 1,x: must be numbers"),
-        (["--ranks=0"], "--ranks 0: must be numbers"),
-        (["--ranks=1,1"], "--ranks 1,1: a number is given twice"),
-        (["--run.dir=x"], "--run.dir=x: every point has its own"),
-        (["--model.moe.force_balance=true"], "every point has its own"),
-        (["--train.steps=0"], "train.steps = 0: must lie between"),
-        (["--train.steps=5"], "train.steps = 5: a point needs at least 6"),
-        (["--repeats=0"], "--repeats 0: must lie"),
-        (["--ranks=3"], "must be a multiple of"),
-        (["--model.moe.topk=1"], "did you mean model.moe.top_k?"),
-    ],
-)
-def test_a_wrong_sweep_is_one_line(
-    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert scaling_sweep.main([str(TINY), str(tmp_path / "out"), *words]) == 2
-    said = capsys.readouterr().err
-    assert expected in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
 def test_records_without_possible_figures_are_left_out_and_counted(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"run {n}", n, 100 * n) for n in (1, 2)]
     path = runs[1] / "metrics.jsonl"
@@ -196,3 +172,61 @@ def test_records_without_possible_figures_are_left_out_and_counted(tmp_path: Pat
     assert found["points"][0]["imbalance"] is None
     (tmp_path / "blocked").write_text("")
     assert main([*map(str, runs), "--out", str(tmp_path / "blocked" / "x")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "expected"),
+    [
+        ("environment.json", '"ranks": 2', '"ranks": 0', "missing or damaged"),
+        ("environment.json", '"ranks": 2', '"ranks": -2', "missing or damaged"),
+        ("environment.json", "[{", "[] [{", "missing or damaged"),
+        ("environment.json", "}]", '}, {"ranks": 2, "mesh": {"tp": 2}, "device": "a CPU", '
+         '"packages": {"torch": "2"}}]', "continued on another mesh"),
+        ("metrics.jsonl", '"data_share": 0.01', '"data_share": 7', "0 steps; at least 3"),
+        ("metrics.jsonl", '"step_s": ', '"step_s": 1' + "0" * 400 + ', "x": ', "no run with"),
+        ("metrics.jsonl", '{"step": ', '{"step": 1000', "0 steps; at least 3"),
+        ("profile/step-00000008-rank-00000.json", "", "", "its step has no duration"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_damaged_figures_are_one_line(
+    file: str, old: str, new: str, expected: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    runs = [make_run(tmp_path / "a", 1, 100), make_run(tmp_path / "b", 2, 100)]
+    (runs[1] / "profile").mkdir()
+    event = {"ph": "X", "name": "Optimizer.step#x", "ts": 1, "dur": 0, "tid": 1, "cat": "cpu_op"}
+    for rank in range(2 if "profile" in file else 0):
+        path = runs[1] / "profile" / f"step-00000008-rank-{rank:05}.json"
+        path.write_text(json.dumps({"traceEvents": [event]}))
+    path = runs[1] / file
+    path.write_text(path.read_text().replace(old, new) if old else path.read_text())
+    assert main([*map(str, runs), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_repeated_records_and_impossible_loads_do_not_count(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{n}", n, 100 * n) for n in (1, 2)]
+    path = runs[1] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    slow = [line.replace('"step_s": ', '"step_s": 9') for line in lines[3:]]
+    path.write_text("".join([*lines[:3], *slow, *lines[3:]]))
+    (runs[0] / "expert_load.jsonl").write_text(
+        '{"step": 1, "load": [[-1, 1], [0, 0]]}\n{"step": 2, "load": [[3, 1]]}\n'
+    )
+    found = report(tmp_path, *runs)
+    assert found["points"][1]["tokens_per_s"] == pytest.approx(200), "the last record of a step"
+    assert found["points"][0]["imbalance"] == 1.5
+    assert not any("usable" in remark for remark in found["remarks"])
+
+
+def test_a_routing_without_all_ranks_is_named(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"n{n}", n, 100 * n) for n in (1, 2, 4)]
+    runs += [make_run(tmp_path / f"f{n}", n, 100 * n, forced=True) for n in (2, 4)]
+    expected = "No run with forced routing has 1 ranks; its efficiency is relative to 2 ranks."
+    assert report(tmp_path, *runs)["remarks"] == [expected]
+    assert report(tmp_path, *runs[1:])["remarks"] == []
+    assert report(tmp_path, *runs[:4])["remarks"] == [
+        "No run with forced routing has 1, 4 ranks; its efficiency is relative to 2 ranks."
+    ]
