@@ -12,8 +12,8 @@ from tests.faults.supervised import INJECTED, PATIENT, Supervised, losses, super
 from tests.faults.test_faults import ready, words
 
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
-SHORT = ["--health.hang_s=3", "--health.frozen_s=3", "--health.unknown_s=4"]
-"""With the supervisor's margin, a rank may be silent for 11 s."""
+SHORT = ["--health.hang_s=3", "--health.frozen_s=3"]
+"""With the supervisor's margin, a rank may be silent for 11 s in a step."""
 
 
 def descendants(pid: int) -> list[int]:
