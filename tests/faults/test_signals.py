@@ -64,7 +64,7 @@ def test_a_signal_in_any_phase(
                 break
             assert time.monotonic() < deadline and program.is_running()
         program.signal(stop)
-        done = program.finish(240 if phase == "compile" else 30)
+        done = program.finish(1200 if phase == "compile" else 30)
     assert done.returncode == STOPS[stop], done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     steps = [int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
