@@ -1,9 +1,8 @@
 """The process that writes a rank's files: `main(ADDRESS, [BUFFER])`, started by `client`.
 
 It has neither torch nor the interpreter lock of the trainer, and runs in the idle class of the
-scheduler (elsewhere: at the lowest priority): it gets only time that the steps leave, its reads and
-writes are the last in the queue of the disk, and a rank that wakes up runs at once. A process that
-merely has the lowest priority keeps the core for the rest of its time slice.
+scheduler (elsewhere: at the lowest priority): it gets time that the steps leave, and its reads and
+writes are the last in the queue of the disk.
 
 ADDRESS is where the checkpoints are; BUFFER is the file descriptor of the memory that it shares
 with the rank. Requests come through the standard input (`messages`), one after another:
