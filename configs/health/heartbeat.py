@@ -2,6 +2,7 @@
 the supervisor of the same host reads. Its layout is here because both need it."""
 
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,28 @@ class Beat:
     def place(self) -> str:
         """Description for a message."""
         return f"{self.phase} of step {self.step}" if self.step else self.phase
+
+
+class Silence:
+    """How long a rank has been in the same phase, in time in which this process ran itself.
+
+    While a whole container is frozen, a virtual machine is paused, or all processes of a terminal
+    are stopped, no rank can progress and none is to blame."""
+
+    def __init__(self, longest_s: float) -> None:
+        """longest_s: time between two calls of `look` that is not a pause of this process."""
+        self._longest_s, self._last = longest_s, time.monotonic()
+        self._since, self._seconds = 0.0, 0.0
+
+    def look(self, since: float) -> float:
+        """Seconds of silence; to be called regularly. since: start of the phase (`Beat.since`)."""
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, self._longest_s), now
+        if since == self._since:
+            self._seconds += passed
+        else:
+            self._since, self._seconds = since, min(max(now - since, 0.0), passed)
+        return self._seconds
 
 
 def path_of(folder: Path, rank: int) -> Path:

@@ -25,6 +25,9 @@ from launch.supervisor.policy import INTERRUPTED, USER_ERROR, Ended, History, Li
 from launch.supervisor.processes import Rank
 
 _POLL_S = 0.05
+_LONGEST_S = 1.0
+"""Time between two looks at the heartbeats that is not a pause of this process, as of the whole
+machine, which is no time of the ranks."""
 _OWN_WORDS_S = 8.0
 """Time that the other ranks have after one ended with an error of its own: rank 0 prints, waits for
 the others to read the error, and ends (`parallel.launch_environment.fail`)."""
@@ -188,16 +191,17 @@ class _Watch:
     def __init__(self, ranks: list[Rank], beats: Path) -> None:
         self._ranks, self._beats = ranks, beats
         self._stopped = dict.fromkeys(range(len(ranks)), 0.0)
+        self._silences = [heartbeat.Silence(_LONGEST_S) for _ in ranks]
         self._last = time.monotonic()
 
     def late(self) -> tuple[int, str] | None:
         """A rank that has been stopped or silent for too long, and the message about it."""
         now = time.monotonic()
-        # a pause of this process itself, as of the whole machine, is no time of the ranks
-        passed, self._last = min(now - self._last, 1.0), now
+        passed, self._last = min(now - self._last, _LONGEST_S), now
         beats = {one.rank: heartbeat.read(self._beats, one.rank) for one in self._ranks}
+        silent = {r: self._silences[r].look(b.since) for r, b in beats.items() if b}
         # while one rank saves, for example, the others have to wait for it
-        slow = any(b and not b.recurs and now - b.since <= b.limit for b in beats.values())
+        slow = any(b and not b.recurs and silent[r] <= b.limit for r, b in beats.items())
         for one in self._ranks:
             beat = beats[one.rank]
             if beat is None or one.process.poll() is not None:
@@ -210,11 +214,10 @@ class _Watch:
                     f"error: {about} has been stopped for {self._stopped[one.rank]:.0f} s in "
                     f"{beat.place} (SIGSTOP, a debugger); the attempt ends"
                 )
-            silent = now - beat.since
-            if beat.limit and silent > beat.limit + _MARGIN_S and not slow:
+            if beat.limit and silent[one.rank] > beat.limit + _MARGIN_S and not slow:
                 return one.rank, (
-                    f"error: {about} has made no progress for {silent:.0f} s in {beat.place}, "
-                    "and its ranks did not end; the attempt ends"
+                    f"error: {about} has made no progress for {silent[one.rank]:.0f} s in "
+                    f"{beat.place}, and its ranks did not end; the attempt ends"
                 )
         return None
 

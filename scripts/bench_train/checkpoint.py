@@ -5,7 +5,9 @@ Trains the experiment in temporary folders, R times each and in turn: with check
 that are written while training continues, with checkpoints that the steps wait for, and without.
 Prints per kind: the median step; how long the loop was blocked by a save, in steps; and the 50th
 and 99th percentile of the steps during a save and the five after it, relative to those of the same
-steps of the runs without checkpoints and to the other steps of the same run.
+steps of the runs without checkpoints and to the other steps of the same run; and, for the first,
+second, ... step after a save, the median over all saves of its time relative to the median of the
+others between the same two saves. The last figure depends least on what else the machine does.
 """
 
 import argparse
@@ -62,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
 def describe(
     runs: Sequence[list[dict[str, Any]]], without: Sequence[list[dict[str, Any]]], saves: list[int]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The figures of one kind of run. without: runs without checkpoints, of the same length."""
     near, far, same, blocked, written = [], [], [], [], []
     for run, other in zip(runs, without, strict=True):
@@ -84,7 +86,24 @@ def describe(
         "p99 near saves / other steps": _ratio(near, far, 99),
         "p50 near saves / same steps without": _ratio(near, same, 50),
         "p99 near saves / same steps without": _ratio(near, same, 99),
+        "steps after a save / others (medians)": by_position(runs, saves),
     }
+
+
+def by_position(runs: Sequence[list[dict[str, Any]]], saves: list[int]) -> list[float]:
+    """For the first, second, ... step after a save, the median of its time relative to the later
+    steps up to the next save."""
+    ratios: list[list[float]] = [[] for _ in range(_AFTER + 1)]
+    for run in runs:
+        times = {r["step"]: r["step_s"] for r in run}
+        for i, save in enumerate(saves):
+            end = saves[i + 1] if i + 1 < len(saves) else max(times)
+            others = [times[step] for step in range(save + _AFTER + 2, end + 1) if step in times]
+            if others:
+                usual = statistics.median(others)
+                for k, found in enumerate(ratios):
+                    found.append(times[save + 1 + k] / usual)
+    return [round(statistics.median(found), 3) for found in ratios if found]
 
 
 def neighborhood(run: list[dict[str, Any]], saves: list[int]) -> set[int]:

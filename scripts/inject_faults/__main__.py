@@ -72,6 +72,9 @@ def _inject(run: Path, options: dict[str, Any]) -> list[str]:
     """Inject the chosen faults; returns what was done. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder of a run")
+    for option, low, high in (("percent", 0, 1e4), ("steps", 1, 10**6)):
+        if not low <= options[option] <= high:
+            raise UserError(f"--{option} {options[option]}: must be from {low:g} to {high:g}")
     lines = []
     for option, number in (
         ("kill_rank", signal.SIGKILL), ("freeze", signal.SIGSTOP), ("thaw", signal.SIGCONT),
@@ -88,7 +91,7 @@ def _inject(run: Path, options: dict[str, Any]) -> list[str]:
         ("disk_full", Request("disk_full", float(options["steps"]))),
     ):  # fmt: skip
         if options[option] is not None:
-            _check_rank(run, options[option])
+            _check_process(options[option], *_check_rank(run, options[option]))
             if not (folder_of(run) / READY).is_file():
                 raise UserError(
                     f"{run}: its ranks do not accept faults; start them with the module "
@@ -106,7 +109,7 @@ def processes(run: Path) -> dict[int, tuple[str, int]]:
         table = json.loads(path.read_bytes())
         return {int(rank): (str(at["host"]), int(at["pid"])) for rank, at in table.items()}
     except OSError:
-        raise UserError(f"{path}: not found; a run of several ranks writes it") from None
+        raise UserError(f"{path}: not found; the run has not started its first step") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: damaged; start the run again") from None
 
@@ -118,16 +121,27 @@ def _check_rank(run: Path, rank: int) -> tuple[str, int]:
     return table[rank]
 
 
+def _check_process(rank: int, host: str, pid: int) -> None:
+    """Raise UserError if the process of a rank of this host has ended."""
+    if host == socket.gethostname() and not _command(pid) and Path("/proc/self").exists():
+        raise UserError(f"rank {rank}: process {pid} has ended")
+
+
+def _command(pid: int) -> bytes:
+    """The command line of a process; empty if it has ended, or the system does not show it."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _signal(run: Path, rank: int, number: signal.Signals) -> str:
     host, pid = _check_rank(run, rank)
     if host != socket.gethostname():
         raise UserError(f"rank {rank}: runs on {host}; run this command there")
-    command = Path(f"/proc/{pid}/cmdline")
-    if (
-        command.is_file()
-        and b"train" not in command.read_bytes()
-        and (b"inject_faults" not in command.read_bytes())
-    ):
+    _check_process(rank, host, pid)
+    command = _command(pid)
+    if command and b"train" not in command and b"inject_faults" not in command:
         raise UserError(f"rank {rank}: process {pid} is no longer a rank; has the run ended?")
     try:
         os.kill(pid, number)

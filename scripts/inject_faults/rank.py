@@ -110,14 +110,15 @@ class Faults:
 
 
 def _limit_writers(n_bytes: int | None) -> None:
-    """Limit the size of files that this rank's processes may write, those of its checkpoints; None
-    for no limit."""
-    for thread in Path("/proc/self/task").iterdir():
-        for child in map(int, (thread / "children").read_text().split()):
-            with suppress(ProcessLookupError):
-                _, most = resource.prlimit(child, resource.RLIMIT_FSIZE)
-                allowed = most if n_bytes is None else n_bytes
-                resource.prlimit(child, resource.RLIMIT_FSIZE, (allowed, most))
+    """Limit the size of files that this rank and the process of its checkpoints may write; None for
+    no limit."""
+    threads = Path("/proc/self/task").iterdir()
+    children = [int(n) for thread in threads for n in (thread / "children").read_text().split()]
+    for process in (os.getpid(), *children):
+        with suppress(ProcessLookupError):
+            _, most = resource.prlimit(process, resource.RLIMIT_FSIZE)
+            allowed = most if n_bytes is None else n_bytes
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (allowed, most))
 
 
 def main(arguments: list[str]) -> int:

@@ -27,6 +27,10 @@ def write_processes(run: Path, host: str = "", pid: int = 0) -> None:
         (["--freeze", "0"], "runs on elsewhere; run this command there"),
         (["--freeze", "0"], "processes.json: damaged"),
         (["--nan", "0"], "do not accept faults; start them with the module"),
+        (["--nan", "0"], f"process {2**22 + 1} has ended"),
+        (["--slow", "0", "--percent", "-5"], "--percent -5.0: must be from 0 to 10000"),
+        (["--slow", "0", "--percent", "nan"], "--percent nan: must be from 0"),
+        (["--disk-full", "0", "--steps", "0"], "--steps 0: must be from 1 to 1e+06"),
         (["--flip-bit"], "no checkpoint yet"),
         ([], "no fault given"),
     ],
@@ -39,7 +43,8 @@ def test_refusals_are_one_line(
     elif "damaged" in expected:
         (tmp_path / "processes.json").write_text("[]")
     elif "not found" not in expected:
-        write_processes(tmp_path, pid=1 if "no longer" in expected else 0)
+        pids = {"no longer": 1, "has ended": 2**22 + 1}  # the second is beyond all processes
+        write_processes(tmp_path, pid=next((p for k, p in pids.items() if k in expected), 0))
     assert main([str(tmp_path), *words]) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and expected in said.err and not said.out

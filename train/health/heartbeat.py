@@ -51,7 +51,8 @@ class Heartbeat:
         """Begin a phase, or a further pass of the same; step and done change where given."""
         last, now = self.beat, time.monotonic()
         if last.recurs:
-            spent = now - last.since
+            # a pass that was longer would have ended the attempt: all processes were stopped
+            spent = min(now - last.since, last.limit or self.limits.unknown_s)
             if spent > self._longest.get(last.phase, 0.0):
                 self._longest[last.phase] = spent
         step = last.step if step is None else step

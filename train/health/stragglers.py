@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,10 +103,10 @@ def _excess(times: np.ndarray) -> np.ndarray:
 
 
 def record(folder: Path, step: int, times: Sequence[Sequence[StepTime]]) -> None:
-    """Append the medians of all ranks to `rank_times.jsonl`."""
+    """Append the medians of all ranks to `rank_times.jsonl`; they are lost if the disk is full."""
     medians = {
         name: [round(statistics.median(getattr(t, name) for t in rank), 6) for rank in times]
         for name in ("own", "wait", "data")
     }
-    with (folder / RANK_TIMES).open("a") as file:
+    with suppress(OSError), (folder / RANK_TIMES).open("a") as file:
         file.write(json.dumps({"step": step, **medians}) + "\n")

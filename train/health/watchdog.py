@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch.distributed as dist
 
-from configs.health.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE, read
+from configs.health.heartbeat import CULPRIT, FOLDER_VARIABLE, HANG_CODE, Silence, read
 from configs.health.settings import HealthConfig
 from parallel.launch_environment import print_line
 from parallel.ranks import Ranks
@@ -93,24 +93,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         with suppress(RuntimeError):  # the store ended with its process
+            silence = Silence(2 * PERIOD_S)
             while not self._over.wait(PERIOD_S):
                 self._beats += 1
                 beat = self.heartbeat.beat
+                silent = silence.look(beat.since)
                 if self.world > 1:
-                    slow = int(
-                        not beat.recurs and self._silent() <= beat.limit and not waits_for_others()
-                    )
+                    slow = int(not beat.recurs and silent <= beat.limit and not waits_for_others())
                     self.store.set(f"beat/{self.rank}", f"{self._beats} {slow} {beat.place}")
                     if self.store.check(["alarm"]):
                         self._end()
-                if beat.limit and self._silent() > beat.limit and not self._others_are_slow():
+                if beat.limit and silent > beat.limit and not self._others_are_slow():
                     self._alarm()
                 if self.world > 1 and beat.frozen_s and self._next_is_frozen(beat.frozen_s):
                     self._frozen = self._peer.rank
                     self._alarm()
-
-    def _silent(self) -> float:
-        return self.heartbeat.silent_s()
 
     def _others_are_slow(self) -> bool:
         """Whether a rank is in a phase without a usual duration, such as saving, within its limit,

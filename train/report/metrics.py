@@ -38,10 +38,11 @@ import torch
 from torch import Tensor
 
 from train.atomic_files import replace_text, set_aside
+from train.report.record_file import RecordFile
 from train.step import StepResult
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from train.report.event_file import EventFile
 
 FORCED_BALANCE = "FORCED BALANCE: a benchmark, tokens go round-robin and the router learns nothing"
 """Warning in every report of a run with `model.moe.force_balance`."""
@@ -105,48 +106,73 @@ class MetricsWriter:
         for picture in (folder / name for name in PICTURES):  # overwritten at the end
             if os.path.lexists(picture) and not picture.is_file():
                 self.lines.append(set_aside(picture))
-        self._metrics = (folder / METRICS).open("a")
-        self._loads = (folder / EXPERT_LOAD).open("a")
+        self._metrics, self._loads = RecordFile(folder / METRICS), RecordFile(folder / EXPERT_LOAD)
         self._board = _tensorboard(board, last_step)
+        self._trouble = dict[str, str]()
 
     def write(self, step: int, fields: dict[str, float], counts_LE: Tensor) -> None:
         """Record one step."""
-        self._metrics.write(json.dumps({"step": step, **fields}) + "\n")
-        self._loads.write(json.dumps({"step": step, "load": counts_LE.long().tolist()}) + "\n")
-        for name, value in fields.items():
-            self._board.add_scalar(name, value, step)
+        self._metrics.write(_line({"step": step, **fields}))
+        self._loads.write(_line({"step": step, "load": counts_LE.long().tolist()}))
+        self._board.scalars(fields, step)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
         """Write histograms of the values to TensorBoard."""
         for name, tensor in values.items():
-            self._board.add_histogram(name, tensor, step)
+            self._board.histogram(name, tensor, step)
 
     def amend(self, step: int, fields: dict[str, float]) -> None:
         """Add fields to a step that is already recorded."""
+        path = self._metrics.path
         self._metrics.close()
-        path = Path(self._metrics.name)
-        lines = [line | fields if line["step"] == step else line for line in read_lines(path)]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._metrics = path.open("a")
-        for name, value in fields.items():
-            self._board.add_scalar(name, value, step)
+        why = self._metrics.error
+        if not why:
+            lines = [line | fields if line["step"] == step else line for line in read_lines(path)]
+            try:
+                replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+            except OSError as error:
+                why = error.strerror or str(error)
+        if why:
+            self.lines.append(f"{path}: the validation of step {step} cannot be recorded: {why}")
+        self._metrics = self._metrics.reopened()
+        self._board.scalars(fields, step)
 
     def flush(self) -> None:
         """Write everything so far to the operating system."""
-        self._metrics.flush()
-        self._loads.flush()
-        self._board.flush()
+        for file in self._files:
+            file.flush()
+
+    def trouble(self) -> list[str]:
+        """A message for each file that can no longer be written, or can be again; each once."""
+        said, self.lines = self.lines, []
+        for file in self._files:
+            place, before = str(file.path), self._trouble.get(str(file.path), "")
+            if file.error and not before:
+                said.append(f"{place}: cannot be written: {file.error}; training continues, its "
+                            "records wait in memory")  # fmt: skip
+            elif before and not file.error:
+                lost = f"; {file.lost} records are lost" if file.lost else ""
+                said.append(f"{place}: is written again{lost}")
+            self._trouble[place] = file.error
+        return said
 
     def close(self) -> None:
-        self._metrics.close()
-        self._loads.close()
-        self._board.close()
+        for file in self._files:
+            file.close()
+
+    @property
+    def _files(self) -> list[RecordFile]:
+        return [self._metrics, self._loads, self._board.file]
 
 
-def _tensorboard(folder: Path, last_step: int) -> "SummaryWriter":
-    from torch.utils.tensorboard import SummaryWriter
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record) + "\n").encode()
 
-    return SummaryWriter(str(folder), purge_step=last_step + 1)
+
+def _tensorboard(folder: Path, last_step: int) -> "EventFile":
+    from train.report.event_file import EventFile
+
+    return EventFile(folder, last_step + 1)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -44,8 +44,7 @@ class Reporter:
         if self.active:
             self._writer = MetricsWriter(self.folder, self.done)
             self._progress = ProgressPrinter(self.done, self.total).__enter__()
-            for line in self._writer.lines:
-                self.say(line)
+            self.say_all(self._writer.trouble())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -98,11 +97,13 @@ class Reporter:
                 self._progress.say(f"step {step}: {line}")
         if validation:
             self._say_validation(step, validation)
+        self.say_all(self._writer.trouble())
 
     def amend(self, step: int, validation: dict[str, float]) -> None:
         """Add the validation of a step that was recorded without it."""
         if self.active and validation:
             self._writer.amend(step, validation)
+            self.say_all(self._writer.trouble())
             self._say_validation(step, validation)
 
     def say(self, line: str) -> None:

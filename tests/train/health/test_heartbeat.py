@@ -53,6 +53,32 @@ def test_the_limit_of_a_phase_follows_what_is_known(monkeypatch: pytest.MonkeyPa
     assert slow.beat.limit == 60
 
 
+def test_a_pause_of_all_processes_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for who watches, nor for the limits that the rank learns."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    silence, rank = heartbeat.Silence(2.0), Heartbeat()
+    rank.configure(HealthConfig(hang_s=20), "cpu")
+
+    def pass_by(seconds: float) -> float:
+        now[0] += seconds
+        return silence.look(rank.beat.since)
+
+    for step in (1, 2):
+        rank.enter("forward", step)
+        now[0] += 0.5
+        rank.enter("backward", step)
+    assert pass_by(1.0) == 1.0 and pass_by(1.0) == 2.0
+    assert pass_by(3600.0) == 4.0, "at most two seconds of it were time of this process"
+    assert pass_by(1.0) == 5.0
+    rank.enter("forward", 3)
+    now[0] += 0.2
+    assert 0 < pass_by(0.3) <= 0.5, "a new phase"
+    now[0] += 3600.0
+    rank.enter("forward", 4)
+    assert rank.beat.limit == 60, "three times its limit at most"
+
+
 def test_it_costs_microseconds(tmp_path: Path) -> None:
     """A step of 10 ms with 6 phases may spend 10 microseconds."""
     rank = Heartbeat(0, str(tmp_path))

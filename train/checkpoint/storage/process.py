@@ -1,9 +1,11 @@
 """The process that writes a rank's files: `main(ADDRESS, [BUFFER])`, started by `client`.
 
-It has the lowest priority and neither torch nor the interpreter lock of the trainer, so that it
-takes only time that the steps leave. ADDRESS is where the checkpoints are; BUFFER is the file
-descriptor of the memory that it shares with the rank. Requests come through the standard input
-(`messages`), one after another:
+It has neither torch nor the interpreter lock of the trainer, and runs in the idle class of the
+scheduler (elsewhere: at the lowest priority): it gets time that the steps leave, and its reads and
+writes are the last in the queue of the disk.
+
+ADDRESS is where the checkpoints are; BUFFER is the file descriptor of the memory that it shares
+with the rank. Requests come through the standard input (`messages`), one after another:
 
     {"call": method of the storage, "arguments": {...}} -> {"result": ...} or {"error": one line}
     {"urgent": true}: the rank waits, so run at normal priority until {"urgent": false}
@@ -19,6 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
@@ -34,8 +37,9 @@ _LOWEST = 19
 class _Worker:
     """A thread with its own priority that runs functions for another one."""
 
-    def __init__(self, nice: int) -> None:
-        self._nice = nice
+    def __init__(self, idle: bool) -> None:
+        """idle: run only when nothing else does."""
+        self._idle = idle
         self._in: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._out: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
@@ -48,9 +52,8 @@ class _Worker:
         return result
 
     def _work(self) -> None:
-        if self._nice:
-            with suppress(OSError):  # on Linux each thread has a priority
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+        if self._idle:
+            _leave_time_to_others()
         while True:
             function = self._in.get()
             try:
@@ -59,13 +62,22 @@ class _Worker:
                 self._out.put((None, error))
 
 
+def _leave_time_to_others() -> None:
+    """Let this thread run only when no other needs the core. On Linux each thread has a class and a
+    priority of its own; a thread without privileges cannot go back."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 class Writer:
-    """Runs methods of a storage, in pieces, each at the priority that is set at its start."""
+    """Runs methods of a storage; a file in pieces, each at the priority that is set at its
+    start."""
 
     def __init__(self, storage: Storage, buffer: mmap.mmap | None) -> None:
         self.storage, self.buffer = storage, buffer
         self.urgent = threading.Event()
-        self._slow, self._fast = _Worker(_LOWEST), _Worker(0)
+        self._slow, self._fast = _Worker(idle=True), _Worker(idle=False)
 
     def call(self, name: str, frames: list[bytes], arguments: dict[str, Any]) -> Any:
         """The result of a method."""
@@ -83,18 +95,21 @@ class Writer:
         return (self._fast if self.urgent.is_set() else self._slow).run(function)
 
     def _run_pieces(self, work: Generator[None, None, Any]) -> Any:
-        done = object()
+        """One worker runs all pieces up to a change of the priority: handing over each of them
+        would wake up another thread twice per piece."""
         result: list[Any] = []
 
-        def piece() -> Any:
+        def pieces(is_urgent: bool) -> None:
             try:
-                return next(work)
+                while self.urgent.is_set() == is_urgent:
+                    next(work)
             except StopIteration as ended:
                 result.append(ended.value)
-                return done
 
-        while self._run(piece) is not done:
-            pass
+        while not result:
+            is_urgent = self.urgent.is_set()
+            worker = self._fast if is_urgent else self._slow
+            worker.run(partial(pieces, is_urgent))
         return result[0]
 
 
