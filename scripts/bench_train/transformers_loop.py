@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,14 @@ LENGTH, BATCH = 256, 8
 
 def build() -> Qwen3MoeForCausalLM:
     """The model, in fp32, from random values."""
-    config = Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=32, num_experts=8,
-        num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True,
-        tie_word_embeddings=True, output_router_logits=True, use_cache=False,
-        attn_implementation="sdpa", experts_implementation="grouped_mm",
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
+        "tie_word_embeddings": True, "output_router_logits": True, "use_cache": False,
+        "attn_implementation": "sdpa", "experts_implementation": "grouped_mm",
+    }  # fmt: skip
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
 def main(steps: int, corpus: str) -> None:
