@@ -20,7 +20,8 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 _PROGRAM = re.compile(r"(?:\$ )?(python -m |torchrun |make\b)")
-_FENCE = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SHELLS = {"", "bash", "sh", "console"}
 _INDENTED = re.compile(r"^    (?:\$ )?((?:python -m|torchrun|make) .*)$", re.MULTILINE)
 _INLINE = re.compile(r"`((?:python -m|torchrun|make) [^`]+)`")
 
@@ -70,7 +71,9 @@ def _texts(page: str) -> list[str]:
     """Candidate commands of a page: lines of fenced and indented blocks, and inline code."""
     found: list[tuple[int, str]] = []
     for block in _FENCE.finditer(page):
-        joined = re.sub(r"\s*\\\n\s*", " ", block[1])
+        if block[1] not in _SHELLS:
+            continue
+        joined = re.sub(r"\s*\\\n\s*", " ", block[2])
         for i, line in enumerate(joined.splitlines()):
             found.append((block.start() + i, re.sub(r"\s+# .*", "", line).strip()))
     outside = _FENCE.sub(lambda block: " " * len(block[0]), page)

