@@ -64,7 +64,7 @@ WEIGHTS = {
         Case("biased", {"tp": 2, "etp": 2}),
     ],
     4: [
-        Case("odd", {"ep": 1}), Case("odd", {"dp_replicate": 2, "ep": 2}, {"power_of_two": True}),
+        Case("odd", {"dp_replicate": 2, "ep": 2}, {"power_of_two": True}), Case("odd", {"ep": 1}),
         Case("odd", {"ep": 2}), Case("mla", {"tp": 2, "ep": 4}), Case("gqa", {"tp": 2, "etp": 2}),
         Case("gqa", {"tp": 2, "etp": 2, "ep": 1}),
     ],
