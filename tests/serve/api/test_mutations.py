@@ -141,9 +141,9 @@ def run_attack(
 def test_malformed_requests(
     export: Export, export_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    statuses = run_attack(export, export_folder, range(600), caplog)
+    statuses = run_attack(export, export_folder, range(1000), caplog)
     assert {200, 400, 404, 405, 413, 431} <= statuses.keys()
-    assert statuses[None] < 60, "almost all are answered"
+    assert statuses[None] < 100, "almost all are answered"
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from configs.health import heartbeat
 from tests.runs import ROOT, TINY, command, environment, run, started
 from tests.train.in_process import run_train
 from train.report.metrics import read_lines
@@ -147,12 +147,15 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
     ]  # fmt: skip
     whole, metrics = tmp_path / "whole", tmp_path / "run" / "metrics.jsonl"
     run_train(*arguments, f"--run.dir={whole}")
-    with started("-m", "train", *arguments) as program:
-        while not re.search("step +2/6", program.printed()[0]):
-            assert program.is_running()
-            time.sleep(0.01)
-        time.sleep(0.15)  # within the validation of step 3, if timing is as usual
-        program.signal(signal.SIGTERM)
+    beats = tmp_path / "beats"
+    beats.mkdir()
+    env = {heartbeat.FOLDER_VARIABLE: str(beats)}
+    with started("-m", "train", *arguments, env=env) as program:
+        deadline = time.monotonic() + 90
+        while not ((beat := heartbeat.read(beats, 0)) and beat.phase == "validation"):
+            assert program.is_running() and time.monotonic() < deadline
+            time.sleep(0.005)
+        program.signal(signal.SIGTERM)  # within the validation of step 3
         program.finish(25)
     run_train(*arguments)
     field = "validation_loss"
