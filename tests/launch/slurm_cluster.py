@@ -136,8 +136,9 @@ class SlurmCluster:
             self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
 
     def start_now(self, job: str) -> None:
-        """A job that was queued again waits two minutes: start it at once."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        """A job that SLURM has queued again waits two minutes: start it at once, unless it has
+        started, as a job that was queued again by its own script may have."""
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     def state(self, job: str) -> str:
         return self.run("squeue", "-h", "-j", job, "-o", "%T", check=False).strip()
