@@ -58,6 +58,9 @@ def closed_schema(schema: Any, depth: int = 0) -> Any:
     for keyword in _SCHEMAS:
         if keyword in found:
             found[keyword] = closed_schema(found[keyword], depth + 1)
+    branches = found.get("oneOf")
+    if isinstance(branches, list) and _exclude_each_other(branches):
+        found["anyOf"] = found.pop("oneOf")  # the library proves less, and warns of the others
     alone = next((keyword for keyword in _ALONE if keyword in found), None)
     if alone is not None:
         return _without_siblings(found, alone)
@@ -86,6 +89,58 @@ def _without_siblings(schema: dict[str, Any], alone: str) -> dict[str, Any]:
     ):
         raise GrammarError(f"json_schema: type next to {alone} needs a type in each branch")
     return schema
+
+
+def _exclude_each_other(schemas: list[Any]) -> bool:
+    """Whether a value certainly matches at most one of these schemas."""
+    return all(_disjoint(a, b) for i, a in enumerate(schemas) for b in schemas[i + 1 :])
+
+
+def _disjoint(a: Any, b: Any) -> bool:
+    """By their types, their values, or the values of a property that both require."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return a is False or b is False
+    ours, theirs = _values(a), _values(b)
+    if ours is not None and theirs is not None:
+        return not any(one == other for one in ours for other in theirs)
+    kinds = [_types_of_values(one) for one in (a, b)]
+    if all(kinds) and not kinds[0] & kinds[1]:
+        return True
+    if kinds != [{"object"}, {"object"}]:
+        return False
+    listed = [properties for one in (a, b) if isinstance(properties := one.get("properties"), dict)]
+    needed = [names for one in (a, b) if isinstance(names := one.get("required"), list)]
+    if len(listed) < 2 or len(needed) < 2:
+        return False
+    common = [name for name in needed[0] if name in needed[1] and isinstance(name, str)]
+    found = [(_values(listed[0].get(name)), _values(listed[1].get(name))) for name in common]
+    return any(
+        x is not None and y is not None and not any(one == other for one in x for other in y)
+        for x, y in found
+    )
+
+
+def _values(schema: Any) -> list[Any] | None:
+    """The values that a schema lists."""
+    if not isinstance(schema, dict):
+        return None
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else None
+
+
+def _types_of_values(schema: dict[str, Any]) -> set[str]:
+    """Types of the values of a schema, an integer being a number; empty if they are not known."""
+    values = _values(schema)
+    if values is not None:
+        names = ("boolean", "number", "string", "null", "object", "array")
+        return {name for one in values for name in names if _is_of(one, name)}
+    if any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf")):
+        return set()
+    return {"number" if kind == "integer" else kind for kind in _types(_typed(schema))}
+
+
+def _is_of(value: object, kind: str) -> bool:
+    return isinstance(value, list) if kind == "array" else _has_type(value, kind)
 
 
 def _types(schema: dict[str, Any]) -> set[str]:

@@ -68,3 +68,31 @@ def test_specifications() -> None:
         make_spec("ebnf", {"a": 1})
     with pytest.raises(GrammarError, match="not valid JSON"):
         make_spec("json_schema", "NaN")
+
+
+KIND: dict[str, Any] = {"type": "object", "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("branches", "excluded"),
+    [
+        ([{"type": "integer"}, {"type": "string"}, {"type": ["null", "boolean"]}], True),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"enum": [1, 2]}, {"const": 3}], True),
+        ([{"enum": [1, 2]}, {"const": 1.0}], False),
+        ([{"const": "a"}, {"type": "array", "items": {}}], True),
+        ([{"const": "a"}, {"type": "string"}], False),
+        ([{"type": "string"}, {}], False),
+        (
+            [KIND | {"properties": {"kind": {"const": one}}} for one in ("a", "b")],
+            True,
+        ),
+        (
+            [KIND | {"properties": {"kind": {"enum": ["a", one]}}} for one in ("a", "b")],
+            False,
+        ),
+    ],
+)
+def test_branches_that_exclude_each_other(branches: Any, excluded: bool) -> None:
+    """The library proves less; it warns of the others, which is an error (`compilation`)."""
+    assert ("anyOf" in closed_schema({"oneOf": branches})) == excluded
