@@ -118,16 +118,20 @@ class SlurmCluster:
     def kill_node(self, node: str, *, is_noticed: bool = True) -> None:
         """Kill slurmd and every process of the node at once, as a power failure does. is_noticed:
         whether slurmctld knows it at once, or only after its SlurmdTimeout."""
-        doomed = [int((self.root / f"slurmd-{node}.pid").read_text())]
+        daemons = {int((self.root / f"slurmd-{node}.pid").read_text())}
+        processes = set[int]()
         wanted = (f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}".encode())
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 found = (folder / "environ").read_bytes()
+                if all(word in found for word in wanted):
+                    processes.add(int(folder.name))
+                    parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                    if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
+                        daemons.add(parent)
             except OSError:
                 continue
-            if all(word in found for word in wanted):
-                doomed.append(int(folder.name))
-        for process in doomed:
+        for process in [*daemons, *processes]:  # daemons first: they would report how a job ended
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:

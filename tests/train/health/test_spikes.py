@@ -90,6 +90,7 @@ def test_one_bad_step_changes_nothing_but_itself(
 
     monkeypatch.setattr(step_module, "loss_sums", bad)
     arguments = [*overrides, "--checkpoint.every=6", "--schedule.steps=12", "--checkpoint.keep=9"]
+    arguments += ["--train.micro_batch=4"]
     assert train(*arguments, "--train.steps=8") == 0
     assert "step 6: the loss is nan on rank 0; " in capfd.readouterr().out
     assert train(*arguments, "--train.steps=12") == 0
