@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import xgrammar
 
+from serve.grammar.json_schema import refuse_malformed
 from serve.grammar.limits import (
     COMPILE_BYTES,
     COMPILE_CPU_SECONDS,
@@ -108,11 +109,15 @@ class _Tag:
         return {key: self.fixed(one) if key in followed else one for key, one in value.items()}
 
     def _grammar(self, value: dict[str, Any]) -> str:
+        given = value["json_schema"]
+        if "unsupported" in value:
+            refuse_malformed(value["unsupported"])
         try:
-            return self._of_schema(value["json_schema"])
+            return self._of_schema(given)
         except (RuntimeError, ValueError):
             if "otherwise" not in value:
                 raise
+            refuse_malformed(given)
             return self._of_schema(value["otherwise"])
 
     def _of_schema(self, schema: Any) -> str:

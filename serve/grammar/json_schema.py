@@ -9,6 +9,7 @@ Objects have the listed properties only, unless `additionalProperties` allows ot
 treats them. An object or array of which nothing is listed is unrestricted.
 """
 
+import re
 from typing import Any
 
 from serve.grammar.limits import MAX_SCHEMA_DEPTH, GrammarError
@@ -33,6 +34,9 @@ _STRINGS = ("minLength", "maxLength", "pattern")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _ASSERTIONS = {"type", *_OBJECTS, *_ARRAYS, *_STRINGS, *_NUMBERS, *_ALONE}
 _OF_TYPE = {"object": _OBJECTS, "array": _ARRAYS, "string": _STRINGS, "number": _NUMBERS}
+_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_CLASS = re.compile(r"\\[pP]\{\^?[\w=]+\}")
+"""A class of characters in Unicode's terms, which Python's expressions do not have."""
 _PYTHON = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
 
 
@@ -65,6 +69,35 @@ def closed_schema(schema: Any, depth: int = 0) -> Any:
     if alone is not None:
         return _without_siblings(found, alone)
     return _closed_object(_closed_array(_closed_string(_typed(found))))
+
+
+def refuse_malformed(schema: Any, depth: int = 0) -> None:
+    """Raise GrammarError for what is no JSON schema, whether or not it could be enforced: an
+    unknown type, a pattern that is no regular expression, parts of other types."""
+    if isinstance(schema, bool):
+        return
+    if not isinstance(schema, dict):
+        raise GrammarError("json_schema: a schema must be an object, true or false")
+    if depth > MAX_SCHEMA_DEPTH:
+        raise GrammarError(f"json_schema is nested more than {MAX_SCHEMA_DEPTH} deep")
+    kinds = schema.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in _TYPES:
+            raise GrammarError(f"json_schema: type {str(kind)!r:.80} must be one of {_TYPES}")
+    try:
+        re.compile(_CLASS.sub(r"\\w", schema.get("pattern", "")))
+    except (re.error, TypeError, OverflowError, RecursionError):
+        raise GrammarError("json_schema: pattern is no regular expression") from None
+    for keywords, kind in ((_SCHEMA_MAPS, dict), (_SCHEMA_LISTS, list)):
+        for keyword in keywords:
+            parts = schema.get(keyword, kind())
+            if not isinstance(parts, kind):
+                raise GrammarError(f"json_schema: {keyword} has the wrong type")
+            for part in parts.values() if isinstance(parts, dict) else parts:
+                refuse_malformed(part, depth + 1)
+    for keyword in _SCHEMAS:
+        if keyword in schema and not isinstance(schema[keyword], list):  # items once had lists
+            refuse_malformed(schema[keyword], depth + 1)
 
 
 def _without_siblings(schema: dict[str, Any], alone: str) -> dict[str, Any]:

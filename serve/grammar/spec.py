@@ -107,9 +107,12 @@ def _from_legacy(tag: Any) -> Any:
 
 
 def _closed_schemas(value: Any) -> Any:
-    """A structural tag whose JSON schemas are checked. `otherwise` of a schema replaces one that is
-    not enforced completely. Other keys than those of formats are not followed, so a property of a
-    schema is no format."""
+    """A structural tag whose JSON schemas are checked.
+
+    `otherwise` of a schema replaces one that is not enforced completely, which stays as
+    `unsupported`, because it may be malformed. Other keys than those of formats are not followed,
+    so a property of a schema is no format.
+    """
     if isinstance(value, list):
         return [_closed_schemas(one) for one in value]
     if not isinstance(value, dict):
@@ -124,5 +127,5 @@ def _closed_schemas(value: Any) -> Any:
         except GrammarError:
             if "otherwise" not in found:
                 raise
-            found["json_schema"] = found["otherwise"]
+            found["unsupported"], found["json_schema"] = found["json_schema"], found["otherwise"]
     return found

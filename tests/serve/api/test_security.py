@@ -175,6 +175,7 @@ def test_numbers_are_bounded_before_allocation(http: httpx.Client, name: str, va
     [
         {"type": "function", "function": {"name": "f", "parameters": {"pattern": "("}}},
         {"type": "function", "function": {"name": "f", "parameters": {"type": "strange"}}},
+        {"type": "function", "function": {"name": "f", "parameters": {"pattern": "(", "not": {}}}},
         {"type": ["function"]}, "function", None, {"function": 5},
     ],
 )  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from serve.grammar.json_schema import closed_schema
+from serve.grammar.json_schema import closed_schema, refuse_malformed
 from serve.grammar.limits import GrammarError
 from serve.grammar.spec import make_spec
 
@@ -33,6 +33,24 @@ from serve.grammar.spec import make_spec
 def test_refused(schema: Any) -> None:
     with pytest.raises(GrammarError):
         closed_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "strange"}, {"type": ["string", 3]}, {"pattern": "("}, {"pattern": 3}, [], None,
+        {"not": {}, "properties": {"a": {"pattern": "["}}}, {"items": {"type": {}}},
+        {"properties": []}, {"anyOf": {}}, {"$defs": {"a": {"oneOf": [{"type": ""}]}}},
+    ],
+)  # fmt: skip
+def test_malformed(schema: Any) -> None:
+    with pytest.raises(GrammarError, match="json_schema"):
+        refuse_malformed(schema)
+
+
+def test_what_is_not_enforced_may_be_well_formed() -> None:
+    refuse_malformed({"not": {}, "items": [{}, {}], "pattern": r"^\p{L}+(?=a)\P{Lu}$", "type": []})
+    refuse_malformed({"properties": {"type": {"type": ["null", "integer"]}}, "x": 5})
 
 
 @pytest.mark.parametrize(
