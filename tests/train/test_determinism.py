@@ -56,7 +56,7 @@ def test_deterministic_algorithms_change_no_bit_on_a_cpu(
     overrides: list[str], tmp_path: Path
 ) -> None:
     rest = [option for option in overrides if not option.startswith("--run.dir")]
-    words = [EXPERIMENT, *OPTIONS, *rest]
+    words = [EXPERIMENT, *OPTIONS, "--train.micro_batch=4", *rest]
     run_train(*words, f"--run.dir={tmp_path / 'false'}", "--train.deterministic=false")
     # in a process of its own: the setting is torch's, for the whole process
     run("-m", "train", *words, f"--run.dir={tmp_path / 'true'}", "--train.deterministic=true")

@@ -73,7 +73,7 @@ def test_500_slow_sockets_are_cut_off_and_disturb_no_one(
             assert text_of(http) == alone
             n_good += 1
             dribble(writers, left)
-            time.sleep(0.05)
+            time.sleep(0.1)
             left -= {client for client in left if ended(client)}
         assert n_good > 10
         server.wait_until_idle()
