@@ -124,9 +124,10 @@ def test_serves_on_one_local_address_only_and_stops(export_folder: Path) -> None
 
 def listening(pid: int) -> list[tuple[str, str]]:
     """The sockets with which a process listens or receives datagrams: protocol and address."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    own = {link[8:-1] for link in links if link.startswith("socket:[")}
-    found = []
+    own, found = set(), []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            own.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
     for table in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
