@@ -5,7 +5,7 @@ the same two cores: `plain` is a straightforward loop and `transformers` a loop 
 each one process of two threads; `torchtitan` is its own Trainer on its DeepSeek-V3 debug model on
 two ranks (`-selective`: both sides recompute selectively; `-fsdp`: FSDP2 without expert
 parallelism). The trainer always runs two ranks of one thread. The runs alternate, so that other
-load on the machine affects both; the result is the ratio of the medians. CPU only.
+load on the machine affects both; the result is the median of the rounds' ratios. CPU only.
 """
 
 import os
@@ -65,10 +65,12 @@ def _compare(peer: Peer, rounds: int, steps: int) -> None:
     speeds = [statistics.median(r.tokens_per_s for r in each) for each in (theirs, ours)]
     memory = [statistics.median(r.memory_gib for r in each) for each in (theirs, ours)]
     losses = [f"{each[0].losses[0]:.2f} to {each[0].losses[1]:.2f}" for each in (theirs, ours)]
+    ratios = sorted(b.tokens_per_s / a.tokens_per_s for a, b in zip(theirs, ours, strict=True))
     print(
-        f"{peer.name}, medians of {rounds}: {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s, ratio "
-        f"{speeds[1] / speeds[0]:.2f}; memory {memory[0]:.2f} and {memory[1]:.2f} GiB per process, "
-        f"ratio {memory[1] / memory[0]:.2f}; loss {losses[0]} and {losses[1]}"
+        f"{peer.name}, medians of {rounds}: {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s; ratio "
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); memory "
+        f"{memory[0]:.2f} and {memory[1]:.2f} GiB per process, ratio {memory[1] / memory[0]:.2f}; "
+        f"loss {losses[0]} and {losses[1]}"
     )
 
 
