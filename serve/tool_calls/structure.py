@@ -63,8 +63,8 @@ class Structure:
         return {"type": "structural_tag", "format": found}
 
     def around(self, grammar: Mapping[str, Any], in_reasoning: bool) -> Json:
-        """The grammar of an answer's content, as that of the whole text. grammar: a field of
-        `SamplingParams`."""
+        """The grammar of an answer's content, as that of the whole text: fields of
+        `SamplingParams`, as `grammar` is."""
         is_harmony = isinstance(self.form, HarmonyForm)
         name, value = next(iter(grammar.items()), ("", ()))
         if not (is_harmony or self.thinks) or name in ("", "structural_tag"):
@@ -86,7 +86,7 @@ class Structure:
             found = sequence([before, *final])
         else:
             found = sequence([*self._reasoning(in_reasoning), inner])
-        return {"structural_tag": {"type": "structural_tag", "format": found}}
+        return {name: None, "structural_tag": {"type": "structural_tag", "format": found}}
 
     @property
     def shown(self) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 """A reply with calls as the chat templates of the model families write it, copied from what these
-templates rendered (scripts/check_tool_calls.py runs them)."""
+templates rendered (scripts/check_clients/tool_calls.py runs them)."""
 
 from typing import Any
 

@@ -104,7 +104,8 @@ def test_a_grammar_follows_the_reasoning(client: openai.OpenAI) -> None:
             assert one.message.content in ("red", "green")
     options["extra_body"] |= {"separate_reasoning": False}
     for one in client.chat.completions.create(**options).choices:
-        assert (one.message.content or "").endswith(("red", "green"))
+        if one.finish_reason == "stop":
+            assert (one.message.content or "").endswith(("red", "green"))
 
 
 def test_an_earlier_call_is_text_of_the_template(client: openai.OpenAI) -> None:

@@ -1,6 +1,6 @@
 """Renders calls with official chat templates, and parses what they wrote.
 
-`python -m scripts.check_tool_calls FOLDER` does it with every `*.jinja` of a folder, for random
+`python -m scripts.check_clients.tool_calls FOLDER` does it with every `*.jinja` of it, for random
 arguments and random divisions of the text. The source archive of llama-cpp-python has the templates
 of most models:
 
