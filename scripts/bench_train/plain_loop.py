@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -92,11 +93,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([low * cos - high * sin, low * sin + high * cos], -1)
 
 
-def main(steps: int, corpus: str) -> None:
-    """Train for `steps` steps and print loss and tokens/s of each."""
-    torch.manual_seed(0)
+def train(
+    model: nn.Module, loss_of: Callable[[Tensor], Tensor], length: int, steps: int, corpus: str
+) -> None:
+    """Train for `steps` steps and print loss, tokens/s and the peak of memory of each.
+
+    Args:
+        model: Its parameters are trained by fused AdamW.
+        loss_of: The loss of windows of the corpus `[BATCH, length]`, under bf16 autocast.
+        length: Tokens of a window.
+        steps: Number of steps.
+        corpus: A .npy of token ids.
+    """
     tokens = torch.from_numpy(np.load(corpus, allow_pickle=False).astype(np.int64))
-    model = Model()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -104,12 +113,11 @@ def main(steps: int, corpus: str) -> None:
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 30)
-        starts = torch.randint(0, len(tokens) - LENGTH - 1, (BATCH,))
-        window = torch.stack([tokens[s : s + LENGTH + 1] for s in starts])
+        starts = torch.randint(0, len(tokens) - length, (BATCH,))
+        window = torch.stack([tokens[s : s + length] for s in starts])
         with torch.autocast("cpu", torch.bfloat16):
-            logits, balance = model(window[:, :-1])
-        loss = F.cross_entropy(logits.float().view(-1, VOCAB), window[:, 1:].reshape(-1))
-        (loss + 0.01 * balance).backward()
+            loss = loss_of(window)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -117,6 +125,19 @@ def main(steps: int, corpus: str) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         record = {"step": step, "loss": loss.item(), "tokens_per_s": speed, "memory_gib": peak}
         print(json.dumps(record), flush=True)
+
+
+def main(steps: int, corpus: str) -> None:
+    """Train the model of this file; its printed loss includes the balance loss."""
+    torch.manual_seed(0)
+    model = Model()
+
+    def loss_of(window: Tensor) -> Tensor:
+        logits, balance = model(window[:, :-1])
+        loss = F.cross_entropy(logits.float().view(-1, VOCAB), window[:, 1:].reshape(-1))
+        return loss + 0.01 * balance
+
+    train(model, loss_of, LENGTH + 1, steps, corpus)
 
 
 if __name__ == "__main__":
