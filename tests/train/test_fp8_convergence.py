@@ -120,9 +120,9 @@ def test_a_run_that_is_cut_short_is_not_complete(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo", "deepseek_v3", "qwen3"])
 def test_1500_steps_end_at_the_same_loss(model: str, tmp_path: Path) -> None:
-    seeds = (0, 1, 2) if model == "demo" else (0,)
-    runs = [Run(model, variant, s, 1500, tmp_path) for variant in (BF16, FP8) for s in seeds]
+    """One seed per model; docs/fp8.md has three of the demo, which take another hour."""
+    runs = [Run(model, variant, 0, 1500, tmp_path) for variant in (BF16, FP8)]
     train_all(runs, 2, [])
     results = collect(runs, [])[model]
-    assert all(abs(results["difference_percent"][FP8][str(s)]) < MOST for s in seeds)
+    assert abs(results["difference_percent"][FP8]["0"]) < MOST
     assert results["fp8_of_eligible"] >= 0.9
