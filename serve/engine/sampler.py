@@ -155,9 +155,11 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, plan: SamplingPlan) -> Sampled:
-        """The next token of each row."""
+        """The next token of each row. Bias, penalties and masks change `logits_RV` in place."""
         params = plan.params
-        allowed_RV = self._adjust(logits_RV[:, : self.n_tokens], plan)
+        unchanged_SV = logits_RV[self._tensor(params.scored)] if params.scored else None
+        allowed_RV = logits_RV[:, : self.n_tokens]
+        self._adjust(allowed_RV, plan)
         best_R, tokens_R = _largest(allowed_RV)
         if not params.greedy:
             tokens_R = torch.where(params.drawn_R, self._draw(allowed_RV, plan), tokens_R)
@@ -169,9 +171,9 @@ class Sampler:
                 max(plan.history_ends),
             )
         scores = None
-        if params.scored:
-            rows = torch.tensor(params.scored, device=self.device)
-            scores = score(logits_RV[rows], tokens_R[rows], max(params.tops), self.n_tokens)
+        if unchanged_SV is not None:
+            tokens_S = tokens_R[self._tensor(params.scored)]
+            scores = score(unchanged_SV, tokens_S, max(params.tops), self.n_tokens)
         return Sampled(tokens_R, best_R, params.scored, params.tops, scores)
 
     def _pack(self, requests: list[Request]) -> _Params:
@@ -213,12 +215,9 @@ class Sampler:
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, device=self.device)
 
-    def _adjust(self, logits_RV: Tensor, plan: SamplingPlan) -> Tensor:
-        """Apply bias, penalties and `min_tokens`; returns a copy if anything changes."""
+    def _adjust(self, logits_RV: Tensor, plan: SamplingPlan) -> None:
+        """Apply masks, bias, penalties and `min_tokens` in place."""
         params, (rows, tokens) = plan.params, plan.banned
-        if params.bias is None and not (params.penalized or rows or plan.masks):
-            return logits_RV
-        logits_RV = logits_RV.clone()
         if plan.masks is not None:
             apply_masks(logits_RV, *plan.masks)
         if params.bias is not None:
@@ -234,7 +233,6 @@ class Sampler:
             logits_RV[at] = some_PV
         if rows:
             logits_RV[rows, tokens] = -torch.inf
-        return logits_RV
 
     def _draw(self, logits_RV: Tensor, plan: SamplingPlan) -> Tensor:
         params = plan.params

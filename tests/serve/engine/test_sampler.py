@@ -57,7 +57,7 @@ def frequencies(logits_V: Tensor, draws: int = 20000, **params: Any) -> Tensor:
     one = request(seed=1, **params)
     sampler = make_sampler(len(logits_V), 1)
     plan = sampler.plan([chunk_of(one, index) for index in range(draws)])
-    tokens = sampler.sample(logits_V.expand(draws, -1), plan).tokens_R
+    tokens = sampler.sample(logits_V.repeat(draws, 1), plan).tokens_R
     return torch.bincount(tokens, minlength=len(logits_V)) / draws
 
 
@@ -189,7 +189,8 @@ def test_adjusted_logits_against_a_loop(seed: int) -> None:
         for row, one in enumerate(requests):
             one.sequence.row = row
         plan = sampler.plan([chunk_of(one) for one in requests])
-        found = sampler._adjust(logits, plan)
+        found = logits.clone()
+        sampler._adjust(found, plan)
         for r, one in enumerate(requests):
             expected = reference_logits(logits[r], one, ends)
             assert torch.allclose(found[r], expected, atol=1e-5)

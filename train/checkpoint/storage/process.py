@@ -2,7 +2,8 @@
 
 It has neither torch nor the interpreter lock of the trainer, and runs in the idle class of the
 scheduler (elsewhere: at the lowest priority): it gets time that the steps leave, and its reads and
-writes are the last in the queue of the disk.
+writes are the last in the queue of the disk. Where the ranks leave it no core, it computes a small
+share of the time only (`pace`).
 
 ADDRESS is where the checkpoints are; BUFFER is the file descriptor of the memory that it shares
 with the rank. Requests come through the standard input (`messages`), one after another:
@@ -29,6 +30,7 @@ from configs.errors import UserError
 from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.base import Storage
 from train.checkpoint.storage.messages import receive, send
+from train.checkpoint.storage.pace import Pace
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _LOWEST = 19
@@ -100,9 +102,12 @@ class Writer:
         result: list[Any] = []
 
         def pieces(is_urgent: bool) -> None:
+            pace = Pace()
             try:
                 while self.urgent.is_set() == is_urgent:
                     next(work)
+                    if not is_urgent:
+                        self.urgent.wait(pace.pause())
             except StopIteration as ended:
                 result.append(ended.value)
 
