@@ -105,8 +105,9 @@ def alone(family: str) -> Case:
 
 
 def all_meshes(family: str, world: int) -> list[Case]:
-    """Every mesh of `world` ranks that divides the wide models."""
-    kv_heads = model_of(family).attention.kv_heads
+    """Every mesh of `world` ranks that divides the model of a family."""
+    model = model_of(family)
+    kv_heads, n_experts = model.attention.kv_heads, model.moe.n_experts
     return [
         Case(family, replicate, world // replicate // tp, tp, ep, etp)
         for replicate in _divisors(world)
@@ -114,6 +115,7 @@ def all_meshes(family: str, world: int) -> list[Case]:
         if kv_heads % tp == 0
         for etp in sorted({1, tp})
         for ep in _divisors(world // replicate // etp)
+        if n_experts % ep == 0
     ]
 
 
