@@ -31,6 +31,10 @@ def draining() -> RequestError:
     return RequestError(*_DRAINING)
 
 
+def internal() -> RequestError:
+    return RequestError(*_INTERNAL)
+
+
 def printable(text: str) -> str:
     """One line of valid Unicode: parts of a message may come from a body or from a file."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -70,4 +74,4 @@ async def on_disconnect(http: HttpRequest, error: Exception) -> Response:
 
 
 async def on_fault(http: HttpRequest, error: Exception) -> Response:
-    return error_response(RequestError(*_INTERNAL))
+    return error_response(internal())

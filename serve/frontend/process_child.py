@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from configs.errors import UserError
 from models.hf.messages import one_line
 from serve.engine.core import EngineCore, EngineOptions
-from serve.engine.loading import open_export
+from serve.engine.loading import load_update, open_export
 from serve.engine.request import Output, Request
 from serve.frontend.process_messages import (
     Array,
@@ -169,6 +169,8 @@ def main(fd: int) -> None:
     assert isinstance(start, Start)
     try:
         export = open_export(Path(start.folder), start.dtype, start.device)
+        if start.weights:
+            export = load_update(export, Path(start.weights))
         core = EngineCore(export, EngineOptions(**start.options))
     except UserError as error:
         connection.send(Refused(str(error)))
