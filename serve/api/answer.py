@@ -155,4 +155,5 @@ class _EventStream(StreamingResponse):
 
 
 def _encode(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return b"data: " + text.encode() + b"\n\n"

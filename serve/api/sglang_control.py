@@ -97,7 +97,7 @@ class _Control:
                 "status": "ready" if self.api.engine.status == "ok" else self.api.engine.status,
                 "max_total_num_tokens": info.capacity,
                 "max_running_requests": info.max_running,
-                "max_req_input_len": info.longest,
+                "max_req_input_len": min(info.longest, info.capacity),
                 "page_size": info.page_size,
                 "internal_states": [await self._load()],
             }
