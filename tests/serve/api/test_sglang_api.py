@@ -220,10 +220,17 @@ def test_update_weights(export_folder: Path, export: Export, tmp_path: Path) -> 
     shutil.copytree(export_folder, broken)
     for weights in broken.glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:1000])
+    (same / "tokenizer.json").unlink()  # it is not read
+    longer, empty = tmp_path / "longer", tmp_path / "empty"
+    shutil.copytree(export_folder, longer)
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 999}))
+    empty.mkdir()
+    shutil.copy(export_folder / "config.json", empty)
     with run_server(EngineCore(export, EngineOptions(kv_tokens=4096))) as server:
         with httpx.Client(base_url=server.url, timeout=30) as http:
             before = generate(http, text="a")["text"]
-            for folder in (broken, tmp_path / "nowhere", Path("x\x00y")):
+            for folder in (broken, tmp_path / "nowhere", Path("x\x00y"), longer, empty):
                 refused = http.post("/update_weights_from_disk", json={"model_path": str(folder)})
                 assert refused.status_code == 400, folder
                 assert generate(http, text="a")["text"] == before
@@ -232,3 +239,18 @@ def test_update_weights(export_folder: Path, export: Export, tmp_path: Path) -> 
             assert http.get("/model_info").json()["model_path"] == str(same)
             again = generate(http, text="a")
             assert again["text"] == before and again["meta_info"]["cached_tokens"] == 0
+
+
+def test_an_update_that_fails_late_changes_nothing(
+    export_folder: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = EngineCore(export, EngineOptions(kv_tokens=1024))
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("serve.engine.core.make_runner", fail)
+        core.update_weights(export_folder)
+    assert core.export is export
+    core.close()
