@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from serve.api import sglang_generate
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export
 from tests.serve.conftest import RunningServer, run_server
@@ -32,7 +33,7 @@ def routed(export: Export) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def http(routed: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=routed.url, timeout=30) as client:
+    with httpx.Client(base_url=routed.url, timeout=120) as client:
         yield client
 
 
@@ -79,6 +80,28 @@ def test_streams_are_cumulative(http: httpx.Client) -> None:
     assert [one[:2] for one in mine] == [
         pytest.approx(one[:2], abs=1e-4) for one in whole["meta_info"]["output_token_logprobs"]
     ]
+
+
+def test_long_streams_repeat_themselves_less_often(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every event has everything, so one per token would cost the square of an output's length."""
+    monkeypatch.setattr(sglang_generate, "_LARGE", 400)
+    params = PARAMS | {"max_new_tokens": 100}
+    body = {"input_ids": [5, 6], "sampling_params": params, "return_logprob": True,
+            "logprob_start_len": 0, "top_logprobs_num": 1, "return_text_in_logprobs": True}  # fmt: skip
+    whole = generate(http, **body)
+    lines = http.post("/generate", json=body | {"stream": True}).text.split("\n\n")
+    events = [json.loads(line[6:]) for line in lines[:-2]]
+    sizes = [len(event["output_ids"]) for event in events]
+    assert sizes[:20] == list(range(1, 21)) and sizes[-1] == 100 and len(sizes) < 70
+    assert all(16 * (b - a) < b + 16 for a, b in itertools.pairwise(sizes))
+    last = events[-1]["meta_info"]
+    for name, value in whole["meta_info"].items():
+        assert name in ("id", "cached_tokens", "e2e_latency") or last[name] == value or (
+            name.endswith("logprobs") and len(last[name]) == len(value)
+        ), name  # fmt: skip
+    assert events[-1]["text"] == whole["text"]
 
 
 def test_logprobs_equal_those_of_completions(http: httpx.Client) -> None:
