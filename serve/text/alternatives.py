@@ -1,7 +1,6 @@
 """A regular expression for one of many texts, such as the special tokens of a tokenizer."""
 
 import itertools
-import os
 import re
 from collections.abc import Sequence
 
@@ -11,7 +10,9 @@ def longest_of(texts: Sequence[str]) -> str:
     read once, so the time does not grow with the number of texts."""
     if not texts:
         return "(?!)"
-    begin = os.path.commonprefix(texts)
+    pairs = zip(min(texts), max(texts), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    begin = texts[0][:common]
     rest = sorted({text[len(begin) :] for text in texts})
     groups = [list(group) for _, group in itertools.groupby(filter(None, rest), lambda t: t[0])]
     found = "|".join(map(longest_of, groups))

@@ -88,8 +88,8 @@ def test_long_streams_repeat_themselves_less_often(
     """Every event has everything, so one per token would cost the square of an output's length."""
     monkeypatch.setattr(sglang_generate, "_LARGE", 400)
     params = PARAMS | {"max_new_tokens": 100}
-    body = {"input_ids": [5, 6], "sampling_params": params, "return_logprob": True,
-            "logprob_start_len": 0, "top_logprobs_num": 1, "return_text_in_logprobs": True}  # fmt: skip
+    body: dict[str, Any] = {"input_ids": [5, 6], "sampling_params": params, "return_logprob": True}
+    body |= {"logprob_start_len": 0, "top_logprobs_num": 1, "return_text_in_logprobs": True}
     whole = generate(http, **body)
     lines = http.post("/generate", json=body | {"stream": True}).text.split("\n\n")
     events = [json.loads(line[6:]) for line in lines[:-2]]
