@@ -65,7 +65,11 @@ async def on_request_error(http: HttpRequest, error: Exception) -> Response:
 async def on_http_error(http: HttpRequest, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    shown = RequestError(error.detail, None, error.status_code, "http_error")
+    message = error.detail
+    if error.status_code == 404:
+        path: str = http.scope["path"]
+        message = f"there is no {path:.200} here; docs/serving.md has the paths"
+    shown = RequestError(message, None, error.status_code, "http_error")
     return JSONResponse(error_body(shown), error.status_code, error.headers)
 
 
