@@ -212,8 +212,7 @@ def _serve(
         model_path=str(options.folder),
         tool_call_format=options.tool_call_format,
     )
-    allow_connections()
-    config = server_config(app, options.keep_alive, options.grace)
+    config = server_config(app, options.keep_alive, options.grace, allow_connections())
     server = _Server(config, drain, engine, options.grace)
     server.repeat_forces = group is None and not read_launch_environment().is_launched
     # uvicorn raises the signals it caught again when it is done; they have had their effect by then

@@ -63,7 +63,8 @@ ROOMS: dict[str, set[str]] = {
     "scripts/scaling_sweep": {"scripts/scaling_report"},
     "scripts/check_clients": {"scripts/bench_serve"},
     "serve": {"serve/api", "serve/bench", "serve/engine", "serve/frontend", "serve/tool_calls"},
-    "serve/api": {"serve/engine", "serve/frontend", "serve/page", "serve/text", "serve/tool_calls"},
+    "serve/api": {"serve/engine", "serve/frontend", "serve/grammar", "serve/page", "serve/text",
+                  "serve/tool_calls"},
     "serve/page": {"serve/api"},
     "serve/bench": set(),
     "serve/frontend": {"serve/cache", "serve/engine", "serve/grammar"},
@@ -72,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     "serve/cache": set(),
     "serve/grammar": {"serve/text"},
     "serve/text": {"serve/engine"},
-    "serve/tool_calls": set(),
+    "serve/tool_calls": {"serve/text"},
 }  # fmt: skip
 """The other subpackages of a package that each subpackage may import; none if it is not listed."""
 MOST_FILES = 16

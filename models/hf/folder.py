@@ -125,10 +125,10 @@ def raw_tensors(folder: Path, files: MappedFiles) -> tuple[dict[str, RawTensor],
     copies = [n for n in found if n.startswith(_ORIGINAL) and n not in listed and len(found) > 1]
     used = [name for name in found if name not in copies]
     if not used:
-        found_instead = (
-            f"; {named(pickles[0])} may hold pickles, which are never opened: convert it "
-        )
-        hint = f"{found_instead}to safetensors where you trust it" if pickles else ""
+        hint = (
+            f"; {named(pickles[0])} may hold pickles, which are never opened: convert it to "
+            "safetensors where you trust it"
+        ) if pickles else ""  # fmt: skip
         raise UserError(f"{folder}: has no *.safetensors{hint}")
     if weight_map is None and (len(used) > 1 or _is_part(used[0])):
         raise UserError(

@@ -6,6 +6,7 @@ and a whole answer from the same pieces, so both are always equal.
 
 import asyncio
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -13,11 +14,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.api.errors import Json, error_body, failure
+from serve.api.errors import Json, error_body, failure, internal
 from serve.api.limits import unless_disconnected
 from serve.api.metrics import CallTimes, Metrics
 from serve.engine.request import Output, Request, RequestError
 from serve.frontend.client import EngineClient
+
+log = logging.getLogger("serve")
 
 _SLOW_PROMPT = 256
 """An output that names more tokens than this is written outside the event loop."""
@@ -127,6 +130,9 @@ class Answer:
                 yield _encode(event)
         except RequestError as error:  # the status is already sent: the error becomes an event
             yield _encode(error_body(error))
+        except Exception:
+            log.exception("a stream ends with an error")
+            yield _encode(error_body(internal()))
         yield b"data: [DONE]\n\n"
 
 
@@ -149,4 +155,5 @@ class _EventStream(StreamingResponse):
 
 
 def _encode(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return b"data: " + text.encode() + b"\n\n"

@@ -70,7 +70,7 @@ def build_app(
         await asyncio.to_thread(engine.stop)
 
     key = [] if api_key is None else [Middleware(ApiKey, key=api_key)]
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", api.health),
             Route("/metrics", api.report_metrics),
@@ -91,6 +91,9 @@ def build_app(
         middleware=[Middleware(HeaderLimit), *key],
         lifespan=lifespan,
     )
+    # behind a proxy that ends TLS, a redirect to the path without a slash would lead to http
+    app.router.redirect_slashes = False
+    return app
 
 
 def _completions(fields: Json, api: Api) -> Writer:

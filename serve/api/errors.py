@@ -31,6 +31,10 @@ def draining() -> RequestError:
     return RequestError(*_DRAINING)
 
 
+def internal() -> RequestError:
+    return RequestError(*_INTERNAL)
+
+
 def printable(text: str) -> str:
     """One line of valid Unicode: parts of a message may come from a body or from a file."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -61,7 +65,11 @@ async def on_request_error(http: HttpRequest, error: Exception) -> Response:
 async def on_http_error(http: HttpRequest, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    shown = RequestError(error.detail, None, error.status_code, "http_error")
+    message = error.detail
+    if error.status_code == 404:
+        path: str = http.scope["path"]
+        message = f"there is no {path:.200} here; docs/serving.md has the paths"
+    shown = RequestError(message, None, error.status_code, "http_error")
     return JSONResponse(error_body(shown), error.status_code, error.headers)
 
 
@@ -70,4 +78,4 @@ async def on_disconnect(http: HttpRequest, error: Exception) -> Response:
 
 
 async def on_fault(http: HttpRequest, error: Exception) -> Response:
-    return error_response(RequestError(*_INTERNAL))
+    return error_response(internal())

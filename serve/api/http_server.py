@@ -35,26 +35,31 @@ STALL_SECONDS = 30.0
 
 
 class Connection(H11Protocol):
-    """One connection. waiting: those of the server that wait for their clients, oldest first."""
+    """One connection. waiting: those of the server that wait for their clients, oldest first. most:
+    connections of the server."""
 
     _header_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _receives = False
     """Whether a part of the next request has arrived."""
 
-    def __init__(self, *arguments: Any, waiting: "dict[Connection, None]", **more: Any) -> None:
+    def __init__(
+        self, *arguments: Any, waiting: "dict[Connection, None]", most: int, **more: Any
+    ) -> None:
         super().__init__(*arguments, **more)
         self._waiting = waiting
+        self._most = most
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         # otherwise the kernel takes megabytes for a client that reads nothing
         own = transport.get_extra_info("socket")
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        if len(self.connections) > MAX_CONNECTIONS and not self._waiting:
+        is_full = len(self.connections) > min(self._most, MAX_CONNECTIONS)
+        if is_full and not self._waiting:
             self._refuse(_too_many())
             return
-        if len(self.connections) > MAX_CONNECTIONS:
+        if is_full:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
             oldest._make_room()
@@ -171,19 +176,27 @@ def _too_many() -> RequestError:
     return RequestError("too many connections", None, 503, "overloaded")
 
 
-def allow_connections() -> None:
-    """Raise this process's limit of open files, often 1,024, to what the connections need."""
+def allow_connections() -> int:
+    """Raise this process's limit of open files, often 1,024, to what the connections need. Returns
+    how many connections it has files for: at most half of a small limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = MAX_CONNECTIONS + _OTHER_FILES
     if hard != resource.RLIM_INFINITY:
         needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        soft = needed
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max(soft - _OTHER_FILES, soft // 2))
 
 
-def server_config(app: ASGIApp, keep_alive: int, grace: float) -> uvicorn.Config:
-    """keep_alive: seconds that an idle connection stays open. grace: see `serve.__main__`."""
-    protocol: Any = functools.partial(Connection, waiting={})
+def server_config(
+    app: ASGIApp, keep_alive: int, grace: float, most: int = MAX_CONNECTIONS
+) -> uvicorn.Config:
+    """keep_alive: seconds that an idle connection stays open. grace: see `serve.__main__`. most:
+    connections at the same time."""
+    protocol: Any = functools.partial(Connection, waiting={}, most=most)
     return uvicorn.Config(
         app,
         http=protocol,

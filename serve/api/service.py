@@ -17,6 +17,7 @@ from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.engine.request import Request, RequestError, start_grammars
 from serve.frontend.chat import ChatTemplate
 from serve.frontend.client import EngineClient
+from serve.grammar.limits import ANSWER_SECONDS
 from serve.tool_calls.choice import ChatFormat, choose_format
 
 _LARGE_BODY = 64 * 2**10
@@ -51,7 +52,10 @@ class Api:
         self.created = int(time.time())
         self.answers: dict[str, Answer] = {}
         """Calls under way, by name."""
+        # each kind of work that may wait has threads of its own, so that none stops the others
         self._large: Executor = ThreadPoolExecutor(1, "large bodies")
+        self._reading: Executor = ThreadPoolExecutor(2, "numbers")
+        self._changing: Executor = ThreadPoolExecutor(1, "changes")
 
     async def health(self, http: HttpRequest) -> Response:
         """200 while the engine runs, otherwise 503."""
@@ -63,8 +67,16 @@ class Api:
         message = "the engine has stopped" if status == "stopped" else "the engine is starting"
         return JSONResponse({"status": message}, 503)
 
+    async def read(self, numbers: Callable[[], _T]) -> _T:
+        """`numbers` of the engine, which may be slow to answer."""
+        return await asyncio.get_running_loop().run_in_executor(self._reading, numbers)
+
+    async def change(self, work: Callable[[], _T]) -> _T:
+        """Change the engine, which waits for a step; one change after another."""
+        return await asyncio.get_running_loop().run_in_executor(self._changing, work)
+
     async def report_metrics(self, http: HttpRequest) -> Response:
-        found = await asyncio.to_thread(self.metrics.render)
+        found = await self.read(self.metrics.render)
         return Response(found, media_type=CONTENT_TYPE)
 
     async def models(self, http: HttpRequest) -> Response:
@@ -112,7 +124,7 @@ class Api:
         body = await read_body(http, self.drain)
         loop = asyncio.get_running_loop()
         pool = self._large if len(body) > _LARGE_BODY else None
-        return await loop.run_in_executor(pool, lambda: work(parse_json(body)))
+        return await loop.run_in_executor(pool, _on_fields, work, body)
 
     def _card(self) -> Json:
         return {
@@ -124,12 +136,22 @@ class Api:
         }
 
 
+def _on_fields(work: Callable[[Json], _T], body: bytes) -> _T:
+    try:
+        return work(parse_json(body))
+    except RecursionError:
+        raise RequestError("the body is nested too deep", code="invalid_json") from None
+
+
 async def _compiled(requests: Sequence[Request]) -> None:
     """Wait, in no thread, until the grammars of requests are compiled, and start them. Raises
-    RequestError if one is refused."""
+    RequestError if one is refused, or it takes too long."""
     for compiling in {request.compiling for request in requests}:
         if compiling is not None:  # others may wait for it, too: it is not cancelled with this call
             waiting = asyncio.wrap_future(compiling)
             waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
-            await asyncio.wait([waiting])
+            done, _ = await asyncio.wait([waiting], timeout=ANSWER_SECONDS)
+            if not done:
+                message = "the grammar is not compiled yet; try again later"
+                raise RequestError(message, None, 503, "grammar_not_ready", 5)
     start_grammars(requests)

@@ -97,7 +97,7 @@ class _Control:
                 "status": "ready" if self.api.engine.status == "ok" else self.api.engine.status,
                 "max_total_num_tokens": info.capacity,
                 "max_running_requests": info.max_running,
-                "max_req_input_len": info.longest,
+                "max_req_input_len": min(info.longest, info.capacity),
                 "page_size": info.page_size,
                 "internal_states": [await self._load()],
             }
@@ -109,7 +109,7 @@ class _Control:
         return {"model_type": info.model_type, "architectures": list(info.architectures)}
 
     async def _load(self) -> Json:
-        info, stats = self.inputs.info, await asyncio.to_thread(self.api.engine.stats)
+        info, stats = self.inputs.info, await self.api.read(self.api.engine.stats)
         return {
             "dp_rank": 0,
             "num_running_reqs": stats.n_running,
@@ -145,7 +145,7 @@ class _Control:
 
     async def flush_cache(self, http: HttpRequest) -> Response:
         """Requests under way recompute their prefixes."""
-        await asyncio.to_thread(self.api.engine.flush_cache)
+        await self.api.change(self.api.engine.flush_cache)
         return JSONResponse({"success": True, "message": "the prefix cache is empty"})
 
     async def abort_request(self, http: HttpRequest) -> Response:
@@ -196,7 +196,7 @@ class _Control:
         if flag(fields, "abort_all_requests"):
             self.api.abort(None)
         try:
-            await asyncio.to_thread(self.api.engine.update_weights, path)
+            await self.api.change(lambda: self.api.engine.update_weights(path))
         except (UserError, OSError) as error:
             message = printable(one_line(error))
             return JSONResponse({"success": False, "message": message}, 400)

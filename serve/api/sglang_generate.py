@@ -40,6 +40,10 @@ _USED = (
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 """SGLang's names of sampling parameters, and ours."""
 _DEFAULT_MAX_TOKENS = 128
+_LARGE = 1 << 15
+"""Numbers in an event, about, above which the next one waits for some more tokens."""
+_SCORE = 8
+"""Times the size of a token, that of its log-probability."""
 _ELSEWHERE: dict[str, tuple[object, ...]] = dict.fromkeys(GRAMMARS, ({"type": "text"},))
 """Fields that belong into `sampling_params`."""
 
@@ -118,7 +122,7 @@ class GenerateWriter(Writer):
     def add(self, output: Output) -> list[Json]:
         result = self.results[output.request]
         result.add(output)
-        if not self.stream:
+        if not self.stream or not result.is_due():
             return []
         return [result.write() | ({"index": result.index} if self.many else {})]
 
@@ -143,14 +147,22 @@ class _Result:
         self.call = call
         self.text = ""
         self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
+        self.logprobs: list[list[Any]] = []
+        self.top_logprobs: list[list[list[Any]]] = []
+        self.prompt_scores: Json | None = None
+        self.n_written = 0
+        """Tokens of the last event."""
         self.begun = time.monotonic()
         self.reason: Json | None = None
 
     def add(self, output: Output) -> None:
         self.text += output.text
         self.tokens += output.tokens
-        self.logprobs += output.logprobs
+        self.logprobs += [self._triple(one) for one in output.logprobs]
+        if self.call.top:
+            self.top_logprobs += [self._top(one) for one in output.logprobs]
+        if self.call.scored and self.prompt_scores is None:
+            self.prompt_scores = self._score_prompt()
         if output.finish_reason == "length":
             self.reason = {"type": "length", "length": len(self.tokens)}
         elif output.finish_reason == "cancelled":
@@ -165,7 +177,17 @@ class _Result:
         last, more = self.tokens[-1], self.request.params.stop_token_ids
         return last if last in self.inputs.info.end_tokens.union(more) else None
 
+    def is_due(self) -> bool:
+        """Whether an event is worth its time: each repeats everything, so those of a long output
+        have more and more new tokens."""
+        size = len(self.tokens)
+        if self.call.scored:
+            size += _SCORE * (1 + self.call.top) * (size + len(self.request.prompt_logprobs))
+        n_new = len(self.tokens) - self.n_written
+        return self.reason is not None or size < _LARGE or 16 * n_new >= len(self.tokens)
+
     def write(self) -> Json:
+        self.n_written = len(self.tokens)
         request = self.request
         meta: Json = {
             "id": self.name,
@@ -186,18 +208,21 @@ class _Result:
 
     def _scores(self) -> Json:
         """Lists of [log-probability, token, text]."""
-        found: Json = {"output_token_logprobs": [self._triple(one) for one in self.logprobs]}
-        start = self.call.start_len
-        prompt: list[TokenLogprob | None] = []
-        if start is not None and start >= 0:
-            prompt = [None, *self.request.prompt_logprobs][start:]
-            first = [[None, self.request.prompt[0], self._text(self.request.prompt[0])]]
-            scored = [self._triple(one) for one in prompt if one is not None]
-            found["input_token_logprobs"] = (first if start == 0 else []) + scored
+        found: Json = {"output_token_logprobs": list(self.logprobs), **(self.prompt_scores or {})}
         if self.call.top:
-            found["output_top_logprobs"] = [self._top(one) for one in self.logprobs]
-            if prompt:
-                found["input_top_logprobs"] = [one and self._top(one) for one in prompt]
+            found["output_top_logprobs"] = list(self.top_logprobs)
+        return found
+
+    def _score_prompt(self) -> Json:
+        start = self.call.start_len
+        if start is None or start < 0:
+            return {}
+        prompt = [None, *self.request.prompt_logprobs][start:]
+        first = [[None, self.request.prompt[0], self._text(self.request.prompt[0])]]
+        scored = [self._triple(one) for one in prompt if one is not None]
+        found: Json = {"input_token_logprobs": (first if start == 0 else []) + scored}
+        if self.call.top and prompt:
+            found["input_top_logprobs"] = [one and self._top(one) for one in prompt]
         return found
 
     def _triple(self, one: TokenLogprob) -> list[Any]:

@@ -6,6 +6,7 @@ The grammar of an answer allows exactly one call (a named function), at least on
 https://platform.openai.com/docs/guides/function-calling
 """
 
+import json
 import re
 import uuid
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from serve.api.errors import Json
 from serve.api.fields import flag
 from serve.engine.request import RequestError
+from serve.grammar.limits import MAX_GRAMMAR_CHARS
 from serve.tool_calls.forms import Form, HarmonyForm, JsonForm, XmlForm
 from serve.tool_calls.harmony import HarmonyParser
 from serve.tool_calls.parser import CallParser, JsonCallParser, XmlCallParser
@@ -59,6 +61,7 @@ def parse_tools(fields: Json) -> tuple[list[Json], Tools | None]:
         tools = {tool.name: tool for tool in (_named_tool(tools, name) for name in names)}
     if choice == "none" or (choice == "auto" and not definitions):
         return definitions, None
+    _check_size(definitions)
     named = False
     if isinstance(choice, dict):
         named, tool = True, _named_tool(tools, _name_of(choice))
@@ -68,6 +71,16 @@ def parse_tools(fields: Json) -> tuple[list[Json], Tools | None]:
         raise RequestError(f"tool_choice must be {kinds}", "tool_choice")
     one_only = named or not flag(fields, "parallel_tool_calls", True)
     return definitions, Tools(list(tools.values()), choice == "auto", one_only, named)
+
+
+def _check_size(definitions: list[Any]) -> None:
+    """Before anything is made of them."""
+    try:
+        size = len(json.dumps(definitions, ensure_ascii=False))
+    except RecursionError:
+        raise RequestError("tools are nested too deep", "tools") from None
+    if size > MAX_GRAMMAR_CHARS:
+        raise RequestError(f"tools must have at most {MAX_GRAMMAR_CHARS} characters", "tools")
 
 
 def _parse_tool(tool: Any, place: str) -> Tool:

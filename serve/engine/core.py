@@ -11,7 +11,7 @@ engine itself continues.
 import logging
 from collections.abc import Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -265,8 +265,8 @@ class EngineCore:
             wait([self._under_way.future])  # loading is a command to all ranks, as a step is
         new = load_update(self.export, folder)
         outputs = self.flush_cache()
-        self.export = replace(self.export, model=new.model)
         self.executor.runner = make_runner(new, self.cache, self.options)
+        self.export = new
         return outputs
 
     def expert_counts(self) -> NDArray[np.int64]:

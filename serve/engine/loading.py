@@ -1,6 +1,6 @@
 """Opening an exported folder: weights, tokenizer, end tokens, longest sequence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Export:
     architectures: tuple[str, ...] = ()
     group: RankGroup | None = None
     """The ranks that divide the model; None for one process."""
+    keeps_fp8: bool = False
+    """Whether weights in FP8 blocks are kept in FP8."""
 
     @property
     def highest_token(self) -> int:
@@ -87,19 +89,27 @@ def open_export(
         model_type=raw.get("model_type"),
         architectures=tuple(raw.get("architectures") or ()),
         group=group,
+        keeps_fp8=fp8,
     )
 
 
 def load_update(old: Export, folder: Path) -> Export:
-    """The export of another folder, for the same model, dtype, device and ranks as `old`. Rank 0
-    lets the other ranks load it, too. Raises UserError, on all ranks, if the models differ."""
-    kind = str(old.dtype).removeprefix("torch.")
+    """`old` with the weights of another folder, for the same model, dtype, device and ranks. The
+    folder needs no tokenizer. Rank 0 lets the other ranks load it, too. Raises UserError, on all
+    ranks, if the models differ; nothing of another model is read."""
 
     def load() -> Export:
-        new = open_export(folder, kind, str(old.device), old.group)
-        if new.model.config != old.model.config:
+        config, raw = read_config(folder)
+        if replace(config, mtp_depth=0) != old.model.config:
             raise UserError(f"{folder}: is another model than the one that is served")
-        return new
+        if raw.get("max_position_embeddings") != old.max_length:
+            raise UserError(
+                f"{folder / 'config.json'}: max_position_embeddings must be {old.max_length}, as "
+                "in the export that is served"
+            )
+        sharding = None if old.group is None else old.group.sharding
+        model = read_model(folder, old.dtype, old.device, fp8=old.keeps_fp8, sharding=sharding)
+        return replace(old, model=model)
 
     if old.group is None:
         return load()

@@ -38,7 +38,7 @@ class ChatTemplate:
 
         Args:
             messages: The conversation.
-            mark: Applied to every text of the messages and variables.
+            mark: Applied to every text of the messages and variables, names included.
             variables: More variables of the template, values as in JSON.
         """
         if not messages or not all(
@@ -68,8 +68,16 @@ def _mark(value: Any, mark: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return mark(value)
     if isinstance(value, dict):
-        return {key: _mark(one, mark) for key, one in value.items()}
+        return {_mark(key, mark): _mark(one, mark) for key, one in value.items()}
     return [_mark(one, mark) for one in value] if isinstance(value, list) else value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
@@ -81,12 +89,12 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     source = config.get("chat_template")
     own = folder / "chat_template.jinja"
     if inside(folder, own.name).exists():
-        place, source = own, own.read_text(encoding="utf-8")
+        place, source = own, _read_text(own)
     if source is None:
         return None
     if isinstance(source, list):  # several, by name
-        named = [one.get("template") for one in source if one.get("name") == "default"]
-        source = named[0] if named else None
+        named = [one for one in source if isinstance(one, dict) and one.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if not isinstance(source, str):
         raise UserError(f"{place}: chat_template must be a text or have one named default")
     tokens = {

@@ -160,7 +160,7 @@ class EngineProcess:
         without any change."""
         place = str(Path(folder).resolve())
         self._result(self._call("update_weights", place))
-        self._start = Start(place, *self._start_settings())
+        self._start.weights = place
 
     def stats(self) -> EngineStats:
         """Of now; if the process does not answer in time, the last ones that are known."""
@@ -177,9 +177,6 @@ class EngineProcess:
             assert found is not None
             self._counts = found.read()
         return self._counts
-
-    def _start_settings(self) -> tuple[str, str, dict[str, Any]]:
-        return self._start.dtype, self._start.device, self._start.options
 
     def _refuse_unless_running(self) -> None:
         if self._status == "starting":

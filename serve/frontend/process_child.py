@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from configs.errors import UserError
 from models.hf.messages import one_line
 from serve.engine.core import EngineCore, EngineOptions
-from serve.engine.loading import open_export
+from serve.engine.loading import load_update, open_export
 from serve.engine.request import Output, Request
 from serve.frontend.process_messages import (
     Array,
@@ -34,6 +34,7 @@ from serve.frontend.process_messages import (
     Submit,
 )
 from serve.frontend.thread import EngineThread
+from serve.grammar.limits import GrammarError
 from serve.grammar.matcher import Grammar, GrammarState
 
 
@@ -52,6 +53,9 @@ class Child:
         self._grammars: WeakValueDictionary[int, Grammar] = WeakValueDictionary()
         self._sending = threading.Lock()
         self._calls = ThreadPoolExecutor(1, "calls")
+        self._starts = ThreadPoolExecutor(1, "worker of grammars")
+        self._needs_worker = True
+        self._queueing = threading.Lock()
 
     def run(self) -> None:
         """Until the server or the engine ends."""
@@ -90,17 +94,34 @@ class Child:
             self._requests[new.number] = request
             self._numbers[request] = new.number
             requests.append(request)
+        if self._needs_worker and any(request.grammar is not None for request in requests):
+            self._starts.submit(self._start_worker, requests)
+        else:
+            self._queue(requests)
+
+    def _start_worker(self, requests: list[Request]) -> None:
+        """Start the worker of grammars, which takes seconds, in a thread of its own: the engine
+        would wait for it, and all requests with it."""
+        assert self.core.grammars is not None
+        with suppress(GrammarError):  # the requests get this error from the engine
+            self.core.grammars.worker.start()
+        with self._queueing:  # a request that is cancelled now is either left out or queued
+            self._needs_worker = False
+            self._queue([request for request in requests if request in self._numbers])
+
+    def _queue(self, requests: list[Request]) -> None:
         # it cannot be full: the server counts the requests; it may have ended
         with suppress(ValueError):
             self.thread.submit(requests, self._deliver, limited=False)
 
     def _cancel(self, numbers: list[int]) -> None:
-        found = [self._requests.pop(number, None) for number in numbers]
-        requests = [request for request in found if request is not None]
-        self.thread.cancel(requests)
-        for request in requests:
-            self._numbers.pop(request, None)
-            self._n_sent.pop(request, None)
+        with self._queueing:
+            found = [self._requests.pop(number, None) for number in numbers]
+            requests = [request for request in found if request is not None]
+            self.thread.cancel(requests)
+            for request in requests:
+                self._numbers.pop(request, None)
+                self._n_sent.pop(request, None)
 
     def _grammar(self, sent: CompiledGrammar) -> Grammar:
         found = self._grammars.get(sent.number)
@@ -169,6 +190,8 @@ def main(fd: int) -> None:
     assert isinstance(start, Start)
     try:
         export = open_export(Path(start.folder), start.dtype, start.device)
+        if start.weights:
+            export = load_update(export, Path(start.weights))
         core = EngineCore(export, EngineOptions(**start.options))
     except UserError as error:
         connection.send(Refused(str(error)))

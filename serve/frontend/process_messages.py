@@ -38,12 +38,14 @@ class Array(msgspec.Struct, array_like=True):
 
 
 class Start(_Message):
-    """The first message of the server. options: fields of `EngineOptions`."""
+    """The first message of the server. options: fields of `EngineOptions`. weights: the folder of
+    the last update; empty: there was none."""
 
     folder: str
     dtype: str
     device: str
     options: dict[str, Any]
+    weights: str = ""
 
 
 class Ready(_Message):

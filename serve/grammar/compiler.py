@@ -21,6 +21,7 @@ from serve.grammar.limits import (
     MAX_CACHED_BYTES,
     MAX_COMPILING,
     N_COMPILING,
+    QUEUE_SECONDS,
     GrammarError,
 )
 from serve.grammar.matcher import Grammar, Matchers
@@ -64,7 +65,7 @@ class GrammarCompiler:
                 raise GrammarError("too many grammars are being compiled; try again later", 429)
             self._n_compiling += 1
             self.n_compiled += 1
-            future = self._cache[spec] = self._pool.submit(self._compile, spec)
+            future = self._cache[spec] = self._pool.submit(self._take_turn, spec, time.monotonic())
         future.add_done_callback(lambda done: self._keep(spec, done))
         return future
 
@@ -96,7 +97,23 @@ class GrammarCompiler:
             if spec in self._sizes:
                 del self._cache[spec], self._sizes[spec]
 
+    def _take_turn(self, spec: GrammarSpec, submitted: float) -> Grammar:
+        if time.monotonic() - submitted > QUEUE_SECONDS:
+            raise GrammarError("too many grammars are being compiled; try again later", 503)
+        return self._compile(spec)
+
     def _compile(self, spec: GrammarSpec) -> Grammar:
+        # a process may also end for a reason outside it, such as too little memory for all
+        found = self._try(spec) or self._try(spec)
+        if found is None:
+            raise GrammarError(
+                f"the grammar ({spec.kind}) is refused: it is nested too deep, recursive without "
+                "end, or too large"
+            )
+        return found
+
+    def _try(self, spec: GrammarSpec) -> Grammar | None:
+        """None if the process ended early."""
         begin = time.monotonic()
         with self.worker.connect(COMPILE) as connection:
             connection.settimeout(COMPILE_SECONDS)
@@ -108,11 +125,9 @@ class GrammarCompiler:
                 message = "the machine is too busy to compile the grammar; try again later"
                 raise GrammarError(message, 503) from None
             except (EOFError, OSError):
-                late = time.monotonic() - begin >= COMPILE_CPU_SECONDS
-                reason = "it takes too long to compile" if late else (
-                    "it is nested too deep, recursive without end, or too large"
-                )  # fmt: skip
-                content = {"error": reason}
+                if time.monotonic() - begin < COMPILE_CPU_SECONDS:
+                    return None
+                content = {"error": "it takes too long to compile"}
             finally:
                 self._connections.discard(connection)
         if "error" in content:

@@ -10,6 +10,7 @@ treats them. An object or array of which nothing is listed is unrestricted.
 """
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 from serve.grammar.limits import MAX_SCHEMA_DEPTH, GrammarError
@@ -37,6 +38,9 @@ _OF_TYPE = {"object": _OBJECTS, "array": _ARRAYS, "string": _STRINGS, "number": 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _CLASS = re.compile(r"\\[pP]\{\^?[\w=]+\}")
 """A class of characters in Unicode's terms, which Python's expressions do not have."""
+_MOST_COMPARED = 128
+"""Branches of `oneOf` that are compared in pairs."""
+_Keys = frozenset[Hashable]
 _PYTHON = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
 
 
@@ -126,31 +130,62 @@ def _without_siblings(schema: dict[str, Any], alone: str) -> dict[str, Any]:
 
 def _exclude_each_other(schemas: list[Any]) -> bool:
     """Whether a value certainly matches at most one of these schemas."""
-    return all(_disjoint(a, b) for i, a in enumerate(schemas) for b in schemas[i + 1 :])
+    listed = [values for one in schemas if (values := _listed(one)) is not None]
+    if len(listed) == len(schemas):
+        return len(frozenset().union(*listed)) == sum(map(len, listed))
+    if len(schemas) > _MOST_COMPARED:
+        return False
+    branches = [_Branch(one) for one in schemas]
+    return all(a.excludes(b) for i, a in enumerate(branches) for b in branches[i + 1 :])
 
 
-def _disjoint(a: Any, b: Any) -> bool:
-    """By their types, their values, or the values of a property that both require."""
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return a is False or b is False
-    ours, theirs = _values(a), _values(b)
-    if ours is not None and theirs is not None:
-        return not any(one == other for one in ours for other in theirs)
-    kinds = [_types_of_values(one) for one in (a, b)]
-    if all(kinds) and not kinds[0] & kinds[1]:
-        return True
-    if kinds != [{"object"}, {"object"}]:
-        return False
-    listed = [properties for one in (a, b) if isinstance(properties := one.get("properties"), dict)]
-    needed = [names for one in (a, b) if isinstance(names := one.get("required"), list)]
-    if len(listed) < 2 or len(needed) < 2:
-        return False
-    common = [name for name in needed[0] if name in needed[1] and isinstance(name, str)]
-    found = [(_values(listed[0].get(name)), _values(listed[1].get(name))) for name in common]
-    return any(
-        x is not None and y is not None and not any(one == other for one in x for other in y)
-        for x, y in found
-    )
+class _Branch:
+    """What is known of the values of one of several schemas."""
+
+    def __init__(self, schema: Any) -> None:
+        is_object = isinstance(schema, dict)
+        self.matches_nothing = schema is False
+        self.values = _listed(schema)
+        self.types = _types_of_values(schema) if is_object else set()
+        self.required = _required_values(schema) if self.types == {"object"} else {}
+
+    def excludes(self, other: "_Branch") -> bool:
+        """By their types, their values, or the values of a property that both require."""
+        if self.values is not None and other.values is not None:
+            return self.values.isdisjoint(other.values)
+        if self.types and other.types and not self.types & other.types:
+            return True
+        by_property = any(
+            name in other.required and values.isdisjoint(other.required[name])
+            for name, values in self.required.items()
+        )
+        return by_property or self.matches_nothing or other.matches_nothing
+
+
+def _required_values(schema: dict[str, Any]) -> dict[str, _Keys]:
+    """The listed values of the properties that an object must have."""
+    properties, names = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(names, list):
+        return {}
+    found = {
+        name: _listed(properties[name])
+        for name in names if isinstance(name, str) and name in properties
+    }  # fmt: skip
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _listed(schema: Any) -> _Keys | None:
+    """Keys of the values that a schema lists, equal for values that are equal in JSON."""
+    values = _values(schema)
+    return None if values is None else frozenset(map(_key, values))
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, dict):
+        return "object", frozenset((name, _key(one)) for name, one in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(_key, value))
+    return (bool, value) if isinstance(value, bool) else value
 
 
 def _values(schema: Any) -> list[Any] | None:

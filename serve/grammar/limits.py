@@ -7,6 +7,11 @@ MAX_SCHEMA_DEPTH = 64
 COMPILE_CPU_SECONDS = 3
 COMPILE_SECONDS = 60
 """Wall-clock time; more than the processor time, for a machine with other work."""
+QUEUE_SECONDS = 20
+"""Time after which a grammar whose compilation has not begun is given up."""
+ANSWER_SECONDS = 40
+"""Time after which a client gets 503, because many clients give up after a minute. The compilation
+goes on, and its result is cached for the next try."""
 PROBE_TOKENS = 32
 """Tokens that a compiled grammar is tried with."""
 PROBE_CPU_SECONDS = 0.5

@@ -20,7 +20,9 @@ COMPILE, MATCH = b"c", b"m"
 """What a child of the worker does."""
 READY = b"r"
 """The worker and its children send this first."""
-_START_SECONDS = 60.0
+_START_SECONDS = 300.0
+"""It loads torch and xgrammar: seconds of processor time, minutes on a busy machine."""
+_FORK_SECONDS = 60.0
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _INSTALL = 'structured output needs xgrammar: pip install "xgrammar>=0.2.8,<0.3"'
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -59,12 +61,12 @@ class GrammarWorker:
         """A connection to a new child. Raises GrammarError: 503 if there is none, 400 if the
         library is not installed."""
         for _ in range(2):  # a worker that was killed is started again
-            ours, theirs = socket.socketpair()
-            with self._lock, theirs:
+            with self._lock:
                 control = self._started()
-                with suppress(OSError):
+                ours, theirs = _pair()
+                with theirs, suppress(OSError):
                     socket.send_fds(control, [kind], [theirs.fileno()])
-            ours.settimeout(_START_SECONDS)
+            ours.settimeout(_FORK_SECONDS)
             with suppress(OSError):
                 if ours.recv(1) == READY:
                     return ours
@@ -72,12 +74,20 @@ class GrammarWorker:
             with self._lock:
                 if self._control is control:
                     self._stop()
-        raise GrammarError("the process of the grammars does not start", 503)
+        raise _not_started()
+
+    def start(self) -> None:
+        """Start it now, and wait for it. Raises GrammarError as `connect`."""
+        with self._lock:
+            self._started()
 
     def close(self) -> None:
         """End the process."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.kill()  # a start that waits for it ends
         with self._lock:
-            self._closed = True
             self._stop()
 
     def _started(self) -> socket.socket:
@@ -87,15 +97,23 @@ class GrammarWorker:
             return self._control
         if importlib.util.find_spec("xgrammar") is None:
             raise GrammarError(_INSTALL)
-        control, theirs = socket.socketpair()
+        control, theirs = _pair()
         with theirs:
-            self._process = launch(theirs)
+            try:
+                self._process = launch(theirs)
+            except OSError as error:
+                control.close()
+                raise _not_started(error) from None
         self._control = control
         tokenizer = self.tokenizer.to_str().encode()
         control.settimeout(_START_SECONDS)
+        is_ready = False
         with suppress(OSError):
             send(control, [sorted(self.end_tokens), self.n_tokens], tokenizer)
-            control.recv(1)  # READY: what follows is no part of this message
+            is_ready = control.recv(1) == READY  # what follows is no part of this message
+        if not is_ready:
+            self._stop()
+            raise _not_started()
         return control
 
     def _stop(self) -> None:
@@ -106,3 +124,15 @@ class GrammarWorker:
             self._process.kill()  # its children end when their connections are closed
             self._process.wait()
             self._process = None
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair()
+    except OSError as error:  # too many open files
+        raise _not_started(error) from None
+
+
+def _not_started(error: OSError | None = None) -> GrammarError:
+    reason = f": {error.strerror}" if error is not None else ""
+    return GrammarError(f"the process of the grammars does not start{reason}", 503)

@@ -35,12 +35,12 @@ def make_spec(field: str, value: object) -> GrammarSpec:
 
 
 def _parsed(field: str, value: object) -> Any:
-    """An object, or its JSON."""
-    if not isinstance(value, str):
-        _dump(field, value)
-        return value
-    if len(value) > MAX_GRAMMAR_CHARS:
+    """An object, or its JSON; its size is limited before anything else looks at it."""
+    text = value if isinstance(value, str) else _dump(field, value)
+    if len(text) > MAX_GRAMMAR_CHARS:
         raise GrammarError(f"{field} must have at most {MAX_GRAMMAR_CHARS} characters")
+    if not isinstance(value, str):
+        return value
     try:
         return json.loads(value, parse_constant=_refuse_constant)
     except RecursionError:

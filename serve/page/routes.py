@@ -5,7 +5,6 @@ each of its own requests. Its scripts and styles are known by their hashes, so t
 nothing else, whatever a model writes.
 """
 
-import asyncio
 import base64
 import hashlib
 import re
@@ -34,7 +33,7 @@ def page_routes(api: Api) -> list[Route]:
         return Response(content, media_type="text/html", headers=headers)
 
     async def stats(http: HttpRequest) -> Response:
-        return JSONResponse(await asyncio.to_thread(read_all, api))
+        return JSONResponse(await api.read(lambda: read_all(api)))
 
     return [Route("/", page), Route("/stats", stats)]
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # a runner without text does not need the library
 
 _UNFINISHED = "\ufffd"
 _MOST_UNFINISHED = 3
+_MOST_HELD = 64
+"""Tokens of a window that is no text so far, such as bytes that are no UTF-8."""
 _MOST_CONTEXT = 64
 """Tokens of a prompt among which the context of its output begins."""
 
@@ -73,15 +75,33 @@ class Detokenizer:
         self.window.append(token)
         text = self.decode(self.window)
         self.held = _held(text)
+        is_long = len(self.window) > self.border + _MOST_HELD
         if self.held and not text.startswith(self.shown):
             # byte-fallback decoders yield wrong text for a run of bytes until its last one
-            return ""
+            return self._shorten(text) if is_long else ""
         new = text[len(self.shown) : len(text) - self.held]
         self.shown += new
         if not self.held:
             self.window = self.window[self.border :]
             self.border = len(self.window)
             self.shown = self.decode(self.window)
+        elif is_long:
+            new += self._shorten(text)
+        return new
+
+    def _shorten(self, text: str) -> str:
+        """Continue with the last tokens of a window that has been undecodable for long; otherwise
+        each further token would cost more. Returns text that is final now.
+
+        text: of the window.
+        """
+        last = self.window[-_MOST_HELD // 2 :]
+        end = self.decode(last)
+        if _held(end) == self.held and text.endswith(end):
+            new, kept = "", end[: len(end) - self.held]
+        else:  # these tokens read otherwise alone: they are given up
+            new, kept, last, self.held = text[len(self.shown) :], "", [], 0
+        self.window, self.border, self.shown = last, 0, kept
         return new
 
     def preview(self, token: int) -> str | None:

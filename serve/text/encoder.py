@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer
 
 from serve.engine.sampling_params import RequestError
+from serve.text.alternatives import longest_of
 from serve.text.detokenizer import TextStream
 from serve.text.token_bytes import TokenBytes, special_ids
 from serve.text.token_names import TokenNames
@@ -38,8 +39,7 @@ class TextEncoder:
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True  # their texts are text
         self._texts = sorted(self.special_tokens)
-        longest_first = sorted(self._texts, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._special = re.compile(longest_of(self._texts))
         self._restored = re.compile(f"{self._mark}([0-9]+){self._mark}")
         self._id_of: dict[int, int] = {}
         """Tokens of marked special tokens, and the special tokens."""

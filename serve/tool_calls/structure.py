@@ -4,16 +4,21 @@ A text of the form that is a special token of the tokenizer is that token; other
 whatever tokens.
 """
 
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.text.alternatives import longest_of
 from serve.tool_calls.forms import END_THINK, THINK, Form, HarmonyForm, JsonForm, XmlForm
 from serve.tool_calls.harmony import MARKS as HARMONY_MARKS
 from serve.tool_calls.xml_arguments import kinds_of
 
 Json = dict[str, Any]
+_MOST_SHARED = 1 << 18
+"""Characters of definitions that the values of one tool may have together."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +110,14 @@ class Structure:
     def _literal(self, text: str) -> list[Json]:
         """A text in parts: special tokens, and what is between them."""
         found: list[Json] = []
-        while text:
-            at, mark = min(
-                ((at, one) for one in self.special if (at := text.find(one)) >= 0),
-                default=(len(text), ""),
-                key=lambda one: (one[0], -len(one[1])),
-            )
-            if at:
-                found.append({"type": "const_string", "value": text[:at]})
-            if mark:
-                found.append({"type": "token", "token": self.special[mark]})
-            text = text[at + len(mark) :]
+        at = 0
+        for match in _pattern(tuple(self.special)).finditer(text):
+            if match.start() > at:
+                found.append({"type": "const_string", "value": text[at : match.start()]})
+            found.append({"type": "token", "token": self.special[match[0]]})
+            at = match.end()
+        if at < len(text):
+            found.append({"type": "const_string", "value": text[at:]})
         return found
 
     def _until(self, begin: str, content: Json, end: str) -> Json:
@@ -191,6 +193,8 @@ class Structure:
             return [{"type": "star", "content": sequence([*self._literal(form.key), *key, text])}]
         required, kinds = schema.get("required") or [], kinds_of(schema)
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        if len(json.dumps(shared)) * list(kinds.values()).count("json") > _MOST_SHARED:
+            shared = {}  # each value would have a copy: references have no target then
         found = []
         for name, one in properties.items():
             begin = form.key + name + form.value
@@ -242,6 +246,11 @@ class Structure:
         begin = f"<|channel|>{channel}<|message|>"
         text = self._until(begin, {"type": "any_text"}, "<|end|>")
         return sequence([text, *self._literal("<|start|>assistant")])
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(longest_of(texts))
 
 
 def sequence(elements: Sequence[Json]) -> Json:

@@ -23,20 +23,35 @@ def kinds_of(schema: Any) -> dict[str, str]:
     if not isinstance(properties, dict):
         return {}
     definitions = schema.get("$defs") or schema.get("definitions") or {}
-    return {str(key): kind_of(one, definitions) for key, one in properties.items()}
+    kinds = _SchemaKinds(definitions if isinstance(definitions, dict) else {})
+    return {str(key): kinds.of(one) for key, one in properties.items()}
 
 
-def kind_of(schema: Any, definitions: Any, depth: int = 0) -> str:
-    """`text` if a schema allows strings only, `json` if it allows none, else `any`."""
-    if not isinstance(schema, dict) or depth > 8:
-        return "any"
-    if isinstance(reference := schema.get("$ref"), str):
-        name = reference.rsplit("/", 1)[-1]
-        target = definitions.get(name) if isinstance(definitions, dict) else None
-        return kind_of(target, definitions, depth + 1)
-    for keyword in ("anyOf", "oneOf"):
-        if isinstance(branches := schema.get(keyword), list) and branches:
-            return _common({kind_of(one, definitions, depth + 1) for one in branches})
+class _SchemaKinds:
+    """The kinds of schemas with common definitions, each of which is looked at once: a schema that
+    refers to itself several times has no end otherwise."""
+
+    def __init__(self, definitions: dict[str, Any]) -> None:
+        self.definitions = definitions
+        self._known: dict[str, str] = {}
+
+    def of(self, schema: Any, depth: int = 0) -> str:
+        """`text` if a schema allows strings only, `json` if it allows none, else `any`."""
+        if not isinstance(schema, dict) or depth > 8:
+            return "any"
+        if isinstance(reference := schema.get("$ref"), str):
+            name = reference.rsplit("/", 1)[-1]
+            if name not in self._known:
+                self._known[name] = "any"  # for references to it within it
+                self._known[name] = self.of(self.definitions.get(name), depth + 1)
+            return self._known[name]
+        for keyword in ("anyOf", "oneOf"):
+            if isinstance(branches := schema.get(keyword), list) and branches:
+                return _common({self.of(one, depth + 1) for one in branches})
+        return _kind_of_values(schema)
+
+
+def _kind_of_values(schema: dict[str, Any]) -> str:
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list) and values:
         return _common({"text" if isinstance(one, str) else "json" for one in values})

@@ -266,10 +266,17 @@ def test_neutral_and_unknown_fields_are_accepted(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("GET", "/v1/models/x", 404)],
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("GET", "/v1/models/x", 404),
+        ("POST", "/v1/completions/", 404),
+        ("GET", "/health/", 404),
+    ],
 )
 def test_wrong_places(http: httpx.Client, method: str, path: str, status: int) -> None:
-    answer = http.request(method, path)
+    """No redirect either: its address would be that of the Host header, and not https."""
+    answer = http.request(method, path, headers={"Host": "[::"})
     assert answer.status_code == status
     assert answer.json()["error"]["type"] == "invalid_request_error"
 

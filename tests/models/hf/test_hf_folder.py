@@ -106,6 +106,10 @@ def test_files_beside_the_weights_are_left_where_they_lie(folder: Path, dense: P
             file.unlink()
         told = refusal(lambda opened=opened, place=place: opened(place))  # type: ignore[misc]
         assert "has no *.safetensors; a.PKL may hold pickles" in told and "convert it to" in told
+        for name in PICKLES:
+            (place / name).unlink()
+        told = refusal(lambda opened=opened, place=place: opened(place))  # type: ignore[misc]
+        assert told == f"{place}: has no *.safetensors"
 
 
 def no_file(kind: str, path: Path) -> None:

@@ -1,6 +1,7 @@
 """At the limit of connections the one that has waited longest for its client makes room."""
 
 import json
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -133,3 +134,25 @@ def test_a_reader_that_stops_makes_room(server: RunningServer, connect: Connect)
         while stalled.recv(65536):
             pass
     assert all(map(healthy, others))
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected", "raised"),
+    [
+        (1024, -1, 2048, (2304, -1)),
+        (1024, 4096, 2048, (2304, 4096)),
+        (-1, -1, 2048, None),
+        (1024, 1024, 768, None),
+        (90, 90, 45, None),
+        (200, 400, 200, (400, 400)),
+    ],
+)
+def test_connections_leave_files_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, expected: int, raised: object
+) -> None:
+    """Without a file for the next connection nobody could connect, however many are idle."""
+    found: list[object] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: found.append(limits))
+    assert http_server.allow_connections() == expected
+    assert found == ([] if raised is None else [raised])

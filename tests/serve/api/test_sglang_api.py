@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from serve.api import sglang_generate
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export
 from tests.serve.conftest import RunningServer, run_server
@@ -32,7 +33,7 @@ def routed(export: Export) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def http(routed: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=routed.url, timeout=30) as client:
+    with httpx.Client(base_url=routed.url, timeout=120) as client:
         yield client
 
 
@@ -79,6 +80,28 @@ def test_streams_are_cumulative(http: httpx.Client) -> None:
     assert [one[:2] for one in mine] == [
         pytest.approx(one[:2], abs=1e-4) for one in whole["meta_info"]["output_token_logprobs"]
     ]
+
+
+def test_long_streams_repeat_themselves_less_often(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every event has everything, so one per token would cost the square of an output's length."""
+    monkeypatch.setattr(sglang_generate, "_LARGE", 400)
+    params = PARAMS | {"max_new_tokens": 100}
+    body: dict[str, Any] = {"input_ids": [5, 6], "sampling_params": params, "return_logprob": True}
+    body |= {"logprob_start_len": 0, "top_logprobs_num": 1, "return_text_in_logprobs": True}
+    whole = generate(http, **body)
+    lines = http.post("/generate", json=body | {"stream": True}).text.split("\n\n")
+    events = [json.loads(line[6:]) for line in lines[:-2]]
+    sizes = [len(event["output_ids"]) for event in events]
+    assert sizes[:20] == list(range(1, 21)) and sizes[-1] == 100 and len(sizes) < 70
+    assert all(16 * (b - a) < b + 16 for a, b in itertools.pairwise(sizes))
+    last = events[-1]["meta_info"]
+    for name, value in whole["meta_info"].items():
+        assert name in ("id", "cached_tokens", "e2e_latency") or last[name] == value or (
+            name.endswith("logprobs") and len(last[name]) == len(value)
+        ), name  # fmt: skip
+    assert events[-1]["text"] == whole["text"]
 
 
 def test_logprobs_equal_those_of_completions(http: httpx.Client) -> None:
@@ -220,10 +243,17 @@ def test_update_weights(export_folder: Path, export: Export, tmp_path: Path) -> 
     shutil.copytree(export_folder, broken)
     for weights in broken.glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:1000])
+    (same / "tokenizer.json").unlink()  # it is not read
+    longer, empty = tmp_path / "longer", tmp_path / "empty"
+    shutil.copytree(export_folder, longer)
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 999}))
+    empty.mkdir()
+    shutil.copy(export_folder / "config.json", empty)
     with run_server(EngineCore(export, EngineOptions(kv_tokens=4096))) as server:
         with httpx.Client(base_url=server.url, timeout=30) as http:
             before = generate(http, text="a")["text"]
-            for folder in (broken, tmp_path / "nowhere", Path("x\x00y")):
+            for folder in (broken, tmp_path / "nowhere", Path("x\x00y"), longer, empty):
                 refused = http.post("/update_weights_from_disk", json={"model_path": str(folder)})
                 assert refused.status_code == 400, folder
                 assert generate(http, text="a")["text"] == before
@@ -232,3 +262,18 @@ def test_update_weights(export_folder: Path, export: Export, tmp_path: Path) -> 
             assert http.get("/model_info").json()["model_path"] == str(same)
             again = generate(http, text="a")
             assert again["text"] == before and again["meta_info"]["cached_tokens"] == 0
+
+
+def test_an_update_that_fails_late_changes_nothing(
+    export_folder: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = EngineCore(export, EngineOptions(kv_tokens=1024))
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("serve.engine.core.make_runner", fail)
+        core.update_weights(export_folder)
+    assert core.export is export
+    core.close()

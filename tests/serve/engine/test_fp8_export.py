@@ -19,7 +19,7 @@ from models.layers.linear import Fp8Linear, as_matrices
 from models.router import routers
 from serve.cache.kv_cache import KvCache
 from serve.engine.attention import plain_weight
-from serve.engine.loading import open_export
+from serve.engine.loading import load_update, open_export
 from serve.engine.request import SamplingParams
 from serve.engine.runner import ModelRunner
 from serve.frontend.engine import Engine, EngineOptions
@@ -117,3 +117,20 @@ def test_absorbed_latents_in_fp8(tmp_path: Path) -> None:
     (s,) = random_sequences(random.Random(0), cache, [40])
     run_in_random_steps(random.Random(0), ModelRunner(export.model, cache, absorbed=True), [s], 20)
     assert all(row.isfinite().all() for row in s.rows.values())
+
+
+def test_an_update_keeps_weights_in_fp8(tmp_path: Path) -> None:
+    """It dequantized them: twice the memory, and other tokens than after a new start."""
+    for seed in range(2):
+        given = Decoder(WIDE)
+        initialize(given, WIDE, seed=seed)
+        (tmp_path / str(seed)).mkdir()
+        write_fp8(given.eval(), tmp_path / str(seed))
+    old, new = (open_export(tmp_path / str(seed), "auto", "cpu") for seed in range(2))
+    updated = load_update(old, tmp_path / "1")
+    assert old.keeps_fp8 and updated.dtype == torch.bfloat16
+    expected, found = new.model.state_dict(), updated.model.state_dict()
+    assert fp8_modules(updated.model).keys() == fp8_modules(new.model).keys() != set()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    dequantized = open_export(tmp_path / "0", "bf16", "cpu")
+    assert not fp8_modules(load_update(dequantized, tmp_path / "1").model)

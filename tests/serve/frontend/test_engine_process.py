@@ -22,7 +22,7 @@ from serve.frontend.engine_process import EngineProcess
 from tests.serve.conftest import run_app, run_server, write_export
 from tests.serve.forked_child import launch_engine
 
-LIVENESS_S = 60.0
+LIVENESS_S = 300.0
 OPTIONS: dict[str, Any] = {"kv_tokens": 2048, "routed_experts": True, "max_running": 4}
 CHAT = {"messages": [{"role": "user", "content": "Why?"}]}
 LONG = {"prompt": [5] * 9, "max_tokens": 180, "ignore_eos": True, "temperature": 0}

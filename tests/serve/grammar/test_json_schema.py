@@ -1,5 +1,7 @@
 """Schemas that xgrammar would not enforce are refused; the others keep their meaning."""
 
+import contextlib
+import time
 from typing import Any
 
 import pytest
@@ -114,3 +116,42 @@ KIND: dict[str, Any] = {"type": "object", "required": ["kind"]}
 def test_branches_that_exclude_each_other(branches: Any, excluded: bool) -> None:
     """The library proves less; it warns of the others, which is an error (`compilation`)."""
     assert ("anyOf" in closed_schema({"oneOf": branches})) == excluded
+
+
+@pytest.mark.parametrize(
+    ("branches", "excluded"),
+    [
+        ([{"const": 1}, {"const": 1.0}], False),
+        ([{"const": 1}, {"const": True}], True),
+        ([{"enum": [1, 1, 2]}, {"enum": [3, "1"]}], True),
+        ([{"const": {"a": [1]}}, {"const": {"a": [1.0]}}], False),
+        ([{"const": [1]}, {"const": {"a": 1}}, False, {"enum": [[1, 2]]}], True),
+    ],
+)
+def test_values_are_compared_as_in_json(branches: Any, excluded: bool) -> None:
+    assert ("anyOf" in closed_schema({"oneOf": branches})) == excluded
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [{"const": n} for n in range(9000)]},
+        {"oneOf": [{"enum": list(range(20_000))}, {"enum": list(range(20_000, 40_000))}]},
+        {"oneOf": [{"type": "object", "properties": {"k": {"const": n}}, "required": ["k"]}
+                   for n in range(3000)]},
+        {"oneOf": [{"type": "object", "properties": {f"k{i}": {"const": 0} for i in range(60)},
+                    "required": [f"k{i}" for i in range(60)]} for _ in range(100)]},
+        {"anyOf": [{"enum": list(range(30_000))}] + [{"type": "object"}] * 20},
+    ],
+)  # fmt: skip
+def test_large_schemas_are_read_in_little_time(schema: Any) -> None:
+    """Branches and values were compared in pairs, for minutes, beside the engine's thread."""
+    begin = time.thread_time()
+    with contextlib.suppress(GrammarError):
+        make_spec("json_schema", schema)
+    assert time.thread_time() - begin < 1.5
+
+
+def test_the_size_is_limited_first() -> None:
+    with pytest.raises(GrammarError, match="at most 262144 characters"):
+        make_spec("json_schema", {"not": {"enum": ["a" * 300_000]}})

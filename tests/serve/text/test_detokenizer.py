@@ -123,3 +123,41 @@ def test_held_bytes_may_complete_a_stop_string(tokenizer: Tokenizer) -> None:
     )
     assert out + stream.finish() == "x"
     assert stream.stopped
+
+
+class Counting:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.n_decoded = 0
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        self.n_decoded += len(tokens)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_that_never_become_text_cost_the_same_each(
+    tokenizer: Tokenizer, fallback: bool, seed: int
+) -> None:
+    """A logit bias makes a model write such bytes for as long as its context is."""
+    if fallback:
+        words = [f"<0x{byte:02X}>" for byte in range(256)]
+        tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        ids = [0xFF, 0xE6, 0x97, 0xA5]
+    else:
+        ids = [tokenizer.token_to_id(char) for char in "ÿæĹ¥"]
+    rng = random.Random(seed)
+    tokens = [ids[0] if seed == 0 else rng.choice(ids) for _ in range(1500)]
+    counting = Counting(tokenizer)
+    characters = Detokenizer(counting, frozenset())  # type: ignore[arg-type]
+    pieces = [characters.add(token) for token in tokens]
+    assert counting.n_decoded < 150 * len(tokens)
+    text = "".join(pieces) + characters.finish()
+    if not fallback or seed == 0:  # with others it depends on where a run of bytes begins
+        assert text == tokenizer.decode(tokens, skip_special_tokens=False)
+    assert "".join(pieces[-300:])

@@ -2,7 +2,9 @@
 from templates. The reference is the tokenizers package, called directly."""
 
 import random
+import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from serve.engine.sampling_params import RequestError
 from serve.frontend.chat import ChatTemplate
+from serve.text.alternatives import longest_of
 from serve.text.encoder import TextEncoder
 
 TEXTS = [
@@ -148,3 +151,41 @@ def test_words_that_fill_the_vocabulary_keep_their_tokens(tmp_path: Path) -> Non
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert TextEncoder(tokenizer, 100).encode("a b c") == [0, 1, 2]
+
+
+def test_names_in_variables_are_text_too(tokenizer: Tokenizer) -> None:
+    """Properties of tools, and arguments of earlier calls."""
+    encoder = TextEncoder(tokenizer, 10_000)
+    template = ChatTemplate("{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}", {})
+    name = "<|endoftext|>"
+    calls = [{"function": {"name": "f", "arguments": {name: [{name: 1}]}}}]
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    tools = [{"function": {"name": "f", "parameters": {"properties": {name: {}}}}}]
+    text = template.render(messages, encoder.mark_text, {"tools": tools})
+    tokens = encoder.encode_rendered(text, "messages")
+    assert not encoder.special_ids.intersection(tokens)
+    assert tokenizer.decode(tokens).count(name) == 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_longest_of_many_texts_is_found(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        n = rng.randint(0, 12)
+        texts = ["".join(rng.choices("ab<|", k=rng.randint(1, 6))) for _ in range(n)]
+        longest_first = sorted(texts, key=len, reverse=True)
+        reference = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        text = "".join(rng.choices("ab<|", k=60))
+        assert re.findall(longest_of(texts), text) == reference.findall(text), texts
+
+
+def test_the_time_of_a_text_does_not_grow_with_the_special_tokens(tokenizer: Tokenizer) -> None:
+    """The search holds the interpreter lock: with 256 alternatives these texts took a second."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.add_special_tokens([f"<|reserved_special_token_{n}|>" for n in range(256)])
+    encoder = TextEncoder(copy, 10_000)
+    for text in ("<|reserved_special_token_", "<", "<|reserved_special_token_255|"):
+        begin = time.thread_time()
+        many = text * (2_000_000 // len(text))
+        assert encoder.mark_text(many) == many
+        assert time.thread_time() - begin < 0.2

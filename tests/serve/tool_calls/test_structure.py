@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from serve.api.tools import MessageParser
 from serve.grammar import compilation
 from serve.grammar.matching import Matcher, unpack_compiled
 from serve.grammar.spec import make_spec
@@ -16,6 +18,7 @@ from serve.grammar.vocabulary import Vocabulary, make_vocabulary
 from serve.tool_calls.choice import choose_format
 from serve.tool_calls.forms import FORMS
 from serve.tool_calls.structure import Structure, Tool
+from serve.tool_calls.xml_arguments import kinds_of
 from tests.serve.tool_calls.forms import MARKS, REASONING, SINGLE, TOOLS, WRITTEN
 
 
@@ -139,3 +142,32 @@ def test_the_form_is_that_of_the_template(name: str, as_text: bool) -> None:
     assert choose_format("", render, "hermes").form == FORMS["hermes"]
     assert choose_format("<|channel|><|message|>", render).form == FORMS["harmony"]
     assert choose_format("", lambda _: None).form == FORMS["hermes"]
+
+
+def test_hostile_tools_cost_little_time() -> None:
+    """References to references, names of special tokens, definitions for each of many values."""
+    endless = {"anyOf": [{"$ref": "#/$defs/A"}] * 60}
+    marked = {"<|end|>" * 20_000 + str(n): {"type": "string"} for n in range(2)}
+    many = {f"p{n}": {"type": "integer"} for n in range(2000)}
+    shared = {f"d{n}": {"type": "string"} for n in range(2000)}
+    special = {f"<|reserved_{n}|>": n for n in range(300)} | {"<|end|>": 300}
+    structure = Structure(FORMS["qwen3_coder"], special, frozenset(), False)
+    for schema in (
+        {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": endless}},
+        {"properties": marked},
+        {"properties": many, "$defs": shared},
+    ):
+        begin = time.thread_time()
+        MessageParser(FORMS["qwen3_coder"], [Tool("f", schema)])
+        tag = structure.tag([Tool("f", schema)], True, False, False)
+        assert len(json.dumps(tag)) < 10_000_000
+        assert time.thread_time() - begin < 1.0
+
+
+def test_kinds_follow_references() -> None:
+    schema = {
+        "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#/$defs/B"}, "c": {"$ref": "x"}},
+        "$defs": {"A": {"anyOf": [{"const": "x"}, {"$ref": "#/$defs/C"}]}, "C": {"type": "string"},
+                  "B": {"oneOf": [{"$ref": "#/$defs/C"}, {"$ref": "#/$defs/B"}]}},
+    }  # fmt: skip
+    assert kinds_of(schema) == {"a": "text", "b": "any", "c": "any"}
