@@ -123,7 +123,6 @@ class Trainer:
         total, garbage = self.config.train.steps, GarbageCollection(self.config.train.gc_every)
         settings = self.config.data
         data = self.batches.ahead(self.done + 1, total, settings.workers, settings.prefetch)
-        self.stop.save_first()
         with (
             closing(data),
             self._reporter() as report,
@@ -146,6 +145,7 @@ class Trainer:
                     continue
                 if result is None:
                     break
+                self.stop.save_first()  # before it there is nothing that a checkpoint has not
                 self.done, end = step, time.perf_counter()
                 self.heartbeat.enter("report", done=step)
                 self._check(step, result)

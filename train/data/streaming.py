@@ -172,6 +172,9 @@ class BlockShuffle:
     def drawn(self, visit: int) -> tuple[int, ...]:
         return (visit * self.seq_len,)
 
+    def read(self, visit: int) -> list[list[int]]:
+        return [[visit, 0]]
+
 
 @dataclass(frozen=True)
 class StreamedRunData(RunData):
@@ -192,7 +195,7 @@ class StreamedRunData(RunData):
 
     def _block(self, done: int) -> int:
         """The block of the first sequence after step `done`."""
-        return (data_step(done, self.skipped) * self.global_batch if done else 0) // BLOCK
+        return self._visit(done) // BLOCK
 
 
 def open_stream(

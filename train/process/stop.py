@@ -3,11 +3,12 @@
 Cluster schedulers send SIGTERM (SLURM: a pre-emption) or the signal that a job selects (SIGUSR1 in
 our job scripts, before the end of its time).
 
-Before there is anything to save, a signal ends the process. After `save_first` it only sets a flag:
-all ranks check it together before every microbatch, discard the unfinished step and save; torchrun
-kills its workers 30 s after the signal, so stopping must not wait for a long step. A second signal
-ends the process at once. A thread receives the signals, because the main thread runs no handler
-while it waits in a collective.
+Before there is anything to save, a signal ends the process: while it starts, loads, and in its
+first step, which may compile for minutes. After `save_first`, which the trainer calls when that
+step is complete, it only sets a flag: all ranks check it together before every microbatch, discard
+the unfinished step and save; torchrun kills its workers 30 s after the signal, so stopping must not
+wait for a long step. A second signal ends the process at once. A thread receives the signals,
+because the main thread runs no handler while it waits in a collective.
 """
 
 import os
@@ -68,3 +69,9 @@ class StopSignal:
                 self.number, self._since = number[0], time.monotonic()
             if again or not self._saves:
                 os._exit(self.exit_code)
+
+
+def ignore_stop_signals() -> None:
+    """Let signals to stop do nothing: the run is over, and Python takes time to end."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
