@@ -31,7 +31,7 @@ from parallel.ranks import Ranks
 from train.data.documents import shown
 from train.data.hf_stream import StreamedDocuments
 from train.data.run_data import RunData, Source
-from train.dataset.order import Visits, data_step
+from train.dataset.order import Visits
 from train.dataset.permutation import KeyedPermutation
 from train.dataset.sequences import Rows, sequences_of
 from train.tokenizer.tokenizer import Encoder, find_tokenizer, load_tokenizer
