@@ -29,6 +29,14 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def has_replicas(tensor: Tensor) -> bool:
+    """Whether another rank holds the same box, as far as the tensor's own mesh shows."""
+    if not isinstance(tensor, DTensor):
+        return False
+    places = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return any(size > 1 and placement.is_replicate() for size, placement in places)
+
+
 def is_primary_replica(tensor: Tensor, rank: int) -> bool:
     """Whether this rank is the primary one of all that hold the same box."""
     if not isinstance(tensor, DTensor):

@@ -2,7 +2,7 @@
 
 A unit is a list of small text files, one text file, a range of bytes of JSON lines, a compressed
 file, some row groups of a Parquet file, or a range of rows of a Hugging Face dataset: about
-UNIT_BYTES of input. The units, their order and the order of the documents within them depend on the
+UNIT_BYTES of input, in at most UNIT_FILES files. The units, their order and the order of the documents within them depend on the
 inputs alone, never on the number of processes.
 """
 
@@ -28,6 +28,8 @@ from train.data.sources import (
 )
 
 UNIT_BYTES = 32 * 2**20
+UNIT_FILES = 4096
+"""Most files of a unit, so that small ones are shared among processes, too."""
 _HF_FILES = ("dataset_dict.json", "dataset_info.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _COMPRESSED = (".gz", ".zst")
@@ -119,7 +121,7 @@ def _folder(number: int, root: Path, notes: list[str]) -> tuple[list[Unit], list
             continue
         texts.append(str(file))
         size += file.stat().st_size
-        if size >= UNIT_BYTES:
+        if size >= UNIT_BYTES or len(texts) == UNIT_FILES:
             units.append(Unit(number, "texts", tuple(texts), size=size))
             texts, size = [], 0
     if texts:

@@ -10,6 +10,7 @@ from configs.errors import UserError
 from configs.schema import DataConfig
 from train.data.folders import list_folder
 from train.data.sources import locate
+from train.prepare import inputs
 from train.prepare.inputs import find_units
 
 NAMES = ["a b.txt", "tab\t.txt", "line\nend.txt", "-rf.txt", "*.txt", "'\"$(x).txt"]
@@ -70,3 +71,15 @@ def test_a_folder_without_documents_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "x.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"no document in this folder \(it has 1 links to nothing"):
         find_units([str(tmp_path)])
+
+
+def test_many_small_files_are_several_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(25):
+        (tmp_path / f"{number:02}.txt").write_text("x")
+    monkeypatch.setattr(inputs, "UNIT_FILES", 10)
+    units, _, _ = find_units([str(tmp_path)])
+    assert [len(unit.files) for unit in units] == [10, 10, 5]
+    files = [file for unit in units for file in unit.files]
+    assert files == [str(tmp_path / f"{number:02}.txt") for number in range(25)]
