@@ -116,9 +116,10 @@ def _train(
     except RuntimeError as error:
         if ranks.rank_monitor is not None:
             advice = "the same command resumes from the newest checkpoint"
-            # a rank that had not completed its first step ends at once after a signal
             code = 1 if stop.number is None else stop.exit_code
-            ranks.rank_monitor.end_if_lost(config.run.dir, advice, code)
+            # after a signal the other ranks have ended at once, if no step was complete
+            is_expected = stop.number is not None and not stop.has_step
+            ranks.rank_monitor.end_if_lost(config.run.dir, advice, code, is_expected)
             watchdog.explain(error)
         raise
     finally:

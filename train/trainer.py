@@ -145,7 +145,7 @@ class Trainer:
                     continue
                 if result is None:
                     break
-                self.stop.save_first()  # before it there is nothing that a checkpoint has not
+                self.stop.step_is_complete()
                 self.done, end = step, time.perf_counter()
                 self.heartbeat.enter("report", done=step)
                 self._check(step, result)
@@ -179,8 +179,14 @@ class Trainer:
             tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
             mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
             stop=self._stops, updated=self.training.fp8_weights.refresh,
-            phase=self.heartbeat.enter, accumulation=self.training.accumulation,
+            phase=self._enter, accumulation=self.training.accumulation,
         )  # fmt: skip
+
+    def _enter(self, phase: str) -> None:
+        """Begin a phase of a step."""
+        if phase == "optimizer":
+            self.stop.save_first()
+        self.heartbeat.enter(phase)
 
     def _open_data(self) -> None:
         """Open the data, without what the run leaves out."""

@@ -89,7 +89,9 @@ class Faults:
             if request.kind == "spike":
                 local_of(parameters[0]).view(-1).mul_(request.amount or 1e3)
             else:  # of a tensor that another rank holds too, if there is one
-                chosen = next(filter(has_replicas, parameters), parameters[0])
+                world = dist.get_world_size()
+                shared = (p for p in parameters if has_replicas(p, world))
+                chosen = next(shared, parameters[0])
                 local_of(chosen).view(-1)[0:1].view(torch.int32).bitwise_xor_(1 << 12)
 
     def _slowed(self) -> Any:

@@ -2,8 +2,8 @@
 
 A unit is a list of small text files, one text file, a range of bytes of JSON lines, a compressed
 file, some row groups of a Parquet file, or a range of rows of a Hugging Face dataset: about
-UNIT_BYTES of input, in at most UNIT_FILES files. The units, their order and the order of the documents within them depend on the
-inputs alone, never on the number of processes.
+UNIT_BYTES of input, in at most UNIT_FILES files. The units, their order and the order of the
+documents within them depend on the inputs alone, never on the number of processes.
 """
 
 import logging
