@@ -6,8 +6,6 @@ of the local shard in the whole tensor, and, if several ranks hold the same shar
 of them is the primary one.
 """
 
-import math
-
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -29,15 +27,6 @@ def box_of(tensor: Tensor) -> Box:
 def local_of(tensor: Tensor) -> Tensor:
     """The data of this rank's box, sharing memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def has_replicas(tensor: Tensor, world: int) -> bool:
-    """Whether another of `world` ranks, which all have parts of this tensor, holds the same box.
-    The tensor's own mesh may lack an axis along which it is replicated."""
-    if not isinstance(tensor, DTensor):
-        return world > 1
-    places = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return world > math.prod(size for size, placement in places if not placement.is_replicate())
 
 
 def is_primary_replica(tensor: Tensor, rank: int) -> bool:

@@ -53,7 +53,7 @@ class Faults:
         import torch.distributed as dist
 
         import train.step
-        from parallel.shards import has_replicas, local_of
+        from parallel.shards import local_of
 
         first = iter([True])
         if request.kind == "nan":
@@ -85,14 +85,12 @@ class Faults:
             self._full_until = number + max(int(request.amount), 1)
             _limit_writers(4096)
         elif request.kind in ("spike", "flip_weight"):
-            parameters = [p.detach() for p in model.parameters() if local_of(p).numel()]
+            shards = [local_of(p.detach()) for p in model.parameters()]
+            shard = next(s for s in shards if s.numel()).view(-1)
             if request.kind == "spike":
-                local_of(parameters[0]).view(-1).mul_(request.amount or 1e3)
-            else:  # of a tensor that another rank holds too, if there is one
-                world = dist.get_world_size()
-                shared = (p for p in parameters if has_replicas(p, world))
-                chosen = next(shared, parameters[0])
-                local_of(chosen).view(-1)[0:1].view(torch.int32).bitwise_xor_(1 << 12)
+                shard.mul_(request.amount or 1e3)
+            else:
+                shard[0:1].view(torch.int32).bitwise_xor_(1 << 12)
 
     def _slowed(self) -> Any:
         """Make the forward pass of this rank longer by a share of its time."""
