@@ -55,8 +55,8 @@ def tokens_before(blend: Blend, n: int, seq_len: int) -> list[set[int]]:
     found = blend.at(np.arange(n)) if n else blend.at(np.arange(0, 1))
     sets: list[set[int]] = [set() for _ in blend.shares]
     places = found.draws * seq_len + found.starts
-    for source, place, length in zip(found.sources, places, found.lengths, strict=True):
-        sets[source].update(range(place, place + length * bool(n)))
+    for number, place, length in zip(found.sources, places, found.lengths, strict=True):
+        sets[number].update(range(place, place + length * bool(n)))
     return sets
 
 
