@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
         resolve(config, options.nproc)
         folder = local_path(config.run.dir)
         words = [options.file, *overrides]
-        run = Supervisor(words, options.nproc, folder, _limits(options), options.module)
+        health, limits = config.health, _limits(options)
+        run = Supervisor(words, options.nproc, folder, limits, health, options.module)
         return run.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,11 +102,12 @@ def sweep(arguments: list[str]) -> int:
             resolve(config, one.nodes)
         base = local_path(configs[0].run.dir).absolute()
         failed: dict[str, int] = {}
-        for one in found:
+        for config, one in zip(configs, found, strict=True):
             print(f"--- {one.name}", flush=True)
             words = [*overrides, *one.overrides, f"--run.dir={base / one.name}"]
             words += own_checkpoints(configs[0], one.name)
-            run = Supervisor([options.file, *words], one.nodes, base / one.name, limits)
+            folder = base / one.name
+            run = Supervisor([options.file, *words], one.nodes, folder, limits, config.health)
             code = run.run()
             if code in (os.EX_TEMPFAIL, INTERRUPTED):
                 return code

@@ -70,22 +70,23 @@ class RankMonitor:
         except RuntimeError:
             return True
 
-    def end_if_lost(self, what: str, advice: str) -> None:
+    def end_if_lost(self, what: str, advice: str, code: int = 1, is_expected: bool = False) -> None:
         """End the process if ranks do not answer, after a collective has failed; one rank prints a
         line. Returns if all answer.
 
-        what: the name of the run, before the line. advice: what the user can do, after it.
+        what: the name of the run, before the line. advice: what the user can do, after it. code:
+        exit code of the process. is_expected: print nothing.
         """
         absent = self.absent()
         if absent is None:
             return
-        if self.is_first_to_tell():
+        if not is_expected and self.is_first_to_tell():
             print_line(
                 f"error: {what}: {absent} does not answer any more: it failed (its own line is "
                 "above then), was killed, ran out of memory, or its host is lost; the other ranks "
                 f"stop; {advice}"
             )
-        os._exit(1)  # destructors of the process group would wait for the lost ranks
+        os._exit(code)  # destructors of the process group would wait for the lost ranks
 
     def end(self, line: str) -> NoReturn:
         """End the process because of an error that only this rank has: the others may wait in a

@@ -90,7 +90,8 @@ def run_module(module: str, *arguments: str) -> tuple[int, str]:
     For commands with one rank; a new Python process that imports torch would take seconds each
     time.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in stops}
     errors, code = StringIO(), 0
     # with this setting `restart_without_thread_cache` does nothing
     tunables = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}

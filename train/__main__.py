@@ -28,7 +28,7 @@ from parallel.launch_environment import (
 )
 from train.health.heartbeat import Heartbeat, start_heartbeat
 from train.process.log_streams import use_log_streams
-from train.process.stop import StopSignal
+from train.process.stop import StopSignal, ignore_stop_signals
 
 
 def main(arguments: list[str]) -> int:
@@ -116,7 +116,10 @@ def _train(
     except RuntimeError as error:
         if ranks.rank_monitor is not None:
             advice = "the same command resumes from the newest checkpoint"
-            ranks.rank_monitor.end_if_lost(config.run.dir, advice)
+            code = 1 if stop.number is None else stop.exit_code
+            # after a signal the other ranks have ended at once, if no step was complete
+            is_expected = stop.number is not None and not stop.has_step
+            ranks.rank_monitor.end_if_lost(config.run.dir, advice, code, is_expected)
             watchdog.explain(error)
         raise
     finally:
@@ -125,4 +128,6 @@ def _train(
 
 if __name__ == "__main__":
     restart_without_thread_cache()
-    sys.exit(main(sys.argv[1:]))
+    returned = main(sys.argv[1:])
+    ignore_stop_signals()
+    sys.exit(returned)

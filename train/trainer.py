@@ -123,7 +123,6 @@ class Trainer:
         total, garbage = self.config.train.steps, GarbageCollection(self.config.train.gc_every)
         settings = self.config.data
         data = self.batches.ahead(self.done + 1, total, settings.workers, settings.prefetch)
-        self.stop.save_first()
         with (
             closing(data),
             self._reporter() as report,
@@ -146,6 +145,7 @@ class Trainer:
                     continue
                 if result is None:
                     break
+                self.stop.step_is_complete()
                 self.done, end = step, time.perf_counter()
                 self.heartbeat.enter("report", done=step)
                 self._check(step, result)
@@ -179,8 +179,14 @@ class Trainer:
             tp_size=self.parallel_dims.tp, clip_norm=train.clip_norm,
             mtp_weight=train.mtp_weight, z_loss_coef=train.z_loss_coef,
             stop=self._stops, updated=self.training.fp8_weights.refresh,
-            phase=self.heartbeat.enter, accumulation=self.training.accumulation,
+            phase=self._enter, accumulation=self.training.accumulation,
         )  # fmt: skip
+
+    def _enter(self, phase: str) -> None:
+        """Begin a phase of a step."""
+        if phase == "optimizer":
+            self.stop.save_first()
+        self.heartbeat.enter(phase)
 
     def _open_data(self) -> None:
         """Open the data, without what the run leaves out."""

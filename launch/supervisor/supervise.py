@@ -18,6 +18,7 @@ from types import FrameType
 
 from configs.errors import UserError
 from configs.health import heartbeat
+from configs.health.settings import HealthConfig
 from launch.supervisor import processes
 from launch.supervisor.fork_server import Child, Starter
 from launch.supervisor.heartbeat_folder import heartbeat_folder
@@ -45,10 +46,12 @@ class Supervisor:
         ranks: int,
         folder: Path,
         limits: Limits,
+        health: HealthConfig,
         module: str = "train",
     ) -> None:
-        """folder: of the run (`run.dir`). module: that the ranks run, `python -m MODULE`."""
-        self.module = module
+        """folder: of the run (`run.dir`). health: of the experiment. module: that the ranks run,
+        `python -m MODULE`."""
+        self.module, self.health = module, health
         self.arguments, self.ranks, self.folder = arguments, ranks, folder
         self.history = History(limits, ranks, newest_checkpoint(folder))
         self.logs = folder / "launch"
@@ -113,7 +116,7 @@ class Supervisor:
 
     def _wait(self, ranks: list[Rank], store: Child | None, beats: Path) -> tuple[int, int]:
         """Exit code and rank of the first failure; (0, 0) after all have ended well."""
-        watch = _Watch(ranks, beats)
+        watch = _Watch(ranks, store, beats, self.health)
         while True:
             busy = [one.show() for one in ranks]
             codes = [one.process.poll() for one in ranks]
@@ -188,9 +191,13 @@ class Supervisor:
 class _Watch:
     """Finds ranks that are stopped or silent, from their heartbeats."""
 
-    def __init__(self, ranks: list[Rank], beats: Path) -> None:
-        self._ranks, self._beats = ranks, beats
-        self._stopped = dict.fromkeys(range(len(ranks)), 0.0)
+    def __init__(
+        self, ranks: list[Rank], store: Child | None, beats: Path, health: HealthConfig
+    ) -> None:
+        self._ranks, self._store, self._beats = ranks, store, beats
+        self._frozen_s = health.frozen_s
+        self._stopped: dict[int, float] = {}
+        """Seconds for which processes have been stopped, by process id."""
         self._silences = [heartbeat.Silence(_LONGEST_S) for _ in ranks]
         self._last = time.monotonic()
 
@@ -204,22 +211,35 @@ class _Watch:
         slow = any(b and not b.recurs and silent[r] <= b.limit for r, b in beats.items())
         for one in self._ranks:
             beat = beats[one.rank]
-            if beat is None or one.process.poll() is not None:
+            if one.process.poll() is not None:
                 continue
-            stopped = beat.frozen_s and processes.is_stopped(one.process.pid)
-            self._stopped[one.rank] = self._stopped[one.rank] + passed if stopped else 0.0
             about = f"rank {one.rank} (process {one.process.pid})"
-            if stopped and self._stopped[one.rank] > beat.frozen_s + _MARGIN_S:
+            # a rank has no heartbeat while Python starts, and no limits before all have connected
+            if seconds := self._frozen(one.process, passed):
                 return one.rank, (
-                    f"error: {about} has been stopped for {self._stopped[one.rank]:.0f} s in "
-                    f"{beat.place} (SIGSTOP, a debugger); the attempt ends"
+                    f"error: {about} has been stopped for {seconds:.0f} s in "
+                    f"{beat.place if beat else 'start'} (SIGSTOP, a debugger); the attempt ends"
                 )
-            if beat.limit and silent[one.rank] > beat.limit + _MARGIN_S and not slow:
+            if beat and beat.limit and silent[one.rank] > beat.limit + _MARGIN_S and not slow:
                 return one.rank, (
                     f"error: {about} has made no progress for {silent[one.rank]:.0f} s in "
                     f"{beat.place}, and its ranks did not end; the attempt ends"
                 )
+        if self._store is not None and (seconds := self._frozen(self._store, passed)):
+            return 0, (
+                f"error: the process of the store ({self._store.pid}), through which the ranks "
+                f"meet, has been stopped for {seconds:.0f} s (SIGSTOP, a debugger); the attempt "
+                "ends"
+            )
         return None
+
+    def _frozen(self, process: Child, passed: float) -> float:
+        """Seconds for which a process has been stopped, if those are too many, else 0. passed:
+        seconds since the last look."""
+        stopped = self._frozen_s and processes.is_stopped(process.pid)
+        seconds = self._stopped.get(process.pid, 0.0) + passed if stopped else 0.0
+        self._stopped[process.pid] = seconds
+        return seconds if seconds > self._frozen_s + _MARGIN_S else 0.0
 
 
 def newest_checkpoint(run: Path) -> int:

@@ -31,6 +31,8 @@ from train.checkpoint.storage.local import LocalStorage
 _PATIENCE_S = 10.0
 """How long a save waits for the one before; then it is postponed and training continues."""
 _POLL_S = 0.005
+_PAUSES_S = (1.0, 4.0, 15.0)
+"""Pauses after failures of the last save of a run, which nothing follows that could repeat it."""
 
 
 def open_storage(run_dir: Path, setting: str, ranks: Ranks) -> Storage:
@@ -106,14 +108,23 @@ class Saver:
     def save_now(
         self, tensors: Mapping[str, Tensor], state: dict[str, Any], keep_all: bool = False
     ) -> None:
-        """Save a state from the live tensors. Raises CheckpointError on all ranks if that fails.
+        """Save a state from the live tensors. Raises CheckpointError on all ranks if that fails
+        again and again, for 20 seconds besides the time of the storage itself.
 
         keep_all: remove no older checkpoint.
         """
         with self._blocking():
             self.finish()
-            if self.saved != state["step"]:
-                self._write(tensors, state, None if keep_all else self._rule)
+            if self.saved == state["step"]:
+                return
+            rule = None if keep_all else self._rule
+            for pause in _PAUSES_S:
+                try:
+                    return self._write(tensors, state, rule)
+                except CheckpointError as error:
+                    self._lines.append(f"{error}; the save is repeated")
+                    time.sleep(pause)
+            self._write(tensors, state, rule)
 
     def poll(self) -> None:
         """Look after a save in progress; called after every step."""

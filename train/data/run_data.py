@@ -5,7 +5,7 @@ the settings, and is stored in checkpoints to detect settings with which a resum
 sequences twice, or never.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -75,14 +75,24 @@ class RunData:
     def drawn(self, done: int) -> tuple[int, ...]:
         """Tokens of each source, with padding, up to the data of step `done`, including skipped
         ones."""
-        return self.order.drawn(data_step(done, self.skipped) * self.global_batch if done else 0)
+        return self.order.drawn(self._visit(done))
+
+    def _visit(self, done: int) -> int:
+        """The number of the first sequence after step `done`."""
+        return data_step(done, self.skipped) * self.global_batch if done else 0
 
     def state(self, done: int) -> dict[str, Any]:
         """The state after step `done`: a few integers."""
         return {
             "data_sources": [source.fingerprint for source in self.sources],
             "data_tokens": list(self.drawn(done)),
+            "data_read": self._read(done),
         }
+
+    def _read(self, done: int) -> list[str]:
+        """Which tokens of each source have been read after step `done`: numbers, as a checkpoint
+        has them."""
+        return [" ".join(map(str, part)) for part in self.order.read(self._visit(done))]
 
     def check_resume(self, state: Mapping[str, Any], done: int) -> None:
         """Raise UserError if a checkpoint's state is not what these settings give at its step."""
@@ -90,12 +100,13 @@ class RunData:
         read_tokens = state.get("data_tokens")
         if read_tokens is None:  # older checkpoints count sequences
             read_tokens = [n * seq_len for n in state.get("data_sequences", [])]
-        theirs = dict(zip(state.get("data_sources", []), read_tokens, strict=True))
+        theirs = _sums(state.get("data_sources", []), read_tokens)
         if not theirs:  # written before this state existed: one source, nothing skipped
             theirs = {self.sources[0].fingerprint: done * self.global_batch * seq_len}
-        ours = dict(zip((s.fingerprint for s in self.sources), self.drawn(done), strict=True))
+        fingerprints = [source.fingerprint for source in self.sources]
+        ours = _sums(fingerprints, self.drawn(done))
         for source in self.sources:
-            read, expected = theirs.pop(source.fingerprint, 0), ours[source.fingerprint]
+            read, expected = theirs.get(source.fingerprint, 0), ours[source.fingerprint]
             if read != expected:
                 raise UserError(
                     f"data: cannot resume: until step {done} the run has read {read:,} tokens "
@@ -103,10 +114,20 @@ class RunData:
                     f"{expected:,}; weights and skip_steps may change only after step {done} "
                     "(data.blend.changes), and a dataset must not change"
                 )
-        if any(theirs.values()):
+        if any(read for source, read in theirs.items() if source not in ours):
             raise UserError(
                 "data.blend: cannot resume: a dataset that the run has read is not there, or has "
                 "changed; keep it, and set its weight to 0 from a later step on"
+            )
+        # as many tokens, but not the same ones: a small change of a weight
+        read_parts = state.get("data_read")
+        if read_parts is not None and _parts(state["data_sources"], read_parts) != _parts(
+            fingerprints, self._read(done)
+        ):
+            raise UserError(
+                f"data.blend: cannot resume: until step {done} the run has not read the sequences "
+                "that it would have read with these weights, so some would be read twice and "
+                f"others never; weights may change only after step {done} (data.blend.changes)"
             )
 
     def step_fields(self, done: int, sums: Tensor, tp_size: int) -> dict[str, float]:
@@ -127,3 +148,16 @@ class RunData:
             fields[f"data/{source.name}/tokens"] = float(tokens)
             fields[f"data/{source.name}/epochs"] = float(sequences / source.training.count)
         return fields
+
+
+def _sums(sources: Sequence[str], tokens: Sequence[int]) -> dict[str, int]:
+    """Tokens by fingerprint, of which a blend may have one several times."""
+    sums: dict[str, int] = {}
+    for source, n in zip(sources, tokens, strict=True):
+        sums[source] = sums.get(source, 0) + n
+    return sums
+
+
+def _parts(sources: Sequence[str], read: Sequence[str]) -> list[tuple[str, str]]:
+    """What has been read by fingerprint, without sources of which nothing was read."""
+    return sorted(pair for pair in zip(sources, read, strict=True) if pair[1] != "0 0")

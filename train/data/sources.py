@@ -34,6 +34,7 @@ from configs.paths import local_path
 from configs.schema import DataConfig
 from train.atomic_files import write_fault
 from train.data.documents import Documents, shown
+from train.data.folders import Listing, list_folder
 from train.data.progress import reported
 from train.data.rows import (
     Column,
@@ -120,9 +121,8 @@ def stdlib_root() -> Path:
 
 def _stdlib(data: DataConfig) -> Source:
     root = stdlib_root()
-    files = [
-        file for file in walk(root, skip=("site-packages", "dist-packages")) if file.suffix == ".py"
-    ]
+    listing = list_folder(root, skip=("site-packages", "dist-packages"))
+    files = [file for file in listing.files if file.suffix == ".py"]
     sizes = [[file.relative_to(root).as_posix(), file.stat().st_size] for file in files]
     return Source(
         label="stdlib",
@@ -132,7 +132,8 @@ def _stdlib(data: DataConfig) -> Source:
 
 
 def _folder(data: DataConfig, root: Path) -> Source:
-    files = walk(root, skip=())
+    listing = list_folder(root)
+    files = listing.files
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     tables = [file for file in files if reader_of(file)]
     others = Counter(f.suffix or f.name for f in sorted({*files} - {*texts, *tables}))
@@ -143,15 +144,20 @@ def _folder(data: DataConfig, root: Path) -> Source:
     return Source(
         label=root.resolve().name,
         identity=["files", [_stamp(file, root) for file in texts + tables]],
-        fill=partial(_fill_from_files, data, texts, tables, note=_passed_over(others, kinds)),
+        fill=partial(
+            _fill_from_files, data, texts, tables, note=_passed_over(others, kinds, listing)
+        ),
     )
 
 
-def _passed_over(others: Counter[str], kinds: list[tuple[str, int]]) -> str:
-    """Description of skipped files of a folder, or empty; kinds: the most frequent of `others`."""
+def _passed_over(others: Counter[str], kinds: list[tuple[str, int]], listing: Listing) -> str:
+    """Description of what is skipped in a folder, or empty; kinds: the most frequent of
+    `others`."""
     listed = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds)
     more = ", ..." * (len(others) > len(kinds))
-    return f"passed over {others.total():,} files of other kinds ({listed}{more})" if kinds else ""
+    of_others = f"{others.total():,} files of other kinds ({listed}{more})" if kinds else ""
+    parts = ", ".join(filter(None, [of_others, listing.described()]))
+    return f"passed over {parts}" if parts else ""
 
 
 def _file(data: DataConfig, path: Path) -> Source:
@@ -341,21 +347,6 @@ def reader_of(file: Path) -> Callable[[Path, Column], Iterator[Row]] | None:
     """The function that reads the rows of a table; None for other files."""
     name = file.name.lower()
     return next((TABLE_SUFFIXES[s] for s in TABLE_SUFFIXES if name.endswith(s)), None)
-
-
-def walk(root: Path, skip: tuple[str, ...]) -> list[Path]:
-    """All files below root, sorted; without hidden ones and `__pycache__`."""
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
-        subfolders[:] = sorted(
-            name for name in subfolders if name[0] != "." and name not in ("__pycache__", *skip)
-        )
-        files += [Path(folder, name) for name in sorted(names) if name[0] != "."]
-    return [file for file in files if file.is_file()]
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _stamp(file: Path, root: Path) -> list[Any]:

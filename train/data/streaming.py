@@ -31,7 +31,7 @@ from parallel.ranks import Ranks
 from train.data.documents import shown
 from train.data.hf_stream import StreamedDocuments
 from train.data.run_data import RunData, Source
-from train.dataset.order import Visits, data_step
+from train.dataset.order import Visits
 from train.dataset.permutation import KeyedPermutation
 from train.dataset.sequences import Rows, sequences_of
 from train.tokenizer.tokenizer import Encoder, find_tokenizer, load_tokenizer
@@ -172,6 +172,9 @@ class BlockShuffle:
     def drawn(self, visit: int) -> tuple[int, ...]:
         return (visit * self.seq_len,)
 
+    def read(self, visit: int) -> list[list[int]]:
+        return [[visit, 0]]
+
 
 @dataclass(frozen=True)
 class StreamedRunData(RunData):
@@ -192,7 +195,7 @@ class StreamedRunData(RunData):
 
     def _block(self, done: int) -> int:
         """The block of the first sequence after step `done`."""
-        return (data_step(done, self.skipped) * self.global_batch if done else 0) // BLOCK
+        return self._visit(done) // BLOCK
 
 
 def open_stream(

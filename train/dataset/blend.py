@@ -240,8 +240,16 @@ class Blend:
 
     def drawn(self, number: int) -> tuple[int, ...]:
         """Tokens of each source in the first `number` sequences, with padding."""
+        return tuple(progress.tokens for progress in self._after(number))
+
+    def read(self, number: int) -> list[list[int]]:
+        """What the first `number` sequences have of each source: [begun, tokens, *open] stands for
+        its sequences 0 to begun - 1 without the `open` ones, of whose first `tokens` are read."""
+        return [[p.begun, p.read, *p.open] for p in self._after(number)]
+
+    def _after(self, number: int) -> list[_Progress]:
         phase = self._phases[bisect_right(self._starts, number) - 1]
-        return tuple(progress.tokens for progress in phase.after(number - phase.start))
+        return phase.after(number - phase.start)
 
     def _tokens(self, start: int, ended: set[int]) -> list[int] | None:
         """Tokens per period of each source from sequence `start` on; None if there are none."""

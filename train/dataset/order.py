@@ -47,6 +47,11 @@ class Order(Protocol):
         """How many tokens of each source, with padding, are before `visit`."""
         ...
 
+    def read(self, visit: int) -> list[list[int]]:
+        """Which tokens of each source are before `visit`: two orders with the same value have read
+        the same, so that one may continue the other. [0, 0] is nothing."""
+        ...
+
 
 MOST_IN_MEMORY = 2**20
 """Sequences of which an epoch's order is held in memory: 8 MiB."""
@@ -76,6 +81,9 @@ class ShuffledEpochs:
 
     def drawn(self, visit: int) -> tuple[int, ...]:
         return (visit * self.seq_len,)
+
+    def read(self, visit: int) -> list[list[int]]:
+        return [[visit, 0]]
 
     def _order(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
         known, order = self._epoch
@@ -113,6 +121,9 @@ class BlendedEpochs:
 
     def drawn(self, visit: int) -> tuple[int, ...]:
         return self.blend.drawn(visit)
+
+    def read(self, visit: int) -> list[list[int]]:
+        return self.blend.read(visit)
 
     def _order(self, source: int, epoch: int) -> KeyedPermutation:
         known, key = self._permutations, (source, epoch)

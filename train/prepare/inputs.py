@@ -2,8 +2,8 @@
 
 A unit is a list of small text files, one text file, a range of bytes of JSON lines, a compressed
 file, some row groups of a Parquet file, or a range of rows of a Hugging Face dataset: about
-UNIT_BYTES of input. The units, their order and the order of the documents within them depend on the
-inputs alone, never on the number of processes.
+UNIT_BYTES of input, in at most UNIT_FILES files. The units, their order and the order of the
+documents within them depend on the inputs alone, never on the number of processes.
 """
 
 import logging
@@ -17,6 +17,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.paths import local_path
 from train.data.documents import shown
+from train.data.folders import list_folder
 from train.data.hf_stream import is_stream, open_rows
 from train.data.sources import (
     BINARY_SUFFIXES,
@@ -24,10 +25,11 @@ from train.data.sources import (
     TEXT_SUFFIXES,
     looks_like_path,
     reader_of,
-    walk,
 )
 
 UNIT_BYTES = 32 * 2**20
+UNIT_FILES = 4096
+"""Most files of a unit, so that small ones are shared among processes, too."""
 _HF_FILES = ("dataset_dict.json", "dataset_info.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _COMPRESSED = (".gz", ".zst")
@@ -61,6 +63,8 @@ def find_units(sources: list[str]) -> tuple[list[Unit], list[list[Any]], list[st
     stamps: list[list[Any]] = []
     notes: list[str] = []
     for number, setting in enumerate(sources):
+        if not setting:
+            raise UserError("a source is empty: '.' names the current folder")
         if is_stream(setting):
             units += _stream(number, setting)
             continue
@@ -72,6 +76,10 @@ def find_units(sources: list[str]) -> tuple[list[Unit], list[list[Any]], list[st
                 found, files = _folder(number, path, notes)
             elif path.is_file():
                 found, files = list(_file(number, path)), [path]
+            elif path.exists():
+                raise UserError(
+                    f"{shown(setting)}: neither a file nor a folder; it takes {SUPPORTED}"
+                )
             elif _HUB_NAME.fullmatch(setting) and not looks_like_path(setting):
                 found, files = _hub(number, setting)
             else:
@@ -93,12 +101,17 @@ def stamp(file: Path) -> list[Any]:
 
 
 def _folder(number: int, root: Path, notes: list[str]) -> tuple[list[Unit], list[Path]]:
-    files = walk(root, skip=())
+    listing = list_folder(root)
+    files = listing.files
     used = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES or reader_of(file)]
+    others = len(files) - len(used)
+    kinds = [f"{others:,} files of other kinds" if others else "", listing.described()]
+    passed_over = ", ".join(filter(None, kinds))
     if not used:
-        raise UserError(f"{shown(root)}: no document in this folder; it takes {SUPPORTED}")
-    if len(used) < len(files):
-        notes.append(f"{shown(root)}: passed over {len(files) - len(used):,} files of other kinds")
+        has = f" (it has {passed_over})" if passed_over else ""
+        raise UserError(f"{shown(root)}: no document in this folder{has}; it takes {SUPPORTED}")
+    if passed_over:
+        notes.append(f"{shown(root)}: passed over {passed_over}")
     units: list[Unit] = []
     texts: list[str] = []
     size = 0
@@ -108,7 +121,7 @@ def _folder(number: int, root: Path, notes: list[str]) -> tuple[list[Unit], list
             continue
         texts.append(str(file))
         size += file.stat().st_size
-        if size >= UNIT_BYTES:
+        if size >= UNIT_BYTES or len(texts) == UNIT_FILES:
             units.append(Unit(number, "texts", tuple(texts), size=size))
             texts, size = [], 0
     if texts:
@@ -163,7 +176,7 @@ def _saved(number: int, root: Path) -> tuple[list[Unit], list[Path]]:
         root = root / "train"
         if not root.is_dir():
             raise UserError(f"{shown(root)}: no such split; name the folder of one split")
-    files = [file for file in walk(root, skip=()) if file.suffix in (".arrow", ".json")]
+    files = [file for file in list_folder(root).files if file.suffix in (".arrow", ".json")]
     return _rows(number, "saved", str(root), sum(f.stat().st_size for f in files)), files
 
 

@@ -84,7 +84,10 @@ def _table(unit: Unit, column: Column) -> Iterator[str | Rejected]:
                 yield row if row.strip() else Rejected(EMPTY)
         if empty and column.missed:  # no column, so no rows were read
             others = ", ".join(shown(other, 50) for other in list(column.others)[:10])
-            yield Rejected(UNREADABLE, f"{name}: has no column {column.name!r}, but {others}")
+            yield Rejected(
+                UNREADABLE,
+                f"{name}: has no column {column.name!r} (--text-field), but {others}",
+            )
     except WrongColumn as error:
         raise UserError(f"{name}: {error} (--text-field {shown(column.name, 100)})") from None
 

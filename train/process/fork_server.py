@@ -14,9 +14,11 @@ import json
 import os
 import random
 import runpy
+import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,12 +28,17 @@ from parallel.allocator import restart_without_thread_cache
 _MODULES = ("train.trainer", "torch._dynamo", "torch.utils.tensorboard")
 _KEPT = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY", "TORCH_CPP_LOG_LEVEL")
 _PATIENCE_S = 10.0
+_PR_SET_PDEATHSIG = 1
 _FIRST = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
 """Variables that are shown first, since the memory may be too small for all."""
 
 
 def serve() -> None:
-    """Answer until standard input ends."""
+    """Answer until standard input ends, or the supervisor does, also while modules are imported."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # not of the ranks: see prctl(2)
+    if os.getppid() != int(os.environ[SUPERVISOR_VARIABLE]):  # it has ended already
+        return
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for name in _MODULES:

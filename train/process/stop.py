@@ -3,11 +3,12 @@
 Cluster schedulers send SIGTERM (SLURM: a pre-emption) or the signal that a job selects (SIGUSR1 in
 our job scripts, before the end of its time).
 
-Before there is anything to save, a signal ends the process. After `save_first` it only sets a flag:
-all ranks check it together before every microbatch, discard the unfinished step and save; torchrun
-kills its workers 30 s after the signal, so stopping must not wait for a long step. A second signal
-ends the process at once. A thread receives the signals, because the main thread runs no handler
-while it waits in a collective.
+Before there is anything to save, a signal ends the process: while it starts, loads, and in its
+first step, which may compile for minutes. After `save_first`, which the trainer calls when the
+gradients of that step are there, it only sets a flag: all ranks check it together before every
+microbatch, discard the unfinished step and save; torchrun kills its workers 30 s after the signal,
+so stopping must not wait for a long step. A second signal ends the process at once. A thread
+receives the signals, because the main thread runs no handler while it waits in a collective.
 """
 
 import os
@@ -27,6 +28,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.has_step = False
+        """Whether this attempt has completed a step."""
         self._since, self._saves = 0.0, False
 
     def __enter__(self) -> "StopSignal":
@@ -50,8 +53,13 @@ class StopSignal:
         os.close(self._read)
 
     def save_first(self) -> None:
-        """From now on a first signal only sets `number`."""
+        """From now on a first signal only sets `number`. To be called before a collective without
+        which no rank completes its first step: then no rank ends at once after another has one."""
         self._saves = True
+
+    def step_is_complete(self) -> None:
+        """Note that there is something to lose."""
+        self.has_step = True
 
     @property
     def exit_code(self) -> int:
@@ -68,3 +76,9 @@ class StopSignal:
                 self.number, self._since = number[0], time.monotonic()
             if again or not self._saves:
                 os._exit(self.exit_code)
+
+
+def ignore_stop_signals() -> None:
+    """Let signals to stop do nothing: the run is over, and Python takes time to end."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)

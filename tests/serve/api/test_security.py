@@ -31,6 +31,7 @@ from serve.api.app import build_app
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export, open_export
 from serve.frontend.thread import EngineThread
+from tests.pickles import pickles
 from tests.serve.conftest import RunningServer, run_server
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,23 +51,16 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "executed"
 
 
-def pickled(marker: Path) -> bytes:
-    """A pickle that writes the marker when it is loaded, by hand: protocol 0."""
-    return b"cos\nsystem\n(S'touch %s'\ntR." % str(marker).encode()
-
-
-def test_a_pickle_that_is_loaded_writes_the_marker(marker: Path) -> None:
-    import pickle
-
-    pickle.loads(pickled(marker))
-    assert marker.exists(), "otherwise the next tests cannot fail"
-
-
 def test_pickles_are_never_loaded_from_a_socket(
     server: RunningServer, http: httpx.Client, marker: Path
 ) -> None:
     """CVE-2024-50050, CVE-2026-3059, CVE-2026-3060, CVE-2025-10164."""
-    data = pickled(marker)
+    for data in pickles(marker).values():
+        _send_pickle(server, http, data)
+    assert not marker.exists()
+
+
+def _send_pickle(server: RunningServer, http: httpx.Client, data: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
         raw.sendall(data)
         raw.shutdown(socket.SHUT_WR)
@@ -77,7 +71,6 @@ def test_pickles_are_never_loaded_from_a_socket(
         for kind in ("application/octet-stream", "application/x-pickle", "application/json"):
             answer = http.post(path, content=data, headers={"content-type": kind})
             assert answer.status_code in (400, 404)
-    assert not marker.exists()
 
 
 def test_tensors_of_clients_are_refused(http: httpx.Client) -> None:
@@ -95,12 +88,14 @@ def test_weights_in_pickles_are_not_opened(
     export_folder: Path, tmp_path: Path, marker: Path
 ) -> None:
     """CVE-2025-32434, CVE-2026-24747: under the name of a pickle, or of safetensors."""
-    for name in ("pytorch_model.bin", "model.safetensors"):
-        folder = tmp_path / name
+    for name, raw in itertools.product(
+        ("pytorch_model.bin", "model.safetensors"), pickles(marker).values()
+    ):
+        folder = tmp_path / f"{raw[0]}-{name}"
         shutil.copytree(export_folder, folder)
         for weights in folder.glob("*.safetensors*"):
             weights.unlink()
-        (folder / name).write_bytes(pickled(marker))
+        (folder / name).write_bytes(raw)
         with pytest.raises(UserError):
             open_export(folder, device="cpu")
     assert not marker.exists()

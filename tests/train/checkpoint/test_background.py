@@ -12,6 +12,7 @@ import torch
 from configs.schema import CheckpointConfig
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from train.checkpoint import checkpoint, host_buffer, saver
+from train.checkpoint.checkpoint import CheckpointError
 from train.checkpoint.saver import Saver
 from train.checkpoint.storage import client
 from train.checkpoint.storage.local import LocalStorage
@@ -166,6 +167,32 @@ def test_a_later_save_replaces_one_that_fails(
     flag.unlink()
     one.save_now(tensors(3), {"step": 3})
     assert sound(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("failures", [3, 4])
+def test_the_last_save_is_repeated_too(
+    failures: int, make: Callable[..., Saver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that cannot be reached for a moment must not cost the steps since the save before."""
+    monkeypatch.setattr(saver, "_PAUSES_S", (0.0, 0.0, 0.0))
+    real, left = LocalStorage.begin, [None] * failures
+
+    def begin(storage: LocalStorage, name: str, needed: int) -> str:
+        if left:
+            left.pop()
+            raise OSError(113, "No route to host", str(tmp_path))
+        return real(storage, name, needed)
+
+    monkeypatch.setattr(LocalStorage, "begin", begin)
+    one = make()
+    if failures > 3:
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint: .*No route"):
+            one.save_now(tensors(1), {"step": 1})
+        assert one.saved == 0 and sound(tmp_path) == []
+        return
+    one.save_now(tensors(1), {"step": 1})
+    assert one.saved == 1 and sound(tmp_path) == [1]
+    assert sum("No route to host; the save is repeated" in line for line in one.lines()) == 3
 
 
 def test_without_memory_for_a_copy_the_run_waits(

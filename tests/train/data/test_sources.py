@@ -63,7 +63,8 @@ def test_a_folder_takes_what_it_knows(tmp_path: Path) -> None:
     assert list(documents) == ["# b", "bom", "first\n", "second\n", "row", ""]
     assert documents.not_utf8 == [str(tmp_path / name) for name in ("bad.txt", "utf16.txt")]
     assert documents.take([4, 0, 5, 3, 4]) == ["row", "# b", "", "second\n", "row"]
-    assert documents.notes == ["passed over 1 files of other kinds (1 .pdf)"]
+    told = "passed over 1 files of other kinds (1 .pdf), 1 hidden files and folders"
+    assert documents.notes == [told]
     names = ["a.jsonl.xz", "b.ZST", "Makefile", "c.csv", "d.json", "e.bin", "sub/f.csv"]
     write(tmp_path, dict.fromkeys(names, b"x"))
     (note,) = locate(DataConfig(source=str(tmp_path))).read().notes

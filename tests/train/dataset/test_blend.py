@@ -50,6 +50,26 @@ def counted(blend: Blend, length: int, seq_len: int) -> np.ndarray:
     return np.cumsum(tokens, axis=1)
 
 
+def tokens_before(blend: Blend, n: int, seq_len: int) -> list[set[int]]:
+    """The tokens of each source that are in the first `n` sequences."""
+    found = blend.at(np.arange(n)) if n else blend.at(np.arange(0, 1))
+    sets: list[set[int]] = [set() for _ in blend.shares]
+    places = found.draws * seq_len + found.starts
+    for number, place, length in zip(found.sources, places, found.lengths, strict=True):
+        sets[number].update(range(place, place + length * bool(n)))
+    return sets
+
+
+def described(read: list[list[int]], seq_len: int) -> list[set[int]]:
+    """The tokens that a state stands for."""
+    sets = []
+    for begun, tokens, *still in read:
+        sequences = [n for n in range(begun) if n not in still]
+        sets.append({n * seq_len + i for n in sequences for i in range(seq_len)})
+        sets[-1].update(still[0] * seq_len + i for i in range(tokens if still else 0))
+    return sets
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_any_thousand_steps_have_each_share_to_the_token(seed: int) -> None:
     rng = random.Random(seed)
@@ -60,6 +80,7 @@ def test_any_thousand_steps_have_each_share_to_the_token(seed: int) -> None:
     tokens = counted(blend, length, seq_len)
     for n in (0, 1, length, rng.randint(0, length)):
         assert blend.drawn(n) == tuple(tokens[:, n])
+        assert tokens_before(blend, n, seq_len) == described(blend.read(n), seq_len)
     some = np.array(sorted(rng.sample(range(length), 40)))
     for row, number in enumerate(some.tolist()):
         together, alone = blend.at(some), blend.at(np.array([number]))
@@ -85,6 +106,18 @@ def test_any_thousand_steps_have_each_share_to_the_token(seed: int) -> None:
                 windows = read[i, period:] - read[i, :-period]
                 assert len(set(windows.tolist())) == 1
                 assert abs(windows[0] - float(part * period * seq_len)) < 1
+
+
+def test_as_many_tokens_are_not_the_same_tokens() -> None:
+    """A weight that is a little smaller: the first sequence is then one that is read in parts."""
+    blends = []
+    for weight in (0.5, 0.4999):
+        shares = [Share(str(w), ((0, w),), Fraction(1), None) for w in (weight, 1 - weight)]
+        blends.append(Blend(shares, 4000, global_batch=8, seq_len=32))
+    one, other = blends
+    assert one.drawn(16) == other.drawn(16) and one.read(16) != other.read(16)
+    both = [tokens_before(blend, 16, 32) for blend in blends]
+    assert both[0] != both[1]
 
 
 def test_eight_sources_and_two_sequences_a_step() -> None:

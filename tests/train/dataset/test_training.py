@@ -169,6 +169,13 @@ def test_what_would_repeat_or_lose_samples_is_refused(
     assert "would have read" in refused('--data.skip_steps=["1"]')
     only_one = f'--data.blend=[{{path = "{copy / "web"}", weight = 1.0, name = "web"}}]'
     assert "tokens of web" in refused(only_one)
+    slightly = as_given.replace("0.7", "0.7001")  # the same number of tokens until now
+    assert "some would be read twice and others never" in refused(slightly)
+    entries = as_given.removeprefix("--data.blend=[").removesuffix("]").split("}, ")
+    again = entries[0].replace('name = "web"', 'name = "again"')
+    assert "tokens of" in refused(f"--data.blend=[{entries[0]}}}, {again}}}, {entries[1]}]")
+    reordered = f"--data.blend=[{entries[1]}, {entries[0]}}}]"  # has read the same
+    assert train(*words, reordered, "--train.steps=2") == 0
     assert "data.packing" in refused("--data.packing=best_fit")
     assert "data.fim_rate" in refused("--data.fim_rate=0.1")
     # what concerns later steps only is allowed

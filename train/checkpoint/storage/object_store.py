@@ -81,6 +81,7 @@ class ObjectStorage(Storage):
                 is_old = _ASIDE in files and other in aside[:-_MOST_DAMAGED]
                 if other == name or is_old or not {MANIFEST, _ASIDE} & files.keys():
                     self._delete(other)
+        self._abort_uploads()
         return name
 
     def write(
@@ -186,6 +187,25 @@ class ObjectStorage(Storage):
             if FOLDER_NAME.fullmatch(name) and facts["type"] == "file":
                 folders.setdefault(name, {})[file] = facts
         return dict(sorted(folders.items(), key=lambda item: step_of(Path(item[0]))))
+
+    def _abort_uploads(self) -> None:
+        """Remove the parts of files that a killed process was writing to S3: they are paid for, but
+        listed nowhere. Other stores remove theirs after some days. No error is raised: it needs
+        rights that writing does not need."""
+        call = getattr(self._fs, "call_s3", None)
+        if call is None:
+            return
+        bucket, _, root = self._root.partition("/")
+        prefix = f"{root.rstrip('/')}/" if root else ""
+        with suppress(Exception):  # of the client, which have no common class
+            found = call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+            for upload in found.get("Uploads", []):
+                key = upload["Key"]
+                if FOLDER_NAME.fullmatch(key.removeprefix(prefix).partition("/")[0]):
+                    call(
+                        "abort_multipart_upload", Bucket=bucket, Key=key,
+                        UploadId=upload["UploadId"],
+                    )  # fmt: skip
 
     def _delete(self, name: str) -> None:
         with suppress(FileNotFoundError):

@@ -3,7 +3,7 @@
 It has neither torch nor the interpreter lock of the trainer, and runs in the idle class of the
 scheduler (elsewhere: at the lowest priority): it gets time that the steps leave, and its reads and
 writes are the last in the queue of the disk. Where the ranks leave it no core, it computes a small
-share of the time only (`pace`).
+share of the time only (`pace`). Transfers to an object store have the lowest priority.
 
 ADDRESS is where the checkpoints are; BUFFER is the file descriptor of the memory that it shares
 with the rank. Requests come through the standard input (`messages`), one after another:
@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
@@ -67,9 +68,24 @@ class _Worker:
 def _leave_time_to_others() -> None:
     """Let this thread run only when no other needs the core. On Linux each thread has a class and a
     priority of its own; a thread without privileges cannot go back."""
+    _use_lowest_priority()
+    with suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _use_lowest_priority() -> None:
+    """Let this thread, and those that it starts, have little time while others need the core."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def open_storage(address: str) -> Storage:
+    """The storage at an address. The client of an object store starts a thread for its transfers,
+    which must not slow steps either. It serves files of both priorities and cannot be raised again,
+    so it has the lowest one, but is not in the idle class, in which it might get no time at all
+    while a rank waits for it."""
+    with ThreadPoolExecutor(1, initializer=_use_lowest_priority) as one:
+        return one.submit(storage_at, address).result()
 
 
 class Writer:
@@ -138,7 +154,7 @@ def main(address: str, descriptor: str = "") -> None:
     replies: BinaryIO = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no reply
     buffer = mmap.mmap(int(descriptor), 0) if descriptor else None
-    writer = Writer(storage_at(address), buffer)
+    writer = Writer(open_storage(address), buffer)
     calls: SimpleQueue[tuple[str, list[bytes], Any]] = SimpleQueue()
 
     def work() -> None:

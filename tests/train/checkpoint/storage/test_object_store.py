@@ -1,6 +1,9 @@
 """Checkpoints in object stores: a server of the S3 protocol, and the memory of this process."""
 
 import json
+import os
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from train.checkpoint.storage.addresses import storage_at
 from train.checkpoint.storage.base import Storage, finish
 from train.checkpoint.storage.client import WriterProcess
 from train.checkpoint.storage.object_store import ObjectStorage
+from train.checkpoint.storage.process import open_storage
 
 RANKS: Ranks
 
@@ -121,6 +125,41 @@ def test_the_writer_process_writes_to_a_server(s3_server: str, ranks: None) -> N
         assert writer.call("names") == ["step-00000001"]
     finally:
         writer.stop()
+
+
+def test_parts_of_files_that_a_killed_process_wrote_are_removed(s3_server: str) -> None:
+    """Only those of steps of this run."""
+    storage = storage_at(f"{s3_server}/{uuid.uuid4().hex}/run")
+    assert isinstance(storage, ObjectStorage)
+    bucket, _, root = storage._root.partition("/")
+    keys = [
+        f"{root}/step-00000001/rank-00000.safetensors", f"{root}/step-00000002/x",
+        f"{root}/notes", f"{root}2/step-00000001/x",
+    ]  # fmt: skip
+    for key in keys:
+        upload = storage._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        storage._fs.call_s3("upload_part", Bucket=bucket, Key=key, PartNumber=1,
+                            UploadId=upload["UploadId"], Body=b"x" * 100)  # fmt: skip
+    storage.begin("step-00000002", 0)
+    found = storage._fs.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]
+    assert {upload["Key"] for upload in found} & {*keys} == {*keys[2:]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_threads_of_transfers_have_the_lowest_priority(s3_server: str) -> None:
+    import fsspec.asyn
+
+    before = fsspec.asyn.loop[0], fsspec.asyn.iothread[0]
+    fsspec.asyn.loop[0] = None  # as in a new process
+    try:
+        storage = open_storage(f"{s3_server}/{uuid.uuid4().hex}")
+        finish(storage.write("step-00000001", "a", [b"x" * 1000]))
+        transfers = fsspec.asyn.iothread[0]
+    finally:
+        fsspec.asyn.loop[0], fsspec.asyn.iothread[0] = before
+    assert transfers is not before[1] and transfers.native_id
+    assert os.getpriority(os.PRIO_PROCESS, transfers.native_id) == 19
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
 
 
 @pytest.mark.parametrize(
