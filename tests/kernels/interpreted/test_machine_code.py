@@ -13,8 +13,8 @@ from kernels.gemm.gemm_fp8_triton import TILES, gemm
 from kernels.paged_attention.batch import PagedBatch
 from kernels.paged_attention.paged_attention_triton import attend
 from kernels.quantization.quantize_triton import quantize_groups
-from scripts.kernel_table.__main__ import build, cases
-from scripts.kernel_table.case import TARGETS, TENSOR_CORES, Case, fp8_of
+from scripts.kernel_table.__main__ import cases
+from scripts.kernel_table.case import TARGETS, TENSOR_CORES, Case, build, fp8_of
 from scripts.kernel_table.offline import SHARED_BYTES, Build, offline
 
 REGISTERS = {"sm_90": 255, "sm_100": 255, "gfx942": 512, "gfx950": 512}
