@@ -76,7 +76,7 @@ def row(product: Product, made: Build, loops: list[Loop]) -> str:
         " / ".join(f"{loop.instructions:.0f}" for loop in loops),
         max(loop.loads_before for loop in loops),
         max(loop.waited_loads for loop in loops),
-        max(loop.scalings_before + loop.scalings_between for loop in loops),
+        max(loop.scalings_before for loop in loops),
         ", ".join(f"{value:,.0f}" for value in clocks.values()),
         speeds,
     )

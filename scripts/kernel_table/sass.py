@@ -61,9 +61,7 @@ class Loop:
     waited_loads: int
     """Global loads whose value is used before a product has been awaited: their latency shows."""
     scalings_before: int
-    """FMUL between a barrier and the first QGMMA after it."""
-    scalings_between: int
-    """FMUL between the QGMMAs of one wait."""
+    """FMUL of scales that precede a QGMMA although their values are used after it."""
     fused: float
     """FFMA instructions."""
     per_tile: int
@@ -137,8 +135,7 @@ def _loop(
         promotion=_promotion(cyclic) / steps,
         loads_before=sum(_count(part, "LDG") for part in before),
         waited_loads=_waited_loads(cyclic),
-        scalings_before=sum(_count(part, "FMUL") for part in before),
-        scalings_between=_between_products(cyclic),
+        scalings_before=_scalings_before(cyclic),
         fused=_count(cyclic, "FFMA") / steps,
         per_tile=once,
     )
@@ -214,15 +211,19 @@ def _waited_loads(cyclic: list[Instruction]) -> int:
     return waited
 
 
-def _between_products(cyclic: list[Instruction]) -> int:
-    """FMUL after a product that is not awaited yet and before another of the same wait."""
-    total = pending = 0
-    running = False
+def _scalings_before(cyclic: list[Instruction]) -> int:
+    """FMUL that read no result of a product, and whose value is used only after a later product."""
+    results = set[int]()
+    for line in cyclic:
+        if _is(line, _PRODUCT) and (size := re.search(r"x(\d+)x", line.name)):
+            first = min(line.writes)
+            results |= set(range(first, first + int(size[1]) // 2))
+    total, pending = 0, list[set[int]]()
     for line in cyclic:
         if _is(line, _PRODUCT):
-            total, pending, running = total + pending, 0, True
-        elif _is(line, _WAIT):
-            running, pending = False, 0
-        elif running and _is(line, "FMUL"):
-            pending += 1
+            total, pending = total + len(pending), []
+        elif _is(line, "FMUL") and not line.reads & results:
+            pending.append(line.writes)
+        elif _is(line, "FFMA"):
+            pending = [written for written in pending if not written & line.reads]
     return total
