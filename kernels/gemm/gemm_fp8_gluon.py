@@ -28,7 +28,6 @@ Triton: this file supports 3.6 to 3.9. Sizes and scales are as in `kernels.gemm.
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon

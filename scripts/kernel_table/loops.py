@@ -41,14 +41,16 @@ class Product:
 
 TRITON = Tiling(rows=128, columns=128, warps=8, groups=1)
 TRITON_TN = Tiling(rows=128, columns=128, warps=8, groups=1, ahead=False)
-GLUON = Tiling(rows=128, columns=128, warps=8, groups=2)
+GLUON = Tiling(rows=256, columns=128, warps=8, groups=2)
 PRODUCTS = (
     Product("gemm_fp8_nt 128x128 bf16", TRITON, DENSE),
     Product("gemm_fp8_tn 128x128 fp32", TRITON_TN, DENSE),
     Product("grouped_gemm_fp8_nt 128x128 bf16", TRITON, BY_ROWS),
     Product("grouped_gemm_fp8_tn align 128 fp32", TRITON_TN, BY_GROUPS),
-    Product("gemm_fp8_nt Gluon bf16", GLUON, DENSE),
-    Product("gemm_fp8_tn Gluon fp32", GLUON, DENSE),
+    Product("gemm_fp8_nt Gluon 256x128 bf16", GLUON, DENSE),
+    Product("gemm_fp8_tn Gluon 256x128 fp32", GLUON, DENSE),
+    Product("grouped_gemm_fp8_nt Gluon 256x128 bf16", GLUON, BY_ROWS),
+    Product("grouped_gemm_fp8_tn Gluon 256x128 fp32", GLUON, BY_GROUPS),
 )
 """NN is NT on transposed views: the same machine code."""
 
