@@ -314,7 +314,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             used += 1
         _store(c_ptr, total, row + FIRST, column, end, written, problem[1], c_stride, KIND)
         if TWO_WAVES:
-            row += FIRST + WAVE
+            row = row + (FIRST + WAVE)
             _store(c_ptr, lower, row, column, end, written, problem[1], c_stride, KIND)
     if KIND == 1:
         _store_zeros(FIRST, problem, c_ptr, c_stride, WAVE, TWO_WAVES, BLOCK, ENTRY, layout)

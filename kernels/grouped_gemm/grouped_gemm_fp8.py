@@ -101,7 +101,9 @@ def grouped_gemm_fp8_tn(
             )
     if problem:
         raise ValueError(f"grouped_gemm_fp8_tn: {problem}")
-    dw_ENK: Tensor = _tn(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, out_dtype, align)
+    dw_ENK: Tensor = _tn(
+        dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, out_dtype, align, implementation
+    )  # fmt: skip
     return dw_ENK
 
 

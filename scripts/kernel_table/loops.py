@@ -1,4 +1,4 @@
-"""`python -m scripts.kernel_table.loops`: the inner loops of the FP8 products on Hopper, as a table.
+"""`python -m scripts.kernel_table.loops`: inner loops of the FP8 products on Hopper, as a table.
 
 It compiles every product for sm_90 without a GPU, reads its machine code (`sass`) and adds the
 speed that `model` predicts. The rows of the running version of Triton are replaced in
@@ -13,7 +13,7 @@ import triton
 from configs.command_line import CommandParser
 from scripts.kernel_table import fp8, grouped
 from scripts.kernel_table.case import Case, build
-from scripts.kernel_table.model import Shape, Tiling, predicted_tflops, step_clocks
+from scripts.kernel_table.model import Shape, Tiling, per_step, predicted_tflops, step_clocks
 from scripts.kernel_table.offline import Build
 from scripts.kernel_table.sass import Loop, inner_loops
 
@@ -62,7 +62,8 @@ def loops_of(case: Case) -> tuple[Build, list[Loop]]:
 
 
 def row(product: Product, made: Build, loops: list[Loop]) -> str:
-    """One line of the table. Of several groups' loops, the slowest of each limit counts."""
+    """One line of the table. Of several groups' loops, the longest counts."""
+    loops = [per_step(loop, product.tiling) for loop in loops]
     worst = max(loops, key=lambda loop: loop.instructions)
     clocks = step_clocks(product.tiling, worst)
     speeds = ", ".join(

@@ -1,4 +1,4 @@
-"""Predicted speed of an FP8 product on an H200, from its inner loop. A prediction, not a measurement.
+"""Speed of an FP8 product on an H200, predicted from its inner loop: not a measurement.
 
 A step multiplies 128 of K for one tile of `rows` x `columns`. Its clocks are the largest of:
 
@@ -21,7 +21,7 @@ multicast. Not included: power limits, which lower the clock, and other reads of
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scripts.kernel_table.sass import Loop
 
@@ -67,6 +67,21 @@ class Shape:
     def operations(self) -> int:
         """Multiplications and additions."""
         return 2 * self.M * self.N * self.K * self.experts
+
+
+def per_step(loop: Loop, tiling: Tiling) -> Loop:
+    """The loop's counts for whole steps, if each wave of 64 rows waits for the barrier again."""
+    products = _STEP // 32 * tiling.rows * tiling.columns / (64 * 128 * tiling.warps / 4)
+    factor = products / loop.products
+    return replace(
+        loop,
+        steps=round(loop.steps / factor),
+        instructions=loop.instructions * factor,
+        products=products,
+        waits=loop.waits * factor,
+        promotion=loop.promotion * factor,
+        fused=loop.fused * factor,
+    )
 
 
 def step_clocks(tiling: Tiling, loop: Loop) -> dict[str, float]:

@@ -79,8 +79,9 @@ def inner_loops(code: str) -> list[Loop]:
         for i, line in enumerate(body)
         for target in _TARGET.findall(line.operands)
         if line.name == "BRA" and labels[target] <= i
+        # a block that waits for a barrier lies behind the end of the program and jumps back
+        and not any(_is(other, "EXIT") for other in body[labels[target] : i])
     )
-    # a block that waits for a barrier lies behind the loop and jumps back into it: also a span
     around = [
         [span for span in spans if span[0] <= i <= span[1]]
         for i, line in enumerate(body)

@@ -3,7 +3,7 @@
 import pytest
 
 from scripts.kernel_table.loops import HEAD, MARKS, PAGE, PRODUCTS, page_with
-from scripts.kernel_table.model import Shape, Tiling, predicted_tflops, step_clocks
+from scripts.kernel_table.model import Shape, Tiling, per_step, predicted_tflops, step_clocks
 from scripts.kernel_table.sass import Loop, inner_loops
 
 CODE = """
@@ -79,6 +79,14 @@ def test_model() -> None:
     shape = Shape(128, 128 * 132, 4096)
     seconds = 32 * clocks["L2"] / 1.755e9
     assert predicted_tflops(shape, tiling, made) == pytest.approx(shape.operations / seconds / 1e12)
+
+
+def test_waves_are_one_step() -> None:
+    """256 rows on 8 warps are two waves of 4 products, each behind a barrier."""
+    tiling = Tiling(rows=256, columns=128, warps=8, groups=2)
+    made = per_step(Loop(2, 100, 4, 1, 80, 0, 0, 0, 64, 200), tiling)
+    assert (made.steps, made.instructions, made.products, made.waits) == (1, 200, 8, 2)
+    assert step_clocks(tiling, made)["a group alone"] == 512 + 160 + 2 * 80
 
 
 def test_page_is_complete() -> None:

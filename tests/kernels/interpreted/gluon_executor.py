@@ -168,7 +168,7 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
 
 def _load(at: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
     if mask is None:
-        return at.memory[at.offset]
+        return at.memory[at.offset].clone()
     out = torch.full(mask.shape, other, dtype=at.memory.dtype)
     out[mask] = at.memory[at.offset.expand(mask.shape)[mask]]
     return out
@@ -195,7 +195,8 @@ def _language(program: int, programs: int, schedule: Schedule) -> SimpleNamespac
         expand_dims=torch.unsqueeze, convert_layout=lambda x, layout: x, load=_load, store=_store,
         allocate_shared_memory=_allocate, warp_specialize=warp_specialize,
         where=torch.where, inline_asm_elementwise=lambda asm, constraints, args, **options: args[0],
-        int32=torch.int32, NVMMADistributedLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing,
+        int32=torch.int32, NVMMADistributedLayout=nothing, SliceLayout=nothing,
+        BlockedLayout=nothing,
         NVMMASharedLayout=gluon_language.NVMMASharedLayout,
     )  # fmt: skip
 
