@@ -10,6 +10,7 @@ import torch
 
 from kernels.gemm.gemm_fp8_gluon import gemm as gluon_gemm
 from kernels.gemm.gemm_fp8_triton import TILES, gemm
+from kernels.mlp.swiglu_fp8_triton import backward as backward_to_fp8
 from kernels.paged_attention.batch import PagedBatch
 from kernels.paged_attention.paged_attention_triton import attend
 from kernels.quantization.quantize_triton import quantize_groups
@@ -107,6 +108,19 @@ def test_gluon_with_sizes_of_one(layout: str) -> None:
         gluon_gemm(data, scales, wide, scales_b, torch.empty(1, 300))
     for made in builds:
         assert_sound(made, "sm_90", True)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_swiglu_of_one_row(grouped: bool) -> None:
+    """Also a number of rows that Triton compiles into the code."""
+    ends = torch.ones(1, dtype=torch.int64) if grouped else None
+    for rows in (1, 16, 37):
+        h, x = (torch.empty(rows, size, dtype=torch.bfloat16) for size in (128, 256))
+        with offline("cuda", 90) as builds:
+            backward_to_fp8(
+                h, x, torch.empty(rows), "swiglu", fp8_of("sm_90"), False, ends, ends, None
+            )
+        assert builds[0].spilled == 0
 
 
 def test_a_spill_is_seen() -> None:
