@@ -189,7 +189,7 @@ def _compute(
         b = operand(b, scales_b, (BLOCK, 1 if by_columns else BLOCK), dtype)
         _matmul(a.T if by_columns else a, b.T if layout == "nt" else b, c_MN)
         return
-    gemm = _kernel(implementation)
+    gemm = dense_kernel(implementation)
     fp8_dtype(a.device)  # raises on devices without FP8
     if layout == "tn":
         a, scales_a = a.T, scales_a.T
@@ -210,7 +210,7 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(torch.mm(a, b))
 
 
-def _kernel(implementation: str) -> Callable[..., None]:
+def dense_kernel(implementation: str) -> Callable[..., None]:
     """Import the kernel when it is needed: a CPU has no Triton, and Gluon changes between
     versions."""
     if implementation == "triton":
@@ -236,12 +236,18 @@ def _check(
         problem = f"operands are {a_MK.dtype} and {b_NK.dtype}, must both be e4m3"
     elif out_dtype not in OUT_DTYPES:
         problem = f"out_dtype is {out_dtype}, must be bf16 or fp32"
-    elif implementation not in get_args(Implementation):
-        problem = f"implementation is {implementation!r}, must be 'triton' or 'gluon'"
-    elif implementation == "gluon" and not device.on_accelerator(a_MK):
-        problem = f"implementation 'gluon' needs a Hopper GPU, a is on {a_MK.device}"
+    problem = problem or problem_of_implementation(implementation, a_MK)
     if problem:
         raise ValueError(f"gemm_fp8_{name}: {problem}")
+
+
+def problem_of_implementation(implementation: Implementation, a: Tensor) -> str | None:
+    """Why this implementation cannot multiply a, or None."""
+    if implementation not in get_args(Implementation):
+        return f"implementation is {implementation!r}, must be 'triton' or 'gluon'"
+    if implementation == "gluon" and not device.on_accelerator(a):
+        return f"implementation 'gluon' needs a Hopper GPU, a is on {a.device}"
+    return None
 
 
 def _check_scales(name: str, scales: Tensor, data: Tensor, block: tuple[int, int]) -> None:

@@ -25,6 +25,7 @@ Shapes: R rows, M rows of one group, N output width, K input width, E groups.
 import functools
 import statistics
 import time
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ _FEW_ROWS, ALIKE = 64, 8
 def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor) -> None:
     """`y[r] = x[r] @ w[e].T` for the rows of group e; the groups are in ascending order.
 
-    Rows between groups must be zero, and their outputs may be set to zero; rows from the end of the
-    last group on are neither read nor written.
+    Rows between groups must be zero, and their outputs become zero; rows from the end of the last
+    group on are neither read nor written.
     """
     end = groups[-1].stop if groups else 0
     for rows, w_NK in zip(groups, w_ENK, strict=True):
@@ -65,6 +66,9 @@ def multiply_rows(x_RK: Tensor, w_ENK: Tensor, groups: list[slice], y_RN: Tensor
         else:  # includes rows of earlier groups, whose outputs are complete
             first = rows.start - window.start
             y_RN[rows] = torch.mm(x_RK[window], w_NK.T)[first : first + size]
+    for before, after in pairwise(groups):  # zero times an infinite weight is NaN
+        if before.stop < after.start:
+            y_RN[before.stop : after.start] = 0
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:

@@ -13,18 +13,28 @@ the device, zero rows between them, and rows of no group after the last end. Sca
 whose blocks restart with every group, so a block of 128 rows never mixes experts.
 
 On a CPU the groups are dequantized and multiplied one after the other, as in
-`kernels.gemm.gemm_fp8`.
+`kernels.gemm.gemm_fp8`. On a GPU `implementation` selects the kernel, as there.
 
 Shapes: R rows, N output width, K input width, E experts; n, k their numbers of blocks of 128,
 g = R // 128 + E.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kernels import device
 from kernels.fp8 import BLOCK, fp8_dtype
-from kernels.gemm.gemm_fp8 import FP8_DTYPES, OUT_DTYPES, factors, operand
+from kernels.gemm.gemm_fp8 import (
+    FP8_DTYPES,
+    OUT_DTYPES,
+    Implementation,
+    dense_kernel,
+    factors,
+    operand,
+    problem_of_implementation,
+)
 from kernels.grouped_gemm.grouped_gemm import true_rows, zeros_outside
 from kernels.grouped_gemm.grouped_gemm_cpu import multiply, sum_over_rows
 from kernels.quantization.quantize import (
@@ -38,30 +48,40 @@ from kernels.quantization.quantize import (
 def grouped_gemm_fp8_nt(
     x_RK: Tensor, scales_Rk: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
+    implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`y_RN` in `out_dtype` (bf16 or fp32): `x[r] @ w[e].T` for the rows of group e, zero for its
     zero rows, undefined from the last end on. x from `quantize_1x128`, w from `quantize_128x128`.
     """
-    _check_rows("nt", x_RK, scales_Rk, w_ENK, scales_Enk, 2, ends_E, counts_E, out_dtype)
-    y_RN: Tensor = _nt(x_RK, scales_Rk, w_ENK, scales_Enk, ends_E, counts_E, out_dtype)
+    _check_rows(
+        "nt", x_RK, scales_Rk, w_ENK, scales_Enk, 2, ends_E, counts_E, out_dtype, implementation
+    )
+    y_RN: Tensor = _nt(
+        x_RK, scales_Rk, w_ENK, scales_Enk, ends_E, counts_E, out_dtype, implementation
+    )
     return y_RN
 
 
 def grouped_gemm_fp8_nn(
     dy_RN: Tensor, scales_Rn: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
+    implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`dx_RK`: `dy[r] @ w[e]`, otherwise as `grouped_gemm_fp8_nt`. w: the column-major form that
     `quantize_128x128` also returns; row-major data is copied on CUDA."""
-    _check_rows("nn", dy_RN, scales_Rn, w_ENK, scales_Enk, 1, ends_E, counts_E, out_dtype)
-    dx_RK: Tensor = _nn(dy_RN, scales_Rn, w_ENK, scales_Enk, ends_E, counts_E, out_dtype)
+    _check_rows(
+        "nn", dy_RN, scales_Rn, w_ENK, scales_Enk, 1, ends_E, counts_E, out_dtype, implementation
+    )
+    dx_RK: Tensor = _nn(
+        dy_RN, scales_Rn, w_ENK, scales_Enk, ends_E, counts_E, out_dtype, implementation
+    )
     return dx_RK
 
 
 def grouped_gemm_fp8_tn(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype = torch.bfloat16,
-    align: int = 1,
+    align: int = 1, implementation: Implementation = "triton",
 ) -> Tensor:  # fmt: skip
     """`dw_ENK`: `dy_e.T @ x_e` over the rows of group e, zero for an empty one. Operands from
     `quantize_128x1_grouped` with the same ends and counts.
@@ -69,7 +89,8 @@ def grouped_gemm_fp8_tn(
     align: a number that divides all ends. 128 is fastest; below 16 TMA cannot be used.
     """
     n_blocks = len(x_RK) // BLOCK + len(ends_E)
-    problem = _problem_of_groups(dy_RN, x_RK, ends_E, counts_E, len(ends_E), out_dtype)
+    problem = problem_of_implementation(implementation, x_RK)
+    problem = problem or _problem_of_groups(dy_RN, x_RK, ends_E, counts_E, len(ends_E), out_dtype)
     if dy_RN.shape[0] != x_RK.shape[0]:
         problem = f"cannot sum over {dy_RN.shape[0]} and {x_RK.shape[0]} rows"
     for scales, data in ((scales_gN, dy_RN), (scales_gK, x_RK)):
@@ -80,7 +101,9 @@ def grouped_gemm_fp8_tn(
             )
     if problem:
         raise ValueError(f"grouped_gemm_fp8_tn: {problem}")
-    dw_ENK: Tensor = _tn(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, out_dtype, align)
+    dw_ENK: Tensor = _tn(
+        dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, out_dtype, align, implementation
+    )  # fmt: skip
     return dw_ENK
 
 
@@ -129,15 +152,15 @@ def grouped_gemm_fp8_tn_reference(
 @torch.library.custom_op("phalanx::grouped_gemm_fp8_nt", mutates_args=())
 def _nt(
     x_RK: Tensor, scales_Rk: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
-    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
-    return _by_rows(x_RK, scales_Rk, w_ENK, scales_Enk, ends_E, counts_E, out_dtype)
+    return _by_rows(x_RK, scales_Rk, w_ENK, scales_Enk, ends_E, counts_E, out_dtype, implementation)
 
 
 @_nt.register_fake
 def _(
     x_RK: Tensor, scales_Rk: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
-    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
     return x_RK.new_empty(x_RK.shape[0], w_ENK.shape[1], dtype=out_dtype)
 
@@ -145,15 +168,17 @@ def _(
 @torch.library.custom_op("phalanx::grouped_gemm_fp8_nn", mutates_args=())
 def _nn(
     dy_RN: Tensor, scales_Rn: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
-    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
-    return _by_rows(dy_RN, scales_Rn, w_ENK.mT, scales_Enk.mT, ends_E, counts_E, out_dtype)
+    return _by_rows(
+        dy_RN, scales_Rn, w_ENK.mT, scales_Enk.mT, ends_E, counts_E, out_dtype, implementation
+    )
 
 
 @_nn.register_fake
 def _(
     dy_RN: Tensor, scales_Rn: Tensor, w_ENK: Tensor, scales_Enk: Tensor,
-    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
     return dy_RN.new_empty(dy_RN.shape[0], w_ENK.shape[2], dtype=out_dtype)
 
@@ -162,10 +187,11 @@ def _(
 def _tn(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, align: int,
+    implementation: str,
 ) -> Tensor:  # fmt: skip
     shape = (len(ends_E), dy_RN.shape[1], x_RK.shape[1])
     dw_ENK = x_RK.new_empty(shape, dtype=out_dtype)
-    _by_groups(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, dw_ENK, align)
+    _by_groups(dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E, dw_ENK, align, implementation)
     return dw_ENK
 
 
@@ -173,6 +199,7 @@ def _tn(
 def _(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
     ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, align: int,
+    implementation: str,
 ) -> Tensor:  # fmt: skip
     shape = (ends_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     return x_RK.new_empty(shape, dtype=out_dtype)
@@ -180,7 +207,7 @@ def _(
 
 def _by_rows(
     a_RK: Tensor, scales_Rk: Tensor, b_ENK: Tensor, scales_Enk: Tensor,
-    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
     """`a[r] @ b[e].T` for the rows of group e."""
     (R, K), N = a_RK.shape, b_ENK.shape[1]
@@ -194,8 +221,7 @@ def _by_rows(
                 a = operand(a_RK[rows], scales[0], (1, BLOCK), dtype)
                 multiply(a, operand(b_ENK[e], scales[1], (BLOCK, BLOCK), dtype).T, c_RN[rows])
         return c_RN
-    from kernels.grouped_gemm.grouped_gemm_triton import by_rows
-
+    by_rows, _ = _kernels(implementation)
     fp8_dtype(a_RK.device)  # raises on devices without FP8
     c_RN = a_RK.new_empty(R, N, dtype=out_dtype)
     if not K:
@@ -208,11 +234,10 @@ def _by_rows(
 
 def _by_groups(
     dy_RN: Tensor, scales_gN: Tensor, x_RK: Tensor, scales_gK: Tensor,
-    ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor, align: int,
+    ends_E: Tensor, counts_E: Tensor, dw_ENK: Tensor, align: int, implementation: str,
 ) -> None:  # fmt: skip
     if device.on_accelerator(x_RK):
-        from kernels.grouped_gemm.grouped_gemm_triton import by_groups
-
+        _, by_groups = _kernels(implementation)
         fp8_dtype(x_RK.device)  # raises on devices without FP8
         if dw_ENK.numel() and len(x_RK):
             operands = dy_RN, scales_gN, x_RK, scales_gK, ends_E, counts_E
@@ -233,12 +258,25 @@ def _by_groups(
             dw_ENK[e].zero_()
 
 
+def _kernels(implementation: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Launchers of outputs by rows and by experts, imported when needed: a CPU has no Triton."""
+    if implementation == "gluon":
+        dense_kernel(implementation)  # raises if Triton has no Gluon
+        from kernels.grouped_gemm import grouped_gemm_fp8_gluon as gluon
+
+        return gluon.by_rows, gluon.by_groups
+    from kernels.grouped_gemm.grouped_gemm_triton import by_groups, by_rows
+
+    return by_rows, by_groups
+
+
 def _check_rows(
     name: str, a: Tensor, scales_a: Tensor, w: Tensor, scales_w: Tensor, summed: int,
-    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype,
+    ends_E: Tensor, counts_E: Tensor, out_dtype: torch.dtype, implementation: Implementation,
 ) -> None:  # fmt: skip
     grid_a = [a.shape[0], -(-a.shape[1] // BLOCK)]
-    problem = _problem_of_groups(a, w, ends_E, counts_E, w.shape[0], out_dtype)
+    problem = problem_of_implementation(implementation, a)
+    problem = problem or _problem_of_groups(a, w, ends_E, counts_E, w.shape[0], out_dtype)
     if w.dim() != 3 or a.shape[1] != w.shape[summed]:
         problem = f"cannot sum over {a.shape[1]} of {list(a.shape)} and {list(w.shape)}"
     elif list(scales_a.shape) != grid_a or scales_a.dtype != torch.float32:

@@ -226,7 +226,8 @@ def _backward(  # type: ignore[no-untyped-def]
     block = tl.program_id(0).to(tl.int64)
     at_column = tl.program_id(1)
     columns = at_column * BLOCK + tl.arange(0, BLOCK)
-    first, true_end, end = block * BLOCK, R.to(tl.int64), R.to(tl.int64)
+    rows_in_all = tl.cast(R, tl.int64)  # a constant if there is one row
+    first, true_end, end = block * BLOCK, rows_in_all, rows_in_all
     if ends_ptr is not None:
         first, true_end, end = _place(ends_ptr, counts_ptr, n_groups, block, BLOCK, GROUPS)
     # from here on rows count from the block's first, in 32 bits

@@ -11,8 +11,7 @@ import triton
 
 from configs.command_line import CommandParser
 from scripts.kernel_table import elementwise, fp8, grouped, moe, paged_attention, swiglu
-from scripts.kernel_table.case import TARGETS, Case, fp8_of
-from scripts.kernel_table.offline import Build, offline
+from scripts.kernel_table.case import Case, build
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
@@ -22,13 +21,6 @@ FAMILIES = (fp8, grouped, swiglu, elementwise, moe, paged_attention)
 def cases() -> list[Case]:
     """Every kernel with every configuration that its launcher can choose."""
     return [case for family in FAMILIES for case in family.cases()]
-
-
-def build(case: Case, target: str) -> Build:
-    """Compile one case for one target."""
-    with offline(*TARGETS[target]) as builds:
-        case.launch(fp8_of(target))
-    return builds[case.index]  # a grouped product first launches the schedule of its tiles
 
 
 def table() -> list[str]:

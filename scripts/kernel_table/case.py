@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from scripts.kernel_table.offline import Build, offline
+
 TARGETS: dict[str, tuple[str, int | str]] = {
     "sm_90": ("cuda", 90),
     "sm_100": ("cuda", 100),
@@ -44,3 +46,10 @@ class Case:
 def fp8_of(target: str) -> torch.dtype:
     """The e4m3 of a target."""
     return torch.float8_e4m3fnuz if target == "gfx942" else torch.float8_e4m3fn
+
+
+def build(case: Case, target: str) -> Build:
+    """Compile one case for one target."""
+    with offline(*TARGETS[target]) as builds:
+        case.launch(fp8_of(target))
+    return builds[case.index]  # a grouped product first launches the schedule of its tiles

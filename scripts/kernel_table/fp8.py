@@ -32,16 +32,18 @@ def cases() -> list[Case]:
                 everyday = out == ("bf16" if layout == "nt" else "fp32")
                 launch = partial(_gemm, gemm_fp8_triton.gemm, layout, out, tile=tile)
                 found.append(Case(name, launch, True, everyday))
-    for layout in ("nt", "tn"):
-        for out in ("bf16", "fp32"):
-            launch = partial(_gemm, gemm_fp8_gluon.gemm, layout, out)
-            everyday = out == ("bf16" if layout == "nt" else "fp32")
-            found.append(Case(f"gemm_fp8_{layout} Gluon {out}", launch, True, everyday, ("sm_90",)))
+    for rows in gemm_fp8_gluon.SLOTS:
+        for layout in ("nt", "tn"):
+            for out in ("bf16", "fp32"):
+                launch = partial(_gemm, gemm_fp8_gluon.gemm, layout, out, rows=rows)
+                everyday = rows == 256 and out == ("bf16" if layout == "nt" else "fp32")
+                name = f"gemm_fp8_{layout} Gluon {rows}x128 {out}"
+                found.append(Case(name, launch, True, everyday, ("sm_90",)))
     return found
 
 
 def _gemm(
-    launcher: Callable[..., None], layout: str, out: str, fp8: torch.dtype, **options: Tile
+    launcher: Callable[..., None], layout: str, out: str, fp8: torch.dtype, **options: Tile | int
 ) -> None:
     """NN is NT on transposed views: the same machine code."""
     blocks = SIZE // 128

@@ -9,8 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.gemm import gemm_fp8_gluon
 from kernels.gemm.gemm_fp8_triton import TILES, Tile
 from kernels.group_schedule import schedule
+from kernels.grouped_gemm import grouped_gemm_fp8_gluon
 from kernels.grouped_gemm.grouped_gemm_triton import BF16_TILES, by_groups, by_rows
 from kernels.quantization import quantize_triton
 from scripts.kernel_table.case import SIZE, Case
@@ -38,6 +40,19 @@ def cases() -> list[Case]:
             launch = partial(_fp8_by_groups, ends, align, out)
             # without alignment there is no TMA, which `multiplies` requires
             found.append(Case(name, launch, align > 1, out != "bf16"))
+    for rows in gemm_fp8_gluon.SLOTS:
+        for out in ("bf16", "fp32"):
+            launch = partial(_gluon_by_rows, ends, out, rows)
+            name, everyday = f"Gluon {rows}x128 {out}", rows == 256
+            found.append(
+                Case(f"grouped_gemm_fp8_nt {name}", launch, True, everyday and out == "bf16",
+                     ("sm_90",))
+            )  # fmt: skip
+            launch = partial(_gluon_by_groups, ends, out, rows)
+            found.append(
+                Case(f"grouped_gemm_fp8_tn {name}", launch, True, everyday and out == "fp32",
+                     ("sm_90",))
+            )  # fmt: skip
     for tile in BF16_TILES:
         for layout in ("nt", "nn"):
             name = f"grouped_gemm_{layout} {tile.rows}x{tile.columns} bf16"
@@ -73,6 +88,20 @@ def _fp8_by_rows(ends: Tensor, out: str, tile: Tile, fp8: torch.dtype) -> None:
 def _fp8_by_groups(ends: Tensor, align: int, out: str, fp8: torch.dtype) -> None:
     a, scales = torch.empty(SIZE, SIZE, dtype=fp8).T, torch.empty(BLOCKS + EXPERTS, SIZE)
     by_groups(a, scales, a, scales, ends, ends, _experts(out), align)
+
+
+def _gluon_by_rows(ends: Tensor, out: str, rows: int, fp8: torch.dtype) -> None:
+    a, w = torch.empty(SIZE, SIZE, dtype=fp8), torch.empty(EXPERTS, SIZE, SIZE, dtype=fp8)
+    scales_a, scales_w = torch.empty(BLOCKS, SIZE).T, torch.empty(EXPERTS, BLOCKS, BLOCKS)
+    c = torch.empty(SIZE, SIZE, dtype=torch.bfloat16 if out == "bf16" else torch.float32)
+    grouped_gemm_fp8_gluon.by_rows(a, scales_a, w, scales_w, ends, ends, c, rows=rows)
+
+
+def _gluon_by_groups(ends: Tensor, out: str, rows: int, fp8: torch.dtype) -> None:
+    a, scales = torch.empty(SIZE, SIZE, dtype=fp8).T, torch.empty(BLOCKS + EXPERTS, SIZE)
+    grouped_gemm_fp8_gluon.by_groups(
+        a, scales, a, scales, ends, ends, _experts(out), 128, rows=rows
+    )
 
 
 def _by_rows(

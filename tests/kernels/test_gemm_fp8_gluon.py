@@ -137,7 +137,7 @@ def test_a_deadlock_is_seen() -> None:
 
 def test_too_few_slots_released_is_seen() -> None:
     """A loader that waits for three groups where there are two stops when the ring is full."""
-    arguments = operands("nt", 10, 10, 128 * (gemm_fp8_gluon.SLOTS + 1))
+    arguments = operands("nt", 10, 10, 128 * (gemm_fp8_gluon.SLOTS[128] + 1))
     shipped = Barrier.add
 
     def add(self: Barrier, arrivals: int, bytes: int) -> None:

@@ -150,3 +150,20 @@ def test_added_rows_change_no_bit() -> None:
             assert torch.equal(torch.mm(x[: n + added], w.T)[:n], alone)
             behind = [torch.cat([t, torch.zeros(added, t.shape[1]).bfloat16()]) for t in (y, x[:n])]
             assert torch.equal(torch.mm(behind[0].T, behind[1]), sums)
+
+
+def test_zero_rows_stay_zero_beside_an_infinite_weight() -> None:
+    """Rounded sizes multiply zero rows too, and zero times infinity is NaN."""
+    groups, end = layout([(40, 24), (0, 8), (17, 47), (70, 0)])
+    x, w = torch.zeros(end, K).bfloat16(), torch.ones(len(groups), N, K).bfloat16()
+    for rows in groups:
+        x[rows] = 1
+    w[:, 0, 0] = math.inf
+    y = torch.full((end, N), math.nan).bfloat16()
+    with mock.patch.object(cpu, "measured_costs", lambda: cpu.Costs(1e9, 1e-3)):
+        cpu.multiply_rows(x, w, groups, y)
+    true = torch.zeros(end, dtype=torch.bool)
+    for rows in groups:
+        true[rows] = True
+    assert (y[~true] == 0).all()
+    assert (y[true, 0] == math.inf).all() and (y[true, 1:] == K).all()

@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gluon_language
+from triton.runtime.jit import JITFunction
 
 from kernels.gemm import gemm_fp8_gluon
 
@@ -145,6 +146,9 @@ class Shared:
     def slice(self, start: int, length: int) -> "Shared":
         return Shared(self.data[start : start + length])
 
+    def load(self, layout: object) -> Tensor:
+        return self.data.clone()
+
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.data.permute(order))
 
@@ -164,7 +168,7 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
 
 def _load(at: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
     if mask is None:
-        return at.memory[at.offset]
+        return at.memory[at.offset].clone()
     out = torch.full(mask.shape, other, dtype=at.memory.dtype)
     out[mask] = at.memory[at.offset.expand(mask.shape)[mask]]
     return out
@@ -190,7 +194,9 @@ def _language(program: int, programs: int, schedule: Schedule) -> SimpleNamespac
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         expand_dims=torch.unsqueeze, convert_layout=lambda x, layout: x, load=_load, store=_store,
         allocate_shared_memory=_allocate, warp_specialize=warp_specialize,
-        NVMMADistributedLayout=nothing, SliceLayout=nothing, BlockedLayout=nothing,
+        where=torch.where, inline_asm_elementwise=lambda asm, constraints, args, **options: args[0],
+        int32=torch.int32, NVMMADistributedLayout=nothing, SliceLayout=nothing,
+        BlockedLayout=nothing,
         NVMMASharedLayout=gluon_language.NVMMASharedLayout,
     )  # fmt: skip
 
@@ -208,12 +214,15 @@ def _operations(schedule: Schedule) -> dict[str, Any]:
 
     def copy(source: Any, corner: list[int], barrier: Barrier, to: Shared) -> None:
         def happen() -> None:
-            (R, K), (row, k) = source.base.shape, corner
-            part = source.base[row : row + to.data.shape[0], k : k + to.data.shape[1]]
-            assert 0 <= row < R and 0 <= k < K, "a copy from beyond the tensor"
+            places = zip(corner, source.base.shape, strict=True)
+            assert all(0 <= at < size for at, size in places), "a copy from beyond the tensor"
+            lengths = to.data.shape
+            part = source.base[
+                tuple(slice(at, at + n) for at, n in zip(corner, lengths, strict=True))
+            ]
             to.data.zero_()
-            to.data[: part.shape[0], : part.shape[1]] = part
-            barrier.add(0, -to.data.numel())
+            to.data[tuple(slice(n) for n in part.shape)] = part
+            barrier.add(0, -to.data.numel() * to.data.element_size())
 
         schedule.pending.append(happen)
         schedule.pause()
@@ -233,6 +242,7 @@ def _operations(schedule: Schedule) -> dict[str, Any]:
             init=init, wait=wait, arrive=arrive, MBarrierLayout=lambda: None,
             expect=lambda barrier, bytes: barrier.add(1, bytes),
         ),
+        "fence_async_shared": lambda: None,
         "_load": copy, "warpgroup_mma": multiply, "warpgroup_mma_wait": multiply_wait,
     }  # fmt: skip
 
@@ -261,7 +271,9 @@ def _argument(x: Any) -> Any:
     if isinstance(x, Tensor):
         return Pointer.to(x)
     if hasattr(x, "base"):
-        return SimpleNamespace(base=x.base, dtype=x.base.dtype, layout=x.layout)
+        return SimpleNamespace(
+            base=x.base, dtype=x.base.dtype, layout=x.layout, block_shape=x.block_shape
+        )
     return x
 
 
@@ -270,8 +282,9 @@ def executed(seed: int, idle: int = 0) -> Iterator[None]:
     """Context in which kernel launches run here. idle: programs in addition to those that the
     launcher requests."""
     plain = {
-        name: getattr(gemm_fp8_gluon, name).fn
-        for name in ("_corner", "_fill", "_multiply", "_store")
+        name: function.fn
+        for name, function in vars(gemm_fp8_gluon).items()
+        if isinstance(function, JITFunction) and name != "_gemm"
     }
     kernel = _Kernel(gemm_fp8_gluon._gemm.fn, seed, idle)
     with mock.patch.multiple(gemm_fp8_gluon, _gemm=kernel, **plain):
