@@ -12,7 +12,6 @@ from kernels.quantization import quantize
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "quantize"
 SHAPES = [(4096, 7168), (16384, 7168), (8192, 2048), (16640, 16384)]
 
 
