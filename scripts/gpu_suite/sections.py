@@ -21,7 +21,7 @@ SECTIONS = [
     Section("gemm", gemm.check, gemm.measure, shares=4, requires=("gluon",)),
     Section("grouped", grouped.check, grouped.measure, shares=4),
     Section("moe", moe.check, moe.measure, shares=2),
-    Section("attention", attention.check, attention.measure),
+    Section("attention", attention.check, attention.measure, shares=0),
     Section("serve", serve.check, serve.measure),
     Section("quantize", quantize.check, quantize.measure, 60, 60),
     Section("layers", layers.check, layers.measure, 60, 60),

@@ -9,10 +9,12 @@ share its state. So even the question whether there is a GPU belongs into such a
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import selectors
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -114,6 +116,9 @@ def _run(work: Callable[[Send], None], writer: int, printed: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+        if faulthandler.is_enabled():
+            faulthandler.enable(sys.stderr)
 
         def send(value: dict[str, Any]) -> None:
             left = memoryview(json.dumps(value).encode() + b"\n")

@@ -26,7 +26,7 @@ OVER = "the time of the suite is over"
 _COMPILE = "compile "
 _HEADING = "| case | implementation | ms | rate | ours is faster by |\n|---|---|---|---|---|"
 _SHARE_TO_COMPILE = 1 / 3
-_LEAST_S = 3.0
+_LEAST_S = 2.0
 """With less time left no further process is started."""
 
 
@@ -121,12 +121,11 @@ class Suite:
         ]
         limit_s = min(section.measure_s for section in sections) if sections else 0.0
         limit_s = min(limit_s, self.left_s() * _SHARE_TO_COMPILE)
-        if place.device.type == "cuda" or place.dry_run:
-            tasks += [
-                (f"{_COMPILE}{section.name}", compiling(section, place, i, threads), limit_s)
-                for section in sections
-                for i in range(section.shares)
-            ]
+        tasks += [
+            (f"{_COMPILE}{section.name}", compiling(section, place, i, threads), limit_s)
+            for section in sections
+            for i in range(section.shares > 1 if place.dry_run else section.shares)
+        ]
         for process, value in self._processes(tasks, at_once):
             name = process.name.split(" ", 1)[1]
             if value is not None and "compiled_s" in value:
