@@ -33,7 +33,7 @@ def check(place: Place) -> Iterator[Check]:
     torch.manual_seed(0)
     for name, (H, G, C, V) in HEADS.items():
         if place.dry_run:
-            H, G = 2, 1 if H != G else 2
+            H, G, C, V = 2, 1 if H != G else 2, C // 8, V // 8
         for limit, (window, chunk) in LIMITS.items():
             for dtype in [torch.float32] if place.dry_run else [torch.bfloat16, torch.float32]:
                 yield from _check(f"{name}{limit}", (H, G, C, V), window, chunk, dtype, place)
