@@ -67,6 +67,8 @@ class DocumentAttention:
         self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
         is_plain = sinks_H is None and not (self.has_boundaries or any(self._limits(layer)))
+        # torch may choose a kernel whose gradient has no fixed order of additions
+        is_plain &= not torch.are_deterministic_algorithms_enabled()
         if not is_plain and _computes_together(q_THC, v_TGV):
             return self._varlen(layer, q_THC, k_TGC, v_TGV, sinks_H)
         if self.in_pieces and not (is_plain and q_THC.device.type != "cpu"):

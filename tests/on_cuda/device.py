@@ -22,7 +22,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.distributed.fsdp._fully_shard import _fully_shard
 
+from configs.parallel_dims import ParallelDims
+from parallel import mesh as meshes
 from parallel.memory import model as traced_model
 from parallel.memory import tracker as tracking
 from parallel.memory.model import TracedModel
@@ -243,16 +246,26 @@ def cuda_without_cuda() -> Iterator[None]:
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
         stack.enter_context(patch.object(tracking, "Traced", OnDevice))
         stack.enter_context(patch.object(traced_model, "MemoryTracker", CudaTracker))
+        stack.enter_context(patch.object(traced_model.meshes, "build", _meshes))
+        # FSDP2 allocates while it is applied, outside of the mode
+        stack.enter_context(patch.object(_fully_shard, "_get_device_from_mesh", lambda _: CPU))
         stack.enter_context(patch.object(TracedModel, "_watch_group", _on_cuda))
         yield
 
 
-_watch_group = TracedModel._watch_group
+_watch_group, _build = TracedModel._watch_group, meshes.build
+
+
+def _meshes(dims: ParallelDims, _: str) -> meshes.Mesh:
+    """Meshes of ranks that do not exist, whose tensors are on CUDA."""
+    made = _build(dims, "cpu")
+    for mesh in (made.dense, made.whole, made.expert):
+        mesh._device_type = "cuda"
+    return made
 
 
 def _on_cuda(model: TracedModel, group: Any) -> None:
-    """FSDP2 allocates on the device of its mesh, and the meshes of ranks that do not exist are
-    those of a CPU."""
+    """From here on FSDP2 allocates on CUDA."""
     for part in (group, *group.fsdp_params):
         part.device = CUDA
     _watch_group(model, group)

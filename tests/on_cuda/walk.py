@@ -170,7 +170,14 @@ def _serve(walk: Walk, tracker: CudaTracker) -> None:
     for router in routers(model):
         router.float_bias()
     with tracker, torch.inference_mode(), graphs():
-        model.to_empty(device=CUDA)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    given = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
+                    module._parameters[name] = torch.nn.Parameter(given, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.zeros_like(buffer, device=CUDA)
         cache = KvCache(config, 40, 16, torch.bfloat16, CUDA)
         runner = CudaRunner(model, cache, 4, 8)
         tracker.reads.clear()
