@@ -129,7 +129,7 @@ class CudaTracker(MemoryTracker):
             issubclass(kind, torch.distributed.tensor.DTensor) for kind in types
         ):
             return super().__torch_dispatch__(operation, types, args, kwargs)
-        if operation is _aten._pin_memory.default:
+        if operation in (_aten._pin_memory.default, _aten.pin_memory.default):
             return args[0]
         given = [*_tensors(args), *_tensors(kwargs)]
         before, self.where = self.where, self._place(operation, args, kwargs, given)
