@@ -247,7 +247,10 @@ class _Gradients:
             self.grad_sinks -= (delta_GM1.view(H, n, 1) * sunk_Hn1).sum((1, 2))
         self._sum(self.grad_v[b, :, keys], probs_GMl.transpose(1, 2), grad_GMV)
         if self._buffers[0].shape != probs_GMl.shape:
-            self._buffers = torch.empty_like(probs_GMl), torch.empty_like(probs_GMl, dtype=torch.float32)
+            self._buffers = (
+                torch.empty_like(probs_GMl),
+                torch.empty_like(probs_GMl, dtype=torch.float32),
+            )
         grad_probs, grad_scores = self._buffers
         torch.bmm(grad_GMV, v_GlV.transpose(1, 2), out=grad_probs)
         torch.sub(grad_probs, delta_GM1, out=grad_scores)

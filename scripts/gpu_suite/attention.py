@@ -96,15 +96,15 @@ def _measure(
             raise RuntimeError("its mask is too large")
         parts = [x.unflatten(0, (B, length)).transpose(1, 2) for x in (q, k, v)]
         mask = core.mask(layer)
-        out = document_attention_reference(
-            parts[0], parts[1], parts[2], mask, layer.scale, sinks_H
-        )
+        out = document_attention_reference(parts[0], parts[1], parts[2], mask, layer.scale, sinks_H)
         return out.transpose(1, 2).flatten(0, 1)
 
     def alone(q: Tensor, k: Tensor, v: Tensor, _: None = None) -> Tensor:
         rows = [n for _ in range(B) for n in _lengths(length, document)]
         out = [
-            document_attention_reference(*(x.transpose(0, 1)[None] for x in part), None, layer.scale)
+            document_attention_reference(
+                *(x.transpose(0, 1)[None] for x in part), None, layer.scale
+            )
             for part in zip(*(x.split(rows) for x in (q, k, v)), strict=True)
         ]
         return torch.cat([each[0].transpose(0, 1) for each in out])

@@ -95,7 +95,8 @@ class Timing:
         ours = next(iter(self.milliseconds.values()))
         for name, milliseconds in self.milliseconds.items():
             ratio, note = f"{milliseconds / ours:.2f}", " (host)" * (name in self.host_bound)
-            yield f"| {self.case} | {name}{note} | {milliseconds:.4f} | {self.rate(name)} | {ratio} |"
+            rate = self.rate(name)
+            yield f"| {self.case} | {name}{note} | {milliseconds:.4f} | {rate} | {ratio} |"
         for name, reason in self.missing.items():
             yield f"| {self.case} | {name} | not run: {reason} | | |"
 

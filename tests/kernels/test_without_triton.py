@@ -21,7 +21,8 @@ for name in [name for name in sys.modules if name.startswith("triton.")]:
     del sys.modules[name]
 import serve.api.app, serve.cuda.runner, serve.engine.core, scripts.validate
 from train.__main__ import main
-sys.argv = ["train", {tiny!r}, "--train.steps=1", "--precision.recipe=fp8_blockwise",
+sys.argv = ["train", {tiny!r}, "--train.steps=1", "--schedule.warmup_steps=0",
+            "--precision.recipe=fp8_blockwise",
             "--model.d_model=128", "--model.attention.head_dim=128", "--model.moe.d_expert=128",
             "--run.dir={folder}"]
 sys.exit(main(sys.argv[1:]))
@@ -40,6 +41,10 @@ def test_cuda_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: 0)
-    for start in (ranks.start_ranks, lambda: loading._device("cuda"), lambda: loading._device("auto")):
+    for start in (
+        ranks.start_ranks,
+        lambda: loading._device("cuda"),
+        lambda: loading._device("auto"),
+    ):
         with pytest.raises(UserError, match="pip install 'triton"):
             start()

@@ -7,8 +7,8 @@
   the result must be that of the operator's fake form.
 - What makes the host wait for the device is recorded with its place in our code.
 
-Small integer tensors have data, since splits of exchanges depend on it. The choice of experts, which
-a kernel without data cannot compute, is the even one.
+Small integer tensors have data, since splits of exchanges depend on it. The choice of experts,
+which a kernel without data cannot compute, is the even one.
 """
 
 import traceback
@@ -39,7 +39,7 @@ _WAITING = (
     _aten._unique2.default, _aten.repeat_interleave.Tensor, _aten.bincount.default,
 )  # fmt: skip
 """Operations that read their result's size, or a value, on the host."""
-_COPIES = (_aten._to_copy.default, _aten.copy_.default, _aten.to.device)
+_COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 """Operations of aten that may have indices on the host."""
 
@@ -62,7 +62,7 @@ def place_of() -> str:
 class OnDevice(Traced):
     """A tensor that reports where it is."""
 
-    where: torch.device
+    place: torch.device
     made_at = ""
     """The operation and the place in our code, of a tensor on the host."""
 
@@ -73,15 +73,15 @@ class OnDevice(Traced):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.where
+        return self.place
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
-        return self.where.type == "cuda"
+        return self.place.type == "cuda"
 
     @property
     def is_cpu(self) -> bool:  # type: ignore[override]
-        return self.where.type == "cpu"
+        return self.place.type == "cpu"
 
     def data_ptr(self) -> int:
         """Storages begin at multiples of 512, as in torch's allocator."""
@@ -89,7 +89,7 @@ class OnDevice(Traced):
         return (storage << 9) + self.content.storage_offset() * self.itemsize
 
     def tolist(self) -> Any:
-        if self.where == CUDA:
+        if self.place == CUDA:
             self.storage_.tracker.reads[f"{place_of()} tolist"] += 1  # type: ignore[attr-defined]
         return super().tolist()
 
@@ -108,7 +108,7 @@ class CudaTracker(MemoryTracker):
         """Places where the host waits for the device."""
         self.operators: Counter[str] = Counter()
         """Our operators that ran."""
-        self.where = CUDA
+        self.place = CUDA
         """Of the next results."""
         self.running: Any = None
         """The operation."""
@@ -116,8 +116,8 @@ class CudaTracker(MemoryTracker):
     def wrap(self, content: Tensor) -> Traced:
         made = super().wrap(content)
         assert isinstance(made, OnDevice)
-        made.where = self.where
-        if self.where == CPU:
+        made.place = self.place
+        if self.place == CPU:
             made.made_at = f", made by {self.running} at {place_of()}"
         return made
 
@@ -131,16 +131,18 @@ class CudaTracker(MemoryTracker):
             return super().__torch_dispatch__(operation, types, args, kwargs)
         if operation in (_aten._pin_memory.default, _aten.pin_memory.default):
             return args[0]
+        if operation.namespace == "aten" and operation._schema.name == "aten::to":
+            operation, args, kwargs = _as_copy(args, kwargs)  # in inference mode
         given = [*_tensors(args), *_tensors(kwargs)]
-        before, self.where = self.where, self._place(operation, args, kwargs, given)
+        before, self.place = self.place, self._place(operation, args, kwargs, given)
         self.running = operation
         try:
             self._note_reads(operation, args, kwargs, given)
-            if operation.namespace == "phalanx" and self.where == CUDA:
+            if operation.namespace == "phalanx" and self.place == CUDA:
                 return self._operator(operation, args, kwargs)
             return super().__torch_dispatch__(operation, types, args, kwargs)
         finally:
-            self.where = before
+            self.place = before
 
     def _place(self, operation: Any, args: Any, kwargs: Any, given: list[Tensor]) -> torch.device:
         """The device of the results. Raises Fault for tensors of several devices."""
@@ -284,7 +286,20 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 def _device_of(x: Tensor) -> torch.device:
     """Tensors outside of the mode are on the host."""
-    return x.where if isinstance(x, OnDevice) else CPU
+    return x.place if isinstance(x, OnDevice) else CPU
+
+
+def _as_copy(args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """`Tensor.to` in any of its forms, as the copy that it makes."""
+    made = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
+    for x in args[1:]:
+        if isinstance(x, torch.dtype):
+            made["dtype"] = x
+        elif isinstance(x, (torch.device, str)):
+            made["device"] = torch.device(x)
+        elif isinstance(x, Tensor):
+            made |= {"dtype": x.dtype, "device": _device_of(x)}
+    return _aten._to_copy.default, args[:1], made
 
 
 def _content(x: Any) -> Any:

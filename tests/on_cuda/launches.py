@@ -73,8 +73,8 @@ def _check(name: str, argument: Any) -> None:
         if argument.strides[-1] != 1:
             raise Fault(f"{place_of()}: {name}: TMA needs contiguous rows")
     elif isinstance(argument, Tensor):
-        if not isinstance(argument, OnDevice) or argument.where != CUDA:
-            where = argument.where if isinstance(argument, OnDevice) else argument.device
+        if not isinstance(argument, OnDevice) or argument.place != CUDA:
+            where = argument.place if isinstance(argument, OnDevice) else argument.device
             raise Fault(f"{place_of()}: {name}: a kernel cannot read memory of {where}")
         if argument.dtype == torch.float64:
             raise Fault(f"{place_of()}: {name}: fp64, which no kernel of ours computes in")

@@ -9,7 +9,6 @@ import json
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,17 +32,20 @@ from tests.on_cuda.device import CUDA, CudaTracker, cuda_without_cuda
 from tests.on_cuda.launches import checked_launches
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SMALL = ("--data.seq_len=128", "--train.micro_batch=2", "--train.steps=1")
+SMALL = (
+    "--data.seq_len=128", "--train.micro_batch=2", "--train.steps=1", "--schedule.warmup_steps=0",
+)  # fmt: skip
 FAMILIES = sorted(path.stem for path in (CONFIGS / "tiny").glob("*.toml"))
 TRUE_SIZES = ("qwen3_30b_a3b", "deepseek_v3_671b", "mixtral_8x7b", "gpt_oss_20b")
 DISPATCH = {
     "": (), "sync_free": ("--parallel.dispatch.kind=sync_free",),
     "hierarchical": ("--parallel.dispatch.kind=hierarchical", "--parallel.dispatch.node_size=2"),
-    "fp8 rows": ("--parallel.dispatch.dispatch_dtype=fp8", "--parallel.dispatch.combine_grad_dtype=fp8"),
+    "fp8 rows": tuple(f"--parallel.dispatch.{x}_dtype=fp8" for x in ("dispatch", "combine_grad")),
     "chunks": ("--parallel.dispatch.chunks=2",),
 }  # fmt: skip
 RECOMPUTE = {
-    "": (), "full": ("--parallel.recompute=full",), "selective": ("--parallel.recompute=selective",),
+    "": (), "full": ("--parallel.recompute=full",),
+    "selective": ("--parallel.recompute=selective",),
     "swiglu": ("--parallel.recompute_swiglu=true",),
 }  # fmt: skip
 
@@ -163,7 +165,8 @@ def _batch(walk: Walk) -> list[str]:
 
 def _serve(walk: Walk, tracker: CudaTracker) -> None:
     """A prompt in two chunks beside a decode, then a decode step as a graph."""
-    changes = ["--model.vocab_size=320"] if walk.experiment.startswith("tiny/") else []
+    is_tiny = walk.experiment.startswith("tiny/")
+    changes = ["--model.vocab_size=320"] if is_tiny else ["--model.n_layers=4"]
     config = load(CONFIGS / f"{walk.experiment}.toml", [*changes, "--model.mtp_depth=0"]).model
     with torch.device("meta"):
         model = Decoder(config).to(torch.bfloat16).eval()

@@ -183,8 +183,10 @@ def test_the_sanitizer_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sanitizer, "FOLDERS", (str(tmp_path),))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert sanitizer.installed() is None
-    tool.write_text('#!/bin/sh\n[ "$2" = synccheck ] && echo "ERROR SUMMARY: 3 errors" && exit 1\n'
-                    '[ "$2" = memcheck ] && echo "ERROR SUMMARY: 0 errors" || echo "no device"\n')  # fmt: skip
+    tool.write_text(
+        '#!/bin/sh\n[ "$2" = synccheck ] && echo "ERROR SUMMARY: 3 errors" && exit 1\n'
+        '[ "$2" = memcheck ] && echo "ERROR SUMMARY: 0 errors" || echo "no device"\n'
+    )
     tool.chmod(0o755)
     results = sanitizer.check(CPU)
     assert next(results).passed

@@ -185,7 +185,9 @@ def test_a_section_for_another_device_is_no_failure(tmp_path: Path) -> None:
         Section("reader", passing, reader, requires=("other",)),
     )  # fmt: skip
     assert seen.read_text() == "other", "what depends on it is notified"
-    assert is_sound(report) and any("unsupported after 0 results: needs a Hopper" in x for x in lines)
+    assert is_sound(report) and any(
+        "unsupported after 0 results: needs a Hopper" in x for x in lines
+    )
     sections = [Section(name, passing, requires=("a",) * (name == "b")) for name in "abc"]
     assert [section.name for section in chosen(sections, ["b"])] == ["a", "b"]
 

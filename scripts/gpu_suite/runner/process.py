@@ -1,4 +1,4 @@
-"""A function in a forked process of its own, with a time limit, that sends results as it finds them.
+"""A function in a forked process of its own, with a time limit, that sends what it finds.
 
 An illegal memory address ends all work of a process on its GPU, and a barrier that never completes
 never returns. Here either ends one process: the results that it sent before are kept, and the

@@ -3,9 +3,11 @@
 | part | processes | ends |
 |---|---|---|
 | facts about the device | one | |
-| checks of all sections, and one run of every measured kernel, so that it is compiled | as many as cores | limits of the sections; compilation: a third of the time |
+| checks, and one run of what is measured, to compile it | one per core | limits of the sections |
 | times, in the order of `sections` | one at a time | limits of the sections |
 | checks that need the machine for themselves | one at a time | limits of the sections |
+
+Compilation ends after a third of the time.
 
 Sections with failed checks are measured last, and their figures are marked: they are those of a
 wrong kernel, or of a limit that is too narrow. What no longer fits into the time is named.
@@ -160,9 +162,7 @@ class Suite:
             elif value is None or "compiled_s" not in value:
                 self._end(section.name, "measure", process, value)
 
-    def _end(
-        self, name: str, part: str, process: Process, value: dict[str, Any] | None
-    ) -> None:
+    def _end(self, name: str, part: str, process: Process, value: dict[str, Any] | None) -> None:
         """Note how a part of a section ended, or why it will end."""
         found = self._part(name, part)
         if value is not None:
@@ -210,6 +210,7 @@ class Suite:
 
 def chosen(sections: list[Section], names: list[str]) -> list[Section]:
     """The sections with these names, and those that they require."""
-    required = {other for section in sections if section.name in names for other in section.requires}
+    required = {
+        other for section in sections if section.name in names for other in section.requires
+    }
     return [section for section in sections if section.name in {*names, *required}]
-
