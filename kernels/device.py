@@ -1,5 +1,6 @@
 """Capabilities of the current device, and where Triton runs."""
 
+import importlib.util
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,6 +19,14 @@ def on_accelerator(x: Tensor) -> bool:
     """Whether Triton runs on the device of x. Callers write `device.on_accelerator(x)`, so that
     tests in Triton's interpreter can replace it in one place to return True for a CPU."""
     return x.is_cuda
+
+
+def missing_triton() -> str:
+    """What to install if the kernels for CUDA cannot be imported; empty if they can. On a CPU
+    nothing needs Triton."""
+    if importlib.util.find_spec("triton") is not None:
+        return ""
+    return "the kernels for CUDA need Triton 3.6 to 3.9: pip install 'triton>=3.6,<3.10'"
 
 
 def launching_on(x: Tensor) -> AbstractContextManager[None]:

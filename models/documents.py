@@ -1,20 +1,26 @@
 """The attention core of training: causal, within a document, within a layer's window or chunk.
 
-Long sequences on a CPU are computed in pieces: documents, and parts of them if attention stays
-within chunks. So time and memory are linear in the number of documents, and of windows or chunks of
-a long one. Short documents that follow each other are one piece with a mask. Elsewhere all
-documents of a sequence are computed together, with a mask of `[B, L, L]`.
+Time and memory are linear in the number of documents, and of windows or chunks of a long one:
+
+- On CUDA, in bf16, all documents are computed together by kernels that know where they begin
+  (`kernels.layers.attention_varlen`); without boundaries, windows, chunks and sinks by torch's
+  causal attention.
+- In fp32 on CUDA, and for long sequences on a CPU, in pieces: documents, and parts of them if
+  attention stays within chunks. Short documents that follow each other are one piece with a mask.
+- For short sequences on a CPU all documents of a sequence together, with a mask of `[B, L, L]`.
 
 B sequences, L their length, T = B * L tokens, H query heads, G key/value heads, C head width.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kernels.layers.attention import document_attention
 from kernels.layers.attention_cpu import SHORT
+from kernels.layers.attention_varlen import supports, varlen_attention
 from models.attention import Layer
 
 
@@ -49,6 +55,8 @@ class DocumentAttention:
         self.has_boundaries = len(self._starts) > self.batch
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
+        self._rows: dict[int, tuple[Tensor, int]] = {}
+        """By size of the chunks: first rows of documents, and the length of the longest one."""
 
     def to(self, device: torch.device) -> "DocumentAttention":
         """A copy on another device."""
@@ -58,7 +66,12 @@ class DocumentAttention:
     def __call__(
         self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
-        if self.in_pieces:
+        is_plain = sinks_H is None and not (self.has_boundaries or any(self._limits(layer)))
+        # torch may choose a kernel whose gradient has no fixed order of additions
+        is_plain &= not torch.are_deterministic_algorithms_enabled()
+        if not is_plain and _computes_together(q_THC, v_TGV):
+            return self._varlen(layer, q_THC, k_TGC, v_TGV, sinks_H)
+        if self.in_pieces and not (is_plain and q_THC.device.type != "cpu"):
             return self._by_piece(layer, q_THC, k_TGC, v_TGV, sinks_H)
         q, k, v = (self._split(x) for x in (q_THC, k_TGC, v_TGV))
         out = document_attention(q, k, v, self.mask(layer), layer.scale, sinks_H)
@@ -66,11 +79,13 @@ class DocumentAttention:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether documents are computed one by one."""
-        return self.positions_BL.device.type == "cpu" and self.length > SHORT
+        """Whether documents are computed one by one if they cannot be computed together."""
+        return self.positions_BL.device.type != "cpu" or self.length > SHORT
 
     def prepare(self, layer: Layer) -> None:
-        """Build the masks of a layer, which its first call would build."""
+        """Build the masks of a layer, which its first call would build on a CPU."""
+        if self.positions_BL.device.type != "cpu":
+            return
         if self.in_pieces:
             self.pieces(layer)
         else:
@@ -101,6 +116,28 @@ class DocumentAttention:
         return window, layer.chunk if layer.chunk < self.longest else 0
 
     @torch.compiler.disable
+    def _varlen(
+        self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
+    ) -> Tensor:
+        window, chunk = self._limits(layer)
+        if chunk not in self._rows:
+            starts = [*self._cut_starts(chunk), self.positions_BL.numel()]
+            longest = max(end - start for start, end in pairwise(starts))
+            self._rows[chunk] = _sent(starts, self.positions_BL.device), longest
+        starts_N1, longest = self._rows[chunk]
+        return varlen_attention(
+            q_THC, k_TGC, v_TGV, starts_N1, longest, layer.scale, sinks_H, window
+        )
+
+    def _cut_starts(self, chunk: int) -> list[int]:
+        """First tokens of documents, and of chunks: attention stays within either."""
+        starts = self._starts
+        if not chunk:
+            return starts
+        ends = [*starts[1:], self.positions_BL.numel()]
+        return [i for s, e in zip(starts, ends, strict=True) for i in range(s, e, chunk)]
+
+    @torch.compiler.disable
     def _by_piece(
         self, layer: Layer, q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, sinks_H: Tensor | None
     ) -> Tensor:
@@ -122,11 +159,7 @@ class DocumentAttention:
         return self._pieces[limits]
 
     def _cut(self, window: int, chunk: int) -> list[Piece]:
-        total = self.positions_BL.numel()
-        starts = self._starts
-        if chunk:  # attention stays within a chunk, as within a document
-            ends = [*starts[1:], total]
-            starts = [i for s, e in zip(starts, ends, strict=True) for i in range(s, e, chunk)]
+        total, starts = self.positions_BL.numel(), self._cut_starts(chunk)
         pieces: list[Piece] = []
         begin, n_documents = 0, 0  # of the piece that grows
         for start, end in zip(starts, [*starts[1:], total], strict=True):
@@ -148,6 +181,17 @@ class DocumentAttention:
     def _split(self, x_TXC: Tensor) -> Tensor:
         """`[T, heads, C]` to `[B, heads, L, C]`."""
         return x_TXC.view(self.batch, self.length, *x_TXC.shape[1:]).transpose(1, 2)
+
+
+def _computes_together(q_THC: Tensor, v_TGV: Tensor) -> bool:
+    """Whether one launch computes all documents."""
+    return q_THC.device.type != "cpu" and supports(q_THC, v_TGV.shape[-1])
+
+
+def _sent(values: list[int], device: torch.device) -> Tensor:
+    """int32 on the device. From memory that is not pinned the copy could wait for kernels."""
+    tensor = torch.tensor(values, dtype=torch.int32)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _mask(positions_BL: Tensor, documents_BL: Tensor, window: int, chunk: int) -> Tensor:

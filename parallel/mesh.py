@@ -12,7 +12,9 @@ within a node if they fit.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from configs.parallel_dims import ParallelDims
@@ -47,4 +49,22 @@ def build(parallel_dims: ParallelDims, device_type: str) -> Mesh:
 
 
 def _mesh(device_type: str, **axes: int) -> DeviceMesh:
-    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    """On CUDA the groups have NCCL alone: the default group has gloo, too, for tensors on the host,
+    and would otherwise pass it on to every group, with threads and sockets that none of them
+    uses."""
+    nccl = device_type == "cuda" and has_nccl()
+    backends: Any = dict.fromkeys(axes, NCCL) if nccl else None
+    return init_device_mesh(
+        device_type, tuple(axes.values()), mesh_dim_names=tuple(axes), backend_override=backends
+    )
+
+
+NCCL = "cuda:nccl"
+"""The backend of groups without gloo. Named only `nccl`, torch would divide all backends of the
+default group."""
+
+
+def has_nccl(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether a group, by default all ranks, exchanges tensors on CUDA through NCCL. Ranks that do
+    not exist have torch's `fake` backend."""
+    return "nccl" in dist.get_backend_config(group)

@@ -3,7 +3,7 @@
 The code path is the same for one process and many: without torchrun a one-rank group is created
 from a `HashStore`, so FSDP2 and the collectives run the same code everywhere. On CUDA the default
 group has two backends, NCCL for tensors on the device and gloo for those on the host, so that
-control messages (stop flags, JSON) never wait for the device.
+control messages (stop flags, JSON) never wait for the device; all other groups have NCCL alone.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import UserError
+from kernels.device import missing_triton
 from parallel.allocator import keep_freed_memory
 from parallel.gloo import one_thread_per_group
 from parallel.launch_environment import read_launch_environment
@@ -114,13 +115,15 @@ def start_ranks(threads: int = 0, use_cuda: bool = True) -> Ranks:
                 f"LOCAL_RANK = {placement.local_rank}: this host has "
                 f"{torch.cuda.device_count()} CUDA devices, one for each of its ranks"
             )
+        if problem := missing_triton():
+            raise UserError(problem)
         device, backend = torch.device("cuda", placement.local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     one_thread_per_group()
     store = meet(placement)
-    join(store, backend, placement)
+    join(store, backend, placement, device if device.type == "cuda" else None)
     if placement.world == 1:
         return Ranks(0, 1, device, store)
     _ROLL_CALLS.append(RankMonitor(store, placement))

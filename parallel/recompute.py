@@ -40,6 +40,7 @@ from models.moe import Experts
 _aten, _c10d, _phalanx = torch.ops.aten, torch.ops._c10d_functional, torch.ops.phalanx
 KEEP: dict[str, tuple[Any, ...]] = {
     "attention": (
+        _aten._flash_attention_forward.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,

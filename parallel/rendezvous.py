@@ -11,6 +11,7 @@ import threading
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from configs.errors import UserError
@@ -46,13 +47,21 @@ def meet(placement: LaunchEnvironment) -> dist.Store:
     return attempt
 
 
-def join(store: dist.Store, backend: str, placement: LaunchEnvironment) -> None:
+def join(
+    store: dist.Store, backend: str, placement: LaunchEnvironment,
+    device: torch.device | None = None,
+) -> None:  # fmt: skip
     """Create the default process group. Raises UserError if the ranks do not connect to each
-    other."""
+    other.
+
+    device: the CUDA device of this rank: NCCL then connects now, with an error if it cannot, and
+    derives the groups of the meshes from this one.
+    """
     try:
         dist.init_process_group(
-            backend, store=store, rank=placement.rank, world_size=placement.world
-        )
+            backend, store=store, rank=placement.rank, world_size=placement.world,
+            device_id=device,
+        )  # fmt: skip
     except RuntimeError as error:  # an interface that does not exist, a rank that never connects
         raise UserError(
             f"rank {placement.rank}: cannot join the {placement.world} ranks: {_first(error)}"

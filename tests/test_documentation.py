@@ -37,6 +37,7 @@ NOT_RUN = {
     r"python -m (train|serve)": "a name within a sentence",
     r"python -m scripts\.gpu_suite.*": _GPU,
     r"python -m pytest .*": "tests",
+    r"python -m tests\.on_cuda\.walk.*": "tests/on_cuda runs it",
     r"python -m scripts\.(bench_\w+|fp8_\w+|mesh_curves|kernel_table|scaling_\w+)\b.*": _MINUTES,
     r"python -m scripts\.(to_gguf|check_readers) .*": "needs programs of other projects",
     r"python -m venv .*": "installs programs of other projects",

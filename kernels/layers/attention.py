@@ -1,7 +1,8 @@
 """Causal attention within documents: softmax(scale * q k^T) v, grouped heads, optional sinks.
 
-On a CPU this is `kernels.layers.attention_cpu`, except for gradients of long sequences that are
-plain causal; on CUDA, and for those, torch's `scaled_dot_product_attention`.
+Plain causal attention on CUDA, and its gradients for long sequences on a CPU, are torch's
+`scaled_dot_product_attention`; everything else is `kernels.layers.attention_cpu`, whose memory is
+linear in the length. CUDA uses that in fp32 only: see `kernels.layers.attention_varlen`.
 
 A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453). For torch it is one more key of zeros with the sink as its bias, and a value of
@@ -36,23 +37,16 @@ def document_attention(
         scale: Factor on the logits.
         sinks_H: Logits, or None.
         window: Without a mask, number of keys up to its own that a query attends to; 0: all.
-        keep: A CPU may keep the probabilities of a short sequence for backward.
+        keep: It may keep the probabilities of a short sequence for backward.
     """
     differentiated = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q_BHLC, k_BGLC, v_BGLV, sinks_H)
     )
     plain = mask_BLL is None and sinks_H is None and not window
-    if q_BHLC.device.type == "cpu" and not (differentiated and plain and q_BHLC.shape[2] > SHORT):
-        return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window, keep)
-    if window:
-        mask_BLL = band(q_BHLC.shape[2], window, q_BHLC.device)
-    return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H)
-
-
-def band(length: int, window: int, device: torch.device) -> Tensor:
-    """The mask of a window, bool `[1, L, L]`."""
-    seen = torch.ones(1, length, length, dtype=torch.bool, device=device)
-    return seen.tril_().triu_(1 - window)
+    by_torch = q_BHLC.device.type != "cpu" or (differentiated and q_BHLC.shape[2] > SHORT)
+    if plain and by_torch:
+        return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, None, scale)
+    return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window, keep)
 
 
 def document_attention_reference(

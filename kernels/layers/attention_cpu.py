@@ -1,4 +1,5 @@
-"""Attention on a CPU: plain products over some queries of one sequence at a time.
+"""Attention on a CPU, and on CUDA in fp32: plain products over some queries of one sequence at a
+time.
 
 Scores and softmax of a block of queries stay in cache, the products are large matrix products, and
 keys that are masked for all queries of the block are left out. At L = 256, C = 32 in bf16 torch's
@@ -115,7 +116,8 @@ class _Pieces:
         most = 0
         for rows in self.all:
             most = max(most, rows.stop - self.keys(rows).start)
-        self.scores = torch.empty(self.H * min(step, self.L) * most)
+        self.device = q_BHLC.device
+        self.scores = torch.empty(self.H * min(step, self.L) * most, device=self.device)
         self._biases: tuple[tuple[int, int], Tensor] | None = None
 
     def keys(self, rows: slice) -> slice:
@@ -148,9 +150,10 @@ class _Pieces:
             return bias_of_mask(self.mask_BLL[b % len(self.mask_BLL), rows, keys])
         n, before = rows.stop - rows.start, rows.start - keys.start
         if self._biases is None or self._biases[0] != (n, before):
-            bias = torch.full((n, before + n), float("-inf")).triu_(before + 1)
+            forbidden = torch.full((n, before + n), float("-inf"), device=self.device)
+            bias = forbidden.triu(before + 1)
             if self.window:
-                bias += torch.full((n, before + n), float("-inf")).tril_(before - self.window)
+                bias += forbidden.tril_(before - self.window)
             self._biases = (n, before), bias
         return self._biases[1]
 
@@ -167,7 +170,7 @@ class _Attention(torch.autograd.Function):
         kept = sunk_BHL1 = None
         if any(ctx.needs_input_grad) and L <= SHORT and keep:
             kept = q_BHLC.new_empty(B, G, H // G * L, L)
-            sunk_BHL1 = None if sinks_H is None else torch.empty(B, H, L, 1)
+            sunk_BHL1 = None if sinks_H is None else torch.empty(B, H, L, 1, device=out.device)
         for b in range(B):
             for rows in pieces.all:
                 keys = pieces.keys(rows)
@@ -221,11 +224,13 @@ class _Gradients:
         self.grad_q = q_BHLC.new_empty(q_BHLC.shape)
         wide = torch.float32 if several else k_BGLC.dtype
         make = torch.zeros if several else torch.empty
-        self.grad_k = make(k_BGLC.shape, dtype=wide)
-        self.grad_v = make(v_BGLV.shape, dtype=wide)
+        self.grad_k = make(k_BGLC.shape, dtype=wide, device=k_BGLC.device)
+        self.grad_v = make(v_BGLV.shape, dtype=wide, device=v_BGLV.device)
         self._buffers = k_BGLC.new_empty(0), torch.empty(0)
         self.sinks = sinks_H
-        self.grad_sinks = None if sinks_H is None else torch.zeros(sinks_H.shape)
+        self.grad_sinks = None
+        if sinks_H is not None:
+            self.grad_sinks = torch.zeros(sinks_H.shape, device=sinks_H.device)
 
     def add(
         self, b: int, rows: slice, keys: slice, probs_GMl: Tensor, sunk_Hn1: Tensor | None,
@@ -242,7 +247,10 @@ class _Gradients:
             self.grad_sinks -= (delta_GM1.view(H, n, 1) * sunk_Hn1).sum((1, 2))
         self._sum(self.grad_v[b, :, keys], probs_GMl.transpose(1, 2), grad_GMV)
         if self._buffers[0].shape != probs_GMl.shape:
-            self._buffers = torch.empty_like(probs_GMl), torch.empty(probs_GMl.shape)
+            self._buffers = (
+                torch.empty_like(probs_GMl),
+                torch.empty_like(probs_GMl, dtype=torch.float32),
+            )
         grad_probs, grad_scores = self._buffers
         torch.bmm(grad_GMV, v_GlV.transpose(1, 2), out=grad_probs)
         torch.sub(grad_probs, delta_GM1, out=grad_scores)

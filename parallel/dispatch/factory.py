@@ -17,6 +17,7 @@ from parallel.dispatch.packed_rows import RowAllToAll
 from parallel.dispatch.plan import Planner
 from parallel.dispatch.routed import RoutedDispatcher
 from parallel.dispatch.sync_free import SyncFree
+from parallel.mesh import NCCL, has_nccl
 
 
 def dispatcher_maker(
@@ -88,7 +89,10 @@ def _groups_of_levels(
             'parallel.dispatch.node_size, or use "all_to_all"'
         )
     node, place = divmod(me, m)
-    across = dist.new_group(ranks[place::m], use_local_synchronization=True)
-    within = dist.new_group(ranks[node * m : (node + 1) * m], use_local_synchronization=True)
+    backend = NCCL if has_nccl(group) else None
+    across = dist.new_group(ranks[place::m], backend=backend, use_local_synchronization=True)
+    within = dist.new_group(
+        ranks[node * m : (node + 1) * m], backend=backend, use_local_synchronization=True
+    )
     assert across is not None and within is not None
     return across, within

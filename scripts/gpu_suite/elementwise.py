@@ -20,7 +20,6 @@ from kernels.layers.rope import rotate, rotate_reference
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "elementwise"
 NORM = [(16384, 7168), (65536, 2048), (1048576, 128)]
 ROTATION = [(16384, 128, 32), (32768, 32, 64)]
 """Tokens, heads, pairs."""

@@ -2,10 +2,7 @@
 
 import functools
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +21,12 @@ from kernels.quantization.quantize import (
 from scripts.gpu_suite.harness import Check, Place, Timing, tile_difference
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "gemm"
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 3e-6}
 """Limits of the difference to the exact product of the quantized operands."""
 UNQUANTISED = 1e-3
 CHECKED = [(256, 384, 512), (300, 260, 400), (1, 1, 1), (129, 576, 2880), (1000, 128, 64)]
 MANY_TILES = (2000, 2100, 1700)
 """Shape for which some programs compute more than one tile; too slow for a dry run."""
-GLUON_SECONDS = 120
-"""Limit of the checks of the Gluon kernel."""
 SHAPES: list[tuple[int, ...]] = [
     (4096, 4096, 4096), (8192, 8192, 8192), (16384, 16384, 16384),
     (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 36864, 7168),
@@ -43,10 +37,13 @@ SHAPES: list[tuple[int, ...]] = [
 """M, N, K: squares, the projections of DeepSeek-V3, and two shapes with published figures."""
 
 
-def check(place: Place, implementation: gemm_fp8.Implementation = "triton") -> Iterator[Check]:
+def check(
+    place: Place, implementation: gemm_fp8.Implementation = "triton",
+    shapes: list[tuple[int, int, int]] | None = None,
+) -> Iterator[Check]:  # fmt: skip
     """Check every layout and output on odd shapes; then that NaNs do not spread."""
     product = functools.partial(_product, implementation)
-    for shape in CHECKED if place.dry_run else [*CHECKED, MANY_TILES]:
+    for shape in shapes or (CHECKED if place.dry_run else [*CHECKED, MANY_TILES]):
         torch.manual_seed(0)
         M, N, K = shape
         a, b = torch.randn(M, K).to(place.device), torch.randn(N, K).to(place.device)
@@ -110,14 +107,13 @@ def _measure_nt(shape: tuple[int, ...], place: Place) -> Timing:
     w = torch.randn(N, K, device=place.device).bfloat16()
     a, (b, _) = quantize_1x128(x), quantize_128x128(w)
     exact = gemm_fp8.gemm_fp8_nt(*a, *b)
-    unit = torch.ones(1, device=place.device)
+    ones = torch.ones(max(M, N), device=place.device)
     rows = {
         "ours": lambda: gemm_fp8.gemm_fp8_nt(*a, *b),
         "ours in Gluon": _gluon(gemm_fp8.gemm_fp8_nt, a, b, place),
         "cuBLASLt 1x128 128x128": _cublaslt(a, b, exact, square=True),
         "cuBLASLt row-wise": lambda: torch._scaled_mm(
-            a.data, b.data.T, unit.expand(M, 1).contiguous(), unit.expand(1, N).contiguous(),
-            out_dtype=torch.bfloat16,
+            a.data, b.data.T, ones[:M, None], ones[None, :N], out_dtype=torch.bfloat16
         ),
         "DeepGEMM": _deep_gemm(a, b, exact),
         "bf16": lambda: x @ w.T,
@@ -144,32 +140,16 @@ def _measure_tn(shape: tuple[int, ...], place: Place) -> Timing:
 def _gluon(
     product: Callable[..., Tensor], a: Quantized, b: Quantized, place: Place
 ) -> Callable[[], Tensor]:
+    """Only if the section `gluon` passed: a barrier that never completes would end this one."""
+
     def run() -> Tensor:
-        if problem := gluon_problem(place.device.type):
-            raise RuntimeError(problem)
+        if place.device.type != "cuda":
+            raise RuntimeError("no CUDA device")
+        if place.compiles_only or "gluon" in place.failed:
+            raise RuntimeError("its checks failed, or did not run")
         return product(*a, *b, implementation="gluon")
 
     return run
-
-
-@functools.cache
-def gluon_problem(device_type: str) -> str | None:
-    """Why the Gluon kernel is not timed. Its checks run in a separate process, because a barrier
-    that never completes, or an illegal address, would end the rest of the suite."""
-    if device_type != "cuda":
-        return "no CUDA device"
-    command = [sys.executable, "-m", "scripts.gpu_suite.gluon"]
-    root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, timeout=GLUON_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"its checks did not end in {GLUON_SECONDS} s"
-    if done.returncode == 0:
-        return None
-    said = done.stdout.strip().splitlines()  # stderr ends with messages of libraries at exit
-    return said[-1] if said else f"its checks ended with code {done.returncode}"
 
 
 def _cublaslt(a: Quantized, b: Quantized, expected: Tensor, square: bool) -> Callable[[], Any]:
@@ -207,14 +187,23 @@ def _cublaslt(a: Quantized, b: Quantized, expected: Tensor, square: bool) -> Cal
     return run
 
 
+def tma_aligned(scales_MK: Tensor) -> Tensor:
+    """The same scales with the memory order that DeepGEMM would convert them to in every call: by
+    columns, each a multiple of 16 bytes."""
+    M, K = scales_MK.shape
+    columns = scales_MK.new_zeros(K, M + -M % 4)
+    columns[:, :M] = scales_MK.T
+    return columns.T[:M]
+
+
 def _deep_gemm(a: Quantized, b: Quantized, expected: Tensor) -> Callable[[], Any]:
-    out = torch.empty_like(expected)
+    out, rows = torch.empty_like(expected), (a.data, tma_aligned(a.scales))
     checked: list[bool] = []
 
     def run() -> Tensor:
         import deep_gemm  # type: ignore[import-not-found]  # a peer, measured where installed
 
-        deep_gemm.fp8_gemm_nt(tuple(a), tuple(b), out)
+        deep_gemm.fp8_gemm_nt(rows, tuple(b), out)
         if not checked:
             if tile_difference(out, expected) > 1e-4:
                 raise RuntimeError("its result is not the product")

@@ -17,10 +17,10 @@ from kernels.quantization.quantize import (
     quantize_128x1_grouped,
     quantize_128x128,
 )
+from scripts.gpu_suite.gemm import tma_aligned
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "grouped"
 SHAPES: list[tuple[int, ...]] = [
     (128, 262144, 1536, 2048), (32, 32768, 4096, 7168),
     (128, 262144, 2048, 768), (32, 32768, 7168, 2048),
@@ -196,11 +196,12 @@ def _deep_gemm(a: Any, b: Any, ends: Tensor, expected: Callable[[], Tensor]) -> 
     expert_of_row = torch.searchsorted(ends, slots, right=True).to(torch.int32)
     out = torch.empty(len(a[0]), b[0].shape[1], dtype=torch.bfloat16, device=ends.device)
     checked: list[bool] = []
+    # what it would convert in every call
+    operands = (a[0], tma_aligned(a[1])), tuple(t.contiguous() for t in b)
 
     def run() -> Tensor:
         import deep_gemm  # type: ignore[import-not-found]  # a peer, measured where installed
 
-        operands = tuple(a), tuple(t.contiguous() for t in b)
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*operands, out, expert_of_row)
         if not checked:
             exact = expected()

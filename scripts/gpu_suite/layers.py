@@ -21,7 +21,6 @@ from kernels.quantization.quantize import quantize_1x128, quantize_1x128_128x1, 
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "layers"
 LINEAR = [(8192, 7168, 4096), (16384, 2048, 7168)]
 SWIGLU = [(16384, 2048), (65536, 768)]
 ACTIVATIONS: tuple[Activation, ...] = ("swiglu", "clamped_swiglu")

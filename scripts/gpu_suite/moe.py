@@ -24,7 +24,6 @@ from models.moe import MoE
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "moe"
 ROWS = [(32768, 2048, 128, 8), (16384, 7168, 256, 8), (16384, 4096, 8, 2)]
 """Tokens, width, experts, choices."""
 LAYERS = {
@@ -143,13 +142,9 @@ def _check_layer(place: Place) -> Iterator[Check]:
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Time rows and router first, then layers with even and with skewed routing."""
-    for tokens, width, experts, top_k in ROWS[:1] if place.dry_run else ROWS:
-        if place.dry_run:
-            tokens, width, experts = 64, 64, 16
-        yield from _measure_rows(place, tokens, width, experts, top_k)
-        yield from _measure_router(place, tokens, experts, top_k)
-    for name, (tokens, width, hidden, experts, top_k) in LAYERS.items():
+    """Time layers with even and with skewed routing first, then rows and router."""
+    layers = [*LAYERS.items()]
+    for name, (tokens, width, hidden, experts, top_k) in layers[: 1 if place.dry_run else None]:
         if place.dry_run:
             tokens, width, hidden, experts = 64, 64, 32, 16
         for balanced in (True, False):
@@ -160,6 +155,11 @@ def measure(place: Place) -> Iterator[Timing]:
             case = f"{name}, {'even' if balanced else 'skewed'}"
             yield from _measure_layer(place, case, layer, x.bfloat16())
             del layer
+    for tokens, width, experts, top_k in ROWS[:1] if place.dry_run else ROWS:
+        if place.dry_run:
+            tokens, width, experts = 64, 64, 16
+        yield from _measure_rows(place, tokens, width, experts, top_k)
+        yield from _measure_router(place, tokens, experts, top_k)
 
 
 def _measure_rows(
@@ -264,11 +264,13 @@ def _measure_layer(place: Place, case: str, layer: MoE, x: Tensor) -> Iterator[T
             name: partial(step, run) for name, run in peers.items()
         }
         timing = take_time(f"{case}, {how}", runs, place, flops=factor * flops)
+        if place.compiles_only:
+            continue
         peak_mib = _peak(runs["ours"], place)
         host_copies, movement = _traced(runs["ours"], place)
         yield LayerTiming(
             timing.case, timing.milliseconds, timing.flops, timing.bytes, timing.missing,
-            peak_mib, host_copies, movement, fullest,
+            timing.host_bound, peak_mib, host_copies, movement, fullest,
         )  # fmt: skip
 
 

@@ -12,13 +12,12 @@ from kernels.quantization import quantize
 from scripts.gpu_suite.harness import Check, Place, Timing
 from scripts.gpu_suite.harness import measure as take_time
 
-NAME = "quantize"
 SHAPES = [(4096, 7168), (16384, 7168), (8192, 2048), (16640, 16384)]
 
 
 def check(place: Place) -> Iterator[Check]:
     """Number of elements that differ from the reference on a CPU; the limit is zero."""
-    for shape in ((257, 576), (1, 1), (1000, 2880), (130, 131)):
+    for shape in ((257, 576), (1, 1), (130, 131), (1000, 2880))[: 3 if place.dry_run else None]:
         for dtype in (torch.bfloat16, torch.float32):
             x = hard_values(shape, dtype)
             for power_of_two in (False, True):

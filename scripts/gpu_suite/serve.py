@@ -33,7 +33,6 @@ from serve.cuda.runner import CudaRunner
 from serve.engine.batch import ForwardBatch, lay_out
 from serve.engine.runner import ModelRunner
 
-NAME = "serve"
 HEADS = {
     "Qwen3-30B-A3B": (32, 4, 128, 0, 0, False),
     "GLM-4.5": (96, 8, 128, 0, 0, False),

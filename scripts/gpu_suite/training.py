@@ -26,13 +26,12 @@ from configs.schema import JobConfig
 from parallel.apply import materialize
 from parallel.fsdp.fp8_weights import gather_in_fp8
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from scripts.gpu_suite.harness import Check, Place, Timing
+from scripts.gpu_suite.harness import FAKE_MS, Check, Place, Timing
 from train.build import shard_model
 from train.data.batches import Batch, shuffled_epochs
 from train.dataset.sequences import sequences_of
 from train.step import train_step
 
-NAME = "training"
 LAYERS, SEQ_LEN, SEQUENCES = 9, 4096, 8
 RECIPES = {"fp8_blockwise": "ours", "bf16": "bf16"}
 
@@ -156,13 +155,19 @@ def _gradients(small: dict[str, Any], ranks: Ranks) -> tuple[float, dict[str, Te
 
 
 def measure(place: Place) -> Iterator[Timing]:
-    """Time the step in both recipes, one model after the other, since two do not fit."""
+    """Time the step in both recipes, one model after the other, since two do not fit. To compile,
+    one step of one layer."""
     shape = (1, 64, 2, 256) if place.dry_run else (LAYERS, SEQ_LEN, SEQUENCES, 2048)
+    if place.compiles_only and not place.dry_run:
+        shape = (1, SEQ_LEN, 2, 2048)
     n_layers, seq_len, sequences, _ = shape
     milliseconds, peaks, copies = {}, [], []
     for recipe, name in RECIPES.items():
         with _one_rank() as ranks:
             training = Training(settings(recipe, *shape), replace(ranks, device=place.device))
+            if place.compiles_only:
+                training.step(training.batches())
+                continue
             milliseconds[name] = _time(training, place)
             peaks.append(_peak(training, place))
             copies.append(_host_copies(training, place))
@@ -170,6 +175,8 @@ def measure(place: Place) -> Iterator[Timing]:
         gc.collect()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
+    if place.compiles_only:
+        return
     case = f"{n_layers} layers of Qwen3-30B-A3B, {sequences} x {seq_len} tokens"
     yield StepTiming(
         case, milliseconds, tokens=sequences * seq_len, peak_gib=tuple(peaks),
@@ -178,14 +185,17 @@ def measure(place: Place) -> Iterator[Timing]:
 
 
 def _time(training: Training, place: Place) -> float:
+    if place.dry_run:
+        training.step(training.batches())
+        return FAKE_MS
     seconds = []
-    for i in range(2 if place.dry_run else 3 + place.rounds // 2):
+    for i in range(3 + place.rounds // 2):
         batches = training.batches()
         _wait(place)
         start = time.perf_counter()
         training.step(batches)
         _wait(place)
-        if i >= (0 if place.dry_run else 3):
+        if i >= 3:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds) * 1e3
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from configs.errors import UserError
+from kernels.device import missing_triton
 from models.decoder import Decoder
 from models.hf.files import read_config, read_model
 from models.hf.folder import inside, read_json
@@ -129,7 +130,7 @@ def _dtype(dtype: str, raw: dict[str, Any], place: Path) -> torch.dtype:
 
 def _device(device: str) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
         usable = found.type in ("cpu", "cuda") and torch.empty(1, device=found) is not None
@@ -137,6 +138,8 @@ def _device(device: str) -> torch.device:
         usable = False
     if not usable:
         raise UserError(f"--device {device}: must be auto, cpu, or a cuda device that is here")
+    if found.type == "cuda" and (problem := missing_triton()):
+        raise UserError(f"--device {device}: {problem}; or use --device cpu")
     return found
 
 

@@ -1,9 +1,10 @@
-"""The GPU suite without a GPU: its logic, its refusal, its imports."""
+"""The GPU suite without a GPU: a dry run of all of it, its refusal, its imports, its clock."""
 
 import json
+import os
 import re
-import subprocess
-import sys
+import stat
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +13,72 @@ import tomli
 import torch
 
 from kernels.gemm import gemm_fp8
-from scripts.gpu_suite import gemm
-from scripts.gpu_suite.__main__ import SECTIONS, main
+from scripts.gpu_suite import gemm, harness, sanitizer
 from scripts.gpu_suite.harness import Check, Place, Timing, measure
+from scripts.gpu_suite.sections import SECTIONS
 from tests import forks
 from tests.runs import ROOT, run
 
 CPU = Place(torch.device("cpu"), dry_run=True)
+NEEDED = {"torch", "triton", "numpy"}
 
 
-def suite(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_suite", *map(str, arguments)])
-    main()
+def missing() -> list[str]:
+    """The modules of all dependencies that a bare machine with a GPU does not have."""
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    names = {re.split(r"[\[>=<;~ ]", line)[0] for line in [*project["dependencies"], *extras]}
+    found = sorted(name.replace("-", "_") for name in names - NEEDED)
+    assert {"torchtitan", "tomli"} <= {*found}
+    return [*found, "rich"]
 
 
-def test_dry_run_checks_every_section(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def suite(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> str:
+    """What the suite prints, on a machine with torch, triton and numpy only."""
+    given = ["gpu_suite", *map(str, arguments)]
+    program = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({missing()!r}));"
+        f"sys.argv = {given!r};"
+        "runpy.run_module('scripts.gpu_suite', run_name='__main__')"
+    )
+    done = run("-c", program, code=code, modules=forks.TORCH, env=env)
+    return done.stdout + done.stderr
+
+
+def test_a_dry_run_walks_all_of_it_on_a_bare_machine(tmp_path: Path) -> None:
+    """All checks and times of all sections, also the training step, the server's step and a tool
+    that observes the barriers, here a program that finds nothing."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 0 errors'\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     path = tmp_path / "results.json"
-    suite(monkeypatch, "--dry-run", "--check-only", "--json", path)
+    path_of_tools = f"{tmp_path}:{os.environ['PATH']}"
+    printed = suite("--dry-run", "--json", path, "--minutes", 9, env={"PATH": path_of_tools})
     report = json.loads(path.read_text())
     assert report["device"] == "CPU, dry run" and report["torch"] == torch.__version__
-    printed = capsys.readouterr().out
-    for name in SECTIONS:
-        checks = report[name]["checks"]
-        assert len(checks) > 1 and all(c["figure"] <= c["limit"] for c in checks)
-        assert report[name]["timings"] == []
-        assert f"## {name}: {len(checks)} of {len(checks)} checks passed" in printed
-
-
-def test_dry_run_times_and_names_missing_peers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "results.json"
-    suite(monkeypatch, "--dry-run", "--sections", "layers", "gemm", "--json", path)
-    report = json.loads(path.read_text())
-    assert "quantize" not in report
-    first = report["gemm"]["timings"][0]
-    assert first["flops"] == 2 * 64**3 and first["milliseconds"]["bf16"] > 0
-    assert "DeepGEMM" in first["missing"]
+    assert set(report["attention"].values()) <= {"MATH", "FLASH_ATTENTION"}
+    for section in SECTIONS:
+        found = report["sections"][section.name]
+        assert len(found["checks"]) > 1, section.name
+        assert found["check"]["state"] == found["measure"]["state"] == "complete", found
+        assert all(check["figure"] <= check["limit"] for check in found["checks"])
+        assert bool(found["timings"]) == (section.name not in ("gluon", "sanitizer"))
+    first = report["sections"]["gemm"]["timings"][0]
+    assert first["flops"] == 2 * 64**3 and first["milliseconds"]["bf16"] == harness.FAKE_MS
     assert first["missing"]["ours in Gluon"] == "no CUDA device"
-    assert "| nt 64x64x64 | DeepGEMM | not run: No module named 'deep_gemm'" in (
-        capsys.readouterr().out
-    )
+    assert "| nt 64x64x64 | DeepGEMM | not run: No module named 'deep_gemm'" in printed
+    last = printed[printed.index("== CPU") :].splitlines()
+    assert "Times are invented" in last[1] and len(last) < 40
+    assert last[-1].endswith("checks passed") and "FAILED" not in printed
 
 
-def test_a_wrong_kernel_fails_and_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_device_nothing_is_measured() -> None:
+    assert "no CUDA device: nothing measured" in suite(code=1)
+    assert "--minutes must be positive" in suite("--dry-run", "--minutes", 0, code=2)
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gemm_fp8.gemm_fp8_nt
 
     def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -68,17 +87,7 @@ def test_a_wrong_kernel_fails_and_is_not_timed(
         return out
 
     monkeypatch.setattr(gemm_fp8, "gemm_fp8_nt", wrong)
-    path = tmp_path / "results.json"
-    with pytest.raises(SystemExit, match="checks failed"):
-        suite(monkeypatch, "--dry-run", "--sections", "gemm", "--json", path)
-    assert "FAILED gemm_fp8_nt" in capsys.readouterr().out
-    assert json.loads(path.read_text())["gemm"]["timings"] == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_device_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="no CUDA device: nothing measured"):
-        suite(monkeypatch)
+    assert any(not check.passed for check in gemm.check(CPU, shapes=[(1, 1, 1)]))
 
 
 def test_measure_lets_peers_fail_but_not_ours() -> None:
@@ -91,50 +100,97 @@ def test_measure_lets_peers_fail_but_not_ours() -> None:
         measure("x", {"ours": broken}, CPU)
 
 
-def test_gluon_is_not_timed_where_its_checks_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is reported for a process that fails, and the time limit for one that hangs."""
-    outcomes: list[object] = [
-        subprocess.CompletedProcess([], 1, "warning\nneeds a Hopper GPU\n", "leaked\n"),
-        subprocess.CompletedProcess([], -11, "", ""),
-        subprocess.TimeoutExpired([], 1.0),
-        subprocess.CompletedProcess([], 0, "50 checks passed", ""),
-    ]
+def test_compilation_runs_a_share_of_ours_once() -> None:
+    calls: list[str] = []
+    for i in range(2):
+        place = Place(CPU.device, True, share=(i, 2), _rows=count())
+        for row in ("a", "b", "c"):
+            names = (f"ours {row}", f"peer {row}")
+            measure(row, {name: lambda name=name: calls.append(name) for name in names}, place)  # type: ignore[misc]
+    assert calls == ["ours a", "ours c", "ours b"]
 
-    def run(*arguments: object, **options: object) -> object:
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
 
-    monkeypatch.setattr(subprocess, "run", run)
-    problem = gemm.gluon_problem.__wrapped__
-    assert problem("cuda") == "needs a Hopper GPU"
-    assert problem("cuda") == "its checks ended with code -11"
-    assert problem("cuda") == "its checks did not end in 120 s"
-    assert problem("cuda") is None
+class Device:
+    """A device whose queue the host fills: time passes only where it is said."""
+
+    def __init__(self, host_s: float, kernel_s: float, waits: bool) -> None:
+        self.host_s, self.kernel_s, self.waits = host_s, kernel_s, waits
+        self.now = self.free = 0.0
+        """Times of the host, and at which the device has done everything."""
+
+    def enqueue(self, seconds: float) -> None:
+        self.free = max(self.free, self.now) + seconds
+
+    def run(self) -> None:
+        self.now += self.host_s
+        self.enqueue(self.kernel_s)
+        if self.waits:
+            self.now = self.free
+            self.now += self.host_s
+            self.enqueue(self.kernel_s)
+
+    def event(self, **_: object) -> Any:
+        device = self
+
+        class Event:
+            def record(self) -> None:
+                device.enqueue(0.0)
+                self.at = device.free
+
+            def query(self) -> bool:
+                return device.now >= self.at
+
+            def synchronize(self) -> None:
+                device.now = max(device.now, self.at)
+
+            def elapsed_time(self, end: Any) -> float:
+                return (end.at - self.at) * 1e3  # type: ignore[no-any-return]
+
+        return Event()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_kernel_time_has_no_host_time(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """200 us of Python before a kernel of 100 us do not count; a function that waits for the device
+    is reported."""
+    device = Device(200e-6, 100e-6, waits)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: device.enqueue(cycles / harness._CLOCK_HZ)
+    )
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: device.now)  # type: ignore[attr-defined]
+    monkeypatch.setattr(harness, "_flush", [torch.zeros(1)])
+    clock = harness._Clock(device.run, torch.device("cpu"))
+    device.host_s *= 5  # slower than when it was first called
+    assert clock.milliseconds() == pytest.approx(0.1 if not waits else 1.2)
+    assert clock.is_host_bound == waits
 
 
 def test_rates() -> None:
-    timing = Timing("x", {"ours": 2.0, "peer": 3.0}, flops=2e12)
+    timing = Timing("x", {"ours": 2.0, "peer": 3.0}, flops=2e12, host_bound=("peer",))
     assert list(timing.lines()) == [
         "| x | ours | 2.0000 | 1,000 TFLOP/s | 1.00 |",
-        "| x | peer | 3.0000 | 667 TFLOP/s | 1.50 |",
+        "| x | peer (host) | 3.0000 | 667 TFLOP/s | 1.50 |",
     ]
     assert Timing("x", {"ours": 1.0}, bytes=1e9).rate("ours") == "1,000 GB/s"
     assert not Check("x", float("nan"), 1.0).passed
 
 
-def test_it_needs_torch_triton_and_numpy_only() -> None:
-    """Runs with all other dependencies of the project missing, also while it trains a model."""
-    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {"torch", "triton", "numpy"}
-    names = {re.split(r"[\[>=<;~ ]", line)[0] for line in project["dependencies"]}
-    missing = sorted(name.replace("-", "_") for name in names - needed)
-    assert "torchtitan" in missing and "tomli" in missing
-    code = (
-        f"import sys, runpy; sys.modules.update(dict.fromkeys({missing!r}));"
-        "sys.argv = ['', '--dry-run', '--check-only', '--sections', 'training', 'moe', 'serve'];"
-        "runpy.run_module('scripts.gpu_suite', run_name='__main__')"
+def test_the_sanitizer_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number of errors; an error if it could not run."""
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setattr(sanitizer, "FOLDERS", (str(tmp_path),))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert sanitizer.installed() is None
+    tool.write_text(
+        '#!/bin/sh\n[ "$2" = synccheck ] && echo "ERROR SUMMARY: 3 errors" && exit 1\n'
+        '[ "$2" = memcheck ] && echo "ERROR SUMMARY: 0 errors" || echo "no device"\n'
     )
-    done = run("-c", code, modules=forks.TORCH)
-    assert "## training: 2 of 2 checks passed" in done.stdout
+    tool.chmod(0o755)
+    results = sanitizer.check(CPU)
+    assert next(results).passed
+    found = next(results)
+    assert not found.passed and found.figure == 3
+    with pytest.raises(RuntimeError, match="racecheck: no device"):
+        next(results)

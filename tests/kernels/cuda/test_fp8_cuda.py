@@ -3,20 +3,17 @@
 import pytest
 import torch
 
-from scripts.gpu_suite.__main__ import SECTIONS
-from scripts.gpu_suite.gemm import gluon_problem
 from scripts.gpu_suite.harness import Place
+from scripts.gpu_suite.runner.section import Section, Unsupported
+from scripts.gpu_suite.sections import SECTIONS
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("section", SECTIONS)
-def test_checks(section: str) -> None:
-    checks = list(SECTIONS[section].check(Place(torch.device("cuda:0"), dry_run=False)))
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def test_checks(section: Section) -> None:
+    try:
+        checks = list(section.check(Place(torch.device("cuda:0"), dry_run=False)))
+    except Unsupported as reason:
+        pytest.skip(str(reason))
     assert checks and not [check for check in checks if not check.passed]
-
-
-def test_gluon() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper")
-    assert gluon_problem("cuda") is None
