@@ -15,7 +15,7 @@ import pytest
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.faults.checkpoint_folder import CheckpointFolder
-from tests.pickles import pickles
+from tests.faults.pickles import pickles
 from train.checkpoint import resume
 
 FIRST, SECOND, MANIFEST = "rank-00000.safetensors", "rank-00001.safetensors", "manifest.json"
