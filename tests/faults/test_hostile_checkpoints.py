@@ -15,7 +15,7 @@ import pytest
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
 from tests.faults.checkpoint_folder import CheckpointFolder
-from tests.pickles import pickles
+from tests.faults.pickles import pickles
 from train.checkpoint import resume
 
 FIRST, SECOND, MANIFEST = "rank-00000.safetensors", "rank-00001.safetensors", "manifest.json"
@@ -163,19 +163,26 @@ CASES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 }
 
 
+def always(content: bytes) -> Callable[[bytes], bytes]:
+    return lambda raw: content
+
+
+def with_source(content: bytes) -> Callable[[dict[str, Any]], object]:
+    """A setting with these bytes; protocol 0 is printable, as a setting may be, so a NUL ends
+    it."""
+    setting = {"data.source": content.decode("latin-1") + "\0"}
+    return lambda manifest: manifest["config"].update(setting)
+
+
 def with_pickles(marker: Path) -> dict[str, tuple[Callable[[Path, Path], object], str]]:
     """Pickles in every place from which other loaders would read them."""
     cases: dict[str, tuple[Callable[[Path, Path], object], str]] = {}
     for protocol, bomb in pickles(marker).items():
-        # protocol 0 is printable, as a setting may be; with a NUL it is none
-        setting = {"data.source": bomb.decode("latin-1") + "\0"}
         cases |= {
             f"pickle as manifest, {protocol}": (replaced(MANIFEST, bomb), MANIFEST),
-            f"pickle as file, {protocol}": (matching(FIRST, lambda raw, b=bomb: b), FIRST),
-            f"pickle in config, {protocol}": (
-                changed(lambda c, s=setting: c["config"].update(s)), MANIFEST
-            ),
-        }  # fmt: skip
+            f"pickle as file, {protocol}": (matching(FIRST, always(bomb)), FIRST),
+            f"pickle in config, {protocol}": (changed(with_source(bomb)), MANIFEST),
+        }
     return cases
 
 

@@ -1,5 +1,6 @@
 """Which stopped processes the supervisor notices, and by which clock."""
 
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.health.settings import HealthConfig
-from launch.supervisor import supervise
+from launch.supervisor import processes, supervise
 from launch.supervisor.fork_server import Child
 from launch.supervisor.processes import Rank
 from tests.runs import ROOT
@@ -48,6 +49,13 @@ def watched(
     return supervise._Watch(ranks, children[2], tmp_path, health)
 
 
+def stop(child: Child) -> None:
+    """Stop a process, and wait until it is: on a busy machine that takes time."""
+    child.send_signal(signal.SIGSTOP)
+    while not processes.is_stopped(child.pid):
+        os.sched_yield()
+
+
 def looks(watch: supervise._Watch, now: list[float], seconds: int) -> tuple[int, str] | None:
     """The first finding within so many seconds."""
     for _ in range(seconds):
@@ -66,7 +74,7 @@ def test_a_process_that_is_stopped_before_its_first_heartbeat(
 ) -> None:
     watch = watched(children, tmp_path)
     assert looks(watch, now, 60) is None
-    children[number].send_signal(signal.SIGSTOP)
+    stop(children[number])
     now[0] += 3600  # a pause of the supervisor is no time of a rank
     found = looks(watch, now, 60)
     assert found is not None and re.search(expected, found[1]), found
@@ -78,18 +86,20 @@ def test_a_rank_that_has_not_got_its_limits_yet(
 ) -> None:
     Heartbeat(1, str(tmp_path))
     watch = watched(children, tmp_path)
-    children[1].send_signal(signal.SIGSTOP)
+    stop(children[1])
     assert looks(watch, now, 10) is None
     children[1].send_signal(signal.SIGCONT)
+    while processes.is_stopped(children[1].pid):
+        os.sched_yield()
     assert looks(watch, now, 60) is None, "it continues"
-    children[1].send_signal(signal.SIGSTOP)
+    stop(children[1])
     found = looks(watch, now, 20)
     assert found is not None and found[0] == 1 and "in start" in found[1]
 
 
 def test_it_can_be_turned_off(children: list[Child], tmp_path: Path, now: list[float]) -> None:
     watch = watched(children, tmp_path, HealthConfig(frozen_s=0.0))
-    children[0].send_signal(signal.SIGSTOP)
+    stop(children[0])
     assert looks(watch, now, 100) is None
 
 

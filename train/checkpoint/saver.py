@@ -109,7 +109,7 @@ class Saver:
         self, tensors: Mapping[str, Tensor], state: dict[str, Any], keep_all: bool = False
     ) -> None:
         """Save a state from the live tensors. Raises CheckpointError on all ranks if that fails
-        again and again, for 20 seconds besides the time of the storage itself.
+        again and again, with 20 seconds of pauses.
 
         keep_all: remove no older checkpoint.
         """

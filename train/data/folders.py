@@ -27,7 +27,7 @@ class Listing:
 def list_folder(root: Path, skip: tuple[str, ...] = ()) -> Listing:
     """All files below a folder. A pipe or a device is none: reading it might never end.
 
-    skip: names of subfolders without documents, besides `__pycache__`. Raises OSError.
+    skip: names of further subfolders to leave out, as `__pycache__` is. Raises OSError.
     """
     listing = Listing([], Counter())
     for folder, subfolders, names in os.walk(root, onerror=_raise):

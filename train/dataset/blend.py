@@ -243,7 +243,7 @@ class Blend:
         return tuple(progress.tokens for progress in self._after(number))
 
     def read(self, number: int) -> list[list[int]]:
-        """What the first `number` sequences have of each source: [begun, tokens, *open] stands for
+        """What the first `number` sequences have of each source: [begun, tokens, *open] means
         its sequences 0 to begun - 1 without the `open` ones, of whose first `tokens` are read."""
         return [[p.begun, p.read, *p.open] for p in self._after(number)]
 

@@ -31,7 +31,7 @@ from serve.api.app import build_app
 from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import Export, open_export
 from serve.frontend.thread import EngineThread
-from tests.pickles import pickles
+from tests.faults.pickles import pickles
 from tests.serve.conftest import RunningServer, run_server
 
 ROOT = Path(__file__).resolve().parents[3]

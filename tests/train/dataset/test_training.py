@@ -173,7 +173,7 @@ def test_what_would_repeat_or_lose_samples_is_refused(
     assert "some would be read twice and others never" in refused(slightly)
     entries = as_given.removeprefix("--data.blend=[").removesuffix("]").split("}, ")
     again = entries[0].replace('name = "web"', 'name = "again"')
-    assert "tokens of" in refused(f"--data.blend=[{entries[0]}}}, {again}}}, {entries[1]}]")
+    assert "add their weights" in refused(f"--data.blend=[{entries[0]}}}, {again}}}, {entries[1]}]")
     reordered = f"--data.blend=[{entries[1]}, {entries[0]}}}]"  # has read the same
     assert train(*words, reordered, "--train.steps=2") == 0
     assert "data.packing" in refused("--data.packing=best_fit")
