@@ -78,8 +78,9 @@ def inner_loops(code: str) -> list[Loop]:
         (labels[target], i)
         for i, line in enumerate(body)
         for target in _TARGET.findall(line.operands)
-        if line.name == "BRA" and labels[target] <= i
-        # a block that waits for a barrier lies behind the end of the program and jumps back
+        if line.name == "BRA"
+        and labels[target] <= i
+        # a block that waits for a barrier is behind the end of the program and jumps back
         and not any(_is(other, "EXIT") for other in body[labels[target] : i])
     )
     around = [
