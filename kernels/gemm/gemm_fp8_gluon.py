@@ -8,7 +8,7 @@ groups do not wait for each other: one promotes while the products of the other 
 that has finished a tile continues while the other stores.
 
 A tile has 256 or 128 rows and 128 columns. A group computes its 128 rows as two *waves* of 64,
-which share the registers of one partial product (64 per thread, in addition to 2 x 64 of results), as
+which share the registers of one partial product (64 per thread, and 2 x 64 for results), as
 DeepGEMM does: 256 rows read a quarter less from L2 per product than 128. The compiler must not move
 a wave's promotion behind the products of the next, or two partial products live at once and spill;
 `_keep` and the second wave's wait for the same slot prevent it.
