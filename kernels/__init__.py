@@ -2,6 +2,6 @@
 
 import os
 
-# Triton 3.9 asks for an explicit choice, and the default becomes "off" in 3.10: without fused
+# Triton 3.9 requires an explicit choice, and the default becomes "off" in 3.10: without fused
 # multiply-adds, promotion in the FP8 products takes twice the instructions
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

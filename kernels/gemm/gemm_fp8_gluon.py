@@ -8,7 +8,7 @@ groups do not wait for each other: one promotes while the products of the other 
 that has finished a tile continues while the other stores.
 
 A tile has 256 or 128 rows and 128 columns. A group computes its 128 rows as two *waves* of 64,
-which share the registers of one partial product (64 per thread, beside 2 x 64 of results), as
+which share the registers of one partial product (64 per thread, and 2 x 64 for results), as
 DeepGEMM does: 256 rows read a quarter less from L2 per product than 128. The compiler must not move
 a wave's promotion behind the products of the next, or two partial products live at once and spill;
 `_keep` and the second wave's wait for the same slot prevent it.
@@ -353,7 +353,7 @@ def _promoted(total, product, scale_a, scale_b, VECTOR_B: gl.constexpr):  # type
 
 @gluon.jit
 def _keep(x):  # type: ignore[no-untyped-def]
-    """x, computed before all later operations with side effects, as seen by the compiler."""
+    """x, which the compiler computes before all later operations with side effects."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
     )

@@ -32,12 +32,12 @@ def cases() -> list[Case]:
                 everyday = out == ("bf16" if layout == "nt" else "fp32")
                 launch = partial(_gemm, gemm_fp8_triton.gemm, layout, out, tile=tile)
                 found.append(Case(name, launch, True, everyday))
-    for rows in gemm_fp8_gluon.SLOTS:
+    for tile_rows in gemm_fp8_gluon.SLOTS:
         for layout in ("nt", "tn"):
             for out in ("bf16", "fp32"):
-                launch = partial(_gemm, gemm_fp8_gluon.gemm, layout, out, rows=rows)
-                everyday = rows == 256 and out == ("bf16" if layout == "nt" else "fp32")
-                name = f"gemm_fp8_{layout} Gluon {rows}x128 {out}"
+                launch = partial(_gemm, gemm_fp8_gluon.gemm, layout, out, rows=tile_rows)
+                everyday = tile_rows == 256 and out == ("bf16" if layout == "nt" else "fp32")
+                name = f"gemm_fp8_{layout} Gluon {tile_rows}x128 {out}"
                 found.append(Case(name, launch, True, everyday, ("sm_90",)))
     return found
 

@@ -40,15 +40,15 @@ def cases() -> list[Case]:
             launch = partial(_fp8_by_groups, ends, align, out)
             # without alignment there is no TMA, which `multiplies` requires
             found.append(Case(name, launch, align > 1, out != "bf16"))
-    for rows in gemm_fp8_gluon.SLOTS:
+    for tile_rows in gemm_fp8_gluon.SLOTS:
         for out in ("bf16", "fp32"):
-            launch = partial(_gluon_by_rows, ends, out, rows)
-            name, everyday = f"Gluon {rows}x128 {out}", rows == 256
+            launch = partial(_gluon_by_rows, ends, out, tile_rows)
+            name, everyday = f"Gluon {tile_rows}x128 {out}", tile_rows == 256
             found.append(
                 Case(f"grouped_gemm_fp8_nt {name}", launch, True, everyday and out == "bf16",
                      ("sm_90",))
             )  # fmt: skip
-            launch = partial(_gluon_by_groups, ends, out, rows)
+            launch = partial(_gluon_by_groups, ends, out, tile_rows)
             found.append(
                 Case(f"grouped_gemm_fp8_tn {name}", launch, True, everyday and out == "fp32",
                      ("sm_90",))

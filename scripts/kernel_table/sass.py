@@ -78,8 +78,9 @@ def inner_loops(code: str) -> list[Loop]:
         (labels[target], i)
         for i, line in enumerate(body)
         for target in _TARGET.findall(line.operands)
-        if line.name == "BRA" and labels[target] <= i
-        # a block that waits for a barrier lies behind the end of the program and jumps back
+        if line.name == "BRA"
+        and labels[target] <= i
+        # a block that waits for a barrier is behind the end of the program and jumps back
         and not any(_is(other, "EXIT") for other in body[labels[target] : i])
     )
     around = [
@@ -213,17 +214,12 @@ def _waited_loads(cyclic: list[Instruction]) -> int:
 
 
 def _scalings_before(cyclic: list[Instruction]) -> int:
-    """FMUL that read no result of a product, and whose value is used only after a later product."""
-    results = set[int]()
-    for line in cyclic:
-        if _is(line, _PRODUCT) and (size := re.search(r"x(\d+)x", line.name)):
-            first = min(line.writes)
-            results |= set(range(first, first + int(size[1]) // 2))
+    """FMUL whose value is used only after a later product; others belong to the promotion."""
     total, pending = 0, list[set[int]]()
     for line in cyclic:
         if _is(line, _PRODUCT):
             total, pending = total + len(pending), []
-        elif _is(line, "FMUL") and not line.reads & results:
+        elif _is(line, "FMUL"):
             pending.append(line.writes)
         elif _is(line, "FFMA"):
             pending = [written for written in pending if not written & line.reads]

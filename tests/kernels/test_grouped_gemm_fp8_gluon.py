@@ -32,7 +32,8 @@ BEYOND = 5
 def schedule(
     ends_E: Tensor, counts_E: Tensor, n_rows: int, size: int, split: bool
 ) -> Schedule:  # the contract of `kernels.group_schedule.schedule`, whose own test is interpreted
-    true, zero, first, start = [], [], [], 0
+    true, zero = list[list[int]](), list[list[int]]()
+    first, start = list[int](), 0
     for e, (end, count) in enumerate(zip(ends_E.tolist(), counts_E.tolist(), strict=True)):
         first.append(len(true) + len(zero))
         for row in range(start, end, size):
@@ -138,17 +139,38 @@ def test_alignment_is_required() -> None:
 
 MUTATIONS = {
     # function, its text, the mutated text
-    "loader waits for the other parity": ("_fill", "((used // SLOTS) & 1) ^ 1", "(used // SLOTS) & 1"),
-    "loader does not wait": ("_fill", "mbarrier.wait(empty.index(slot), ((used // SLOTS) & 1) ^ 1)", "pass"),
-    "fewer bytes expected": ("_fill", "ready.index(slot), BYTES)", "ready.index(slot), BYTES - 128)"),
+    "loader waits for the other parity": (
+        "_fill", "((used // SLOTS) & 1) ^ 1",
+        "(used // SLOTS) & 1",
+    ),
+    "loader does not wait": (
+        "_fill", "mbarrier.wait(empty.index(slot), ((used // SLOTS) & 1) ^ 1)",
+        "pass",
+    ),
+    "fewer bytes expected": (
+        "_fill", "ready.index(slot), BYTES)",
+        "ready.index(slot), BYTES - 128)",
+    ),
     "scales of b not copied": ("_fill", "_load(scales_b, [at]", "_load(scales_b, [at + 1]"),
-    "scales of a of another step": ("_fill", "(block + step) * stride_a", "(block + 0 * step) * stride_a"),
+    "scales of a of another step": (
+        "_fill", "(block + step) * stride_a",
+        "(block + 0 * step) * stride_a",
+    ),
     "b from another slot": ("_fill", "slots_b.index(slot))", "slots_b.index((slot + 1) % SLOTS))"),
-    "group waits for the other parity": ("_multiply", "(used // SLOTS) & 1", "((used // SLOTS) & 1) ^ 1"),
-    "group releases before its second wave": ("_multiply", "if not TWO_WAVES:\n                mbarrier", "if True:\n                mbarrier"),
+    "group waits for the other parity": (
+        "_multiply", "(used // SLOTS) & 1",
+        "((used // SLOTS) & 1) ^ 1",
+    ),
+    "group releases before its second wave": (
+        "_multiply", "if not TWO_WAVES:\n                mbarrier",
+        "if True:\n                mbarrier",
+    ),
     "second wave reads the first's rows": ("_multiply", "FIRST + WAVE, slot", "FIRST, slot"),
     "steps are not counted": ("_multiply", "used += 1", "used += 0"),
-    "scales of the other half": ("_wave", "scale_slots_a.index(slot).slice(first", "scale_slots_a.index(slot).slice(64"),
+    "scales of the other half": (
+        "_wave", "scale_slots_a.index(slot).slice(first",
+        "scale_slots_a.index(slot).slice(64",
+    ),
     "product before its operands": ("_wave", "mbarrier.wait(ready.index(slot), parity)", "pass"),
     "true rows of another tile": ("_store", "rows < end", "rows < end + 1"),
 }  # fmt: skip
