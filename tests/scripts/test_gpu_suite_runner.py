@@ -107,7 +107,7 @@ def test_a_section_that_breaks_ends_alone(
     path = tmp_path / "report.json"
     report, lines = ran(
         path,
-        Section("crash", passing, breaking(crash), shares=1),
+        Section("crash", passing, breaking(crash), shares=2),
         Section("signal", passing, breaking(die, 2), shares=0),
         Section("hang", passing, breaking(hang), measure_s=4, shares=0),
         Section("wrong", lambda _: iter([Check("off", float("nan"), 1.0)]), rows(9.0), shares=0),
