@@ -62,6 +62,8 @@ ROOMS: dict[str, set[str]] = {
     "launch/supervisor": {"launch"},
     "scripts/scaling_sweep": {"scripts/scaling_report"},
     "scripts/check_clients": {"scripts/bench_serve"},
+    "scripts/gpu_suite": {"scripts/gpu_suite/runner"},
+    "scripts/gpu_suite/runner": {"scripts/gpu_suite"},
     "serve": {"serve/api", "serve/bench", "serve/engine", "serve/frontend", "serve/tool_calls"},
     "serve/api": {"serve/engine", "serve/frontend", "serve/grammar", "serve/page", "serve/text",
                   "serve/tool_calls"},

@@ -1,8 +1,7 @@
 """Memory of torch's fused attention for CUDA, for traced tensors.
 
-On their device torch runs a composition of small operations, which keeps more memory. Attention
-with a mask is assumed to be a fused kernel as well, except where torch has none: a bias that needs
-a gradient (sinks) with grouped heads; that one stores its probabilities on CUDA too.
+On their device torch runs a composition of small operations, which keeps more memory. Only plain
+causal attention is torch's; the other kinds are `kernels.layers.attention_varlen`.
 """
 
 from contextlib import AbstractContextManager
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
-_composed = F.scaled_dot_product_attention
 
 
 def fused_attention() -> AbstractContextManager[Any]:
@@ -26,17 +24,6 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, is_causal: bool, scale: float,
     enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    bias = attn_mask
-    if bias is not None and bias.requires_grad and enable_gqa:
-        return _composed(
-            q, k, v, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if bias is not None:
-        if bias.dtype == torch.bool:
-            bias = torch.zeros(bias.shape, dtype=q.dtype, device=q.device)  # as torch does
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if bias is not None and bias.requires_grad:
-        efficient = _aten._scaled_dot_product_efficient_attention
-        return cast(Tensor, efficient(q, k, v, bias, True, 0.0, is_causal, scale=scale)[0])
+    assert attn_mask is None
     cudnn = _aten._scaled_dot_product_cudnn_attention
-    return cast(Tensor, cudnn(q, k, v, bias, True, 0.0, is_causal, False, scale=scale)[0])
+    return cast(Tensor, cudnn(q, k, v, None, True, 0.0, is_causal, False, scale=scale)[0])

@@ -175,6 +175,28 @@ def test_no_tensor_grows_with_the_square_of_the_length(monkeypatch: pytest.Monke
     assert calls == [options, options]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_attention_is_always_this(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """Plain causal attention too, for which torch may choose a kernel with another gradient."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    called: list[str] = []
+    compute = documents.varlen_attention
+
+    def recorded(*given: Any) -> Tensor:
+        called.append("varlen")
+        return compute(*given)
+
+    monkeypatch.setattr(documents, "varlen_attention", recorded)
+    q = torch.randn(64, 2, 8)
+    core = DocumentAttention(positions_of([[32], [32]]))
+    plain = core(Layer(0, 0.3), q, q, q, None)
+    assert called == ["varlen"] * deterministic
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: not deterministic)
+    assert torch.allclose(plain, core(Layer(0, 0.3), q, q, q, None), atol=1e-6)
+
+
 def test_recomputation_can_keep_the_result() -> None:
     from parallel.recompute import KEEP
 

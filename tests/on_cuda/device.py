@@ -242,6 +242,8 @@ def cuda_without_cuda() -> Iterator[None]:
     with ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(patch.object(torch.cuda, name, fake))
+        event = patch.object(torch.cpu.Stream, "record_event", lambda *_: torch.cpu.Event())
+        stack.enter_context(event)
         # `torch.tensor` creates a tensor on the host and then copies it
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)

@@ -115,7 +115,8 @@ def every() -> Iterator[Walk]:
         ):  # fmt: skip
             yield Walk("tiny/qwen3", recipe, n, settings)
         for experiment in TRUE_SIZES:
-            yield Walk(experiment, recipe, 8, ("--parallel.ep=8",), compiles=True)
+            mesh = ("--parallel.dp_replicate=1", "--parallel.dp_shard=8", "--parallel.ep=8")
+            yield Walk(experiment, recipe, 8, mesh, compiles=True)
     for experiment in (*(f"tiny/{family}" for family in FAMILIES), *TRUE_SIZES):
         yield Walk(experiment, serves=True)
 

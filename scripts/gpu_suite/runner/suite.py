@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from scripts.gpu_suite.harness import Place
@@ -117,18 +118,20 @@ class Suite:
         """Check sections, and then compile what they measure, in processes of their own."""
         threads = max(self.cores // at_once, 1) if at_once > 1 else 0
         place = replace(self.place, failed=self._failed())
-        tasks = [
+        checks = [
             (f"check {section.name}", checking(section, place, threads), section.check_s)
             for section in sections
         ]
         limit_s = min(section.measure_s for section in sections) if sections else 0.0
         limit_s = min(limit_s, self.left_s() * _SHARE_TO_COMPILE)
-        tasks += [
+        # afterwards: together they may fill the memory that a check needs
+        compilations = [
             (f"{_COMPILE}{section.name}", compiling(section, place, i, threads), limit_s)
             for section in sections
             for i in range(section.shares > 1 if place.dry_run else section.shares)
         ]
-        for process, value in self._processes(tasks, at_once):
+        both = chain(self._processes(checks, at_once), self._processes(compilations, at_once))
+        for process, value in both:
             name = process.name.split(" ", 1)[1]
             if value is not None and "compiled_s" in value:
                 self.compiled["kernels"] += 1

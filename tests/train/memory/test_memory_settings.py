@@ -286,13 +286,6 @@ PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "experts of etp": (
         "gathered weights", {"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "ep": 2},
     ),
-    "windows": (
-        "attention masks", {"model": wide("qwen3")},
-        {"model": replace(
-            wide("qwen3"),
-            attention=replace(wide("gpt-oss").attention, qk_norm="rms", sinks=False, bias=False),
-        )},
-    ),
     "queries of MLA": (
         "attention", {"model": wide("deepseek-v3")},
         {"model": replace(wide("deepseek-v3"), attention=replace(MLA, q_lora_rank=512))},
@@ -306,6 +299,13 @@ def test_a_category_rises(name: str) -> None:
     category, *both = PARTS[name]
     fewer, more = (evenly(experiment(**settings), "cuda").peak[category] for settings in both)
     assert fewer < more
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt-oss", "llama4"])
+def test_cuda_has_no_masks(family: str) -> None:
+    """Of documents, windows and chunks, and no scores of sinks."""
+    found = evenly(experiment(wide(family)), "cuda").peak
+    assert not found["attention masks"]
 
 
 EXCHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
