@@ -103,16 +103,22 @@ def _measure(
         rows = [n for _ in range(B) for n in _lengths(length, document)]
         out = [
             document_attention_reference(
-                *(x.transpose(0, 1)[None] for x in part), None, layer.scale
+                q.transpose(0, 1)[None],
+                k.transpose(0, 1)[None],
+                v.transpose(0, 1)[None],
+                None,
+                layer.scale,
             )
-            for part in zip(*(x.split(rows) for x in (q, k, v)), strict=True)
+            for q, k, v in zip(*(x.split(rows) for x in (q, k, v)), strict=True)
         ]
         return torch.cat([each[0].transpose(0, 1) for each in out])
 
     def run(attend: Callable[..., Tensor]) -> list[Tensor]:
         return _results(attend, [*leaves, *sinks], grad)
 
-    forms = {"ours": partial(core, layer), "SDPA, dense mask": dense}
+    forms: dict[str, Callable[..., Tensor]] = {
+        "ours": partial(core, layer), "SDPA, dense mask": dense
+    }  # fmt: skip
     if not sinks:
         forms["SDPA, a launch per document"] = alone
     pairs = B * sum(n * (n + 1) / 2 for n in _lengths(length, document))

@@ -174,7 +174,7 @@ class _Clock:
         for _ in range(1 if self.is_host_bound else _TRIES):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             _flush[0].zero_()
-            torch.cuda._sleep(int(self.wait_s * _CLOCK_HZ))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(self.wait_s * _CLOCK_HZ))
             start.record()
             self.run()
             was_late = start.query()

@@ -93,7 +93,7 @@ class OnDevice(Traced):
             self.storage_.tracker.reads[f"{place_of()} tolist"] += 1  # type: ignore[attr-defined]
         return super().tolist()
 
-    def is_pinned(self, *_: Any) -> bool:  # type: ignore[override]
+    def is_pinned(self, *_: Any) -> bool:
         return True
 
 

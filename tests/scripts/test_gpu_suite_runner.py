@@ -263,7 +263,7 @@ def full(path: Path, text: str) -> None:
 
 
 def test_figures_of_goals() -> None:
-    timed = [
+    timed: list[dict[str, Any]] = [
         {"case": "nt 1", "milliseconds": {"ours": 2.0, "ours in Gluon": 1.0, "peer": 3.0},
          "flops": 1e12, "host_copies": [1, 4]},
         {"case": "nt 2", "milliseconds": {"ours": 4.0}, "flops": 1e12, "host_copies": 2},
