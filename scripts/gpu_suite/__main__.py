@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from configs.command_line import CommandParser
-from scripts.gpu_suite.facts import facts
-from scripts.gpu_suite.goals import GOALS
 from scripts.gpu_suite.harness import Place
+from scripts.gpu_suite.runner.facts import facts
+from scripts.gpu_suite.runner.goals import GOALS
 from scripts.gpu_suite.runner.report import Report
 from scripts.gpu_suite.runner.section import Section, nothing
 from scripts.gpu_suite.runner.suite import Suite, chosen

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.gpu_suite.goals import against, largest, tflops
 from scripts.gpu_suite.harness import Check, Place, Timing
+from scripts.gpu_suite.runner.goals import against, largest, tflops
 from scripts.gpu_suite.runner.process import Send, run_all
 from scripts.gpu_suite.runner.report import Report
 from scripts.gpu_suite.runner.section import Section, Unsupported
