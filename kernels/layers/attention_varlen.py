@@ -12,7 +12,7 @@ gradient, so given `lse'` and the new output it returns the gradients with sinks
 sink is -sum(exp(sink - lse') * <output, its gradient>).
 
 The kernels have one width for queries, keys and values, a multiple of 8: narrower ones are padded
-with zeros (MLA's values, 128 wide beside keys of 192).
+with zeros (MLA's values, 128 wide, for keys of 192).
 
 Shapes: T tokens, H query heads, G key/value heads, C head width, V value width, N documents.
 """

@@ -11,7 +11,7 @@ QUEUE_SECONDS = 20
 """Time after which a grammar whose compilation has not begun is given up."""
 ANSWER_SECONDS = 40
 """Time after which a client gets 503, because many clients give up after a minute. The compilation
-goes on, and its result is cached for the next try."""
+continues, and its result is cached for the next try."""
 PROBE_TOKENS = 32
 """Tokens that a compiled grammar is tried with."""
 PROBE_CPU_SECONDS = 0.5

@@ -31,7 +31,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_cpu_needs_no_triton(tmp_path: Path) -> None:
     code = CODE.format(tiny=str(TINY), folder=tmp_path / "run")
-    done = run("-c", code, modules=forks.TORCH, cwd=tmp_path.parent)
+    done = run("-c", code, modules=forks.TORCH)
     assert "step" in done.stdout and (tmp_path / "run" / "metrics.jsonl").exists()
 
 

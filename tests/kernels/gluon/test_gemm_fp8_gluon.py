@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.gemm import gemm_fp8, gemm_fp8_gluon
 from kernels.gemm.gemm_fp8_triton import Target
 from kernels.quantization.quantize import quantize_1x128, quantize_128x1, quantize_128x128
-from tests.kernels.interpreted.gluon_executor import Barrier, Deadlock, Schedule, executed
+from tests.kernels.gluon.gluon_executor import Barrier, Deadlock, Schedule, executed
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "nt": (gemm_fp8.gemm_fp8_nt, gemm_fp8.gemm_fp8_nt_reference),

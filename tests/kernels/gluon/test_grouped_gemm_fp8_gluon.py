@@ -15,8 +15,8 @@ from kernels.gemm import gemm_fp8_gluon
 from kernels.group_schedule import ENTRY, Schedule
 from kernels.grouped_gemm import grouped_gemm_fp8, grouped_gemm_fp8_gluon
 from kernels.quantization import quantize
-from tests.kernels.interpreted.gluon_executor import Deadlock, executed
-from tests.kernels.test_gemm_fp8_gluon import hopper, on, relative
+from tests.kernels.gluon.gluon_executor import Deadlock, executed
+from tests.kernels.gluon.test_gemm_fp8_gluon import hopper, on, relative
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     name: (
