@@ -103,7 +103,9 @@ def test_a_local_sweep_starts_every_variant(
     started = []
 
     class Supervisor:
-        def __init__(self, words: list[str], ranks: int, folder: Path, limits: object) -> None:
+        def __init__(
+            self, words: list[str], ranks: int, folder: Path, limits: object, health: object
+        ) -> None:
             started.append((words[-1], ranks, folder.name))
             folder.mkdir(parents=True)
             record = {"step": 2, "loss": 1.0, "tokens_per_s": 9, "memory_gib": 0.1}
