@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-SHARE = 0.04
+SHARE = 0.025
 """Share of the time that the thread computes where it has to wait for a core."""
 _CONTENDED = 0.05
 """Waiting for a core, relative to computing, from which on there is no idle core."""
