@@ -49,7 +49,7 @@ def assert_sound(result: dict[str, Any]) -> None:
     if result["refused"]:
         return
     assert result["launched"] and result["operators"], name
-    exact = "kind=sync_free" not in name and re.search(r"[et]p=[2-8]", name) is not None
+    exact = "kind=sync_free" not in name and re.search(r" [2-9]\d* ranks", name) is not None
     allowed = (STEP | LAYER if exact else STEP) if "serve" not in name else set()
     assert not found.keys() - allowed, f"{name}: the host waits at {found}"
     if exact:
