@@ -1,10 +1,10 @@
-"""Paths in settings."""
+"""Paths in settings and options."""
 
 import os
 import re
 from pathlib import Path
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.rules import shown
 
 
@@ -33,3 +33,12 @@ def local_path(setting: str | Path) -> Path:
 def is_url(setting: str) -> bool:
     """Whether a setting is the URL of an object store, such as `s3://bucket/folder`."""
     return re.match(r"[a-z][a-z0-9+.-]*://", setting) is not None
+
+
+def read_text(path: Path, option: str = "") -> str:
+    """The text of a UTF-8 file. Raises UserError, which names `option`, if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{option} {path}: {reason}".lstrip()) from None

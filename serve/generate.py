@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.paths import read_text
 from serve.engine.sampling_params import SamplingParams
 from serve.frontend.engine import Engine
 from serve.options import engine_options, make_parser
@@ -42,20 +42,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"--json-schema {path}: {reason}") from None
-
-
 def generate(options: argparse.Namespace) -> None:
     """Print every completion: a single one as it is generated, several each after its prompt."""
     names = SamplingParams.__dataclass_fields__.keys() & vars(options).keys()
     given = {name: getattr(options, name) for name in names} | {"stop": tuple(options.stop)}
     if options.json_schema is not None:
-        given["json_schema"] = _read(options.json_schema)
+        given["json_schema"] = read_text(options.json_schema, "--json-schema")
     params = SamplingParams(**given)
     with Engine(
         options.folder, engine_options(options), dtype=options.dtype, device=options.device,

@@ -127,7 +127,7 @@ def test_one_file_of_serving_knows_ranks() -> None:
         for path in files_of("serve")
         if any(name.startswith("parallel") for name in imported_modules(path))
     }
-    assert users == {"serve/__main__.py", "serve/engine/rank_group.py"}
+    assert users == {"serve/__main__.py", "serve/server.py", "serve/engine/rank_group.py"}
 
 
 def test_rooms_are_small_and_say_what_is_in_them() -> None:

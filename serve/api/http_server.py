@@ -194,7 +194,7 @@ def allow_connections() -> int:
 def server_config(
     app: ASGIApp, keep_alive: int, grace: float, most: int = MAX_CONNECTIONS
 ) -> uvicorn.Config:
-    """keep_alive: seconds that an idle connection stays open. grace: see `serve.__main__`. most:
+    """keep_alive: seconds that an idle connection stays open. grace: see `serve.server`. most:
     connections at the same time."""
     protocol: Any = functools.partial(Connection, waiting={}, most=most)
     return uvicorn.Config(

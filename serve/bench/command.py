@@ -6,6 +6,7 @@ import json
 import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
+from urllib.error import URLError
 from urllib.parse import urlsplit
 
 from configs.command_line import CommandParser
@@ -72,8 +73,18 @@ def bench(options: argparse.Namespace) -> None:
             found = measured(*asyncio.run(run(url, str(card["id"]), workload, options.api_key)))
             rows.append({"workload": options.workload, "clients": clients} | found)
     except (OSError, HTTPException, RuntimeError, ValueError) as error:
-        raise UserError(f"{options.url}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{options.url}: {_reason(error)}") from None
     print(table(rows))
+
+
+def _reason(error: Exception) -> str:
+    """One line: without the number and the wrapper of an error of the operating system."""
+    cause = error.reason if isinstance(error, URLError) else error
+    if not isinstance(cause, OSError):  # an HTTP status, or a text
+        cause = error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def _card(url: str, options: argparse.Namespace) -> dict[str, object]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from configs.paths import read_text
 from models.hf.folder import inside, read_json
 from models.hf.messages import one_line
 from serve.engine.sampling_params import RequestError
@@ -72,14 +73,6 @@ def _mark(value: Any, mark: Callable[[str], str]) -> Any:
     return [_mark(one, mark) for one in value] if isinstance(value, list) else value
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{path}: {reason}") from None
-
-
 def read_chat_template(folder: Path) -> ChatTemplate | None:
     """From `chat_template.jinja` or `tokenizer_config.json`; None if there is none."""
     config: dict[str, Any] = {}
@@ -89,7 +82,7 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     source = config.get("chat_template")
     own = folder / "chat_template.jinja"
     if inside(folder, own.name).exists():
-        place, source = own, _read_text(own)
+        place, source = own, read_text(own)
     if source is None:
         return None
     if isinstance(source, list):  # several, by name

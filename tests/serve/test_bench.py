@@ -69,7 +69,7 @@ def test_workloads_are_seeded_and_as_long_as_stated(name: str) -> None:
         (["URL", "--clients", "0"], "--clients: must lie between"),
         (["URL", "--vocab", "3"], "--vocab 3: must lie between"),
         (["URL", "--api-key", "é"], "--api-key: must be of ASCII"),
-        (["CLOSED"], "refused"),
+        (["CLOSED"], ": Connection refused\n"),
         (["URL", "--model", "other"], "--model other: "),
         (["URL", "--workload", "multi-turn"], "has 352 tokens, the model at most 192"),
     ],

@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.__main__ import listen, main
+from serve.__main__ import main
 from serve.engine.loading import open_export
+from serve.server import listen
 from tests.forks import Program
 from tests.runs import started
 
