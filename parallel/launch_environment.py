@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from configs.errors import UserError
 
 _ALONE = "unset it to train in one process, or start the ranks with torchrun"
+_FIRST_RANK_S = 15.0
+"""Time that other ranks leave to rank 0, which may have started seconds later on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def fail(rank: int, line: str, code: int) -> int:
     if rank:
         # sent by the launcher after rank 0 has printed
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        time.sleep(_FIRST_RANK_S)
         line = f"rank {rank}: {line}"
     print_line(line)
     if "RANK" in os.environ:

@@ -205,7 +205,9 @@ def test_commands_that_are_not_run_name_what_exists(documented: Command) -> None
     if module.startswith(("launch.", "scripts.scaling_sweep")):  # options in common
         text += "".join((ROOT / "launch" / f"{name}.py").read_text() for name in SHARED_OPTIONS)
     if module == "serve":
-        text += (ROOT / "serve" / "options.py").read_text()
+        text += "".join(
+            (ROOT / "serve" / f"{name}.py").read_text() for name in ("options", "server")
+        )
     for word in words[words.index("-m") + 2 :]:
         if word.startswith("--") and "." not in word:
             assert word.split("=")[0] in text, f"{source} has no {word}"

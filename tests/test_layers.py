@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,10 @@ ROOMS: dict[str, set[str]] = {
 """The other subpackages of a package that each subpackage may import; none if it is not listed."""
 MOST_FILES = 16
 NO_TORCH = ("configs", "launch")
+rooms = cache(structure)
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -111,7 +114,7 @@ def test_no_import_runs_back_up(folder: str) -> None:
 def test_rooms_import_what_the_table_says() -> None:
     found = {
         room: {name for name in inside["imports"] if name.split("/")[0] == room.split("/")[0]}
-        for room, inside in structure().items()
+        for room, inside in rooms().items()
     }
     extra = {room: names - ROOMS.get(room, set()) for room, names in found.items()}
     assert not {room: names for room, names in extra.items() if names}
@@ -131,7 +134,7 @@ def test_one_file_of_serving_knows_ranks() -> None:
 
 
 def test_rooms_are_small_and_say_what_is_in_them() -> None:
-    for room, inside in structure().items():
+    for room, inside in rooms().items():
         assert len(inside["files"]) <= MOST_FILES, room
         said = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text()))
         assert said, f"{room}/__init__.py has no docstring"
@@ -145,7 +148,7 @@ def test_tests_mirror_the_rooms() -> None:
 
 
 def test_the_picture_of_the_structure_is_that_of_the_imports() -> None:
-    assert drawn(PICTURE) == structure(), "run python -m scripts.draw_structure"
+    assert drawn(PICTURE) == rooms(), "run python -m scripts.draw_structure"
 
 
 def test_no_import_circles() -> None:

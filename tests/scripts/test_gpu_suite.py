@@ -45,6 +45,7 @@ def suite(*arguments: object, code: int = 0, env: dict[str, str] | None = None) 
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_dry_run_walks_all_of_it_on_a_bare_machine(tmp_path: Path) -> None:
     """All checks and times of all sections, also the training step, the server's step and a tool
     that observes the barriers, here a program that finds nothing."""

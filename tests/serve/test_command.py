@@ -203,6 +203,25 @@ def test_a_second_signal_stops_an_engine_process(long_folder: Path) -> None:
         assert not Path(f"/proc/{engine}").exists()
 
 
+def test_ctrl_c_while_modules_are_loaded(export_folder: Path) -> None:
+    """No traceback. Python ends by the signal itself if it came while a text was executed."""
+    process = subprocess.Popen(
+        [sys.executable, *words(export_folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        while b"libtorch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=LIVENESS_S) == (b"", b"")
+        assert process.returncode in (0, -signal.SIGINT)
+    finally:
+        process.kill()
+
+
 def test_half_sent_bodies_do_not_delay_a_stop(export_folder: Path) -> None:
     with forked(*words(export_folder, "--grace", GRACE)) as served:
         with socket.create_connection(("127.0.0.1", served.port), timeout=LIVENESS_S) as half:

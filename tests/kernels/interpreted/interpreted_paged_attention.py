@@ -35,7 +35,7 @@ LATENTS = [Heads(4, 1, 22, 14), Heads(70, 1, 40, 32), Heads(1, 1, 9, 8)]
 """One key per token, whose first V numbers are the value."""
 REQUESTS = {
     "decodes": ([1, 1, 1, 1], [40, 0, 1, 200], 4),
-    "chunks": ([3, 0, 37, 1], [3, 0, 71, 50], 0),
+    "chunks": ([3, 0, 19, 1], [3, 0, 71, 50], 0),
     "mixed": ([1, 1, 20, 0, 2], [131, 7, 40, 12, 67], 2),
     "one": ([1], [65], 1),
     "padded": ([1, 1, 5], [0, 9, 0], 2),

@@ -141,7 +141,7 @@ def make(window: int = 0, **options: Any) -> tuple[EngineCore, KvEventPublisher,
 
 
 def traffic(core: EngineCore, seed: int, n: int, after: Callable[[], None]) -> None:
-    """Random requests with shared prefixes, aborts, eviction, and now and then a flush."""
+    """Random requests with shared prefixes, aborts, eviction, retractions, and a rare flush."""
     work = Workload(seed, n)
     rng = random.Random(seed)
     assert core.kv_events is not None
@@ -154,6 +154,10 @@ def traffic(core: EngineCore, seed: int, n: int, after: Callable[[], None]) -> N
             core.scheduler.finish(rng.choice(alive), "cancelled")
         if rng.random() < 0.002:
             core.flush_cache()
+        if rng.random() < 0.02:
+            core.drain()
+            if core.scheduler.running:
+                core.scheduler._retract(rng.choice(core.scheduler.running))
         core.kv_events.flush()
         after()
 
@@ -188,7 +192,7 @@ def test_an_index_equals_the_tree(page_size: int, window: int) -> None:
                     tree_of(tree).values()
                 )
             assert lossy.n_lost and lossy.n_replayed and late.n_replayed
-    assert core.pages.prefixes.version > 50 and tree_of(tree)
+    assert core.pages.prefixes.version > 50 and tree_of(tree) and core.scheduler.n_retracted
     core.flush_cache()
     publisher.flush()
     assert not publisher._index.blocks

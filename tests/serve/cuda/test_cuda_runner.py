@@ -28,8 +28,9 @@ from tests.serve.drive import complete, greedy
 from tests.serve.test_runner import SERVED, random_sequences
 from tests.serve.test_runner import Sequence as Request
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
-"""Of the norm of a row: sums are in another order, and in bf16 MLA rounds its queries."""
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 4e-2}
+"""Of the norm of a row: sums are in another order, and in bf16 MLA rounds its queries. In fp32 most
+rows differ by 2e-6; a few of gpt-oss, whose logits almost cancel, by 1.1e-5 with AVX2."""
 CPU = torch.device("cpu")
 
 

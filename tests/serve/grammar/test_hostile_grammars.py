@@ -161,8 +161,9 @@ def test_refusals_are_cached(server: RunningServer) -> None:
     assert times[1] < times[0] / 3
 
 
-def test_a_lost_process_is_replaced(core: EngineCore, params: Params) -> None:
-    """Requests continue with the same output."""
+@pytest.mark.parametrize("with_worker", [False, True])
+def test_a_lost_process_is_replaced(with_worker: bool, core: EngineCore, params: Params) -> None:
+    """Requests continue with the same output; also if the process that starts others is lost."""
     each = [params(regex="[ab]{9} (c|d){9}", seed=n) for n in range(3)]
     expected = complete(core, ["x"] * 3, each)
     requests = [make_request(core, "x", one) for one in each]
@@ -173,10 +174,17 @@ def test_a_lost_process_is_replaced(core: EngineCore, params: Params) -> None:
     assert core.grammars is not None
     connection = core.grammars.matchers._connection
     assert connection is not None
+    worker = core.grammars.worker._process
+    assert worker is not None
+    if with_worker:
+        worker.kill()
+        worker.wait()
     connection.shutdown(socket.SHUT_RDWR)
     while core.busy:
         core.step()
     assert [request.output for request in requests] == [one.tokens for one in expected]
+    assert (core.grammars.worker._process is worker) == (not with_worker)
+    assert complete(core, ["x"], params(regex="new"))[0].text == "new"
 
 
 @pytest.mark.long

@@ -102,7 +102,7 @@ CASES = [
     Case("recomputed", "glm4", parallel={"recompute": "full"}, seq_len=256),
     Case("partly recomputed", "deepseek-v3", parallel={"recompute": "selective"}),
     Case("long", "deepseek-v2", micro_batch=1, seq_len=640),
-    Case("sinks", "gpt-oss", recipe="bf16", passes=2, micro_batch=2),
+    Case("sinks", "gpt-oss", recipe="bf16", passes=2, micro_batch=1, seq_len=64),
     Case("chunks", "llama4", recipe="bf16", parallel={"recompute": "full", "recompute_every": 2}),
     Case("FP8", "glm4", passes=2, **FP8),
     Case("FP8 states", "mixtral", model={"n_layers": 6}, passes=2, **FP8 | SMALL),
