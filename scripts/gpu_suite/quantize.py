@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels import device
 from kernels.fp8 import Quantized, fp8_dtype
 from kernels.quantization import quantize
 from scripts.gpu_suite.harness import Check, Place, Timing
@@ -31,6 +32,11 @@ def check(place: Place) -> Iterator[Check]:
                 )
                 yield Check(f"{case}: elements that differ", wrong, 0)
 
+    for E, R, K in ((1, 1, 1), (3, 130, 131), (2, 256, 2048))[: 2 if place.dry_run else None]:
+        codes = torch.arange(E * R * K, device=place.device).to(torch.uint8).view(E, K, R).mT
+        wrong = int((_with_rows(codes)[..., :K] != codes).sum())
+        yield Check(f"{[E, R, K]} with contiguous rows: elements that differ", wrong, 0)
+
 
 def measure(place: Place) -> Iterator[Timing]:
     """Time each form against a copy of the same number of bytes."""
@@ -52,6 +58,26 @@ def measure(place: Place) -> Iterator[Timing]:
                 place,
                 bytes=moved,
             )
+        codes = torch.zeros(1, *shape, dtype=torch.uint8, device=place.device)
+        yield take_time(
+            f"copy of FP8 with contiguous rows {list(shape)}",
+            {
+                "ours": partial(_with_rows, codes.mT),
+                "plain torch": codes.mT.contiguous,
+                "copy": codes.clone,
+            },
+            place,
+            bytes=2 * codes.numel(),
+        )
+
+
+def _with_rows(codes_ERK: Tensor) -> Tensor:
+    """What products on a GPU do with operands in the other memory order."""
+    if not device.on_accelerator(codes_ERK):
+        return codes_ERK.contiguous()
+    from kernels.gemm.transpose_triton import contiguous_rows
+
+    return contiguous_rows(codes_ERK)
 
 
 def hard_values(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

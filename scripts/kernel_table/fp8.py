@@ -7,6 +7,7 @@ import torch
 
 from kernels.gemm import gemm_fp8_gluon, gemm_fp8_triton
 from kernels.gemm.gemm_fp8_triton import TILES, Tile
+from kernels.gemm.transpose_triton import contiguous_rows
 from kernels.quantization import quantize_triton
 from scripts.kernel_table.case import SIZE, Case
 
@@ -25,6 +26,7 @@ def cases() -> list[Case]:
             found.append(Case(f"quantize {form}{suffix}", launch, everyday=not powers))
         launch = partial(blocks, x[None], power_of_two=powers)
         found.append(Case(f"quantize 128x128{suffix}", launch, everyday=not powers))
+    found.append(Case("transpose of FP8", _transpose))
     for tile in TILES:
         for layout in ("nt", "tn"):
             for out in ("bf16", "fp32"):
@@ -40,6 +42,10 @@ def cases() -> list[Case]:
                 name = f"gemm_fp8_{layout} Gluon {tile_rows}x128 {out}"
                 found.append(Case(name, launch, True, everyday, ("sm_90",)))
     return found
+
+
+def _transpose(fp8: torch.dtype) -> None:
+    contiguous_rows(torch.empty(1, SIZE, SIZE, dtype=fp8).mT)
 
 
 def _gemm(
