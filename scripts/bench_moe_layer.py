@@ -61,7 +61,7 @@ Tokens = Callable[[], Tensor]
 
 def main() -> None:
     """Measure and print a table in Markdown."""
-    parser = CommandParser(prog="python -m scripts.bench_moe_layer")
+    parser = CommandParser(prog="python -m scripts.bench_moe_layer", description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048, help="default 2048")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")

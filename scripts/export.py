@@ -25,7 +25,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = CommandParser(prog="python -m scripts.export")
+    parser = CommandParser(prog="python -m scripts.export", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder, or one of its checkpoints")
     parser.add_argument("--out", type=Path, help="folder to write (default: <run>/export)")
     names = ", ".join(_DTYPES)

@@ -20,7 +20,7 @@ from train.convert.hf_import import import_hf
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = CommandParser(prog="python -m scripts.import_hf")
+    parser = CommandParser(prog="python -m scripts.import_hf", description=__doc__)
     parser.add_argument("path", type=Path, help="Hugging Face folder with safetensors")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument(

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m scripts.prepare_data")
+    parser = CommandParser(prog="python -m scripts.prepare_data", description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders, datasets")
     parser.add_argument("--out", help="folder of the dataset; it must not exist")
     parser.add_argument("--tokenizer", default="", help="tokenizer.json or its folder")

@@ -16,7 +16,7 @@ from train.convert.gguf_export import DTYPES, export_gguf
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = CommandParser(prog="python -m scripts.to_gguf")
+    parser = CommandParser(prog="python -m scripts.to_gguf", description=__doc__)
     parser.add_argument("export", type=Path, help="folder written by scripts.export")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp's source tree")
     parser.add_argument("--python", default=sys.executable, help="runs the converter")

@@ -32,7 +32,6 @@ def main() -> int:
     parser = CommandParser(
         prog="python -m scripts.upcycle",
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
     )
     parser.add_argument("source")

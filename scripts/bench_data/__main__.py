@@ -65,7 +65,7 @@ class _Windows(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def main(arguments: list[str]) -> int:
     """Command line; returns the exit code."""
-    parser = CommandParser(prog="python -m scripts.bench_data")
+    parser = CommandParser(prog="python -m scripts.bench_data", description=__doc__)
     parser.add_argument("dataset", nargs="?", help="folder of scripts.prepare_data")
     parser.add_argument("--tokens", type=int, default=2**26, help="of random data")
     parser.add_argument("--seq-len", type=int, default=2048)

@@ -89,7 +89,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(
         prog="python -m scripts.bench_serve", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("export", type=Path)
     parser.add_argument("--workloads", nargs="+", choices=NAMES, default=list(NAMES))

@@ -47,7 +47,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandParser(
         prog="python -m scripts.check_clients", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("export", type=Path)
     parser.add_argument("--clients", nargs="+", choices=CHECKS, default=list(CHECKS))

@@ -224,7 +224,7 @@ def check(
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = CommandParser(prog="python -m scripts.check_readers")
+    parser = CommandParser(prog="python -m scripts.check_readers", description=__doc__)
     parser.add_argument("export", type=Path, help="folder written by scripts.export, in fp32")
     for reader in READERS:
         default = sys.executable if reader.name == "transformers" else None
