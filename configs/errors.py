@@ -17,15 +17,16 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(shortened(_CONTROL.sub(_escaped, message), _LONGEST))
+        super().__init__(shortened(escaped(message), _LONGEST))
 
 
 class ConfigError(UserError):
     """A setting of an experiment that cannot work; the message names its key."""
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return repr(found[0])[1:-1]
+def escaped(text: str) -> str:
+    """`text` with escapes for control characters and unpaired surrogates."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def shortened(text: str, length: int) -> str:

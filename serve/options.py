@@ -25,7 +25,7 @@ def make_parser(command: str, description: str) -> CommandParser:
         ("--ep", 1, "ranks, started by torchrun, that divide the experts"),
         ("--max-running", sizes.max_running, "requests computed together"),
         ("--max-waiting", sizes.max_waiting, "requests that may wait; more get 429"),
-        ("--max-batch-tokens", sizes.max_batch_tokens, "tokens per step; longer prompts are cut"),
+        ("--max-batch-tokens", sizes.max_batch_tokens, "tokens per step; prompts may take several"),
         ("--kv-tokens", sizes.kv_tokens, "size of the KV cache; 0: what max-running needs"),
         ("--page-size", sizes.page_size, "tokens per page of the KV cache"),
     ):

@@ -109,7 +109,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default="auto",
         help="how the model writes calls of tools; auto: as its chat template does",
     )
-    parser.add_argument("--api-key", help="clients must send it, on every path but /health")
+    parser.add_argument(
+        "--api-key", help="clients must send it, on every path but /health and the page at /"
+    )
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: must lie between 0 and 65535")

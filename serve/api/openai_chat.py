@@ -186,7 +186,7 @@ class ChatWriter(Writer):
         choice = self.choices[output.request]
         events = [] if choice.begun else [self._chunk(choice.begin())]
         piece = choice.add(output)
-        if piece["delta"] or piece["finish_reason"] or piece["logprobs"]:
+        if piece["delta"] or piece["finish_reason"] or piece["logprobs"] or piece.get("token_ids"):
             events.append(self._chunk(piece))
         return events
 

@@ -35,7 +35,7 @@ from serve.engine.sampling_params import MAX_LOGPROBS
 _USED = (
     *("text", "input_ids", "sampling_params", "stream", "rid", "priority", "model"),
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"),
-    *("return_routed_experts", "echo", "logprobs"),
+    "return_routed_experts",
 )
 _NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 """SGLang's names of sampling parameters, and ours."""
@@ -44,8 +44,10 @@ _LARGE = 1 << 15
 """Numbers in an event, about, above which the next one waits for some more tokens."""
 _SCORE = 8
 """Times the size of a token, that of its log-probability."""
-_ELSEWHERE: dict[str, tuple[object, ...]] = dict.fromkeys(GRAMMARS, ({"type": "text"},))
-"""Fields that belong into `sampling_params`."""
+_ELSEWHERE: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(GRAMMARS, ({"type": "text"},)), "echo": (False,), "logprobs": (False, 0)
+}  # fmt: skip
+"""Fields that belong into `sampling_params` or to other routes, as in UNSUPPORTED."""
 
 
 def _params(value: object, more: Json) -> SamplingParams:
@@ -221,7 +223,7 @@ class _Result:
         first = [[None, self.request.prompt[0], self._text(self.request.prompt[0])]]
         scored = [self._triple(one) for one in prompt if one is not None]
         found: Json = {"input_token_logprobs": (first if start == 0 else []) + scored}
-        if self.call.top and prompt:
+        if self.call.top:
             found["input_top_logprobs"] = [one and self._top(one) for one in prompt]
         return found
 

@@ -151,9 +151,12 @@ def open_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer: {one_line(error)}") from None
-    if tokenizer.get_vocab_size() > vocab_size:
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest < 0:
+        raise UserError(f"{path}: has no tokens")
+    if highest >= vocab_size:
         raise UserError(
-            f"{path}: has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}: "
+            f"{path}: has token {highest}, the model only {vocab_size} tokens: "
             "is it the tokenizer of another model?"
         )
     tokenizer.no_truncation()  # a prompt that is too long is an error, not cut

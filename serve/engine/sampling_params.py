@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from configs.errors import escaped
 from serve.grammar.limits import GrammarError
 from serve.grammar.spec import FIELDS, GrammarSpec, make_spec
 
@@ -16,7 +17,8 @@ MAX_LOGIT_BIASES = 1024
 
 
 class RequestError(ValueError):
-    """A request that cannot be served. The message is one line for the client."""
+    """A request that cannot be served. The message is one line for the client: control characters
+    are escaped, since a part of it may be from a request or a chat template."""
 
     def __init__(
         self,
@@ -26,7 +28,7 @@ class RequestError(ValueError):
         code: str = "invalid_value",
         retry_after: int = 1,
     ) -> None:
-        super().__init__(message)
+        super().__init__(escaped(message))
         self.param = param
         self.status = status
         self.code = code

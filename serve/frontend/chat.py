@@ -7,7 +7,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.paths import read_text
 from models.hf.folder import inside, read_json
-from models.hf.messages import one_line
+from models.hf.messages import one_line, shown
 from serve.engine.sampling_params import RequestError
 from serve.frontend.template_process import TemplateFailed, TemplateProcess
 
@@ -90,14 +90,22 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         source = named[0].get("template") if named else None
     if not isinstance(source, str):
         raise UserError(f"{place}: chat_template must be a text or have one named default")
-    tokens = {
-        name: text if isinstance(text, str) else text.get("content", "")
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if isinstance(text := config.get(name), str | dict)
-    }
-    template = ChatTemplate(source, tokens)
+    template = ChatTemplate(source, _special_tokens(config, folder / "tokenizer_config.json"))
     try:
         template.process.start()
     except TemplateFailed as error:
         raise UserError(f"{place}: not a chat template: {one_line(error)}") from None
     return template
+
+
+def _special_tokens(config: dict[str, Any], place: Path) -> dict[str, str]:
+    """The texts of special tokens; each is a text or an object that has it. Raises UserError."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        given = config.get(name)
+        content = given.get("content") if isinstance(given, dict) else given
+        if isinstance(content, str):
+            found[name] = content
+        elif given is not None:
+            raise UserError(f"{place}: {name} = {shown(given)}: must be a text")
+    return found

@@ -146,7 +146,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """The outputs for one prompt as they are generated; leaving the loop cancels the rest."""
-        requests = self._requests(prompt, params)
+        requests = self._requests([prompt], params)
         outputs: SimpleQueue[Output] = SimpleQueue()
         with self._submitted(requests, outputs.put):
             left = len(requests)
@@ -171,7 +171,8 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncIterator[Output]:
         """`stream` for coroutines."""
-        async for output in self._outputs(await asyncio.to_thread(self._requests, prompt, params)):
+        requests = await asyncio.to_thread(self._requests, [prompt], params)
+        async for output in self._outputs(requests):
             yield output
 
     async def _outputs(self, requests: list[Request]) -> AsyncIterator[Output]:
@@ -192,7 +193,7 @@ class Engine:
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> list[Completion]:
         """Answer a conversation of `{"role": ..., "content": ...}`; `params.n` answers."""
-        return self.generate(self.chat_prompt(messages), params)
+        return self.generate([self.chat_prompt(messages)], params)
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None

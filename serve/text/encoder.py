@@ -59,7 +59,8 @@ class TextEncoder:
     ) -> list[int]:
         """Tokens of a text. add_special_tokens: with those that the tokenizer adds to each text.
 
-        Raises RequestError, naming `param`, if the text is not Unicode or can never fit.
+        Raises RequestError, naming `param`, if the text is not Unicode, can never fit, or has
+        characters for which the tokenizer has no token.
         """
         if len(text) > self.longest_text:
             raise RequestError(
@@ -71,7 +72,12 @@ class TextEncoder:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError(f"{param} is not valid Unicode", param) from None
-        (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (found,) = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+        except Exception as error:  # the library raises bare Exception
+            raise RequestError(f"the tokenizer cannot encode {param}: {error}", param) from None
         return [self._id_of.get(token, token) for token in found.ids]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -305,6 +305,10 @@ def test_taken_port(export_folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
 
 
+NO_TOKENS = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
+FAR_TOKEN = NO_TOKENS.replace("{}", '{"a": 5000000}')
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -317,8 +321,10 @@ def test_taken_port(export_folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
         ("config.json", {"dtype": "int3"}, "dtype = 'int3': must be one of"),
         ("config.json", {"eos_token_id": "end"}, "eos_token_id = 'end'"),
-        ("config.json", {"vocab_size": 100}, "has 300 tokens, the model 100"),
+        ("config.json", {"vocab_size": 100}, "has token 299, the model only 100"),
         ("tokenizer.json", "{}", "not a tokenizer"),
+        ("tokenizer.json", NO_TOKENS, "has no tokens"),
+        ("tokenizer.json", FAR_TOKEN, "has token 5000000, the model only 320 tokens"),
         ("generation_config.json", "{", "not valid JSON"),
         ("model.safetensors.index.json", None, ""),
     ],

@@ -70,6 +70,7 @@ def test_chat_equals_the_model_on_the_rendered_text(
         {"n": 3, "seed": 7, "temperature": 1.0},
         {"stop": ["e", "zz"], "temperature": 0.9, "seed": 1},
         {"logprobs": True, "top_logprobs": 3},
+        {"extra_body": {"return_token_ids": True, "ignore_eos": True}, "stop": ["zz"], "n": 2},
     ],
 )
 def test_streams_equal_whole_answers(client: openai.OpenAI, extra: dict[str, Any]) -> None:
@@ -95,6 +96,9 @@ def test_streams_equal_whole_answers(client: openai.OpenAI, extra: dict[str, Any
         if choice.logprobs is not None:
             listed = [e for c in mine if c.logprobs for e in c.logprobs.content or []]
             assert [e.token for e in listed] == [e.token for e in choice.logprobs.content or []]
+        if "extra_body" in extra:  # pieces of characters are no text yet, but have their ids
+            ids = [token for c in mine for token in getattr(c, "token_ids", [])]
+            assert ids == choice.token_ids and len(ids) == 30
 
 
 def test_logprobs_have_bytes_and_the_sampled_token(client: openai.OpenAI) -> None:

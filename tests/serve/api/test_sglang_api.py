@@ -117,6 +117,10 @@ def test_logprobs_equal_those_of_completions(http: httpx.Client) -> None:
     expected = choice["logprobs"]["token_logprobs"]
     assert [one[0] for one in listed[1:]] == pytest.approx(expected[1:], abs=1e-4)
     assert len(meta["output_top_logprobs"]) == 8 and len(meta["input_top_logprobs"]) == 3
+    late = generate(
+        http, input_ids=prompt, return_logprob=True, logprob_start_len=3, top_logprobs_num=2
+    )["meta_info"]
+    assert (late["input_token_logprobs"], late["input_top_logprobs"]) == ([], [])
 
 
 def test_routed_experts(http: httpx.Client, routed: RunningServer) -> None:
@@ -155,6 +159,8 @@ def test_what_ended_it(http: httpx.Client) -> None:
         {"text": "a", "priority": 1.5},
         {"text": "a", "top_logprobs_num": 21},
         {"text": "a", "return_hidden_states": True},
+        {"text": "a", "echo": True},
+        {"text": "a", "logprobs": 5},
     ],
 )
 def test_bad_bodies(http: httpx.Client, body: dict[str, Any]) -> None:

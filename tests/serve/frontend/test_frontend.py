@@ -75,6 +75,18 @@ def test_chat_is_the_template(engine: serve.Engine) -> None:
         engine.chat([{"role": "user"}])
 
 
+def test_empty_prompts_are_errors(engine: serve.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they are what a template writes."""
+    with pytest.raises(serve.RequestError, match="the prompt is empty"):
+        list(engine.stream([], PARAMS))
+    template = engine.chat_template
+    assert template is not None
+    monkeypatch.setattr(template, "render", lambda *_: "")
+    for answers in (engine.chat, lambda messages: list(engine.stream_chat(messages))):
+        with pytest.raises(serve.RequestError, match="the prompt is empty"):
+            answers([{"role": "user", "content": "a"}])
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

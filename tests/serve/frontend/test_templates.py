@@ -1,6 +1,7 @@
 """Chat templates of hostile exports reach nothing, and their memory and time are limited."""
 
 import gc
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -183,6 +184,31 @@ def test_errors_are_found_when_an_export_is_opened(tmp_path: Path, source: str) 
     with pytest.raises(UserError, match="not a chat template") as caught:
         read_chat_template(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_refusals_of_templates_are_printable() -> None:
+    """A terminal obeys control characters, and a lone surrogate cannot be written."""
+    with pytest.raises(RequestError, match="red") as caught:
+        render(r"{{ raise_exception('\x1b[31mred\ud800') }}")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("given", [5, True, ["<s>"], {}, {"content": 5}, {"content": None}])
+def test_special_tokens_that_are_no_texts(tmp_path: Path, given: object) -> None:
+    config = {"chat_template": "{{ bos_token }}", "bos_token": given}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"tokenizer_config.json: bos_token = .*: must be a text"):
+        read_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["<s>", {"content": "<s>", "lstrip": False}, None])
+def test_special_tokens(tmp_path: Path, given: object) -> None:
+    config = {"chat_template": "{{ bos_token }}", "bos_token": given}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = read_chat_template(tmp_path)
+    assert template is not None
+    assert template.render(HELLO) == ("" if given is None else "<s>")
+    template.process.close()
 
 
 def test_json_without_escapes_and_marked_answers() -> None:

@@ -125,6 +125,15 @@ def test_text_that_cannot_fit_is_refused_unread(
     assert caught.value.code == "context_length_exceeded"
 
 
+def test_text_without_tokens_is_refused() -> None:
+    """The library raises an error of its own where a tokenizer has no token for unknown words."""
+    encoder = TextEncoder(Tokenizer(models.WordLevel({"a": 0}, unk_token="?")), 10)
+    assert encoder.encode("a") == [0]
+    with pytest.raises(RequestError, match="the tokenizer cannot encode prompt") as caught:
+        encoder.encode("b")
+    assert caught.value.param == "prompt"
+
+
 @pytest.mark.parametrize("text", ["def add(a, b): naïve " * 50_000, "a" * 1_000_000, " " * 500_000])
 def test_other_threads_run_while_a_text_is_encoded(tokenizer: Tokenizer, text: str) -> None:
     """If encoding held the interpreter lock, the other thread would run twice at most."""
