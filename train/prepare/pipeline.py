@@ -194,7 +194,7 @@ def _provide_tokenizer(plan: Plan, work: Path, decisions: Decisions, log: Log) -
     else:
         file = work / "tokenizer.json"
         trained = train_tokenizer(
-            lambda: _sample(plan, decisions),
+            lambda: _sample(plan, work, decisions),
             options.train_vocab,
             log,
             options.special_tokens,
@@ -205,13 +205,13 @@ def _provide_tokenizer(plan: Plan, work: Path, decisions: Decisions, log: Log) -
     replace_text(work / "tokenizer_config.json", json.dumps(kept_settings(file, eot_token)))
 
 
-def _sample(plan: Plan, decisions: Decisions) -> Iterator[str]:
+def _sample(plan: Plan, work: Path, decisions: Decisions) -> Iterator[str]:
     """The training documents, the first SAMPLE_BYTES of them from all units in proportion."""
     total = sum(unit.size for unit in plan.units) or 1
     taken = []
     for number, unit in enumerate(plan.units):
         budget, count = SAMPLE_BYTES * unit.size / total, 0
-        for _, text in kept_documents(plan, number, decisions, (TRAIN,)):
+        for _, text in kept_documents(plan, work, number, decisions, (TRAIN,)):
             yield text
             count += 1
             budget -= len(text.encode())
@@ -219,7 +219,8 @@ def _sample(plan: Plan, decisions: Decisions) -> Iterator[str]:
                 break
         taken.append(count)
     for number, count in enumerate(taken):
-        for index, (_, text) in enumerate(kept_documents(plan, number, decisions, (TRAIN,))):
+        documents = kept_documents(plan, work, number, decisions, (TRAIN,))
+        for index, (_, text) in enumerate(documents):
             if index >= count:
                 yield text
 
