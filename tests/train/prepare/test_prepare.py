@@ -47,10 +47,11 @@ def texts_of(count: int, seed: int = 0) -> list[str]:
 
 
 def prepare(tmp_path: Path, *sources: Path | str, out: str = "out", processes: int = 1,
-            megatron: bool = False, **options: Any) -> dict[str, Any]:  # fmt: skip
+            megatron: bool = False, shard_bytes: int = 2**16,
+            **options: Any) -> dict[str, Any]:  # fmt: skip
     chosen = replace(OPTIONS, sources=tuple(map(str, sources)), **options)
     lines: list[str] = []
-    output = Output(tmp_path / out, processes, megatron, shard_bytes=2**16)
+    output = Output(tmp_path / out, processes, megatron, shard_bytes)
     return prepare_data(chosen, output, lines.append) | {"lines": lines}
 
 
