@@ -72,7 +72,7 @@ def test_a_kill_while_other_work_is_removed(
 def test_the_lock_of_finished_work_is_removed_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it the folder would be taken for the user's, and the same command would be refused."""
+    """Otherwise the folder would be taken for the user's, and the same command refused."""
     source, work = write(tmp_path, "jsonl", texts_of(30)), tmp_path / "out.preparing"
     remove = shutil.rmtree
 
