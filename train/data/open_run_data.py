@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.data import BlendSource
 from configs.errors import ConfigError, UserError
 from configs.paths import local_path
 from configs.schema import JobConfig
@@ -103,6 +104,7 @@ def _open_blend(config: JobConfig, ranks: Ranks, skipped: list[tuple[int, int]])
     opened: list[Dataset] = ranks.on_every(
         lambda: [open_dataset(local_path(source.path)) for source in data.blend]
     )
+    _check_different(opened)
     tokenizer_file = ranks.on_every(lambda: _tokenizer(config, opened))
     tokenizer, eot_token = load_tokenizer(tokenizer_file, config.model.vocab_size)
     eot = tokenizer.token_to_id(eot_token)
@@ -130,7 +132,7 @@ def _open_blend(config: JobConfig, ranks: Ranks, skipped: list[tuple[int, int]])
                 *(((c.step - 1) * config.train.global_batch, c.weight) for c in entry.changes),
             ),
             source.training.tokens_per_sequence,
-            _limit(entry.max_epochs, source.training.count),
+            _limit(entry, source.training.count),
         )
         for entry, source in zip(data.blend, sources, strict=True)
     ]
@@ -151,8 +153,29 @@ def _open_blend(config: JobConfig, ranks: Ranks, skipped: list[tuple[int, int]])
     )
 
 
-def _limit(max_epochs: float, count: int) -> int | None:
-    return int(Fraction(str(max_epochs)) * count) if max_epochs else None
+def _check_different(datasets: list[Dataset]) -> None:
+    """Raise UserError for the same dataset under two names: both would read the same sequences."""
+    known: dict[str, Dataset] = {}
+    for dataset in datasets:
+        first = known.setdefault(dataset.fingerprint, dataset)
+        if first is not dataset:
+            raise UserError(
+                f"data.blend: {shown(first.path)} and {shown(dataset.path)} are the same dataset, "
+                "whose sequences would be read twice; add their weights"
+            )
+
+
+def _limit(entry: BlendSource, count: int) -> int | None:
+    """Sequences after which a source is not read any more. Raises ConfigError if it is none."""
+    if not entry.max_epochs:
+        return None
+    limit = int(Fraction(str(entry.max_epochs)) * count)
+    if not limit:
+        raise ConfigError(
+            f"data.blend: max_epochs = {entry.max_epochs} of {entry.label} is less than one of its "
+            f"{count:,} sequences; raise it, or set its weight to 0"
+        )
+    return limit
 
 
 def _tokenizer(config: JobConfig, datasets: list[Dataset]) -> Path:

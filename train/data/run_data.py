@@ -151,7 +151,7 @@ class RunData:
 
 
 def _sums(sources: Sequence[str], tokens: Sequence[int]) -> dict[str, int]:
-    """Tokens by fingerprint, of which a blend may have one several times."""
+    """Tokens by fingerprint, of which older checkpoints may have one several times."""
     sums: dict[str, int] = {}
     for source, n in zip(sources, tokens, strict=True):
         sums[source] = sums.get(source, 0) + n

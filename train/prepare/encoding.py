@@ -14,6 +14,7 @@ from train.data.rows import Column
 from train.dataset.prepared import SPLITS
 from train.prepare.plan import Plan, partial_of, write_bytes
 from train.prepare.reading import Rejected, documents_of
+from train.prepare.scanning import digest_of, load_digests
 from train.prepare.selection import REJECTED, TRAIN, VALIDATION, Decisions
 from train.tokenizer.tokenizer import Encoder, load_tokenizer
 
@@ -32,27 +33,32 @@ def open_encoder(work: Path) -> tuple[Encoder, int]:
 
 
 def kept_documents(
-    plan: Plan, number: int, decisions: Decisions, codes: tuple[int, ...]
+    plan: Plan, work: Path, number: int, decisions: Decisions, codes: tuple[int, ...]
 ) -> Iterator[tuple[int, str]]:
     """Decision and text of the documents of a unit with one of the decisions `codes`.
 
-    Raises UserError if the unit has other documents than when it was scanned.
+    Raises UserError if the unit has other documents than when it was scanned: a file that changes
+    while it is read, or keeps its size and time, passes `check_inputs`, and streams are not in it.
     """
     unit, wanted = plan.units[number], decisions.of_unit(number)
     plan.check_inputs(unit)
+    digests = map(bytes, load_digests(work, number))
     index = -1
     for index, document in enumerate(documents_of(unit, Column(plan.options.text_field))):
         if index >= len(wanted) or isinstance(document, Rejected) != (wanted[index] == REJECTED):
             break
+        if isinstance(document, Rejected):
+            continue
+        if digest_of(document.encode()) != next(digests):
+            break
         if wanted[index] in codes:
-            assert isinstance(document, str)
             yield int(wanted[index]), document
     else:
         if index + 1 == len(wanted):
             return
     raise UserError(
         f"{shown(unit.files[0])}: document {index + 1:,} of this part is not the one that was read "
-        "before; the file changed while it was prepared: start again"
+        f"before; the source changed while it was prepared: remove {shown(work)} and start again"
     )
 
 
@@ -68,7 +74,7 @@ def encode(
     with naming(folder):
         files = {split: open(path, "wb") for split, path in partial.items()}
         try:
-            for split, texts in _batches(plan, number, decisions):
+            for split, texts in _batches(plan, work, number, decisions):
                 stream = encoder.encode(texts)
                 starts = np.flatnonzero(stream == encoder.eot)
                 assert len(starts) == len(texts), "only boundaries are end-of-text tokens"
@@ -88,12 +94,14 @@ def encode(
     return found
 
 
-def _batches(plan: Plan, number: int, decisions: Decisions) -> Iterator[tuple[str, list[str]]]:
+def _batches(
+    plan: Plan, work: Path, number: int, decisions: Decisions
+) -> Iterator[tuple[str, list[str]]]:
     """The texts of a unit by split, about _BATCH_BYTES at a time."""
     split_of = {code: split for split, code in _CODES.items()}
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
-    for code, text in kept_documents(plan, number, decisions, (TRAIN, VALIDATION)):
+    for code, text in kept_documents(plan, work, number, decisions, (TRAIN, VALIDATION)):
         split = split_of[code]
         texts[split].append(text)
         sizes[split] += len(text)

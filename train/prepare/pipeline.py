@@ -51,6 +51,7 @@ from train.tokenizer.tokenizer import (
 
 Log = Callable[[str], None]
 _JOIN_BYTES = 2**24
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,16 @@ def prepare_data(options: Options, output: Output, log: Log) -> dict[str, Any]:
     plan = _plan(options, log)
     folder = output.folder.absolute()
     work = folder.with_name(f"{folder.name}.preparing")
+    if work.is_dir() and any(work.iterdir()) and not (work / _LOCK).is_file():
+        raise UserError(
+            f"{shown(work)}: exists and is no unfinished preparation; rename it, or name another "
+            "--out"
+        )
     if folder.exists():
-        index = _existing(folder, plan, log)
+        index = _existing(folder, plan, output, log)
         if work.is_dir():  # killed after the dataset had its name
             with naming(work), _locked(work):
-                shutil.rmtree(work)
+                _remove(work)
         return index
     work.mkdir(parents=True, exist_ok=True)
     with naming(work), _locked(work):
@@ -94,7 +100,7 @@ def prepare_data(options: Options, output: Output, log: Log) -> dict[str, Any]:
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Raises UserError if another process prepares in `work`."""
-    with open(work / ".lock", "w") as file:
+    with open(work / _LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -119,8 +125,9 @@ def _plan(options: Options, log: Log) -> Plan:
     return Plan(options, units, stamps, sha256)
 
 
-def _existing(folder: Path, plan: Plan, log: Log) -> dict[str, Any]:
-    """The index of a folder that is there already. Raises UserError if it is another dataset."""
+def _existing(folder: Path, plan: Plan, output: Output, log: Log) -> dict[str, Any]:
+    """The index of a folder that is there already. Raises UserError if it is another dataset, or
+    was written with other settings."""
     try:
         index = read_index(folder)
     except UserError as error:
@@ -130,6 +137,20 @@ def _existing(folder: Path, plan: Plan, log: Log) -> dict[str, Any]:
             f"{shown(folder)}: has a dataset of other sources or options, or its sources have "
             "changed; name another --out, or remove it"
         )
+    if output.megatron and not (folder / "megatron").is_dir():
+        raise UserError(
+            f"{shown(folder)}: is prepared already, without --megatron; name another --out, or "
+            "remove it"
+        )
+    size = np.dtype(index["dtype"]).itemsize
+    for split in SPLITS:
+        written = [shard["tokens"] * size for shard in index["splits"][split]["shards"]]
+        expected = [output.shard_bytes] * (len(written) - 1)
+        if written[:-1] != expected or max(written, default=0) > output.shard_bytes:
+            raise UserError(
+                f"{shown(folder)}: is prepared already, with files of another --shard-mib; name "
+                "another --out, or remove it"
+            )
     log(f"{shown(folder)}: is prepared already")
     return index
 
@@ -141,14 +162,29 @@ def _begin(plan: Plan, work: Path, log: Log) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        for path in work.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if (work / "scan").is_dir():
+            log(f"{shown(work)}: other sources or options, or a source has changed: starting anew")
+        (work / "plan.json").unlink(
+            missing_ok=True
+        )  # first: a kill here leaves no plan to continue
+        _clear(work)
         replace_text(work / "plan.json", plan.text())
     elif (work / "scan").is_dir():
         log(f"continuing {shown(work)}")
         for path in work.rglob(".*.partial.*"):
             path.unlink(missing_ok=True)
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove(work: Path) -> None:
+    """Remove a folder, its lock last: a kill leaves one that is known to be a preparation's."""
+    _clear(work)
+    shutil.rmtree(work)
 
 
 def _check_columns(plan: Plan, scans: list[Any]) -> None:
@@ -194,7 +230,7 @@ def _provide_tokenizer(plan: Plan, work: Path, decisions: Decisions, log: Log) -
     else:
         file = work / "tokenizer.json"
         trained = train_tokenizer(
-            lambda: _sample(plan, decisions),
+            lambda: _sample(plan, work, decisions),
             options.train_vocab,
             log,
             options.special_tokens,
@@ -205,13 +241,13 @@ def _provide_tokenizer(plan: Plan, work: Path, decisions: Decisions, log: Log) -
     replace_text(work / "tokenizer_config.json", json.dumps(kept_settings(file, eot_token)))
 
 
-def _sample(plan: Plan, decisions: Decisions) -> Iterator[str]:
+def _sample(plan: Plan, work: Path, decisions: Decisions) -> Iterator[str]:
     """The training documents, the first SAMPLE_BYTES of them from all units in proportion."""
     total = sum(unit.size for unit in plan.units) or 1
     taken = []
     for number, unit in enumerate(plan.units):
         budget, count = SAMPLE_BYTES * unit.size / total, 0
-        for _, text in kept_documents(plan, number, decisions, (TRAIN,)):
+        for _, text in kept_documents(plan, work, number, decisions, (TRAIN,)):
             yield text
             count += 1
             budget -= len(text.encode())
@@ -219,7 +255,8 @@ def _sample(plan: Plan, decisions: Decisions) -> Iterator[str]:
                 break
         taken.append(count)
     for number, count in enumerate(taken):
-        for index, (_, text) in enumerate(kept_documents(plan, number, decisions, (TRAIN,))):
+        documents = kept_documents(plan, work, number, decisions, (TRAIN,))
+        for index, (_, text) in enumerate(documents):
             if index >= count:
                 yield text
 
@@ -309,4 +346,4 @@ def _publish(work: Path, folder: Path) -> None:
         sync(path)
     target.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(work)
+    _remove(work)

@@ -44,7 +44,7 @@ def scan(plan: Plan, work: Path, number: int) -> dict[str, Any]:
         raw = document.encode()
         status.append(KEPT)
         sizes.append(len(raw))
-        digests += hashlib.blake2b(raw, digest_size=DIGEST_BYTES).digest()
+        digests += digest_of(raw)
         values = signature(raw) if options.near_duplicate_threshold < 1.0 else None
         with_signature.append(values is not None)
         if values is not None:
@@ -69,11 +69,23 @@ def scan(plan: Plan, work: Path, number: int) -> dict[str, Any]:
     return found
 
 
+def digest_of(raw: bytes) -> bytes:
+    """The content hash of a document."""
+    return hashlib.blake2b(raw, digest_size=DIGEST_BYTES).digest()
+
+
 def _save(path: Path, **arrays: np.ndarray) -> None:
     partial = partial_of(path)
     with naming(path):
         np.savez(partial, allow_pickle=False, **arrays)
     partial.rename(path)
+
+
+def load_digests(work: Path, number: int) -> np.ndarray:
+    """Content hashes of the documents with text of a unit, uint8 `[documents, DIGEST_BYTES]`."""
+    with np.load(work / "scan" / f"{number}.npz", allow_pickle=False) as arrays:
+        digests: np.ndarray = arrays["digests"]
+    return digests
 
 
 def load_scan(work: Path, number: int) -> dict[str, np.ndarray]:

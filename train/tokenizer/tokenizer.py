@@ -48,6 +48,8 @@ WORDS = (
 _ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
 # No word continues after a line end unless only white space follows on the next line.
 _LINE_STARTS = re.compile(r"(?<=\n)(?=[ \t]*[!-~])")
+_GROUP = 2**20
+"""Characters that the library encodes at once: it needs 200 bytes for each."""
 _MOST_WORDS = 1_000_000  # then the table of words is cleared: it must not grow with the corpus
 
 
@@ -70,7 +72,8 @@ def train_tokenizer(
     """Train a tokenizer of exactly `vocab_size` tokens; `<|endoftext|>` is id 0.
 
     texts: returns a new iterator of the training documents. The first SAMPLE_BYTES of them are
-    used, and all only if those do not fill the vocabulary. special_tokens: further ones, with the
+    used, of a document at most as many characters; all are used only if those do not fill the
+    vocabulary. special_tokens: further ones, with the
     ids from 1 on. setting: origin of `vocab_size`, for errors. Deterministic. Raises UserError.
     """
     check_vocab_size(vocab_size, setting)
@@ -117,6 +120,7 @@ def _first(texts: Iterable[str], limit: int | None, used: list[int]) -> Iterator
     for text in texts:
         if limit is not None and used[1] >= limit:
             return
+        text = text[:limit]  # the library needs 80 bytes for each byte of a document
         used[0] += 1
         used[1] += len(text.encode())
         yield text
@@ -217,7 +221,7 @@ class Encoder:
         words = [_ASCII_WORDS.findall(s) if ascii else None for s, ascii in chain(*segments)]
         self._learn(chain.from_iterable(w for w in words if w is not None))
         rest = [s for s, ascii in chain(*segments) if not ascii]
-        encodings = iter(self._encode_batch(rest))
+        encodings = self._encode_batch(rest)
         found = iter(words)
         pieces = []
         for document in segments:
@@ -239,7 +243,7 @@ class Encoder:
         if text.isascii():
             return [(text, True)]
         lines = groupby(_LINE_STARTS.split(text), str.isascii)
-        return [("".join(group), ascii) for ascii, group in lines]
+        return [("".join(part), ascii) for ascii, group in lines for part in _grouped(group)]
 
     def _learn(self, words: Iterable[str]) -> None:
         new = set(words)
@@ -248,12 +252,12 @@ class Encoder:
         missing = list(new.difference(self.ids_of))
         self.ids_of.update(zip(missing, self._encode_batch(missing), strict=True))
 
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [
-            self._encode_in_parts(text) if self.eot in ids else ids
-            for text, ids in zip(texts, (encoding.ids for encoding in found), strict=True)
-        ]
+    def _encode_batch(self, texts: list[str]) -> Iterator[list[int]]:
+        for group in _grouped(texts):
+            found = self.tokenizer.encode_batch_fast(group, add_special_tokens=False)
+            for text, encoding in zip(group, found, strict=True):
+                ids = encoding.ids
+                yield self._encode_in_parts(text) if self.eot in ids else ids
 
     def _encode_in_parts(self, text: str) -> list[int]:
         """The tokens of a text that contains `eot` as a word of the vocabulary: cut within each."""
@@ -282,6 +286,20 @@ class Encoder:
                 )
             pending += reversed(parts)
         return ids
+
+
+def _grouped(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of at most _GROUP characters, a longer one alone."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        if group and size + len(text) > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
 
 
 def _without_special_tokens(tokenizer: Tokenizer, eot: int) -> Tokenizer:

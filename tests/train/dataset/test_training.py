@@ -219,11 +219,27 @@ def test_data_that_changed_between_two_attempts_is_named(
         assert error.count("\n") == 1 and expected in error, error
 
 
+@pytest.mark.parametrize("megatron", [False, True])
+def test_a_dataset_under_two_names_is_refused(
+    megatron: bool, datasets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The order of a source depends on its tokens, not its name: both would read the same."""
+    words = blend(datasets, megatron=megatron)
+    again = (
+        f"{datasets}/web/megatron/train.idx" if megatron else f"{datasets}/../{datasets.name}/web"
+    )
+    twice = words[2].removesuffix("]") + f', {{path = "{again}", weight = 1, name = "again"}}]'
+    assert train(*words, twice, f"--run.dir={tmp_path / 'run'}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "are the same dataset" in error, error
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
         (["--data.fim_rate=0.5", '--data.fim_tokens=["a", "<nope>", "<|fim_middle|>"]'], "<nope>"),
         (["--train.steps=100000"], "no source is left"),
+        ([], "max_epochs = 0.0001 of web is less than one of its"),
         (["--data.seq_len=100000"], "not one sequence"),
         (["--model.vocab_size=300"], "set model.vocab_size to 320"),
         (["--data.source=docs"], "data.source"),
@@ -234,7 +250,8 @@ def test_settings_that_cannot_work_are_refused(
     more: list[str], expected: str, datasets: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    limited = blend(datasets)[2].replace("weight = 0.7", "weight = 0.7, max_epochs = 2")
+    epochs = 1e-4 if "max_epochs" in expected else 2
+    limited = blend(datasets)[2].replace("weight = 0.7", f"weight = 0.7, max_epochs = {epochs}")
     assert train(*blend(datasets), limited, f"--run.dir={tmp_path / 'run'}", *more) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected in error, error

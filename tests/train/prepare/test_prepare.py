@@ -46,11 +46,12 @@ def texts_of(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def prepare(tmp_path: Path, *sources: Path, out: str = "out", processes: int = 1,
-            megatron: bool = False, **options: Any) -> dict[str, Any]:  # fmt: skip
+def prepare(tmp_path: Path, *sources: Path | str, out: str = "out", processes: int = 1,
+            megatron: bool = False, shard_bytes: int = 2**16,
+            **options: Any) -> dict[str, Any]:  # fmt: skip
     chosen = replace(OPTIONS, sources=tuple(map(str, sources)), **options)
     lines: list[str] = []
-    output = Output(tmp_path / out, processes, megatron, shard_bytes=2**16)
+    output = Output(tmp_path / out, processes, megatron, shard_bytes)
     return prepare_data(chosen, output, lines.append) | {"lines": lines}
 
 
@@ -310,6 +311,27 @@ def test_a_real_tokenizer(tmp_path: Path) -> None:
     assert dataset.vocab_size and dataset.vocab_size > 2**16
     assert dataset.splits["train"].tokens.dtype == np.dtype("<u4")
     assert decoded(tmp_path / "out") == texts
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_a_source_that_changed_between_the_passes_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a stream, whose files are not in the plan, and a file with its old size and time."""
+    texts = texts_of(30)
+    source = write(tmp_path, "jsonl", texts)
+    status = source.stat()
+    given = f"stream:{source}" if kind == "stream" else source
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_decisions", lambda *arguments: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(OSError):
+            prepare(tmp_path, given)
+    texts[20] = texts[20][::-1]
+    source.write_bytes(jsonl(texts))
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert source.stat().st_size == status.st_size
+    with pytest.raises(UserError, match=r"document 21 of .* remove .*out\.preparing and start"):
+        prepare(tmp_path, given)
 
 
 @pytest.mark.long

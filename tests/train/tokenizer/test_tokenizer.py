@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from configs.errors import UserError
 from tests.runs import run
@@ -121,6 +121,42 @@ def test_the_table_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(encoder.ids_of) < 40
     whole = Encoder(train(), 0, UINT16).encode(documents)
     assert np.array_equal(np.concatenate(streams), whole)
+
+
+class Recorded:
+    """A tokenizer that notes the most characters it had to encode at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.most = tokenizer, 0
+
+    def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding]:
+        self.most = max(self.most, sum(map(len, texts)))
+        found: list[Encoding] = self.tokenizer.encode_batch_fast(
+            texts, add_special_tokens=add_special_tokens
+        )
+        return found
+
+
+def test_the_library_encodes_a_long_document_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs 200 bytes of memory for each character that it encodes at once."""
+    monkeypatch.setattr(subject, "_GROUP", 400)
+    tokenizer = train()
+    document = "".join(f"größe {i} 数\n\n  \t\n  wert{i}: ä\n" for i in range(300))
+    expected = [0, *tokenizer.encode(document, add_special_tokens=False).ids]
+    encoder = Encoder(tokenizer, 0, UINT16)
+    recorded = Recorded(encoder.tokenizer)
+    monkeypatch.setattr(encoder, "tokenizer", recorded)
+    assert encoder.encode([document]).tolist() == expected
+    assert encoder.encode([document, document]).tolist() == expected * 2
+    assert 300 < recorded.most <= 400
+
+
+def test_training_takes_the_beginning_of_a_long_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "SAMPLE_BYTES", 4000)
+    documents = unruly(2000)
+    long = "".join(text for text in documents if text.isascii())
+    assert len(long) > 8000
+    assert train(300, [long]).to_str() == train(300, [long[:4000]]).to_str()
 
 
 def save(tokenizer: Tokenizer, folder: Path, eos: object = None) -> Path:
