@@ -22,9 +22,9 @@ def parts(file: Path) -> list[list[str]]:
     return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
 
 
-def interpret(*words: object) -> None:
+def interpret(*words: object, timeout: float = 600) -> None:
     lane = ["-m", "pytest", "-q", "-x", *LANE, *words]
-    done = run(*lane, modules=forks.TRITON, env=ENVIRONMENT)
+    done = run(*lane, modules=forks.TRITON, env=ENVIRONMENT, timeout=timeout)
     assert " passed" in done.stdout.splitlines()[-1], done.stdout
 
 
@@ -44,4 +44,4 @@ def test_every_two_parameters(file: Path, names: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_all_parameters(file: Path) -> None:
-    interpret(file)
+    interpret(file, timeout=7200)
