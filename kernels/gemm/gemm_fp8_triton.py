@@ -145,7 +145,7 @@ def k_major(x_RK: Tensor, target: Target) -> Tensor:
     aligned = x_RK.stride(1) == 1 and x_RK.stride(0) % 16 == 0 and x_RK.data_ptr() % 16 == 0
     if aligned and (target.descriptors or K % 16 == 0):
         return x_RK
-    if x_RK.stride(0) == 1:
+    if x_RK.stride(0) == 1 and x_RK.stride(1) != 1:
         return contiguous_rows(x_RK[None])[0]
     padded = torch.zeros(R, triton.cdiv(K, 16) * 16, dtype=torch.uint8, device=x_RK.device)
     padded[:, :K] = x_RK.view(torch.uint8)

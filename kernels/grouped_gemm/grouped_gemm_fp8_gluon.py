@@ -67,6 +67,6 @@ def _one_below_the_other(b_ENK: Tensor) -> Tensor:
     E, N, K = b_ENK.shape
     if b_ENK.stride(2) == 1 and (E == 1 or b_ENK.stride(0) == N * b_ENK.stride(1)):
         return b_ENK.as_strided((E * N, K), (b_ENK.stride(1), 1))
-    if b_ENK.stride(1) == 1:
+    if b_ENK.stride(1) == 1 and b_ENK.stride(2) != 1:
         return contiguous_rows(b_ENK).flatten(0, 1)[:, :K]
     return b_ENK.reshape(E * N, K)

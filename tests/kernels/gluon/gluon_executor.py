@@ -23,7 +23,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gluon_language
 from triton.runtime.jit import JITFunction
 
-from kernels.gemm import gemm_fp8_gluon
+from kernels.gemm import gemm_fp8_gluon, gemm_fp8_triton
+from kernels.grouped_gemm import grouped_gemm_fp8_gluon
 
 
 class Deadlock(AssertionError):
@@ -277,6 +278,12 @@ def _argument(x: Any) -> Any:
     return x
 
 
+def _contiguous_rows(x_ERK: Tensor) -> Tensor:
+    """`kernels.gemm.transpose_triton.contiguous_rows`, whose kernel is none of Gluon."""
+    bytes_ERK = x_ERK.view(torch.uint8)
+    return torch.nn.functional.pad(bytes_ERK, (0, -x_ERK.shape[2] % 16)).view(x_ERK.dtype)
+
+
 @contextmanager
 def executed(seed: int, idle: int = 0) -> Iterator[None]:
     """Context in which kernel launches run here. idle: programs in addition to those that the
@@ -287,5 +294,9 @@ def executed(seed: int, idle: int = 0) -> Iterator[None]:
         if isinstance(function, JITFunction) and name != "_gemm"
     }
     kernel = _Kernel(gemm_fp8_gluon._gemm.fn, seed, idle)
-    with mock.patch.multiple(gemm_fp8_gluon, _gemm=kernel, **plain):
+    with (
+        mock.patch.multiple(gemm_fp8_gluon, _gemm=kernel, **plain),
+        mock.patch.object(gemm_fp8_triton, "contiguous_rows", _contiguous_rows),
+        mock.patch.object(grouped_gemm_fp8_gluon, "contiguous_rows", _contiguous_rows),
+    ):
         yield
