@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gemm.transpose_triton import contiguous_rows
+from kernels.gemm.transpose_triton import to_row_major
 
 BLOCK_K = 128
 
@@ -146,7 +146,7 @@ def k_major(x_RK: Tensor, target: Target) -> Tensor:
     if aligned and (target.descriptors or K % 16 == 0):
         return x_RK
     if x_RK.stride(0) == 1 and x_RK.stride(1) != 1:
-        return contiguous_rows(x_RK[None])[0]
+        return to_row_major(x_RK[None])[0]
     padded = torch.zeros(R, triton.cdiv(K, 16) * 16, dtype=torch.uint8, device=x_RK.device)
     padded[:, :K] = x_RK.view(torch.uint8)
     return padded.view(x_RK.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 _TILE = 128
 
 
-def contiguous_rows(x_ERK: Tensor) -> Tensor:
+def to_row_major(x_ERK: Tensor) -> Tensor:
     """A copy of matrices whose columns are contiguous (`stride(1) == 1`), with contiguous rows.
 
     x: `[E, R, K]`, one byte per element. Returns `[E, R, K16]`: K rounded up to a multiple of 16,

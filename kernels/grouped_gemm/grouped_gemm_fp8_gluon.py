@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.fp8 import BLOCK
 from kernels.gemm.gemm_fp8_gluon import _EXPERTS, _ROWS, choose_rows, hopper, launch
 from kernels.gemm.gemm_fp8_triton import Target, k_major, rows_contiguous
-from kernels.gemm.transpose_triton import contiguous_rows
+from kernels.gemm.transpose_triton import to_row_major
 from kernels.group_schedule import schedule
 
 
@@ -68,5 +68,5 @@ def _one_below_the_other(b_ENK: Tensor) -> Tensor:
     if b_ENK.stride(2) == 1 and (E == 1 or b_ENK.stride(0) == N * b_ENK.stride(1)):
         return b_ENK.as_strided((E * N, K), (b_ENK.stride(1), 1))
     if b_ENK.stride(1) == 1 and b_ENK.stride(2) != 1:
-        return contiguous_rows(b_ENK).flatten(0, 1)[:, :K]
+        return to_row_major(b_ENK).flatten(0, 1)[:, :K]
     return b_ENK.reshape(E * N, K)

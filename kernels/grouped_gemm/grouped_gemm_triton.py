@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.fp8 import BLOCK
 from kernels.gemm.gemm_fp8_triton import TILES as FP8_TILES
 from kernels.gemm.gemm_fp8_triton import Target, Tile, load, rows_contiguous, stages, store, tile_at
-from kernels.gemm.transpose_triton import contiguous_rows
+from kernels.gemm.transpose_triton import to_row_major
 from kernels.group_schedule import ENTRY, schedule
 
 BF16_TILES = (
@@ -67,7 +67,7 @@ def by_rows(
     a_RK = a_RK if a_RK.stride(1) == 1 else a_RK.contiguous()
     along_k = b_ENK.stride(2) == 1
     if not along_k and scales_b_Enk is not None and b_ENK.stride(1) == 1:
-        b_ENK, along_k = contiguous_rows(b_ENK)[:, :, :K], True
+        b_ENK, along_k = to_row_major(b_ENK)[:, :, :K], True
     elif not along_k and (scales_b_Enk is not None or b_ENK.stride(1) != 1):
         b_ENK, along_k = b_ENK.contiguous(), True
     b = b_ENK if along_k else b_ENK.mT

@@ -75,9 +75,9 @@ def _with_rows(codes_ERK: Tensor) -> Tensor:
     """What products on a GPU do with operands in the other memory order."""
     if not device.on_accelerator(codes_ERK):
         return codes_ERK.contiguous()
-    from kernels.gemm.transpose_triton import contiguous_rows
+    from kernels.gemm.transpose_triton import to_row_major
 
-    return contiguous_rows(codes_ERK)
+    return to_row_major(codes_ERK)
 
 
 def hard_values(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from kernels.gemm import gemm_fp8_gluon, gemm_fp8_triton
 from kernels.gemm.gemm_fp8_triton import TILES, Tile
-from kernels.gemm.transpose_triton import contiguous_rows
+from kernels.gemm.transpose_triton import to_row_major
 from kernels.quantization import quantize_triton
 from scripts.kernel_table.case import SIZE, Case
 
@@ -45,7 +45,7 @@ def cases() -> list[Case]:
 
 
 def _transpose(fp8: torch.dtype) -> None:
-    contiguous_rows(torch.empty(1, SIZE, SIZE, dtype=fp8).mT)
+    to_row_major(torch.empty(1, SIZE, SIZE, dtype=fp8).mT)
 
 
 def _gemm(

@@ -164,9 +164,8 @@ def _begin(plan: Plan, work: Path, log: Log) -> None:
     if not same:
         if (work / "scan").is_dir():
             log(f"{shown(work)}: other sources or options, or a source has changed: starting anew")
-        (work / "plan.json").unlink(
-            missing_ok=True
-        )  # first: a kill here leaves no plan to continue
+        # first: a kill later leaves no plan to continue
+        (work / "plan.json").unlink(missing_ok=True)
         _clear(work)
         replace_text(work / "plan.json", plan.text())
     elif (work / "scan").is_dir():

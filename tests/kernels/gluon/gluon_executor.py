@@ -278,8 +278,8 @@ def _argument(x: Any) -> Any:
     return x
 
 
-def _contiguous_rows(x_ERK: Tensor) -> Tensor:
-    """`kernels.gemm.transpose_triton.contiguous_rows`, whose kernel is none of Gluon."""
+def _to_row_major(x_ERK: Tensor) -> Tensor:
+    """`kernels.gemm.transpose_triton.to_row_major`, whose kernel is none of Gluon."""
     bytes_ERK = x_ERK.view(torch.uint8)
     return torch.nn.functional.pad(bytes_ERK, (0, -x_ERK.shape[2] % 16)).view(x_ERK.dtype)
 
@@ -296,7 +296,7 @@ def executed(seed: int, idle: int = 0) -> Iterator[None]:
     kernel = _Kernel(gemm_fp8_gluon._gemm.fn, seed, idle)
     with (
         mock.patch.multiple(gemm_fp8_gluon, _gemm=kernel, **plain),
-        mock.patch.object(gemm_fp8_triton, "contiguous_rows", _contiguous_rows),
-        mock.patch.object(grouped_gemm_fp8_gluon, "contiguous_rows", _contiguous_rows),
+        mock.patch.object(gemm_fp8_triton, "to_row_major", _to_row_major),
+        mock.patch.object(grouped_gemm_fp8_gluon, "to_row_major", _to_row_major),
     ):
         yield

@@ -15,7 +15,7 @@ from kernels.fp8 import Quantized, empty_column_major
 from kernels.gemm import gemm_fp8
 from kernels.gemm.gemm_fp8_triton import TILES, Target, Tile
 from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8, linears_fp8_reference
-from kernels.gemm.transpose_triton import contiguous_rows
+from kernels.gemm.transpose_triton import to_row_major
 from kernels.quantization import quantize
 from tests.kernels.interpreted.lane import (
     DESCRIPTORS,
@@ -63,7 +63,7 @@ def test_transposed_copy(E: int, R: int, K: int) -> None:
     """Of matrices with gaps between them and between their columns."""
     bytes_ = torch.randint(0, 256, (E, K + 2, R + 5), dtype=torch.uint8)
     x = bytes_[:, :K, :R].mT.view(torch.float8_e4m3fn)
-    ours = contiguous_rows(x).view(torch.uint8)
+    ours = to_row_major(x).view(torch.uint8)
     assert ours.shape == (E, R, -(-K // 16) * 16) and ours.is_contiguous()
     assert torch.equal(ours[..., :K], bytes_[:, :K, :R].mT)
     assert not ours[..., K:].any()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.fp8 import empty_column_major
 from kernels.gemm import gemm_fp8_gluon, gemm_fp8_triton
-from kernels.gemm.transpose_triton import contiguous_rows
+from kernels.gemm.transpose_triton import to_row_major
 from kernels.group_schedule import schedule
 from kernels.grouped_gemm import grouped_gemm_fp8_gluon, grouped_gemm_triton
 from kernels.layers import cross_entropy_triton, norm_triton, rope_triton
@@ -150,7 +150,7 @@ def attention(
 
 
 def transposes(fp8: Dtype, E: int, R: int, K: int) -> None:
-    contiguous_rows(torch.empty(E, K, R, dtype=fp8).mT)
+    to_row_major(torch.empty(E, K, R, dtype=fp8).mT)
 
 
 def schedules(fp8: Dtype, R: int, E: int) -> None:
