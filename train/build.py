@@ -68,7 +68,7 @@ def build_training(
     materialize(model, config.model, config.run.seed, ranks.device, config.parallel.cpu_offload)
     model.train()
     optimizer = build_optimizer(model, config.optimizer, config.precision.moments)
-    fp8_weights = gather_in_fp8(model)
+    fp8_weights = gather_in_fp8(model, config.parallel)
     optimizer.register_step_post_hook(lambda *_: fp8_weights.expire())  # a refresh cannot be missed
     accumulation = Accumulation(model, config.parallel)
     return Training(sharded.mesh, model, sharded.compute, accumulation, fp8_weights, optimizer)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.gemm.transpose_triton import to_row_major
+from kernels.quantization.transpose_triton import to_row_major
 
 BLOCK_K = 128
 

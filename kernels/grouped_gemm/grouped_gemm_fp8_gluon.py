@@ -14,8 +14,8 @@ from torch import Tensor
 from kernels.fp8 import BLOCK
 from kernels.gemm.gemm_fp8_gluon import _EXPERTS, _ROWS, choose_rows, hopper, launch
 from kernels.gemm.gemm_fp8_triton import Target, k_major, rows_contiguous
-from kernels.gemm.transpose_triton import to_row_major
 from kernels.group_schedule import schedule
+from kernels.quantization.transpose_triton import to_row_major
 
 
 def by_rows(

@@ -35,8 +35,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.fp8 import BLOCK
 from kernels.gemm.gemm_fp8_triton import TILES as FP8_TILES
 from kernels.gemm.gemm_fp8_triton import Target, Tile, load, rows_contiguous, stages, store, tile_at
-from kernels.gemm.transpose_triton import to_row_major
 from kernels.group_schedule import ENTRY, schedule
+from kernels.quantization.transpose_triton import to_row_major
 
 BF16_TILES = (
     Tile(rows=128, columns=256, warps=8, programs_per_sm=1, cost=2.0),

@@ -6,6 +6,7 @@ the whole weight, and `quantize_piece` with the scales that follow from it. All 
 produce exactly the bits of `kernels.quantization.quantize.quantize_128x128` of the whole weight.
 
 A weight is a matrix, or one per expert; pieces are arbitrary rectangles of its rows and columns.
+`copy_column_major` makes the second memory order of a gathered weight.
 
 R rows and C columns of the piece; n, k blocks of the whole weight along its rows (of all experts,
 one after another) and columns.
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import device
 from kernels.fp8 import BLOCK, fp8_dtype
 from kernels.quantization.quantize import block_scales
 
@@ -49,6 +51,20 @@ def quantize_piece(
     data = (blocks_RkB / scales_Rk[:, :, None]).to(fp8_dtype(w_RC.device)).flatten(1)
     start = first_column % BLOCK
     out_RC.copy_(data[:, start : start + w_RC.shape[1]].view(torch.uint8))
+
+
+def copy_column_major(data_ENK: Tensor, out_ENK: Tensor) -> None:
+    """Copy FP8 matrices with contiguous rows to `out`, from `kernels.fp8.empty_column_major`."""
+    if not device.on_accelerator(data_ENK):
+        out_ENK.copy_(data_ENK)
+        return
+    from kernels.quantization.transpose_triton import to_row_major
+
+    E, _, K = data_ENK.shape
+    padded = out_ENK.stride(2)  # the rows of the transposed matrices, with their padding
+    whole = out_ENK.mT.as_strided((E, K, padded), out_ENK.mT.stride())
+    with device.launching_on(data_ENK):
+        to_row_major(data_ENK.mT, whole)
 
 
 def _in_blocks(w_RC: Tensor, first_column: int) -> tuple[Tensor, int]:

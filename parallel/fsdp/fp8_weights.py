@@ -11,6 +11,10 @@ FSDP2 has hooks for this, which it finds as attributes of the local shard. The p
 module has while it is gathered is used for its shape, dtype and gradient only: its memory is freed
 at the first use (2 bytes per element).
 
+On an accelerator the product for the input gradient reads columns. A weight that stays gathered for
+a step (ZeRO stage 2 or 1) is copied to that order when it is gathered (1 byte per element), others
+at each of these products.
+
 Not supported: shards in host memory (`cpu_offload`, rejected with the config), whose bytes would
 have to be moved with them.
 """
@@ -26,9 +30,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from configs.errors import ConfigError
-from kernels.fp8 import BLOCK, fp8_dtype
+from configs.schema import ParallelConfig
+from kernels.fp8 import BLOCK, empty_column_major, fp8_dtype
 from kernels.gemm.linear_fp8 import Fp8Weight
-from kernels.quantization.shard import block_maxima, quantize_piece, scales_of
+from kernels.quantization.shard import (
+    block_maxima,
+    copy_column_major,
+    quantize_piece,
+    scales_of,
+)
 from models.fp8 import Fp8Experts, fp8_weights
 from models.parameters import spec_of
 from parallel.shards import local_of
@@ -37,9 +47,10 @@ from parallel.shards import local_of
 class GatheredWeight:
     """One weight: this rank's piece in FP8, and the whole weight while FSDP2 has gathered it."""
 
-    def __init__(self, sharded: Any, stacked: bool, power_of_two: bool) -> None:
+    def __init__(self, sharded: Any, stacked: bool, power_of_two: bool, by_column: bool) -> None:
         """sharded: FSDP2's object of the parameter. stacked: its first dimension is the expert
-        index."""
+        index. by_column: keep the gathered weight in both memory orders."""
+        self.by_column = by_column
         self.power_of_two, self.group = power_of_two, sharded.mesh_info.shard_process_group
         self.local: Tensor = sharded.sharded_param._local_tensor
         self.shape = torch.Size(sharded._orig_size)
@@ -107,14 +118,30 @@ class GatheredWeight:
         self, gathered: Sequence[Tensor], metadata: None, dtype: torch.dtype,
         *, out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:  # fmt: skip
-        if out is not None:  # the memory of `whole` has been filled again
+        if out is not None:  # the memory of `whole.data` has been filled again
+            self._fill_columns()
             return None
         flat = gathered[0].view(-1)[: self.shape.numel()].view(fp8_dtype(gathered[0].device))
         data = flat.view(*self.experts, self.rows, self.columns)
         scales = self.scales.view(*self.experts, -1, self.grid[1])
-        self.whole = Fp8Weight(data, data, scales)
         self.stand_in = torch.empty(self.shape, dtype=dtype, device=flat.device)
-        return self.stand_in, ()
+        if not self.by_column:
+            self.whole = Fp8Weight(data, data, scales)
+            return self.stand_in, ()
+        columns = empty_column_major(data.shape, data.dtype, data.device)
+        self.whole = Fp8Weight(data, columns, scales)
+        self._fill_columns()
+        # FSDP2 frees this memory and allocates it again, by number of elements: with the padding
+        padded = columns.mT.as_strided(
+            (*columns.mT.shape[:-1], columns.stride(-1)), columns.mT.stride()
+        )
+        return self.stand_in, (padded,)
+
+    def _fill_columns(self) -> None:
+        """Copy the gathered bytes to the second memory order."""
+        if self.by_column and self.whole is not None:
+            data, columns, _ = self.whole
+            copy_column_major(*((data, columns) if self.experts else (data[None], columns[None])))
 
 
 class Fp8Weights:
@@ -149,7 +176,7 @@ class Fp8Weights:
                     weight.quantize(grid)
 
 
-def gather_in_fp8(model: nn.Module) -> Fp8Weights:
+def gather_in_fp8(model: nn.Module, parallel: ParallelConfig) -> Fp8Weights:
     """Make FSDP2 gather the weights of FP8 modules in FP8; call it once the model has memory."""
     weights, in_fp8 = [], set(fp8_weights(model).values())
     for sharded in (record for group in fsdp_groups(model) for record in group.fsdp_params):
@@ -157,10 +184,20 @@ def gather_in_fp8(model: nn.Module) -> Fp8Weights:
         if (owner, name) not in in_fp8:
             continue
         assert not sharded.offload_to_cpu, "refused by configs.schema"
-        weight = GatheredWeight(sharded, isinstance(owner, Fp8Experts), owner.power_of_two)
+        experts = isinstance(owner, Fp8Experts)
+        by_column = parallel.stage(experts) < 3 and reads_columns(
+            sharded.sharded_param._local_tensor.device
+        )
+        weight = GatheredWeight(sharded, experts, owner.power_of_two, by_column)
         owner.read_from(name, weight)
         weights.append(weight)
     return Fp8Weights(weights)
+
+
+def reads_columns(device: torch.device) -> bool:
+    """Whether the product for the input gradient reads the weight's columns, which must then be
+    contiguous: everywhere but on a CPU."""
+    return device.type != "cpu"
 
 
 def check_divided(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:

@@ -96,7 +96,7 @@ class TracedModel:
             self.module.to_empty(device=self.tracker.device)
             self.module.train()
         with self.category(FP8_SHARDS):
-            fp8_weights = [gather_in_fp8(block) for block in self.blocks]
+            fp8_weights = [gather_in_fp8(block, self.config.parallel) for block in self.blocks]
         # FSDP2 pads uneven shards again if it does not detect that they are the same storage
         with patch.object(FSDPParam, "reset_sharded_param", lambda _: None):
             assert isinstance(self.module, FSDPModule)

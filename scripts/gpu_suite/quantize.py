@@ -75,7 +75,7 @@ def _with_rows(codes_ERK: Tensor) -> Tensor:
     """What products on a GPU do with operands in the other memory order."""
     if not device.on_accelerator(codes_ERK):
         return codes_ERK.contiguous()
-    from kernels.gemm.transpose_triton import to_row_major
+    from kernels.quantization.transpose_triton import to_row_major
 
     return to_row_major(codes_ERK)
 

@@ -69,7 +69,7 @@ class Training:
         compute = torch.float32 if config.precision.recipe == "fp32" else torch.bfloat16
         self.model = shard_model(config, ranks, compute).model
         materialize(self.model, config.model, config.run.seed, device)
-        self.weights = gather_in_fp8(self.model)
+        self.weights = gather_in_fp8(self.model, config.parallel)
         self.weights.refresh()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-5, fused=device.type == "cuda"

@@ -7,8 +7,8 @@ import torch
 
 from kernels.gemm import gemm_fp8_gluon, gemm_fp8_triton
 from kernels.gemm.gemm_fp8_triton import TILES, Tile
-from kernels.gemm.transpose_triton import to_row_major
 from kernels.quantization import quantize_triton
+from kernels.quantization.transpose_triton import to_row_major
 from scripts.kernel_table.case import SIZE, Case
 
 

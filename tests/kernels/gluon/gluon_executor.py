@@ -279,7 +279,7 @@ def _argument(x: Any) -> Any:
 
 
 def _to_row_major(x_ERK: Tensor) -> Tensor:
-    """`kernels.gemm.transpose_triton.to_row_major`, whose kernel is none of Gluon."""
+    """`kernels.quantization.transpose_triton.to_row_major`, whose kernel is none of Gluon."""
     bytes_ERK = x_ERK.view(torch.uint8)
     return torch.nn.functional.pad(bytes_ERK, (0, -x_ERK.shape[2] % 16)).view(x_ERK.dtype)
 

@@ -15,8 +15,9 @@ from kernels.fp8 import Quantized, empty_column_major
 from kernels.gemm import gemm_fp8
 from kernels.gemm.gemm_fp8_triton import TILES, Target, Tile
 from kernels.gemm.linear_fp8 import Fp8Weight, linears_fp8, linears_fp8_reference
-from kernels.gemm.transpose_triton import to_row_major
 from kernels.quantization import quantize
+from kernels.quantization.shard import copy_column_major
+from kernels.quantization.transpose_triton import to_row_major
 from tests.kernels.interpreted.lane import (
     DESCRIPTORS,
     FP8,
@@ -67,6 +68,11 @@ def test_transposed_copy(E: int, R: int, K: int) -> None:
     assert ours.shape == (E, R, -(-K // 16) * 16) and ours.is_contiguous()
     assert torch.equal(ours[..., :K], bytes_[:, :K, :R].mT)
     assert not ours[..., K:].any()
+    data = bytes_[:, :K, :R].contiguous().view(torch.float8_e4m3fn)
+    out = empty_column_major(data.shape, data.dtype, data.device)
+    with kernels_on_cpu():
+        copy_column_major(data, out)
+    assert torch.equal(bits(out), bits(data))
 
 
 def test_quantize_divides_exactly() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kernels.fp8 import empty_column_major
 from kernels.gemm import gemm_fp8_gluon, gemm_fp8_triton
-from kernels.gemm.transpose_triton import to_row_major
 from kernels.group_schedule import schedule
 from kernels.grouped_gemm import grouped_gemm_fp8_gluon, grouped_gemm_triton
 from kernels.layers import cross_entropy_triton, norm_triton, rope_triton
@@ -24,6 +23,7 @@ from kernels.moe import permute_triton, router_triton
 from kernels.paged_attention import paged_attention_triton
 from kernels.paged_attention.batch import PagedBatch
 from kernels.quantization import quantize_triton
+from kernels.quantization.transpose_triton import to_row_major
 from scripts.kernel_table.case import TARGETS, fp8_of
 from scripts.kernel_table.offline import offline
 

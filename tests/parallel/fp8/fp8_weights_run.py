@@ -136,6 +136,43 @@ def check(case: fp8_models.Case, run: Run) -> list[str]:
     return found + [f"poisoned: {each}" for each in differences(run)]
 
 
+def both_orders_are_kept(case: fp8_models.Case, ranks: Ranks) -> list[str]:
+    """As on a GPU, weights that stay gathered for a step have their columns too: the same bytes,
+    after every step, and the same losses as without them."""
+    settings = case.settings(ranks.world)
+    settings["parallel"] = case.parallel | {"zero_stage": 2, "expert_zero_stage": 3}
+    with patch("parallel.fsdp.fp8_weights.reads_columns", lambda _: True):
+        run = Run(settings, case.name, ranks)
+    other, found = Run(settings, case.name, ranks), []
+    for step in range(1, 4):
+        losses = [each.step(step).loss for each in (run, other)]
+        if losses[0] != losses[1]:
+            found.append(f"losses of step {step} with and without columns: {losses}")
+    groups: list[FSDPModule] = [m for m in run.model.modules() if isinstance(m, FSDPModule)]
+    for group in groups:
+        group.unshard()
+    for name, module, key in weights_of(run.model):
+        got = module.fp8_weight(key)
+        if isinstance(module, Fp8Experts):
+            if got.transposed is not got.data:
+                found.append(f"{name}.{key} of ZeRO stage 3 has two orders")
+            continue
+        by_column = got.transposed.view(torch.uint8)
+        if by_column.stride(-2) != 1 or by_column.stride(-1) % 16:
+            found.append(f"columns of {name}.{key} are not contiguous: {by_column.stride()}")
+        if not torch.equal(by_column, got.data.view(torch.uint8)):
+            found.append(f"columns of {name}.{key}")
+    for group in groups:
+        group.reshard()
+    if any(
+        each.whole.transposed.untyped_storage().size()
+        for each in run.fp8_weights.weights
+        if each.whole is not None
+    ):
+        found.append("memory of the columns is kept between steps")
+    return found
+
+
 def stale_weights_are_refused(case: fp8_models.Case, ranks: Ranks) -> list[str]:
     """A step whose weights were not quantized again after the previous one, with either optimizer,
     raises an error on every rank, and after a refresh on none."""
@@ -162,6 +199,7 @@ if __name__ == "__main__":
         found = check(case, Run(case.settings(ranks.world), case.name, ranks))
         if case in fp8_models.WEIGHTS[ranks.world][:2]:
             found += stale_weights_are_refused(case, ranks)
+            found += both_orders_are_kept(case, ranks)
         for rank, one in enumerate(gather_json(found)):
             faults += [f"{case.name}: rank {rank}: {each}" for each in one]
     if ranks.is_first:

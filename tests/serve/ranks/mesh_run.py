@@ -130,7 +130,7 @@ def trainer_logits(server: Server) -> list[Tensor]:
     config = from_dict(settings, "case")
     model = shard_model(config, ranks, server.export.dtype).model
     materialize(model, config.model, 0, ranks.device)
-    fp8_weights = gather_in_fp8(model)
+    fp8_weights = gather_in_fp8(model, config.parallel)
     for name, parameter in model.named_parameters():
         local_of(parameter).copy_(state[name][box_of(parameter).slices()])
     for name, buffer in model.named_buffers():

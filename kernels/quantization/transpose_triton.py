@@ -16,22 +16,24 @@ from torch import Tensor
 _TILE = 128
 
 
-def to_row_major(x_ERK: Tensor) -> Tensor:
+def to_row_major(x_ERK: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy of matrices whose columns are contiguous (`stride(1) == 1`), with contiguous rows.
 
     x: `[E, R, K]`, one byte per element. Returns `[E, R, K16]`: K rounded up to a multiple of 16,
-    as TMA requires, with zeros in the added columns.
+    as TMA requires, with zeros in the added columns; `out` if given.
     """
     assert x_ERK.stride(1) == 1 and x_ERK.element_size() == 1, (x_ERK.stride(), x_ERK.dtype)
     E, R, K = x_ERK.shape
     padded = triton.cdiv(K, 16) * 16
-    out = torch.empty(E, R, padded, dtype=torch.uint8, device=x_ERK.device)
+    if out is None:
+        out = torch.empty(E, R, padded, dtype=x_ERK.dtype, device=x_ERK.device)
+    assert out.shape == (E, R, padded) and out.is_contiguous(), (out.shape, out.stride())
     if out.numel():
         _transpose[(triton.cdiv(R, _TILE), triton.cdiv(padded, _TILE), E)](
-            x_ERK.view(torch.uint8), out, R, K, padded, x_ERK.stride(0), x_ERK.stride(2),
-            TILE=_TILE, num_warps=8,
+            x_ERK.view(torch.uint8), out.view(torch.uint8), R, K, padded,
+            x_ERK.stride(0), x_ERK.stride(2), TILE=_TILE, num_warps=8,
         )  # fmt: skip
-    return out.view(x_ERK.dtype)
+    return out
 
 
 @triton.jit
