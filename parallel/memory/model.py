@@ -136,6 +136,8 @@ class TracedModel:
             found += [tensor for p in block.parameters() for tensor in states.get(p, ())]
             for weight in self.fp8_weights[index].weights:
                 found += [weight.wire, weight.scales, weight.block_R]
+                # memory that stays gathered between microbatches; without elements otherwise
+                found += [weight.whole.data, weight.whole.transposed] if weight.whole else []
             for tensor in found:
                 storage_of(local_of(tensor)).layer = index
         held: Bytes = Counter()

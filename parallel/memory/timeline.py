@@ -3,8 +3,9 @@
 A trace is a list of segments between marks: one for each layer's forward and for its backward, and
 those between. A layer's segments are repeated for each layer that it represents. Memory that a
 layer holds after its segments (gradients, reduced values that FSDP2 holds to the end of backward)
-is freed after the backward of the first: there, and before the step, a storage is multiplied by the
-number of layers that its layer represents.
+is freed after the backward of the first, or, by the next microbatch, before the forward of the
+first: there, and before the step, a storage is multiplied by the number of layers that its layer
+represents.
 """
 
 from collections import Counter
@@ -91,7 +92,7 @@ def _peak(
     for segment in way:
         if segment.mark not in extents:
             events = [event for event in segment.events if is_counted(event.category)]
-            if segment.mark[0] == END:
+            if segment.mark[0] in (STEP, END):  # memory of layers, freed outside them
                 events = [e._replace(n_bytes=e.n_bytes * _times(e, times)) for e in events]
             extents[segment.mark] = _extent(events)
         rise, net = extents[segment.mark]
