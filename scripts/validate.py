@@ -72,6 +72,9 @@ def _load(manifest: checkpoint.Manifest, config: JobConfig, device: torch.device
 
 def main(arguments: list[str]) -> int:
     """Print one line; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     try:
         if not arguments or arguments[0].startswith("-"):
             raise UserError("python -m scripts.validate CHECKPOINT [--section.key=value ...]")

@@ -53,7 +53,7 @@ def _compare(peer: Peer, rounds: int, steps: int) -> None:
     for round_ in range(1, rounds + 1):
         try:
             theirs.append(run_peer(peer, steps, corpus.folder / "train.npy"))
-            ours.append(run_trainer(peer, steps))
+            ours.append(run_trainer(peer.experiment, peer.arguments, steps))
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"{peer.name}, round {round_}: {error}\n{error.stderr}") from None
         speed = theirs[-1].tokens_per_s, ours[-1].tokens_per_s

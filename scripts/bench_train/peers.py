@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,17 +93,33 @@ def run_peer(peer: Peer, steps: int, corpus: Path) -> Result:
     """Raises CalledProcessError."""
     words = [word.format(steps=steps, corpus=corpus) for word in peer.command]
     lines = _run(words, peer.threads).splitlines()
-    return _result([json.loads(line) for line in lines if line.startswith('{"step"')])
+    return _result([json.loads(line) for line in lines if line.startswith('{"step"')], WARMUP)
 
 
-def run_trainer(peer: Peer, steps: int) -> Result:
-    """Two ranks of one thread. Raises CalledProcessError."""
+def run_trainer(
+    experiment: str, arguments: Sequence[str], steps: int,
+    ranks: int = 2, threads: int = 1, warmup: int = WARMUP,
+) -> Result:  # fmt: skip
+    """A run of the trainer.
+
+    Args:
+        experiment: A TOML file.
+        arguments: Overrides of its settings.
+        steps: Number of steps.
+        ranks: Number of processes.
+        threads: Of each rank.
+        warmup: Steps that are not counted.
+
+    Raises CalledProcessError.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "train", peer.experiment, *_NO_PAUSES, *peer.arguments]
-        _run([*command, f"--run.dir={folder}/run", f"--train.steps={steps}"], 1)
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*(command if ranks > 1 else []), "-m", "train", experiment, *_NO_PAUSES]
+        command += [*arguments, f"--run.dir={folder}/run", f"--train.steps={steps}"]
+        _run([*command, f"--train.threads={threads}"], threads)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        return _result([record for line in lines if "loss" in (record := json.loads(line))])
+        records = [record for line in lines if "loss" in (record := json.loads(line))]
+        return _result(records, warmup)
 
 
 def _run(words: list[str], threads: int) -> str:
@@ -115,9 +132,9 @@ def _run(words: list[str], threads: int) -> str:
     return done.stdout
 
 
-def _result(records: list[dict[str, float]]) -> Result:
+def _result(records: list[dict[str, float]], warmup: int) -> Result:
     return Result(
-        statistics.median(record["tokens_per_s"] for record in records[WARMUP:]),
+        statistics.median(record["tokens_per_s"] for record in records[warmup:]),
         max(record["memory_gib"] for record in records),
         (records[0]["loss"], statistics.fmean(r["loss"] for r in records[-5:])),
     )
