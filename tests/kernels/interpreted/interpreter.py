@@ -147,9 +147,9 @@ _PLAIN = "fp32", "int1", "int32", "int64"
 
 
 def _check_faster(semantic: Any) -> None:
-    """Leave out what as shipped takes half of the time of a kernel and changes nothing: the overflow
-    of integers, which is computed but, without `debug`, not reported; conversions of two operands
-    of one plain type and shape; and the type of a result, again for the same types."""
+    """Leave out what takes half of the time of a kernel and changes nothing: the overflow of
+    integers, which as shipped is computed but, without `debug`, not reported; conversions of two
+    operands of one plain type and shape; and the type of a result, again for the same types."""
 
     shipped_broadcast = semantic.broadcast_impl_value
 
