@@ -3,6 +3,7 @@ either a config that is unchanged after being written and read, or a one-line er
 key."""
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,21 @@ def outcome(path: Path, overrides: list[str], key: str, again: Path) -> None:
         assert key in line or "TOML" in line or "UTF-8" in line, line
 
 
-def file_with(key: str, text: str) -> bytes:
-    """tests/tiny.toml with the value of `key` replaced by the TOML source `text`."""
+@cache
+def file_without(key: str) -> str:
+    """tests/tiny.toml with the value of `key` replaced by "HERE"."""
     tree = copy.deepcopy(TREE)
     *sections, leaf = key.split(".")
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
     node[leaf] = "HERE"
-    return tomli_w.dumps(tree).replace('"HERE"', text).encode("utf-8", "surrogateescape")
+    return tomli_w.dumps(tree)
+
+
+def file_with(key: str, text: str) -> bytes:
+    """tests/tiny.toml with the value of `key` replaced by the TOML source `text`."""
+    return file_without(key).replace('"HERE"', text).encode("utf-8", "surrogateescape")
 
 
 @pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
