@@ -9,6 +9,7 @@ import ast
 import json
 import sys
 import textwrap
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
+def statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """All statements at any depth, without their expressions, which are most of a tree."""
+    left: list[ast.AST] = [*tree.body]
+    while left:
+        node = left.pop()
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            left += getattr(node, name, [])
+
+
 def imports(path: Path) -> set[str]:
     """Dotted names that a file imports, of modules and of names within them alike."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -43,10 +43,17 @@ def named(node: ast.AST, names: Names) -> set[str]:
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and part.id in names:
             found.add(names[part.id])
-        elif isinstance(part, ast.Attribute):
-            owner = ast.unparse(part.value)
+        elif isinstance(part, ast.Attribute) and (owner := dotted(part.value)):
             found.add(f"{names.get(owner, owner)}.{part.attr}")
     return found
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c`; empty for any other expression, which is no name of a module."""
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        return owner and f"{owner}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def reaches(trees: dict[str, ast.Module]) -> dict[str, set[str]]:

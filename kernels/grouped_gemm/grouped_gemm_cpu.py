@@ -35,6 +35,9 @@ _COPY_NS = 0.1
 """Time of the copy of an element, in nanoseconds."""
 _LEAST_CODE_NS = 1e5
 """Generating code is never taken to be faster: a busy machine can make two times equal."""
+_SLOW_NS = 1e5
+"""A product of 65 rows with 64x64 takes longer on a CPU for which torch has no fast bf16 product:
+0.2 ms on an AMD EPYC with AVX2 alone (torch 2.13), against some microseconds."""
 _USES = 16
 """Sizes are less than 32 per octave where code costs at least so many times what the added rows
 do."""
@@ -105,21 +108,30 @@ class Costs(NamedTuple):
 def measured_costs() -> Costs:
     """Costs on this machine, with its current number of threads: takes about 20 ms, once per
     process. CPU times of this thread, which other processes hardly change."""
-    w_KN = torch.zeros(256, 256, dtype=torch.bfloat16)
+    n_first, width = 1001, 256
+    if min(_times(65, 64)[1:]) > _SLOW_NS:  # those products would take seconds
+        n_first, width = 65, 64
     code, product = [], []
-    for n_rows in range(1001, 1001 + 7 * 2, 2):  # no group is rounded to an odd number of rows
-        x_MK = torch.zeros(n_rows, 256, dtype=torch.bfloat16)
-        times = []
-        for _ in range(3):
-            start = time.thread_time_ns()
-            torch.mm(x_MK, w_KN)
-            times.append(time.thread_time_ns() - start)
+    for n_rows in range(n_first, n_first + 7 * 2, 2):  # no group is rounded to an odd number
+        times = _times(n_rows, width)
         product.append(min(times[1:]))
         code.append(times[0] - product[-1])
     return Costs(
         max(statistics.median(code), _LEAST_CODE_NS),
-        min(product) / (2 * 1001 * w_KN.numel()),
+        min(product) / (2 * n_first * width**2),
     )
+
+
+def _times(n_rows: int, width: int) -> list[int]:
+    """Times of a bf16 product with a square matrix, the first time and then twice again."""
+    x_MK = torch.zeros(n_rows, width, dtype=torch.bfloat16)
+    w_KN = torch.zeros(width, width, dtype=torch.bfloat16)
+    times = []
+    for _ in range(3):
+        start = time.thread_time_ns()
+        torch.mm(x_MK, w_KN)
+        times.append(time.thread_time_ns() - start)
+    return times
 
 
 def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:

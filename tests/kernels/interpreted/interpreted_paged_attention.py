@@ -148,8 +148,16 @@ def test_latents(heads: Heads, requests: str, local: str, size: int, dtype: torc
     assert_close(ours, paged.paged_latent_attention_reference(*arguments))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(
+    ("latent", "dtype"),
+    [
+        (False, torch.float32), (True, torch.bfloat16),
+        # `test_heads` and `test_latents` have every kind in both types
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(True, torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_other_requests_do_not_matter(latent: bool, dtype: torch.dtype) -> None:
     """The bits of each request alone, in another place of the batch, with a wider page table."""
     heads, size = Heads(4, 1 if latent else 2, 20, 20 - 6 * latent), 5

@@ -31,6 +31,7 @@ NONSENSE: tuple[Any, ...] = (
     None, "1", "x" * 5000, True, False, -1, 0, 10**30, 1.5, float("nan"), [], ["x"], [True], {},
     {"a": [[[[[[1]]]]]]},
 )  # fmt: skip
+STRETCHABLE = ("qwen3", "deepseek-v3", "gpt-oss", "LlamaConfig")
 BESIDE_THE_NETWORK = {*UNUSED, "initializer_range", "router_aux_loss_coef", "dtype"}
 """Configuration keys that logits do not depend on."""
 
@@ -121,16 +122,22 @@ def test_every_key_left_out(name: str, folders: dict[str, Path], tmp_path: Path)
     assert followed > 10
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*SEVEN, *DENSE])
-def test_every_key_with_a_wrong_type(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_every_key_with_a_wrong_type(
+    name: str, every: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """A wrong type is refused in a line that names file and key, or read as before. An integer is
-    valid for a float, because JSON has one number type."""
+    valid for a float, because JSON has one number type.
+
+    every: every value of every key; otherwise half of them, in turn, so that every two families
+    that follow each other have every value of the keys at the same place."""
     reading = Reading(name, folders[name], tmp_path / "hf")
-    for spot in spots(reading.raw):
+    for turn, spot in enumerate(spots(reading.raw), [*SEVEN, *DENSE].index(name)):
         given = reading.raw
         for key in spot:
             given = given[key]
-        for value in NONSENSE:
+        for value in NONSENSE if every else NONSENSE[turn % 2 :: 2]:
             if type(value) is type(given) or (type(value) is int and type(given) is float):
                 continue
             told = reading.told(with_spot(reading.raw, spot, value))
@@ -141,20 +148,22 @@ def test_every_key_with_a_wrong_type(name: str, folders: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3", "gpt-oss", "LlamaConfig"])
+@pytest.mark.parametrize("name", STRETCHABLE)
 def test_every_key_of_a_stretch_with_a_wrong_type(
     name: str, both: bool, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """both: every value of every key in both places; otherwise in one of them, in turn."""
+    """both: every value of every key in both places; otherwise a quarter of them, in turn, so that
+    each value of each key is in each place once, in one of the families."""
     stretch = {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16,
         "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "mscale": 0.0,
         "mscale_all_dim": 0.0, "rope_theta": 3e4, "attention_factor": None,
     }  # fmt: skip
     reading = Reading(name, folders[name], tmp_path / "hf")
+    family = STRETCHABLE.index(name)
     for place, source in enumerate(("rope_parameters", "rope_scaling")):
-        for turn, key in enumerate(stretch, place):
-            for value in NONSENSE if both else NONSENSE[turn % 2 :: 2]:
+        for turn, key in enumerate(stretch, place + family):
+            for value in NONSENSE if both else NONSENSE[turn % 4 :: 4]:
                 changed = {k: v for k, v in reading.raw.items() if not k.startswith("rope_")}
                 told = reading.told(changed | {source: stretch | {key: value}})
                 assert not told or (key in told and "config.json" in told), (key, value, told)

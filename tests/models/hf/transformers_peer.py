@@ -6,6 +6,7 @@ transformers is imported once per process, when a test first needs it.
 import copy
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ def our_dense_logits(folder: Path) -> Tensor:
 
 
 def with_config(folder: Path, raw: dict[str, Any], target: Path) -> Path:
-    """A folder with the weights of `folder` and another config.json."""
+    """A folder with the weights of `folder`, as links, and another config.json."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder, target)
+    shutil.copytree(folder, target, copy_function=os.link)
+    (target / "config.json").unlink(missing_ok=True)  # not written into that of `folder`
     (target / "config.json").write_text(json.dumps(raw))
     return target
 
