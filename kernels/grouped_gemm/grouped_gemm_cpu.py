@@ -38,6 +38,10 @@ _LEAST_CODE_NS = 1e5
 _USES = 16
 """Sizes are less than 32 per octave where code costs at least so many times what the added rows
 do."""
+_NARROW, _WIDE = 32, 256
+"""Widths of the products that are timed."""
+_SLOW_NS = 0.04
+"""Time of an operation of a CPU without instructions for bf16, at least."""
 _FEW_ROWS, ALIKE = 64, 8
 """Numbers of rows up to the first are multiples of the second."""
 
@@ -105,21 +109,31 @@ class Costs(NamedTuple):
 def measured_costs() -> Costs:
     """Costs on this machine, with its current number of threads: takes about 20 ms, once per
     process. CPU times of this thread, which other processes hardly change."""
-    w_KN = torch.zeros(256, 256, dtype=torch.bfloat16)
-    code, product = [], []
-    for n_rows in range(1001, 1001 + 7 * 2, 2):  # no group is rounded to an odd number of rows
-        x_MK = torch.zeros(n_rows, 256, dtype=torch.bfloat16)
-        times = []
-        for _ in range(3):
-            start = time.thread_time_ns()
-            torch.mm(x_MK, w_KN)
-            times.append(time.thread_time_ns() - start)
-        product.append(min(times[1:]))
-        code.append(times[0] - product[-1])
+    _, small = _times(1001, _NARROW)
+    # without instructions for bf16 the wide products take seconds, and the narrow ones enough
+    width = _NARROW if small > _SLOW_NS * _operations(1001, _NARROW) else _WIDE
+    # no group is rounded to an odd number of rows
+    times = [_times(n_rows, width) for n_rows in range(1003, 1003 + 7 * 2, 2)]
     return Costs(
-        max(statistics.median(code), _LEAST_CODE_NS),
-        min(product) / (2 * 1001 * w_KN.numel()),
+        max(statistics.median(first - later for first, later in times), _LEAST_CODE_NS),
+        min(later for _, later in times) / _operations(1003, width),
     )
+
+
+def _operations(n_rows: int, width: int) -> int:
+    return 2 * n_rows * width**2
+
+
+def _times(n_rows: int, width: int) -> tuple[int, int]:
+    """Times of the first product of a shape, and of later ones."""
+    x_MK = torch.zeros(n_rows, width, dtype=torch.bfloat16)
+    w_KN = torch.zeros(width, width, dtype=torch.bfloat16)
+    times = []
+    for _ in range(3):
+        start = time.thread_time_ns()
+        torch.mm(x_MK, w_KN)
+        times.append(time.thread_time_ns() - start)
+    return times[0], min(times[1:])
 
 
 def _rounded(like: Tensor, n_rows: int, N: int, K: int, copied: int = 0) -> int:
