@@ -12,7 +12,7 @@ import pytest
 from tests.runs import TINY, run, started
 from train.checkpoint.storage.local import LocalStorage
 
-STEPS = 8
+STEPS = 6
 
 
 def children(pid: int) -> list[int]:
