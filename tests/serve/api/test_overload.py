@@ -72,7 +72,8 @@ def test_500_slow_sockets_are_cut_off_and_disturb_no_one(
             assert time.monotonic() < deadline, f"{len(left)} are still connected"
             assert text_of(http) == alone
             n_good += 1
-            dribble(writers, left)
+            if n_good % 3 == 1:  # every 0.3 s: each byte of each wakes the server
+                dribble(writers, left)
             time.sleep(0.1)
             left -= {client for client in left if ended(client)}
         assert n_good > 10
