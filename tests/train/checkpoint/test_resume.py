@@ -58,7 +58,7 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
     arguments = ["-m", "train", str(TINY), *arguments, "--checkpoint.async_save=true"]
     arguments += [f"--train.steps={steps}", "--checkpoint.every=4"]
     killed, whole = folder / "run", folder / "whole"
-    run(*arguments, f"--run.dir={whole}", ranks=2)
+    run(*arguments, f"--run.dir={whole}", "--checkpoint.async_save=false", ranks=2)
     with started(*arguments, ranks=2) as program:
         wait_for_step(killed, 4, program.is_running)
         time.sleep(random.Random().uniform(0, 0.05 * (steps - 4)))
