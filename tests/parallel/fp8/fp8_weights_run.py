@@ -198,7 +198,7 @@ if __name__ == "__main__":
     for case in fp8_models.WEIGHTS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
         found = check(case, Run(case.settings(ranks.world), case.name, ranks))
         first, second = fp8_models.WEIGHTS[ranks.world][:2]
-        if case in (first, second):
+        if case == first:
             found += stale_weights_are_refused(case, ranks)
         if case == second:
             found += both_orders_are_kept(case, ranks)

@@ -65,13 +65,19 @@ HARD = [case for family in FAMILIES if family != GLM4 for case in hard_meshes(fa
 # the undivided weights of the last block are gathered when it runs again, not in forward
 GATHERED_AGAIN = Case("llama4", 1, 1, 2, 1, 2, (("recompute", "selective"),))
 ODD_FAMILIES = [ODD + family for family in (GLM4, "deepseek-v3", "gpt-oss", "llama4")]
+OF_FAMILIES = [
+    replace(RECOMPUTED[2], family="glm4-bare"),
+    replace(ACCUMULATED[1], family="glm4"), replace(RECOMPUTED[6], family="deepseek-v3-mtp"),
+    replace(DISPATCHED[1], family="llama4"), replace(DISPATCHED[3], family="deepseek-v2"),
+]  # fmt: skip
+"""On four ranks what `COVER` has on two."""
 FULL = {
     2: [*all_meshes(GLM4, 2), GATHERED_AGAIN],
     3: all_meshes(ODD + GLM4, 3),
-    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + ACCUMULATED + DISPATCHED,
+    4: all_meshes(GLM4, 4) + HARD + RECOMPUTED + ACCUMULATED + DISPATCHED + OF_FAMILIES,
     # each family has a different one, the first has all pairs of axes
     6: pairwise(ODD + GLM4, 6) + [thirds(family)[i] for i, family in enumerate(ODD_FAMILIES)],
-    8: pairwise(GLM4, 8),
+    8: [*pairwise(GLM4, 8), Case("glm4-bare", 2, 2, 2, 2, 2)],
 }
 COVER = {
     2: [[
@@ -80,13 +86,14 @@ COVER = {
         Case("glm4", 1, 2, 1, 1, 1, ACCUMULATED[1].more),
         Case("deepseek-v3-mtp", 1, 2, 1, 2, 1, RECOMPUTED[6].more),
         Case("llama4", 1, 2, 1, 2, 1, DISPATCHED[1].more, DISPATCHED[1].dispatch),
+        Case("deepseek-v3", 1, 1, 2, 2, 1, RECOMPUTED[3].more),
         Case("deepseek-v2", 1, 2, 1, 2, 1, DISPATCHED[3].more, DISPATCHED[3].dispatch),
     ]],
     4: [
         [
             replace(RECOMPUTED[1], family="glm4", dispatch=DISPATCHED[0].dispatch),
             replace(ACCUMULATED[2], family="glm4"),
-            RECOMPUTED[3], Case("mixtral", 2, 1, 2, 1, 2, RECOMPUTED[5].more),
+            Case("mixtral", 2, 1, 2, 1, 2, RECOMPUTED[5].more),
             replace(ACCUMULATED[3], family="qwen3",
                     more=(*ACCUMULATED[3].more, ("recompute_swiglu", True))),
             replace(DISPATCHED[2], family="gpt-oss", more=RECOMPUTED[0].more),
