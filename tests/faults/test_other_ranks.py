@@ -37,7 +37,8 @@ def test_losses_do_not_depend_on_the_ranks(n: int, overrides: list[str], tmp_pat
     words = [TINY, *overrides, "--train.global_batch=12", f"--train.micro_batch={micro_batch}"]
     words += ["--model.moe.n_experts=12", f"--schedule.steps={n * EACH}", "--checkpoint.every=2"]
     whole = tmp_path / "whole"
-    run_train(*words, f"--run.dir={whole}", f"--train.steps={n * EACH}")
+    in_step = "--checkpoint.async_save=false"
+    run_train(*words, in_step, f"--run.dir={whole}", f"--train.steps={n * EACH}")
     for i, (ranks, mesh) in enumerate(PLACES[:n]):
         steps = (i + 1) * EACH
         out = run("-m", "train", *words, *mesh, f"--train.steps={steps}", ranks=ranks).stdout

@@ -32,7 +32,7 @@ CASES = [
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    run_train(TINY, *words(corpus), f"--run.dir={folder}")
+    run_train(TINY, *words(corpus), f"--run.dir={folder}", "--checkpoint.async_save=false")
     return folder
 
 
@@ -75,7 +75,7 @@ def test_a_signal_in_any_phase(
     if phase == "compile":  # compiled code rounds differently
         assert not losses(tmp_path / "run") and beat.done == 0
         return
-    run_train(*arguments)
+    run_train(*arguments, "--checkpoint.async_save=false")
     assert losses(tmp_path / "run") == losses(whole)
     assert final_weights(tmp_path / "run") == final_weights(whole)
 

@@ -3,6 +3,7 @@ results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -75,6 +76,11 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     yield seen
 
 
+@cache
+def without_recomputation(family: str) -> dict[str, Tensor]:
+    return results(build(FAMILIES[family], ParallelConfig()))
+
+
 POLICIES = [
     ParallelConfig(recompute="full"),
     ParallelConfig(recompute="selective"),
@@ -86,7 +92,7 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.recompute}-{p.recompute_every}")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_results_are_those_without_recomputation(family: str, policy: ParallelConfig) -> None:
-    expected = results(build(FAMILIES[family], ParallelConfig()))
+    expected = without_recomputation(family)
     got = results(build(FAMILIES[family], policy))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)

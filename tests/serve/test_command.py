@@ -114,7 +114,8 @@ def long_folder(export_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_serves_on_one_local_address_only_and_stops(export_folder: Path) -> None:
     """CVE-2025-30202: no internal socket is open to the network."""
-    with serving(export_folder, "--model-name=mine", "--dtype=bf16", f"--grace={GRACE}") as served:
+    more = ("--model-name=mine", "--dtype=bf16", f"--grace={GRACE}")
+    with forked(*words(export_folder, *more)) as served:
         assert served.url.startswith("http://127.0.0.1:")
         body = {"model": "mine", "prompt": "a", "seed": 1}
         assert httpx.post(f"{served.url}/completions", json=body).status_code == 200

@@ -78,9 +78,15 @@ def make_runner(
     return ModelRunner(decoder, cache, absorbed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SERVED)
-@pytest.mark.parametrize("page_size", [5, 16])
+@pytest.mark.parametrize(
+    ("name", "dtype", "page_size"),
+    [  # by default every two values of different parameters
+        pytest.param(name, dtype, page_size, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+        for i, name in enumerate(SERVED)
+        for j, dtype in enumerate([torch.float32, torch.bfloat16])
+        for k, page_size in enumerate([5, 16])
+    ],
+)
 def test_bits_of_training(name: str, dtype: torch.dtype, page_size: int) -> None:
     rng = random.Random(f"{name} {page_size}")
     decoder = lively(FAMILIES[name], dtype)

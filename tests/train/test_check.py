@@ -218,7 +218,8 @@ def test_every_shipped_experiment_passes_for_its_ranks(path: Path) -> None:
 
 def test_the_command_line_itself() -> None:
     """Once as a separate process, as a user starts it."""
-    words = ["-m", "train", "tests/tiny.toml", "--check", "--ranks=2", "--data.tokenizer=absent"]
+    words = ["-m", "train", "tests/tiny.toml", "--check", "--ranks=2", "--data.tokenizer=absent",
+             "--model.n_layers=1", "--model.n_dense_layers=0"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -184,7 +184,8 @@ def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_pa
     for expected in ("[model.moe]", "8,923,648", "4,205,056", "ep                2", "Glm4Moe",
                      "FLOPs / token", "2,048", "bytes per rank"):  # fmt: skip
         assert expected in done.stdout
-    done = run_train(TINY, *overrides, "--check", "--stages", "--ranks=2")
+    small = ["--model.n_layers=1", "--model.n_dense_layers=0"]
+    done = run_train(TINY, *overrides, *small, "--check", "--stages", "--ranks=2")
     table = done.stdout.split("ZeRO stages on GPUs")[1]
     assert len(re.findall(r"^  [123] +[123] +[\d.,]+ [KM]iB .*/s", table, re.MULTILINE)) >= 3, table
     assert table.count("   as set") == 1
@@ -202,8 +203,9 @@ def test_forced_balance_is_said_everywhere(overrides: list[str], tmp_path: Path)
     assert all("FORCED BALANCE" in line for line in reports)
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [r["force_balance"] for r in records] == [1.0, 1.0]
-    assert "FORCED BALANCE" in run_train(TINY, *forced, "--check").stdout
-    plain = run_train(TINY, *overrides, "--check").stdout
+    small = ["--model.n_layers=1", "--model.n_dense_layers=0", "--check"]
+    assert "FORCED BALANCE" in run_train(TINY, *forced, *small).stdout
+    plain = run_train(TINY, *overrides, *small).stdout
     assert "FORCED BALANCE" not in plain and "MTP" not in plain
 
 

@@ -32,7 +32,9 @@ class Fault(ValueError):
 def short(value: object, longest: int = 120) -> str:
     """`value` for an error message: printable, on one line, shortened if it is long."""
     text = value if isinstance(value, str) else repr(value)
-    text = "".join(c if c.isprintable() else "?" for c in text[: longest + 1])
+    text = text[: longest + 1]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= longest else text[:longest] + "..."
 
 

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from parallel.shards import local_of
+from parallel.shards import local_of, zeros_like
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def initial_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state of AdamW's fused update before the first step. dtype: of the moments."""
-    moments = {name: torch.zeros_like(parameter, dtype=dtype) for name in _MOMENTS}
+    moments = {name: zeros_like(parameter, dtype) for name in MOMENTS}
     return {"step": torch.zeros((), device=parameter.device)} | moments
 
 
@@ -50,7 +50,7 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state.update(initial_state(parameter, torch.bfloat16))
-        stored = [local_of(state[name]) for name in _MOMENTS]
+        stored = [local_of(state[name]) for name in MOMENTS]
         mean, square = (moment.float() for moment in stored)
         beta1, beta2 = group["betas"]
         assert parameter.grad is not None

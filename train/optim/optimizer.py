@@ -1,35 +1,63 @@
 """AdamW over the parameters of a parallelized model, with weight decay groups and state by name.
 
-It is torch's fused update, with one group per mesh (a call supports only one mesh) and per weight
-decay. State has the name of its parameter (`state.<parameter>.exp_avg`), so a checkpoint depends
+It is torch's fused update of this rank's parts of the parameters, with one group per weight decay.
+State has the name of its parameter (`state.<parameter>.exp_avg`), so a checkpoint depends
 neither on the order of parameters nor on their groups. The names are those of torchtitan's
 optimizer container.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from configs.schema import OptimizerConfig
 from models.parameters import spec_of
-from train.optim.bf16_moments import Bf16MomentsAdamW, initial_state
+from parallel.shards import local_of
+from train.optim.bf16_moments import MOMENTS, Bf16MomentsAdamW, initial_state
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW`, fused, of each rank's part of DTensors.
+
+    The update of an element depends on no other. For a list of DTensors torch first searches for
+    their placement, which takes a second in every process, and accepts only one mesh.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            updated = [p for p in group["params"] if p.grad is not None]
+            for parameter in updated:
+                if not self.state[parameter]:
+                    self.state[parameter].update(initial_state(parameter, torch.float32))
+            states = [self.state[parameter] for parameter in updated]
+            means, squares = ([local_of(s[name]) for s in states] for name in MOMENTS)
+            beta1, beta2 = group["betas"]
+            adamw(
+                [local_of(p) for p in updated], [local_of(p.grad) for p in updated], means, squares,
+                [], [state["step"] for state in states], fused=True, amsgrad=False, beta1=beta1,
+                beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                maximize=False,
+            )  # fmt: skip
 
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, moments: Literal["fp32", "bf16"] = "fp32"
 ) -> torch.optim.AdamW:
-    """AdamW with a group per mesh and weight decay. moments: the dtype in which they are stored."""
-    members: dict[tuple[Any, bool], list[tuple[str, nn.Parameter]]] = {}
+    """AdamW with a group per weight decay. moments: the dtype in which they are stored."""
+    members: dict[bool, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        members.setdefault((mesh, spec_of(name).decay), []).append((name, parameter))
+        members.setdefault(spec_of(name).decay, []).append((name, parameter))
     groups = [
         {"params": named, "weight_decay": config.weight_decay if decays else 0.0}
-        for (_, decays), named in members.items()
+        for decays, named in members.items()
     ]
-    kind = Bf16MomentsAdamW if moments == "bf16" else torch.optim.AdamW
+    kind = Bf16MomentsAdamW if moments == "bf16" else ShardedAdamW
     betas = config.beta1, config.beta2
     return kind(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 

@@ -89,10 +89,10 @@ SAME: tuple[dict[str, Any], ...] = (
 LAYERS = {
     1: [Case("gqa"), Case("mla", fp8={"power_of_two": True}), Case("odd"), Case("biased")],
     2: [
-        Case("gqa", {"tp": 2, "ep": 2}), Case("odd", {"ep": 2}),
+        Case("gqa", {"tp": 2, "ep": 2}), Case("gqa", {"ep": 2} | _WIRE, {"power_of_two": True}),
         Case("mla", {"tp": 2, "etp": 2}, {"power_of_two": True}), Case("odd", {"ep": 1}),
         Case("biased", {"tp": 2, "ep": 2}), Case("mla", {"ep": 2} | _WIRE),
-        Case("gqa", {"ep": 2} | _WIRE, {"power_of_two": True}),
+        Case("odd", {"ep": 2}),
         Case("gqa", {"ep": 2, "dispatch": {"kind": "sync_free"}}),
         Case("gqa", {"ep": 2, "dispatch": {"chunks": 3, "dispatch_dtype": "fp8"}}),
     ],

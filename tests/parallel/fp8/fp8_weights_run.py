@@ -144,7 +144,7 @@ def both_orders_are_kept(case: fp8_models.Case, ranks: Ranks) -> list[str]:
     with patch("parallel.fsdp.fp8_weights.reads_columns", lambda _: True):
         run = Run(settings, case.name, ranks)
     other, found = Run(settings, case.name, ranks), []
-    for step in range(1, 4):
+    for step in (1, 2):
         losses = [each.step(step).loss for each in (run, other)]
         if losses[0] != losses[1]:
             found.append(f"losses of step {step} with and without columns: {losses}")
@@ -197,8 +197,10 @@ if __name__ == "__main__":
     faults = []
     for case in fp8_models.WEIGHTS[ranks.world][int(sys.argv[2]) :: int(sys.argv[3])]:
         found = check(case, Run(case.settings(ranks.world), case.name, ranks))
-        if case in fp8_models.WEIGHTS[ranks.world][:2]:
+        first, second = fp8_models.WEIGHTS[ranks.world][:2]
+        if case == first:
             found += stale_weights_are_refused(case, ranks)
+        if case == second:
             found += both_orders_are_kept(case, ranks)
         for rank, one in enumerate(gather_json(found)):
             faults += [f"{case.name}: rank {rank}: {each}" for each in one]

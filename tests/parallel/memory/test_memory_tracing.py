@@ -179,7 +179,7 @@ def experiment(n_layers: int, family: str, parallel: dict[str, Any], **more: Any
 
 
 EXPERIMENTS = [
-    experiment(12, "gpt-oss", {"ep": 2, "recompute": "full", "recompute_every": 2}),
+    experiment(8, "gpt-oss", {"ep": 2, "recompute": "full", "recompute_every": 2}),
     experiment(13, "llama4", {"dp_shard": 2, "tp": 2, "ep": 4, "prefetch": 2}),
     experiment(9, "deepseek-v3", {"ep": 4, "reshard_after_forward": False}, model={"mtp_depth": 2}),
     experiment(8, "mixtral", {"dp_replicate": 2, "dp_shard": 2, "prefetch": 0}),

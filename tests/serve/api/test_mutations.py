@@ -141,14 +141,14 @@ def run_attack(
 def test_malformed_requests(
     export: Export, export_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    statuses = run_attack(export, export_folder, range(1000), caplog)
+    statuses = run_attack(export, export_folder, range(500), caplog)
     assert {200, 400, 404, 405, 413, 431} <= statuses.keys()
-    assert statuses[None] < 100, "almost all are answered"
+    assert statuses[None] < 50, "almost all are answered"
 
 
 @pytest.mark.slow
 def test_ten_thousand_malformed_requests(
     export: Export, export_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    statuses = run_attack(export, export_folder, range(10_000, 20_000), caplog)
+    statuses = run_attack(export, export_folder, range(500, 10_500), caplog)
     assert statuses[None] < 1000

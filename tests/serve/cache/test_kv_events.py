@@ -162,8 +162,13 @@ def traffic(core: EngineCore, seed: int, n: int, after: Callable[[], None]) -> N
         after()
 
 
-@pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize("page_size", [4, 5])
+@pytest.mark.parametrize(
+    ("page_size", "window"),
+    [
+        (4, 0), (5, 20),
+        pytest.param(5, 0, marks=pytest.mark.slow), pytest.param(4, 20, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_an_index_equals_the_tree(page_size: int, window: int) -> None:
     """One is there from the start, one begins in the middle, one loses a third of the messages."""
     core, publisher, tree = make(window, kv_tokens=600, page_size=page_size, max_running=4)

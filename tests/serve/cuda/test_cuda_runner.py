@@ -68,9 +68,15 @@ def assert_logits_of_training(
         assert worst < TOLERANCE[dtype], len(s.tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SERVED)
-@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [  # by default every two values of different parameters
+        pytest.param(name, dtype, size, marks=[pytest.mark.slow] * ((i + j + k) % 2))
+        for i, name in enumerate(SERVED)
+        for j, dtype in enumerate([torch.float32, torch.bfloat16])
+        for k, size in enumerate([5, 16])
+    ],
+)
 def test_logits_of_training(name: str, dtype: torch.dtype, size: int) -> None:
     """Prompts in chunks, some together with decodes, then decodes in padded buckets."""
     decoder = lively(FAMILIES[name], dtype)

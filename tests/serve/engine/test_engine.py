@@ -59,7 +59,9 @@ def test_greedy_equals_training_model(
     assert bool(core.scheduler.n_retracted) == ("kv_tokens" in options)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 6))]
+)
 def test_random_schedules(
     make_core: MakeCore, greedy_reference: GreedyReference, seed: int
 ) -> None:

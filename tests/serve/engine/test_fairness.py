@@ -20,8 +20,14 @@ def steps_until_done(core: EngineCore, small: Request) -> int:
     return steps
 
 
-@pytest.mark.parametrize("overlap", ["off", "on"])
-@pytest.mark.parametrize(("kv_tokens", "most"), [(4096, 40), (512, 170)])
+@pytest.mark.parametrize(
+    ("kv_tokens", "most", "overlap"),
+    [
+        (4096, 40, "off"), (512, 170, "on"),
+        pytest.param(4096, 40, "on", marks=pytest.mark.slow),
+        pytest.param(512, 170, "off", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_small_call_is_next(
     make_core: Callable[..., EngineCore], overlap: str, kv_tokens: int, most: int
 ) -> None:

@@ -58,7 +58,7 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
     arguments = ["-m", "train", str(TINY), *arguments, "--checkpoint.async_save=true"]
     arguments += [f"--train.steps={steps}", "--checkpoint.every=4"]
     killed, whole = folder / "run", folder / "whole"
-    run(*arguments, f"--run.dir={whole}", ranks=2)
+    run(*arguments, f"--run.dir={whole}", "--checkpoint.async_save=false", ranks=2)
     with started(*arguments, ranks=2) as program:
         wait_for_step(killed, 4, program.is_running)
         time.sleep(random.Random().uniform(0, 0.05 * (steps - 4)))
@@ -83,7 +83,7 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
     [
         (signal.SIGTERM, 75),
         pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),  # tests/launch/test_local.py
-        (signal.SIGINT, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),  # tests/faults/test_signals.py
     ],
 )
 def test_a_stop_saves_and_the_rest_is_bit_identical(
@@ -128,9 +128,11 @@ def test_resume_on_another_mesh(overrides: list[str], tmp_path: Path) -> None:
     run_train(TINY, *arguments, "--train.steps=6", f"--run.dir={straight}")
     for first, then in ((2, 1), (1, 2)):
         folder = tmp_path / f"{first}-{then}"
-        words = ["-m", "train", TINY, *arguments, f"--run.dir={folder}"]
-        run(*words, "--train.steps=3", ranks=first)
-        out = run(*words, "--train.steps=6", ranks=then).stdout
+        out = ""
+        for ranks, steps in ((first, 3), (then, 6)):
+            words = [TINY, *arguments, f"--run.dir={folder}", f"--train.steps={steps}"]
+            done = run_train(*words) if ranks == 1 else run("-m", "train", *words, ranks=ranks)
+            out = done.stdout
         assert "changed since that checkpoint: train.steps (was 3, is 6)" in out
         for step, loss in losses(straight).items():
             assert losses(folder)[step] == pytest.approx(loss, rel=1e-4), step
@@ -142,7 +144,7 @@ def test_a_validation_that_a_stop_cut_short_is_made_up(
 ) -> None:
     arguments = [
         str(TINY), *overrides, "--train.steps=6", "--validation.every=3",
-        "--validation.sequences=80", "--train.micro_batch=2", "--data.validation_fraction=0.5",
+        "--validation.sequences=40", "--train.micro_batch=2", "--data.validation_fraction=0.5",
         "--data.seq_len=16", "--checkpoint.every=0",
     ]  # fmt: skip
     whole, metrics = tmp_path / "whole", tmp_path / "run" / "metrics.jsonl"
