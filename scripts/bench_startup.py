@@ -103,7 +103,7 @@ def _when(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> tup
     started = time.perf_counter()
     while not happened():
         if process.poll() is not None:
-            raise SystemExit(f"{' '.join(map(str, process.args))} ended: {process.returncode}")
+            raise SystemExit(f"{process.args!r} ended with {process.returncode}")
     wall = time.perf_counter() - started
     words = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return wall, (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")

@@ -7,8 +7,12 @@ measures a running server.
 """
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from configs.errors import UserError
 from parallel.launch_environment import fail, read_launch_environment
@@ -37,13 +41,28 @@ def _command(name: str) -> tuple[Parse, Run]:
     return parse, serve
 
 
+@contextmanager
+def _interrupt_ends_process() -> Iterator[None]:
+    """Within, Ctrl-C ends the process at once: torch reports a KeyboardInterrupt while it imports
+    numpy as a warning, and continues."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 after a stop, 2 with one line on stderr for an error of the user."""
     rank = 0
     name = arguments[0] if arguments and arguments[0] in ("generate", "chat", "bench") else ""
     try:
         rank = read_launch_environment().rank
-        parse, run = _command(name)
+        with _interrupt_ends_process():
+            parse, run = _command(name)
         run(parse(arguments[1:] if name else arguments))
     except (UserError, RequestError) as error:
         return fail(rank, f"error: {error}", 2)

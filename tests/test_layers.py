@@ -63,6 +63,7 @@ ROOMS: dict[str, set[str]] = {
     "launch": {"launch/supervisor"},
     "launch/supervisor": {"launch"},
     "scripts/scaling_sweep": {"scripts/scaling_report"},
+    "scripts/bench_growth": {"scripts/bench_train"},
     "scripts/check_clients": {"scripts/bench_serve"},
     "scripts/gpu_suite": {"scripts/gpu_suite/runner"},
     "scripts/gpu_suite/runner": {"scripts/gpu_suite"},

@@ -11,7 +11,7 @@ Starts from the demo's experiment and changes one size, all else equal:
 
 Each point is a run of a few steps; the runs of one axis alternate over the rounds, so that other
 load on the machine affects all of them. Prints a table per axis, with the exponent of the time per
-token between neighbouring points (1: proportional to the size), and draws all axes in one picture.
+token between neighboring points (1: proportional to the size), and draws all axes in one picture.
 CPU only.
 """
 

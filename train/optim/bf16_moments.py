@@ -21,17 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from parallel.shards import local_of, zeros_like
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def initial_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state of AdamW's fused update before the first step. dtype: of the moments."""
-    moments = {name: zeros_like(parameter, dtype) for name in MOMENTS}
-    return {"step": torch.zeros((), device=parameter.device)} | moments
+from parallel.shards import local_of
+from train.optim.fused_update import MOMENTS, fused_update, initial_state
 
 
 class Bf16MomentsAdamW(torch.optim.AdamW):
@@ -51,13 +43,7 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
         if not state:
             state.update(initial_state(parameter, torch.bfloat16))
         stored = [local_of(state[name]) for name in MOMENTS]
-        mean, square = (moment.float() for moment in stored)
-        beta1, beta2 = group["betas"]
-        assert parameter.grad is not None
-        adamw(
-            [local_of(parameter)], [local_of(parameter.grad)], [mean], [square], [],
-            [state["step"]], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )  # fmt: skip
-        for moment, exact in zip(stored, (mean, square), strict=True):
+        fp32 = [moment.float() for moment in stored]
+        fused_update([parameter], [fp32], [state["step"]], group)
+        for moment, exact in zip(stored, fp32, strict=True):
             moment.copy_(exact)

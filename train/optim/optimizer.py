@@ -11,20 +11,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from configs.schema import OptimizerConfig
 from models.parameters import spec_of
 from parallel.shards import local_of
-from train.optim.bf16_moments import MOMENTS, Bf16MomentsAdamW, initial_state
+from train.optim.bf16_moments import Bf16MomentsAdamW
+from train.optim.fused_update import MOMENTS, fused_update, initial_state
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW`, fused, of each rank's part of DTensors.
-
-    The update of an element depends on no other. For a list of DTensors torch first searches for
-    their placement, which takes a second in every process, and accepts only one mesh.
-    """
+    """`torch.optim.AdamW`, fused, of each rank's part of DTensors."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -32,18 +28,12 @@ class ShardedAdamW(torch.optim.AdamW):
         assert closure is None
         for group in self.param_groups:
             updated = [p for p in group["params"] if p.grad is not None]
-            for parameter in updated:
-                if not self.state[parameter]:
-                    self.state[parameter].update(initial_state(parameter, torch.float32))
             states = [self.state[parameter] for parameter in updated]
-            means, squares = ([local_of(s[name]) for s in states] for name in MOMENTS)
-            beta1, beta2 = group["betas"]
-            adamw(
-                [local_of(p) for p in updated], [local_of(p.grad) for p in updated], means, squares,
-                [], [state["step"] for state in states], fused=True, amsgrad=False, beta1=beta1,
-                beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-                maximize=False,
-            )  # fmt: skip
+            for parameter, state in zip(updated, states, strict=True):
+                if not state:
+                    state.update(initial_state(parameter, torch.float32))
+            moments = [[local_of(state[name]) for name in MOMENTS] for state in states]
+            fused_update(updated, moments, [state["step"] for state in states], group)
 
 
 def build_optimizer(
