@@ -4,7 +4,8 @@ Each peer trains the same model as the trainer on batches of the same size from 
 the same two cores: `plain` is a straightforward loop and `transformers` a loop over its Qwen3-MoE,
 each one process of two threads; `torchtitan` is its own Trainer on its DeepSeek-V3 debug model on
 two ranks (`-selective`: both sides recompute selectively; `-fsdp`: FSDP2 without expert
-parallelism). The trainer always runs two ranks of one thread. The runs alternate, so that other
+parallelism). The trainer always runs two ranks of one thread. Both sides multiply in the trainer's
+dtype: bf16 where the CPU has instructions for it, otherwise fp32. The runs alternate, so that other
 load on the machine affects both; the result is the median of the rounds' ratios. CPU only.
 """
 
@@ -18,6 +19,7 @@ import torch
 from configs.command_line import CommandParser
 from configs.loader import load
 from scripts.bench_train.peers import PEERS, WARMUP, Peer, Result, run_peer, run_trainer
+from train.compute_dtype import compute_dtype
 from train.data.corpus import prepare
 from train.report.metrics import FORCED_BALANCE
 
@@ -48,11 +50,12 @@ def _compare(peer: Peer, rounds: int, steps: int) -> None:
     if config.model.moe.force_balance:
         print(FORCED_BALANCE)
     corpus = prepare(config, lambda line: None)
+    dtype = str(compute_dtype(config, torch.device("cpu"))).removeprefix("torch.")
     ours: list[Result] = []
     theirs: list[Result] = []
     for round_ in range(1, rounds + 1):
         try:
-            theirs.append(run_peer(peer, steps, corpus.folder / "train.npy"))
+            theirs.append(run_peer(peer, steps, corpus.folder / "train.npy", dtype))
             ours.append(run_trainer(peer.experiment, peer.arguments, steps))
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"{peer.name}, round {round_}: {error}\n{error.stderr}") from None
@@ -67,10 +70,10 @@ def _compare(peer: Peer, rounds: int, steps: int) -> None:
     losses = [f"{each[0].losses[0]:.2f} to {each[0].losses[1]:.2f}" for each in (theirs, ours)]
     ratios = sorted(b.tokens_per_s / a.tokens_per_s for a, b in zip(theirs, ours, strict=True))
     print(
-        f"{peer.name}, medians of {rounds}: {speeds[0]:,.0f} and {speeds[1]:,.0f} tokens/s; ratio "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); memory "
-        f"{memory[0]:.2f} and {memory[1]:.2f} GiB per process, ratio {memory[1] / memory[0]:.2f}; "
-        f"loss {losses[0]} and {losses[1]}"
+        f"{peer.name}, {dtype}, medians of {rounds}: {speeds[0]:,.0f} and {speeds[1]:,.0f} "
+        f"tokens/s; ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
+        f"memory {memory[0]:.2f} and {memory[1]:.2f} GiB per process, ratio "
+        f"{memory[1] / memory[0]:.2f}; loss {losses[0]} and {losses[1]}"
     )
 
 

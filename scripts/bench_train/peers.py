@@ -44,9 +44,9 @@ _DEBUG_MODEL = [
 
 @dataclass(frozen=True)
 class Peer:
-    """One comparison: `command` is the peer's, with `{steps}` and `{corpus}`; the trainer gets
-    `experiment` and `arguments`. Both get two cores: as threads of one process or as ranks of one
-    thread."""
+    """One comparison: `command` is the peer's, with `{steps}`, `{corpus}` and `{dtype}`; the
+    trainer gets `experiment` and `arguments`. Both get two cores: as threads of one process or as
+    ranks of one thread."""
 
     name: str
     command: list[str]
@@ -57,7 +57,14 @@ class Peer:
 
 def _titan(name: str, recompute: str, ep: int) -> Peer:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    loop = ["scripts.bench_train.torchtitan_loop", "{steps}", "{corpus}", recompute, str(ep)]
+    loop = [
+        "scripts.bench_train.torchtitan_loop",
+        "{steps}",
+        "{corpus}",
+        "{dtype}",
+        recompute,
+        str(ep),
+    ]
     ours = [*_DEBUG_MODEL, f"--parallel.ep={ep}", f"--parallel.recompute={recompute}"]
     return Peer(name, [*ranks, *loop], 1, ours, DEEPSEEK)
 
@@ -65,10 +72,15 @@ def _titan(name: str, recompute: str, ep: int) -> Peer:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("plain", ["-m", "scripts.bench_train.plain_loop", "{steps}", "{corpus}"], 2, _PLAIN),
+        Peer(
+            "plain",
+            ["-m", "scripts.bench_train.plain_loop", "{steps}", "{corpus}", "{dtype}"],
+            2,
+            _PLAIN,
+        ),
         Peer(
             "transformers",
-            ["-m", "scripts.bench_train.transformers_loop", "{steps}", "{corpus}"],
+            ["-m", "scripts.bench_train.transformers_loop", "{steps}", "{corpus}", "{dtype}"],
             2,
             _QWEN3,
         ),
@@ -89,9 +101,9 @@ class Result:
     losses: tuple[float, float]
 
 
-def run_peer(peer: Peer, steps: int, corpus: Path) -> Result:
-    """Raises CalledProcessError."""
-    words = [word.format(steps=steps, corpus=corpus) for word in peer.command]
+def run_peer(peer: Peer, steps: int, corpus: Path, dtype: str) -> Result:
+    """dtype: of its products, bfloat16 or float32. Raises CalledProcessError."""
+    words = [word.format(steps=steps, corpus=corpus, dtype=dtype) for word in peer.command]
     lines = _run(words, peer.threads).splitlines()
     return _result([json.loads(line) for line in lines if line.startswith('{"step"')], WARMUP)
 

@@ -1,12 +1,12 @@
-"""`python -m scripts.bench_train.plain_loop STEPS CORPUS`: the baseline, a straightforward MoE
-loop.
+"""`python -m scripts.bench_train.plain_loop STEPS CORPUS DTYPE`: the baseline, a straightforward
+MoE loop.
 
 One process, all cores, autocast, no parallelism, no checkpoints: 8.4 M parameters, 4 layers of
 width 256, 8 heads, 8 experts of width 256 with top-2 softmax routing and an auxiliary loss.
 `scripts.bench_train` runs it against the trainer with the same model, batch and sequence. It shares
 no code with the project, so that it is an independent baseline. Prints one JSON line per step.
 
-CORPUS: a .npy of token ids (vocabulary 4096).
+CORPUS: a .npy of token ids (vocabulary 4096). DTYPE: bfloat16, or float32 without autocast.
 """
 
 import json
@@ -39,10 +39,11 @@ class MoE(nn.Module):
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=EXPERTS)
         ends = counts.cumsum(0).to(torch.int32)
-        rows = x[order // TOP_K].bfloat16()
-        gate, up = torch._grouped_mm(rows, self.w1.bfloat16(), offs=ends).chunk(2, -1)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        rows = x[order // TOP_K].to(dtype)
+        gate, up = torch._grouped_mm(rows, self.w1.to(dtype), offs=ends).chunk(2, -1)
         hidden = (F.silu(gate) * up).contiguous()
-        out = torch._grouped_mm(hidden, self.w2.bfloat16(), offs=ends).float()
+        out = torch._grouped_mm(hidden, self.w2.to(dtype), offs=ends).float()
         out = out * weights.flatten()[order, None]
         balance = (counts.float() / counts.sum() * scores.mean(0)).sum() * EXPERTS
         return torch.zeros_like(x, dtype=torch.float).index_add(0, order // TOP_K, out), balance
@@ -94,16 +95,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, loss_of: Callable[[Tensor], Tensor], length: int, steps: int, corpus: str
-) -> None:
+    model: nn.Module, loss_of: Callable[[Tensor], Tensor], length: int, steps: int, corpus: str,
+    dtype: str,
+) -> None:  # fmt: skip
     """Train for `steps` steps and print loss, tokens/s and the peak of memory of each.
 
     Args:
         model: Its parameters are trained by fused AdamW.
-        loss_of: The loss of windows of the corpus `[BATCH, length]`, under bf16 autocast.
+        loss_of: The loss of windows of the corpus `[BATCH, length]`.
         length: Tokens of a window.
         steps: Number of steps.
         corpus: A .npy of token ids.
+        dtype: `bfloat16` of autocast, or `float32` without it.
     """
     tokens = torch.from_numpy(np.load(corpus, allow_pickle=False).astype(np.int64))
     optimizer = torch.optim.AdamW(
@@ -115,7 +118,7 @@ def train(
             group["lr"] = 3e-3 * min(1.0, step / 30)
         starts = torch.randint(0, len(tokens) - length, (BATCH,))
         window = torch.stack([tokens[s : s + length] for s in starts])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = loss_of(window)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,7 +130,7 @@ def train(
         print(json.dumps(record), flush=True)
 
 
-def main(steps: int, corpus: str) -> None:
+def main(steps: int, corpus: str, dtype: str) -> None:
     """Train the model of this file; its printed loss includes the balance loss."""
     torch.manual_seed(0)
     model = Model()
@@ -137,8 +140,8 @@ def main(steps: int, corpus: str) -> None:
         loss = F.cross_entropy(logits.float().view(-1, VOCAB), window[:, 1:].reshape(-1))
         return loss + 0.01 * balance
 
-    train(model, loss_of, LENGTH + 1, steps, corpus)
+    train(model, loss_of, LENGTH + 1, steps, corpus, dtype)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,5 +1,5 @@
-"""`torchrun -m scripts.bench_train.torchtitan_loop STEPS CORPUS RECOMPUTE EP`: torchtitan's own
-Trainer on its DeepSeek-V3 debug model, on CPUs over gloo.
+"""`torchrun -m scripts.bench_train.torchtitan_loop STEPS CORPUS DTYPE RECOMPUTE EP`: torchtitan's
+own Trainer on its DeepSeek-V3 debug model, on CPUs over gloo.
 
 A program of its own, because torchtitan 0.3.0 runs on CUDA only and is changed here in four places
 before it is built: its device module, the sums of FSDP's reduce-scatter (gloo has no PREMUL_SUM),
@@ -7,7 +7,8 @@ a function that torch has from 2.14 on, and SDPA (torchtitan's own class) for Fl
 has no backward on a CPU. Its batches are windows at random places of the corpus. Rank 0 prints one
 JSON line per step.
 
-CORPUS: a .npy of token ids below 2,048, next to its tokenizer.json. RECOMPUTE: none or selective.
+CORPUS: a .npy of token ids below 2,048, next to its tokenizer.json. DTYPE of FSDP2's mixed
+precision: bfloat16 or float32. RECOMPUTE: none or selective.
 """
 
 import json
@@ -58,7 +59,7 @@ def run_on_cpu() -> None:
     fsdp.disable_fsdp_gradient_division = and_plain_sums
 
 
-def trainer_config(steps: int, corpus: Path, recompute: str, ep: int) -> Any:
+def trainer_config(steps: int, corpus: Path, dtype: str, recompute: str, ep: int) -> Any:
     """torchtitan's configuration of the debug model with our sizes of a batch."""
     from torchtitan.components.dataloader import BaseDataLoader
     from torchtitan.distributed.activation_checkpoint import SelectiveAC
@@ -103,6 +104,7 @@ def trainer_config(steps: int, corpus: Path, recompute: str, ep: int) -> Any:
     config.training.steps, config.training.seq_len = steps, LENGTH
     config.training.local_batch_size = BATCH // int(os.environ["WORLD_SIZE"])
     config.training.disable_cuda_graphs = True
+    config.training.mixed_precision_param = dtype
     config.parallelism.expert_parallel_degree = ep
     config.parallelism.spmd_backend = "partial_dtensor"  # the default needs torch 2.14
     config.activation_checkpoint = SelectiveAC.Config() if recompute == "selective" else None
@@ -111,11 +113,11 @@ def trainer_config(steps: int, corpus: Path, recompute: str, ep: int) -> Any:
     return config
 
 
-def main(steps: int, corpus: str, recompute: str, ep: int) -> None:
+def main(steps: int, corpus: str, dtype: str, recompute: str, ep: int) -> None:
     """Train for `steps` steps; rank 0 prints tokens/s and the peak of its memory at each."""
     run_on_cpu()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    trainer = trainer_config(steps, Path(corpus), recompute, ep).build()
+    trainer = trainer_config(steps, Path(corpus), dtype, recompute, ep).build()
     step, forward_backward = trainer.train_step, trainer.forward_backward_step
     losses: list[Tensor] = []
 
@@ -143,4 +145,4 @@ def main(steps: int, corpus: str, recompute: str, ep: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))

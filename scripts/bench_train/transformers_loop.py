@@ -1,11 +1,11 @@
-"""`python -m scripts.bench_train.transformers_loop STEPS CORPUS`: a loop over a Qwen3-MoE of
+"""`python -m scripts.bench_train.transformers_loop STEPS CORPUS DTYPE`: a loop over a Qwen3-MoE of
 transformers.
 
-One process, all cores, bf16 autocast, SDPA, fused AdamW, transformers' grouped products; the size
+One process, all cores, SDPA, fused AdamW, transformers' grouped products; the size
 of the demo's model: 4 layers of width 256, 8 query and 4 key/value heads of 32, 8 experts of width
 256 with top-2. Prints one JSON line per step.
 
-CORPUS: a .npy of token ids (vocabulary 4096).
+CORPUS: a .npy of token ids (vocabulary 4096). DTYPE: bfloat16 of autocast, or float32 without it.
 """
 
 import sys
@@ -30,7 +30,7 @@ def build() -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
 
 
-def main(steps: int, corpus: str) -> None:
+def main(steps: int, corpus: str, dtype: str) -> None:
     """Train it; its loss leaves out the first token of every window."""
     torch.manual_seed(0)
     model = build()
@@ -39,8 +39,8 @@ def main(steps: int, corpus: str) -> None:
         loss: Tensor = model(input_ids=window, labels=window).loss
         return loss
 
-    train(model, loss_of, LENGTH, steps, corpus)
+    train(model, loss_of, LENGTH, steps, corpus, dtype)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
