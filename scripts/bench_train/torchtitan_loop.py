@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Iterator
@@ -117,7 +118,13 @@ def main(steps: int, corpus: str, dtype: str, recompute: str, ep: int) -> None:
     """Train for `steps` steps; rank 0 prints tokens/s and the peak of its memory at each."""
     run_on_cpu()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    trainer = trainer_config(steps, Path(corpus), dtype, recompute, ep).build()
+    config = trainer_config(steps, Path(corpus), dtype, recompute, ep)
+    with tempfile.TemporaryDirectory() as folder:
+        config.dump_folder = folder  # it makes folders there
+        _train(config.build())
+
+
+def _train(trainer: Any) -> None:
     step, forward_backward = trainer.train_step, trainer.forward_backward_step
     losses: list[Tensor] = []
 
