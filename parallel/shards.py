@@ -33,7 +33,7 @@ def local_of(tensor: Tensor) -> Tensor:
 def zeros_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros of another dtype that are divided as `tensor` is.
 
-    `torch.zeros_like` searches for the placement of every shape, 10 ms for each in a new process.
+    `torch.zeros_like` first searches for the placement of every new shape.
     """
     zeros = torch.zeros_like(local_of(tensor), dtype=dtype)
     if not isinstance(tensor, DTensor):

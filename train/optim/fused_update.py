@@ -25,7 +25,7 @@ def fused_update(
     """Torch's fused AdamW on this rank's parts of parameters with a gradient.
 
     An update of an element depends on no other. For DTensors torch would first search for their
-    placement, which takes a second in every process, and accept one mesh per call.
+    placement, which delays the first step, and accept one mesh per call.
 
     Args:
         parameters: Masters in fp32.
