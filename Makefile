@@ -5,7 +5,10 @@ PYTHON ?= python3
 TORCH ?=
 MARK ?= not slow and not gpu
 ARGS ?=
-WORKERS := -n auto --dist loadfile --no-loadscope-reorder
+# A process that crashes ends the run, which names its test: xdist may wait forever after it has replaced
+# one. So does a test that hangs, which shows its stacks.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+HANG := $(if $(findstring not slow,$(MARK)),-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true)
 
 PY := .venv/bin/python
 RUNTIME := .venv/.runtime
@@ -28,7 +31,7 @@ demo: $(RUNTIME) ## install the runtime, then train, export and serve a tiny mod
 
 # Bytecode is written even where the environment forbids it: many processes import the same modules.
 test: $(DEV) ## run all tests except slow and gpu
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(WORKERS) $(ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "$(MARK)" $(WORKERS) $(HANG) $(ARGS)
 
 check: $(DEV) ## ruff, its formatter, mypy, and the test of the import layers
 	$(PY) -m ruff check

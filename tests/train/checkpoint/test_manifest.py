@@ -4,7 +4,6 @@ error."""
 import json
 import math
 import struct
-import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -17,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
+from tests.train.checkpoint.peak_memory import peak_memory
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointError
 from train.checkpoint.config_changes import settings_then
@@ -82,17 +82,19 @@ def load_all(folder: Path) -> None:
 
 def refused(folder: Path, by: Callable[[Path], object] = check) -> str:
     """Assert that it is refused, with one line of bounded length and without a large allocation."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(CheckpointError) as caught:
-            by(folder)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    with peak_memory() as peak, pytest.raises(CheckpointError) as caught:
+        by(folder)
     line = str(caught.value)
     assert "\n" not in line and line.isprintable() and len(line) < 1000, line
-    assert peak < 32 * 2**20
+    assert peak[0] < 32 * 2**20
     return line
+
+
+@pytest.mark.parametrize("mib", [0, 40])
+def test_the_peak_is_that_of_the_block(mib: int) -> None:
+    with peak_memory() as peak:
+        del [b"x" * (mib << 20)][0]
+    assert abs(peak[0] / 2**20 - mib) < 8  # Linux counts pages of several cores at a time
 
 
 def at(content: Any, path: tuple[str | int, ...], value: Any) -> Any:
