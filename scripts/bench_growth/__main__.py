@@ -4,15 +4,17 @@ Starts from the demo's experiment and changes one size, all else equal:
 
 - experts: their number, at the same number of active parameters per token,
 - top_k: experts per token,
-- sequence: tokens per sequence, with 8,192 tokens in every step,
+- sequence: tokens per sequence, with 8,192 tokens in every step, documents of 4,900 on average,
+- short_documents: the same with documents of about 700 tokens, and a sequence of 32,768,
 - layers,
 - threads: of one rank,
 - ranks: of one thread, with the same batch in total.
 
 Each point is a run of a few steps; the runs of one axis alternate over the rounds, so that other
 load on the machine affects all of them. Prints a table per axis, with the exponent of the time per
-token between neighboring points (1: proportional to the size), and draws all axes in one picture.
-CPU only.
+token between neighboring points (1: proportional to the size) and the model's FLOPs per token
+relative to the first point (for sequences of one document each), and draws all axes in one
+picture. CPU only.
 """
 
 import math
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 
 from configs.command_line import CommandParser
-from scripts.bench_growth.axes import AXES, Point
+from scripts.bench_growth.axes import AXES, Point, write_short_documents
 from scripts.bench_growth.pictures import draw
 from scripts.bench_train.peers import Result, run_trainer
 from train.report.environment import cpu_name
@@ -74,6 +76,8 @@ def main() -> int:
 
 
 def _measure(name: str, rounds: int, steps: int) -> list[Measured]:
+    if name == "short_documents":
+        write_short_documents()
     runs: dict[Point, list[Result]] = {point: [] for point in AXES[name]}
     for round_ in range(1, rounds + 1):
         for point, results in runs.items():
@@ -100,18 +104,19 @@ def _measure(name: str, rounds: int, steps: int) -> list[Measured]:
 def table(name: str, points: list[Measured]) -> list[str]:
     """The lines of an axis, in Markdown."""
     lines = [
-        f"| {name} | tokens/s | relative to the first | exponent | GiB | first loss |",
-        "|---|---|---|---|---|---|",
+        f"| {name} | tokens/s | relative to the first | exponent | FLOPs | GiB | first loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for before, one in zip([None, *points], points, strict=False):
         slope = ""
         if before is not None:
             slower = before.tokens_per_s / one.tokens_per_s
             slope = f"{math.log(slower) / math.log(one.point.size / before.point.size):.2f}"
+        flops = one.point.flops_per_token() / points[0].point.flops_per_token()
         lines.append(
             f"| {one.point.size:,} | {one.tokens_per_s:,.0f} | "
-            f"{one.tokens_per_s / points[0].tokens_per_s:.2f} | {slope} | {one.memory_gib:.2f} | "
-            f"{one.loss:.3f} |"
+            f"{one.tokens_per_s / points[0].tokens_per_s:.2f} | {slope} | {flops:.2f} | "
+            f"{one.memory_gib:.2f} | {one.loss:.3f} |"
         )
     return lines
 

@@ -4,9 +4,10 @@ Each peer trains the same model as the trainer on batches of the same size from 
 the same two cores: `plain` is a straightforward loop and `transformers` a loop over its Qwen3-MoE,
 each one process of two threads; `torchtitan` is its own Trainer on its DeepSeek-V3 debug model on
 two ranks (`-selective`: both sides recompute selectively; `-fsdp`: FSDP2 without expert
-parallelism). The trainer always runs two ranks of one thread. Both sides multiply in the trainer's
-dtype: bf16 where the CPU has instructions for it, otherwise fp32. The runs alternate, so that other
-load on the machine affects both; the result is the median of the rounds' ratios. CPU only.
+parallelism). The trainer runs two ranks of one thread; with `--ranks 1` one process of two threads
+against peers of one process. Both sides multiply in the trainer's dtype: bf16 where the CPU has
+instructions for it, otherwise fp32. The runs alternate, so that other load on the machine affects
+both; the result is the median of the rounds' ratios. CPU only.
 """
 
 import os
@@ -31,6 +32,9 @@ def main() -> None:
     parser.add_argument("--peers", default="plain", help=f"some of {names} (default plain)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each (default 5)")
     parser.add_argument("--steps", type=int, default=40, help="steps per run (default 40)")
+    parser.add_argument(
+        "--ranks", type=int, choices=(1, 2), default=2, help="of the trainer (default 2)"
+    )
     options = parser.parse_args()
     peers = options.peers.split(",")
     for name in peers:
@@ -42,10 +46,12 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores {_cpu()}, torch {torch.__version__}"
     )
     for name in peers:
-        _compare(PEERS[name], options.rounds, options.steps)
+        _compare(PEERS[name], options.rounds, options.steps, options.ranks)
 
 
-def _compare(peer: Peer, rounds: int, steps: int) -> None:
+def _compare(peer: Peer, rounds: int, steps: int, ranks: int) -> None:
+    """ranks: of the trainer, if the peer is one process."""
+    threads = 2 // ranks if peer.threads > 1 else 1
     config = load(peer.experiment, peer.arguments)
     if config.model.moe.force_balance:
         print(FORCED_BALANCE)
@@ -56,7 +62,10 @@ def _compare(peer: Peer, rounds: int, steps: int) -> None:
     for round_ in range(1, rounds + 1):
         try:
             theirs.append(run_peer(peer, steps, corpus.folder / "train.npy", dtype))
-            ours.append(run_trainer(peer.experiment, peer.arguments, steps))
+            batch = f"--train.micro_batch={4 * threads}"  # of 8 sequences on two cores
+            ours.append(
+                run_trainer(peer.experiment, [*peer.arguments, batch], steps, 2 // threads, threads)
+            )
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"{peer.name}, round {round_}: {error}\n{error.stderr}") from None
         speed = theirs[-1].tokens_per_s, ours[-1].tokens_per_s

@@ -25,7 +25,7 @@ _PLAIN = [
 _QWEN3 = ["--model.moe.n_shared_experts=0", "--model.moe.score_func=softmax",
           "--model.moe.bias_update_rate=0", "--model.moe.global_aux_loss_coef=0.001"]  # fmt: skip
 _DEBUG_MODEL = [
-    "--data.seq_len=256", "--train.global_batch=8", "--train.micro_batch=4",
+    "--data.seq_len=256", "--train.global_batch=8",
     "--train.mtp_weight=0", "--parallel.reshard_after_forward=false", "--model.mtp_depth=0",
     "--model.attention.q_lora_rank=0", "--model.moe.n_groups=1", "--model.moe.top_groups=1",
     "--model.moe.route_scale=1.0", "--model.moe.seq_aux_loss_coef=0",
