@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.train.checkpoint.peak_memory import peak_memory
+from tests.train.checkpoint.peak_memory import POSSIBLE, peak_memory
 from train.checkpoint import checkpoint
 from train.checkpoint.checkpoint import CheckpointError
 from train.checkpoint.config_changes import settings_then
@@ -90,6 +90,7 @@ def refused(folder: Path, by: Callable[[Path], object] = check) -> str:
     return line
 
 
+@pytest.mark.skipif(not POSSIBLE, reason="Linux only")
 @pytest.mark.parametrize("mib", [0, 40])
 def test_the_peak_is_that_of_the_block(mib: int) -> None:
     with peak_memory() as peak:
