@@ -45,6 +45,7 @@ from models.layers.box import Box
 from models.moe import Experts, MoE
 from parallel.expert import apply_expert_parallel
 from parallel.fsdp.fp8_weights import check_divided, cut_within_block
+from parallel.fsdp.one_rank import OneRankReduceScatter
 from parallel.gloo import AllToAllReduceScatter
 from parallel.mesh import Mesh
 from parallel.recompute import apply_recompute
@@ -198,9 +199,14 @@ class _Fsdp:
             assert isinstance(modules[0], FSDPModule)
             modules[0].set_gradient_divide_factor(1.0)
             modules[0].set_force_sum_reduction_for_comms(True)
-            if self.on_gloo and n_ranks > 1:
-                reduce_scatter: Any = AllToAllReduceScatter()
-                modules[0].set_custom_reduce_scatter(reduce_scatter)
+        reduce_scatter: Any = None
+        if self.on_gloo and mesh.size() == 1:
+            reduce_scatter = OneRankReduceScatter()
+        elif self.on_gloo and n_ranks > 1:
+            reduce_scatter = AllToAllReduceScatter()
+        if reduce_scatter is not None:
+            assert isinstance(modules[0], FSDPModule)
+            modules[0].set_custom_reduce_scatter(reduce_scatter)
 
 
 def placement(parameter: nn.Parameter, n_ranks: int, expert: bool) -> Shard:

@@ -121,12 +121,11 @@ class _Step:
         train = config.train
         self.passes = train.global_batch // (train.micro_batch * parallel_dims.data_ranks)
         self.own_tokens = train.micro_batch * config.data.seq_len // parallel_dims.tp
-        stages = [config.parallel.stage(experts) for experts in (False, True)]
-        self.differ = self.passes > 1 and min(stages) < 3
-        """Whether the microbatches of a step keep and communicate different things."""
         self.traced = TracedModel(config, parallel_dims, device, compute)
         self.model = self.traced.module
         self.accumulation = Accumulation(self.model, config.parallel)
+        self.differ = self.passes > 1 and self.accumulation.keeps_anything
+        """Whether the microbatches of a step keep and communicate different things."""
         with self.traced.tracing():
             self.optimizer = build_optimizer(self.model, config.optimizer, config.precision.moments)
             self.traced.give_gradients()

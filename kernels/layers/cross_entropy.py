@@ -119,15 +119,23 @@ def token_losses_reference_(
 ) -> tuple[Tensor, Tensor]:
     """Plain-torch form of `token_losses_`."""
     logits = logits_tv.float()
-    here_t = targets_t >= 0
-    picked_t = logits.gather(1, targets_t.clamp(min=0)[:, None])[:, 0]
-    made_t = logits.logsumexp(1) if logsumexp_t is None else logsumexp_t.clone()
-    loss_t = torch.where(here_t, made_t - picked_t, 0.0)
+    here_t, index_t1 = targets_t >= 0, targets_t.clamp(min=0)[:, None]
+    picked_t = logits.gather(1, index_t1)[:, 0]
+    if logsumexp_t is None and with_gradient:  # in place: half the time of logsumexp and exp
+        torch.ops.aten._log_softmax.out(logits, 1, False, out=logits)
+        picked_log_t = logits.gather(1, index_t1)[:, 0]
+        made_t = picked_t - picked_log_t
+        loss_t = torch.where(here_t, -picked_log_t, 0.0)
+    else:
+        made_t = logits.logsumexp(1) if logsumexp_t is None else logsumexp_t.clone()
+        loss_t = torch.where(here_t, made_t - picked_t, 0.0)
+        if with_gradient:
+            logits.sub_(made_t[:, None])
     if with_gradient:
-        probs_tv = logits.sub_(made_t[:, None]).exp_()
+        probs_tv = logits.exp_()
         if z_loss_coef:
             probs_tv.mul_((1 + 2 * z_loss_coef * made_t)[:, None])
-        probs_tv.scatter_add_(1, targets_t.clamp(min=0)[:, None], -here_t.float()[:, None])
+        probs_tv.scatter_add_(1, index_t1, -here_t.float()[:, None])
         probs_tv.mul_((targets_t != IGNORE)[:, None])
         if probs_tv is not logits_tv:
             logits_tv.copy_(probs_tv)
@@ -167,7 +175,10 @@ def _loss_and_gradients(
         if grad_x is not None and grad_w is not None:
             grad_logits = logits_tv.to(x_TD.dtype)
             torch.mm(grad_logits, weight_vD, out=grad_x[rows])
-            grad_w += grad_logits.T @ x_TD[rows]
+            if grad_logits.dtype == grad_w.dtype:
+                grad_w.addmm_(grad_logits.T, x_TD[rows])
+            else:
+                grad_w += grad_logits.T @ x_TD[rows]
     return loss, grad_x, grad_w
 
 

@@ -13,6 +13,11 @@ exchanges:
 | 3 | | 2 P, or P without `reshard_after_forward` | P |
 | 2 | 2 N (bf16; FP8: N) | 1 | P |
 | 1 | 2 N + 4 N | 1 | 1 |
+
+A group of one rank has the whole gradient in any case, so it copies it into FSDP2's buffer once per
+step in every stage; and without `reshard_after_forward`, where all its weights are kept until
+backward, it keeps them for the step. With `cpu_offload` the gradient belongs in host memory, and
+neither is done.
 """
 
 from dataclasses import dataclass
@@ -30,13 +35,16 @@ class Group:
     """One group of collectives of FSDP2."""
 
     module: FSDPModule
-    stage: int
+    keeps_weights: bool
+    """Between microbatches."""
+    reduces_once: bool
+    """Per step."""
 
     def begin(self, is_last: bool) -> None:
         """Prepare for a microbatch. is_last: of the step."""
-        if self.stage < 3:
+        if self.keeps_weights:
             self.module.set_reshard_after_backward(is_last, recurse=False)
-        if self.stage < 2:
+        if self.reduces_once:
             self.module.set_requires_gradient_sync(is_last, recurse=False)
 
 
@@ -46,12 +54,23 @@ class Accumulation:
     def __init__(self, model: nn.Module, parallel: ParallelConfig) -> None:
         """model: after `parallel.apply.parallelize`."""
         self.model = model
-        states: dict[int, Group] = {}
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                stage = parallel.stage(experts=isinstance(module, Experts))
-                states.setdefault(id(module._get_fsdp_state()), Group(module, stage))
-        self.groups = list(states.values())
+        states: dict[int, FSDPModule] = {}
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                states.setdefault(id(part._get_fsdp_state()), part)
+        self.groups = []
+        for module in states.values():
+            stage = parallel.stage(experts=isinstance(module, Experts))
+            groups = fsdp_groups(module)  # the first is its own
+            one_rank = bool(groups) and groups[0].mesh_info.mesh.size() == 1
+            local = one_rank and not parallel.cpu_offload
+            keeps_weights = stage < 3 or (local and not parallel.reshard_after_forward)
+            self.groups.append(Group(module, keeps_weights, stage < 2 or local))
+
+    @property
+    def keeps_anything(self) -> bool:
+        """Between microbatches."""
+        return any(group.keeps_weights or group.reduces_once for group in self.groups)
 
     def begin(self, is_last: bool) -> None:
         """Prepare for a microbatch; is_last: of the step."""
