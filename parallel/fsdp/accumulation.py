@@ -21,6 +21,7 @@ neither is done.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -61,7 +62,7 @@ class Accumulation:
         self.groups = []
         for module in states.values():
             stage = parallel.stage(experts=isinstance(module, Experts))
-            groups = fsdp_groups(module)  # the first is its own
+            groups = fsdp_groups(cast(nn.Module, module))  # the first is its own
             one_rank = bool(groups) and groups[0].mesh_info.mesh.size() == 1
             local = one_rank and not parallel.cpu_offload
             keeps_weights = stage < 3 or (local and not parallel.reshard_after_forward)
