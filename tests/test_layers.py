@@ -87,9 +87,14 @@ rooms = cache(structure)
 
 
 @cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported_modules(path: Path) -> set[str]:
     names = set()
-    for node in statements(ast.parse(path.read_text())):
+    for node in statements(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -204,7 +209,7 @@ def test_no_pickle() -> None:
             text = path.read_text()
             if not re.search(r"\.[\s\\]*(load|save|\w*object\w*)\b", text):  # parsing takes time
                 continue
-            for node in ast.walk(ast.parse(text)):
+            for node in ast.walk(tree_of(path)):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     call = f"{node.value.id}.{node.attr}"
                     assert call not in ("torch.load", "torch.save"), f"{path}: {call}"

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_a_signal_in_any_phase(
                 time.sleep(1.0)
                 break
             assert time.monotonic() < deadline and program.is_running()
+            time.sleep(0.0005)  # leaves the processor to the training
         program.signal(stop)
         done = program.finish(30)
     expected = 0 if phase == "end" else STOPS[stop]  # the run is complete
@@ -89,7 +91,7 @@ step, slow = train.trainer.train_step, int(sys.argv[1])
 def stepped(*arguments, **named):
     if named["step"] == slow:
         print("compiling", flush=True)
-        time.sleep(4.0 if slow > 1 else 60.0)
+        time.sleep(1.5 if slow > 1 else 60.0)
     return step(*arguments, **named)
 
 train.trainer.train_step = stepped
@@ -132,20 +134,19 @@ sys.exit(stop.exit_code + 1)
 """
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "saves", "code"),
-    [
-        (signal.SIGTERM, 0, 0, 75), (signal.SIGINT, 0, 0, 130), (signal.SIGUSR1, 0, 1, 76),
-        (signal.SIGTERM, signal.SIGTERM, 1, 75), (signal.SIGUSR1, signal.SIGTERM, 1, 75),
-        (signal.SIGINT, signal.SIGINT, 1, 130),
-    ],
-)  # fmt: skip
-def test_the_first_signal_waits_only_where_there_is_something_to_save(
-    first: int, second: int, saves: int, code: int
-) -> None:
-    """A second one ends the process at once; `code` + 1: the program came to its end."""
+def test_the_first_signal_waits_only_where_there_is_something_to_save() -> None:
+    """A second one ends the process at once; code + 1: the program came to its end."""
+    cases = {
+        (signal.SIGTERM, 0, 0): 75, (signal.SIGINT, 0, 0): 130, (signal.SIGUSR1, 0, 1): 76,
+        (signal.SIGTERM, signal.SIGTERM, 1): 75, (signal.SIGUSR1, signal.SIGTERM, 1): 75,
+        (signal.SIGINT, signal.SIGINT, 1): 130,
+    }  # fmt: skip
     start = time.monotonic()
-    run("-c", BLOCKED, int(first), int(second), saves, code=code)
+    with ExitStack() as stack:  # all at once, because they sleep
+        programs = [stack.enter_context(started("-c", BLOCKED, *map(int, case))) for case in cases]
+        ended = [program.finish(60) for program in programs]
+    for case, code, done in zip(cases, cases.values(), ended, strict=True):
+        assert done.returncode == code, (case, done)
     assert time.monotonic() - start < 15
 
 

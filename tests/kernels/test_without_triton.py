@@ -21,17 +21,15 @@ for name in [name for name in sys.modules if name.startswith("triton.")]:
     del sys.modules[name]
 import serve.api.app, serve.cuda.runner, serve.engine.core, scripts.validate
 from train.__main__ import main
-sys.argv = ["train", {tiny!r}, "--train.steps=1", "--schedule.warmup_steps=0",
-            "--precision.recipe=fp8_blockwise",
-            "--model.d_model=128", "--model.attention.head_dim=128", "--model.moe.d_expert=128",
-            "--run.dir={folder}"]
+sys.argv[1:] += ["--train.steps=1", "--schedule.warmup_steps=0", "--precision.recipe=fp8_blockwise",
+                 "--model.d_model=128", "--model.attention.head_dim=128",
+                 "--model.moe.d_expert=128"]
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_cpu_needs_no_triton(tmp_path: Path) -> None:
-    code = CODE.format(tiny=str(TINY), folder=tmp_path / "run")
-    done = run("-c", code, modules=forks.TORCH)
+def test_a_cpu_needs_no_triton(overrides: list[str], tmp_path: Path) -> None:
+    done = run("-c", CODE, TINY, *overrides, modules=forks.TORCH)
     assert "step" in done.stdout and (tmp_path / "run" / "metrics.jsonl").exists()
 
 

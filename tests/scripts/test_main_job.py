@@ -21,7 +21,7 @@ from train.checkpoint import checkpoint
 from train.convert.hf_export import export_hf
 
 pytestmark = pytest.mark.long  # the first test trains
-N_PROMPTS, N_TOKENS = 20, 64
+N_PROMPTS, N_TOKENS = 12, 32
 COMPARE = """
 import json, sys, torch
 from safetensors.torch import load_file

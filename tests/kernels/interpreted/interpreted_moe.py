@@ -41,7 +41,7 @@ def results(moe: MoE, x: Tensor, grad: Tensor) -> list[Tensor]:
     return [y.detach(), *gradients, totals_of(context).counts_E.float()]
 
 
-SIZES: dict[Activation, tuple[int, int, int]] = {"swiglu": (5, 2, 19), "clamped_swiglu": (9, 4, 2)}
+SIZES: dict[Activation, tuple[int, int, int]] = {"swiglu": (3, 2, 11), "clamped_swiglu": (9, 4, 2)}
 """Experts, choices per token, tokens."""
 
 

@@ -58,7 +58,7 @@ def test_permutation(
 @pytest.mark.parametrize("width", [1, 7, 130, 2100])
 @pytest.mark.parametrize(("top_k", "align"), [(1, 1), (3, 16)])
 def test_gather_and_combine(top_k: int, align: int, width: int, dtype: torch.dtype) -> None:
-    for tokens in (0, 1, 19):
+    for tokens in (0, 1, 19 if width < 1000 else 6):
         ids = choices(tokens, top_k, 4, "absent")
         to = on_kernels(ids, 4, align, None)
         x = (torch.randn(tokens, width) * 50).to(dtype)

@@ -104,8 +104,8 @@ def test_forward_quantised(
 
 
 GROUPS: dict[str, tuple[list[int], list[int]]] = {
-    "uneven": ([130, 0, 1, 129], [130, 0, 1, 129]),
-    "padded": ([32, 160, 32], [20, 150, 0]),
+    "uneven": ([130, 0, 1], [130, 0, 1]),
+    "padded": ([160, 32], [150, 0]),
 }
 
 
@@ -138,7 +138,7 @@ def test_backward_quantised(groups: str | None, fp8: bool, width: int) -> None:
 
 def test_backward_quantised_is_backward_then_quantised() -> None:
     """Compare our two kernels bit by bit, with a width that needs several programs per row."""
-    grad, gate_up = torch.randn(150, 256).bfloat16(), torch.randn(150, 512).bfloat16()
+    grad, gate_up = torch.randn(40, 256).bfloat16(), torch.randn(40, 512).bfloat16()
     with kernels_on_cpu():
         ours = swiglu.swiglu_backward_quantized(grad, gate_up, None, power_of_two=True)
         grad_gate_up, _, h = swiglu.swiglu_backward(grad, gate_up, None, with_h=True)
@@ -159,9 +159,9 @@ def _places(ends_ptr, counts_ptr, out_ptr, n_groups, BLOCK: tl.constexpr, GROUPS
         tl.store(out_ptr + block * 3 + i, found[i])
 
 
-@pytest.mark.parametrize("n_groups", [256, 200, 1])
+@pytest.mark.parametrize("n_groups", [pytest.param(256, marks=pytest.mark.slow), 64, 50, 1])
 def test_blocks_of_many_experts(n_groups: int) -> None:
-    """Most groups have no row or one, as with 256 experts, top-8, and few tokens."""
+    """Most groups have no row or one, as with many experts and few tokens."""
     counts = torch.arange(n_groups) % 2
     counts[n_groups // 2] = 140
     ends = ((counts + 3) // 4 * 4).cumsum(0)

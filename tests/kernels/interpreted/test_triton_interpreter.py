@@ -12,7 +12,7 @@ from tests.runs import run
 LANE = ["-p", "tests.kernels.interpreted.lane", "-p", "no:cacheprovider"]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
-AT_ONCE = 4
+AT_ONCE = 20
 
 
 def parts(file: Path) -> list[list[str]]:

@@ -28,9 +28,22 @@ def named(lines: list[str]) -> list[int]:
     return [int(line.split("rank ")[1].split()[0]) for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 24])
-@pytest.mark.parametrize("percent", [10, 20, 50])
-@pytest.mark.parametrize("offset", range(EVERY))
+PERCENTS = [10, 20, 50]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "percent", "offset"),
+    [
+        pytest.param(
+            ranks, percent, offset,
+            # of many ranks, every offset with one share only
+            marks=[pytest.mark.slow] if ranks == 24 and PERCENTS[offset % 3] != percent else [],
+        )
+        for ranks in (2, 4, 24)
+        for percent in PERCENTS
+        for offset in range(EVERY)
+    ],
+)  # fmt: skip
 def test_a_slow_rank_is_named_within_20_steps(ranks: int, percent: int, offset: int) -> None:
     """It becomes slow at any step of the five between two exchanges."""
     source = random.Random(100 * ranks + percent + offset)
@@ -48,8 +61,16 @@ def test_a_slow_rank_is_named_within_20_steps(ranks: int, percent: int, offset: 
         assert found and found[0][1] == victim and found[0][0] - begun <= 20, found
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 64])
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize(
+    ("ranks", "noise"),
+    [
+        pytest.param(
+            ranks, noise, marks=[pytest.mark.slow] if ranks == 64 and 0 < noise < 0.1 else []
+        )
+        for ranks in (2, 4, 64)
+        for noise in (0.0, 0.01, 0.03, 0.1)
+    ],
+)
 def test_clean_steps_name_no_rank(ranks: int, noise: float) -> None:
     for seed in range(3 if ranks < 64 else 1):
         source, watch = random.Random(seed), Stragglers(8.0)
