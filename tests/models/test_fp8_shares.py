@@ -67,8 +67,14 @@ def decoder(model: ModelConfig) -> Decoder:
     return made.train()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [FP8Config(), FP8Config(keep=("*.wo",), first_bf16=1)])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(family, options, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, family in enumerate(FAMILIES)
+        for j, options in enumerate([FP8Config(), FP8Config(keep=("*.wo",), first_bf16=1)])
+    ],
+)
 def test_the_share_is_what_runs(family: str, options: FP8Config) -> None:
     model = decoder(FAMILIES[family])
     assert gemm_shares(model, TOKENS).fp8 == 0 == flops_that_ran(model)

@@ -1,11 +1,14 @@
-"""A tiny export: two layers, random weights with varied outputs, a byte-level BPE of 300 tokens."""
+"""A tiny export: one layer, random weights with varied outputs, a byte-level BPE of 300 tokens."""
 
 import contextlib
+import functools
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +87,15 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_export(folder: Path, seed: int = 0) -> None:
+def write_export(folder: Path, seed: int = 0, n_layers: int = 1) -> None:
+    """Time of a step is that of its layers; where they matter, tests use `two_layers`."""
     folder.mkdir(parents=True)
-    model = Decoder(CONFIG)
-    initialize(model, CONFIG, seed=seed)
+    made = replace(CONFIG, n_layers=n_layers)
+    model = Decoder(made)
+    initialize(model, made, seed=seed)
     state = model.state_dict()
-    write_tensors(folder, CONFIG, lambda name, index: state[name][index], torch.float32)
-    config = hf_config(CONFIG, max_positions=MAX_LENGTH, eos_token_id=0, dtype="float32")
+    write_tensors(folder, made, lambda name, index: state[name][index], torch.float32)
+    config = hf_config(made, max_positions=MAX_LENGTH, eos_token_id=0, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer().save(str(folder / "tokenizer.json"))
 
@@ -105,6 +110,14 @@ def forked_workers() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_ssl_context() -> Iterator[None]:
+    """For all clients, which read the certificates of the system otherwise: 40 ms each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
+
+
 @pytest.fixture(scope="session")
 def export_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serve") / "tiny"
@@ -115,6 +128,13 @@ def export_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def export(export_folder: Path) -> Export:
     return open_export(export_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve") / "two-layers"
+    write_export(folder, n_layers=2)
+    return folder
 
 
 @pytest.fixture(scope="session")

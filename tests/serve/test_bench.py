@@ -21,7 +21,7 @@ def test_it_reports_the_load_that_the_server_had(
 ) -> None:
     core = EngineCore(export, EngineOptions(kv_tokens=4096))
     with run_server(core, api_key="secret") as server:
-        for url, clients in ((server.url, "1"), (server.url + "/v1/", "2")):
+        for url, clients in ((server.url, "4"), (server.url + "/v1/", "2")):
             assert main(["bench", url, "--clients", clients, "--api-key", "secret"]) == 0
         out, errors = capsys.readouterr()
         headers = {"Authorization": "Bearer secret"}
@@ -30,7 +30,7 @@ def test_it_reports_the_load_that_the_server_had(
         assert "401" in capsys.readouterr().err
     head, _, first, *_, second = out.splitlines()
     assert errors == "" and head.count("|") == first.count("|")
-    assert first.startswith("| random | 1 |") and second.startswith("| random | 2 |")
+    assert first.startswith("| random | 4 |") and second.startswith("| random | 2 |")
     generated = re.search(r"^sglang:generation_tokens_total\S* (\S+)", metrics, re.MULTILINE)
     assert generated is not None and float(generated[1]) == 2 * 8 * 64
 

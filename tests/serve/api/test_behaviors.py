@@ -53,11 +53,12 @@ def first_complete(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 12))]
+    "seed",
+    [pytest.param(seed, marks=[] if seed in (0, 1, 4) else pytest.mark.slow) for seed in range(12)],
 )
 def test_stop_strings(http: httpx.Client, seed: int) -> None:
     """Across the borders of tokens, in streams, several that match at once or within another."""
-    sampling = {"temperature": 1, "seed": seed, "max_tokens": 40}
+    sampling = {"temperature": 1, "seed": seed, "max_tokens": 24}
     text = complete(http, **sampling)["choices"][0]["text"]
     rng = random.Random(seed)
     at = rng.randrange(5, len(text) - 6)
@@ -196,8 +197,8 @@ def test_seeded_results_are_the_same_alone_and_in_a_crowd(
     server: Running, http: httpx.Client
 ) -> None:
     calls = [
-        {"prompt": f"{i % 5} a", "temperature": 1, "seed": i % 3 - 1, "max_tokens": 20 + i % 4}
-        for i in range(12)
+        {"prompt": f"{i % 5} a", "temperature": 1, "seed": i % 3 - 1, "max_tokens": 10 + i % 4}
+        for i in range(9)
     ]
     alone = [complete(http, **call)["choices"][0]["text"] for call in calls]
     together: dict[int, str] = {}
@@ -217,11 +218,11 @@ def test_seeded_results_are_the_same_alone_and_in_a_crowd(
 def test_identical_prompts_at_once(http: httpx.Client, greedy_reference: Greedy) -> None:
     """In one call and in several; with a prefix that is not yet computed for any of them."""
     prompt = [(7 * i) % 250 + 3 for i in range(90)]
-    expected = greedy_reference(prompt, 24)
+    expected = greedy_reference(prompt, 12)
     found: list[list[int]] = []
 
     def work() -> None:
-        answer = complete(http, prompt=[prompt, prompt], return_token_ids=True)
+        answer = complete(http, prompt=[prompt, prompt], max_tokens=12, return_token_ids=True)
         found.extend(choice["token_ids"] for choice in answer["choices"])
 
     threads = [threading.Thread(target=work) for _ in range(6)]

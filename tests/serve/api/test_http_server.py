@@ -1,5 +1,6 @@
 """Clients that violate HTTP, are slow, or stop reading; the key; draining."""
 
+import asyncio
 import gc
 import json
 import select
@@ -7,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import httpx
@@ -146,15 +148,25 @@ def test_idle_connections_stay_open(export: Export) -> None:
             assert time.monotonic() - begin > 0.9, "closed after the time of the option, not before"
 
 
-def test_connections_that_clients_reset_are_freed(server: RunningServer) -> None:
+def test_connections_that_clients_reset_are_freed(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At once, not when they would have been idle for too long."""
+    made = weakref.WeakSet[http_server.Connection]()
+    begin = http_server.Connection.connection_made
+
+    def seen(self: http_server.Connection, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        made.add(self)
+        begin(self, transport)
+
+    monkeypatch.setattr(http_server.Connection, "connection_made", seen)
     for _ in range(50):
         with socket.create_connection(("127.0.0.1", server.port), timeout=LIVENESS_S) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(4096)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     deadline = time.monotonic() + LIVENESS_S
-    while sum(type(one) is http_server.Connection for one in gc.get_objects()) > 5:
+    while len(made) > 5:
         assert time.monotonic() < deadline, "they are kept"
         time.sleep(0.1)
         gc.collect()
@@ -217,7 +229,7 @@ def test_health_and_streams_go_on_while_large_prompts_are_read(export: Export) -
             attacker.start()
         delays = []
         with httpx.Client(base_url=server.url, timeout=60) as good:
-            for _ in range(60):
+            for _ in range(30):
                 begin = time.monotonic()
                 assert good.get("/health").status_code == 200
                 delays.append(time.monotonic() - begin)
@@ -227,4 +239,4 @@ def test_health_and_streams_go_on_while_large_prompts_are_read(export: Export) -
             attacker.join()
         assert statuses == {400}
         delays.sort()
-        assert delays[-7] < 10 * LIMIT_S, "a tenth may be later on a busy machine"
+        assert delays[-4] < 10 * LIMIT_S, "a tenth may be later on a busy machine"

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from serve.api import sglang_generate
 from serve.engine.core import EngineCore, EngineOptions
-from serve.engine.loading import Export
+from serve.engine.loading import Export, open_export
 from tests.serve.conftest import RunningServer, run_server
 
 Greedy = Callable[[Sequence[int], int], list[int]]
@@ -123,8 +123,11 @@ def test_logprobs_equal_those_of_completions(http: httpx.Client) -> None:
     assert (late["input_token_logprobs"], late["input_top_logprobs"]) == ([], [])
 
 
-def test_routed_experts(http: httpx.Client, routed: RunningServer) -> None:
-    meta = generate(http, input_ids=[5, 6, 7], return_routed_experts=True)["meta_info"]
+def test_routed_experts(two_layers: Path) -> None:
+    options = EngineOptions(kv_tokens=512, routed_experts=True)
+    core = EngineCore(open_export(two_layers, device="cpu"), options)
+    with run_server(core) as server, httpx.Client(base_url=server.url, timeout=120) as http:
+        meta = generate(http, input_ids=[5, 6, 7], return_routed_experts=True)["meta_info"]
     data = np.frombuffer(base64.b64decode(meta["routed_experts"]), "<i4")
     shape = meta["routed_experts_shape"]
     assert shape == [10, 2, 2] and data.size == np.prod(shape)

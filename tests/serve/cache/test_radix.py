@@ -139,7 +139,7 @@ def test_short_prefix_within_the_window_needs_all_of_it() -> None:
 
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )
 def test_random_operations_against_a_dictionary(seed: int, window: int) -> None:
     """5,000 operations per seed on few distinct tokens, so that prefixes are shared, branch and are

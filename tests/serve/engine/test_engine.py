@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from configs.errors import UserError
 from models.documents import DocumentAttention
 from serve.engine.core import EngineCore, EngineOptions
-from serve.engine.loading import Export
+from serve.engine.loading import Export, open_export
 from serve.engine.request import RequestError
 from tests.models.families import FAMILIES
 from tests.models.test_invariance import lively
@@ -18,6 +19,18 @@ from tests.serve.conftest import GreedyReference
 from tests.serve.drive import assert_no_page_lost, complete, greedy, make_request, run
 
 MakeCore = Callable[..., EngineCore]
+LONGEST = 24
+"""The most tokens of an answer, but where it is said."""
+
+
+@pytest.fixture(scope="module")
+def export(two_layers: Path) -> Export:
+    return open_export(two_layers, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def greedy_reference(two_layers: Path) -> GreedyReference:
+    return GreedyReference(two_layers)
 
 
 def prompts(n: int, seed: int = 0, longest: int = 100) -> list[list[int]]:
@@ -28,14 +41,14 @@ def prompts(n: int, seed: int = 0, longest: int = 100) -> list[list[int]]:
 @pytest.fixture(autouse=True, scope="module")
 def computed(greedy_reference: GreedyReference) -> None:
     """The reference of the prompts that many tests use, computed together."""
-    greedy_reference.compute([*prompts(10), *prompts(16, seed=9)], 40)
+    greedy_reference.compute([*prompts(10), *prompts(16, seed=9)], LONGEST)
 
 
 def test_reference_is_lively(greedy_reference: GreedyReference) -> None:
-    together = greedy_reference(prompts(10)[3], 40)
-    alone = GreedyReference(greedy_reference.folder)(prompts(10)[3], 40)
+    together = greedy_reference(prompts(10)[3], LONGEST)
+    alone = GreedyReference(greedy_reference.folder)(prompts(10)[3], LONGEST)
     assert together == alone, "documents of one sequence do not affect each other"
-    assert all(len(set(greedy_reference(prompt, 40))) > 10 for prompt in prompts(10))
+    assert all(len(set(greedy_reference(prompt, LONGEST))) > 10 for prompt in prompts(10))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +66,8 @@ def test_greedy_equals_training_model(
 ) -> None:
     core = make_core(**options)
     texts = prompts(10)
-    found = complete(core, texts, greedy(40))
-    assert [one.tokens for one in found] == [greedy_reference(text, 40) for text in texts]
+    found = complete(core, texts, greedy(LONGEST))
+    assert [one.tokens for one in found] == [greedy_reference(text, LONGEST) for text in texts]
     assert {one.finish_reason for one in found} == {"length"}
     assert bool(core.scheduler.n_retracted) == ("kv_tokens" in options)
 
@@ -75,7 +88,8 @@ def test_random_schedules(
         kv_tokens=rng.randint(150, 300),
     )
     todo = [
-        make_request(core, prompt, greedy(rng.randint(1, 40))) for prompt in prompts(16, seed=9)
+        make_request(core, prompt, greedy(rng.randint(1, LONGEST)))
+        for prompt in prompts(16, seed=9)
     ]
     alive = list(todo)
     cancelled = set()
@@ -90,7 +104,7 @@ def test_random_schedules(
         core.scheduler.check()
     assert_no_page_lost(core)
     for request in alive:
-        expected = greedy_reference(request.prompt, 40)[: request.params.max_tokens]
+        expected = greedy_reference(request.prompt, LONGEST)[: request.params.max_tokens]
         if request in cancelled:
             assert request.output == expected[: request.n_output]
         else:
@@ -123,10 +137,10 @@ def test_logits_equal_training_core(make_core: MakeCore, export: Export) -> None
 
 
 def test_prompt_scores_survive_chunks_and_preemption(make_core: MakeCore) -> None:
-    texts = prompts(6, seed=5)
-    params = greedy(30, logprobs=2, echo=True)
+    texts = prompts(4, seed=5)
+    params = greedy(16, logprobs=2, echo=True)
     calm = make_core(max_running=1)
-    wild = make_core(max_running=6, max_batch_tokens=11, kv_tokens=200, page_size=4)
+    wild = make_core(max_running=4, max_batch_tokens=11, kv_tokens=160, page_size=4)
     results = []
     for core in (calm, wild):
         requests = [make_request(core, text, params) for text in texts]
@@ -142,14 +156,14 @@ def test_prompt_scores_survive_chunks_and_preemption(make_core: MakeCore) -> Non
 
 def test_end_token_stops(make_core: MakeCore, greedy_reference: GreedyReference) -> None:
     prompt = prompts(1, seed=2)[0]
-    expected = greedy_reference(prompt, 64)
+    expected = greedy_reference(prompt, LONGEST)
     core = make_core()
     core.export = _with_end(core.export, expected[10])
     first = expected.index(expected[10])
-    found = complete(core, [prompt], greedy(64, ignore_eos=False))[0]
+    found = complete(core, [prompt], greedy(LONGEST, ignore_eos=False))[0]
     assert found.finish_reason == "stop"
     assert found.tokens == expected[: first + 1]
-    assert complete(core, [prompt], greedy(64))[0].tokens == expected
+    assert complete(core, [prompt], greedy(LONGEST))[0].tokens == expected
 
 
 def _with_end(export: Export, token: int) -> Export:

@@ -31,12 +31,10 @@ def counted(ids_TLK: np.ndarray, n_experts: int) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_every_computed_token_is_counted_once(
-    export_folder: Path, dtype: str, overlap: str
-) -> None:
+def test_every_computed_token_is_counted_once(two_layers: Path, dtype: str, overlap: str) -> None:
     """bf16 is counted by the C++ kernel where it is used. Nothing is cached, so each token is
     computed once, in steps of odd sizes; with overlap tokens of ended requests would be more."""
-    export = open_export(export_folder, dtype, "cpu")
+    export = open_export(two_layers, dtype, "cpu")
     options = EngineOptions(
         routed_experts=True, cache="naive", kv_tokens=2048, max_batch_tokens=17,
         overlap=overlap,  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ from models.documents import DocumentAttention
 from models.step_context import MicrobatchContext
 from serve.cache.routing_cache import RoutingCache
 from serve.engine.core import EngineCore
-from serve.engine.loading import Export
+from serve.engine.loading import Export, open_export
 from serve.engine.request import Request, RequestError, SamplingParams
 from tests.serve.drive import complete, greedy, make_request, run
 
 MakeCore = Callable[..., EngineCore]
+
+
+@pytest.fixture(scope="module")
+def export(two_layers: Path) -> Export:
+    return open_export(two_layers, device="cpu")
 
 
 def expected(export: Export, request: Request) -> np.ndarray:

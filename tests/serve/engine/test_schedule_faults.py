@@ -153,7 +153,7 @@ def test_these_tests_see_faults(mutate: Callable[[pytest.MonkeyPatch], None]) ->
             core = make_core(
                 MUTATIONS[mutate], max_running=14, max_batch_tokens=60, page_size=4, kv_tokens=208
             )
-            traffic = Workload(seed=5, n_requests=120)
+            traffic = Workload(seed=5, n_requests=60)
             live(core, traffic)
         assert_as_alone(traffic, core.pages.window)
 
@@ -161,7 +161,7 @@ def test_these_tests_see_faults(mutate: Callable[[pytest.MonkeyPatch], None]) ->
 def test_the_unchanged_code_passes_what_sees_the_faults() -> None:
     for window in (0, 11):
         core = make_core(window, max_running=14, max_batch_tokens=60, page_size=4, kv_tokens=208)
-        traffic = Workload(seed=5, n_requests=120)
+        traffic = Workload(seed=5, n_requests=60)
         live(core, traffic)
         assert_as_alone(traffic, window)
         assert core.scheduler.n_retracted or window

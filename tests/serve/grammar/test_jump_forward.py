@@ -16,14 +16,14 @@ from tests.serve.grammar.conftest import PERSON, Params
 def test_same_tokens_with_and_without(
     core: EngineCore, plain_core: EngineCore, params: Params
 ) -> None:
-    each = [params(json_schema=PERSON, seed=n, temperature=n % 3 / 2) for n in range(18)]
-    each += [params(regex="(abc|abd)+ the numbers", seed=n) for n in range(6)]
+    each = [params(json_schema=PERSON, seed=n, temperature=n % 3 / 2) for n in range(12)]
+    each += [params(regex="(abc|abd)+ the numbers", seed=n) for n in range(4)]
     each += [params(json_schema=PERSON, seed=50, repetition_penalty=1.3, frequency_penalty=0.5)]
     before = core.n_jumped
     jumped, expected = (complete(one, ["x"] * len(each), each) for one in (core, plain_core))
     assert [one.tokens for one in jumped] == [one.tokens for one in expected]
     assert [one.text for one in jumped] == [one.text for one in expected]
-    assert core.n_jumped - before > 120 and plain_core.n_jumped == 0
+    assert core.n_jumped - before > 80 and plain_core.n_jumped == 0
     assert plain_core.scheduler.n_retracted
 
 

@@ -16,7 +16,7 @@ from tests.serve.grammar.schemas import make_schema
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("n_schemas", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_schemas", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_generated_schemas(n_schemas: int, core: EngineCore, params: Params) -> None:
     """Outputs that end by themselves are valid, whatever a random model would like to write."""
     rng = random.Random(0)

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from serve.engine.core import EngineCore, EngineOptions
-from serve.engine.loading import Export
+from serve.engine.loading import Export, open_export
 from serve.page.routes import PAGE
 from tests.serve.conftest import RunningServer, run_server
 from tests.serve.drive import slow_down
@@ -200,8 +201,9 @@ def test_the_page_has_no_data_and_allows_only_itself(server: RunningServer) -> N
     assert not re.search(r"https?://|innerHTML|\bon[a-z]+=|\bstyle=", page.text)
 
 
-def test_stats(server: RunningServer) -> None:
-    with httpx.Client(base_url=server.url) as http:
+def test_stats(two_layers: Path) -> None:
+    core = EngineCore(open_export(two_layers, device="cpu"), EngineOptions(kv_tokens=512))
+    with run_server(core) as server, httpx.Client(base_url=server.url) as http:
         before = http.get("/stats").json()
         body = {"prompt": [5] * 33, "max_tokens": 6, "ignore_eos": True}
         assert http.post("/v1/completions", json=body).status_code == 200
