@@ -155,7 +155,7 @@ def test_connections_that_clients_reset_are_freed(
     made = weakref.WeakSet[http_server.Connection]()
     begin = http_server.Connection.connection_made
 
-    def seen(self: http_server.Connection, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def seen(self: http_server.Connection, transport: asyncio.Transport) -> None:
         made.add(self)
         begin(self, transport)
 

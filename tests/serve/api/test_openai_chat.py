@@ -77,7 +77,7 @@ def test_streams_equal_whole_answers(client: openai.OpenAI, extra: dict[str, Any
     call: dict[str, Any] = {
         "model": "tiny",
         "messages": HELLO,
-        "max_tokens": 20,
+        "max_tokens": 30,
         "temperature": 0.0,
     }
     call |= extra

@@ -17,7 +17,7 @@ from tests.serve.traffic import Call, Workload, assert_as_alone, live
 @pytest.mark.parametrize(
     ("n", "cache", "window", "overlap"),
     [
-        (90, "radix", 11, "on"),
+        (120, "radix", 11, "on"),
         *(
             pytest.param(500, *options, marks=pytest.mark.slow)
             for options in (
@@ -65,7 +65,7 @@ def test_random_sizes(seed: int, overlap: str) -> None:
         page_size=rng.choice([1, 2, 5, 16]),
         kv_tokens=rng.randint(200, 320),
     )
-    traffic = Workload(seed, n_requests=30)
+    traffic = Workload(seed, n_requests=60)
     live(core, traffic, aborts=0.05)
     core.close()
     assert_as_alone(traffic, core.pages.window)
@@ -78,7 +78,7 @@ def test_retraction_happens_and_changes_nothing(overlap: str) -> None:
     rng = random.Random(0)
     prompt = [rng.randrange(1, VOCAB) for _ in range(25)]
     traffic = Workload(seed=0, n_requests=0)
-    for index in range(12):
+    for index in range(24):
         params = SamplingParams(max_tokens=40, seed=index, ignore_eos=True)
         call = Call([*prompt[: index % 3 * 8], *traffic.tokens(15)], params, 0)
         call.requests = core.make_requests(call.prompt, params)
@@ -96,7 +96,7 @@ def test_retracted_requests_do_not_thrash() -> None:
     """The naive cache loses retracted tokens; even so, few tokens are computed twice."""
     core = make_core(cache="naive", max_running=16, page_size=4, kv_tokens=400)
     traffic = Workload(seed=1, n_requests=0)
-    for _ in range(24):
+    for _ in range(40):
         params = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
         call = Call(traffic.tokens(8), params, 0)
         call.requests = core.make_requests(call.prompt, params)
@@ -104,7 +104,7 @@ def test_retracted_requests_do_not_thrash() -> None:
         core.scheduler.add(call.requests)
     live(core, traffic, aborts=0)
     requests = [request for call in traffic.calls for request in call.requests]
-    assert 0 < core.scheduler.n_retracted < 24
+    assert 0 < core.scheduler.n_retracted < 40
     assert max(request.num_retracted for request in requests) <= 3
     needed = sum(len(request.tokens) - 1 for request in requests)
     assert core.executor.runner.n_rows < 1.5 * needed  # type: ignore[attr-defined]
