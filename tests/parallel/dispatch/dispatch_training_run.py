@@ -19,7 +19,7 @@ from models.decoder import Decoder
 from models.router import routers
 from parallel.dispatch.overflow import CapacityOverflow
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.parallel.mesh.mesh_run import STEPS, Recording, random_corpus, training_of, whole
+from tests.parallel.mesh.mesh_run import STEPS, Recording, random_corpus, training_of, wholes
 from tests.runs import TINY
 from train.data.batches import TrainingData, shuffled_epochs
 from train.dataset.sequences import sequences_of
@@ -66,7 +66,7 @@ def train(config: JobConfig, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str,
     tensors: dict[str, Tensor] = {}
     told: dict[str, Any] = {}
     optimizer = Recording(model, 0.1, tensors)
-    before = {name: whole(p) for name, p in model.named_parameters()}
+    before = wholes(dict(model.named_parameters()))
     for step in range(1, STEPS + 1):
         try:
             done = train_step(
@@ -74,14 +74,15 @@ def train(config: JobConfig, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str,
                 mtp_weight=0.3,
             )  # fmt: skip
         except CapacityOverflow as error:
-            same = all(torch.equal(whole(p), before[n]) for n, p in model.named_parameters())
+            after = wholes(dict(model.named_parameters()))
+            same = all(torch.equal(after[name], before[name]) for name in before)
             bias = max(float(router.bias_E.abs().max()) for router in routers(model))
             return {}, {"stopped": str(error), "changed": not same or bias > 0}
         assert done is not None
         told.setdefault("fields", done.dispatch)
         tensors[f"counts/{step}"] = done.counts_LE
         tensors[f"curve/{step}"] = torch.tensor([done.loss, done.grad_norm], dtype=torch.float64)
-    tensors |= {f"weight/{name}": whole(p) for name, p in model.named_parameters()}
+    tensors |= wholes({f"weight/{name}": p for name, p in model.named_parameters()})
     tensors |= {f"bias/{i}": router.bias_E for i, router in enumerate(routers(model))}
     return tensors, told
 

@@ -44,7 +44,7 @@ from models.parameters import spec_of
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from tests.parallel.fp8 import fp8_models
 from tests.parallel.mesh.checkpoint_run import Run
-from tests.parallel.mesh.mesh_run import whole
+from tests.parallel.mesh.mesh_run import wholes
 
 FLIPS, NOISE, FP8_ERROR = 1e-4, 1e-3, 0.12
 LAYERS = ("layers.0.attention", "layers.0.ffn", "layers.1.ffn")
@@ -129,7 +129,7 @@ class Bench:
 
     def __init__(self, run: Run) -> None:
         self.run, self.model, config = run, run.model, run.config
-        values = {name: whole(p) for name, p in run.model.named_parameters()}
+        values = wholes(dict(run.model.named_parameters()))
         values |= {name: buffer.clone() for name, buffer in run.model.named_buffers()}
         self.plain, self.exact = (_copy(config.model, values) for _ in range(2))
         apply_fp8(self.plain, config.precision.fp8)
@@ -165,11 +165,13 @@ class Bench:
         with recorded() as operands:
             y_TD = model(lambda: block(*inputs))
             y_TD.backward(self.grad_TD[given])
-        grads = {
-            key: whole(p.grad)
-            for key, p in layer.named_parameters()
-            if p.grad is not None and (spec_of(f"{name}.{key}").fp8 or key == "router.weight")
-        }
+        grads = wholes(
+            {
+                key: p.grad
+                for key, p in layer.named_parameters()
+                if p.grad is not None and (spec_of(f"{name}.{key}").fp8 or key == "router.weight")
+            }
+        )
         model.zero_grad()
         assert x_TD.grad is not None
         return Result(y_TD.detach(), x_TD.grad, operands, grads)

@@ -17,7 +17,7 @@ from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of
 from tests.parallel.fp8 import fp8_models
 from tests.parallel.mesh.checkpoint_run import Run
-from tests.parallel.mesh.mesh_run import whole
+from tests.parallel.mesh.mesh_run import wholes
 from train.optim.bf16_moments import Bf16MomentsAdamW
 
 
@@ -26,7 +26,7 @@ def trained(case: fp8_models.Case, ranks: Ranks) -> dict[str, Tensor]:
     run = Run(case.settings(ranks.world), case.name, ranks)
     done = [run.step(1), run.step(2)]
     state = {"curve": torch.tensor([[each.loss, each.grad_norm] for each in done])}
-    return state | {name: whole(p) for name, p in run.model.named_parameters()}
+    return state | wholes(dict(run.model.named_parameters()))
 
 
 def changed(case: fp8_models.Case, ranks: Ranks) -> list[str]:
@@ -51,16 +51,16 @@ def bf16_moments(case: fp8_models.Case, ranks: Ranks) -> list[str]:
     """
     model = Run(case.settings(ranks.world), case.name, ranks).model
     names = dict(model.named_parameters())
-    wholes = {name: nn.Parameter(whole(p)) for name, p in names.items()}
-    before = {name: p.detach().clone() for name, p in wholes.items()}
+    before = wholes(names)
+    copies = {name: nn.Parameter(tensor.clone()) for name, tensor in before.items()}
     options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     sharded = Bf16MomentsAdamW(names.values(), **options)
-    plain = Bf16MomentsAdamW(wholes.values(), **options)
+    plain = Bf16MomentsAdamW(copies.values(), **options)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for name, parameter in names.items():
             grad = torch.randn(parameter.shape, generator=generator)
-            wholes[name].grad = grad
+            copies[name].grad = grad
             assert isinstance(parameter, DTensor)
             local = grad[box_of(parameter).slices()].contiguous()
             mesh, placements = parameter.device_mesh, parameter.placements
@@ -69,13 +69,13 @@ def bf16_moments(case: fp8_models.Case, ranks: Ranks) -> list[str]:
                 local, mesh, placements, run_check=False, shape=shape, stride=stride
             )
         sharded.step(), plain.step()
-    found = []
+    found, after = [], wholes(names)
     for name, parameter in names.items():
         moment = sharded.state[parameter]["exp_avg_sq"]
         if moment.dtype != torch.bfloat16 or box_of(moment) != box_of(parameter):
             found.append(f"{name}: a moment is {moment.dtype} {box_of(moment)}")
-        difference = (whole(parameter) - wholes[name]).norm()
-        if difference > 1e-4 * (wholes[name] - before[name]).norm():
+        difference = (after[name] - copies[name]).norm()
+        if difference > 1e-4 * (copies[name] - before[name]).norm():
             found.append(f"{name}: {difference:.1e}")
     return found
 

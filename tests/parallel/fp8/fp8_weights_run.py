@@ -29,7 +29,7 @@ from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel.fp8 import fp8_models
 from tests.parallel.mesh.checkpoint_run import Run
-from tests.parallel.mesh.mesh_run import whole
+from tests.parallel.mesh.mesh_run import wholes
 
 OVER_TP = {"wq": 0, "wk": 0, "wv": 0, "wkv_b": 0, "wo": 1}
 """The dimension of a projection that the ranks of `tp` divide."""
@@ -59,11 +59,14 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Fp8Module, str]]:
 
 def differences(run: Run) -> list[str]:
     """The weights whose gathered form differs from that of the master in any bit."""
-    expected = {}
+    expected, masters = {}, dict[str, Tensor]()
     for name, module, key in weights_of(run.model):
         master = module._parameters[key]
         assert master is not None and master.dtype == torch.float32
-        part = part_of(whole(master), module, name, run.mesh)
+        masters[f"{name}.{key}"] = master
+    full = wholes(masters)
+    for name, module, key in weights_of(run.model):
+        part = part_of(full[f"{name}.{key}"], module, name, run.mesh)
         expected[name, key] = quantize_128x128(as_matrices(key, part), module.power_of_two)[0]
     groups: list[FSDPModule] = [m for m in run.model.modules() if isinstance(m, FSDPModule)]
     for group in groups:

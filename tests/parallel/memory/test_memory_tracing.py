@@ -179,10 +179,10 @@ def experiment(n_layers: int, family: str, parallel: dict[str, Any], **more: Any
 
 
 EXPERIMENTS = [
-    experiment(8, "gpt-oss", {"ep": 2, "recompute": "full", "recompute_every": 2}),
-    experiment(13, "llama4", {"dp_shard": 2, "tp": 2, "ep": 4, "prefetch": 2}),
+    experiment(6, "gpt-oss", {"ep": 2, "recompute": "full", "recompute_every": 2}),
+    experiment(12, "llama4", {"dp_shard": 2, "tp": 2, "ep": 4, "prefetch": 2}),
     experiment(9, "deepseek-v3", {"ep": 4, "reshard_after_forward": False}, model={"mtp_depth": 2}),
-    experiment(8, "mixtral", {"dp_replicate": 2, "dp_shard": 2, "prefetch": 0}),
+    experiment(5, "mixtral", {"dp_replicate": 2, "dp_shard": 2, "prefetch": 0}),
     experiment(
         10, "glm4", {"dp_shard": 4},
         precision={
@@ -190,7 +190,7 @@ EXPERIMENTS = [
         },
     ),
     experiment(
-        10, "mixtral", {"dp_shard": 4, "zero_stage": 1, "expert_zero_stage": 2},
+        5, "mixtral", {"dp_shard": 4, "zero_stage": 1, "expert_zero_stage": 2},
         precision={"recipe": "fp8_blockwise"},
     ),
 ]  # fmt: skip

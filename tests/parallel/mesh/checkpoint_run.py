@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from configs.loader import flatten, from_dict
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from tests.parallel.mesh.mesh_run import random_corpus, shake, training_of, whole
+from tests.parallel.mesh.mesh_run import random_corpus, shake, training_of, wholes
 from train.checkpoint import checkpoint
 from train.data.batches import shuffled_epochs
 from train.dataset.sequences import sequences_of
@@ -76,10 +76,10 @@ def run_case(folder: Path, case: dict[str, Any], ranks: Ranks) -> None:
         run.step(1), run.step(2)
         root, facts = folder / case["name"], {"step": 2}
         checkpoint.save(root, run.state(), facts, flatten(run.config), None, ranks)
-    record = {f"before/{name}": whole(tensor) for name, tensor in run.state().items()}
+    record = wholes({f"before/{name}": tensor for name, tensor in run.state().items()})
     done = run.step(3)
     record["curve"] = torch.tensor([done.loss, done.grad_norm])
-    record |= {f"after/{name}": whole(p) for name, p in run.model.named_parameters()}
+    record |= wholes({f"after/{name}": p for name, p in run.model.named_parameters()})
     if ranks.is_first:
         save_file(record, folder / f"{case['name']}.safetensors")
 

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -39,7 +39,7 @@ from kernels.layers.cross_entropy import IGNORE
 from models.decoder import Decoder
 from models.router import routers
 from parallel import mesh as meshes
-from parallel.ranks import Ranks, start_ranks, stop_ranks
+from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import box_of, local_of
 from tests.parallel.mesh.faults import FAULTS
 from train.build import Training, build_training, shard_model
@@ -62,30 +62,43 @@ def random_corpus(vocab_size: int, length: int) -> np.ndarray:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that ranks divide, assembled on every rank; of replicas that of the first rank.
+    """A tensor that ranks divide, assembled on every rank; of replicas that of the first rank."""
+    return wholes({"": tensor})[""]
+
+
+def wholes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same of many tensors, in one exchange of their places and one of their bytes.
 
     `DTensor.full_tensor` plans this by a search through placements, which took a rank of eight four
     fifths of its time; test_mesh_equality.py compares the two.
     """
-    local = local_of(tensor).detach()
-    if not isinstance(tensor, DTensor):
-        return local.clone().contiguous()
-    box = box_of(tensor)
-    boxes = [each.tolist() for each in gathered(torch.tensor([box.offset, box.shape]))]
-    most = max(math.prod(shape) for _, shape in boxes)
-    parts = gathered(torch.nn.functional.pad(local.flatten(), (0, most - local.numel())))
-    full = local.new_full(tensor.shape, math.nan)
-    for part, (offset, shape) in reversed(list(zip(parts, boxes, strict=True))):
-        place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        full[place] = part[: math.prod(shape)].view(shape)
-    return full
-
-
-def gathered(mine: torch.Tensor) -> list[torch.Tensor]:
-    """The values of every rank, in the order of ranks; all of one shape."""
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    local = {name: local_of(tensor).detach().contiguous() for name, tensor in tensors.items()}
+    divided = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
+    boxes = [box_of(tensors[name]) for name in divided]
+    places = gather_json([(box.offset, box.shape) for box in boxes])
+    sent = [torch.empty(0, dtype=torch.uint8)]
+    sent += [local[name].flatten().view(torch.uint8) for name in divided]
+    sizes = [
+        [
+            math.prod(shape) * local[name].itemsize
+            for name, (_, shape) in zip(divided, of, strict=True)
+        ]
+        for of in places
+    ]
+    most = max(map(sum, sizes))
+    mine = torch.nn.functional.pad(torch.cat(sent), (0, most - sum(map(len, sent))))
+    every = [torch.empty_like(mine) for _ in places]
     dist.all_gather(every, mine)
-    return every
+    found = {name: tensor.clone() for name, tensor in local.items() if name not in divided}
+    for name in divided:
+        found[name] = local[name].new_full(tensors[name].shape, math.nan)
+    for part, of, n_bytes in reversed(list(zip(every, places, sizes, strict=True))):
+        pieces = part[: sum(n_bytes)].split(n_bytes)
+        for name, (offset, shape), piece in zip(divided, of, pieces, strict=True):
+            place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+            # a copy, because the bytes of a tensor may begin anywhere
+            found[name][place] = piece.clone().view(local[name].dtype).view(shape)
+    return {name: found[name] for name in tensors}
 
 
 def with_gaps(batch: Batch) -> Batch:
@@ -119,9 +132,10 @@ class Recording:
     def _start(self, parameters: dict[str, nn.Parameter]) -> None:
         """Initialize after the first backward, because FSDP2 has its shards of the weights only
         then."""
+        grads = {f"grad/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+        assert len(grads) == len(parameters)
+        self.record |= wholes(grads)
         for name, parameter in parameters.items():
-            assert parameter.grad is not None, name
-            self.record[f"grad/{name}"] = whole(parameter.grad)
             self.parts[name] = nn.Parameter(local_of(parameter).detach())
         if torch.get_default_dtype() == torch.float64:
             self.inner: Any = torch.optim.AdamW(self._groups(parameters), foreach=False)
@@ -197,8 +211,7 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
             curve.append([done.loss, done.grad_norm, *losses])
             result[f"counts/{step}"] = done.counts_LE.contiguous()
     result["curve"] = torch.tensor(curve, dtype=torch.float64)
-    for name, parameter in model.named_parameters():
-        result[f"weight/{name}"] = whole(parameter)
+    result |= wholes({f"weight/{name}": p for name, p in model.named_parameters()})
     for i, router in enumerate(routers(model)):
         result[f"bias/{i}"] = router.bias_E.clone()
     if ranks.is_first:

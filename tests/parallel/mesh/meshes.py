@@ -6,12 +6,14 @@ from typing import Any
 from configs.model import ModelConfig
 from tests.models.families import FAMILIES
 
-SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 32, 2
+SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 16, 2
 """Longer than the families' windows, chunks and original RoPE length; two microbatches a step."""
 ODD = "odd "
 """Prefix of a family's name: its model with sizes that 3 and 6 ranks can divide, on batches that
 are no powers of two."""
-ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES = 30, 36, 3
+ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES = 30, 18, 3
+MANY = "many "
+"""The same model with twice the batch, for 16 ranks."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Case:
         length, batch, passes = SEQ_LEN, GLOBAL_BATCH, PASSES
         if self.family.startswith(ODD):
             length, batch, passes = ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES
+        if self.family.startswith(MANY):
+            batch *= 2
         more = dict(self.more) | {"dispatch": dict(self.dispatch)}
         return {
             "run": {"dir": "unused"},
@@ -96,7 +100,7 @@ def model_of(family: str) -> ModelConfig:
     """The model of a case."""
     if family.startswith(ODD):
         return odd(FAMILIES[family.removeprefix(ODD)])
-    return wide(FAMILIES[family])
+    return wide(FAMILIES[family.removeprefix(MANY)])
 
 
 def alone(family: str) -> Case:

@@ -12,16 +12,18 @@ from torch.distributed.tensor import DTensor
 
 from parallel.ranks import gather_json, start_ranks, stop_ranks
 from tests.parallel.mesh.checkpoint_run import Run
-from tests.parallel.mesh.mesh_run import whole
+from tests.parallel.mesh.mesh_run import wholes
 from tests.parallel.mesh.meshes import Case
 
 if __name__ == "__main__":
     ranks = start_ranks(threads=1)
     faults = []
     for case in (Case("gpt-oss", 1, 2, 2, 2, 2), Case("glm4", 2, 2, 1, 2, 1)):
-        for name, parameter in Run(case.settings(), case.name, ranks).model.named_parameters():
+        parameters = dict(Run(case.settings(), case.name, ranks).model.named_parameters())
+        ours = wholes(parameters)
+        for name, parameter in parameters.items():
             assert isinstance(parameter, DTensor)
-            if not torch.equal(whole(parameter), parameter.full_tensor()):
+            if not torch.equal(ours[name], parameter.full_tensor()):
                 faults.append(f"{case.name}: {name} on rank {ranks.rank}")
     found = [fault for each in gather_json(faults) for fault in each]
     if ranks.is_first:

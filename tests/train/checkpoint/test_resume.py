@@ -72,7 +72,7 @@ def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
 
 @pytest.mark.long
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    killed = kill_and_resume(overrides, tmp_path, steps=12)
+    killed = kill_and_resume(overrides, tmp_path, steps=8)
     environments = json.loads((killed / "environment.json").read_text())
     assert len(environments) == 2
 
@@ -207,20 +207,23 @@ def test_what_must_not_change_is_refused(overrides: list[str], finished: Path) -
 def test_a_damaged_checkpoint_is_set_aside(
     overrides: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    arguments = ["-m", "train", TINY, *overrides]
-    run(*arguments, "--train.steps=8", "--schedule.steps=12", ranks=2)
+    words = [TINY, *overrides, "--schedule.steps=12", "--checkpoint.every=2"]
+    arguments = ["-m", "train", *words]
+    run(*arguments, "--train.steps=4", ranks=2)
     folder = tmp_path / "run" / "checkpoints"
-    file = next((folder / "step-00000008").glob("*.safetensors"))
+    file = next((folder / "step-00000004").glob("*.safetensors"))
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 4
     file.write_bytes(damaged)
-    out = run(*arguments, ranks=2).stdout
+    out = run(*arguments, "--train.steps=6", ranks=2).stdout
     assert f"damaged, not used: {file}: damaged (checksum differs)\n" in out
-    assert "step-00000008: renamed to damaged-step-00000008\n" in out
-    assert f"resuming from {folder / 'step-00000004'}\n" in out
-    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-4)
-    assert (folder / "damaged-step-00000008" / file.name).read_bytes() == damaged
-    assert "damaged, not used" not in run_train(TINY, *overrides).stdout
+    assert "step-00000004: renamed to damaged-step-00000004\n" in out
+    assert f"resuming from {folder / 'step-00000002'}\n" in out
+    first = {step: loss for step, loss in losses(whole).items() if step <= 6}
+    assert losses(tmp_path / "run") == pytest.approx(first, rel=1e-4)
+    assert (folder / "damaged-step-00000004" / file.name).read_bytes() == damaged
+    again = run_train(*words, "--train.steps=6").stdout
+    assert "damaged, not used" not in again
 
 
 def test_without_a_sound_checkpoint_nothing_is_changed(

@@ -72,8 +72,10 @@ def largest(config: JobConfig, ranks: Ranks, one_choice: bool) -> int:
 
     with tracker:
         for step in (1, 2):
+            batches = list(data.step(step))
+            # the first creates the moments of AdamW, for which one microbatch is enough
             train_step(
-                model, optimizer, data.step(step), step=step, rank=ranks.rank,
+                model, optimizer, batches[:1] if step == 1 else batches, step=step, rank=ranks.rank,
                 tp_size=parallel_dims.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
                 stop=forget, updated=fp8_weights.refresh, accumulation=accumulation,
             )  # fmt: skip

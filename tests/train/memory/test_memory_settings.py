@@ -231,7 +231,14 @@ FEWER_FIRST: dict[str, list[dict[str, Any]]] = {
             {},
         )
     ],
-    "every second": [{"recompute": "full"}, {"recompute": "full", "recompute_every": 2}, {}],
+    "every second": [
+        EP | more
+        for more in (
+            {"recompute": "full"},
+            {"recompute": "full", "recompute_every": 2},
+            {},
+        )
+    ],
     "recompute_swiglu": [{"recompute_swiglu": True}, {}],
     "FP8": [{"precision": FP8}, {"precision": BF16}],
     "some in bf16": [{"precision": FP8}, {"precision": FP8 | {"fp8": {"last_bf16": 6}}}],
@@ -251,7 +258,7 @@ FEWER_FIRST: dict[str, list[dict[str, Any]]] = {
     ],
     "MTP": [{"model": wide("deepseek-v3", mtp_depth=depth)} for depth in (0, 1, 2)],
     "layers": [{"model": wide("qwen3", n_layers=n)} for n in (11, 12, 100, 1000)],
-    "words": [{"model": wide("qwen3", vocab_size=2**n)} for n in (10, 12, 15)],
+    "words": [{"model": wide("qwen3", n_layers=12, vocab_size=2**n)} for n in (10, 12, 15)],
     "tokens": [{"micro_batch": 1}, {}, {"micro_batch": 8}, {"micro_batch": 8, "seq_len": 256}],
 }
 """Settings by increasing memory of a rank on CUDA."""
