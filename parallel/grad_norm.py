@@ -77,6 +77,6 @@ def other_replicas_in_range(parameters: Iterable[nn.Parameter], rank: int) -> Te
 def scale_grads(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients so that their global norm does not exceed `max_norm`."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-    if factor == 1.0:
+    if factor.device.type == "cpu" and factor == 1.0:  # elsewhere the host would wait for it
         return
     torch._foreach_mul_([local_of(p.grad) for p in parameters if p.grad is not None], factor)

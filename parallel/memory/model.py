@@ -239,12 +239,12 @@ class TracedModel:
         def post_backward(*arguments: Any) -> None:
             reduce(*arguments)
             for record in group.fsdp_params:
-                grad = record.sharded_param.grad
-                if grad is not None:
-                    storage_of(local_of(grad)).recategorize(GRADIENTS)
-                whole = record.unsharded_accumulated_grad  # of ZeRO stage 1
-                if whole is not None:
-                    storage_of(local_of(whole)).recategorize(GRADIENTS)
+                kept = [record.sharded_param.grad, record.unsharded_accumulated_grad]
+                if hasattr(record, "_unsharded_param"):  # where nothing is converted to fp32
+                    kept.append(record._unsharded_param.grad)
+                for grad in kept:
+                    if grad is not None:
+                        storage_of(local_of(grad)).recategorize(GRADIENTS)
             if is_root:
                 self._now(NORM)
 
