@@ -28,7 +28,7 @@ from train.check import missing_inputs
 Check = Callable[..., tuple[int, str, str]]
 DEFAULT = {"demo", "deepseek_v3"}
 """The other tiny ones are trained by `test_tiny_families.py`; `memory/test_memory.py` compares the
-sizes of each real one with those in its file."""
+sizes of a real one of each family with those in its file, and of all if slow."""
 EXPERIMENTS = sorted((ROOT / "configs").rglob("*.toml"))
 
 
@@ -118,7 +118,7 @@ def test_equal_layers_are_counted_once_and_rightly(name: str) -> None:
     assert sum(experts for _, experts in counts.layers) == counts.experts == routed
 
 
-def test_ten_thousand_layers_are_checked(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thousand_layers_are_checked(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few blocks are built for any number of layers."""
     built: list[str] = []
     real: Callable[..., None] = nn.Module.__init__
@@ -128,9 +128,9 @@ def test_ten_thousand_layers_are_checked(check: Check, monkeypatch: pytest.Monke
         real(self, *arguments, **options)
 
     monkeypatch.setattr("torch.nn.Module.__init__", counting)
-    code, out, _ = check(TINY, "--model.n_layers=10000")
+    code, out, _ = check(TINY, "--model.n_layers=1000")
     assert code == 0 and built.count("Block") < 50
-    model = load(TINY, ["--model.n_layers=10000"]).model
+    model = load(TINY, ["--model.n_layers=1000"]).model
     assert f"{parameter_counts(model).total:,}" in out
     assert flops_per_token(model, 32) > 10_000
 

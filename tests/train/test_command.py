@@ -210,11 +210,12 @@ def test_forced_balance_is_said_everywhere(overrides: list[str], tmp_path: Path)
 
 
 def test_check_prints_mtp_modules_apart(overrides: list[str]) -> None:
-    deep = run_train(TINY, *overrides, "--check", "--model.mtp_depth=2").stdout
-    plain = run_train(TINY, *overrides, "--check").stdout
+    small = ["--model.n_layers=1", "--model.n_dense_layers=0", "--check"]
+    deep = run_train(TINY, *overrides, *small, "--model.mtp_depth=2").stdout
+    plain = run_train(TINY, *overrides, *small).stdout
     totals = [out.split("  parameters")[1].split()[0] for out in (deep, plain)]
     assert totals[0] == totals[1]
-    model = load(TINY, ["--model.mtp_depth=2"]).model
+    model = load(TINY, [*small[:-1], "--model.mtp_depth=2"]).model
     assert f"MTP modules   {parameter_counts(model).mtp:>15,}" in deep
     sums = [float(out.split("bytes per rank")[1].split("parameters")[1].split()[0])
             for out in (deep, plain)]  # fmt: skip

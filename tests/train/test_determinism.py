@@ -3,10 +3,14 @@
 The experiment has MTP, expert groups, every auxiliary loss and a balancing bias.
 """
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.runs import ROOT, run
 from tests.train.in_process import run_train
@@ -52,12 +56,25 @@ def test_three_runs_are_the_same_bits(ranks: int, overrides: list[str], tmp_path
         assert not different
 
 
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Restores torch's settings, which are those of the whole process."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    sdp = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    with mock.patch.dict(os.environ):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_cudnn_sdp(sdp[0])
+    torch.backends.cuda.enable_mem_efficient_sdp(sdp[1])
+
+
 def test_deterministic_algorithms_change_no_bit_on_a_cpu(
-    overrides: list[str], tmp_path: Path
+    overrides: list[str], tmp_path: Path, restored: None
 ) -> None:
     rest = [option for option in overrides if not option.startswith("--run.dir")]
     words = [EXPERIMENT, *OPTIONS, "--train.micro_batch=4", *rest]
-    run_train(*words, f"--run.dir={tmp_path / 'false'}", "--train.deterministic=false")
-    # in a process of its own: the setting is torch's, for the whole process
-    run("-m", "train", *words, f"--run.dir={tmp_path / 'true'}", "--train.deterministic=true")
+    for setting in ("false", "true"):
+        run_train(*words, f"--run.dir={tmp_path / setting}", f"--train.deterministic={setting}")
+    assert torch.are_deterministic_algorithms_enabled()
     assert outcome(tmp_path / "false") == outcome(tmp_path / "true")

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from parallel import launch_environment
 from tests.runs import TINY
 from train.__main__ import main
 
@@ -34,6 +36,7 @@ def test_one_line_and_exit_2(
         raise Exited(code)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(launch_environment, "time", SimpleNamespace(sleep=lambda seconds: None))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():

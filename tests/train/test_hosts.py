@@ -18,12 +18,28 @@ from train.report.metrics import read_lines
 pytestmark = pytest.mark.skipif(not forks.POSSIBLE, reason="Linux only")
 
 
-def start(rank: int, port: int, arguments: list[str], cwd: Path) -> Program:
+IMPATIENT = """
+import sys
+from train import shared_storage
+from train.__main__ import main
+shared_storage._PATIENCE_S = 1.0
+sys.exit(main(sys.argv[1:]))
+"""
+"""A training that waits for a second, not for ten, until a network file system shows a new name."""
+
+
+def start(
+    rank: int,
+    port: int,
+    arguments: list[str],
+    cwd: Path,
+    program: tuple[str, str] = ("-m", "train"),
+) -> Program:
     env = {
         "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOME": str(cwd),
     }  # fmt: skip
-    return Program(["-m", "train", str(TINY), *arguments], environment() | env, cwd=cwd)
+    return Program([*program, str(TINY), *arguments], environment() | env, cwd=cwd)
 
 
 @pytest.mark.long
@@ -45,7 +61,9 @@ def test_what_hosts_must_share_is_checked_at_the_start(
     for host in hosts:
         host.mkdir()
     with ExitStack() as running:
-        ranks = [start(r, port, [*arguments, *differ[r]], hosts[r]) for r in (0, 1)]
+        ranks = [
+            start(r, port, [*arguments, *differ[r]], hosts[r], ("-c", IMPATIENT)) for r in (0, 1)
+        ]
         ends = [running.enter_context(rank).finish(60) for rank in ranks]
     assert [end.returncode for end in ends] == [2, 2]
     error = ends[0].stderr

@@ -119,29 +119,30 @@ def test_one_save_at_a_time_and_a_slow_disk_stops_no_step(
     assert not one.is_owed and sound(tmp_path) == [1, 5]
 
 
-@pytest.mark.parametrize(
-    ("fault", "expected"),
-    [
-        ("raise OSError(28, 'No space left on device')", "No space left on device"),
-        ("raise ValueError('unforeseen')", "ValueError: unforeseen"),
-        ("os.kill(os.getpid(), 9)", "was ended by signal 9"),
-    ],
-)
 def test_an_error_is_said_and_the_save_repeated(
-    fault: str, expected: str, make: Callable[..., Saver], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    make: Callable[..., Saver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the system, of the program, and the end of the writer process, one after another."""
     once = tmp_path.parent / f"{tmp_path.name}-once"
-    code = f"if not os.path.exists({str(once)!r}): open({str(once)!r}, 'w').close(); {fault}"
-    faulty(monkeypatch, code)
+    code = f"if os.path.exists({str(once)!r}): found = open({str(once)!r}).read(); "
+    faulty(monkeypatch, code + f"os.remove({str(once)!r}); exec(found)")
     one = make()
-    one.save(tensors(1), {"step": 1})
-    wait(one)
-    said, address = one.lines(), str(tmp_path / "step-00000001")
-    assert len(said) == 2 and said[1] == f"saved {address}"
-    assert expected in said[0] and "training continues" in said[0] and address in said[0]
-    assert sound(tmp_path) == [1] and not list(tmp_path.glob(".*"))
-    assert one.fields()["checkpoint/failures"] == 1
+    for step, (fault, expected) in enumerate(
+        (
+            ("raise OSError(28, 'No space left on device')", "No space left on device"),
+            ("raise ValueError('unforeseen')", "ValueError: unforeseen"),
+            ("os.kill(os.getpid(), 9)", "was ended by signal 9"),
+        ),
+        start=1,
+    ):
+        once.write_text(fault)
+        one.save(tensors(step), {"step": step})
+        wait(one)
+        said, address = one.lines(), str(tmp_path / f"step-{step:08d}")
+        assert len(said) == 2 and said[1] == f"saved {address}"
+        assert expected in said[0] and "training continues" in said[0] and address in said[0]
+        assert sound(tmp_path) == [*range(1, step + 1)] and not list(tmp_path.glob(".*"))
+        assert one.fields()["checkpoint/failures"] == 1
 
 
 def test_a_later_save_replaces_one_that_fails(

@@ -40,26 +40,26 @@ def test_the_last_good_state_is_saved_and_resumes(
     kind: type[Exception], overrides: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    arguments = [*overrides, "--train.steps=8", "--checkpoint.every=2", "--checkpoint.keep=1"]
+    arguments = [*overrides, "--train.steps=5", "--checkpoint.every=2", "--checkpoint.keep=1"]
     folder = tmp_path / "run" / "checkpoints"
     with monkeypatch.context() as patch:
         more = {"weights_are_good": True} if kind is NonFiniteError else {}
         for attempt in range(2):  # the same settings end with the same error
-            error = kind("step 6: fault", **more)
-            patch.setattr(train.trainer, "train_step", failing(6, error))
+            error = kind("step 4: fault", **more)
+            patch.setattr(train.trainer, "train_step", failing(4, error))
             assert run(*arguments) == 1
             err = capfd.readouterr().err
             assert err == (
-                f"error: {tmp_path / 'run'}: step 6: fault; the newest checkpoint is "
-                f"{folder / 'step-00000005'}\n"
+                f"error: {tmp_path / 'run'}: step 4: fault; the newest checkpoint is "
+                f"{folder / 'step-00000003'}\n"
             ), attempt
-            assert steps(folder) == [4, 5], "nothing older was removed"
+            assert steps(folder) == [2, 3], "nothing older was removed"
     assert run(*arguments) == 0
     whole = tmp_path / "whole"
     assert run(*arguments, f"--run.dir={whole}") == 0
-    one, other = (weights(p / "checkpoints" / "step-00000008") for p in (tmp_path / "run", whole))
+    one, other = (weights(p / "checkpoints" / "step-00000005") for p in (tmp_path / "run", whole))
     assert all(one[name].equal(other[name]) for name in other)
-    assert steps(folder) == [8]
+    assert steps(folder) == [5]
 
 
 @pytest.mark.parametrize("every", [0, 1])

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
 
-from configs.health import heartbeat
 from tests.runs import ROOT, TINY, command, environment, run, started
 from tests.train.in_process import run_train
 from train.report.metrics import read_lines
+from train.trainer import Trainer
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -50,6 +53,24 @@ def finished(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
 
 
+def stopped(
+    arguments: list[Any], code: int, number: signal.Signals, at: int
+) -> subprocess.CompletedProcess[str]:
+    """Train in this process, with a signal when it looks for one for the `at`th time: before each
+    microbatch and each batch of a validation."""
+    real, looks = Trainer._stops, count(1)
+
+    def look(trainer: Trainer) -> bool:
+        if next(looks) == at:
+            os.kill(os.getpid(), number)
+            while trainer.stop.number is None:  # a thread receives it
+                time.sleep(0.001)
+        return real(trainer)
+
+    with mock.patch.object(Trainer, "_stops", look):
+        return run_train(*arguments, code=code)
+
+
 def kill_and_resume(arguments: list[str], folder: Path, steps: int) -> Path:
     """Two ranks, killed after step 4 and restarted: everything equals an uninterrupted run.
 
@@ -77,7 +98,6 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
     assert len(environments) == 2
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("stop", "code"),
     [
@@ -89,14 +109,10 @@ def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) 
 def test_a_stop_saves_and_the_rest_is_bit_identical(
     stop: signal.Signals, code: int, overrides: list[str], whole: Path, tmp_path: Path
 ) -> None:
-    with started("-m", "train", TINY, *overrides) as program:
-        wait_for_step(tmp_path / "run", 4, program.is_running)
-        program.signal(stop)
-        done = program.finish(25)
+    done = stopped([TINY, *overrides], code, stop, at=12)  # in the middle of step 6
     assert "Traceback" not in done.stdout + done.stderr
-    if done.returncode != 0:  # it may have finished before the signal arrived
-        assert done.returncode == code, done.stderr
-    run_train(TINY, *overrides)
+    assert max(losses(tmp_path / "run")) == 5
+    assert "resuming from" in run_train(TINY, *overrides).stdout
     assert losses(tmp_path / "run") == losses(whole)
     assert final_weights(tmp_path / "run") == final_weights(whole)
 
@@ -126,41 +142,29 @@ def test_resume_on_another_mesh(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, "--schedule.decay_fraction=0", "--train.micro_batch=4"]
     straight = tmp_path / "straight"
     run_train(TINY, *arguments, "--train.steps=6", f"--run.dir={straight}")
-    for first, then in ((2, 1), (1, 2)):
-        folder = tmp_path / f"{first}-{then}"
-        out = ""
-        for ranks, steps in ((first, 3), (then, 6)):
-            words = [TINY, *arguments, f"--run.dir={folder}", f"--train.steps={steps}"]
-            done = run_train(*words) if ranks == 1 else run("-m", "train", *words, ranks=ranks)
-            out = done.stdout
-        assert "changed since that checkpoint: train.steps (was 3, is 6)" in out
-        for step, loss in losses(straight).items():
-            assert losses(folder)[step] == pytest.approx(loss, rel=1e-4), step
+    for before, ranks, steps in ((0, 2, 2), (2, 1, 4), (4, 2, 6)):
+        words = [TINY, *arguments, f"--train.steps={steps}"]
+        done = run_train(*words) if ranks == 1 else run("-m", "train", *words, ranks=ranks)
+        said = f"changed since that checkpoint: train.steps (was {before}, is {steps})"
+        assert (said in done.stdout) == bool(before)
+    for step, loss in losses(straight).items():
+        assert losses(tmp_path / "run")[step] == pytest.approx(loss, rel=1e-4), step
 
 
-@pytest.mark.long
 def test_a_validation_that_a_stop_cut_short_is_made_up(
     overrides: list[str], tmp_path: Path
 ) -> None:
     arguments = [
-        str(TINY), *overrides, "--train.steps=6", "--validation.every=3",
-        "--validation.sequences=40", "--train.micro_batch=2", "--data.validation_fraction=0.5",
-        "--data.seq_len=16", "--checkpoint.every=0",
+        str(TINY), *overrides, "--train.steps=4", "--validation.every=2",
+        "--train.micro_batch=4", "--data.seq_len=16", "--checkpoint.every=0",
     ]  # fmt: skip
     whole, metrics = tmp_path / "whole", tmp_path / "run" / "metrics.jsonl"
-    run_train(*arguments, f"--run.dir={whole}")
-    beats = tmp_path / "beats"
-    beats.mkdir()
-    env = {heartbeat.FOLDER_VARIABLE: str(beats)}
-    with started("-m", "train", *arguments, env=env) as program:
-        deadline = time.monotonic() + 90
-        while not ((beat := heartbeat.read(beats, 0)) and beat.phase == "validation"):
-            assert program.is_running() and time.monotonic() < deadline
-            time.sleep(0.005)
-        program.signal(signal.SIGTERM)  # within the validation of step 3
-        program.finish(25)
-    run_train(*arguments)
     field = "validation_loss"
+    run_train(*arguments, f"--run.dir={whole}")
+    # after the microbatches of two steps, before the third of the validation's four batches
+    stopped(arguments, 75, signal.SIGTERM, at=2 * 2 + 3)
+    assert [field in record for record in read_lines(metrics)] == [False, False]
+    run_train(*arguments)
     assert [r.get(field) for r in read_lines(metrics)] == [
         r.get(field) for r in read_lines(whole / "metrics.jsonl")
     ]

@@ -63,7 +63,7 @@ def clear(exact: float, threshold: float) -> bool:
 def test_survey_keeps_what_plain_loops_keep(threshold: float) -> None:
     rng = random.Random(1)
     texts: list[str] = []
-    for _ in range(25):
+    for _ in range(15):
         family = [document(rng)]
         for changes in (0, 1, 6, 20, 45, 70, 95):
             other = relative(family[0], changes, rng)
@@ -77,7 +77,7 @@ def test_survey_keeps_what_plain_loops_keep(threshold: float) -> None:
         if all(jaccard(texts[i], texts[j]) < threshold for j in expected):
             expected.append(i)
     assert found.kept == expected
-    assert found.n_near == len(texts) - len(expected) >= 25
+    assert found.n_near == len(texts) - len(expected) >= 15
     assert len(everything.kept) == len(texts)
 
 
@@ -116,20 +116,23 @@ def sharing(kind: str, count: int) -> list[str]:
     return ["\n".join(made()) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["licence", "long licence", "licences", "form", "one line"])
-def test_comparisons_do_not_grow_with_shared_lines(kind: str) -> None:
-    few, many = (find_duplicates(sharing(kind, count), 0.8) for count in (500, 4000))
-    assert many.n_near <= 4  # of 8 million pairs whose estimate may err
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [("licence", 250), ("long licence", 250), ("licences", 250), ("form", 500), ("one line", 250)],
+)
+def test_comparisons_do_not_grow_with_shared_lines(kind: str, n: int) -> None:
+    few, many = (find_duplicates(sharing(kind, count), 0.8) for count in (n, 8 * n))
+    assert many.n_near <= 4 * (n / 500) ** 2  # of 2 or 8 million pairs whose estimate may err
     # per document; comparing every pair would take 8 times as many for 8 times the documents
-    assert many.n_compared / 4000 < 4 * max(few.n_compared / 500, 20)
-    assert many.n_compared < 4000 * 4000 / 20
+    assert many.n_compared / (8 * n) < 4 * max(few.n_compared / n, 20)
+    assert many.n_compared < (8 * n) ** 2 / 20
 
 
 @pytest.mark.parametrize("kind", ["licence", "long licence", "form"])
 def test_near_duplicates_among_documents_that_share_lines(kind: str) -> None:
     rng = random.Random(4)
-    base = sharing(kind, 800)
-    planted = [text + f"\none more line {rng.random()}" for text in base[:350]]
+    base = sharing(kind, 500)
+    planted = [text + f"\none more line {rng.random()}" for text in base[:220]]
     texts = base + planted
     found = find_duplicates(texts, 0.8)
     signatures = [signature(text.encode()) for text in texts]
@@ -139,16 +142,16 @@ def test_near_duplicates_among_documents_that_share_lines(kind: str) -> None:
         if not (np.mean(table[expected] == table[i], axis=1) >= 0.8).any():
             expected.append(i)
     assert found.kept == expected
-    assert found.n_near >= 350
+    assert found.n_near >= 220
 
 
 def test_a_family_is_compared_with_the_one_that_stays() -> None:
     common = [f"a line of the template {i}" for i in range(60)]
-    texts = ["\n".join([*common, f"number {i} of many"]) for i in range(3000)]
+    texts = ["\n".join([*common, f"number {i} of many"]) for i in range(1000)]
     found = find_duplicates(texts, 0.8)
-    assert len(found.kept) == 1 and found.n_compared == 2999
-    short = find_duplicates([f"a\nb\n{i}" for i in range(3000)], 0.8)
-    assert len(short.kept) == 3000 and short.n_compared == 0
+    assert len(found.kept) == 1 and found.n_compared == 999
+    short = find_duplicates([f"a\nb\n{i}" for i in range(1000)], 0.8)
+    assert len(short.kept) == 1000 and short.n_compared == 0
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.2, 0.35, 0.5, 0.65])

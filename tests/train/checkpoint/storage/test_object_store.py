@@ -88,6 +88,12 @@ def test_incomplete_ones_are_ignored_and_removed(storage: Storage) -> None:
     assert fs.cat_file(f"{root}/notes.txt") == b"of the user"
 
 
+@pytest.mark.parametrize(
+    "storage",
+    # a run of test_saved_run.py sets one aside on a server
+    [pytest.param("s3", marks=pytest.mark.slow), "memory"],
+    indirect=True,
+)
 def test_damage_is_found_and_set_aside(storage: Storage, tmp_path: Path) -> None:
     assert isinstance(storage, ObjectStorage)
     fs, root = storage._fs, storage._root
@@ -116,6 +122,7 @@ def test_damage_is_found_and_set_aside(storage: Storage, tmp_path: Path) -> None
     load(storage, "step-00000004", tmp_path)
 
 
+@pytest.mark.slow  # a run of test_saved_run.py saves with this process
 def test_the_writer_process_writes_to_a_server(s3_server: str, ranks: None) -> None:
     writer = WriterProcess(f"{s3_server}/{uuid.uuid4().hex}")
     try:
