@@ -1,8 +1,9 @@
 """Causal attention within documents: softmax(scale * q k^T) v, grouped heads, optional sinks.
 
-Plain causal attention on CUDA, and its gradients for long sequences on a CPU, are torch's
-`scaled_dot_product_attention`; everything else is `kernels.layers.attention_cpu`, whose memory is
-linear in the length. CUDA uses that in fp32 only: see `kernels.layers.attention_varlen`.
+Plain causal attention on CUDA, and what is differentiated on a CPU, is torch's
+`scaled_dot_product_attention`, if that is the faster one there (`_is_faster_by_torch`); everything
+else is `kernels.layers.attention_cpu`, whose memory is linear in the length. CUDA uses that in fp32
+only: see `kernels.layers.attention_varlen`.
 
 A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453). For torch it is one more key of zeros with the sink as its bias, and a value of
@@ -39,14 +40,35 @@ def document_attention(
         window: Without a mask, number of keys up to its own that a query attends to; 0: all.
         keep: It may keep the probabilities of a short sequence for backward.
     """
-    differentiated = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q_BHLC, k_BGLC, v_BGLV, sinks_H)
-    )
-    plain = mask_BLL is None and sinks_H is None and not window
-    by_torch = q_BHLC.device.type != "cpu" or (differentiated and q_BHLC.shape[2] > SHORT)
-    if plain and by_torch:
-        return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, None, scale)
+    if q_BHLC.device.type != "cpu":
+        if mask_BLL is None and sinks_H is None and not window:
+            return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, None, scale)
+    elif sinks_H is None and not window:
+        differentiated = any(x.requires_grad for x in (q_BHLC, k_BGLC, v_BGLV))
+        if torch.is_grad_enabled() and differentiated and _is_faster_by_torch(q_BHLC, mask_BLL):
+            return _flash_attention(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale)
     return attention_cpu(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale, sinks_H, window, keep)
+
+
+def _is_faster_by_torch(q_BHLC: Tensor, mask_BLL: Tensor | None) -> bool:
+    """Whether torch's flash kernel computes values and gradients faster on a CPU: in fp32, and
+    without a mask in long sequences.
+
+    CPU ms in fp32, with gradients, here and there (AMD EPYC with AVX2, one thread, torch 2.13,
+    least of 25): 80 and 41 for 8 sequences of 256, 8 heads of 32, 4 of keys; 72 and 43 with a mask
+    of documents.
+    """
+    return q_BHLC.dtype == torch.float32 or (mask_BLL is None and q_BHLC.shape[2] > SHORT)
+
+
+def _flash_attention(
+    q_BHLC: Tensor, k_BGLC: Tensor, v_BGLV: Tensor, mask_BLL: Tensor | None, scale: float
+) -> Tensor:
+    """`document_attention` by torch's flash kernel for a CPU. It requires heads of one width:
+    otherwise torch would store all scores."""
+    C, V = q_BHLC.shape[3], v_BGLV.shape[3]
+    q, k, v = (F.pad(x, (0, max(C, V) - x.shape[3])) for x in (q_BHLC, k_BGLC, v_BGLV))
+    return document_attention_reference(q, k, v, mask_BLL, scale)[..., :V]
 
 
 def document_attention_reference(

@@ -121,13 +121,13 @@ def token_losses_reference_(
     logits = logits_tv.float()
     here_t, index_t1 = targets_t >= 0, targets_t.clamp(min=0)[:, None]
     if logsumexp_t is None:
-        largest = logits.max(1, keepdim=True)
+        largest_t = logits.amax(1)
         if with_gradient:  # in place if contiguous, which saves a pass and its memory
             log_tv = logits.contiguous()
             torch.ops.aten._log_softmax.out(log_tv, 1, False, out=log_tv)
         else:
             log_tv = logits.log_softmax(1)
-        made_t = (largest.values - log_tv.gather(1, largest.indices))[:, 0]
+        made_t = largest_t - log_tv.amax(1)  # of a logit that is not minus infinity
         loss_t = torch.where(here_t, -log_tv.gather(1, index_t1)[:, 0], 0.0)
     else:
         made_t = logsumexp_t.clone()

@@ -76,16 +76,16 @@ def test_linear_cross_entropy_scales_in_fp32() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "heads", "groups", "length", "width"),
-    [(2, 4, 2, 17, 8), (1, 3, 3, 1, 4), (3, 6, 1, 64, 10), (1, 2, 2, 600, 4)],
+    ("batch", "heads", "groups", "length", "width", "v_width"),
+    [(2, 4, 2, 17, 8, 8), (1, 3, 3, 1, 4, 5), (3, 6, 1, 64, 10, 6), (1, 2, 2, 600, 4, 3)],
 )
 def test_document_attention(
-    batch: int, heads: int, groups: int, length: int, width: int, documents: bool,
+    batch: int, heads: int, groups: int, length: int, width: int, v_width: int, documents: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
-    shapes = [(batch, h, length, width) for h in (heads, groups, groups)]
-    q, k, v = (torch.randn(length, *s[:2], width).permute(1, 2, 0, 3).to(dtype) for s in shapes)
+    shapes = (heads, width), (groups, width), (groups, v_width)
+    q, k, v = (torch.randn(length, batch, *s).permute(1, 2, 0, 3).to(dtype) for s in shapes)
     mask = None
     if documents:
         document = (torch.rand(batch, length) < 0.3).cumsum(1)

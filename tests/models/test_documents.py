@@ -121,13 +121,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("case", ["documents", "window", "chunk", "full", "sinks"])
+@pytest.mark.parametrize("case", ["documents", "window", "chunk", "full", "sinks", "MLA"])
 def test_no_tensor_grows_with_the_square_of_the_length(case: str) -> None:
     """At most the scores of a short piece, or of a block of queries of a long one."""
     layer = Layer(0, 0.3, 64 * (case == "window"), 64 * (case == "chunk"))
     length, H = 8192, 2
     lengths = [700] * (length // 700) + [length % 700] if case == "documents" else [length]
-    q, k, v = (torch.randn(length, heads, 8, requires_grad=True) for heads in (H, 1, 1))
+    shapes = (H, 8), (1, 8), (1, 5 if case == "MLA" else 8)
+    q, k, v = (torch.randn(length, *shape, requires_grad=True) for shape in shapes)
     sinks = torch.randn(H, requires_grad=True) if case == "sinks" else None
     with Largest() as largest:
         core = DocumentAttention(positions_of([lengths]))
