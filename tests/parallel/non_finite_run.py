@@ -1,8 +1,8 @@
-"""Behavior of a step with numbers out of range: `torchrun non_finite_run.py FOLDER`.
+"""Behavior of a step with numbers out of range: `torchrun non_finite_run.py FOLDER [all]`.
 
-Every parameter of several models gets one bad value, in the last shard of the last rank that has
-one. Writes `FOLDER/faults.json`, an empty list if every rank stopped with the right error and no
-state changed.
+A parameter of every kind of several models, or all of them, gets one bad value, in the last shard
+of the last rank that has one. Writes `FOLDER/faults.json`, an empty list if every rank stopped with
+the right error and no state changed.
 """
 
 import json
@@ -41,7 +41,10 @@ class Probe:
     """A run whose next step is bad; collects faults."""
 
     def __init__(self, case: Any, ranks: Ranks) -> None:
-        self.case, self.run, self.faults = case, Run(case.settings(), case.name, ranks), list[str]()
+        settings = case.settings()
+        if case != CASES[0]:  # one microbatch per step
+            settings["train"]["micro_batch"] *= 2
+        self.case, self.run, self.faults = case, Run(settings, case.name, ranks), list[str]()
         self.rank = ranks.rank
 
     def stops(self, line: str, weights_are_good: bool = True) -> None:
@@ -61,9 +64,13 @@ class Probe:
                 self.faults.append(f"{self.case.name}: {line}: {name} changed")
         self.run.optimizer.zero_grad()
 
-    def weights(self) -> None:
-        named = train.step._state(self.run.model).items()
-        for (name, tensor), (value, told) in zip(named, cycle(BAD.items()), strict=False):
+    def weights(self, every: bool) -> None:
+        """every: also parameters whose names differ from another's only in a number."""
+        state = train.step._state(self.run.model)
+        kinds = {re.sub(r"\.\d+\.", ".", name): name for name in state}
+        names = list(state if every else kinds.values())
+        for name, (value, told) in zip(names, cycle(BAD.items()), strict=False):
+            tensor = state[name]
             owners = [r for r, n in enumerate(gather_json(local_of(tensor).numel())) if n]
             if name.endswith("bias_E"):  # every rank has the whole of it
                 owners = owners[-1:]
@@ -126,12 +133,12 @@ class Probe:
             return self.stops(line) if line else self.run.step(1)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, every: bool) -> None:
     ranks = start_ranks(threads=1)
     faults = []
     for case in CASES:
         probe = Probe(case, ranks)
-        probe.weights()
+        probe.weights(every)
         if case == CASES[0]:
             probe.hidden_states()
             probe.losses()
@@ -143,4 +150,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "all" in sys.argv)

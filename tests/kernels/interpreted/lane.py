@@ -32,13 +32,13 @@ if triton.__version__ >= "3.9":  # the interpreter of 3.6 has no fnuz types
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pairwise", action="store_true", help="of every two parameters all values")
+    parser.addoption("--few", action="store_true", help="of every parameter all values")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--pairwise`, keep for each function the fewest items that cover all pairs of values of
-    those that are not slow."""
-    if not config.option.pairwise:
+    """With `--few`, keep for each function few items that have all values of those that are not
+    slow."""
+    if not config.option.few:
         return
     left: dict[str, list[pytest.Function]] = {}
     for item in items:
@@ -46,20 +46,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow"):
             continue
         left.setdefault(item.originalname, []).append(item)
-    items[:] = [item for each in left.values() for item in _pairwise(each)]
+    items[:] = [item for each in left.values() for item in _few(each)]
 
 
-def _pairwise(items: list[pytest.Function]) -> list[pytest.Function]:
-    def pairs(item: pytest.Function) -> set[Any]:
+def _few(items: list[pytest.Function]) -> list[pytest.Function]:
+    """Of those with most missing values the one with most missing pairs of values, until none is
+    missing."""
+
+    def values(item: pytest.Function) -> set[Any]:
         spec = getattr(item, "callspec", None)
-        values = [(key, repr(spec.params[key])) for key in sorted(spec.params)] if spec else [()]
-        return set(itertools.combinations_with_replacement(values, 2))
+        return {(key, repr(value)) for key, value in spec.params.items()} if spec else {()}
 
-    missing, chosen = set().union(*map(pairs, items)), list[pytest.Function]()
+    def pairs(item: pytest.Function) -> set[Any]:
+        return set(itertools.combinations(sorted(values(item)), 2))
+
+    chosen = list[pytest.Function]()
+    missing, unpaired = (set().union(*map(of, items)) for of in (values, pairs))
     while missing:
-        best = max(items, key=lambda item: len(pairs(item) & missing))
+        best = max(items, key=lambda i: (len(values(i) & missing), len(pairs(i) & unpaired)))
         chosen.append(best)
-        missing -= pairs(best)
+        missing -= values(best)
+        unpaired -= pairs(best)
     return chosen
 
 

@@ -1,7 +1,6 @@
-"""Every Triton kernel in Triton's interpreter: `interpreted_*.py` run in separate processes,
+"""Every Triton kernel in Triton's interpreter: `interpreted_*.py` run in a separate process,
 because the interpreter is selected when Triton is imported."""
 
-import ast
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,6 @@ from tests.runs import run
 LANE = ["-p", "tests.kernels.interpreted.lane", "-p", "no:cacheprovider"]
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
-AT_ONCE = 20
-
-
-def parts(file: Path) -> list[list[str]]:
-    """Groups of tests per process, so that each start of the interpreter takes a few seconds."""
-    body = ast.parse(file.read_text()).body
-    names = [f.name for f in body if isinstance(f, ast.FunctionDef) and f.name.startswith("test_")]
-    return [names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
 
 
 def interpret(*words: object, timeout: float = 600) -> None:
@@ -29,16 +20,8 @@ def interpret(*words: object, timeout: float = 600) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("file", "names"),
-    [
-        pytest.param(file, names, id=f"{file.stem}-{i}")
-        for file in FILES
-        for i, names in enumerate(parts(file))
-    ],
-)
-def test_every_two_parameters(file: Path, names: list[str]) -> None:
-    interpret(*[f"{file}::{name}" for name in names], "--pairwise")
+def test_every_value_of_every_parameter() -> None:
+    interpret(*FILES, "--few")
 
 
 @pytest.mark.slow

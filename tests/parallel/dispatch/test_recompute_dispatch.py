@@ -32,11 +32,11 @@ DISPATCHERS: list[Options] = [
     (("chunks", 3),),
     (),
 ]
-# each dispatcher once, keeping nothing, the default and everything; full recomputation with
-# capacity for all rows is in test_mesh_equality.py
+# a repeated pass and two levels, in chunks, keeping everything and nothing; test_mesh_equality.py
+# has the other dispatchers, full recomputation, what is kept by default, and SwiGLU
 FEW = [
-    (SELECTIVE[0], REDONE), (SELECTIVE[7], DISPATCHERS[2]),
-    (OTHERS[2], DISPATCHERS[3]), (OTHERS[3], DISPATCHERS[4]),
+    (SELECTIVE[7], DISPATCHERS[2]),
+    ((*SELECTIVE[0], ("recompute_every", 2)), DISPATCHERS[3]),
 ]  # fmt: skip
 ALL = list(product(SELECTIVE + OTHERS, DISPATCHERS))
 

@@ -237,7 +237,11 @@ def settings_of(case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "cases",
     [
-        [CASES[3], replace(FP8_CASES[4], more=(("zero_stage", 2),)), STAGES[2]],
+        # both recipes, all axes, every stage of ZeRO; an exchange that is kept
+        [Case("fp8-mla", 1, 2, 2, 1, 2, (("zero_stage", 3), ("expert_zero_stage", 2))),
+         Case("glm4", 2, 1, 2, 2, 1, (("zero_stage", 1), *CASES[3].more[1:]))],
+        pytest.param([CASES[3], replace(FP8_CASES[4], more=(("zero_stage", 2),)), STAGES[2]],
+                     marks=pytest.mark.slow),
         pytest.param([CASES[5], STAGES[0], STAGES[1], STAGES[3]], marks=pytest.mark.slow),
         pytest.param([*CASES[:3], CASES[4]], marks=pytest.mark.slow),
         pytest.param(FP8_CASES, marks=pytest.mark.slow),

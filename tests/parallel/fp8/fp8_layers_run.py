@@ -185,7 +185,7 @@ class Bench:
         found += _far("gradient", got.grad_x_TD, right.grad_x_TD[self.own])
         if not isinstance(self.model.get_submodule(name), MoE):
             found += self._operands(name, got.operands, right.operands)
-        found += self._weights(name, got)
+        found += self._weights(name, got, right)
         exact = self.run_layer(self.exact, name, all_tokens, all_tokens).weights
         for key, grad in got.weights.items():
             if "router" not in key:
@@ -206,8 +206,9 @@ class Bench:
             found.append("other rows are multiplied than came")
         return found
 
-    def _weights(self, name: str, got: Result) -> list[str]:
-        """Compare with one process that is given the same groups of tokens, one after another."""
+    def _weights(self, name: str, got: Result, right: Result) -> list[str]:
+        """Compare with one process that is given the same groups of tokens, one after another.
+        right: its result for all tokens as one group."""
         d, found, dispatch = self.run.mesh.parallel_dims, [], self.run.config.parallel.dispatch
         # another order of an expert's rows, or a second quantization, gives other scales
         ordered = dispatch.chunks == 1 and dispatch.kind != "hierarchical"
@@ -216,7 +217,7 @@ class Bench:
         for parts in {d.data_ranks, d.dp_replicate * d.efsdp}:
             sums[parts] = defaultdict(lambda: torch.zeros(()))
             for part in self.split(parts):
-                one = self.run_layer(self.plain, name, part, part)
+                one = right if parts == 1 else self.run_layer(self.plain, name, part, part)
                 for key, grad in one.weights.items():
                     sums[parts][key] = sums[parts][key] + grad
         for key, grad in got.weights.items():

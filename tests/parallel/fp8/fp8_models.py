@@ -86,6 +86,11 @@ SAME: tuple[dict[str, Any], ...] = (
     {"reshard_after_forward": False, "prefetch": 0}, {"zero_stage": 2},
 )  # fmt: skip
 """Settings of `[parallel]` that must not change a bit."""
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {}, {"recompute": "full", "zero_stage": 2},
+    {"recompute": "selective", "reshard_after_forward": False, "prefetch": 0}, SAME[3],
+)  # fmt: skip
+"""All of them in fewer runs."""
 LAYERS = {
     1: [Case("gqa"), Case("mla", fp8={"power_of_two": True}), Case("odd"), Case("biased")],
     2: [

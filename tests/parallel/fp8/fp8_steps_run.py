@@ -1,6 +1,7 @@
 """Training steps in FP8 that must have the same bits, and AdamW on shards with bf16 moments.
 
-`torchrun fp8_steps_run.py FOLDER` writes `FOLDER/faults.json`, an empty list if there are none.
+`torchrun fp8_steps_run.py FOLDER FIRST EVERY [together]` writes `FOLDER/faults.json`, an empty
+list if there are none.
 """
 
 import json
@@ -31,11 +32,10 @@ def trained(case: fp8_models.Case, ranks: Ranks) -> dict[str, Tensor]:
 
 def changed(case: fp8_models.Case, ranks: Ranks) -> list[str]:
     """Differences from the run with default settings."""
-    runs = [
-        trained(replace(case, parallel=case.parallel | more), ranks) for more in fp8_models.SAME
-    ]
+    same = fp8_models.TOGETHER if "together" in sys.argv else fp8_models.SAME
+    runs = [trained(replace(case, parallel=case.parallel | more), ranks) for more in same]
     return [
-        f"{fp8_models.SAME[i]}: {name}"
+        f"{same[i]}: {name}"
         for i, run in enumerate(runs)
         for name in run
         if not torch.equal(run[name], runs[0][name])

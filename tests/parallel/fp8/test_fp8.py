@@ -32,7 +32,7 @@ FP8 = "--precision.recipe=fp8_blockwise"
 
 
 def faults(script: str, ranks: int, part: str, folder: Path) -> list[str]:
-    """part: "i/n" selects every n-th case, starting with the i-th."""
+    """part: "i/n" selects every n-th case, starting with the i-th; more words follow."""
     path = f"tests/parallel/fp8/{script}.py"
     run(path, folder, *part.split("/"), ranks=ranks, timeout=600)
     found: list[str] = json.loads((folder / "faults.json").read_text())
@@ -46,13 +46,13 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "part"),
     [
-        (1, "0/1"),
-        pytest.param(2, "0/1", marks=SLOW),
-        pytest.param(4, "0/3", marks=SLOW),
-        (4, "1/3"),
-        pytest.param(4, "2/3", marks=SLOW),
+        (1, "0/2"),  # widths that are no multiple of a block; weights not quantized again
+        (2, "1/2"),  # each rank's experts, both orders of a weight; MLA, powers of two
+        (4, "5/6"),  # shards of the parts of tp and etp
+        *(pytest.param(*few, marks=SLOW)
+          for few in [(1, "1/2"), (2, "0/2"), (4, "0/3"), (4, "1/3"), (4, "2/3")]),
     ],
-)
+)  # fmt: skip
 def test_gathered_weights_are_the_quantised_masters(ranks: int, part: str, tmp_path: Path) -> None:
     assert not faults("fp8_weights_run", ranks, part, tmp_path)
 
@@ -72,14 +72,15 @@ def test_layers_multiply_the_same_on_every_mesh(ranks: int, part: str, tmp_path:
 @pytest.mark.parametrize(
     ("ranks", "part"),
     [
-        (2, "0/3"),
+        (2, "0/3/together"),
         *(
             pytest.param(ranks, part, marks=SLOW)
-            for ranks, part in [(2, "1/3"), (2, "2/3"), (4, "0/1")]
+            for ranks, part in [(2, "0/3"), (2, "1/3"), (2, "2/3"), (4, "0/1")]
         ),
     ],
 )
 def test_recomputation_and_resharding_change_no_bit(ranks: int, part: str, tmp_path: Path) -> None:
+    """By default several settings at once."""
     assert not faults("fp8_steps_run", ranks, part, tmp_path)
 
 

@@ -1,8 +1,8 @@
-"""Trains two steps on a mesh and saves, or loads the checkpoint of another mesh; then trains one
-more step.
+"""Trains a step on a mesh and saves, or loads the checkpoint of another mesh; then trains one more
+step.
 
 `[torchrun] checkpoint_run.py FOLDER CASES.json`. Each case writes `FOLDER/NAME.safetensors`: the
-whole state before the third step, and the loss, gradient norm and weights after it.
+whole state before the second step, and the loss, gradient norm and weights after it.
 """
 
 import json
@@ -73,11 +73,11 @@ def run_case(folder: Path, case: dict[str, Any], ranks: Ranks) -> None:
         manifest = checkpoint.read_manifest(checkpoint.find(folder / case["load"]))
         checkpoint.load(manifest, run.state())
     else:
-        run.step(1), run.step(2)
-        root, facts = folder / case["name"], {"step": 2}
+        run.step(1)
+        root, facts = folder / case["name"], {"step": 1}
         checkpoint.save(root, run.state(), facts, flatten(run.config), None, ranks)
     record = wholes({f"before/{name}": tensor for name, tensor in run.state().items()})
-    done = run.step(3)
+    done = run.step(2)
     record["curve"] = torch.tensor([done.loss, done.grad_norm])
     record |= wholes({f"after/{name}": p for name, p in run.model.named_parameters()})
     if ranks.is_first:
