@@ -86,7 +86,7 @@ def check(root: Path, steps: list[int]) -> None:
 
 
 EVERY_TENTH = [
-    pytest.param(percent, False, marks=() if percent in (0, 50, 100) else pytest.mark.slow)
+    pytest.param(percent, False, marks=() if percent in (0, 100) else pytest.mark.slow)
     for percent in range(0, 101, 10)
 ]
 """Per cent of a save that has room; whether the free space is read before it is written."""

@@ -40,7 +40,7 @@ mount = "{mount}"
 checkout = "{root}"
 """
 PYTHON = """#!/bin/bash
-exec {python} -c '
+exec {python} -S -c '
 import json, os, sys
 print(json.dumps([sys.argv[1:], dict(os.environ)]))
 {body}

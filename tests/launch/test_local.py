@@ -22,13 +22,10 @@ def start(*words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.long
+@pytest.mark.slow  # tests/faults/test_faults.py ends with the same
 @pytest.mark.parametrize(
     ("ranks", "stop"),
-    [
-        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow, id="one"),
-        pytest.param(2, signal.SIGUSR1, id="two"),
-    ],
+    [pytest.param(1, signal.SIGTERM, id="one"), pytest.param(2, signal.SIGUSR1, id="two")],
 )
 def test_a_stopped_training_ends_with_75_and_continues(
     ranks: int, stop: signal.Signals, overrides: list[str], tmp_path: Path

@@ -27,7 +27,7 @@ export SLURM_NODEID=0
 exec "$@"
 """
 PYTHON = """#!/bin/bash
-exec {python} -c '
+exec {python} -S -c '
 import json, os, signal, sys
 open(os.environ["FOUND"], "a").write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")
 {body}

@@ -2,6 +2,7 @@
 pre-emption, end of time, a killed node, cancellation and refusals. The curve of each run equals
 that of an uninterrupted one bit for bit."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,11 +13,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from launch import slurm
 from launch.run_folder import records
 from tests.launch import slurm_cluster
 from tests.launch.slurm_cluster import SlurmCluster
@@ -60,13 +65,17 @@ class Run:
         self.site.write_text(SITE)
 
     def launch(self, *words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "launch.slurm", *words],
-            cwd=ROOT, env=environment() | self.cluster.env, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == code, done.stdout + done.stderr
-        assert code == 0 or done.stderr.count("\n") == 1, done.stderr
-        return done.stdout + done.stderr
+        """What the command prints; in this process, because there are many of them."""
+        out, errors = StringIO(), StringIO()
+        with (
+            mock.patch.dict(os.environ, environment() | self.cluster.env, clear=True),
+            contextlib.chdir(ROOT), redirect_stdout(out), redirect_stderr(errors),
+        ):  # fmt: skip
+            found = slurm.main([*words])
+        said = out.getvalue() + errors.getvalue()
+        assert found == code, said
+        assert code == 0 or errors.getvalue().count("\n") == 1, said
+        return said
 
     def submit(self, *options: str, nodes: int = 2, code: int = 0) -> list[str]:
         said = self.launch(
@@ -205,10 +214,12 @@ def test_a_rank_that_dies_is_restarted_in_the_same_job_and_its_node_is_named(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cancelled_run_saves_and_resumes_and_refusals_are_one_line(
-    job: Run, tmp_path: Path
+    resumes: bool, job: Run, tmp_path: Path
 ) -> None:
-    """The short form, which continuous integration runs; the others are slow."""
+    """The short form, which continuous integration runs; the others are slow. By default a
+    resumed job is only queued, behind another."""
     expected = "error: sbatch refused: "
     assert expected in job.submit("--partition=absent", code=2)[0]
     too_many = job.submit("--train.global_batch=16", nodes=4, code=2)[0]
@@ -222,11 +233,18 @@ def test_a_cancelled_run_saves_and_resumes_and_refusals_are_one_line(
     job.cancel(first)
     stopped = job.saved()
     assert re.search(rf"saved \S*step-{stopped:08}", job.logs()), job.logs()
+    if not resumes:
+        other = job.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "--wrap", "sleep 600",
+                                "--output=/dev/null", "--parsable").strip()  # fmt: skip
+        job.cluster.wait(lambda: job.cluster.state(other) == "RUNNING", "the other job")
     said = job.launch("resume", str(job.folder))
     second = re.search(r"^job (\d+)$", said, re.MULTILINE)
     assert second and second[1] != first
-    job.wait_for_step(stopped + 5)
-    assert job.starts() == 2
+    if resumes:
+        job.wait_for_step(stopped + 5)
+        assert job.starts() == 2
+    else:
+        assert job.cluster.state(second[1]) == "PENDING"
     job.cancel(second[1])
     job.check_curve(tmp_path)
 

@@ -15,6 +15,7 @@ import torch
 from kernels.gemm import gemm_fp8
 from scripts.gpu_suite import gemm, harness, sanitizer
 from scripts.gpu_suite.harness import Check, Place, Timing, measure
+from scripts.gpu_suite.runner.section import Section
 from scripts.gpu_suite.sections import SECTIONS
 from tests import forks
 from tests.runs import ROOT, run
@@ -45,20 +46,30 @@ def suite(*arguments: object, code: int = 0, env: dict[str, str] | None = None) 
     return done.stdout + done.stderr
 
 
+FEW = ["gluon", "gemm", "attention", "sanitizer"]
+"""Sections with everything that a run has; `test_every_section_begins` has the others."""
+ALL = [section.name for section in SECTIONS]
+
+
 @pytest.mark.long
-def test_a_dry_run_walks_all_of_it_on_a_bare_machine(tmp_path: Path) -> None:
-    """All checks and times of all sections, also the training step, the server's step and a tool
-    that observes the barriers, here a program that finds nothing."""
+@pytest.mark.parametrize(
+    "names", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_a_dry_run_walks_all_of_it_on_a_bare_machine(names: list[str], tmp_path: Path) -> None:
+    """All checks and times of sections, of all also the training step and the server's step; and a
+    tool that observes the barriers, here a program that finds nothing."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 0 errors'\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     path = tmp_path / "results.json"
     path_of_tools = f"{tmp_path}:{os.environ['PATH']}"
-    printed = suite("--dry-run", "--json", path, "--minutes", 9, env={"PATH": path_of_tools})
+    words = ["--dry-run", "--json", path, "--minutes", 9, "--sections", *names]
+    printed = suite(*words, env={"PATH": path_of_tools})
     report = json.loads(path.read_text())
     assert report["device"] == "CPU, dry run" and report["torch"] == torch.__version__
     assert set(report["attention"].values()) <= {"MATH", "FLASH_ATTENTION"}
-    for section in SECTIONS:
+    assert [*report["sections"]] == names
+    for section in (section for section in SECTIONS if section.name in names):
         found = report["sections"][section.name]
         assert len(found["checks"]) > 1, section.name
         assert found["check"]["state"] == found["measure"]["state"] == "complete", found
@@ -71,6 +82,15 @@ def test_a_dry_run_walks_all_of_it_on_a_bare_machine(tmp_path: Path) -> None:
     last = printed[printed.index("== CPU") :].splitlines()
     assert "Times are invented" in last[1] and len(last) < 40
     assert last[-1].endswith("checks passed") and "FAILED" not in printed
+
+
+@pytest.mark.parametrize(
+    "section", [s for s in SECTIONS if s.name not in FEW], ids=lambda s: s.name
+)
+def test_every_section_begins(section: Section) -> None:
+    """The first check and the first time of each."""
+    assert next(section.check(CPU)).passed
+    assert next(section.measure(CPU)).milliseconds
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

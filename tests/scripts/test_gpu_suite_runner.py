@@ -109,7 +109,7 @@ def test_a_section_that_breaks_ends_alone(
         path,
         Section("crash", passing, breaking(crash), shares=2),
         Section("signal", passing, breaking(die, 2), shares=0),
-        Section("hang", passing, breaking(hang), measure_s=4, shares=0),
+        Section("hang", passing, breaking(hang), measure_s=2.5, shares=0),
         Section("wrong", lambda _: iter([Check("off", float("nan"), 1.0)]), rows(9.0), shares=0),
         Section("no checks", breaking(die, 0), rows(5.0), shares=0),
         Section("good", passing, rows(2.0, 4.0), shares=2),

@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 import torch
 import uvicorn
@@ -35,6 +34,9 @@ from serve.frontend.thread import EngineThread
 from serve.grammar import processes
 from tests.serve.drive import assert_no_page_lost
 from tests.serve.forked_child import launch_worker
+
+if TYPE_CHECKING:
+    import openai  # takes a second, which only the tests with a client need
 
 VOCAB = 320
 TOKENS = 300
@@ -244,7 +246,9 @@ def small_server(export: Export) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+def client(server: RunningServer) -> Iterator["openai.OpenAI"]:
     """OpenAI's client of the module's `server`."""
+    import openai
+
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
         yield made

@@ -6,15 +6,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 from tokenizers import Tokenizer
 
 from tests.serve.conftest import GreedyReference, RunningServer
 from tests.serve.drive import slow_down
+
+if TYPE_CHECKING:
+    import openai  # takes a second, which only the tests with a client need
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
@@ -25,14 +27,14 @@ def http(server: RunningServer) -> Iterator[httpx.Client]:
         yield made
 
 
-def test_health_and_models(http: httpx.Client, client: openai.OpenAI) -> None:
+def test_health_and_models(http: httpx.Client, client: "openai.OpenAI") -> None:
     assert http.get("/health").json() == {"status": "ok"}
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
 
 
 def test_openai_client_completes_greedily(
-    client: openai.OpenAI, tokenizer: Tokenizer, greedy_reference: GreedyReference
+    client: "openai.OpenAI", tokenizer: Tokenizer, greedy_reference: GreedyReference
 ) -> None:
     prompt = "def add(a, b):"
     tokens = greedy_reference(tokenizer.encode(prompt).ids, 32)
@@ -56,7 +58,7 @@ def test_openai_client_completes_greedily(
         {"prompt": [[5, 6, 7], [8, 9]], "logprobs": 0, "temperature": 0.0},
     ],
 )
-def test_streaming_equals_not_streaming(client: openai.OpenAI, extra: dict[str, Any]) -> None:
+def test_streaming_equals_not_streaming(client: "openai.OpenAI", extra: dict[str, Any]) -> None:
     call = {"model": "tiny", "prompt": "日本語 🙂", "max_tokens": 24, "temperature": 0.0, **extra}
     whole = client.completions.create(**call)
     pieces = list(
@@ -78,7 +80,7 @@ def test_streaming_equals_not_streaming(client: openai.OpenAI, extra: dict[str, 
             assert values[1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-4)
 
 
-def test_choices_of_a_seed_differ_and_repeat(client: openai.OpenAI) -> None:
+def test_choices_of_a_seed_differ_and_repeat(client: "openai.OpenAI") -> None:
     call: dict[str, Any] = {"model": "tiny", "prompt": "A", "max_tokens": 20, "n": 4, "seed": 3}
     first, second = (client.completions.create(**call) for _ in range(2))
     texts = [choice.text for choice in first.choices]

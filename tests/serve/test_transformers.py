@@ -18,17 +18,21 @@ from tests.models.hf.transformers_peer import SEVEN, transformers
 N_NEW = 20
 
 
-def their_greedy(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """The tokens that `generate` adds, and the log-probabilities from which it chose them, `[n,
-    V]`."""
+def their_greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
+    """For each prompt the tokens that `generate` adds, and the log-probabilities from which it
+    chose them, `[n, V]`."""
     model = transformers().AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    found = model.eval().generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=N_NEW, min_new_tokens=N_NEW,
-        output_logits=True, return_dict_in_generate=True, pad_token_id=0,
-    )  # fmt: skip
-    return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits).log_softmax(-1)
+    each = []
+    for prompt in prompts:
+        found = model.eval().generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=N_NEW, min_new_tokens=N_NEW,
+            output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        tokens = found.sequences[0, len(prompt) :].tolist()
+        each.append((tokens, torch.cat(found.logits).log_softmax(-1)))
+    return each
 
 
 def our_greedy(
@@ -65,7 +69,7 @@ def test_generates_what_transformers_generates(name: str, tmp_path: Path) -> Non
     model = FAMILIES[name]
     write(random_decoder(model), tmp_path)
     prompts = [[rng.randrange(1, 96) for _ in range(n)] for n in (5, 31)]
-    expected = [their_greedy(tmp_path, prompt) for prompt in prompts]
+    expected = their_greedy(tmp_path, prompts)
     for absorbed in (False, True) if model.attention.kind == "mla" else (False,):
         for (ours, scores), (theirs, their_scores) in zip(
             our_greedy(tmp_path, prompts, absorbed), expected, strict=True

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 from tokenizers import Tokenizer
 
 from tests.serve.conftest import RunningServer
+
+if TYPE_CHECKING:
+    import openai  # takes a second, which only the tests with a client need
 
 Greedy = Callable[[Sequence[int], int], list[int]]
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -44,7 +46,7 @@ def rendered(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], tail: str =
     ],
 )
 def test_chat_equals_the_model_on_the_rendered_text(
-    client: openai.OpenAI, tokenizer: Tokenizer, greedy_reference: Greedy, messages: list[Any]
+    client: "openai.OpenAI", tokenizer: Tokenizer, greedy_reference: Greedy, messages: list[Any]
 ) -> None:
     turns = []
     for one in messages:
@@ -73,7 +75,7 @@ def test_chat_equals_the_model_on_the_rendered_text(
         {"extra_body": {"return_token_ids": True, "ignore_eos": True}, "stop": ["zz"], "n": 2},
     ],
 )
-def test_streams_equal_whole_answers(client: openai.OpenAI, extra: dict[str, Any]) -> None:
+def test_streams_equal_whole_answers(client: "openai.OpenAI", extra: dict[str, Any]) -> None:
     call: dict[str, Any] = {
         "model": "tiny",
         "messages": HELLO,
@@ -101,7 +103,7 @@ def test_streams_equal_whole_answers(client: openai.OpenAI, extra: dict[str, Any
             assert ids == choice.token_ids and len(ids) == 30
 
 
-def test_logprobs_have_bytes_and_the_sampled_token(client: openai.OpenAI) -> None:
+def test_logprobs_have_bytes_and_the_sampled_token(client: "openai.OpenAI") -> None:
     found = client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=40, seed=2, logprobs=True, top_logprobs=2,
         extra_body={"ignore_eos": True, "skip_special_tokens": False},
@@ -116,12 +118,12 @@ def test_logprobs_have_bytes_and_the_sampled_token(client: openai.OpenAI) -> Non
         assert 2 <= len(entry.top_logprobs) <= 3
 
 
-def test_answers_fill_the_context_by_default(client: openai.OpenAI) -> None:
+def test_answers_fill_the_context_by_default(client: "openai.OpenAI") -> None:
     found = client.chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
     assert found.usage is not None and found.usage.total_tokens == 192
 
 
-def test_variables_of_the_template(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+def test_variables_of_the_template(client: "openai.OpenAI", tokenizer: Tokenizer) -> None:
     found = client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=1,
         extra_body={"chat_template_kwargs": {"tag": "<|endoftext|>!"}},

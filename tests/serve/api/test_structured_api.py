@@ -3,11 +3,10 @@
 import json
 import random
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import jsonschema
-import openai
 import pytest
 
 from serve.api.tools import MessageParser
@@ -15,6 +14,9 @@ from serve.tool_calls.forms import HERMES
 from serve.tool_calls.structure import Tool
 from tests.serve.conftest import RunningServer
 from tests.serve.grammar.conftest import PERSON
+
+if TYPE_CHECKING:
+    import openai  # takes a second, which only the tests with a client need
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
@@ -26,7 +28,7 @@ TOOLS: Any = [
 ]  # fmt: skip
 
 
-def test_response_format(client: openai.OpenAI) -> None:
+def test_response_format(client: "openai.OpenAI") -> None:
     options: Any = {"model": "tiny", "messages": HELLO, "seed": 3, "response_format": FORMAT}
     whole = client.chat.completions.create(**options, n=2, max_tokens=120)
     for choice in whole.choices:
@@ -39,7 +41,7 @@ def test_response_format(client: openai.OpenAI) -> None:
     assert pieces == [choice.message.content for choice in whole.choices]
 
 
-def test_json_object(client: openai.OpenAI) -> None:
+def test_json_object(client: "openai.OpenAI") -> None:
     found = client.chat.completions.create(
         model="tiny", messages=HELLO, seed=3, response_format={"type": "json_object"}, n=8,
         max_tokens=120,
@@ -122,7 +124,7 @@ def test_refused(server: RunningServer, path: str, fields: dict[str, Any]) -> No
         ({"type": "function", "function": {"name": "add"}}, "stop"),
     ],
 )
-def test_tools(client: openai.OpenAI, choice: Any, reason: str) -> None:
+def test_tools(client: "openai.OpenAI", choice: Any, reason: str) -> None:
     options: Any = {
         "model": "tiny", "messages": HELLO, "tools": TOOLS, "tool_choice": choice, "seed": 1,
         "max_tokens": 110, "parallel_tool_calls": False,
@@ -151,7 +153,7 @@ def test_tools(client: openai.OpenAI, choice: Any, reason: str) -> None:
     assert len(ids) == 1 and ids[0].startswith("call_")
 
 
-def test_tools_that_need_not_be_called(client: openai.OpenAI) -> None:
+def test_tools_that_need_not_be_called(client: "openai.OpenAI") -> None:
     """`auto` leaves the text to the model; `none` is as without tools."""
     options: Any = {"model": "tiny", "messages": HELLO, "tools": TOOLS, "seed": 1, "max_tokens": 40}
     for choice in ("auto", "none"):

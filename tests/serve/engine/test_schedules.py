@@ -50,11 +50,14 @@ def test_many_requests(n: int, cache: str, window: int, overlap: str) -> None:
 @pytest.mark.parametrize(
     ("seed", "overlap"),
     [
-        pytest.param(seed, overlap, marks=[pytest.mark.slow] * ((seed + (overlap == "on")) % 2))
+        pytest.param(
+            seed, overlap,
+            marks=[] if (seed, overlap) in ((0, "off"), (1, "on"), (3, "on")) else pytest.mark.slow,
+        )
         for seed in range(4)
         for overlap in ("off", "on")
     ],
-)
+)  # fmt: skip
 def test_random_sizes(seed: int, overlap: str) -> None:
     rng = random.Random(seed)
     core = make_core(

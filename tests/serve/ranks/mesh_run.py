@@ -39,7 +39,7 @@ from tests.serve.test_runner import Sequence, random_sequences, run_in_random_st
 from train.build import shard_model
 
 _DRAW = random.Random(0)
-TOKENS = [[_DRAW.randrange(90) for _ in range(n)] for n in (1, 7, 33, 61)]
+TOKENS = [[_DRAW.randrange(90) for _ in range(n)] for n in (1, 7, 19, 37)]
 OPTIONS = EngineOptions(
     kv_tokens=512, page_size=8, max_running=3, max_batch_tokens=20, routed_experts=True
 )
@@ -99,7 +99,7 @@ def answers(server: Server) -> list[dict[str, Any]]:
         follow(server.export, OPTIONS)
         return []
     core = EngineCore(server.export, OPTIONS)
-    params = greedy(12, logprobs=3, prompt_logprobs=2, return_routed_experts=True)
+    params = greedy(8, logprobs=3, prompt_logprobs=2, return_routed_experts=True)
     done = complete(core, PROMPTS, params)
     core.close()
     return [

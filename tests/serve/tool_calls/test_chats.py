@@ -3,10 +3,9 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
-import openai
 import pytest
 from tokenizers import Tokenizer
 
@@ -14,6 +13,9 @@ from serve.engine.core import EngineCore, EngineOptions
 from serve.engine.loading import open_export
 from serve.frontend.chat import ChatTemplate
 from tests.serve.conftest import run_server
+
+if TYPE_CHECKING:
+    import openai  # takes a second, which only the tests with a client need
 
 pytestmark = pytest.mark.slow
 MARKS = ["[TOOL_CALLS]", "[ARGS]", "<think>", "</think>", "<|start|>", "<|end|>", "<|channel|>",
@@ -43,7 +45,9 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(scope="module", params=[MISTRAL, HARMONY], ids=["mistral", "harmony"])
 def client(
     request: pytest.FixtureRequest, export_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[openai.OpenAI]:
+) -> Iterator["openai.OpenAI"]:
+    import openai
+
     folder = tmp_path_factory.mktemp("marked")
     for path in export_folder.iterdir():
         (folder / path.name).hardlink_to(path)
@@ -56,7 +60,7 @@ def client(
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def streamed(client: openai.OpenAI, options: dict[str, Any]) -> list[dict[str, Any]]:
+def streamed(client: "openai.OpenAI", options: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages that the deltas add up to."""
     found: list[dict[str, Any]] = [{"content": "", "reasoning": "", "calls": []} for _ in range(2)]
     for chunk in client.chat.completions.create(**options, stream=True):
@@ -74,7 +78,7 @@ def streamed(client: openai.OpenAI, options: dict[str, Any]) -> list[dict[str, A
 
 
 @pytest.mark.parametrize("choice", ["required", "auto"])
-def test_calls(client: openai.OpenAI, choice: Any) -> None:
+def test_calls(client: "openai.OpenAI", choice: Any) -> None:
     # a random model does not end its reasoning by itself
     end = {"logit_bias": {"303": 100, "305": 100}} if choice != "auto" else {}
     options = OPTIONS | {"tool_choice": choice} | end
@@ -95,7 +99,7 @@ def test_calls(client: openai.OpenAI, choice: Any) -> None:
     assert choice == "auto" or any(own["calls"] for own in messages)
 
 
-def test_a_grammar_follows_the_reasoning(client: openai.OpenAI) -> None:
+def test_a_grammar_follows_the_reasoning(client: "openai.OpenAI") -> None:
     options = {key: value for key, value in OPTIONS.items() if key != "tools"}
     options["logit_bias"] = {"303": 100, "305": 100}
     options["extra_body"] = {"guided_choice": ["red", "green"]}
@@ -108,7 +112,7 @@ def test_a_grammar_follows_the_reasoning(client: openai.OpenAI) -> None:
             assert (one.message.content or "").endswith(("red", "green"))
 
 
-def test_an_earlier_call_is_text_of_the_template(client: openai.OpenAI) -> None:
+def test_an_earlier_call_is_text_of_the_template(client: "openai.OpenAI") -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
     messages: Any = [
         {"role": "user", "content": "x"},

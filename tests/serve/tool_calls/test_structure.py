@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +33,16 @@ def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
     marks = [AddedToken(mark, special=request.param, normalized=False) for mark in MARKS]
     (tokenizer.add_special_tokens if request.param else tokenizer.add_tokens)(marks)
     return make_vocabulary(tokenizer, {256}, tokenizer.get_vocab_size())
+
+
+def alternating(names: Iterable[str]) -> list[Any]:
+    """Every form with one vocabulary by default, its neighbor with the other."""
+    return [
+        pytest.param(special, name, id=f"{name}-{'special' if special else 'text'}",
+                     marks=[pytest.mark.slow] * ((place + special) % 2))
+        for place, name in enumerate(names)
+        for special in (False, True)
+    ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +89,7 @@ def structure(vocabulary: Vocabulary, name: str, thinks: bool) -> Structure:
     return Structure(FORMS[name], special, frozenset({256}), thinks)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("vocabulary", "name"), alternating(FORMS), indirect=["vocabulary"])
 def test_what_templates_write_is_allowed(vocabulary: Vocabulary, name: str) -> None:
     made, written = structure(vocabulary, name, name != "harmony"), WRITTEN[name]
     thought = REASONING.get(name, "<think>\nWell < so.\n</think>\n\n")
@@ -99,7 +109,11 @@ def test_what_templates_write_is_allowed(vocabulary: Vocabulary, name: str) -> N
     assert not allows(vocabulary, required, written.replace("add", "sub"))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in SINGLE])
+@pytest.mark.parametrize(
+    ("vocabulary", "name"),
+    alternating(name for name in FORMS if name not in SINGLE),
+    indirect=["vocabulary"],
+)
 def test_one_call(vocabulary: Vocabulary, name: str) -> None:
     form, made = FORMS[name], structure(vocabulary, name, True)
     one = form.opens + form.write("stop", {}, "abcdefgh1") + form.end
