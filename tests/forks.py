@@ -38,8 +38,9 @@ OURS = (
     "tests.parallel.mesh.checkpoint_run", "tests.serve.ranks.mesh_run", "train.check",
     "train.trainer", "scripts.validate", "serve.generate", "serve.api.app",
     # modules that these import lazily, and those of their dependencies
-    "torch._dynamo", "torch.utils.tensorboard", "tests.without_pictures", "numpy.ma", "numpy.ctypeslib",
-    "torch.profiler", "torch.distributed._tools.fsdp2_mem_tracker", "encodings.idna", "tomli", "tomli_w",
+    "torch._dynamo", "torch.utils.tensorboard", "tests.without_pictures", "torch.profiler",
+    "torch.distributed._tools.fsdp2_mem_tracker", "numpy.ma", "numpy.ctypeslib", "encodings.idna",
+    "tomli", "tomli_w",
     "train.process.log_streams", "train.process.deterministic", "train.report.event_file",
 )  # fmt: skip
 _FAMILIES = "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "llama4", "mixtral", "qwen3_moe"
