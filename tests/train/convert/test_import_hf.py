@@ -58,7 +58,6 @@ for layout in ("published", "fused"):
     )
 """
 
-
 BF16 = {"deepseek-v3-mtp", "gpt-oss", "llama4"}
 """Families whose bf16 folder is imported by default: experts one by one and fused, an fp32 bias."""
 
@@ -128,15 +127,10 @@ def test_import_of_an_export_is_the_checkpoint(name: str, tmp_path: Path, tokeni
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        pytest.param(
-            name, dtype, marks=[pytest.mark.slow] if dtype == torch.bfloat16 and name not in BF16
-            else [],
-        )
-        for name in FAMILIES for dtype in (torch.float32, torch.bfloat16)
-    ],
+    [(name, torch.float32) for name in FAMILIES]
+    + [pytest.param(n, torch.bfloat16, marks=[pytest.mark.slow][n in BF16 :]) for n in FAMILIES],
     ids=str,
-)  # fmt: skip
+)
 def test_export_of_an_import_is_the_folder(
     name: str, dtype: torch.dtype, tmp_path: Path, tokenizer: Path
 ) -> None:
