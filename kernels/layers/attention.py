@@ -67,8 +67,11 @@ def _flash_attention(
     """`document_attention` by torch's flash kernel for a CPU. It requires heads of one width:
     otherwise torch would store all scores."""
     C, V = q_BHLC.shape[3], v_BGLV.shape[3]
-    q, k, v = (F.pad(x, (0, max(C, V) - x.shape[3])) for x in (q_BHLC, k_BGLC, v_BGLV))
-    return document_attention_reference(q, k, v, mask_BLL, scale)[..., :V]
+    if C < V:
+        q_BHLC, k_BGLC = (F.pad(x, (0, V - C)) for x in (q_BHLC, k_BGLC))
+    elif V < C:
+        v_BGLV = F.pad(v_BGLV, (0, C - V))
+    return document_attention_reference(q_BHLC, k_BGLC, v_BGLV, mask_BLL, scale)[..., :V]
 
 
 def document_attention_reference(
