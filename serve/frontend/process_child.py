@@ -200,5 +200,5 @@ def main(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(EOFError):  # the server ended
+    with suppress(EOFError, BrokenPipeError):  # the server ended
         main(int(sys.argv[1]))

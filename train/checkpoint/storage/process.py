@@ -159,7 +159,11 @@ def main(address: str, descriptor: str = "") -> None:
 
     def work() -> None:
         while True:
-            send(replies, answer(writer, *calls.get()))
+            reply = answer(writer, *calls.get())
+            try:
+                send(replies, reply)
+            except BrokenPipeError:  # the rank was killed, which the main thread may not know yet
+                os._exit(0)
 
     threading.Thread(target=work, daemon=True).start()
     while message := receive(sys.stdin.buffer):
