@@ -1,9 +1,9 @@
 """Causal attention within documents: softmax(scale * q k^T) v, grouped heads, optional sinks.
 
-Plain causal attention on CUDA, and what is differentiated on a CPU, is torch's
-`scaled_dot_product_attention`, if that is the faster one there (`_is_faster_by_torch`); everything
-else is `kernels.layers.attention_cpu`, whose memory is linear in the length. CUDA uses that in fp32
-only: see `kernels.layers.attention_varlen`.
+Plain causal attention on CUDA is torch's `scaled_dot_product_attention`, and so is attention on a
+CPU where its gradients are needed and torch computes them faster (`_is_faster_by_torch`).
+Everything else is `kernels.layers.attention_cpu`, whose memory is linear in the length. CUDA uses
+that in fp32 only: see `kernels.layers.attention_varlen`.
 
 A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453). For torch it is one more key of zeros with the sink as its bias, and a value of
@@ -54,9 +54,9 @@ def _is_faster_by_torch(q_BHLC: Tensor, mask_BLL: Tensor | None) -> bool:
     """Whether torch's flash kernel computes values and gradients faster on a CPU: in fp32, and
     without a mask in long sequences.
 
-    CPU ms in fp32, with gradients, here and there (AMD EPYC with AVX2, one thread, torch 2.13,
-    least of 25): 80 and 41 for 8 sequences of 256, 8 heads of 32, 4 of keys; 72 and 43 with a mask
-    of documents.
+    CPU ms in fp32, with gradients, of `attention_cpu` and of torch (AMD EPYC with AVX2, one thread,
+    torch 2.13, least of 25): 80 and 41 for 8 sequences of 256, 8 heads of 32, 4 of keys; 72 and 43
+    with a mask of documents.
     """
     return q_BHLC.dtype == torch.float32 or (mask_BLL is None and q_BHLC.shape[2] > SHORT)
 

@@ -127,7 +127,7 @@ def token_losses_reference_(
             torch.ops.aten._log_softmax.out(log_tv, 1, False, out=log_tv)
         else:
             log_tv = logits.log_softmax(1)
-        made_t = largest_t - log_tv.amax(1)  # of a logit that is not minus infinity
+        made_t = largest_t - log_tv.amax(1)  # any other logit may be minus infinity
         loss_t = torch.where(here_t, -log_tv.gather(1, index_t1)[:, 0], 0.0)
     else:
         made_t = logsumexp_t.clone()
