@@ -6,13 +6,13 @@ keys that are masked for all queries of the block are left out. At L = 256, C = 
 flash kernel needs 13.6 ms forward and backward; this needs 5.3 (2-core AMD EPYC, one thread, torch
 2.13). Scores and softmax are fp32; probabilities are rounded to the operands' dtype for the second
 product and kept for backward; for long sequences backward computes them again, block by block, so
-memory is linear in L. Without a window and sinks, gradients of long sequences, and all in fp32, are faster in torch's
-flash kernel (FlashAttention, arXiv:2205.14135), which requires its own forward pass (8 heads of 64,
-L = 1024: 50 ms against 84 here).
+memory is linear in L. Without a window and sinks, gradients of long sequences, and in fp32 of all,
+are faster in torch's flash kernel (FlashAttention, arXiv:2205.14135), which requires its own
+forward pass (8 heads of 64, L = 1024: 50 ms against 84 here).
 
 A query's output has the same bits for any later tokens in its sequence and any number of queries
 that are computed together, so a server that computes one token at a time has the results of
-training. This requires: a number of keys that is a multiple of 16 (torch's softmax sums 16 columns
+evaluation. This requires: a number of keys that is a multiple of 16 (torch's softmax sums 16 columns
 at a time, masked columns add exact zeros); at least 16 queries per product; and, in dtypes other
 than bf16, sums over at most 128 values at a time, added up in order, since MKL divides longer sums
 by their length.
