@@ -13,9 +13,9 @@ forward pass (8 heads of 64, L = 1024: 50 ms against 84 here).
 A query's output has the same bits for any later tokens in its sequence and any number of queries
 that are computed together, so a server that computes one token at a time has the results of
 evaluation. This requires: a number of keys that is a multiple of 16 (torch's softmax sums 16
-columns at a time, masked columns add exact zeros); at least 16 queries per product; and, in dtypes other
-than bf16, sums over at most 128 values at a time, added up in order, since MKL divides longer sums
-by their length.
+columns at a time, masked columns add exact zeros); at least 16 queries per product; and, in dtypes
+other than bf16, sums over at most 128 values at a time, added up in order, since MKL divides longer
+sums by their length.
 
 A sink is a learned logit per head that the softmax includes and that has no value (GPT-OSS;
 arXiv:2309.17453): the softmax without it is multiplied by 1 / (1 + exp(sink - logsumexp)), where
