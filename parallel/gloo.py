@@ -1,6 +1,8 @@
 """Gloo's groups and a reduce-scatter for them.
 
-Every group has one worker thread, because torch's default of two corrupts the heap.
+Every group has one worker thread, because torch's default of two corrupts the heap. All groups of a
+process share the thread that moves their bytes, because each such thread wakes up 100 times a
+second.
 
 torch 2.13 starts two threads for every gloo group. When one of them has finished an operation it
 writes the operation's name into a string of the group (`lastCompletedWorkName`), without a lock. Up
@@ -27,7 +29,8 @@ SPAN = "gloo reduce-scatter over "
 
 @cache
 def one_thread_per_group() -> None:
-    """Create one worker thread for every gloo group that torch creates from now on.
+    """Create one worker thread for every gloo group that torch creates from now on, and one thread
+    of communication for all of them.
 
     torch passes no options to gloo, so this replaces the constructor of its class.
     """
@@ -38,13 +41,17 @@ def one_thread_per_group() -> None:
         interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")  # as torch reads it
         options = gloo._Options()
         options._threads, options._timeout = 1, timeout
-        options._devices = [
-            gloo.create_device(interface=name) if name else gloo.create_default_device()
-            for name in interfaces.split(",")
-        ]
+        options._devices = [_device(name) for name in interfaces.split(",")]
         made(self, store, rank, size, options)
 
     gloo.__init__ = init
+
+
+@cache
+def _device(interface: str) -> Any:
+    """The device of a network interface, or of this host's address if it is ""."""
+    gloo: Any = dist.ProcessGroupGloo
+    return gloo.create_device(interface=interface) if interface else gloo.create_default_device()
 
 
 class AllToAllReduceScatter:

@@ -48,6 +48,11 @@ def test_a_gloo_group_has_one_worker(found: dict[str, float]) -> None:
     assert found["timeout in seconds"] == 77.0
 
 
+def test_gloo_groups_share_the_thread_of_communication(found: dict[str, float]) -> None:
+    """torch creates one for each group; each wakes up 100 times a second."""
+    assert found["threads of communication"] == 1
+
+
 def test_gloo_uses_the_given_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     run("tests/parallel/gloo_run.py", 1)

@@ -65,6 +65,7 @@ def main(out: Path) -> None:
     found["gloo groups"] = len(groups)
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     found["gloo threads"] = names.count("pt_gloo_runloop")
+    found["threads of communication"] = names.count("gloo_tcp_loop")
     if ranks.is_first:
         out.write_text(json.dumps(found))
     stop_ranks()
