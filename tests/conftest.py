@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 STARTED = pytest.StashKey[float]()
-"""CPU time at the start of the current phase of a test."""
+"""CPU time at the start of a test."""
 
 
 def pytest_sessionstart() -> None:
@@ -55,6 +55,7 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # the collector does not visit modules and tests again
+    gc.set_threshold(20_000)
     gc.enable()
 
 
@@ -84,18 +85,18 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Let an unmarked test that takes too long fail.
 
-    The time of a test is the CPU time of all its processes, or the wall time if that is less
-    (several processes run in parallel), but at least a tenth of the wall time. It is divided by the
-    measured slowness of the machine, so neither a busy nor a slow machine makes a test fail.
+    The time of a test is the CPU time of all its processes and of its fixtures, or the wall time if
+    that is less (several processes run in parallel), but at least a tenth of the wall time. It is
+    divided by the measured slowness of the machine, so neither a busy nor a slow machine makes a
+    test fail.
     """
     report = yield
-    cpu, started = cpu_time(), item.stash[STARTED]
-    item.stash[STARTED] = cpu
     exempt = any(item.get_closest_marker(name) for name in ("slow", "gpu"))
     limit = LONG_S if item.get_closest_marker("long") else LIMIT_S
     if exempt or item.config.option.usepdb or call.duration < limit:
         return report
-    spent = max(min(cpu - started, call.duration), call.duration / 10) / slowness()
+    cpu = cpu_time() - item.stash[STARTED]
+    spent = max(min(cpu, call.duration), call.duration / 10) / slowness()
     if spent > limit and report.outcome == "passed":
         report.outcome = "failed"
         report.longrepr = (
@@ -114,7 +115,7 @@ def cpu_time() -> float:
 def slowness() -> float:
     """Ratio of the time of a fixed loop now to that on the reference machine; at least 1."""
     times = []
-    for _ in range(15):
+    for _ in range(5):
         start, total = time.process_time(), 0
         for i in range(300_000):
             total += i * i % 7

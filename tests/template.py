@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +55,10 @@ def main(listening: int, modules: list[str]) -> None:
     for name in modules:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in every child"
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch would unregister each operator at the end of each child
     gc.collect()
+    gc.set_threshold(20_000)  # most programs are short
     gc.freeze()  # keeps these pages shared: a child's garbage collector does not touch them
     program = serve(socket.socket(fileno=listening))
     run_to_end(program or (lambda: None))
