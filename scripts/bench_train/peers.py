@@ -18,6 +18,8 @@ _NO_PAUSES = [
     "--checkpoint.keep=1", "--checkpoint.every=0", "--validation.every=0",
     "--validation.sequences=1",
 ]  # fmt: skip
+_LEARNING_RATE = ["--optimizer.lr=3e-3", "--schedule.warmup_fraction=1"]
+"""As in each peer's loop: the rate rises to its peak at the last step."""
 _PLAIN = [
     "--model.attention.n_kv_heads=8", "--model.attention.qk_norm=none",
     "--model.moe.n_shared_experts=0", "--model.moe.score_func=softmax",
@@ -127,7 +129,7 @@ def run_trainer(
     with tempfile.TemporaryDirectory() as folder:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*(command if ranks > 1 else []), "-m", "train", experiment, *_NO_PAUSES]
-        command += [*arguments, f"--run.dir={folder}/run", f"--train.steps={steps}"]
+        command += [*_LEARNING_RATE, *arguments, f"--run.dir={folder}/run", f"--train.steps={steps}"]
         _run([*command, f"--train.threads={threads}"], threads)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         records = [record for line in lines if "loss" in (record := json.loads(line))]

@@ -115,7 +115,7 @@ def train(
     for step in range(1, steps + 1):
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, step / 30)
+            group["lr"] = 3e-3 * step / steps
         starts = torch.randint(0, len(tokens) - length, (BATCH,))
         window = torch.stack([tokens[s : s + length] for s in starts])
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):

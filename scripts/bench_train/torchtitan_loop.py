@@ -63,6 +63,7 @@ def run_on_cpu() -> None:
 def trainer_config(steps: int, corpus: Path, dtype: str, recompute: str, ep: int) -> Any:
     """torchtitan's configuration of the debug model with our sizes of a batch."""
     from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.components.optimizer.optimizer import default_adamw
     from torchtitan.distributed.activation_checkpoint import SelectiveAC
     from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
     from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
@@ -103,6 +104,7 @@ def trainer_config(steps: int, corpus: Path, dtype: str, recompute: str, ep: int
     config.hf_assets_path = str(corpus.parent)
     config.dataloader = Windows.Config()
     config.training.steps, config.training.seq_len = steps, LENGTH
+    config.optimizer, config.lr_scheduler.warmup_steps = default_adamw(lr=3e-3), steps
     config.training.local_batch_size = BATCH // int(os.environ["WORLD_SIZE"])
     config.training.disable_cuda_graphs = True
     config.training.mixed_precision_param = dtype
