@@ -128,8 +128,9 @@ def run_trainer(
     """
     with tempfile.TemporaryDirectory() as folder:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*(command if ranks > 1 else []), "-m", "train", experiment, *_NO_PAUSES]
-        command += [*_LEARNING_RATE, *arguments, f"--run.dir={folder}/run", f"--train.steps={steps}"]
+        command = [*(command if ranks > 1 else []), "-m", "train", experiment]
+        command += [*_NO_PAUSES, *_LEARNING_RATE, *arguments]
+        command += [f"--run.dir={folder}/run", f"--train.steps={steps}"]
         _run([*command, f"--train.threads={threads}"], threads)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
         records = [record for line in lines if "loss" in (record := json.loads(line))]
