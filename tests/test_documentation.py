@@ -128,7 +128,9 @@ def inside(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for page in dict.fromkeys(c.page for c in RUN)
     ],
 )
-def test_commands_of_a_page_do_what_they_say(page: str, inside: Path, checked: set[str]) -> None:
+def test_commands_of_a_page_do_what_they_say(
+    page: str, inside: Path, checked: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if page == "docs/upcycling.md":
         dense_llama(inside / "path" / "to" / "llama", inside / "runs" / "demo" / "tokenizer")
     for number, documented in enumerate(c for c in RUN if c.page == page):
@@ -152,7 +154,11 @@ def test_commands_of_a_page_do_what_they_say(page: str, inside: Path, checked: s
             rest = words[3:]
             if words[2] == "train" and "--check" not in words:
                 rest = shortened(rest, f"runs/{Path(page).stem}-{number}")
-            code, errors = run_module(words[2], *rest)
+            with monkeypatch.context() as patch:
+                if "--check" in words and words[3].startswith("configs/"):
+                    # tests/train/memory predicts the bytes of every shipped experiment
+                    patch.setattr("train.check._bytes_per_rank", lambda *_: [])
+                code, errors = run_module(words[2], *rest)
             assert code == 0, f"{documented}: {errors}"
 
 

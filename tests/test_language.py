@@ -67,8 +67,9 @@ PLAIN = {
     r"colou?rs?(?<!color)(?<!colors)|licence|behaviours?|centre|grey": "color, license, behavior",
 }
 """Private or unclear words, and what to write instead."""
-PRIVATE = re.compile(rf"\b(?:{'|'.join(f'({words})' for words in PLAIN)})\b")
-"""Of lower-case text, which is faster than ignoring case; a group per entry of PLAIN."""
+PRIVATE = re.compile(rf"\b(?:{'|'.join(PLAIN)})\b")
+"""Of lower-case text, which is faster than ignoring case; without groups, so that most alternatives
+are excluded by their first letter."""
 QUOTED = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
@@ -84,7 +85,8 @@ def private_words(text: str, first_line: int = 1) -> Iterator[tuple[int, str, st
     text = QUOTED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text.lower())
     for match in PRIVATE.finditer(text):
         line = first_line + text.count("\n", 0, match.start())
-        yield line, match[0], [*PLAIN.values()][(match.lastindex or 1) - 1]
+        plain = next(plain for words, plain in PLAIN.items() if re.fullmatch(words, match[0]))
+        yield line, match[0], plain
 
 
 def texts_of(source: str) -> Iterator[tuple[int, str]]:

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from scripts.draw_structure import statements
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("configs", "kernels", "models", "parallel", "train", "serve", "scripts")
 LISTS = {
     "modules", "named_modules", "children", "named_children", "blocks", "routers", "fp8_modules",
 }  # fmt: skip
 """Calls that return modules, or names with modules."""
+MADE = "get_submodule"
+"""A call that returns one."""
 SEAMS = {"dispatcher", "embed", "recompute_h", "runner", "tp_comm"}
 """Attributes that `parallel` sets; the class of the module declares them."""
 BUFFERS = {"parallel/apply.py"}
@@ -38,8 +42,13 @@ def files() -> list[str]:
 
 
 @cache
+def text_of(file: str) -> str:
+    return (ROOT / file).read_text()
+
+
+@cache
 def tree_of(file: str) -> ast.Module:
-    return ast.parse((ROOT / file).read_text())
+    return ast.parse(text_of(file))
 
 
 @cache
@@ -47,7 +56,9 @@ def module_classes() -> dict[str, set[str]]:
     """The classes that are `nn.Module`s, with the files of each; torch's classes have none."""
     classes: dict[str, list[tuple[str, set[str]]]] = {}
     for file in files():
-        for node in ast.walk(tree_of(file)):
+        if not re.search(r"^ *class \w+\(", text_of(file), re.MULTILINE):  # parsing takes time
+            continue
+        for node in statements(tree_of(file)):
             if isinstance(node, ast.ClassDef):
                 bases = {last(base) for base in node.bases}
                 classes.setdefault(node.name, []).append((file, bases))
@@ -85,7 +96,7 @@ def assigned(tree: ast.AST) -> Iterator[Found]:
 def declared(file: str) -> frozenset[str]:
     """The attributes that module classes of a file set on their instances."""
     found = set()
-    for node in ast.walk(tree_of(file)):
+    for node in statements(tree_of(file)):
         if isinstance(node, ast.ClassDef) and file in module_classes().get(node.name, ()):
             found |= {name for _, holder, name in assigned(node) if holder == "self"}
             found |= {ast.unparse(n.target) for n in node.body if isinstance(n, ast.AnnAssign)}
@@ -120,7 +131,7 @@ def modules_in(function: ast.AST) -> set[str]:
             found.add(ast.unparse(node.args[0]))
         elif isinstance(node, ast.Assign):
             value = node.value
-            made = isinstance(value, ast.Call) and last(value.func) in {*known, "get_submodule"}
+            made = isinstance(value, ast.Call) and last(value.func) in {*known, MADE}
             if made or listed(value):
                 found |= {ast.unparse(target) for target in node.targets}
         elif isinstance(node, ast.For | ast.comprehension) and listed(node.iter):
@@ -131,10 +142,11 @@ def modules_in(function: ast.AST) -> set[str]:
 def from_outside(tree: ast.Module, own: frozenset[str]) -> list[Found]:
     """Attributes of modules that are set, except those of the file's own classes."""
     seen = set[Found]()
-    for function in ast.walk(tree):
+    for function in statements(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
-        changes = [change for change in assigned(function) if change[2] not in own]
+        # `self` is no module from outside
+        changes = [c for c in assigned(function) if c[1] != "self" and c[2] not in own]
         held = modules_in(function) if changes else set()
         for line, holder, name in changes:
             parts = holder.split(".")
@@ -147,7 +159,7 @@ def test_no_class_and_no_forward_is_replaced() -> None:
     found = {
         (file, name): line
         for file in files()
-        if re.search(r"\b(__class__|forward)\b", (ROOT / file).read_text())  # parsing takes time
+        if re.search(r"\b(__class__|forward)\b", text_of(file))  # parsing takes time
         for line, _, name in assigned(tree_of(file))
         if name in ("__class__", "forward")
     }
@@ -156,7 +168,10 @@ def test_no_class_and_no_forward_is_replaced() -> None:
 
 def test_modules_are_changed_at_the_seams_of_parallelism_alone() -> None:
     used = set()
+    holders = re.compile(rf"\b({'|'.join([*module_classes(), *LISTS, MADE])})\b")
     for file in files():
+        if not holders.search(text_of(file)):  # no name of it can refer to a module
+            continue
         parallel = file.startswith("parallel/")
         own = frozenset[str]() if parallel else declared(file)
         for line, holder, name in from_outside(tree_of(file), own):

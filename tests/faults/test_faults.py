@@ -79,7 +79,8 @@ def test_a_sequence_of_faults(overrides: list[str], tmp_path: Path) -> None:
     assert logs == [f"attempt-{n:04}" for n in range(1, 5)]
     rest = [w for w in words(overrides) if not w.startswith("--train.steps")]
     run("-m", "train", TINY, "--parallel.ep=2", *rest, f"--train.steps={steps}",
-        f"--run.dir={tmp_path / 'whole'}", "--checkpoint.async_save=false", ranks=2)  # fmt: skip
+        f"--run.dir={tmp_path / 'whole'}", "--checkpoint.async_save=false",
+        f"--checkpoint.every={steps}", ranks=2)  # fmt: skip
     assert losses(tmp_path / "whole") == losses(folder)
     assert final_weights(tmp_path / "whole") == final_weights(folder)
 

@@ -23,20 +23,29 @@ from train.checkpoint.storage import client
 from train.checkpoint.storage.local import LocalStorage
 
 MIB = 2**20
-UNAWARE = """
-import os, sys, time
+PROMPT = """
+import os, sys
 sys.path[0] = {root!r}
-free = os.statvfs('/')
-os.statvfs = lambda path: free  # the disk is filled by others after the check
-from train.checkpoint.storage.process import main
-main(*sys.argv[1:])
+from train.checkpoint.storage import process
+process._leave_time_to_others = lambda: None
+process.Pace.pause = lambda pace: 0.0
+{more}
+process.main(*sys.argv[1:])
 """
+"""The writer process at normal priority, which does not wait for an idle core."""
+UNAWARE = "free = os.statvfs('/'); os.statvfs = lambda path: free"
+"""The disk is filled by others after the check."""
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     yield start_ranks(threads=1)
     stop_ranks()
+
+
+@pytest.fixture(autouse=True)
+def prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PROGRAM", PROMPT.format(root=client._ROOT, more=""))
 
 
 @pytest.fixture
@@ -97,7 +106,7 @@ def test_full_at_every_tenth_of_a_save(
     percent: int, aware: bool, disk: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not aware:
-        monkeypatch.setattr(client, "PROGRAM", UNAWARE.format(root=client._ROOT))
+        monkeypatch.setattr(client, "PROGRAM", PROMPT.format(root=client._ROOT, more=UNAWARE))
     root, filler = disk / "checkpoints", disk / "filler"
     with saver_in(root, ranks) as one:
         one.save(tensors(1), {"step": 1})

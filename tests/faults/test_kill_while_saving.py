@@ -63,7 +63,8 @@ def test_the_newest_checkpoint_loads(
     words = ["-m", "train", TINY, *overrides, "--model.d_model=128", "--checkpoint.every=1"]
     words += [f"--train.steps={STEPS}", "--precision.recipe=fp32"]
     whole, rng = tmp_path / "whole", random.Random(kills)
-    run(*words, f"--run.dir={whole}", "--checkpoint.async_save=false", ranks=2)
+    once = [f"--checkpoint.every={STEPS}", "--checkpoint.async_save=false"]
+    run(*words, f"--run.dir={whole}", *once, ranks=2)
     done = within = runs = 0
     while done < kills:
         folder = tmp_path / f"run-{runs}"

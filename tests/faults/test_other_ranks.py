@@ -22,6 +22,9 @@ PLACES = [
     (3, ["--parallel.ep=3"]),
     (4, ["--parallel.ep=4", "--parallel.dp_replicate=1"]),
 ]
+FEW = [(2, ["--parallel.tp=2", "--parallel.ep=2"]), (1, [])]
+"""By default; `test_resume_on_another_mesh` goes from 1 rank to 2, and
+`test_one_mesh_resumes_what_another_saved` from 4 to other meshes of 4 and 1."""
 EACH = 2
 """Steps on each number of ranks."""
 
@@ -31,22 +34,27 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("n", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_losses_do_not_depend_on_the_ranks(n: int, overrides: list[str], tmp_path: Path) -> None:
-    micro_batch = 3 if n == 2 else 1  # three ranks need one
+@pytest.mark.parametrize(
+    "places", [FEW, pytest.param(PLACES, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_losses_do_not_depend_on_the_ranks(
+    places: list[tuple[int, list[str]]], overrides: list[str], tmp_path: Path
+) -> None:
+    n, micro_batch = len(places), 3 if places is FEW else 1  # three ranks need one
     words = [TINY, *overrides, "--train.global_batch=12", f"--train.micro_batch={micro_batch}"]
     words += ["--model.moe.n_experts=12", f"--schedule.steps={n * EACH}", "--checkpoint.every=2"]
     whole = tmp_path / "whole"
     in_step = "--checkpoint.async_save=false"
     run_train(*words, in_step, f"--run.dir={whole}", f"--train.steps={n * EACH}")
-    for i, (ranks, mesh) in enumerate(PLACES[:n]):
-        steps = (i + 1) * EACH
-        out = run("-m", "train", *words, *mesh, f"--train.steps={steps}", ranks=ranks).stdout
+    for i, (ranks, mesh) in enumerate(places):
+        here = [*words, *mesh, f"--train.steps={(i + 1) * EACH}"]
+        done = run_train(*here) if ranks == 1 else run("-m", "train", *here, ranks=ranks)
+        out = done.stdout
         assert re.search(f"^.*: {ranks} ranks", out, re.M)
         assert not i or f"step-{i * EACH:08d}\n" in out, "resumed from the last step"
     one, other = losses(tmp_path / "run"), losses(whole)
     largest = max(abs(one[step] / other[step] - 1) for step in other)
-    print(f"{n * EACH} steps on {[ranks for ranks, _ in PLACES[:n]]} ranks: largest relative "
+    print(f"{n * EACH} steps on {[ranks for ranks, _ in places]} ranks: largest relative "
           f"difference of a loss {largest:.1e}")  # fmt: skip
     assert one.keys() == other.keys() and largest <= 1e-5
     manifests = [

@@ -1,5 +1,4 @@
-"""The loss over chunks of tokens: z-loss, a sharded vocabulary, and registration as torch
-operations.
+"""The loss over chunks of tokens: z-loss and a sharded vocabulary.
 
 `test_kernels.py` compares forward and gradients with the plain implementation for many shapes.
 """
@@ -111,19 +110,6 @@ def test_a_divided_vocabulary(n_ranks: int, monkeypatch: pytest.MonkeyPatch) -> 
     close(torch.cat(grads_w), wanted[2])
 
 
-@pytest.mark.parametrize("tokens", [0, 7])
-def test_opcheck(tokens: int) -> None:
-    x, w, targets = operands(tokens, 20)
-    leaves = (x.requires_grad_(), w.requires_grad_(), targets)
-    torch.library.opcheck(cross_entropy._operation, (*leaves, 0.1, True))
-    torch.library.opcheck(cross_entropy._operation, (x.detach(), w.detach(), targets, 0.0, False))
-    targets[1:2] = FOREIGN
-    for logsumexp, with_gradient in ((None, True), (torch.ones(tokens), False)):
-        logits = torch.randn(tokens, 20).bfloat16()
-        arguments = (logits, targets, logsumexp, 0.1, with_gradient)
-        torch.library.opcheck(cross_entropy._token_losses_, arguments)
-
-
 def test_logits_stay_where_no_gradient_is_wanted() -> None:
     logits, targets = torch.randn(5, 9), torch.tensor([1, 2, IGNORE, FOREIGN, 8])
     before = logits.clone()
@@ -132,23 +118,6 @@ def test_logits_stay_where_no_gradient_is_wanted() -> None:
     _, with_it = token_losses_(logits, targets, None, 0.5, True)
     assert torch.equal(without, with_it) and not torch.equal(logits, before)
     assert (without[2:4] == 0).all() and (logits[2] == 0).all() and (logits[3] > 0).all()
-
-
-@pytest.mark.parametrize("needs_grad", [True, False])
-def test_compiles_in_one_graph(needs_grad: bool) -> None:
-    x, w, targets = operands(33, 40)
-    results = []
-
-    def loss(x: Tensor, w: Tensor) -> Tensor:
-        return linear_cross_entropy(x, w, targets, None, 1e-3) * 2
-
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)):
-        leaves = [leaf.clone().requires_grad_(needs_grad) for leaf in (x, w)]
-        found = run(*leaves)
-        grads = torch.autograd.grad(found, leaves) if needs_grad else ()
-        results.append([found.detach(), *grads])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
 
 
 def test_the_loss_of_every_token_is_recorded_and_changes_nothing() -> None:

@@ -40,7 +40,7 @@ FORMS: list[tuple[tuple[int, int], Callable[..., Quantized], Callable[..., Tenso
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("form", range(3))
-@pytest.mark.parametrize("shape", [(130, 300), (1, 1), (128, 128), (3, 576)], ids=str)
+@pytest.mark.parametrize("shape", [(130, 150), (1, 1), (128, 128), (3, 300)], ids=str)
 def test_quantize_against_plain_loops(
     shape: tuple[int, int], form: int, power_of_two: bool
 ) -> None:
@@ -102,37 +102,34 @@ def products(a_MK: Tensor, b_NK: Tensor) -> dict[str, Product]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
 @pytest.mark.parametrize(
-    "shape", [(256, 128, 384), (130, 260, 300), (1, 1, 1), (129, 2880, 576), (5, 300, 64)], ids=str
+    "shape", [(256, 128, 384), (130, 260, 300), (1, 1, 1), (129, 832, 576), (5, 300, 64)], ids=str
 )
-def test_gemm(shape: tuple[int, int, int], layout: str) -> None:
+def test_gemm(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     M, N, K = shape
     a, b = torch.randn(M, K), torch.randn(N, K)
-    function, reference, operands, exact = products(a, b)[layout]
-    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 3e-6)):
-        for run in (function, reference):
-            out = run(*operands, dtype)
-            assert out.dtype == dtype and tile_difference(out, exact) < limit
-    if all(size % 128 == 0 for size in shape):
-        assert tile_difference(function(*operands), a.double() @ b.double().T) < 1e-3
+    for layout, (function, reference, operands, exact) in products(a, b).items():
+        for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 3e-6)):
+            for run in (function, reference):
+                out = run(*operands, dtype)
+                assert out.dtype == dtype and tile_difference(out, exact) < limit, layout
+        if all(size % 128 == 0 for size in shape):
+            assert tile_difference(function(*operands), a.double() @ b.double().T) < 1e-3, layout
 
 
-@pytest.mark.parametrize("layout", ["nt", "nn", "tn"])
-def test_gemm_of_hard_values(layout: str) -> None:
+def test_gemm_of_hard_values() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(256, 384), torch.randn(256, 384)
     a[7, 130], a[64:128], b[128:] = 1e6, a[64:128] * 1e-20, b[128:] * 1e15
     b[:, 256:] = 0
-    function, _, operands, exact = products(a, b)[layout]
-    assert tile_difference(function(*operands, torch.float32), exact) < 1e-6
+    for layout, (function, _, operands, exact) in products(a, b).items():
+        assert tile_difference(function(*operands, torch.float32), exact) < 1e-6, layout
     a[3, 5] = math.nan
-    function, _, operands, _ = products(a, b)[layout]
-    nan = function(*operands).isnan()
-    expected = torch.zeros_like(nan)
+    expected = torch.zeros(256, 256, dtype=torch.bool)
     expected[3] = True  # also in tn, where a scale covers 128 values of one row of a
-    assert torch.equal(nan, expected)
+    for layout, (function, _, operands, _) in products(a, b).items():
+        assert torch.equal(function(*operands).isnan(), expected), layout
 
 
 @pytest.mark.parametrize("layout", ["nt", "nn", "tn"])

@@ -44,7 +44,7 @@ def test_swiglu(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "vocab"), [(13, 50), (1, 3), (5000, 1031)])
+@pytest.mark.parametrize(("tokens", "vocab"), [(13, 50), (1, 3), (1100, 1031)])  # 2 chunks
 def test_linear_cross_entropy(tokens: int, vocab: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, w = torch.randn(tokens, 16).to(dtype), torch.randn(vocab, 16).to(dtype)

@@ -1,15 +1,12 @@
-"""RMSNorm and RoPE as torch operations, on a CPU."""
+"""RMSNorm and RoPE on a CPU."""
 
-from typing import Any
-
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.layers import norm, rope
+from kernels.layers import norm
 from kernels.layers.norm import rms_norm
 from kernels.layers.rope import rotate
 
@@ -79,50 +76,3 @@ def test_rotation_and_its_gradient(
         if grads:
             close(torch.autograd.grad(ours, leaf, grad)[0], wanted, TOLERANCE[dtype])
         close(rotate(grad, cos, sin, interleaved, inverse=True), wanted, TOLERANCE[dtype])
-
-
-CASES: dict[str, tuple[Any, Any]] = {
-    "norm": (norm._rms_norm, lambda x, w, t: (x, w, 1e-5)),
-    "norm without weight": (norm._rms_norm, lambda x, w, t: (x, None, 1e-5)),
-    "norm, rows apart": (norm._rms_norm, lambda x, w, t: (x[..., :4], w[:4], 1e-5)),
-    "rotation": (rope._rotate, lambda x, w, t: (x, *t, False, False)),
-    "rotation back, interleaved": (rope._rotate, lambda x, w, t: (x, *t, True, True)),
-    "rotation of a part": (
-        rope._rotate, lambda x, w, t: (x[..., 2:], t[0][:, 1:], t[1][:, 1:], True, False)
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("tokens", [0, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_opcheck(name: str, tokens: int) -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(tokens, 2, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    operation, arguments = CASES[name]
-    torch.library.opcheck(operation, arguments(x, weight, torch.randn(2, tokens, 4).unbind()))
-
-
-@pytest.mark.parametrize("rows", [0, 3])
-def test_opcheck_of_what_has_no_gradient(rows: int) -> None:
-    x, weight = torch.randn(rows, 136).bfloat16(), torch.randn(136).bfloat16()
-    for w in (weight, None):
-        arguments = (x, x, w, torch.rand(rows))
-        utilities: tuple[str, ...] = ("test_schema", "test_faketensor")
-        torch.library.opcheck(norm._rms_norm_backward, arguments, test_utils=utilities)
-
-
-def test_compiles_in_one_graph() -> None:
-    def layer(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y, rstd = norm._rms_norm(x, weight, 1e-5)
-        assert not rstd.requires_grad
-        return rotate(rms_norm(y, weight, 1e-5), cos, sin, False)
-
-    torch.manual_seed(0)
-    x, weight, tables = torch.randn(5, 2, 8), torch.randn(8), torch.randn(2, 5, 4)
-    results = []
-    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)):
-        leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
-        y = run(*leaves, *tables.unbind())
-        results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)

@@ -1,5 +1,5 @@
 """Permutation, gather and combine against plain loops, on the CPU: order, gaps, choices without an
-expert, gradients, quantized rows; and as torch operations."""
+expert, gradients, quantized rows."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.moe import permute
 from kernels.moe.permute import (
     Permutation,
     combine_rows,
@@ -23,7 +22,7 @@ from kernels.moe.permute import (
 def choices(draw: st.DrawFn) -> tuple[Tensor, int]:
     """Experts of tokens, often skewed, some of them none; and the number of experts."""
     experts, top_k = draw(st.sampled_from([1, 2, 7, 40])), draw(st.sampled_from([1, 2, 3, 8]))
-    tokens = draw(st.integers(0, 40))
+    tokens = draw(st.integers(0, 24))
     favourite = draw(st.integers(0, experts))
     one = st.one_of(st.integers(0, experts), st.just(favourite))
     flat = draw(st.lists(one, min_size=tokens * top_k, max_size=tokens * top_k))
@@ -48,7 +47,7 @@ def assert_groups(to: Permutation, ids_TK: Tensor, n_experts: int, align: int) -
     assert len(held) == sum(e < n_experts for e in flat)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(choices(), st.sampled_from([1, 16, 32, 128]), st.booleans())
 def test_permutation_and_movement(choice: tuple[Tensor, int], align: int, rows_known: bool) -> None:
     ids, experts = choice
@@ -103,35 +102,3 @@ def test_nobody_gets_nothing_and_gives_nothing() -> None:
     assert there[:, 0].tolist() == [2, 4, 5, 0, 0]
     there[3:] = float("nan")  # rows of empty slots are not read
     assert combine_rows(there, to, 1)[:, 0].tolist() == [0, 2, 0, 4, 5]
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_opcheck(tokens: int) -> None:
-    ids = torch.randint(0, 4, (tokens * 2,))
-    order, inverse, *_ = permute._permutation(ids, 3, 1, len(ids))
-    everything = torch.library.opcheck
-    # exact sizes depend on data, which the meta device does not have
-    for align, n_slots in ((1, len(ids)), (16, 64)):
-        everything(permute._permutation, (ids, 3, align, n_slots))
-    x = torch.randn(tokens, 5, requires_grad=True)
-    everything(permute._gather_rows, (x, order, inverse, 2))
-    rows = torch.randn(len(order), 5, requires_grad=True)
-    everything(permute._combine_rows, (rows, order, inverse, 2))
-
-
-@pytest.mark.parametrize("align", [1, 32])
-def test_in_one_graph(align: int) -> None:
-    torch.manual_seed(0)
-    ids, x = torch.randint(0, 5, (30, 2)), torch.randn(30, 8, requires_grad=True)
-
-    def there_and_back(x: Tensor, ids: Tensor) -> Tensor:
-        to = permutation(ids, 4, align)
-        return combine_rows(gather_rows(x, to).square(), to, 2)
-
-    torch.compiler.reset()
-    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (there_and_back, compiled):
-        y = function(x, ids)
-        results.append((y, *torch.autograd.grad(y.sum(), x)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +98,33 @@ def rendered(folder: Path, *words: str, nodes: int = 2, **more: Any) -> str:
     return manifest([str(TINY), f"--nodes={nodes}", site_file(folder, **more), *places, *words])
 
 
+@cache
+def example() -> Any:
+    """The manifest of `launch/examples`; it is parsed once."""
+    return yaml.safe_load((FOLDER / "jobset.yaml").read_text())
+
+
+@cache
+def validator() -> Any:
+    """Of the schema, which is checked once."""
+    kind = jsonschema.validators.validator_for(SCHEMA)
+    kind.check_schema(SCHEMA)
+    return kind(SCHEMA)
+
+
 def test_the_example_and_another_manifest_fit_the_schema(tmp_path: Path) -> None:
-    example = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
-    jsonschema.validate(example, SCHEMA)
-    job = example["spec"]["replicatedJobs"][0]["template"]["spec"]
+    validator().validate(example())
+    job = example()["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["completions"] == job["parallelism"] == 2
     pod = job["template"]["spec"]
     limits = pod["containers"][0]["resources"]["limits"]
     assert limits == {"nvidia.com/gpu": 8, "cpu": 96}
     mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
-    name = example["metadata"]["name"]
+    name = example()["metadata"]["name"]
     master = {v["name"]: v["value"] for v in pod["containers"][0]["env"]}["MASTER"]
     assert master == f"{name}-node-0-0.{name}" and len(f"{name}-node-0-99999") < 64
-    jsonschema.validate(yaml.safe_load(rendered(tmp_path)), SCHEMA)
+    validator().validate(yaml.safe_load(rendered(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -126,14 +142,14 @@ def test_the_example_and_another_manifest_fit_the_schema(tmp_path: Path) -> None
     ids=lambda value: str(value)[-40:],
 )  # fmt: skip
 def test_the_schema_refuses_what_the_api_refuses(path: str, value: Any) -> None:
-    tree = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
+    tree = deepcopy(example())
     *way, last = path.split("/")
     place = tree
     for key in way:
         place = place[int(key) if key.isdigit() else key]
     place[last] = value
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(tree, SCHEMA)
+        validator().validate(tree)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
@@ -160,25 +176,33 @@ def test_hostile_words_reach_the_ranks_unchanged(tmp_path: Path) -> None:
     assert process.returncode == 0 and not trap.exists()
 
 
+ENDS = [
+    ("sys.exit(0)", 0), ("sys.exit(3)", 3),
+    ('print("  exitcode  : 75 (pid: 9)", file=sys.stderr); sys.exit(1)', 75),
+    ('print("  exitcode  : 7 (pid: 75 )", file=sys.stderr); sys.exit(1)', 1),
+    ('print("  exitcode  : 2 (pid: 9)", file=sys.stderr); sys.exit(1)', 2),
+    ('print("  exitcode  : 12 (pid: 2 )", file=sys.stderr); sys.exit(1)', 1),
+]  # fmt: skip
+"""What torchrun does, and the exit code of the pod."""
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash not found")
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        ("sys.exit(0)", 0), ("sys.exit(3)", 3),
-        ('print("  exitcode  : 75 (pid: 9)", file=sys.stderr); sys.exit(1)', 75),
-        ('print("  exitcode  : 7 (pid: 75 )", file=sys.stderr); sys.exit(1)', 1),
-        ('print("  exitcode  : 2 (pid: 9)", file=sys.stderr); sys.exit(1)', 2),
-        ('print("  exitcode  : 12 (pid: 2 )", file=sys.stderr); sys.exit(1)', 1),
-    ],
-)  # fmt: skip
-def test_the_pod_ends_with_the_code_of_its_ranks(body: str, code: int, tmp_path: Path) -> None:
-    python = tmp_path / "py"
-    python.write_text(PYTHON.format(python=sys.executable, body=body))
-    python.chmod(0o755)
-    pod = Pod(rendered(tmp_path).replace('- "python"', f'- "{python}"'), 0)
-    with pod.start(TMPDIR=str(tmp_path)) as process:
-        said, _ = process.communicate(timeout=20)
-    assert process.returncode == code, said
+def test_the_pod_ends_with_the_code_of_its_ranks(tmp_path: Path) -> None:
+    """All pods at once, because each sleeps for a second."""
+    text = rendered(tmp_path)
+    with ExitStack() as stack:
+        running = []
+        for i, (body, _) in enumerate(ENDS):
+            folder = tmp_path / str(i)
+            folder.mkdir()
+            python = folder / "py"
+            python.write_text(PYTHON.format(python=sys.executable, body=body))
+            python.chmod(0o755)
+            pod = Pod(text.replace('- "python"', f'- "{python}"'), 0)
+            running.append(stack.enter_context(pod.start(TMPDIR=str(folder))))
+        said = [process.communicate(timeout=20)[0] for process in running]
+    found = [(body, process.returncode) for (body, _), process in zip(ENDS, running, strict=True)]
+    assert found == ENDS, said
 
 
 def action_of(manifest: dict[str, Any], code: int | None) -> str:
@@ -203,10 +227,9 @@ def action_of(manifest: dict[str, Any], code: int | None) -> str:
 
 
 def test_a_user_error_ends_the_job_at_once_and_a_stop_is_not_counted() -> None:
-    example = yaml.safe_load((FOLDER / "jobset.yaml").read_text())
     expected = {2: "FailJobSet", 75: "RestartJobSetAndIgnoreMaxRestarts", 1: "RestartJobSet",
                 137: "RestartJobSet", None: "RestartJobSetAndIgnoreMaxRestarts"}  # fmt: skip
-    assert {code: action_of(example, code) for code in expected} == expected
+    assert {code: action_of(example(), code) for code in expected} == expected
 
 
 @pytest.mark.slow  # tests/launch/test_local.py stops a training by default

@@ -227,9 +227,9 @@ def test_a_cancelled_run_saves_and_resumes_and_refusals_are_one_line(
     assert expected in job.submit("--constraint=gold", code=2)[0]
     assert not (job.folder / "launch" / "submission.json").exists()
     (first,) = job.submit()
-    job.wait_for_step(5)
     assert f"job {first} of this run is still queued or running" in job.submit(code=2)[0]
     assert len(job.cluster.run("squeue", "-h").splitlines()) == 1, "nothing else was submitted"
+    job.wait_for_step(5)
     job.cancel(first)
     stopped = job.saved()
     assert re.search(rf"saved \S*step-{stopped:08}", job.logs()), job.logs()

@@ -1,6 +1,6 @@
 """Behavior of a step with numbers out of range: `torchrun non_finite_run.py FOLDER [all]`.
 
-A parameter of every kind of several models, or all of them, gets one bad value, in the last shard
+A parameter of every kind, of several models, or all of them, gets one bad value, in the last shard
 of the last rank that has one. Writes `FOLDER/faults.json`, an empty list if every rank stopped with
 the right error and no state changed.
 """
@@ -16,8 +16,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import train.step
+from models.fp8 import fp8_weights
 from parallel.grad_norm import LARGEST
 from parallel.ranks import Ranks, gather_json, start_ranks, stop_ranks
 from parallel.shards import local_of
@@ -47,10 +49,15 @@ class Probe:
         self.case, self.run, self.faults = case, Run(settings, case.name, ranks), list[str]()
         self.rank = ranks.rank
 
-    def stops(self, line: str, weights_are_good: bool = True) -> None:
+    def state(self) -> dict[str, Tensor]:
+        return {name: local_of(tensor).detach() for name, tensor in self.run.state().items()}
+
+    def stops(
+        self, line: str, weights_are_good: bool = True, state: dict[str, Tensor] | None = None
+    ) -> None:
         """The next step must stop everywhere with `line` (a pattern), and change no state."""
-        state = self.run.state()
-        before = {name: local_of(tensor).clone() for name, tensor in state.items()}
+        state = state or self.state()
+        before = {name: tensor.clone() for name, tensor in state.items()}
         try:
             said, good = str(self.run.step(1)), None
         except NonFiniteError as error:
@@ -60,15 +67,16 @@ class Probe:
         if not (alike and re.fullmatch(expected, said) and good is weights_are_good):
             self.faults.append(f"{self.case.name}: {said!r}, {good}, not {expected!r}")
         for name, tensor in state.items():
-            if not torch.equal(local_of(tensor).nan_to_num(), before[name].nan_to_num()):
+            if not torch.equal(tensor.nan_to_num(), before[name].nan_to_num()):
                 self.faults.append(f"{self.case.name}: {line}: {name} changed")
         self.run.optimizer.zero_grad()
 
-    def weights(self, every: bool) -> None:
-        """every: also parameters whose names differ from another's only in a number."""
-        state = train.step._state(self.run.model)
-        kinds = {re.sub(r"\.\d+\.", ".", name): name for name in state}
-        names = list(state if every else kinds.values())
+    def weights(self, kinds: set[Any] | None) -> None:
+        """kinds: those of earlier parameters, of which no further ones are tried; None: try all."""
+        state, whole = train.step._state(self.run.model), self.state()
+        names = list(state)
+        if kinds is not None:
+            names = [name for name in reversed(state) if self.is_new(name, state[name], kinds)]
         for name, (value, told) in zip(names, cycle(BAD.items()), strict=False):
             tensor = state[name]
             owners = [r for r, n in enumerate(gather_json(local_of(tensor).numel())) if n]
@@ -80,9 +88,21 @@ class Probe:
                 local[last] = value
             self.run.fp8_weights.refresh()
             line = f"the weight {name} has {told} on rank {owners[-1]}"
-            self.stops(re.escape(line), weights_are_good=False)
+            self.stops(re.escape(line), weights_are_good=False, state=whole)
             local.copy_(kept)
         self.run.fp8_weights.refresh()
+
+    def is_new(self, name: str, tensor: Tensor, kinds: set[Any]) -> bool:
+        """Whether no earlier one has its name, but for a number, or no earlier one of this model is
+        divided and gathered as it is; adds these properties to `kinds`."""
+        places: Any = None
+        if isinstance(tensor, DTensor):
+            places = tensor.device_mesh.mesh_dim_names, tensor.placements
+        mine = {re.sub(r"\.\d+\.", ".", name),
+                (self.case.name, places, name in fp8_weights(self.run.model))}  # fmt: skip
+        is_new = not mine <= kinds
+        kinds |= mine
+        return is_new
 
     def hidden_states(self) -> None:
         """Every value is in range, but the squares of a row are not."""
@@ -135,10 +155,10 @@ class Probe:
 
 def main(folder: Path, every: bool) -> None:
     ranks = start_ranks(threads=1)
-    faults = []
+    faults, kinds = list[str](), None if every else set[Any]()
     for case in CASES:
         probe = Probe(case, ranks)
-        probe.weights(every)
+        probe.weights(kinds)
         if case == CASES[0]:
             probe.hidden_states()
             probe.losses()

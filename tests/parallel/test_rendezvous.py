@@ -19,6 +19,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_PATIENCE_S", 2.0)
 
 
+@pytest.fixture
+def brief(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which nobody comes."""
+    monkeypatch.setattr(rendezvous, "_PATIENCE_S", 0.3)
+
+
 def placement(rank: int, world: int, port: int, address: str = "127.0.0.1") -> LaunchEnvironment:
     return LaunchEnvironment(rank, world, rank, world, address, port)
 
@@ -38,7 +44,7 @@ def test_a_port_that_is_taken() -> None:
     assert f"MASTER_PORT = {port}: cannot be opened on this host: Address already in use" in line
 
 
-def test_who_answers_is_another_program() -> None:
+def test_who_answers_is_another_program(brief: None) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=8) as other:
         line = fault(lambda: rendezvous.meet(placement(1, 2, other.getsockname()[1])))
     assert "who answers there is not rank 0" in line
@@ -51,12 +57,12 @@ def test_a_name_that_nobody_knows(rank: int) -> None:
     assert "MASTER_ADDR = no-such-host.invalid: " in line
 
 
-def test_no_rank_0() -> None:
+def test_no_rank_0(brief: None) -> None:
     line = fault(lambda: rendezvous.meet(placement(1, 2, free_port())))
     assert "rank 1 does not reach rank 0: Connection refused" in line
 
 
-def test_a_rank_that_does_not_come() -> None:
+def test_a_rank_that_does_not_come(brief: None) -> None:
     line = fault(lambda: rendezvous.meet(placement(0, 3, free_port())))
     assert "WORLD_SIZE = 3: rank 1, 2 did not come" in line
 

@@ -73,15 +73,25 @@ def test_a_reader_that_lost_an_expert_is_found(
     assert found["transformers"] and "log-probabilities are off" in found["transformers"][-1]
 
 
-def test_a_reader_that_fails_says_why(export: Path, tmp_path: Path) -> None:
+def test_a_reader_that_fails_says_why(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(check_readers, "N_TOKENS", 2)  # of ours, which nothing is compared with
+
+    def main(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["check_readers", *map(str, arguments)])
+        return check_readers.main()
+
     found = check(export, {"vllm": sys.executable, "openvino": "/no/python"}, None, TOLERANCE)
     assert found["vllm"] == ["failed: ModuleNotFoundError: No module named 'vllm' (exit code 1)"]
     assert found["openvino"] and "/no/python" in found["openvino"][0]
     only = ["--transformers", "", "--vllm", sys.executable]
-    done = run("-m", "scripts.check_readers", export, *only, code=1)
-    assert "vllm: failed" in done.stdout
-    done = run("-m", "scripts.check_readers", tmp_path, code=2)
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert main(export, *only) == 1
+    assert "vllm: failed" in capsys.readouterr().out
+    assert main(tmp_path) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1
 
 
 def answer(**changes: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from kernels.gemm import gemm_fp8
 from scripts.gpu_suite import gemm, harness, sanitizer
+from scripts.gpu_suite.__main__ import main
 from scripts.gpu_suite.harness import Check, Place, Timing, measure
 from scripts.gpu_suite.runner.section import Section
 from scripts.gpu_suite.sections import SECTIONS
@@ -34,20 +36,23 @@ def missing() -> list[str]:
     return [*found, "rich"]
 
 
-def suite(*arguments: object, code: int = 0, env: dict[str, str] | None = None) -> str:
-    """What the suite prints, on a machine with torch, triton and numpy only."""
+def suite(*arguments: object, first: str, env: dict[str, str]) -> str:
+    """What the suite prints, on a machine with torch, triton and numpy only. first: what is run
+    before it."""
     given = ["gpu_suite", *map(str, arguments)]
     program = (
-        f"import sys, runpy; sys.modules.update(dict.fromkeys({missing()!r}));"
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({missing()!r})); {first};"
         f"sys.argv = {given!r};"
         "runpy.run_module('scripts.gpu_suite', run_name='__main__')"
     )
-    done = run("-c", program, code=code, modules=forks.TORCH, env=env)
+    done = run("-c", program, modules=forks.TORCH, env=env)
     return done.stdout + done.stderr
 
 
 FEW = ["gluon", "gemm", "attention", "sanitizer"]
 """Sections with everything that a run has; `test_every_section_begins` has the others."""
+TWO_SHAPES = "from scripts.gpu_suite import gemm; del gemm.CHECKED[3:], gemm.CHECKED[1]"
+"""Of a dry run of few sections, whose `gluon` and `gemm` check the same reference."""
 ALL = [section.name for section in SECTIONS]
 
 
@@ -64,7 +69,8 @@ def test_a_dry_run_walks_all_of_it_on_a_bare_machine(names: list[str], tmp_path:
     path = tmp_path / "results.json"
     path_of_tools = f"{tmp_path}:{os.environ['PATH']}"
     words = ["--dry-run", "--json", path, "--minutes", 9, "--sections", *names]
-    printed = suite(*words, env={"PATH": path_of_tools})
+    first = TWO_SHAPES if names is FEW else "pass"
+    printed = suite(*words, first=first, env={"PATH": path_of_tools})
     report = json.loads(path.read_text())
     assert report["device"] == "CPU, dry run" and report["torch"] == torch.__version__
     assert set(report["attention"].values()) <= {"MATH", "FLASH_ATTENTION"}
@@ -94,9 +100,16 @@ def test_every_section_begins(section: Section) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_device_nothing_is_measured() -> None:
-    assert "no CUDA device: nothing measured" in suite(code=1)
-    assert "--minutes must be positive" in suite("--dry-run", "--minutes", 0, code=2)
+def test_without_a_device_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_suite"])
+    with pytest.raises(SystemExit, match="no CUDA device: nothing measured"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry-run", "--minutes", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--minutes must be positive" in capsys.readouterr().err
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

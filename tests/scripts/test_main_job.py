@@ -21,7 +21,7 @@ from train.checkpoint import checkpoint
 from train.convert.hf_export import export_hf
 
 pytestmark = pytest.mark.long  # the first test trains
-N_PROMPTS, N_TOKENS = 12, 32
+N_PROMPTS, N_TOKENS = 9, 20
 COMPARE = """
 import json, sys, torch
 from safetensors.torch import load_file
@@ -57,7 +57,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("main-job") / "run"
     run(
         "-m", "train", TINY, f"--data.source={corpus}", f"--run.dir={folder}",
-        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=30",
+        f"--data.cache_dir={folder.parent / 'cache'}", "--data.seq_len=128", "--train.steps=20",
         "--model.init_std=0.3", "--optimizer.lr=1e-2", "--checkpoint.every=0", ranks=2,
     )  # fmt: skip
     assert f"exported {folder / 'export'}" in run("-m", "scripts.export", folder).stdout

@@ -37,6 +37,13 @@ def make_run(
     return folder
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, which take longest, in tests that do not look at them."""
+    if request.function is not test_figures_are_those_of_the_runs:
+        monkeypatch.setattr("scripts.scaling_report.__main__.draw", lambda out, report: [])
+
+
 def report(tmp_path: Path, *runs: Path) -> dict[str, Any]:
     assert main([*map(str, runs), "--out", str(tmp_path / "out"), "--note", "<b>x"]) == 0
     found: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())

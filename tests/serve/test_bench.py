@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from serve.__main__ import main
+from serve.bench import workloads
 from serve.bench.client import Answer
 from serve.bench.report import measured
 from serve.bench.workloads import NAMES, build, longest
@@ -17,8 +18,12 @@ from tests.serve.conftest import run_server
 
 
 def test_it_reports_the_load_that_the_server_had(
-    export: Export, capsys: pytest.CaptureFixture[str]
+    export: Export, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With shorter answers than those of the workload."""
+    monkeypatch.setitem(
+        workloads._BUILDERS, "random", lambda draw, n: [[(draw(20), 9)] for _ in range(n)]
+    )
     core = EngineCore(export, EngineOptions(kv_tokens=4096))
     with run_server(core, api_key="secret") as server:
         for url, clients in ((server.url, "4"), (server.url + "/v1/", "2")):
@@ -32,7 +37,7 @@ def test_it_reports_the_load_that_the_server_had(
     assert errors == "" and head.count("|") == first.count("|")
     assert first.startswith("| random | 4 |") and second.startswith("| random | 2 |")
     generated = re.search(r"^sglang:generation_tokens_total\S* (\S+)", metrics, re.MULTILINE)
-    assert generated is not None and float(generated[1]) == 2 * 8 * 64
+    assert generated is not None and float(generated[1]) == 2 * 8 * 9
 
 
 def test_measures_of_known_answers() -> None:

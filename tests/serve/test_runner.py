@@ -59,7 +59,7 @@ def run_in_random_steps(
         for s in picked:
             if s.computed and rng.random() < 0.05:
                 s.computed = 0  # preempted
-            n = rng.choice([1, 1, 2, longest])
+            n = rng.choice([1, 2, longest])
             end = min(s.computed + n, len(s.tokens))
             chunks.append((s.tokens[s.computed : end], s.computed, s.pages))
             owners += [(s, position) for position in range(s.computed, end)]

@@ -15,7 +15,7 @@ from tests.models.families import FAMILIES
 from tests.models.hf.test_hf import random_decoder, write
 from tests.models.hf.transformers_peer import SEVEN, transformers
 
-N_NEW = 20
+N_NEW = 13
 
 
 def their_greedy(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:
@@ -70,10 +70,10 @@ def test_generates_what_transformers_generates(name: str, tmp_path: Path) -> Non
     write(random_decoder(model), tmp_path)
     prompts = [[rng.randrange(1, 96) for _ in range(n)] for n in (5, 31)]
     expected = their_greedy(tmp_path, prompts)
+    assert len({token for tokens, _ in expected for token in tokens}) > 5, "a lively model"
     for absorbed in (False, True) if model.attention.kind == "mla" else (False,):
         for (ours, scores), (theirs, their_scores) in zip(
             our_greedy(tmp_path, prompts, absorbed), expected, strict=True
         ):
-            assert len(set(theirs)) > 3, "a lively model"
             assert ours == theirs
             assert (scores - their_scores).abs().max() < 1e-5

@@ -26,9 +26,6 @@ from train.__main__ import main
 from train.check import missing_inputs
 
 Check = Callable[..., tuple[int, str, str]]
-DEFAULT = {"demo", "deepseek_v3"}
-"""The other tiny ones are trained by `test_tiny_families.py`; `memory/test_memory.py` compares the
-sizes of a real one of each family with those in its file, and of all if slow."""
 EXPERIMENTS = sorted((ROOT / "configs").rglob("*.toml"))
 
 
@@ -48,15 +45,15 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run_check
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[pytest.mark.slow] if path.stem not in DEFAULT else [])
-        for path in EXPERIMENTS
-    ],
-    ids=lambda path: path.stem,
-)
-def test_every_shipped_experiment_passes_without_its_inputs(path: Path, check: Check) -> None:
+@pytest.mark.parametrize("predicts", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_experiment_passes_without_its_inputs(
+    path: Path, predicts: bool, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default without bytes: `test_command.py` has those of the demo, `memory/test_memory.py`
+    those of a real experiment of each family."""
+    if not predicts:
+        monkeypatch.setattr("train.check._bytes_per_rank", lambda *_: [])  # takes seconds
     code, out, err = check(path, "--data.source=/absent/corpus")
     assert (code, err) == (0, "")
     assert "FLOPs / token" in out and "bytes per rank" in out

@@ -179,13 +179,24 @@ def test_too_little_text_is_one_line(overrides: list[str]) -> None:
     assert "data.seq_len = 100000: the" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_path: Path) -> None:
+SMALL = ["--model.n_layers=1", "--model.n_dense_layers=0", "--check"]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus: Path) -> str:
+    """What the check of a small model prints."""
+    return run_train(TINY, f"--data.source={corpus}", *SMALL).stdout
+
+
+def test_check_prints_everything_and_starts_nothing(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run_train("configs/demo.toml", "--check", "--ranks", 2)
     for expected in ("[model.moe]", "8,923,648", "4,205,056", "ep                2", "Glm4Moe",
                      "FLOPs / token", "2,048", "bytes per rank"):  # fmt: skip
         assert expected in done.stdout
-    small = ["--model.n_layers=1", "--model.n_dense_layers=0"]
-    done = run_train(TINY, *overrides, *small, "--check", "--stages", "--ranks=2")
+    monkeypatch.setattr("train.check._bytes_per_rank", lambda *_: [])  # takes a second
+    done = run_train(TINY, *overrides, *SMALL, "--stages", "--ranks=2")
     table = done.stdout.split("ZeRO stages on GPUs")[1]
     assert len(re.findall(r"^  [123] +[123] +[\d.,]+ [KM]iB .*/s", table, re.MULTILINE)) >= 3, table
     assert table.count("   as set") == 1
@@ -194,7 +205,9 @@ def test_check_prints_everything_and_starts_nothing(overrides: list[str], tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_forced_balance_is_said_everywhere(overrides: list[str], tmp_path: Path) -> None:
+def test_forced_balance_is_said_everywhere(
+    overrides: list[str], tmp_path: Path, plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forced = [*overrides, "--model.moe.force_balance=true", "--train.steps=2"]
     done = run_train(TINY, *forced)
     lines = done.stdout.splitlines()
@@ -203,19 +216,16 @@ def test_forced_balance_is_said_everywhere(overrides: list[str], tmp_path: Path)
     assert all("FORCED BALANCE" in line for line in reports)
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [r["force_balance"] for r in records] == [1.0, 1.0]
-    small = ["--model.n_layers=1", "--model.n_dense_layers=0", "--check"]
-    assert "FORCED BALANCE" in run_train(TINY, *forced, *small).stdout
-    plain = run_train(TINY, *overrides, *small).stdout
+    monkeypatch.setattr("train.check._bytes_per_rank", lambda *_: [])  # takes a second
+    assert "FORCED BALANCE" in run_train(TINY, *forced, *SMALL).stdout
     assert "FORCED BALANCE" not in plain and "MTP" not in plain
 
 
-def test_check_prints_mtp_modules_apart(overrides: list[str]) -> None:
-    small = ["--model.n_layers=1", "--model.n_dense_layers=0", "--check"]
-    deep = run_train(TINY, *overrides, *small, "--model.mtp_depth=2").stdout
-    plain = run_train(TINY, *overrides, *small).stdout
+def test_check_prints_mtp_modules_apart(overrides: list[str], plain: str) -> None:
+    deep = run_train(TINY, *overrides, *SMALL, "--model.mtp_depth=1").stdout
     totals = [out.split("  parameters")[1].split()[0] for out in (deep, plain)]
     assert totals[0] == totals[1]
-    model = load(TINY, [*small[:-1], "--model.mtp_depth=2"]).model
+    model = load(TINY, [*SMALL[:-1], "--model.mtp_depth=1"]).model
     assert f"MTP modules   {parameter_counts(model).mtp:>15,}" in deep
     sums = [float(out.split("bytes per rank")[1].split("parameters")[1].split()[0])
             for out in (deep, plain)]  # fmt: skip

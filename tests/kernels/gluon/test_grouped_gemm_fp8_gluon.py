@@ -1,5 +1,6 @@
 """The grouped Gluon products, executed on a CPU: results, and mutations that must be seen."""
 
+import functools
 import inspect
 import math
 import re
@@ -103,30 +104,27 @@ BY_GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("rows", gemm_fp8_gluon.SLOTS)
-@pytest.mark.parametrize("layout", ["nt", "nn"])
 @pytest.mark.parametrize(("sizes", "counts", "N", "K", "n_sm"), BY_ROWS, ids=str)
-def test_by_rows(
-    sizes: list[int], counts: list[int], N: int, K: int, n_sm: int, layout: str, rows: int
-) -> None:
-    arguments, last = operands(sizes, counts, N, K)[layout], sum(sizes)
-    ours = run(layout, arguments, rows, n_sm)
-    reference = PRODUCTS[layout][1](*arguments, torch.float32)
-    assert last == 0 or relative(ours[:last], reference[:last]) < 1e-6
-    zero = (reference[:last] == 0).all(1)
-    assert (ours[:last][zero] == 0).all() and ours[last:].isnan().all()  # not written
+def test_by_rows(sizes: list[int], counts: list[int], N: int, K: int, n_sm: int) -> None:
+    given, last = operands(sizes, counts, N, K), sum(sizes)
+    for layout in ("nt", "nn"):
+        reference = PRODUCTS[layout][1](*given[layout], torch.float32)
+        zero = (reference[:last] == 0).all(1)
+        for rows in gemm_fp8_gluon.SLOTS:
+            ours = run(layout, given[layout], rows, n_sm)
+            assert last == 0 or relative(ours[:last], reference[:last]) < 1e-6, (layout, rows)
+            assert (ours[:last][zero] == 0).all(), (layout, rows)
+            assert ours[last:].isnan().all(), (layout, rows)  # not written
 
 
-@pytest.mark.parametrize("rows", gemm_fp8_gluon.SLOTS)
 @pytest.mark.parametrize(("sizes", "counts", "N", "K", "n_sm"), BY_GROUPS, ids=str)
-def test_by_groups(
-    sizes: list[int], counts: list[int], N: int, K: int, n_sm: int, rows: int
-) -> None:
+def test_by_groups(sizes: list[int], counts: list[int], N: int, K: int, n_sm: int) -> None:
     arguments = operands(sizes, counts, N, K)["tn"]
-    ours = run("tn", arguments, rows, n_sm)
     reference = PRODUCTS["tn"][1](*arguments, torch.float32)
-    assert relative(ours, reference) < 1e-6
-    assert all((ours[e] == 0).all() for e, n in enumerate(counts) if not n)
+    for rows in gemm_fp8_gluon.SLOTS:
+        ours = run("tn", arguments, rows, n_sm)
+        assert relative(ours, reference) < 1e-6, rows
+        assert all((ours[e] == 0).all() for e, n in enumerate(counts) if not n), rows
 
 
 def test_alignment_is_required() -> None:
@@ -176,6 +174,16 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+@functools.cache
+def mutated_product() -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of a product, and its exact result."""
+    arguments = operands([300, 260], [290, 256], 140, 128 * 11)["nt"]
+    reference = PRODUCTS["nt"][1](*arguments, torch.float32)
+    for x in arguments[:2]:
+        x[290:300] = 1  # rows that are not true must not matter
+    return arguments, reference
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutations_are_seen(name: str) -> None:
     """Errors in barriers, parities, slots and scales give a deadlock, an error or other numbers."""
@@ -186,10 +194,7 @@ def test_mutations_are_seen(name: str) -> None:
     names = vars(gemm_fp8_gluon)
     scope: dict[str, Any] = {}
     exec(compile(source.replace(text, mutated), "<mutated>", "exec"), names, scope)
-    arguments = operands([300, 260], [290, 256], 140, 128 * 11)["nt"]
-    reference = PRODUCTS["nt"][1](*arguments, torch.float32)
-    for x in arguments[:2]:
-        x[290:300] = 1  # rows that are not true must not matter
+    arguments, reference = mutated_product()
     with mock.patch.object(function, "fn", scope[where]):
         for seed in range(3):
             try:

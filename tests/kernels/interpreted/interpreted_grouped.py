@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -174,36 +175,43 @@ def test_many_experts() -> None:
     n_true, n_zero = tiles.tiles[0, :2].tolist()
     assert (n_true, n_zero) == (1 + 2 + 1 + 2 + 2, 0)
     assert tiles.tiles[1 : 1 + n_true, 0].tolist() == [0, 63, 63, 128, 129, 129, 130, 130]
+    blocks = (torch.tensor(sizes) + 31) // 32
+    assert tiles.first_E.tolist() == (blocks.cumsum(0) - blocks).tolist()
     x, w = rows_of(24, ends, counts, torch.bfloat16), torch.randn(131, 17, 24).bfloat16()
     reference = grouped_gemm.grouped_gemm_nt_reference(x, w, ends, counts)
     y = torch.empty(len(x), 17, dtype=torch.bfloat16)
-    triton_form.by_rows(x, None, w, None, ends, counts, y, DESCRIPTORS, SMALL)
+    with mock.patch.object(triton_form, "schedule", return_value=tiles) as made:
+        triton_form.by_rows(x, None, w, None, ends, counts, y, DESCRIPTORS, SMALL)
+    assert made.call_args == mock.call(ends, counts, len(x), 32, split=True)
     assert relative(y[:-BEYOND], reference[:-BEYOND]) < 4e-3
 
 
-def test_schedule_covers_every_row_once() -> None:
-    generator = torch.Generator().manual_seed(1)
-    for split, sizes in ((False, (1, 7, 130)), (True, (1, 7))):
-        for n_groups in sizes:
-            lengths = torch.randint(0, 90, (n_groups,), generator=generator)
-            true = (lengths * torch.rand(n_groups, generator=generator)).long()
-            ends = lengths.cumsum(0)
-            made = schedule(ends, true, int(ends[-1]), 32, split)
-            n_true, n_zero = made.tiles[0, :2].tolist()
-            assert n_true + n_zero <= made.n_most
-            starts = (ends - lengths).tolist()
-            seen: list[int] = []
-            for i, (expert, row, true_end, end) in enumerate(made.tiles[1:].tolist()):
-                if i >= n_true + n_zero:
-                    assert (expert, row, true_end, end) == (0, 0, 0, 0)
-                    continue
-                assert (row - starts[expert]) % 32 == 0 and end == int(ends[expert])
-                assert true_end == starts[expert] + int(true[expert])
-                assert not split or (row < true_end) == (i < n_true)
-                seen += range(row, min(row + 32, end))
-            assert sorted(seen) == list(range(int(ends[-1])))
-            blocks = (lengths + 31) // 32
-            assert made.first_E.tolist() == (blocks.cumsum(0) - blocks).tolist()
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    "n_groups",
+    # `test_many_experts` has more groups than a program reads at once
+    [1, 7, pytest.param(130, marks=pytest.mark.slow)],
+)
+def test_schedule_covers_every_row_once(n_groups: int, split: bool) -> None:
+    lengths = torch.randint(0, 90, (n_groups,))
+    true = (lengths * torch.rand(n_groups)).long()
+    ends = lengths.cumsum(0)
+    made = schedule(ends, true, int(ends[-1]), 32, split)
+    n_true, n_zero = made.tiles[0, :2].tolist()
+    assert n_true + n_zero <= made.n_most
+    starts = (ends - lengths).tolist()
+    seen: list[int] = []
+    for i, (expert, row, true_end, end) in enumerate(made.tiles[1:].tolist()):
+        if i >= n_true + n_zero:
+            assert (expert, row, true_end, end) == (0, 0, 0, 0)
+            continue
+        assert (row - starts[expert]) % 32 == 0 and end == int(ends[expert])
+        assert true_end == starts[expert] + int(true[expert])
+        assert not split or (row < true_end) == (i < n_true)
+        seen += range(row, min(row + 32, end))
+    assert sorted(seen) == list(range(int(ends[-1])))
+    blocks = (lengths + 31) // 32
+    assert made.first_E.tolist() == (blocks.cumsum(0) - blocks).tolist()
 
 
 @TARGETS

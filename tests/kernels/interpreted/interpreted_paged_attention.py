@@ -176,7 +176,7 @@ def test_other_requests_do_not_matter(latent: bool, dtype: torch.dtype) -> None:
             return paged.paged_attention(q, keys, values, batch, 0.4)
 
     whole = attend(q, batch)
-    for chosen in ([0], [3], [2, 4], [2, 0, 4, 3], [1, 4]):
+    for chosen in ([0], [3], [2, 1, 4], [2, 0, 4, 3]):
         rows = [slice(*batch.query_starts[b : b + 2].tolist()) for b in chosen]
         lengths = batch.key_lengths[chosen]
         width = -(-int(lengths.max()) // size)

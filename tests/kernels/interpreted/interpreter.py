@@ -91,9 +91,12 @@ def _patched_once(shipped: Callable[..., Any]) -> Callable[..., _Kept]:
     As shipped, every launch and every call of a device function searches all members of these
     modules again, which takes 40 % of the time of a kernel with small blocks.
     """
-    patched = set[frozenset[str]]()
+    patched, known = set[frozenset[str]](), set[str]()
 
     def patch_lang(function: Any) -> _Kept:
+        if function.__module__ in known:
+            return _Kept()
+        known.add(function.__module__)
         modules = [
             value for value in function.__globals__.values() if isinstance(value, ModuleType)
         ]
@@ -148,7 +151,8 @@ def _remember_types() -> None:
         sizes = tuple(n.value if isinstance(n, tl.constexpr) else n for n in shape)
         if (key := (element.name, sizes)) not in blocks:
             shipped_block(self, element, shape)
-            blocks[key] = dict(self.__dict__)
+            form = tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(math.prod(sizes))
+            blocks[key] = self.__dict__ | {"known": {}, "of_tensor": form}  # for all equal types
         self.__dict__.update(blocks[key])
 
     def equal(self: Any, other: Any) -> Any:
@@ -165,7 +169,8 @@ _PLAIN = "fp32", "int1", "int32", "int64"
 def _check_faster(semantic: Any) -> None:
     """Leave out what takes half of the time of a kernel and changes nothing: the overflow of
     integers, which as shipped is computed but, without `debug`, not reported; conversions of two
-    operands of one plain type and shape; and the type of a result, again for the same types."""
+    operands of one plain type and shape; the type of a result, again for the same types; and the
+    search of a plain value for constants."""
 
     shipped_broadcast = semantic.broadcast_impl_value
 
@@ -205,6 +210,14 @@ def _check_faster(semantic: Any) -> None:
     def equal(self: Any, other: Any) -> Any:
         return self.name == other.name if type(other) is tl.dtype else shipped_equal(self, other)
 
+    shipped_unwrap = tl.core._unwrap_if_constexpr
+
+    def unwrap(x: Any) -> Any:
+        if type(x) is tl.constexpr:
+            return x.value
+        return x if type(x) in (tl.tensor, int, bool, str) else shipped_unwrap(x)
+
+    tl.core._unwrap_if_constexpr = unwrap
     semantic.binary_op_sanitize_overflow_impl = lambda self, left, right, operation: None
     semantic.binary_op_type_checking_impl, semantic.cast = check, cast
     semantic.computation_type_impl, tl.dtype.__eq__ = computation_type, equal

@@ -2,12 +2,16 @@
 instructions."""
 
 import dataclasses
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.runtime.cache import get_cache_manager
 
 from kernels.gemm.gemm_fp8_gluon import gemm as gluon_gemm
 from kernels.gemm.gemm_fp8_triton import TILES, gemm
@@ -15,12 +19,33 @@ from kernels.mlp.swiglu_fp8_triton import backward as backward_to_fp8
 from kernels.paged_attention.batch import PagedBatch
 from kernels.paged_attention.paged_attention_triton import attend
 from kernels.quantization.quantize_triton import quantize_groups
+from scripts.kernel_table import offline as tools
 from scripts.kernel_table.__main__ import cases
 from scripts.kernel_table.case import TARGETS, TENSOR_CORES, Case, build, fp8_of
 from scripts.kernel_table.offline import SHARED_BYTES, Build, offline
 
 REGISTERS = {"sm_90": 255, "sm_100": 255, "gfx942": 512, "gfx950": 512}
 """Registers per thread; on AMD the sum of vector and accumulation registers."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def code_is_read_once() -> Iterator[None]:
+    """Keep what the tools print about a kernel where Triton keeps the kernel: a reading takes
+    0.5 s. The tools are part of Triton, so its version is part of the key."""
+    shipped = tools._tool
+
+    def tool(name: str, *options: str, content: bytes) -> str:
+        given = repr((triton.__version__, name, options)).encode() + content
+        kept = get_cache_manager(hashlib.sha256(given).hexdigest())
+        if found := kept.get_file("printed"):
+            return Path(found).read_text()
+        printed = shipped(name, *options, content=content)
+        kept.put(printed, "printed", binary=False)
+        return printed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools, "_tool", tool)
+        yield
 
 
 def assert_sound(

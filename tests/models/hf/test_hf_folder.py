@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from tests.models.hf.test_hf import random_decoder, write
 PICKLES = ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "pytorch_model.bin", "a.PKL")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A Qwen3-MoE in one file with an index, in a form that the server can load."""
-    path = tmp_path / "hf"
-    path.mkdir()
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
     write(random_decoder(FAMILIES["qwen3"]), path, 10**9)
     return path
+
+
+@pytest.fixture
+def folder(source: Path, tmp_path: Path) -> Path:
+    """A Qwen3-MoE in one file with an index, in a form that the server can load."""
+    return Path(shutil.copytree(source, tmp_path / "hf"))
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +62,7 @@ def dense_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dense(dense_source: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "dense"
-    path.mkdir()
-    for file in dense_source.iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    return path
+    return Path(shutil.copytree(dense_source, tmp_path / "dense"))
 
 
 def refusal(read: Callable[[], object]) -> str:

@@ -76,9 +76,10 @@ def described(model: ModelConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(given)))
 
 
+@pytest.mark.parametrize("n", [75, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_config_json_gives_the_model_again(family: str) -> None:
-    for model in drawn(family, 150):
+def test_config_json_gives_the_model_again(family: str, n: int) -> None:
+    for model in drawn(family, n):
         assert architecture(model) == ARCHITECTURES[family], model
         written = described(model)
         again = from_hf_config(written, "config.json")
@@ -86,8 +87,9 @@ def test_config_json_gives_the_model_again(family: str) -> None:
         assert described(again) == written
         # a reader that ignores our key reads a model with the same tensors
         published = from_hf_config({k: v for k, v in written.items() if k != KEY}, "config.json")
-        names = [(t.name, t.shape) for t in hf_tensors(model)]
-        assert names == [(t.name, t.shape) for t in hf_tensors(published)]
+        if published != model:
+            names = [(t.name, t.shape) for t in hf_tensors(model)]
+            assert names == [(t.name, t.shape) for t in hf_tensors(published)]
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])

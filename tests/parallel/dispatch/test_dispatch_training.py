@@ -1,4 +1,4 @@
-"""Training with every dispatcher gives the same weights after two steps, including overflow.
+"""Training with every dispatcher gives the same weights, including overflow.
 
 Tolerance: 1e-5 of each tensor's norm in fp32, for sums in another order; a repeated step must equal
 that of the exact dispatcher bit by bit. (`test_mesh_equality.py` compares the exact

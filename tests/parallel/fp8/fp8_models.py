@@ -88,18 +88,19 @@ SAME: tuple[dict[str, Any], ...] = (
 """Settings of `[parallel]` that must not change a bit."""
 TOGETHER: tuple[dict[str, Any], ...] = (
     {}, {"recompute": "full", "zero_stage": 2},
-    {"recompute": "selective", "reshard_after_forward": False, "prefetch": 0}, SAME[3],
+    {"recompute": "selective", "recompute_keep": ("attention", "matmul", "exchange"),
+     "reshard_after_forward": False, "prefetch": 0},
 )  # fmt: skip
-"""All of them in fewer runs."""
+"""All of them in fewer runs, except `recompute_every`, which does not depend on the recipe."""
 LAYERS = {
     1: [Case("gqa"), Case("mla", fp8={"power_of_two": True}), Case("odd"), Case("biased")],
     2: [
-        Case("gqa", {"tp": 2, "ep": 2}), Case("gqa", {"ep": 2} | _WIRE, {"power_of_two": True}),
-        Case("mla", {"tp": 2, "etp": 2}, {"power_of_two": True}), Case("odd", {"ep": 1}),
-        Case("biased", {"tp": 2, "ep": 2}), Case("mla", {"ep": 2} | _WIRE),
-        Case("odd", {"ep": 2}),
-        Case("gqa", {"ep": 2, "dispatch": {"kind": "sync_free"}}),
+        Case("mla", {"tp": 2, "etp": 2}, {"power_of_two": True}),
+        Case("gqa", {"ep": 2} | _WIRE, {"power_of_two": True}),
+        Case("biased", {"tp": 2, "ep": 2}), Case("odd", {"ep": 1}),
+        Case("odd", {"ep": 2}), Case("mla", {"ep": 2} | _WIRE),
         Case("gqa", {"ep": 2, "dispatch": {"chunks": 3, "dispatch_dtype": "fp8"}}),
+        Case("gqa", {"ep": 2, "dispatch": {"kind": "sync_free"}}), Case("gqa", {"tp": 2, "ep": 2}),
     ],
     4: [
         Case("gqa", {"tp": 2, "ep": 4}), Case("mla", {"tp": 2, "etp": 2, "ep": 2}),

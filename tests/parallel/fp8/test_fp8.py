@@ -32,7 +32,8 @@ FP8 = "--precision.recipe=fp8_blockwise"
 
 
 def faults(script: str, ranks: int, part: str, folder: Path) -> list[str]:
-    """part: "i/n" selects every n-th case, starting with the i-th; more words follow."""
+    """part: "i/n" selects every n-th case, starting with the i-th, backwards if n is negative; more
+    words follow."""
     path = f"tests/parallel/fp8/{script}.py"
     run(path, folder, *part.split("/"), ranks=ranks, timeout=600)
     found: list[str] = json.loads((folder / "faults.json").read_text())
@@ -60,8 +61,12 @@ def test_gathered_weights_are_the_quantised_masters(ranks: int, part: str, tmp_p
 @pytest.mark.parametrize(
     ("ranks", "part"),
     [
-        (2, "0/2"),  # each of the models
-        *(pytest.param(*few, marks=SLOW) for few in [(1, "0/1"), (2, "1/2"), (4, "0/1")]),
+        # each of the models; the last case combines what the meshes of these have
+        (2, "6/-2"),
+        *(
+            pytest.param(*few, marks=SLOW)
+            for few in [(1, "0/1"), (2, "1/2"), (2, "8/1"), (4, "0/1")]
+        ),
     ],
 )
 def test_layers_multiply_the_same_on_every_mesh(ranks: int, part: str, tmp_path: Path) -> None:

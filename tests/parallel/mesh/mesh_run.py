@@ -9,6 +9,7 @@ are random, documents have unequal lengths.
 
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -48,9 +49,6 @@ from train.dataset.sequences import sequences_of
 from train.optim.optimizer import build_optimizer
 from train.step import train_step
 
-STEPS = 2
-"""The second step uses state of the first: weights, biases, and FSDP2's recorded order."""
-
 
 def random_corpus(vocab_size: int, length: int) -> np.ndarray:
     """Tokens with a skewed distribution; token 0 starts documents of 1 to 40 tokens."""
@@ -70,7 +68,7 @@ def wholes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same of many tensors, in one exchange of their places and one of their bytes.
 
     `DTensor.full_tensor` plans this by a search through placements, which took a rank of eight four
-    fifths of its time; test_mesh_equality.py compares the two.
+    fifths of its time; test_mesh_equality.py compares the two (`WHOLE`).
     """
     local = {name: local_of(tensor).detach().contiguous() for name, tensor in tensors.items()}
     divided = [name for name, tensor in tensors.items() if isinstance(tensor, DTensor)]
@@ -183,8 +181,13 @@ def training_of(config: JobConfig, ranks: Ranks, compute: torch.dtype = torch.fl
         return build_training(config, ranks, shard_model(config, ranks, compute))
 
 
-def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
-    """Train STEPS steps of one experiment; rank 0 writes `out`."""
+def train(
+    out: Path, config: JobConfig, ranks: Ranks, fault: str, steps: int, whole: bool = False
+) -> None:
+    """Train so many steps of one experiment; rank 0 writes `out`.
+
+    whole: compare `wholes` with torch's way, for one parameter of every kind, because that is slow.
+    """
     training = training_of(config, ranks)
     model, mesh = training.model, training.mesh
     shake(model)
@@ -200,7 +203,7 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
     curve = []
     with FAULTS[fault](model, mesh):
         optimizer = Recording(model, config.optimizer.lr, result)
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             done = train_step(
                 model, optimizer, map(with_gaps, data.step(step)), step=step, rank=ranks.rank,
                 tp_size=mesh.parallel_dims.tp, clip_norm=1.0, mtp_weight=config.train.mtp_weight,
@@ -212,6 +215,11 @@ def train(out: Path, config: JobConfig, ranks: Ranks, fault: str) -> None:
             result[f"counts/{step}"] = done.counts_LE.contiguous()
     result["curve"] = torch.tensor(curve, dtype=torch.float64)
     result |= wholes({f"weight/{name}": p for name, p in model.named_parameters()})
+    kinds = {re.sub(r"\.\d+\.", ".", name): name for name, _ in model.named_parameters()}
+    for name in kinds.values() if whole else ():
+        parameter = model.get_parameter(name)
+        assert isinstance(parameter, DTensor)
+        assert torch.equal(result[f"weight/{name}"], parameter.full_tensor()), name
     for i, router in enumerate(routers(model)):
         result[f"bias/{i}"] = router.bias_E.clone()
     if ranks.is_first:
@@ -238,7 +246,7 @@ def steady(choice: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return checked
 
 
-def train_steadily(out: Path, settings: dict[str, Any], ranks: Ranks) -> None:
+def train_steadily(out: Path, settings: dict[str, Any], ranks: Ranks, steps: int) -> None:
     """Train with the first seed for which no choice of experts depends on rounding; record that
     seed."""
     for seed in range(50):
@@ -249,7 +257,7 @@ def train_steadily(out: Path, settings: dict[str, Any], ranks: Ranks) -> None:
                 patch.object(kernels.moe.router, "choose", steady(kernels.moe.router.choose)),
                 patch.object(models.balance, "top_indices", steady(models.balance.top_indices)),
             ):
-                train(out, config, ranks, "none")
+                train(out, config, ranks, "none", steps)
         except Fragile:
             continue
         out.with_suffix(".seed").write_text(str(seed))
@@ -262,9 +270,10 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     for case in cases:
         out = folder / f"{case['name']}.safetensors"
         if ranks.world == 1:
-            train_steadily(out, case["settings"], ranks)
+            train_steadily(out, case["settings"], ranks, case["steps"])
         else:
-            train(out, from_dict(case["settings"], case["name"]), ranks, case["fault"])
+            config = from_dict(case["settings"], case["name"])
+            train(out, config, ranks, case["fault"], case["steps"], case["whole"])
     stop_ranks()
 
 

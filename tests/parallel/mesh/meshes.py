@@ -11,9 +11,11 @@ SEQ_LEN, GLOBAL_BATCH, PASSES = 32, 16, 2
 ODD = "odd "
 """Prefix of a family's name: its model with sizes that 3 and 6 ranks can divide, on batches that
 are no powers of two."""
-ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES = 30, 18, 3
+ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES = 30, 12, 2
 MANY = "many "
 """The same model with twice the batch, for 16 ranks."""
+ONCE = "once "
+"""The same model with one microbatch a step."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Case:
             length, batch, passes = ODD_SEQ_LEN, ODD_BATCH, ODD_PASSES
         if self.family.startswith(MANY):
             batch *= 2
+        if self.family.startswith(ONCE):
+            passes = 1
         more = dict(self.more) | {"dispatch": dict(self.dispatch)}
         return {
             "run": {"dir": "unused"},
@@ -100,7 +104,7 @@ def model_of(family: str) -> ModelConfig:
     """The model of a case."""
     if family.startswith(ODD):
         return odd(FAMILIES[family.removeprefix(ODD)])
-    return wide(FAMILIES[family.removeprefix(MANY)])
+    return wide(FAMILIES[family.removeprefix(MANY).removeprefix(ONCE)])
 
 
 def alone(family: str) -> Case:

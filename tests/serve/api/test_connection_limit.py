@@ -22,7 +22,9 @@ Connect = Callable[..., socket.socket]
 
 @pytest.fixture
 def server(export: Export, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
-    with run_server(EngineCore(export, EngineOptions(kv_tokens=4096))) as running:
+    core = EngineCore(export, EngineOptions(kv_tokens=4096))
+    monkeypatch.setattr(http_server, "SEND_BUFFER_BYTES", 4096)
+    with run_server(core) as running:
         monkeypatch.setattr(http_server, "MAX_CONNECTIONS", LIMIT)
         yield running
 
@@ -44,7 +46,7 @@ def connect(server: RunningServer) -> Iterator[Connect]:
 
 
 def stream_body(n: int = 1) -> bytes:
-    fields = {"prompt": "a", "max_tokens": 150, "ignore_eos": True, "stream": True, "n": n}
+    fields = {"prompt": "a", "max_tokens": 50, "ignore_eos": True, "stream": True, "n": n}
     body = json.dumps(fields | ({"logprobs": 20} if n > 1 else {})).encode()
     return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
@@ -102,7 +104,7 @@ def test_a_slow_sender_makes_room(begin: bytes, status: bytes, connect: Connect)
 
 def test_what_is_served_is_never_closed(server: RunningServer, connect: Connect) -> None:
     """Streams finish; with nothing else to close, a new connection is refused."""
-    slow_down(server.core, 0.01)
+    slow_down(server.core, 0.03)
     streams = [connect() for _ in range(LIMIT - 1)]
     for client in streams:
         client.sendall(stream_body())

@@ -117,7 +117,7 @@ def assert_empty(server: RunningServer) -> None:
 
 
 def test_dropped_streams_lose_nothing(export: Export) -> None:
-    run_rounds(export, n_streams=50, n_rounds=1, n_calls=12)
+    run_rounds(export, n_streams=40, n_rounds=1, n_calls=8)
 
 
 @pytest.mark.slow

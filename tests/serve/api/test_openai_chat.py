@@ -54,15 +54,15 @@ def test_chat_equals_the_model_on_the_rendered_text(
         content = parts if isinstance(parts, str) else "".join(p["text"] for p in parts)
         turns.append((one["role"], content))
     prompt = rendered(tokenizer, turns)
-    expected = greedy_reference(prompt, 24)
+    expected = greedy_reference(prompt, 12)
     found = client.chat.completions.create(
-        model="tiny", messages=messages, max_completion_tokens=24, **GREEDY
+        model="tiny", messages=messages, max_completion_tokens=12, **GREEDY
     )
     assert found.choices[0].message.content == tokenizer.decode(expected)
     assert found.choices[0].message.role == "assistant"
     assert found.choices[0].finish_reason == "length"
     assert found.usage is not None
-    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), 24)
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), 12)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_streams_equal_whole_answers(client: "openai.OpenAI", extra: dict[str, A
     call: dict[str, Any] = {
         "model": "tiny",
         "messages": HELLO,
-        "max_tokens": 30,
+        "max_tokens": 16,
         "temperature": 0.0,
     }
     call |= extra
@@ -100,7 +100,7 @@ def test_streams_equal_whole_answers(client: "openai.OpenAI", extra: dict[str, A
             assert [e.token for e in listed] == [e.token for e in choice.logprobs.content or []]
         if "extra_body" in extra:  # pieces of characters are no text yet, but have their ids
             ids = [token for c in mine for token in getattr(c, "token_ids", [])]
-            assert ids == choice.token_ids and len(ids) == 30
+            assert ids == choice.token_ids and len(ids) == 16
 
 
 def test_logprobs_have_bytes_and_the_sampled_token(client: "openai.OpenAI") -> None:

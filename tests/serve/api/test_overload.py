@@ -166,14 +166,14 @@ def test_ten_times_the_load_keeps_the_goodput(export: Export) -> None:
     options = EngineOptions(kv_tokens=2048, max_running=4, max_waiting=8)
     with run_server(EngineCore(export, options)) as server:
         few, many = Clients(server, 4), Clients(server, 40)
-        few.run(60)
-        many.run(60)
+        few.run(36)
+        many.run(36)
     unloaded = max(steps for steps, _ in few.answers)
     n_few, n_many = (
         sum(steps <= 3 * unloaded + 1 for steps, _ in clients.answers) for clients in (few, many)
     )
     print(f"\n{n_few} good answers of 4 clients, {n_many} of 40, {len(many.refusals)} refused")
-    assert unloaded < 12 and n_few >= 24
+    assert unloaded < 12 and n_few >= 12
     assert n_many >= n_few and n_many == len(many.answers)
     assert len({text for _, text in few.answers + many.answers}) == 1
     assert len(many.refusals) > 20 and not few.refusals

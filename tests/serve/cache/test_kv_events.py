@@ -183,9 +183,9 @@ def test_an_index_equals_the_tree(page_size: int, window: int) -> None:
                 first.read()
                 lossy.read(lambda: rng.random() < 0.3)
 
-        traffic(core, 1, 60, after)
+        traffic(core, 1, 40, after)
         with subscribed(publisher) as late:
-            traffic(core, 2, 30, after)
+            traffic(core, 2, 20, after)
             time.sleep(0.05)
             late.read()
             for one in (first, lossy, late):
@@ -261,7 +261,7 @@ def test_what_is_no_longer_stored_is_replaced_by_everything(
     monkeypatch.setattr(kv_publisher, name, most)
     core, publisher, tree = make(kv_tokens=400, page_size=4)
     start = publisher._buffer[0][0]
-    traffic(core, 3, 30, lambda: None)
+    traffic(core, 3, 20, lambda: None)
     assert publisher._buffer[0][0] > start + 5
     assert len(publisher._buffer) <= 5 or publisher._n_bytes <= 2000
     assert publisher._n_bytes == sum(len(payload) for _, payload in publisher._buffer)

@@ -19,7 +19,7 @@ from tests.serve.conftest import GreedyReference
 from tests.serve.drive import assert_no_page_lost, complete, greedy, make_request, run
 
 MakeCore = Callable[..., EngineCore]
-LONGEST = 24
+LONGEST = 12
 """The most tokens of an answer, but where it is said."""
 
 
@@ -48,7 +48,7 @@ def test_reference_is_lively(greedy_reference: GreedyReference) -> None:
     together = greedy_reference(prompts(10)[3], LONGEST)
     alone = GreedyReference(greedy_reference.folder)(prompts(10)[3], LONGEST)
     assert together == alone, "documents of one sequence do not affect each other"
-    assert all(len(set(greedy_reference(prompt, LONGEST))) > 10 for prompt in prompts(10))
+    assert all(len(set(greedy_reference(prompt, LONGEST))) > 5 for prompt in prompts(10))
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def _with_end(export: Export, token: int) -> Export:
 
 def test_stop_string_cuts_text(make_core: MakeCore) -> None:
     core = make_core()
-    text = complete(core, ["def add("], greedy(40))[0].text
+    text = complete(core, ["def add("], greedy(20))[0].text
     stop = text[12:15]
-    found = complete(core, ["def add("], greedy(40, stop=(stop,)))[0]
+    found = complete(core, ["def add("], greedy(20, stop=(stop,)))[0]
     assert found.finish_reason == "stop"
     assert found.text == text[: text.index(stop)]
 

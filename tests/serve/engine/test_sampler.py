@@ -257,9 +257,9 @@ def test_logprobs() -> None:
 
 def test_seeded_requests_through_the_engine(make_core: Callable[..., EngineCore]) -> None:
     """The same tokens alone, in a large batch, and after retraction."""
-    mine = SamplingParams(max_tokens=40, seed=11, temperature=0.7, top_p=0.9, ignore_eos=True)
+    mine = SamplingParams(max_tokens=20, seed=11, temperature=0.7, top_p=0.9, ignore_eos=True)
     expected = complete(make_core(), ["def add("], mine)[0].tokens
-    crowd = [SamplingParams(max_tokens=40, seed=s, ignore_eos=True) for s in range(7)]
+    crowd = [SamplingParams(max_tokens=20, seed=s, ignore_eos=True) for s in range(7)]
     core = make_core(kv_tokens=160, page_size=4)
     found = complete(core, ["print"] * 7 + ["def add("], [*crowd, mine])
     assert core.scheduler.n_retracted

@@ -17,7 +17,7 @@ from tests.serve.traffic import Call, Workload, assert_as_alone, live
 @pytest.mark.parametrize(
     ("n", "cache", "window", "overlap"),
     [
-        (120, "radix", 11, "on"),
+        (80, "radix", 11, "on"),
         *(
             pytest.param(500, *options, marks=pytest.mark.slow)
             for options in (
@@ -37,7 +37,7 @@ def test_many_requests(n: int, cache: str, window: int, overlap: str) -> None:
         kv_tokens=600,
     )
     traffic = Workload(seed=5, n_requests=n)
-    live(core, traffic)
+    live(core, traffic, aborts=0.03)
     core.close()
     assert_as_alone(traffic, window)
     hits = core.scheduler.n_cached_tokens / core.scheduler.n_prompt_tokens
@@ -68,7 +68,7 @@ def test_random_sizes(seed: int, overlap: str) -> None:
         page_size=rng.choice([1, 2, 5, 16]),
         kv_tokens=rng.randint(200, 320),
     )
-    traffic = Workload(seed, n_requests=60)
+    traffic = Workload(seed, n_requests=40)
     live(core, traffic, aborts=0.05)
     core.close()
     assert_as_alone(traffic, core.pages.window)
@@ -81,7 +81,7 @@ def test_retraction_happens_and_changes_nothing(overlap: str) -> None:
     rng = random.Random(0)
     prompt = [rng.randrange(1, VOCAB) for _ in range(25)]
     traffic = Workload(seed=0, n_requests=0)
-    for index in range(24):
+    for index in range(14):
         params = SamplingParams(max_tokens=40, seed=index, ignore_eos=True)
         call = Call([*prompt[: index % 3 * 8], *traffic.tokens(15)], params, 0)
         call.requests = core.make_requests(call.prompt, params)

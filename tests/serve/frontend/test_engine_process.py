@@ -26,7 +26,7 @@ LIVENESS_S = 300.0
 OPTIONS: dict[str, Any] = {"kv_tokens": 2048, "routed_experts": True, "max_running": 4}
 CHAT = {"messages": [{"role": "user", "content": "Why?"}]}
 LONG = {"prompt": [5] * 9, "max_tokens": 180, "ignore_eos": True, "temperature": 0}
-SHORT = LONG | {"max_tokens": 30}
+SHORT = LONG | {"max_tokens": 12}
 
 
 def make_engine(folder: Path, **options: Any) -> EngineProcess:
@@ -54,13 +54,13 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": ["ab", "日本"], "seed": 3, "n": 2, "logprobs": 2, "echo": True}),
     ("/v1/completions", {"prompt": [7, 8, 9], "max_tokens": 0, "echo": True, "logprobs": 0}),
     ("/v1/completions", {**SHORT, "stream": True, "stream_options": {"include_usage": True}}),
-    ("/v1/completions", {"prompt": "x", "max_tokens": 60, "seed": 1, "stop": ["a", "e", "\n"]}),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 30, "seed": 1, "stop": ["a", "e", "\n"]}),
     ("/v1/completions", {"prompt": "x", "seed": 2**64 - 1, "logit_bias": {"7": 90.0, "8": -90}}),
     ("/v1/chat/completions", {**CHAT, "seed": -5, "logprobs": True, "top_logprobs": 3}),
     ("/v1/chat/completions", {**CHAT, "seed": 5, "max_tokens": 9, "stream": True, "n": 2}),
     ("/generate", {"text": "abc", "return_routed_experts": True, "return_logprob": True,
                    "logprob_start_len": 0, "top_logprobs_num": 1,
-                   "sampling_params": {"max_new_tokens": 40, "sampling_seed": 9, "stop": ["th"]}}),
+                   "sampling_params": {"max_new_tokens": 20, "sampling_seed": 9, "stop": ["th"]}}),
     ("/v1/completions", {"prompt": [1] * 500}),
     ("/update_weights_from_disk", {"model_path": "/no/such/folder"}),
 ]  # fmt: skip

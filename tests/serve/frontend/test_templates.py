@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from configs.errors import UserError
 from serve.engine.sampling_params import RequestError
-from serve.frontend import template_child
+from serve.frontend import template_child, template_process
 from serve.frontend.chat import ChatTemplate, read_chat_template
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -61,12 +61,24 @@ def test_templates_reach_nothing(source: str) -> None:
     assert "[<" not in text and "{'__name__'" not in text
 
 
+@pytest.fixture
+def strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fraction of the limits: to write to 512 MiB or to wait for two seconds shows no more."""
+    program = Path(template_child.__file__).read_text()
+    for name, value in (("MAX_SECONDS = 2.0", "0.3"), ("MAX_BYTES = 1 << 29", "1 << 26")):
+        assert program.count(f"\n{name}\n") == 1
+        program = program.replace(name, f"{name.partition(' ')[0]} = {value}")
+    (tmp_path / "template_child.py").write_text(program)
+    monkeypatch.setattr(template_process, "_PROGRAM", tmp_path / "template_child.py")
+
+
 def slow(source: str) -> object:
     """One of several sources that the same limit stops in the same way: of constants, filters,
     methods, operators and loops one each is not slow."""
     return pytest.param(source, marks=pytest.mark.slow)
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
     "source",
     [
@@ -94,6 +106,7 @@ def test_memory_is_limited(source: str) -> None:
         render(source)
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(
     "source",
     [
@@ -146,6 +159,7 @@ def test_threads_get_their_own_texts(fragile: ChatTemplate) -> None:
 
 
 def test_its_process_ends_with_it() -> None:
+    gc.freeze()  # collecting then visits only what is created here
     template = ChatTemplate("{{ messages[0].content }}", {})
     assert template.render(HELLO) == "hello"
     process = template.process._process

@@ -49,7 +49,7 @@ def test_forced_text_is_found_late_and_then_in_time(core: EngineCore, params: Pa
     assert first == second and fast < slow
 
 
-@pytest.mark.parametrize("n_at_once", [1, 2, 256])
+@pytest.mark.parametrize("n_at_once", [1, 2, pytest.param(256, marks=pytest.mark.slow)])
 def test_more_outputs_than_fit_in_a_message(
     n_at_once: int, core: EngineCore, plain_core: EngineCore, params: Params,
     monkeypatch: pytest.MonkeyPatch,

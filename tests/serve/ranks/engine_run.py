@@ -30,12 +30,12 @@ def main(tp: int, ep: int, out: Path, folders: list[str]) -> None:
         for _ in engine.stream(PROMPTS[0], serve.SamplingParams(max_tokens=500, ignore_eos=True)):
             break  # the rest is cancelled
         engine.update_weights(same)
-        found.append([one.tokens for one in engine.generate(PROMPTS, params)])
+        found.append([one.tokens for one in engine.generate(PROMPTS[:3], params)])
         try:
             engine.update_weights(other)
         except UserError as error:
             refusal = str(error)
-        found.append([one.tokens for one in engine.generate(PROMPTS, params)])
+        found.append([one.tokens for one in engine.generate(PROMPTS[:3], params)])
     out.write_text(json.dumps({"tokens": found, "counts": counts, "refusal": refusal}))
     print("the script went on")
 

@@ -99,7 +99,7 @@ def answers(server: Server) -> list[dict[str, Any]]:
         follow(server.export, OPTIONS)
         return []
     core = EngineCore(server.export, OPTIONS)
-    params = greedy(8, logprobs=3, prompt_logprobs=2, return_routed_experts=True)
+    params = greedy(5, logprobs=3, prompt_logprobs=2, return_routed_experts=True)
     done = complete(core, PROMPTS, params)
     core.close()
     return [
@@ -169,7 +169,7 @@ def stacked(s: Sequence) -> Tensor:
 
 
 def compare(server: Server, case: dict[str, Any]) -> dict[str, Any]:
-    """On rank 0, what is equal.
+    """On rank 0, what is equal; to one process only where that is expected (see `is_near_one`).
 
     | key | content |
     |---|---|
@@ -184,27 +184,39 @@ def compare(server: Server, case: dict[str, Any]) -> dict[str, Any]:
     if case["tp"] > 2:
         second = rows_of_random_steps(server.again(), 2)
     trained = trainer_logits(server)
-    served = answers(server.again())
+    served = answers(server.again()) if is_near_one(case) else []
     model = server.export.model.config
     held = gather_json(held_by(server.export.model, server.group.local_model(model)))
     if not server.group.ranks.is_first:
         return {}
-    rows, single = alone(server.folder, case["dtype"])
     found = [stacked(s) for s in first]
-    scale = max(float(row.abs().max()) for row in rows)
-    pairs = list(zip(served, single, strict=True))
-    return {
+    with torch.device("meta"):
+        whole = Decoder(model)
+    same = {
         "trainer": all(map(torch.equal, found, trained)),
         "invariant": second is None or all(map(torch.equal, found, map(stacked, second))),
+        "held": held,
+        "whole": held_by(whole, model),
+    }
+    if not is_near_one(case):
+        return same
+    rows, single = alone(server.folder, case["dtype"])
+    scale = max(float(row.abs().max()) for row in rows)
+    pairs = list(zip(served, single, strict=True))
+    return same | {
         "logits": max(float((a - b).abs().max()) for a, b in zip(found, rows, strict=True)) / scale,
         "logprobs": max(
             farthest([a["logprobs"], a["prompt"]], [b["logprobs"], b["prompt"]]) for a, b in pairs
         ),
         "tokens": all(a["tokens"] == b["tokens"] for a, b in pairs),
         "experts": all(a["experts"] == b["experts"] for a, b in pairs),
-        "held": held,
-        "whole": held_by(read_model(server.folder, torch.float32), model),
     }
+
+
+def is_near_one(case: dict[str, Any]) -> bool:
+    """Whether one process has the same or almost the same numbers: in lower precision, sums over
+    the ranks of tp have other tokens as their result."""
+    return case["tp"] == 1 or case["dtype"] == "fp32"
 
 
 def held_by(decoder: Decoder, model: ModelConfig) -> list[int]:

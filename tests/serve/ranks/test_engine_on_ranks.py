@@ -51,7 +51,7 @@ def test_a_script(family: str, tp: int, ep: int, tmp_path: Path) -> None:
         found.append(json.loads(out.read_text()))
     assert found[0] == found[1]
     greedy, _, updated, kept = found[1]["tokens"]
-    assert greedy != updated == kept
+    assert greedy[:3] != updated == kept
     assert min(map(sum, found[1]["counts"])) > 1500
     assert found[1]["refusal"].endswith("is another model than the one that is served")
 

@@ -11,7 +11,7 @@ import torch
 
 from configs.schema import CheckpointConfig
 from parallel.ranks import Ranks, start_ranks, stop_ranks
-from train.checkpoint import checkpoint, host_buffer, saver
+from train.checkpoint import background_save, checkpoint, host_buffer, saver
 from train.checkpoint.checkpoint import CheckpointError
 from train.checkpoint.saver import Saver
 from train.checkpoint.storage import client
@@ -57,6 +57,7 @@ def make(ranks: None, tmp_path: Path) -> Iterator[Callable[..., Saver]]:
 def faulty(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     program = FAULTY.format(root=client._ROOT, fault=fault)
     monkeypatch.setattr(client, "PROGRAM", program)
+    monkeypatch.setattr(background_save, "_LONGEST_PAUSE_S", 0.05)
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from scripts.validate import main as validate
 from tests.runs import TINY, run
-from tests.train.checkpoint.test_resume import final_weights, kill_and_resume, losses
+from tests.train.checkpoint.test_resume import SHORT, final_weights, kill_and_resume, losses
 from tests.train.in_process import run_train
 
 FP8 = [
@@ -40,7 +40,10 @@ def two_steps(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 @pytest.mark.long
 @pytest.mark.slow  # the next test resumes in one process; test_resume.py kills two ranks
 def test_kill_and_resume_is_bit_identical(overrides: list[str], tmp_path: Path) -> None:
-    kill_and_resume([*overrides, *FP8], tmp_path, steps=9)
+    words, whole = [*overrides, *FP8], tmp_path / "whole"
+    more = [*SHORT, "--train.steps=4", f"--run.dir={whole}"]
+    run("-m", "train", TINY, *words, *more, ranks=2)
+    kill_and_resume(words, tmp_path / "run", whole)
 
 
 def test_a_resumed_run_is_bit_identical(
@@ -101,10 +104,12 @@ def test_validation_alone_computes_in_the_runs_recipe(
     one."""
     folder, out = two_steps
     trained = re.findall(r"validation loss ([\d.]+)", out)[-1]
-    alone = run("-m", "scripts.validate", folder, "--train.micro_batch=4").stdout
+    threads = "--train.threads=1"
+    assert validate([str(folder), "--train.micro_batch=4", threads]) == 0
+    alone = capsys.readouterr().out
     found = float(re.findall(r"([0-9.]+) nats", alone)[0])
     assert found == pytest.approx(float(trained), abs=2e-4)  # rounding in batches of another size
-    bf16 = ["--precision.recipe=bf16", "--precision.fp8.power_of_two=false", "--train.threads=1"]
+    bf16 = ["--precision.recipe=bf16", "--precision.fp8.power_of_two=false", threads]
     assert validate([str(folder), *bf16]) == 0
     other = capsys.readouterr().out
     assert "nats" in other and other != alone

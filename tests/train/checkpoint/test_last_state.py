@@ -1,6 +1,7 @@
 """A run that gets inf or NaN saves the last sound state, and never another."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +36,32 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "rank-00000.safetensors")
 
 
-@pytest.mark.parametrize("kind", [NonFiniteError, CapacityOverflow])
 def test_the_last_good_state_is_saved_and_resumes(
-    kind: type[Exception], overrides: list[str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    arguments = [*overrides, "--train.steps=5", "--checkpoint.every=2", "--checkpoint.keep=1"]
+    """One error twice, as the same settings end with the same error, and later another."""
+    arguments = [*overrides, "--train.steps=7", "--checkpoint.every=2", "--checkpoint.keep=1"]
     folder = tmp_path / "run" / "checkpoints"
-    with monkeypatch.context() as patch:
-        more = {"weights_are_good": True} if kind is NonFiniteError else {}
-        for attempt in range(2):  # the same settings end with the same error
-            error = kind("step 4: fault", **more)
-            patch.setattr(train.trainer, "train_step", failing(4, error))
+    numeric = partial(NonFiniteError, weights_are_good=True)
+    for make, at, kept in (
+        (numeric, 4, [2, 3]), (numeric, 4, [2, 3]), (CapacityOverflow, 6, [4, 5]),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            error = make(f"step {at}: fault")
+            patch.setattr(train.trainer, "train_step", failing(at, error))
             assert run(*arguments) == 1
-            err = capfd.readouterr().err
-            assert err == (
-                f"error: {tmp_path / 'run'}: step 4: fault; the newest checkpoint is "
-                f"{folder / 'step-00000003'}\n"
-            ), attempt
-            assert steps(folder) == [2, 3], "nothing older was removed"
+        assert capfd.readouterr().err == (
+            f"error: {tmp_path / 'run'}: step {at}: fault; the newest checkpoint is "
+            f"{folder / f'step-{at - 1:08d}'}\n"
+        )
+        assert steps(folder) == kept, "nothing older was removed"
     assert run(*arguments) == 0
     whole = tmp_path / "whole"
     assert run(*arguments, f"--run.dir={whole}") == 0
-    one, other = (weights(p / "checkpoints" / "step-00000005") for p in (tmp_path / "run", whole))
+    one, other = (weights(p / "checkpoints" / "step-00000007") for p in (tmp_path / "run", whole))
     assert all(one[name].equal(other[name]) for name in other)
-    assert steps(folder) == [5]
+    assert steps(folder) == [7]
 
 
 @pytest.mark.parametrize("every", [0, 1])
@@ -80,7 +82,7 @@ def test_a_poisoned_state_is_never_saved(
 
     monkeypatch.setattr(train.trainer, "train_step", step)
     folder = tmp_path / "run" / "checkpoints"
-    for last in (3, 8):
+    for last in (3, 5):
         run_dir = f"--run.dir={tmp_path / 'run'}"
         code = run(*overrides, run_dir, f"--train.steps={last}", f"--checkpoint.every={every}")
         assert code == 1

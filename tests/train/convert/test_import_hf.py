@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import UserError
 from configs.loader import flatten, from_dict, load, unflatten
@@ -22,13 +20,14 @@ from configs.schema import DataConfig, JobConfig, OptimizerConfig, RunConfig, Tr
 from models.decoder import Decoder
 from models.documents import DocumentAttention
 from models.hf.files import write_tensors
-from models.hf.table import hf_tensors
+from models.hf.table import hf_config, hf_tensors
 from parallel.shards import box_of
 from scripts.export import main as export_main
 from scripts.import_hf import main
 from tests.models.families import FAMILIES
 from tests.models.hf.test_hf import random_decoder, read_all, write
 from tests.runs import largest_file, run
+from tests.train.convert.live_bytes import LiveBytes
 from tests.train.in_process import run_train
 from train.checkpoint import checkpoint
 from train.convert.hf_export import export_hf
@@ -39,27 +38,30 @@ MAKE = """
 import json, sys, torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-folder = sys.argv[1]
-given = json.load(open(folder + "/wanted.json"))
-config = AutoConfig.for_model(given.pop("model_type"), **given)
-torch.manual_seed(5)
-model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-model.set_experts_implementation("eager")
-with torch.no_grad():
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.normal_(std=0.2).add_("norm" in name)
-tokens = torch.randint(0, given["vocab_size"], (2, 37))
-logits = model.eval()(tokens).logits.detach()
-save_file({"tokens": tokens, "logits": logits}, folder + "/theirs.check")
-for layout in ("published", "fused"):
-    model.save_pretrained(
-        folder + "/" + layout, max_shard_size="40kB", save_original_format=layout == "published"
-    )
+for folder in sys.argv[1:]:
+    given = json.load(open(folder + "/wanted.json"))
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.2).add_("norm" in name)
+    tokens = torch.randint(0, given["vocab_size"], (2, 37))
+    logits = model.eval()(tokens).logits.detach()
+    save_file({"tokens": tokens, "logits": logits}, folder + "/theirs.check")
+    for layout in ("published", "fused"):
+        model.save_pretrained(
+            folder + "/" + layout, max_shard_size="40kB",
+            save_original_format=layout == "published",
+        )
 """
 
 BF16 = {"deepseek-v3-mtp", "gpt-oss", "llama4"}
 """Families whose bf16 folder is imported by default: experts one by one and fused, an fp32 bias."""
+WITH_MTP = {"glm4", "deepseek-v3"}
+"""Families whose layers are all in the same family with MTP."""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,10 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in WITH_MTP else []) for n in FAMILIES],
+)
 def test_import_of_an_export_is_the_checkpoint(name: str, tmp_path: Path, tokenizer: Path) -> None:
     """x -> export -> import: the same tensors bit for bit, divided differently."""
     model = with_vocabulary(name)
@@ -127,8 +132,15 @@ def test_import_of_an_export_is_the_checkpoint(name: str, tmp_path: Path, tokeni
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in FAMILIES]
-    + [pytest.param(n, torch.bfloat16, marks=[pytest.mark.slow][n in BF16 :]) for n in FAMILIES],
+    [
+        pytest.param(name, dtype, marks=[] if name in names else [pytest.mark.slow])
+        for dtype, names in (
+            # of a family in BF16 the test before has the fp32 folder
+            (torch.float32, FAMILIES.keys() - BF16 - WITH_MTP),
+            (torch.bfloat16, BF16),
+        )
+        for name in FAMILIES
+    ],
     ids=str,
 )
 def test_export_of_an_import_is_the_folder(
@@ -144,6 +156,21 @@ def test_export_of_an_import_is_the_folder(
     same(read_all(export_hf(tmp_path / "ours", None, dtype)), read_all(folder))
 
 
+THEIRS = [name for name in FAMILIES if name != "glm4-bare"]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random models of transformers, in both layouts, with their logits: a folder per family."""
+    folder = tmp_path_factory.mktemp("theirs")
+    for name in THEIRS:
+        (folder / name).mkdir()
+        config = hf_config(FAMILIES[name], max_positions=64, eos_token_id=0, dtype="float32")
+        (folder / name / "wanted.json").write_text(json.dumps(config))
+    run("-P", "-c", MAKE, *(folder / name for name in THEIRS))
+    return folder
+
+
 # an MTP model has all layers of the same family without
 @pytest.mark.parametrize(
     "name",
@@ -151,34 +178,31 @@ def test_export_of_an_import_is_the_folder(
         pytest.param(
             name, marks=[pytest.mark.slow] if name in ("glm4", "deepseek-v3", "qwen3") else []
         )
-        for name in FAMILIES
-        if name != "glm4-bare"
+        for name in THEIRS
     ],
 )
-def test_a_model_of_transformers_in_both_layouts(name: str, tmp_path: Path) -> None:
+def test_a_model_of_transformers_in_both_layouts(name: str, theirs: Path, tmp_path: Path) -> None:
     """transformers generates and writes the weights, in the published layout and in that of its
     modules. Logits within 1e-5 of the norm (fp32, other order of summation)."""
-    write(random_decoder(FAMILIES[name]), tmp_path)  # only for its config.json
-    (tmp_path / "config.json").rename(tmp_path / "wanted.json")
-    run("-P", "-c", MAKE, tmp_path)
-    given = load_file(tmp_path / "theirs.check")
+    folder = theirs / name
+    given = load_file(folder / "theirs.check")
     positions = torch.arange(37).expand(2, 37)
     imported = []
     for layout in ("published", "fused"):
-        saved, lines = import_hf(tmp_path / layout, tmp_path / f"ours-{layout}")
+        saved, lines = import_hf(folder / layout, tmp_path / f"ours-{layout}")
         with torch.no_grad():
             logits = model_of(saved)(
                 given["tokens"].reshape(-1), positions.reshape(-1), DocumentAttention(positions)
             )
-        theirs = given["logits"].flatten(0, 1)
-        assert (logits - theirs).norm() < 1e-5 * theirs.norm(), layout
-        written = read_all(tmp_path / layout)
+        expected = given["logits"].flatten(0, 1)
+        assert (logits - expected).norm() < 1e-5 * expected.norm(), layout
+        written = read_all(folder / layout)
         elements = sum(value.numel() for value in written.values())
         assert lines[0] == f"read {len(written):,} tensors, {elements:,} elements"
         imported.append(tensors_of(saved))
     same(*imported)
     for path in ("published", "fused"):
-        names = list(read_all(tmp_path / path))
+        names = list(read_all(folder / path))
         fused = any(k.endswith("experts.gate_up_proj") for k in names)
         assert fused == (path == "fused" or name in ("gpt-oss", "llama4"))
 
@@ -212,41 +236,12 @@ def test_fused_families_one_expert_at_a_time(name: str, tmp_path: Path) -> None:
     same(tensors_of(paths[1]), tensors_of(paths[0]))
 
 
-class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes that tensors created by operations occupied at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        makes = all(out.alias_info is None for out in func._schema.returns)  # not a view of another
-        if makes and isinstance(result, Tensor) and result.device.type == "cpu":
-            self._see(result.untyped_storage())
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        place, n = storage.data_ptr(), storage.nbytes()
-        if not n or place in self.known:
-            return
-        self.known.add(place)
-        self.now += n
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, place, n)
-
-    def _forget(self, place: int, n: int) -> None:
-        self.known.discard(place)
-        self.now -= n
-
-
-@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "llama4"])
-def test_memory_stays_below_two_shards(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "n_layers"), [("qwen3", 7), ("gpt-oss", 6), ("llama4", 12)])
+def test_memory_stays_below_two_shards(name: str, n_layers: int, tmp_path: Path) -> None:
     """A model of many shards; peak memory, without mapped files (those are closed every 32 MiB), is
     less than twice the largest file."""
     small = FAMILIES[name]
-    model = replace(small, n_layers=12, moe=replace(small.moe, n_experts=16, d_expert=48))
+    model = replace(small, n_layers=n_layers, moe=replace(small.moe, n_experts=16, d_expert=48))
     decoder, shard = random_decoder(model), 60_000
     state = decoder.state_dict()
 

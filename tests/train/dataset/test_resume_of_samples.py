@@ -104,7 +104,7 @@ def check(n_samples: int, global_batch: int, counts: tuple[int, int], interrupti
 
 
 def test_interrupted_runs_read_what_an_uninterrupted_one_reads() -> None:
-    check(n_samples=24_000, global_batch=240, counts=(2_003, 11_001), interruptions=12)
+    check(n_samples=16_800, global_batch=240, counts=(1_403, 7_701), interruptions=12)
 
 
 @pytest.mark.slow

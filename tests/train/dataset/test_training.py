@@ -19,6 +19,14 @@ from train.report.metrics import read_lines
 TIMES = {"tokens_per_s", "step_s", "data_share", "memory_gib"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures() -> Iterator[None]:
+    """Drawing takes half a second; tests/train/prepare has the picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "draw_lengths", lambda *arguments: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """Two datasets with one tokenizer, and the first as Megatron's files."""
@@ -29,17 +37,15 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     for name, rows in (("web", texts), ("other", others)):
         lines = [json.dumps({"text": row}) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "draw_lengths", lambda *arguments: None)
-        for name in ("web", "other"):
-            first = name == "web"
-            options = Options(
-                sources=(str(folder / f"{name}.jsonl"),), text_field="text", unreadable="refuse",
-                tokenizer="" if first else str(folder / "web"), train_vocab=320 if first else 0,
-                special_tokens=("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-                validation_fraction=0.1, near_duplicate_threshold=1.0,
-            )  # fmt: skip
-            prepare_data(options, Output(folder / name, megatron=first), lambda line: None)
+    for name in ("web", "other"):
+        first = name == "web"
+        options = Options(
+            sources=(str(folder / f"{name}.jsonl"),), text_field="text", unreadable="refuse",
+            tokenizer="" if first else str(folder / "web"), train_vocab=320 if first else 0,
+            special_tokens=("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+            validation_fraction=0.1, near_duplicate_threshold=1.0,
+        )  # fmt: skip
+        prepare_data(options, Output(folder / name, megatron=first), lambda line: None)
     return folder
 
 
@@ -53,7 +59,7 @@ def blend(datasets: Path, *others: str, megatron: bool = False) -> list[str]:
     return [
         "--data.source=stdlib", "--data.validation_fraction=0.02",
         f"--data.blend=[{', '.join(entries)}]",
-        f"--data.cache_dir={datasets / 'cache'}", *others,
+        f"--data.cache_dir={datasets / 'cache'}", "--validation.sequences=4", *others,
     ]  # fmt: skip
 
 
@@ -82,9 +88,9 @@ def final(folder: Path) -> dict[str, bytes]:
 def test_a_run_that_stops_continues_bit_for_bit(
     more: list[str], datasets: Path, tmp_path: Path
 ) -> None:
-    words = blend(datasets, "--train.steps=9", "--schedule.steps=9", *more)
+    words = blend(datasets, "--train.steps=6", "--schedule.steps=6", *more)
     assert train(*words, f"--run.dir={tmp_path / 'whole'}") == 0
-    for steps in (3, 4, 9):  # two resumes, with other numbers of prefetched steps
+    for steps in (2, 3, 6):  # two resumes, with other numbers of prefetched steps
         again = [*words, f"--train.steps={steps}", f"--data.prefetch={steps}"]
         assert train(*again, f"--run.dir={tmp_path / 'parts'}") == 0
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
@@ -96,7 +102,7 @@ def test_a_run_that_stops_continues_bit_for_bit(
     last = whole[-1]
     skipped = 3 if "skip" in str(more) else 0
     assert last["data/web/tokens"] + last["data/other/tokens"] == pytest.approx(
-        (9 + skipped) * 8 * 32, rel=0.05 if "best_fit" in str(more) else 0
+        (6 + skipped) * 8 * 32, rel=0.05 if "best_fit" in str(more) else 0
     )
     assert last["loss/web"] != last["loss/other"]
     for name in ("web", "other"):
@@ -107,7 +113,7 @@ def test_a_run_that_stops_continues_bit_for_bit(
 
 @pytest.mark.long
 def test_two_ranks_report_the_losses_of_one(datasets: Path, tmp_path: Path) -> None:
-    words = blend(datasets, "--train.steps=2", "--validation.every=1", "--train.micro_batch=2")
+    words = blend(datasets, "--train.steps=2", "--validation.every=1", "--train.micro_batch=4")
     assert train(*words, f"--run.dir={tmp_path / 'one'}") == 0
     run("-m", "train", str(TINY), *words, f"--run.dir={tmp_path / 'two'}", ranks=2)
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
@@ -122,7 +128,7 @@ def test_two_ranks_report_the_losses_of_one(datasets: Path, tmp_path: Path) -> N
 
 
 def test_validation_leaves_training_as_it_is(datasets: Path, tmp_path: Path) -> None:
-    words = blend(datasets, "--train.steps=4")
+    words = blend(datasets, "--train.steps=3")
     for name, every in (("never", 0), ("always", 1)):
         assert train(*words, f"--run.dir={tmp_path / name}", f"--validation.every={every}") == 0
     loads = [(tmp_path / n / "expert_load.jsonl").read_bytes() for n in ("never", "always")]

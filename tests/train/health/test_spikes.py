@@ -90,7 +90,7 @@ def test_one_bad_step_changes_nothing_but_itself(
 
     monkeypatch.setattr(step_module, "loss_sums", bad)
     arguments = [*overrides, "--checkpoint.every=3", "--schedule.steps=6", "--checkpoint.keep=9"]
-    arguments += ["--train.micro_batch=4"]
+    arguments += ["--train.micro_batch=4", "--validation.sequences=4"]
     assert train(*arguments, "--train.steps=4") == 0
     assert "step 3: the loss is nan on rank 0; " in capfd.readouterr().out
     assert train(*arguments, "--train.steps=6") == 0

@@ -65,7 +65,10 @@ def test_a_slow_rank_is_named_within_20_steps(ranks: int, percent: int, offset: 
     ("ranks", "noise"),
     [
         pytest.param(
-            ranks, noise, marks=[pytest.mark.slow] if ranks == 64 and 0 < noise < 0.1 else []
+            ranks,
+            noise,
+            # with `_ERRORS` = 0, only the largest noise names a rank
+            marks=[pytest.mark.slow] if noise == 0.01 or (noise == 0.03 and ranks != 4) else [],
         )
         for ranks in (2, 4, 64)
         for noise in (0.0, 0.01, 0.03, 0.1)

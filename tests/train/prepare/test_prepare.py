@@ -286,9 +286,10 @@ def test_truncated_compressed_files_and_invalid_text_files(tmp_path: Path) -> No
         prepare(tmp_path, folder / "bad.txt", out="file")
 
 
-@pytest.mark.parametrize("megabytes", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_document_of_megabytes(megabytes: int, tmp_path: Path) -> None:
-    large = "x = 1  # a long document\n" * (40_000 * megabytes)
+# 1.2 and 10 MB; lines are read, and documents encoded, in pieces of up to 1 MiB
+@pytest.mark.parametrize("lines", [48_000, pytest.param(400_000, marks=pytest.mark.slow)])
+def test_a_document_of_megabytes(lines: int, tmp_path: Path) -> None:
+    large = "x = 1  # a long document\n" * lines
     source = tmp_path / "rows.jsonl"
     source.write_bytes(jsonl([*texts_of(10), large, *texts_of(10, seed=1)]))
     prepare(tmp_path, write(tmp_path, "txt", texts_of(20)), out="small")

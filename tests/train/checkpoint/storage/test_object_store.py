@@ -1,4 +1,5 @@
-"""Checkpoints in object stores: a server of the S3 protocol, and the memory of this process."""
+"""Checkpoints and runs in object stores: a server of the S3 protocol, and the memory of this
+process."""
 
 import json
 import os
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from parallel.ranks import Ranks, start_ranks, stop_ranks
+from tests.runs import TINY, run
+from tests.train.in_process import train
 from train.checkpoint import checkpoint, retention
 from train.checkpoint.checkpoint import CheckpointError, Retention
 from train.checkpoint.manifest import faults_of_files
@@ -20,12 +23,14 @@ from train.checkpoint.storage.base import Storage, finish
 from train.checkpoint.storage.client import WriterProcess
 from train.checkpoint.storage.object_store import ObjectStorage
 from train.checkpoint.storage.process import open_storage
+from train.report.metrics import read_lines
 
 RANKS: Ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ranks() -> Iterator[None]:
+    """Not for the whole module, because runs start their own."""
     global RANKS
     RANKS = start_ranks(threads=1)
     yield
@@ -90,7 +95,7 @@ def test_incomplete_ones_are_ignored_and_removed(storage: Storage) -> None:
 
 @pytest.mark.parametrize(
     "storage",
-    # a run of test_saved_run.py sets one aside on a server
+    # a run below sets one aside on a server
     [pytest.param("s3", marks=pytest.mark.slow), "memory"],
     indirect=True,
 )
@@ -122,7 +127,7 @@ def test_damage_is_found_and_set_aside(storage: Storage, tmp_path: Path) -> None
     load(storage, "step-00000004", tmp_path)
 
 
-@pytest.mark.slow  # a run of test_saved_run.py saves with this process
+@pytest.mark.slow  # a run below saves with this process
 def test_the_writer_process_writes_to_a_server(s3_server: str, ranks: None) -> None:
     writer = WriterProcess(f"{s3_server}/{uuid.uuid4().hex}")
     try:
@@ -132,6 +137,56 @@ def test_the_writer_process_writes_to_a_server(s3_server: str, ranks: None) -> N
         assert writer.call("names") == ["step-00000001"]
     finally:
         writer.stop()
+
+
+@pytest.mark.parametrize("kind", [pytest.param("memory", marks=pytest.mark.slow), "s3"])
+def test_a_run_in_an_object_store(
+    kind: str, overrides: list[str], tmp_path: Path, s3_server: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    url = f"{s3_server}/x" if kind == "s3" else f"memory://{tmp_path.name}/x"
+    overrides = [*overrides, "--checkpoint.async_save=true", "--train.steps=3"]
+    words = [f"--checkpoint.dir={url}", "--checkpoint.every=1"]
+    in_step = "--checkpoint.async_save=false"
+    assert train(*overrides, *words, "--train.steps=2", "--schedule.steps=3", in_step) == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    storage = storage_at(url)
+    assert isinstance(storage, ObjectStorage) and len(storage.names()) == 2
+    file = f"{storage._root}/step-00000002/rank-00000.safetensors"
+    content = bytearray(storage._fs.cat_file(file))
+    content[-1] ^= 1
+    storage._fs.pipe_file(file, bytes(content))
+    capfd.readouterr()
+    assert train(*overrides, *words) == 0
+    out = capfd.readouterr().out
+    assert "damaged, not used: " in out and f"resuming from {url}/step-00000001\n" in out
+    assert f"saved {url}/step-00000003\n" in out
+    whole = tmp_path / "whole"
+    assert train(*overrides, in_step, f"--run.dir={whole}") == 0
+    newest = whole / "checkpoints" / "step-00000003" / "rank-00000.safetensors"
+    assert storage._fs.cat_file(file.replace("0002", "0003")) == newest.read_bytes()
+    init = [f"--run.dir={tmp_path / 'other'}", f"--checkpoint.init_from={url}", in_step]
+    capfd.readouterr()
+    assert train(*overrides, *init, "--train.steps=1", "--schedule.warmup_steps=0") == 0
+    assert f"weights from {url}/step-00000003" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_ranks_share_an_object_store(overrides: list[str], tmp_path: Path, s3_server: str) -> None:
+    overrides = [*overrides, "--checkpoint.async_save=true"]
+    words = ["-m", "train", TINY, *overrides, f"--checkpoint.dir={s3_server}/ranks"]
+    run(*words, "--train.steps=4", "--schedule.steps=12", ranks=2)
+    out = run(*words, ranks=1).stdout
+    assert f"resuming from {s3_server}/ranks/step-00000004" in out
+    whole = tmp_path / "whole"
+    run("-m", "train", TINY, *overrides, f"--run.dir={whole}")
+    one, other = (
+        {r["step"]: r["loss"] for r in read_lines(folder / "metrics.jsonl")}
+        for folder in (tmp_path / "run", whole)
+    )
+    assert one == pytest.approx(other, rel=1e-4)
+    done = run(*words[:-1], "--checkpoint.dir=memory://x", ranks=2, code=1)
+    assert "is in the memory of one process" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_parts_of_files_that_a_killed_process_wrote_are_removed(s3_server: str) -> None:
