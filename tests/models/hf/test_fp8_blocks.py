@@ -119,9 +119,8 @@ def by_loops(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @cache
-def dequantised(name: str) -> Decoder:
-    """A decoder with the weights to which an FP8 export of one of MODELS dequantizes."""
-    decoder = decoder_of(name)
+def dequantised(decoder: Decoder) -> Decoder:
+    """A decoder with the weights to which an FP8 export of the given one dequantizes."""
     plan, again = fp8_plan(decoder.config), Decoder(decoder.config)
     given, state = decoder.state_dict(), again.state_dict()
     for t in hf_tensors(decoder.config):
@@ -204,7 +203,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     bits."""
     write_fp8(decoder_of(name), tmp_path / "a")
     again = read_model(tmp_path / "a", torch.float32, mtp=True)
-    expected = dequantised(name).state_dict()
+    expected = dequantised(decoder_of(name)).state_dict()
     for key, value in again.state_dict().items():  # GLM without a shared expert gets one of zeros
         assert torch.equal(value, expected.get(key, torch.zeros_like(value))), key
     write_fp8(again, tmp_path / "b", shard_bytes=250_000)
@@ -230,7 +229,7 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
     for name, wrong in results.items():
         assert not wrong, name
         theirs = load_file(tmp_path / name / "theirs.check")["logits"]
-        assert relative(logits(dequantised(name), tokens), theirs) < 1e-5, name
+        assert relative(logits(dequantised(decoder_of(name)), tokens), theirs) < 1e-5, name
         assert relative(logits(decoder_of(name), tokens), theirs) > 1e-3, "quantised it was"
 
 
