@@ -5,13 +5,11 @@ tokenizer or a server needs.
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
-# torch reads it when it is loaded: OpenMP threads that wait by spinning stall on a shared machine
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# torch's C++ logs a lost connection with its stack; lost ranks are reported in one line
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+from parallel.launch_environment import configure_libraries
+
+configure_libraries()
 
 if TYPE_CHECKING:
     from serve.engine.core import EngineOptions

@@ -22,6 +22,7 @@ from configs.schema import JobConfig
 from parallel.allocator import restart_without_thread_cache
 from parallel.launch_environment import (
     LaunchEnvironment,
+    configure_libraries,
     fail,
     read_launch_environment,
     read_world,
@@ -40,11 +41,7 @@ def main(arguments: list[str]) -> int:
 
 def _main(arguments: list[str], stop: StopSignal) -> int:
     rank = 0
-    # torch reads it when it is loaded: if threads of OpenMP wait by spinning, a step of 0.9 s takes
-    # 15 s and more on a busy machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch's C++ logs a lost connection with its stack; the trainer reports lost ranks in one line
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    configure_libraries()
     # torch's record of collectives, which shows the late rank (`train.health.collectives`)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if {"-h", "--help"} & set(arguments):

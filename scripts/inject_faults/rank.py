@@ -16,6 +16,7 @@ from unittest.mock import patch
 from configs.loader import load, parse_arguments
 from configs.paths import local_path
 from parallel.allocator import restart_without_thread_cache
+from parallel.launch_environment import configure_libraries
 from scripts.inject_faults.requests import READY, Request, describe, folder_of, receive
 
 
@@ -123,8 +124,7 @@ def _limit_writers(n_bytes: int | None) -> None:
 
 def main(arguments: list[str]) -> int:
     """Train; returns the exit code of `python -m train`."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    configure_libraries()
     import train.__main__
     import train.trainer
 

@@ -73,8 +73,12 @@ class Probe:
 
     def weights(self, kinds: set[Any] | None) -> None:
         """kinds: those of earlier parameters, of which no further ones are tried; None: try all."""
-        state, whole = train.step._state(self.run.model), self.state()
+        model = self.run.model
+        state, whole = train.step._state(model), self.state()
+        biases = [name for name, _ in model.named_buffers() if name.endswith("bias_E")]
         names = list(state)
+        if {*names} != {*biases, *(name for name, _ in model.named_parameters())}:
+            self.faults.append(f"{self.case.name}: not all weights and biases are looked at")
         if kinds is not None:
             names = [name for name in reversed(state) if self.is_new(name, state[name], kinds)]
         for name, (value, told) in zip(names, cycle(BAD.items()), strict=False):

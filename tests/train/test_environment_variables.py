@@ -53,3 +53,20 @@ def test_one_line_and_exit_2(
     else:
         assert code == 2 and expected in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+                         ({"GOMP_SPINCOUNT": "7"}, "7")],
+)  # fmt: skip
+def test_openmp_spins_briefly_unless_the_user_decides(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    launch_environment.configure_libraries()
+    assert os.environ["OMP_WAIT_POLICY"] == given.get("OMP_WAIT_POLICY", "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -24,9 +24,10 @@ from typing import Any, NoReturn
 
 from configs.health.heartbeat import SUPERVISOR_VARIABLE
 from parallel.allocator import restart_without_thread_cache
+from parallel.launch_environment import configure_libraries
 
 _MODULES = ("train.trainer", "torch._dynamo", "torch.utils.tensorboard")
-_KEPT = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY", "TORCH_CPP_LOG_LEVEL")
+_KEPT = ("GLIBC_TUNABLES", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TORCH_CPP_LOG_LEVEL")
 _PATIENCE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _FIRST = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
@@ -131,6 +132,5 @@ def _show_as(command: list[str]) -> None:
 
 if __name__ == "__main__":
     restart_without_thread_cache()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    configure_libraries()
     serve()
