@@ -7,9 +7,10 @@ tokenizer or a server needs.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from parallel.launch_environment import configure_libraries
+from parallel.launch_environment import configure_libraries, disable_amx
 
 configure_libraries()
+disable_amx()
 
 if TYPE_CHECKING:
     from serve.engine.core import EngineOptions

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.launch_environment import disable_amx
 from tests import forks
 
 LIMIT_S = 10.0
@@ -31,6 +32,7 @@ _WORDS = "def return for in if else self value index list dict print range token
 
 
 def pytest_configure() -> None:
+    disable_amx()  # importing `serve` does, whichever tests run: tests/test_amx.py enables it
     os.environ.setdefault(forks.SESSION, str(os.getpid()))  # processes started later inherit it
 
 

@@ -1,1 +1,2 @@
-"""A decoder block on a CPU with AVX512-BF16: two C++ calls, bitwise equal to training."""
+"""A decoder block on a CPU with AVX512-BF16: two C++ calls, bitwise equal to training without
+AMX."""

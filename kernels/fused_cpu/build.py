@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent
@@ -28,6 +29,12 @@ def library() -> ctypes.CDLL | None:
     why)."""
     if not torch.cpu._is_avx512_bf16_supported():
         return None
+    if not _adds_in_order():
+        log.warning(
+            "computed by torch's operations: oneDNN adds in another order than kernels.fused_cpu, "
+            "as it does with AMX; start with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        )
+        return None
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         log.info("no C++ compiler: serving computes with torch's operations")
@@ -38,6 +45,15 @@ def library() -> ctypes.CDLL | None:
         reason = getattr(error, "stderr", None) or str(error)
         log.warning("the C++ of kernels.fused_cpu cannot be used: %s", str(reason).strip()[-300:])
         return None
+
+
+def _adds_in_order() -> bool:
+    """Whether torch's bf16 products add in the order of `product.h`, one pair after another. AMX
+    adds even and odd places separately, and only some results show it after their rounding."""
+    huge = 2.0**60
+    row = torch.tensor([huge, 0, 0, 1, -huge, 0, 0, 0], dtype=torch.bfloat16)
+    product = F.linear(row.repeat(8, 4), torch.ones(64, 32, dtype=torch.bfloat16))
+    return not product.any()  # each 1 is lost in `huge`
 
 
 def _compiled(compiler: str) -> Path:

@@ -16,8 +16,10 @@ they are copied and padded with zeros. Dtypes other than bf16 use libraries that
 
 For a small remainder of rows both libraries sum in another order (MKL 2024.2 for a remainder of
 less than 4, with 2 threads 5 rows are 4 and 1; oneDNN 3.12 for less than 4 rows of 24 values);
-otherwise a row's bits do not depend on the number of rows. So up to 64 rows are rounded up to a
-multiple of 8, and an expert's output for a token does not depend on its number of other tokens.
+otherwise a row's bits do not depend on the number of rows, except that oneDNN with AMX cuts sums of
+512 and more values into parts that do. So up to 64 rows are rounded up to a multiple of 8, and an
+expert's output for a token does not depend on its number of other tokens (with AMX: if the width
+is less than 512).
 
 Shapes: R rows, M rows of one group, N output width, K input width, E groups.
 """

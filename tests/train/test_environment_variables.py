@@ -70,3 +70,20 @@ def test_openmp_spins_briefly_unless_the_user_decides(
     launch_environment.configure_libraries()
     assert os.environ["OMP_WAIT_POLICY"] == given.get("OMP_WAIT_POLICY", "PASSIVE")
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [({}, "AVX512_CORE_BF16"), ({"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, "DEFAULT"),
+     ({"DNNL_MAX_CPU_ISA": "AVX2"}, None)],
+)  # fmt: skip
+def test_amx_is_disabled_unless_the_user_decides(
+    given: dict[str, str], limit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    launch_environment.disable_amx()
+    assert os.environ.get("ONEDNN_MAX_CPU_ISA") == limit

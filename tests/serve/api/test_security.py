@@ -187,7 +187,7 @@ def test_malformed_grammars_between_good_requests(http: httpx.Client) -> None:
     for _ in range(300):
         deep = {"type": "array", "items": deep}  # type: ignore[dict-item]
     bad: list[Fields] = [
-        {"regex": "("}, {"regex": "(a+)+$" * 50}, {"ebnf": "root ::= root"}, {"ebnf": "\x00"},
+        {"regex": "("}, {"regex": "(a+)+$" * 300}, {"ebnf": "root ::= root"}, {"ebnf": "\x00"},
         {"json_schema": "{"}, {"json_schema": json.dumps(deep)},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
         {"response_format": {"type": "strange"}}, {"structural_tag": "x"}, {"guided_json": 5},
