@@ -5,7 +5,7 @@ backward: x, which is kept anyway, and the inverse root mean square, 4 bytes per
 
 The gradient of the weight sums over all rows: every program adds up its rows in a fixed order, and
 a second sum adds the programs. There are no atomics, so two runs produce the same bits. On a CPU
-`F.rms_norm` is the fastest form, and `rms_norm` calls it.
+`F.rms_norm` is the fastest forward form, and `kernels.layers.norm_cpu` has its gradients.
 
 The output is not quantized here if it is an operand of FP8 products: the gradient of their weights
 needs it per 128 rows, from unrounded values, so it would be written in bf16 anyway.
@@ -16,10 +16,10 @@ Shapes: D width; the other dimensions are free.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import device
+from kernels.layers.norm_cpu import rms_norm_cpu
 
 
 def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     x: `[..., D]`; rows may be strided (a split of a wider tensor). weight_D: None for 1.
     """
     if x.device.type == "cpu" and not device.on_accelerator(x):
-        return F.rms_norm(x, x.shape[-1:], weight_D, eps)
+        return rms_norm_cpu(x, weight_D, eps)
     y: Tensor = _rms_norm(x, weight_D, eps)[0]
     return y
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kernels import device
 
+_PIECE = 2**17
+"""Elements of x that are rotated together on a CPU."""
+
 
 def rotate(
     x_THC: Tensor, cos_Tc: Tensor, sin_Tc: Tensor, interleaved: bool, inverse: bool = False
@@ -33,9 +36,19 @@ def rotate(
 def rotate_reference(
     x_THC: Tensor, cos_Tc: Tensor, sin_Tc: Tensor, interleaved: bool, inverse: bool = False
 ) -> Tensor:
-    """Plain-torch form of `rotate`."""
-    cos, sin = cos_Tc[:, None], sin_Tc[:, None] * (-1 if inverse else 1)
-    out_THC, x = torch.empty(x_THC.shape, dtype=x_THC.dtype, device=x_THC.device), x_THC.float()
+    """Plain-torch form of `rotate`: some tokens at a time, whose fp32 temporaries stay in cache."""
+    out_THC = torch.empty(x_THC.shape, dtype=x_THC.dtype, device=x_THC.device)
+    tensors = x_THC, cos_Tc, -sin_Tc if inverse else sin_Tc, out_THC
+    step = max(_PIECE // max(x_THC.shape[1] * x_THC.shape[2], 1), 1)
+    for parts in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+        _rotate_piece(parts, interleaved)
+    return out_THC
+
+
+def _rotate_piece(parts: tuple[Tensor, ...], interleaved: bool) -> None:
+    """parts: x, its cosines and sines, and the result, of some tokens."""
+    x_THC, cos_Tc, sin_Tc, out_THC = parts
+    cos, sin, x = cos_Tc[:, None], sin_Tc[:, None], x_THC.float()
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
         out_first, out_second = out_THC[..., 0::2], out_THC[..., 1::2]
@@ -45,7 +58,6 @@ def rotate_reference(
     # few temporaries: on a CPU allocating memory costs more than arithmetic
     out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
     out_second.copy_((second * cos).addcmul_(first, sin))
-    return out_THC
 
 
 @torch.library.custom_op("phalanx::rotate", mutates_args=())

@@ -1,12 +1,14 @@
 """RMSNorm and RoPE on a CPU."""
 
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.layers import norm
+from kernels.layers import norm, norm_cpu
 from kernels.layers.norm import rms_norm
 from kernels.layers.rope import rotate
 
@@ -28,6 +30,7 @@ def close(ours: Tensor, exact: Tensor, tolerance: float) -> None:
 def test_norm_and_its_gradients(
     lead: list[int], width: int, weighted: bool, dtype: torch.dtype, seed: int
 ) -> None:
+    """The operator's reference; and the function, with rows that fill several pieces."""
     make = torch.Generator().manual_seed(seed)
     x, grad = (torch.randn(*lead, width, generator=make).to(dtype) for _ in range(2))
     weight = torch.randn(width, generator=make).to(dtype) if weighted else None
@@ -41,6 +44,13 @@ def test_norm_and_its_gradients(
     for ours, right in zip(found[: len(wanted)], wanted, strict=True):
         close(ours, right, TOLERANCE[dtype])
     assert weighted or found[1].numel() == 0
+    leaves = [leaf.clone().requires_grad_() for leaf in (x, weight) if leaf is not None]
+    with mock.patch.object(norm_cpu, "_PIECE", 4 * width):
+        ours = rms_norm(leaves[0], leaves[1] if weighted else None, 1e-5)
+        assert torch.equal(ours, rms_norm(x, weight, 1e-5))
+        for mine, right in zip(torch.autograd.grad(ours, leaves, grad), wanted, strict=True):
+            assert mine.dtype == dtype
+            close(mine, right, TOLERANCE[dtype])
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
