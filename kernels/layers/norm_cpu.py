@@ -44,7 +44,7 @@ def backward(
     grad: Tensor, x: Tensor, weight_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x, in x's dtype and contiguous, and of the weight, in the weight's."""
-    D, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    D, wide = x.shape[-1], x.dtype if x.dtype.itemsize > 4 else torch.float32
     grad_x = torch.empty(x.shape, dtype=x.dtype)
     rows = x.reshape(-1, D), grad.reshape(-1, D), grad_x.view(-1, D)
     step = max(_PIECE // max(D, 1), 1)

@@ -97,7 +97,7 @@ FP8_TP: dict[str, Any] = {
     "precision": {"fp8": {"keep": ("*.wk", "*.wv"), "power_of_two": True}},
 }
 CASES = [
-    Case("activations", "glm4", seq_len=256),
+    Case("activations", "glm4", seq_len=384),
     Case("states", "mixtral", model={"n_layers": 6}, passes=2, **SMALL),
     Case("logits", "qwen3", model={"vocab_size": 2**15, "n_layers": 2}, **SMALL),
     Case("recomputed", "glm4", parallel={"recompute": "full"}, seq_len=256),
