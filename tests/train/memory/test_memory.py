@@ -103,7 +103,7 @@ CASES = [
     Case("recomputed", "glm4", parallel={"recompute": "full"}, seq_len=256),
     Case("every second recomputed", "glm4", parallel={"recompute": "full", "recompute_every": 2},
          micro_batch=3, seq_len=256),
-    Case("partly recomputed", "deepseek-v3", parallel={"recompute": "selective"}),
+    Case("partly recomputed", "deepseek-v3", parallel={"recompute": "selective"}, seq_len=256),
     Case("long", "deepseek-v2", micro_batch=1, seq_len=640),
     Case("sinks", "gpt-oss", model={"n_layers": 2}, recipe="bf16", passes=2, micro_batch=1,
          seq_len=64),
