@@ -2,8 +2,8 @@
 
 torch's are those of the norm's parts: a dozen operations on whole tensors, with fp32 copies of x
 kept from forward. Here only x is kept, and its inverse root mean square is computed again. For 2048
-rows of width 1024 in bf16 forward and backward take 24 ms with torch's gradients and 14 with these
-(one thread of an Intel Xeon with other processes, torch 2.13).
+rows of width 1024 in bf16 forward and backward take 15 ms with torch's gradients and 10 with these
+(one thread of an Intel Xeon, 2026-12-01, torch 2.13).
 
 R rows, D width.
 """

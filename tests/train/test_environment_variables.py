@@ -55,6 +55,17 @@ def test_one_line_and_exit_2(
     assert not (tmp_path / "run").exists()
 
 
+def set_only(
+    names: tuple[str, ...], given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the variables `names` only the given ones are set during the test."""
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("given", "spins"), [({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
                          ({"GOMP_SPINCOUNT": "7"}, "7")],
@@ -62,11 +73,7 @@ def test_one_line_and_exit_2(
 def test_openmp_spins_briefly_unless_the_user_decides(
     given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # restored after the test
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+    set_only(("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"), given, monkeypatch)
     launch_environment.configure_libraries()
     assert os.environ["OMP_WAIT_POLICY"] == given.get("OMP_WAIT_POLICY", "PASSIVE")
     assert os.environ.get("GOMP_SPINCOUNT") == spins
@@ -80,10 +87,6 @@ def test_openmp_spins_briefly_unless_the_user_decides(
 def test_amx_is_disabled_unless_the_user_decides(
     given: dict[str, str], limit: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.setenv(name, "")  # restored after the test
-        monkeypatch.delenv(name)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+    set_only(("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"), given, monkeypatch)
     launch_environment.disable_amx()
     assert os.environ.get("ONEDNN_MAX_CPU_ISA") == limit
